@@ -1,0 +1,1 @@
+"""Inverse value learning in JAX."""

@@ -1,0 +1,64 @@
+"""Shared test set-up: eight virtual CPU devices, strict numerics, shape checks, shared data folders."""
+
+import os
+
+# Before jax is imported anywhere: eight virtual devices on the CPU, never an accelerator, never a hub.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from pathlib import Path
+
+from jaxtyping import install_import_hook
+
+# Every annotation with a shape is checked while tests run, and only then.
+install_import_hook("ivl_jax", "beartype.beartype")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+def _shared(relative: str) -> Path:
+    folder = PROJECT_ROOT.parent / "shared" / relative
+    if not folder.exists():
+        pytest.skip(f"../shared/{relative} is not on this machine")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def project_root() -> Path:
+    """The repository's root folder."""
+    return PROJECT_ROOT
+
+
+@pytest.fixture(scope="session")
+def stories260k_dir() -> Path:
+    """A real pre-trained Llama checkpoint of 0.26 M parameters in Hugging Face layout."""
+    return _shared("models/stories260k")
+
+
+@pytest.fixture(scope="session")
+def gsm8k_dir() -> Path:
+    """GSM8K as two JSONL files: train.jsonl (7,473 rows) and test.jsonl (1,319 rows)."""
+    return _shared("data/gsm8k")
+
+
+@pytest.fixture(scope="session")
+def llama2_tokenizer_dir() -> Path:
+    """The Llama-2 SentencePiece tokenizer, 32,000 pieces."""
+    return _shared("tokenizers/llama2")
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokenizer_dir() -> Path:
+    """The GPT-2 byte-level BPE, 50,257 pieces."""
+    return _shared("tokenizers/gpt2")
