@@ -1,7 +1,7 @@
 """TOML files to config dataclasses and back, strictly.
 
-In: a TOML file or nested mappings. Out: a config dataclass; every unknown key or mistyped value is an
-error that names it. Imports no JAX.
+In: a TOML file or nested mappings. Out: a config dataclass; every unknown key or mistyped value is
+an error that names it. Imports no JAX.
 """
 
 import dataclasses

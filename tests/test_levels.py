@@ -1,0 +1,90 @@
+"""The import levels of the house: a module imports only from lower levels or from its own package."""
+
+import ast
+from pathlib import Path
+
+# First match decides; the number is the level.
+LEVELS = {
+    "ivl_jax.config": 0,
+    "ivl_jax.config_files": 1,
+    "ivl_jax.model": 1,
+    "ivl_jax.tokenizer": 1,
+    "ivl_jax.sharding": 1,
+    "ivl_jax.tree_compare": 1,
+    "ivl_jax.vocabulary.mapping": 1,
+    "ivl_jax.vocabulary": 2,
+    "ivl_jax.composition": 2,
+    "ivl_jax.weights": 2,
+    "ivl_jax.checkpoint": 3,
+    "ivl_jax.data": 3,
+    "ivl_jax.training": 4,
+    "ivl_jax.decoding": 4,
+    "ivl_jax.evaluation": 6,
+    "ivl_jax.experiments": 7,
+    "ivl_jax.assets": 0,
+    "ivl_jax": 8,
+}
+FORBIDDEN = {
+    "ivl_jax.data": ("ivl_jax.model", "ivl_jax.sharding", "ivl_jax.config"),
+    "ivl_jax.model": ("ivl_jax.sharding", "ivl_jax.config", "ivl_jax.data"),
+    "ivl_jax.training": ("ivl_jax.decoding",),
+    "ivl_jax.decoding": ("ivl_jax.training",),
+}
+
+
+def _package(module: str) -> str:
+    return next(name for name in LEVELS if module == name or module.startswith(name + "."))
+
+
+def _imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            if node.module == "ivl_jax":
+                found |= {f"ivl_jax.{alias.name}" for alias in node.names}
+    return {name for name in found if name.split(".")[0] == "ivl_jax"} - {"ivl_jax"}
+
+
+def violations(root: Path) -> list[str]:
+    """Every import in the package that points upwards or is forbidden by name."""
+    problems = []
+    for path in sorted((root / "ivl_jax").rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        module = ".".join(part for part in parts if part != "__init__")
+        if module == "ivl_jax":
+            continue
+        package = _package(module)
+        for imported in sorted(_imports(path)):
+            target = _package(imported)
+            same = target == package
+            upwards = LEVELS[target] >= LEVELS[package] and not same
+            forbidden = target.startswith(FORBIDDEN.get(package, ()) or "\0")
+            if upwards or forbidden:
+                problems.append(f"{module} imports {imported}")
+    return problems
+
+
+def test_modules_import_only_from_lower_levels(project_root: Path) -> None:
+    assert violations(project_root) == []
+
+
+def test_an_upward_import_is_found(tmp_path: Path) -> None:
+    package = tmp_path / "ivl_jax" / "data"
+    package.mkdir(parents=True)
+    (package / "chat.py").write_text("import ivl_jax.model.decoder\nfrom ivl_jax import training\n")
+    assert violations(tmp_path) == [
+        "ivl_jax.data.chat imports ivl_jax.model.decoder",
+        "ivl_jax.data.chat imports ivl_jax.training",
+    ]
+
+
+def test_package_files_stay_small(project_root: Path) -> None:
+    long = {
+        str(path.relative_to(project_root)): lines
+        for path in (project_root / "ivl_jax").rglob("*.py")
+        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 420
+    }
+    assert not long, f"one concept a file, about 400 lines at most: {long}"
