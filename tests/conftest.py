@@ -1,8 +1,8 @@
-"""Shared test set-up: eight virtual CPU devices, strict numerics, shape checks, shared data folders."""
+"""Shared test set-up: eight virtual CPU devices, strict numerics, shape checks, shared data."""
 
 import os
 
-# Before jax is imported anywhere: eight virtual devices on the CPU, never an accelerator, never a hub.
+# Before jax is imported anywhere: eight virtual CPU devices, never an accelerator, never a hub.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
@@ -17,8 +17,8 @@ from jaxtyping import install_import_hook
 # Every annotation with a shape is checked while tests run, and only then.
 install_import_hook("ivl_jax", "beartype.beartype")
 
-import jax
-import pytest
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

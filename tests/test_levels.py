@@ -1,4 +1,4 @@
-"""The import levels of the house: a module imports only from lower levels or from its own package."""
+"""The import levels of the house: a module imports from lower levels or its own package only."""
 
 import ast
 from pathlib import Path
