@@ -1,0 +1,365 @@
+"""Where every array lives: the device mesh, and the one table from parameter path to mesh axes.
+
+In: shapes and parameter paths. Out: meshes, `NamedSharding`s for parameters and batches, and the
+constraint callables that the models take. Modules never name a mesh axis themselves.
+"""
+
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+logger = logging.getLogger(__name__)
+
+Tree = TypeVar("Tree")
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# Rows of the vocabulary are padded to a multiple of this on every mesh, so that a run saved on one
+# device restores on 64 without changing a shape. Published vocabularies divide by 64 already
+# (32,000; 128,256; 151,936; 256,000); GPT-2's 50,257 gains 47 rows.
+VOCABULARY_ROW_MULTIPLE = 64
+
+# Parameter path (without the layer number) → logical name of each dimension. Norm scales and the
+# bias of an output projection act on the whole residual stream: they are small and stay whole.
+_LOGICAL_AXES: dict[str, tuple[str | None, ...]] = {
+    "embed_tokens.embedding": ("vocabulary", "embed"),
+    "lm_head.kernel": ("embed", "vocabulary"),
+    "norm.scale": (None,),
+    "self_attn.q_proj.kernel": ("embed", "heads"),
+    "self_attn.k_proj.kernel": ("embed", "kv_heads"),
+    "self_attn.v_proj.kernel": ("embed", "kv_heads"),
+    "self_attn.o_proj.kernel": ("heads", "embed"),
+    "self_attn.q_proj.bias": ("heads",),
+    "self_attn.k_proj.bias": ("kv_heads",),
+    "self_attn.v_proj.bias": ("kv_heads",),
+    "self_attn.o_proj.bias": (None,),
+    "self_attn.q_norm.scale": (None,),
+    "self_attn.k_norm.scale": (None,),
+    "mlp.gate_proj.kernel": ("embed", "mlp"),
+    "mlp.up_proj.kernel": ("embed", "mlp"),
+    "mlp.down_proj.kernel": ("mlp", "embed"),
+    "mlp.gate_proj.bias": ("mlp",),
+    "mlp.up_proj.bias": ("mlp",),
+    "mlp.down_proj.bias": (None,),
+    "input_layernorm.scale": (None,),
+    "post_attention_layernorm.scale": (None,),
+    "pre_feedforward_layernorm.scale": (None,),
+    "post_feedforward_layernorm.scale": (None,),
+}
+_LAYER_PREFIX = re.compile(r"^layers\.(?:(\d+)\.)?")
+
+
+@dataclass(frozen=True)
+class ShardingRules:
+    """Which mesh axes split each logical axis; None: not split.
+
+    Every matrix has one dimension on `embed` and one on a width axis, so `fsdp` on the first and
+    `tensor` on the second split all of them in both directions without a collision. Tensor
+    parallelism on heads, MLP width and vocabulary keeps each layer at two all-reduces (Megatron's
+    layout); fsdp on `embed` costs one all-gather of a layer's weights just before its use.
+    """
+
+    embed: str | None = "fsdp"
+    vocabulary: str | None = "tensor"
+    heads: str | None = "tensor"
+    kv_heads: str | None = "tensor"
+    mlp: str | None = "tensor"
+
+    def __post_init__(self) -> None:
+        """Check the mesh axes' names and that no matrix would be split twice by one axis."""
+        widths = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, axis in widths.items():
+            if axis is not None and axis not in MESH_AXES:
+                raise ValueError(f"ShardingRules.{name} = {axis!r} is not one of {MESH_AXES}")
+        embed = widths.pop("embed")
+        clash = [name for name, axis in widths.items() if axis is not None and axis == embed]
+        if clash:
+            raise ValueError(
+                f"ShardingRules puts {embed!r} on embed and on {', '.join(clash)}: one mesh axis "
+                "splits one dimension of an array; choose another axis for one of them"
+            )
+
+
+DEFAULT_RULES = ShardingRules()
+NO_UNITS: Mapping[str, int] = MappingProxyType({})
+
+# Base and value may use different layouts of one mesh: a 1 B value fits whole beside a 70 B base
+# that does not.
+LAYOUTS: Mapping[str, ShardingRules] = MappingProxyType(
+    {
+        "full": DEFAULT_RULES,
+        "fsdp": ShardingRules(vocabulary=None, heads=None, kv_heads=None, mlp=None),
+        "tensor": ShardingRules(embed=None),
+        "replicated": ShardingRules(None, None, None, None, None),
+    }
+)
+
+
+def make_mesh(
+    *, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """Arrange devices in a mesh with axes (data, fsdp, tensor).
+
+    Args:
+        data: copies of the model, each with its own rows of the batch.
+        fsdp: devices over which parameters and rows of the batch are split.
+        tensor: devices over which heads, MLP width and vocabulary are split.
+        devices: the devices to use; None: all of `jax.devices()`.
+
+    Returns:
+        The mesh, every axis of type Auto. One size may be −1: all devices that are left.
+
+    Raises:
+        ValueError: the sizes do not fit the number of devices.
+    """
+    available = list(jax.devices() if devices is None else devices)
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    said = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    if (
+        sum(size == -1 for size in sizes.values()) > 1
+        or min(sizes.values()) < -1
+        or 0 in sizes.values()
+    ):
+        raise ValueError(f"mesh sizes must be ≥ 1, or −1 on one axis for all that are left: {said}")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    for name, size in sizes.items():
+        if size == -1:
+            sizes[name] = max(len(available) // fixed, 1)
+    total = math.prod(sizes.values())
+    if total > len(available) or (-1 in (data, fsdp, tensor) and total != len(available)):
+        raise ValueError(
+            f"mesh {said} does not fit {len(available)} device(s): the sizes must multiply to "
+            f"{len(available)}, or set one of them to −1"
+        )
+    if total < len(available):
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"mesh {said} uses {total} of {len(available)} devices; with several processes "
+                "every device must take part: set one size to −1"
+            )
+        logger.warning("mesh %s uses %d of %d devices", said, total, len(available))
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        MESH_AXES,
+        axis_types=(AxisType.Auto,) * len(MESH_AXES),
+        devices=available[:total],
+    )
+
+
+def single_device_mesh(device: jax.Device | None = None) -> Mesh:
+    """Make the 1·1·1 mesh of one device, by default the first of this process."""
+    return make_mesh(devices=[jax.local_devices()[0] if device is None else device])
+
+
+def path_string(path: Sequence[Any]) -> str:
+    """Join the keys of a pytree path with dots: `layers.3.mlp.up_proj.kernel`."""
+    return ".".join(str(getattr(key, "key", key)) for key in path)
+
+
+def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:
+    """Name the dimensions of one parameter.
+
+    Args:
+        path: dotted parameter path, `layers.3.mlp.up_proj.kernel`; without the number for stacked
+            layers, whose leading layer dimension is never split.
+        ndim: number of dimensions of the parameter.
+
+    Returns:
+        One logical axis name, or None, a dimension.
+
+    Raises:
+        ValueError: the path is not in the table, or has another number of dimensions there.
+    """
+    prefix = _LAYER_PREFIX.match(path)
+    axes = _LOGICAL_AXES.get(path[prefix.end() :] if prefix else path)
+    if axes is not None and prefix and prefix.group(1) is None:
+        axes = (None, *axes)
+    if axes is None or len(axes) != ndim:
+        raise ValueError(
+            f"no sharding is known for parameter {path} with {ndim} dimension(s); expected "
+            f"{'a path of the table' if axes is None else f'{len(axes)} dimensions'} in "
+            "ivl_jax/sharding.py: add its logical axes there"
+        )
+    return axes
+
+
+def parameter_shardings(
+    abstract_params: Mapping[Any, Any],
+    mesh: Mesh,
+    rules: ShardingRules = DEFAULT_RULES,
+    *,
+    units: Mapping[str, int] = NO_UNITS,
+) -> dict[Any, Any]:
+    """Decide where each parameter lives.
+
+    Args:
+        abstract_params: nested dict of arrays or `ShapeDtypeStruct`s.
+        mesh: the device mesh.
+        rules: logical axis → mesh axis.
+        units: how many indivisible units a logical axis consists of, for example
+            `{"heads": 32, "kv_heads": 8}`: a mesh axis must divide the units too, so that no head
+            is cut in two.
+
+    Returns:
+        The same nested dict with a `NamedSharding` for each leaf. A dimension that its mesh axis
+        does not divide is replicated, with one warning for all of them.
+
+    Raises:
+        ValueError: a path is not in the table.
+    """
+    notices: list[str] = []
+
+    def one(key_path: Sequence[Any], leaf: Any) -> NamedSharding:
+        path = path_string(key_path)
+        spec = []
+        for dim, (axis, size) in enumerate(
+            zip(logical_axes(path, leaf.ndim), leaf.shape, strict=True)
+        ):
+            mesh_axis = getattr(rules, axis) if axis else None
+            ways = mesh.shape[mesh_axis] if mesh_axis else 1
+            if axis and (size % ways or units.get(axis, ways) % ways):
+                count = f"{units[axis]} {axis} of " if axis in units else ""
+                notices.append(f"{path} dim {dim} ({count}size {size}) over {mesh_axis}={ways}")
+                mesh_axis = None
+            spec.append(mesh_axis if ways > 1 else None)
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    shardings = jax.tree_util.tree_map_with_path(one, dict(abstract_params))
+    if notices:
+        more = f"; and {len(notices) - 20} more" if len(notices) > 20 else ""
+        logger.warning("replicated, since it does not divide: %s%s", "; ".join(notices[:20]), more)
+    return shardings
+
+
+def padded_vocab_rows(vocab_size: int, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> int:
+    """Round the vocabulary's rows up so that they divide on this mesh and on usual others.
+
+    Args:
+        vocab_size: rows of the model's own weights.
+        mesh: the device mesh.
+        rules: logical axis → mesh axis.
+
+    Returns:
+        The smallest multiple of 64 and of the mesh axis that splits the vocabulary.
+    """
+    ways = mesh.shape[rules.vocabulary] if rules.vocabulary else 1
+    multiple = math.lcm(VOCABULARY_ROW_MULTIPLE, ways)
+    return math.ceil(vocab_size / multiple) * multiple
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Give the sharding that puts a whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """Count the parts into which the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def batch_sharding(mesh: Mesh, *, micro_batched: bool = False) -> NamedSharding:
+    """Give the sharding of a batch: rows over data × fsdp, positions whole.
+
+    Args:
+        mesh: the device mesh.
+        micro_batched: arrays are [A B T], micro-batches first, instead of [B T].
+
+    Returns:
+        The sharding for every array of a batch.
+    """
+    return NamedSharding(mesh, PartitionSpec(*[None] * micro_batched, BATCH_AXES))
+
+
+def data_shard(mesh: Mesh) -> tuple[int, int]:
+    """Say which share of each batch this process must read.
+
+    Processes whose devices hold the same rows (tensor parallelism across hosts) read the same
+    share.
+
+    Args:
+        mesh: the device mesh.
+
+    Returns:
+        (index of this process's share, number of shares).
+
+    Raises:
+        ValueError: processes share some of their rows but not all.
+    """
+    rows: dict[int, set[int]] = {}
+    ways = batch_ways(mesh)
+    for device, index in batch_sharding(mesh).devices_indices_map((ways,)).items():
+        rows.setdefault(device.process_index, set()).update(range(ways)[index[0]])
+    shares = sorted({tuple(sorted(own)) for own in rows.values()})
+    if sum(len(share) for share in shares) != ways:
+        raise ValueError(
+            f"mesh {dict(mesh.shape)} splits the rows of a batch unevenly over processes: choose "
+            "data × fsdp a multiple of the number of processes, or tensor a multiple of the "
+            "devices of a process"
+        )
+    return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
+
+
+def place_batch(batch: Tree, mesh: Mesh, *, micro_batched: bool = False) -> Tree:
+    """Put this process's rows of a batch on its devices as global arrays.
+
+    Args:
+        batch: pytree of NumPy arrays [B T] (or [A B T]), B the rows of this process.
+        mesh: the device mesh.
+        micro_batched: arrays are [A B T].
+
+    Returns:
+        The same pytree of global jax arrays, rows split over data × fsdp.
+    """
+    sharding = batch_sharding(mesh, micro_batched=micro_batched)
+    return jax.tree.map(
+        lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), batch
+    )
+
+
+def activation_constraint(mesh: Mesh) -> Callable[[Array], Array]:
+    """Make the callable that keeps activations split by rows between layers.
+
+    Without it XLA may follow the fsdp-split weights and split the residual stream by D instead.
+
+    Args:
+        mesh: the device mesh.
+
+    Returns:
+        A function from an array [B …] to the same array, rows constrained to data × fsdp; an array
+        whose rows do not divide (decoding one prompt on many devices) is left to XLA.
+    """
+    ways = batch_ways(mesh)
+    sharding = batch_sharding(mesh)
+
+    def constrain(activations: Array) -> Array:
+        if activations.shape[0] % ways:
+            return activations
+        return jax.lax.with_sharding_constraint(activations, sharding)
+
+    return constrain
+
+
+def bytes_per_device(tree: Any) -> dict[int, int]:
+    """Count the bytes that a pytree of arrays holds on each device of this process.
+
+    Args:
+        tree: pytree of jax arrays.
+
+    Returns:
+        Device id → bytes.
+    """
+    held: dict[int, int] = {}
+    for array in jax.tree.leaves(tree):
+        for shard in array.addressable_shards:
+            held[shard.device.id] = held.get(shard.device.id, 0) + shard.data.nbytes
+    return held
