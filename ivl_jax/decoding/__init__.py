@@ -1,0 +1,1 @@
+"""Decoding: composed logits to tokens to text, batched, sharded and streamed."""

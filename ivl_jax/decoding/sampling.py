@@ -1,0 +1,121 @@
+"""From logits to the next token, row by row, on device.
+
+In: composed logits, what each row asks for (temperature, top-k, top-p, min-p) and one key a row.
+Out: one token id a row. All functions are pure, and every setting is an array: changing it never
+compiles anything.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+
+class Sampling(NamedTuple):
+    """How each row's next token is chosen from its logits."""
+
+    temperature: Float[Array, " B"]
+    """Logits are divided by it; 0 is greedy (arg-max, the lowest id among equals)."""
+    top_k: Int[Array, " B"]
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: Float[Array, " B"]
+    """Keep the fewest likeliest tokens that hold this probability mass; 1 keeps all."""
+    min_p: Float[Array, " B"]
+    """Drop tokens below this share of the likeliest token's probability; 0 keeps all."""
+
+
+def row_keys(seeds: Int[Array, " B"], rows: Int[Array, " B"]) -> Key[Array, " B"]:
+    """Make one key a row.
+
+    Args:
+        seeds: [B] seed of each row's request.
+        rows: [B] index of the row in its request (for example its line in the input file).
+
+    Returns:
+        [B] typed threefry keys; that generator gives a key the same numbers in every batch.
+    """
+
+    def one(seed: Int[Array, ""], row: Int[Array, ""]) -> Key[Array, ""]:
+        return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), row)
+
+    return jax.vmap(one)(seeds, rows)
+
+
+def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+    """Divide by the temperature, then apply top-k, top-p and min-p in this order.
+
+    Args:
+        logits: [B V] float32; −inf marks what is no token.
+        sampling: what each row asks for; a row of temperature 0 is not divided.
+
+    Returns:
+        [B V] float32; −inf where a token is dropped. Its softmax is the distribution that
+        `sample_tokens` draws from. Tokens whose logit equals the last kept one are kept too, so the
+        result does not depend on an order among equals.
+
+    Source:
+        The order and the meaning of each filter are those of transformers' logits processors.
+    """
+    temperature = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
+    scaled = logits / temperature[:, None]
+    needs_order = (sampling.top_k > 0) | (sampling.top_p < 1)
+    # Sorting 32,000 logits costs more than a small value network's forward: only when asked for.
+    threshold = jax.lax.cond(
+        jnp.any(needs_order),
+        lambda: _order_threshold(scaled, sampling),
+        lambda: jnp.full(scaled.shape[:1], -jnp.inf, scaled.dtype),
+    )
+    floor = jnp.max(scaled, axis=-1) + jnp.log(sampling.min_p)
+    threshold = jnp.maximum(threshold, floor)
+    return jnp.where(scaled >= threshold[:, None], scaled, -jnp.inf)
+
+
+def sample_tokens(
+    logits: Float[Array, "B V"],
+    sampling: Sampling,
+    keys: Key[Array, " B"],
+    token_indices: Int[Array, " B"],
+) -> Int[Array, " B"]:
+    """Choose one token a row.
+
+    A row's token depends on its own logits, settings, key and token index only: not on the other
+    rows, nor on how many padding columns the vocabulary has.
+
+    Args:
+        logits: [B V] float32 composed logits; −inf marks what is no token.
+        sampling: what each row asks for.
+        keys: [B] one key a row, the same at every step.
+        token_indices: [B] how many tokens the row has generated before this one; folded into
+            the key.
+
+    Returns:
+        [B] int32 token ids.
+    """
+
+    def one(key: Key[Array, ""], index: Int[Array, ""], row: Float[Array, " V"]) -> Int[Array, ""]:
+        return jax.random.categorical(jax.random.fold_in(key, index), row).astype(jnp.int32)
+
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    is_sampled: Bool[Array, " B"] = sampling.temperature > 0
+    sampled = jax.lax.cond(
+        jnp.any(is_sampled),
+        lambda: jax.vmap(one)(keys, token_indices, filter_logits(logits, sampling)),
+        lambda: greedy,
+    )
+    return jnp.where(is_sampled, sampled, greedy)
+
+
+def _order_threshold(scaled: Float[Array, "B V"], sampling: Sampling) -> Float[Array, " B"]:
+    """The smallest logit that top-k and top-p keep."""
+    width = scaled.shape[-1]
+    descending = -jnp.sort(-scaled, axis=-1)
+    count = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, width), width)
+    kth = jnp.take_along_axis(descending, count[:, None] - 1, axis=-1)
+    probabilities = jax.nn.softmax(jnp.where(descending >= kth, descending, -jnp.inf), axis=-1)
+    mass_before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    top_p = sampling.top_p[:, None]
+    # A running sum may round to 1 before the last token: top_p = 1 keeps all by definition.
+    kept = (descending >= kth) & ((mass_before < top_p) | (top_p >= 1))
+    last = jnp.sum(kept, axis=-1, keepdims=True) - 1
+    return jnp.take_along_axis(descending, last, axis=-1)[:, 0]
