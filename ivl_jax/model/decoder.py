@@ -201,6 +201,27 @@ def embed(
     return _embed(_assemble(graphdef, params), tokens)
 
 
+def embed_probabilities(
+    graphdef: nnx.GraphDef, params: Params, probabilities: Float[Array, "B T V"]
+) -> Float[Array, "B T D"]:
+    """The expected token embedding under a distribution over tokens, scaled like `embed`.
+
+    Args:
+        graphdef: From `build_decoder`.
+        params: Nested dict of arrays.
+        probabilities: fp32; columns beyond the embedding's rows have no embedding and count as 0.
+
+    Returns:
+        Embeddings in the compute dtype.
+    """
+    decoder = _assemble(graphdef, params)
+    rows = decoder.embed_tokens.embedding[...]
+    width = min(rows.shape[0], probabilities.shape[-1])
+    weights = probabilities[..., :width].astype(decoder.compute_dtype)
+    mixed = jnp.einsum("btv,vd->btd", weights, rows[:width].astype(decoder.compute_dtype))
+    return _scale_embeddings(decoder, mixed)
+
+
 def hidden_states(
     graphdef: nnx.GraphDef,
     params: Params,
@@ -316,11 +337,14 @@ def _assemble(graphdef: nnx.GraphDef, params: Params) -> Decoder:
 def _embed(decoder: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     dtype = decoder.compute_dtype
     rows = decoder.embed_tokens.embedding[...].at[tokens].get(mode="fill", fill_value=jnp.nan)
-    rows = rows.astype(dtype)
+    return _scale_embeddings(decoder, rows.astype(dtype))
+
+
+def _scale_embeddings(decoder: Decoder, rows: Array) -> Array:
     if not decoder.arch.scale_embeddings:
         return rows
     # Gemma rounds the factor to the compute dtype (55.4256 to 55.5 in bf16), and so do its weights.
-    return rows * jnp.asarray(decoder.arch.hidden_size**0.5, dtype)
+    return rows * jnp.asarray(decoder.arch.hidden_size**0.5, rows.dtype)
 
 
 def _angles(arch: ArchConfig, kind: str, positions: Array) -> Float[Array, "B T H2"]:
