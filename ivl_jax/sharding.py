@@ -326,24 +326,35 @@ def place_batch(batch: Tree, mesh: Mesh, *, micro_batched: bool = False) -> Tree
     )
 
 
-def activation_constraint(mesh: Mesh) -> Callable[[Array], Array]:
-    """Make the callable that keeps activations split by rows between layers.
+def activation_constraint(
+    mesh: Mesh, rules: ShardingRules = DEFAULT_RULES
+) -> Callable[[Array, tuple[str, ...]], Array]:
+    """Make the callable that tells XLA how a model's activations are split.
 
-    Without it XLA may follow the fsdp-split weights and split the residual stream by D instead.
+    Without it XLA may follow the fsdp-split weights and split the residual stream by D, and then
+    every device computes every row.
 
     Args:
         mesh: the device mesh.
+        rules: the layout of the model's parameters.
 
     Returns:
-        A function from an array [B …] to the same array, rows constrained to data × fsdp; an array
-        whose rows do not divide (decoding one prompt on many devices) is left to XLA.
+        A function from (array, logical name of each dimension) to the constrained array: rows over
+        data × fsdp; heads, MLP width and vocabulary as the parameters; D and positions whole. A
+        dimension that does not divide (one prompt on many devices, few kv heads) stays whole.
     """
-    ways = batch_ways(mesh)
-    sharding = batch_sharding(mesh)
+    split: dict[str, tuple[str, ...]] = {"batch": BATCH_AXES}
+    for name in ("heads", "mlp", "vocabulary"):
+        if (axis := getattr(rules, name)) and axis not in BATCH_AXES:
+            split[name] = (axis,)
 
-    def constrain(activations: Array) -> Array:
-        if activations.shape[0] % ways:
-            return activations
+    def constrain(activations: Array, axes: tuple[str, ...]) -> Array:
+        spec = []
+        for size, name in zip(activations.shape, axes, strict=True):
+            mesh_axes = split.get(name, ())
+            ways = math.prod(mesh.shape[axis] for axis in mesh_axes)
+            spec.append(mesh_axes if ways > 1 and size % ways == 0 else None)
+        sharding = NamedSharding(mesh, PartitionSpec(*spec))
         return jax.lax.with_sharding_constraint(activations, sharding)
 
     return constrain

@@ -12,7 +12,6 @@ from ivl_jax.sharding import (
     LAYOUTS,
     ShardingRules,
     activation_constraint,
-    batch_sharding,
     bytes_per_device,
     data_shard,
     logical_axes,
@@ -173,9 +172,15 @@ def test_one_process_reads_the_whole_batch():
     assert data_shard(make_mesh(data=4, tensor=2)) == (0, 1)
 
 
-def test_activations_are_constrained_by_rows_where_they_divide():
+def test_activations_are_split_by_rows_and_heads_where_they_divide():
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     constrain = activation_constraint(mesh)
-    split = jax.jit(constrain)(jnp.zeros((4, 5, 6)))
-    assert split.sharding.is_equivalent_to(batch_sharding(mesh), 3)
-    assert jax.jit(constrain)(jnp.zeros((1, 5, 6))).shape == (1, 5, 6)
+    names = ("batch", "length", "heads", "head_dim")
+
+    def spec(shape, axes):
+        return jax.jit(lambda x: constrain(x, axes))(jnp.zeros(shape)).sharding.spec
+
+    assert spec((4, 5, 2, 8), names) == P(("data", "fsdp"), None, "tensor")
+    assert spec((4, 5, 3, 8), names) == P(("data", "fsdp"))
+    assert spec((1, 5, 2, 8), names) == P(None, None, "tensor")
+    assert spec((4, 5, 8), ("batch", "length", "embed")) == P(("data", "fsdp"))
