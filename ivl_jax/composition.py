@@ -86,20 +86,20 @@ def compose_logits(
     return jnp.where(_real_columns(width, vocab_size), logits, -jnp.inf)
 
 
-def value_forward(
+def value_hidden(
     connection: Connection,
     graphdef: nnx.GraphDef,
     params: Params,
     tokens: Int[Array, "B T"],
     *,
-    base_logits: Float[Array, "B T Vb"],
+    base_logits: Float[Array, "B T Vb"] | None,
     vocab_size: int,
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"] | None = None,
     cache: KVCache | None = None,
     constrain: Constrain | None = None,
-) -> tuple[Float[Array, "B T Vv"], KVCache | None]:
-    """Run the value network under a connection scheme.
+) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    """Run the value network under a connection scheme, up to its head.
 
     Args:
         connection: `residual`, `cascade` or `cascade_no_text`.
@@ -107,7 +107,7 @@ def value_forward(
         params: its parameters.
         tokens: [B T] token ids.
         base_logits: [B T Vb] of the base at the same positions; the residual scheme reads only the
-            text and ignores it (XLA then never waits for it).
+            text and needs none.
         vocab_size: real tokens of the base's tokenizer; padding columns of `base_logits` never
             enter the softmax of a cascade.
         positions: [B T] position of each token, and its slot in `cache`.
@@ -116,8 +116,11 @@ def value_forward(
         constrain: sharding constraint for activations, or None.
 
     Returns:
-        Value logits [B T Vv] in float32, and the cache with this call's keys and values (None
-        without one).
+        Hidden states [B T D] for `logits_from_hidden`, and the cache with this call's keys and
+        values (None without one).
+
+    Raises:
+        ValueError: a cascade without `base_logits`.
 
     Source:
         arXiv 2410.21027, section 3.2. In the cascades the prediction made at position t enters the
@@ -125,11 +128,13 @@ def value_forward(
     """
     input_embeddings = None
     if connection != "residual":
+        if base_logits is None:
+            raise ValueError(f"the connection scheme {connection} reads base_logits, got None")
         probabilities = _probabilities(base_logits, vocab_size)
         input_embeddings = embed_probabilities(graphdef, params, probabilities)
         if connection == "cascade":
             input_embeddings += embed(graphdef, params, tokens)
-    hidden, cache = hidden_states(
+    return hidden_states(
         graphdef,
         params,
         tokens if input_embeddings is None else None,
@@ -137,6 +142,50 @@ def value_forward(
         segment_ids=segment_ids,
         cache=cache,
         input_embeddings=input_embeddings,
+        constrain=constrain,
+    )
+
+
+def value_forward(
+    connection: Connection,
+    graphdef: nnx.GraphDef,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    *,
+    base_logits: Float[Array, "B T Vb"] | None,
+    vocab_size: int,
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None = None,
+    cache: KVCache | None = None,
+    constrain: Constrain | None = None,
+) -> tuple[Float[Array, "B T Vv"], KVCache | None]:
+    """Run the value network under a connection scheme, head included.
+
+    Args:
+        connection: as in `value_hidden`, like every other argument.
+        graphdef: static part of the value network's decoder.
+        params: its parameters.
+        tokens: [B T] token ids.
+        base_logits: [B T Vb] of the base at the same positions; unused by the residual scheme.
+        vocab_size: real tokens of the base's tokenizer.
+        positions: [B T] position of each token, and its slot in `cache`.
+        segment_ids: [B T], 0 is padding; None is one segment a row.
+        cache: the value network's own cache, or None.
+        constrain: sharding constraint for activations, or None.
+
+    Returns:
+        Value logits [B T Vv] in float32, and the cache (None without one).
+    """
+    hidden, cache = value_hidden(
+        connection,
+        graphdef,
+        params,
+        tokens,
+        base_logits=base_logits,
+        vocab_size=vocab_size,
+        positions=positions,
+        segment_ids=segment_ids,
+        cache=cache,
         constrain=constrain,
     )
     return logits_from_hidden(graphdef, params, hidden), cache
