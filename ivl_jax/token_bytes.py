@@ -1,0 +1,133 @@
+"""Reads, off a tokenizer's own decoder, the bytes that each of its tokens stands for.
+
+In: a tokenizer with a fast backend. Out: by id, the bytes of its ordinary tokens; and its special
+and appended tokens apart, by id, as text.
+"""
+
+import functools
+import json
+from collections.abc import Callable
+from typing import Any
+
+# Decoder steps that do not change what a single token spells.
+_NEUTRAL_DECODERS = frozenset({"Fuse", "Strip"})
+
+
+def ordinary_token_bytes(tokenizer: Any) -> tuple[bytes | None, ...]:
+    """Returns, by id, the bytes of ordinary tokens; None for special and appended ids and holes.
+
+    Args:
+        tokenizer: What `load_tokenizer` returned. Byte-level BPE (the GPT-2 alphabet) and
+            SentencePiece style (a word mark for the space, `<0x0A>` for single bytes) are both read
+            as the bytes they decode to in the middle of a text.
+
+    Raises:
+        ValueError: The tokenizer spells its tokens in a way whose bytes are not known.
+    """
+    return split_vocabulary(tokenizer)[0]
+
+
+def split_vocabulary(tokenizer: Any) -> tuple[tuple[bytes | None, ...], dict[int, str]]:
+    """Separates a vocabulary into ordinary tokens and special or appended ones.
+
+    Args:
+        tokenizer: A transformers tokenizer with a fast backend.
+
+    Returns:
+        By id, each ordinary token's bytes (None elsewhere); and special and appended tokens, id to
+        text.
+
+    Raises:
+        ValueError: The tokenizer spells its tokens in a way whose bytes are not known.
+    """
+    backend = tokenizer.backend_tokenizer
+    model_vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=False)
+    added = backend.get_added_tokens_decoder()
+    model_ids = set(model_vocabulary.values())
+    # A token of the model's vocabulary that is only kept whole (Gemma's "\n\n") is ordinary.
+    special = {
+        token_id: token.content
+        for token_id, token in sorted(added.items())
+        if token.special or token_id not in model_ids
+    }
+    ordinary: list[bytes | None] = [None] * (max(model_ids | set(special), default=-1) + 1)
+    spell = _speller(backend)
+    for text, token_id in model_vocabulary.items():
+        if token_id not in special:
+            ordinary[token_id] = spell(text)
+    return tuple(ordinary), special
+
+
+def _speller(backend: Any) -> Callable[[str], bytes]:
+    """Returns the function from a token's text to its bytes, read off the tokenizer's decoder."""
+    steps = _flatten(backend.decoder, "decoders")
+    kinds = {step["type"] for step in steps}
+    if not steps and any(
+        step["type"] == "ByteLevel" for step in _flatten(backend.pre_tokenizer, "pretokenizers")
+    ):
+        kinds = {"ByteLevel"}
+    unknown = kinds - _NEUTRAL_DECODERS - {"ByteLevel", "ByteFallback", "Metaspace", "Replace"}
+    if unknown:
+        raise ValueError(
+            f"tokenizer decoder: expected ByteLevel, Metaspace, Replace or ByteFallback, got "
+            f"{sorted(unknown)}; the bytes of such tokens are not known, so no two tokenizers of "
+            "this kind can be compared"
+        )
+    replacements: list[tuple[str, str]] = []
+    for step in steps:
+        if step["type"] == "Metaspace":
+            replacements.append((step["replacement"], " "))
+        elif step["type"] == "Replace":
+            if "String" not in step["pattern"]:
+                raise ValueError(
+                    f"tokenizer decoder: a Replace by regular expression is not supported: {step}"
+                )
+            replacements.append((step["pattern"]["String"], step["content"]))
+
+    def spell(text: str) -> bytes:
+        if (
+            "ByteFallback" in kinds
+            and len(text) == 6
+            and text.startswith("<0x")
+            and text.endswith(">")
+        ):
+            return bytes([int(text[3:5], 16)])
+        for pattern, content in replacements:
+            text = text.replace(pattern, content)
+        if "ByteLevel" in kinds:
+            alphabet = _byte_alphabet()
+            if all(character in alphabet for character in text):
+                return bytes(alphabet[character] for character in text)
+        return text.encode()
+
+    return spell
+
+
+def _flatten(part: Any, children: str) -> list[dict[str, Any]]:
+    """The steps of one of a tokenizer's parts, sequences opened."""
+    if part is None:
+        return []
+
+    def opened(step: dict[str, Any]) -> list[dict[str, Any]]:
+        if step["type"] == "Sequence":
+            return [inner for child in step[children] for inner in opened(child)]
+        return [step]
+
+    return opened(json.loads(part.__getstate__()))
+
+
+@functools.cache
+def _byte_alphabet() -> dict[str, int]:
+    """Byte-level BPE's characters to bytes: printable ones themselves, others from U+0100 on.
+
+    Source: `bytes_to_unicode` in openai/gpt-2, encoder.py.
+    """
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    alphabet = {chr(byte): byte for byte in printable}
+    others = (byte for byte in range(256) if byte not in set(printable))
+    alphabet.update({chr(256 + position): byte for position, byte in enumerate(others)})
+    return alphabet
