@@ -138,7 +138,7 @@ class OptimizerConfig:
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape after warm-up."""
     warmup_fraction: float = 0.01
-    """Share of all steps in which the learning rate rises linearly from 0."""
+    """Share of all steps in which the learning rate rises linearly to its peak."""
     final_fraction: float = 0.0
     """Learning rate at the last step, as a share of the peak."""
     weight_decay: float = 0.01

@@ -1,0 +1,104 @@
+"""AdamW with clipping and a learning-rate schedule, as one optax chain.
+
+In: plain numbers. Out: an `optax.GradientTransformation` and the schedule it follows.
+"""
+
+import math
+from typing import Any, Literal
+
+import jax
+import optax
+
+# Leaves that are matrices. Decided by name: the stacked norms of scanned layers are [L D] too.
+_MATRICES = ("kernel", "embedding")
+
+
+def make_schedule(
+    *,
+    learning_rate: float,
+    schedule: Literal["cosine", "linear", "constant"],
+    warmup_fraction: float,
+    final_fraction: float,
+    total_steps: int,
+) -> optax.Schedule:
+    """Make the learning rate as a function of the step.
+
+    Args:
+        learning_rate: peak.
+        schedule: shape after warm-up.
+        warmup_fraction: share of all steps with a linear rise from 0; a share above 0 is at least
+            one step.
+        final_fraction: learning rate after the last step, as a share of the peak (`cosine` and
+            `linear`).
+        total_steps: optimizer steps of the whole run.
+
+    Returns:
+        Step number (0-based) → learning rate; float32.
+
+    Raises:
+        ValueError: no steps.
+
+    Source:
+        The paper's recipe is `cosine` with a warm-up of 1 % (section 4.1).
+    """
+    if total_steps < 1:
+        raise ValueError(f"a schedule needs at least one step, got total_steps = {total_steps}")
+    warmup = min(math.ceil(warmup_fraction * total_steps), total_steps)
+    rest = max(total_steps - warmup, 1)
+    decay = {
+        "cosine": optax.cosine_decay_schedule(learning_rate, rest, alpha=final_fraction),
+        "linear": optax.linear_schedule(learning_rate, final_fraction * learning_rate, rest),
+        "constant": optax.constant_schedule(learning_rate),
+    }[schedule]
+    if not warmup:
+        return decay
+    # The first step already moves: with a rise from exactly 0 one batch would be read for nothing.
+    rise = optax.linear_schedule(learning_rate / warmup, learning_rate, max(warmup - 1, 1))
+    return optax.join_schedules([rise, decay], [warmup])
+
+
+def make_optimizer(
+    schedule: optax.Schedule,
+    *,
+    weight_decay: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    max_gradient_norm: float,
+) -> optax.GradientTransformation:
+    """Make AdamW with decoupled weight decay on matrices, after clipping by the global norm.
+
+    Weight decay acts on kernels and embeddings and leaves norm scales and biases alone, as the
+    Hugging Face trainer that the paper used does.
+
+    Args:
+        schedule: step number → learning rate.
+        weight_decay: share of a matrix removed a step, times the learning rate (paper: 0.01).
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        epsilon: added to the root of the second moment.
+        max_gradient_norm: global norm above which gradients are scaled down; 0: never.
+
+    Returns:
+        The optax chain; its moments are float32 like the master weights.
+    """
+    adamw = optax.adamw(
+        schedule, b1=beta1, b2=beta2, eps=epsilon, weight_decay=weight_decay, mask=decay_mask
+    )
+    if not max_gradient_norm:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(max_gradient_norm), adamw)
+
+
+def decay_mask(params: Any) -> Any:
+    """Mark the leaves that weight decay acts on: matrices, by their name.
+
+    Args:
+        params: nested dict of parameters (or any tree of the same structure).
+
+    Returns:
+        The same structure of booleans.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: getattr(path[-1], "key", None) in _MATRICES, params
+    )
