@@ -1,0 +1,150 @@
+"""Arrays on disk: any pytree as nested string dictionaries of plain arrays, written by Orbax.
+
+In: a pytree of arrays (NamedTuples, optax states, typed PRNG keys) or what it should become. Out:
+an Orbax item that plain Orbax reads too, and the same pytree back, each leaf born in its place.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.sharding import SingleDeviceSharding
+
+from ivl_jax.tree_compare import check_same_tree, key_name, named_leaves
+
+
+def to_storable(tree: Any) -> dict[str, Any]:
+    """Turn a pytree into nested dictionaries with string keys.
+
+    Field names, dictionary keys and indices become the keys, so the layout on disk depends on no
+    Python class; nodes without leaves vanish. Typed PRNG keys become their uint32 data.
+
+    Args:
+        tree: pytree of arrays or `ShapeDtypeStruct`s; not a single array.
+
+    Returns:
+        The same leaves in nested dictionaries.
+    """
+    nested: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        *parents, last = (key_name(key) for key in path)
+        node = nested
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = _plain(leaf)
+    return nested
+
+
+def from_storable(nested: Mapping[str, Any], target: Any) -> Any:
+    """Undo `to_storable`.
+
+    Args:
+        nested: nested dictionaries of arrays, as stored.
+        target: the pytree that was stored, or its `ShapeDtypeStruct`s.
+
+    Returns:
+        A pytree of the target's structure; typed PRNG keys where the target has them.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(target)
+    restored = []
+    for path, leaf in leaves:
+        node: Any = nested
+        for key in path:
+            node = node[key_name(key)]
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            node = jax.random.wrap_key_data(node, impl=_key_impl(leaf))
+        restored.append(node)
+    return jax.tree.unflatten(structure, restored)
+
+
+def restore_arrays(
+    folder: epath.PathLike,
+    target: Any,
+    *,
+    what: str,
+    remedy: str,
+    cast: bool = False,
+    partial: bool = False,
+) -> Any:
+    """Read stored arrays as a given pytree, each leaf directly onto its devices.
+
+    The stored tree's paths, shapes and dtypes are compared first; no array is read before they fit.
+
+    Args:
+        folder: the Orbax item.
+        target: pytree of arrays or `ShapeDtypeStruct`s; a leaf without a sharding goes to the first
+            device of this process.
+        what: the subject of an error's first line.
+        remedy: what to do when the trees differ.
+        cast: read floating-point leaves as the target's dtype instead of insisting on it.
+        partial: read only the target's top-level entries, for example the parameters of a train
+            state; other stored entries are no error.
+
+    Returns:
+        The pytree of arrays, with the target's structure and shardings.
+
+    Raises:
+        TreeMismatchError: paths, shapes or (without `cast`) dtypes differ; lists them.
+    """
+    folder = epath.Path(folder)
+    wanted = to_storable(jax.tree.map(_abstract, target))
+    stored = stored_leaves(folder)
+    if partial:
+        stored = {name: leaf for name, leaf in stored.items() if name.split(".")[0] in wanted}
+    check_same_tree(named_leaves(wanted), stored, what=what, remedy=remedy, with_dtype=not cast)
+
+    def arguments(leaf: jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:
+        return ocp.ArrayRestoreArgs(
+            sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype
+        )
+
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        nested = reader.restore(
+            folder,
+            args=ocp.args.PyTreeRestore(
+                item=wanted,
+                restore_args=jax.tree.map(arguments, wanted),
+                partial_restore=partial,
+            ),
+        )
+    return from_storable(nested, target)
+
+
+def stored_leaves(folder: epath.PathLike) -> dict[str, Any]:
+    """Read which arrays an Orbax item holds, without reading any of them.
+
+    Args:
+        folder: the Orbax item.
+
+    Returns:
+        Dotted path → metadata with shape and dtype.
+    """
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        metadata = reader.metadata(epath.Path(folder))
+    return named_leaves(metadata.item_metadata.tree)
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Describe the array to be read for a leaf; without a sharding it goes to the first device."""
+    sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _plain(leaf: Any) -> Any:
+    """Give a leaf as Orbax stores it: arrays as they are, typed keys as their uint32 data."""
+    if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return leaf
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.random.key_data(leaf)
+    data = jax.eval_shape(jax.random.key_data, leaf)
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=leaf.sharding)
+
+
+def _key_impl(leaf: Any) -> Any:
+    """Find the PRNG implementation of a typed key or of its abstract form."""
+    found = []
+    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), leaf)
+    return found[0]

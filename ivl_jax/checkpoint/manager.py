@@ -1,0 +1,376 @@
+"""Checkpoints of a training run: written in the background, checked to the last bit when read.
+
+In: the train state, the data position and JSON about the run. Out: a folder a step, labelled
+`state.step`, written by Orbax and sealed with a hash manifest; later the newest sound one of them.
+
+A step's folder appears under its name by one rename, when Orbax has written it whole; then a thread
+of ours hashes the files and writes the manifest, which seals it. Orbax deletes old steps between,
+so what is kept counts sealed steps only: at every moment at least one sealed checkpoint exists.
+"""
+
+import base64
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from ivl_jax.checkpoint.arrays import restore_arrays, to_storable
+from ivl_jax.checkpoint.manifest import MANIFEST_NAME, write_manifest
+from ivl_jax.checkpoint.steps import (
+    NoUsableCheckpointError,
+    RejectedStep,
+    best_step,
+    committed_steps,
+    complete_steps,
+    find_usable_step,
+    has_started,
+    recorded_metrics,
+    set_aside,
+)
+
+logger = logging.getLogger(__name__)
+
+DataState = bytes | Mapping[str, Any] | None
+
+
+class RestoredRun(NamedTuple):
+    """A run as it was when a checkpoint was saved."""
+
+    step: int  # the checkpoint's label, equal to state.step
+    state: Any  # the train state, with the target's structure and shardings
+    data_state: Any  # what `data_state` was in this process: bytes, a JSON mapping or None
+    run_metadata: dict[str, Any]  # what `run_metadata` was
+    rejected: tuple[RejectedStep, ...]  # newer checkpoints that cannot be used
+
+
+@dataclass(frozen=True)
+class _Preservation:
+    """Orbax's PreservationPolicy for a choice among steps."""
+
+    kept: Callable[[Sequence[int]], set[int]]
+
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: ocp.checkpoint_managers.PreservationContext
+    ) -> list[bool]:
+        del context
+        steps = [info.step for info in checkpoints]
+        kept = self.kept(steps)
+        return [step in kept for step in steps]
+
+
+class TrainCheckpointer:
+    """Saves and restores a run; a context manager that waits for its last save.
+
+    Reading changes nothing on disk. The first save after a `restore` clears away what the restore
+    rejected: unfinished saves are deleted, altered ones are renamed to `STEP.unusable`.
+
+    Attributes:
+        directory: the checkpoint folder.
+    """
+
+    def __init__(
+        self,
+        directory: epath.PathLike,
+        *,
+        keep: int,
+        metric: str = "nll",
+        lower_is_better: bool = True,
+    ) -> None:
+        """Name the folder and what is kept in it; touches no file.
+
+        Args:
+            directory: the checkpoint folder, local or a URL that `etils.epath` writes.
+            keep: newest checkpoints kept, at least 1. The one before the newest is always kept
+                too, as what to fall back to, so 1 acts as 2.
+            metric: the best checkpoint by this entry of `metrics` is kept besides.
+            lower_is_better: whether a small value of the metric is good.
+
+        Raises:
+            ValueError: `keep` is below 1.
+        """
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}")
+        self.directory = epath.Path(directory)
+        self._keep = keep
+        self._metric = metric
+        self._lower_is_better = lower_is_better
+        self._manager: ocp.CheckpointManager | None = None
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint_manifest")
+        self._pending: Future[None] | None = None
+        self._failed = False
+        self._newest: int | None = None  # the step saved last, or restored, by this object
+        self._rejected: tuple[RejectedStep, ...] = ()
+        self._metrics: dict[int, dict[str, float]] = {}  # of the sealed steps
+
+    def save(
+        self,
+        state: Any,
+        *,
+        data_state: DataState,
+        run_metadata: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+    ) -> bool:
+        """Save a train state under the label `state.step`, in the background.
+
+        Returns once the arrays are copied from the devices; their buffers may be donated then.
+        Waits first for the save before this one.
+
+        Args:
+            state: pytree of arrays with a field `step`; typed PRNG keys are fine.
+            data_state: this process's data position: bytes, JSON or None.
+            run_metadata: JSON about the run, equal in every process.
+            metrics: held-out figures of this very state, if they were measured.
+
+        Returns:
+            False when this step is saved already, by this object or by the run it restored.
+
+        Raises:
+            FileExistsError: the folder holds checkpoints that this run did not continue from.
+            TypeError: the metadata or the data position is not JSON.
+            Exception: whatever the save before this one failed with.
+        """
+        self.wait_until_finished()
+        step = int(state.step)
+        if step == self._newest:
+            return False
+        run = json.loads(json.dumps(dict(run_metadata)))
+        measured = {name: float(value) for name, value in (metrics or {}).items()}
+        data = _pack_data_states(data_state)
+        if self._manager is None:
+            self._manager = self._open(step)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(to_storable(state)),
+            data=ocp.args.JsonSave(data),
+            run=ocp.args.JsonSave(run),
+        )
+        self._manager.save(step, args=items, force=True)
+        self._newest = step
+        self._pending = self._worker.submit(self._seal, self._manager, step, measured)
+        return True
+
+    def wait_until_finished(self) -> None:
+        """Wait until the last save is committed and sealed.
+
+        Raises:
+            Exception: whatever it failed with; the older checkpoints are untouched then.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            try:
+                pending.result()
+            except BaseException:
+                self._failed = True
+                raise
+
+    def restore(self, target: Any, *, step: int | None = None) -> RestoredRun:
+        """Read the newest sound checkpoint, or a given one.
+
+        Args:
+            target: the train state or its `ShapeDtypeStruct`s; each array is read directly onto the
+                devices of its sharding, which may be another mesh than the one that saved.
+            step: this step and no other; None: the newest whose every byte is as written. A newer
+                one that is unfinished, truncated or altered is named in a warning.
+
+        Returns:
+            The run as it was saved.
+
+        Raises:
+            NoUsableCheckpointError: no checkpoint is sound; lists each one's reason.
+            TreeMismatchError: the checkpoint holds other arrays than the target.
+            ValueError: it was saved by another number of processes.
+        """
+        self.wait_until_finished()
+        found, rejected = self._agree_on_step(step)
+        for one in rejected:
+            logger.warning("checkpoint of %s cannot be used: %s", one, self.directory)
+        folder = self.directory / str(found)
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+            items = reader.restore(
+                folder,
+                args=ocp.args.Composite(data=ocp.args.JsonRestore(), run=ocp.args.JsonRestore()),
+            )
+        data_state = _unpack_data_state(items["data"], folder)
+        state = restore_arrays(
+            folder / "state",
+            target,
+            what=f"the train state in {folder}",
+            remedy="resume with the configuration the run was started with (config.toml in its "
+            "run directory), or start a new run",
+        )
+        if int(state.step) != found:
+            raise ValueError(f"{folder} holds state.step = {int(state.step)}, expected {found}")
+        self._newest, self._rejected = found, rejected
+        if rejected:
+            logger.warning("going on from step %d of %s", found, self.directory)
+        return RestoredRun(found, state, data_state, dict(items["run"]), rejected)
+
+    def steps(self) -> list[int]:
+        """List the steps that are complete (all files there, not hashed), oldest first."""
+        self.wait_until_finished()
+        return list(complete_steps(self.directory))
+
+    def latest_step(self) -> int | None:
+        """Give the newest complete step, or None."""
+        return max(self.steps(), default=None)
+
+    def best_step(self) -> int | None:
+        """Give the complete step with the best metric, or None when none was measured."""
+        self.wait_until_finished()
+        manifests = complete_steps(self.directory)
+        metrics = {step: recorded_metrics(manifest) for step, manifest in manifests.items()}
+        return best_step(metrics, self._metric, lower_is_better=self._lower_is_better)
+
+    def has_started(self) -> bool:
+        """Say whether a run in this folder can have taken a training step."""
+        self.wait_until_finished()
+        return has_started(self.directory)
+
+    def close(self) -> None:
+        """Wait for the last save and release Orbax's threads.
+
+        Raises:
+            Exception: whatever the last save failed with.
+        """
+        try:
+            self.wait_until_finished()
+        finally:
+            self._worker.shutdown()
+            manager, self._manager = self._manager, None
+            if manager is not None:
+                try:
+                    manager.close()
+                except Exception:
+                    if not self._failed:  # else it repeats what was raised already
+                        raise
+
+    def __enter__(self) -> "TrainCheckpointer":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _kept(self, steps: Sequence[int]) -> set[int]:
+        """Choose the steps that stay when the newest of them is committed.
+
+        The newest has no manifest yet, so it is never the one that must stay sealed.
+        """
+        newest = max(steps)
+        sealed = sorted(step for step in self._metrics if step < newest)
+        kept = {newest, *sealed[-max(self._keep - 1, 1) :]}
+        best = best_step(self._metrics, self._metric, lower_is_better=self._lower_is_better)
+        if best is not None:
+            kept.add(best)
+        self._metrics = {step: seen for step, seen in self._metrics.items() if step in kept}
+        return kept
+
+    def _open(self, step: int) -> ocp.CheckpointManager:
+        """Clear away what was rejected, check that nothing is in the way, start Orbax's manager."""
+        if jax.process_index() == 0:
+            self._clear_rejected()
+        _barrier("checkpoint_cleared")
+        existing = committed_steps(self.directory)
+        if self._newest is None and existing:
+            raise FileExistsError(
+                f"{self.directory} holds checkpoints of steps {existing}: continue that run "
+                "(--resume), or name another run_dir"
+            )
+        if newer := [other for other in existing if other >= step]:
+            raise FileExistsError(
+                f"{self.directory} holds checkpoints of steps {newer}, not older than step {step} "
+                f"after a restore of step {self._newest}: a run goes on from its newest "
+                "checkpoint only; name another run_dir"
+            )
+        manifests = complete_steps(self.directory)
+        self._metrics = {seen: recorded_metrics(manifest) for seen, manifest in manifests.items()}
+        return ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=_Preservation(self._kept),
+                cleanup_tmp_directories=True,
+                lightweight_initialize=True,
+            ),
+        )
+
+    def _clear_rejected(self) -> None:
+        """Make room for steps that will be written again."""
+        rejected = [one.step for one in self._rejected]
+        if not has_started(self.directory):
+            rejected = committed_steps(self.directory)  # at most an unfinished step 0
+        for step in rejected:
+            folder = self.directory / str(step)
+            if not folder.exists():
+                continue  # a temporary folder: Orbax's manager removes those when it starts
+            if (folder / MANIFEST_NAME).exists():
+                logger.warning("step %d is set aside as %s", step, set_aside(self.directory, step))
+            else:
+                folder.rmtree()
+
+    def _seal(self, manager: ocp.CheckpointManager, step: int, metrics: dict[str, float]) -> None:
+        """Wait until a step is committed, then write its manifest; runs in the worker thread."""
+        manager.wait_until_finished()
+        if jax.process_index() == 0:
+            write_manifest(self.directory / str(step), {"step": step, "metrics": metrics})
+        self._metrics[step] = metrics
+
+    def _agree_on_step(self, step: int | None) -> tuple[int, tuple[RejectedStep, ...]]:
+        """Let process 0 read and check the files, and tell the others what it found."""
+        if jax.process_count() == 1:
+            return find_usable_step(self.directory, step)
+        found, rejected, error = -1, (), None
+        if jax.process_index() == 0:
+            try:
+                found, rejected = find_usable_step(self.directory, step)
+            except NoUsableCheckpointError as raised:
+                error = raised
+        found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+        if found < 0:
+            raise error or NoUsableCheckpointError("no checkpoint can be used: see process 0")
+        return found, rejected
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def _pack_data_states(data_state: DataState) -> dict[str, Any]:
+    """Gather every process's data position as one JSON object."""
+    if isinstance(data_state, bytes):
+        own: dict[str, Any] = {"base64": base64.b64encode(data_state).decode()}
+    else:
+        own = {"json": None if data_state is None else dict(data_state)}
+    text = json.dumps(own).encode()
+    if jax.process_count() == 1:
+        return {"processes": [json.loads(text)]}
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(text)))).reshape(-1)
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    texts = [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
+    return {"processes": [json.loads(text) for text in texts]}
+
+
+def _unpack_data_state(stored: Mapping[str, Any], folder: epath.Path) -> Any:
+    """Take this process's own data position out of the gathered ones."""
+    states = stored["processes"]
+    if len(states) != jax.process_count():
+        raise ValueError(
+            f"{folder} holds the data positions of {len(states)} process(es), this run has "
+            f"{jax.process_count()}: resume with as many processes as it was saved with"
+        )
+    own = states[jax.process_index()]
+    return base64.b64decode(own["base64"]) if "base64" in own else own["json"]

@@ -1,0 +1,219 @@
+"""The hash manifest of a folder: what its files must be, so that one altered bit is named.
+
+In: a folder of files that nobody writes any more. Out: `manifest.json` in it, written atomically,
+and later the list of files that are missing, truncated or altered. Orbax itself returns altered
+bytes silently; only a truncated file makes it fail. Imports no JAX.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from etils import epath
+
+MANIFEST_NAME = "manifest.json"
+MANIFEST_FORMAT = 1
+PROBLEMS_SHOWN = 20
+_BLOCK_BYTES = 1 << 22
+
+
+class ManifestError(ValueError):
+    """A manifest that is missing, unreadable or altered: file, expected, found."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What the files of a folder were when they were written.
+
+    Attributes:
+        files: path relative to the folder, with `/` → {"bytes": size, "sha256": hex digest}.
+        about: what the writer recorded beside them, any JSON.
+    """
+
+    files: dict[str, dict[str, Any]]
+    about: dict[str, Any]
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all files together."""
+        return sum(record["bytes"] for record in self.files.values())
+
+
+def write_manifest(
+    folder: epath.PathLike, about: Mapping[str, Any], *, threads: int = 1
+) -> Manifest:
+    """Hash every file below a folder and write `manifest.json` there, atomically and last.
+
+    Local files are flushed to the disk before the manifest exists, so that a power failure cannot
+    leave a manifest whose files were lost.
+
+    Args:
+        folder: the folder; local or a URL that `etils.epath` reads. Nobody may write in it now.
+        about: JSON recorded and protected with the hashes.
+        threads: files hashed at once; 1 leaves the other cores to a training loop.
+
+    Returns:
+        The manifest written.
+    """
+    folder = epath.Path(folder)
+    names = sorted(set(_file_names(folder)) - {MANIFEST_NAME})
+    with ThreadPoolExecutor(threads) as pool:
+        records = list(pool.map(lambda name: _record(folder / name, flush=True), names))
+    manifest = Manifest(files=dict(zip(names, records, strict=True)), about=dict(about))
+    _flush_folders(folder, names)
+    content = {"format": MANIFEST_FORMAT, "about": manifest.about, "files": manifest.files}
+    content["checksum"] = _checksum(content)
+    write_atomically(folder / MANIFEST_NAME, (json.dumps(content, indent=1) + "\n").encode())
+    return manifest
+
+
+def read_manifest(folder: epath.PathLike) -> Manifest:
+    """Read a folder's `manifest.json` and check it against its own checksum.
+
+    Args:
+        folder: the folder.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ManifestError: it is missing, cannot be parsed, is of an unknown format or was altered.
+    """
+    path = epath.Path(folder) / MANIFEST_NAME
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ManifestError(
+            f"{MANIFEST_NAME} is missing: the folder was never completed, or not copied whole"
+        ) from None
+    except (ValueError, OSError) as error:
+        raise ManifestError(f"{MANIFEST_NAME} cannot be read: {error}") from None
+    if not isinstance(content, dict) or "checksum" not in content:
+        raise ManifestError(f"{MANIFEST_NAME} was altered: it has no checksum")
+    expected = content.pop("checksum")
+    if (found := _checksum(content)) != expected:
+        raise ManifestError(
+            f"{MANIFEST_NAME} was altered: expected SHA-256 {expected}, found {found}"
+        )
+    if content["format"] != MANIFEST_FORMAT:
+        raise ManifestError(
+            f"{MANIFEST_NAME} has format {content['format']}, this version of ivl_jax reads "
+            f"{MANIFEST_FORMAT}: install the version of ivl_jax that wrote it"
+        )
+    return Manifest(files=content["files"], about=content["about"])
+
+
+def file_problems(
+    folder: epath.PathLike, manifest: Manifest, *, sizes_only: bool = False, threads: int = 4
+) -> tuple[str, ...]:
+    """Compare the files of a folder with its manifest, every byte of them.
+
+    Args:
+        folder: the folder.
+        manifest: what the files must be.
+        sizes_only: look only for missing and truncated files; reads none of them.
+        threads: files hashed at once.
+
+    Returns:
+        One sentence for each file that is missing, truncated or altered, at most 20 and then a
+        count; empty when all are as written. Files the manifest does not list are no problem.
+    """
+    folder = epath.Path(folder)
+
+    def problem(item: tuple[str, dict[str, Any]]) -> str | None:
+        name, expected = item
+        try:
+            size = (folder / name).stat().length
+            if size != expected["bytes"]:
+                return f"{name}: expected {expected['bytes']} bytes, found {size}"
+            if sizes_only:
+                return None
+            found = _record(folder / name, flush=False)["sha256"]
+        except FileNotFoundError:
+            return f"{name}: missing"
+        except OSError as error:
+            return f"{name}: cannot be read ({error})"
+        if found != expected["sha256"]:
+            return f"{name}: altered: expected SHA-256 {expected['sha256']}, found {found}"
+        return None
+
+    with ThreadPoolExecutor(threads) as pool:
+        return shorten([line for line in pool.map(problem, manifest.files.items()) if line])
+
+
+def shorten(problems: Sequence[str]) -> tuple[str, ...]:
+    """Keep the first 20 lines of a list of problems and count the others."""
+    shown = tuple(problems[:PROBLEMS_SHOWN])
+    more = len(problems) - len(shown)
+    return (*shown, f"and {more} more") if more > 0 else shown
+
+
+def write_atomically(path: epath.PathLike, content: bytes) -> None:
+    """Write a file such that it holds, at every moment, the old content or the new, never a part.
+
+    Args:
+        path: the file; on object stores, where one write is atomic already, it is written directly.
+        content: its bytes.
+    """
+    path = epath.Path(path)
+    if not _is_local(path):
+        path.write_bytes(content)
+        return
+    name = os.fspath(path)
+    temporary = f"{name}.tmp-{os.getpid()}"
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, name)
+    _flush(os.path.dirname(name) or ".")
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _file_names(folder: epath.Path, prefix: str = "") -> list[str]:
+    names = []
+    for path in folder.iterdir():
+        if path.is_dir():
+            names += _file_names(path, f"{prefix}{path.name}/")
+        else:
+            names.append(prefix + path.name)
+    return names
+
+
+def _record(path: epath.Path, *, flush: bool) -> dict[str, Any]:
+    """Size and hash of one file."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+            size += len(block)
+        if flush and _is_local(path):
+            os.fsync(file.fileno())
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _is_local(path: epath.Path) -> bool:
+    return "://" not in os.fspath(path)
+
+
+def _flush(folder: str) -> None:
+    """Make the names in a local folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_folders(folder: epath.Path, names: Sequence[str]) -> None:
+    if _is_local(folder):
+        for name in sorted({os.path.dirname(name) for name in names} | {""}):
+            _flush(os.path.join(os.fspath(folder), name))

@@ -1,0 +1,204 @@
+"""The checkpoint folder of a run, read only: which steps it holds and which of them are sound.
+
+In: a folder with one sub-folder a step, each with its hash manifest. Out: the newest step that is
+exactly as it was written, and for every newer one what is wrong with it. Imports no JAX.
+"""
+
+import logging
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from ivl_jax.checkpoint.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    ManifestError,
+    file_problems,
+    read_manifest,
+)
+
+logger = logging.getLogger(__name__)
+
+_STEP_FOLDER = re.compile(r"0|[1-9]\d*")
+_UNFINISHED_FOLDER = re.compile(r"(0|[1-9]\d*)\.orbax-checkpoint-tmp.*")
+_SET_ASIDE_FOLDER = re.compile(r"(0|[1-9]\d*)\.unusable.*")
+
+
+class RejectedStep(NamedTuple):
+    """A checkpoint that cannot be used."""
+
+    step: int  # its label
+    reasons: tuple[str, ...]  # one sentence a file that is missing, truncated or altered
+
+    def __str__(self) -> str:
+        """Name the step and each reason."""
+        return f"step {self.step}: " + "; ".join(self.reasons)
+
+
+class NoUsableCheckpointError(RuntimeError):
+    """No checkpoint of a run is exactly as it was written; lists each one's reason."""
+
+
+def committed_steps(directory: epath.PathLike) -> list[int]:
+    """List the steps that Orbax committed, oldest first, sound or not."""
+    return sorted(int(name) for name in _folders(directory) if _STEP_FOLDER.fullmatch(name))
+
+
+def has_started(directory: epath.PathLike) -> bool:
+    """Say whether a run in this folder can have taken a training step.
+
+    Step 0 is complete before the first training step. So a folder with nothing but unfinished
+    saves and at most a step 0 without a manifest belongs to a run that was stopped before it began.
+
+    Args:
+        directory: the checkpoint folder; it need not exist.
+
+    Returns:
+        False only if no training step can have been taken.
+    """
+    if any(_SET_ASIDE_FOLDER.fullmatch(name) for name in _folders(directory)):
+        return True
+    steps = committed_steps(directory)
+    if steps != [0]:
+        return bool(steps)
+    return (epath.Path(directory) / "0" / MANIFEST_NAME).exists()
+
+
+def step_problems(directory: epath.PathLike, step: int) -> tuple[str, ...]:
+    """Check every byte of one step against its manifest.
+
+    Args:
+        directory: the checkpoint folder.
+        step: the step's label.
+
+    Returns:
+        What is wrong, one sentence a file; empty when the step is as it was written.
+    """
+    folder = epath.Path(directory) / str(step)
+    try:
+        manifest = read_manifest(folder)
+    except ManifestError as error:
+        return (str(error),)
+    if manifest.about.get("step") != step:
+        return (f"the folder {step} holds step {manifest.about.get('step')}: it was renamed",)
+    logger.info("checking step %d: %.1f MB", step, manifest.total_bytes / 1e6)
+    return file_problems(folder, manifest)
+
+
+def find_usable_step(
+    directory: epath.PathLike, step: int | None
+) -> tuple[int, tuple[RejectedStep, ...]]:
+    """Find the newest sound step, and name each newer one that is not.
+
+    Args:
+        directory: the checkpoint folder.
+        step: this step and no other; None: the newest sound one.
+
+    Returns:
+        The step, and the newer ones that cannot be used, newest first. A save that was cut off
+        (Orbax's temporary folder) counts as one of them.
+
+    Raises:
+        NoUsableCheckpointError: none is sound; lists the reasons.
+    """
+    directory = epath.Path(directory)
+    committed = committed_steps(directory)
+    if step is not None and step not in committed:
+        raise NoUsableCheckpointError(
+            f"{directory} holds no step {step}; it holds {committed or 'none'}"
+        )
+    unfinished = {}
+    for name in _folders(directory):
+        if match := _UNFINISHED_FOLDER.fullmatch(name):
+            unfinished[int(match[1])] = name
+    rejected = []
+    for candidate in sorted({*committed, *unfinished}, reverse=True):
+        if step is not None and candidate != step:
+            continue
+        if candidate in committed:
+            problems = step_problems(directory, candidate)
+            if not problems:
+                return candidate, tuple(rejected)
+        else:
+            problems = (f"{unfinished[candidate]}: the process stopped while it was being saved",)
+        rejected.append(RejectedStep(candidate, problems))
+    listed = "".join(f"\n  - {one}" for one in rejected) or "\n  - it holds no checkpoint"
+    raise NoUsableCheckpointError(
+        f"no checkpoint in {directory} can be used:{listed}\n"
+        "restore the files from a copy, or start a new run in another run_dir; "
+        "nothing was changed"
+    )
+
+
+def complete_steps(directory: epath.PathLike) -> dict[int, Manifest]:
+    """Read the manifests of the steps whose files are all there with their sizes (not hashed).
+
+    Args:
+        directory: the checkpoint folder.
+
+    Returns:
+        Step → manifest, oldest first.
+    """
+    found = {}
+    for step in committed_steps(directory):
+        folder = epath.Path(directory) / str(step)
+        try:
+            manifest = read_manifest(folder)
+        except ManifestError:
+            continue
+        if not file_problems(folder, manifest, sizes_only=True):
+            found[step] = manifest
+    return found
+
+
+def best_step(
+    metrics: Mapping[int, Mapping[str, float]], metric: str, *, lower_is_better: bool
+) -> int | None:
+    """Choose the step with the best value of a metric; the earliest of equals.
+
+    Args:
+        metrics: step → its recorded metrics.
+        metric: which of them decides.
+        lower_is_better: whether small values are good.
+
+    Returns:
+        The step; None when no step has a finite value.
+    """
+    sign = 1.0 if lower_is_better else -1.0
+    scores = {
+        step: sign * values[metric]
+        for step, values in sorted(metrics.items())
+        if math.isfinite(values.get(metric, math.nan))
+    }
+    return min(scores, key=scores.__getitem__, default=None)
+
+
+def set_aside(directory: epath.PathLike, step: int) -> str:
+    """Rename an unusable step's folder so that training can write that step again.
+
+    Args:
+        directory: the checkpoint folder.
+        step: the step's label.
+
+    Returns:
+        The folder's new name; it is never read, only kept for whoever wants to look.
+    """
+    directory = epath.Path(directory)
+    taken = set(_folders(directory))
+    names = (f"{step}.unusable{suffix}" for suffix in ["", *(f"-{i}" for i in range(2, 1000))])
+    name = next(name for name in names if name not in taken)
+    (directory / str(step)).rename(directory / name)
+    return name
+
+
+def _folders(directory: epath.PathLike) -> list[str]:
+    directory = epath.Path(directory)
+    return [path.name for path in directory.iterdir()] if directory.exists() else []
+
+
+def recorded_metrics(manifest: Manifest) -> dict[str, Any]:
+    """Give the metrics recorded with a step."""
+    return manifest.about.get("metrics", {})

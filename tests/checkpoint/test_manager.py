@@ -1,0 +1,564 @@
+"""Train checkpoints: exact, sealed, never lost, never silently altered, on any mesh."""
+
+import functools
+import logging
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ivl_jax.checkpoint import NoUsableCheckpointError, TrainCheckpointer
+from ivl_jax.checkpoint.manifest import MANIFEST_NAME
+from ivl_jax.sharding import make_mesh
+from ivl_jax.tree_compare import TreeMismatchError
+
+
+class State(NamedTuple):
+    """Like the train state: NamedTuple, integer layer keys, optax state, typed key."""
+
+    step: jax.Array
+    params: dict[Any, Any]
+    opt_state: Any
+    key: jax.Array
+
+
+OPTIMIZER = optax.chain(
+    optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(1e-2, 0.0, 100))
+)
+
+
+@functools.partial(jax.jit, static_argnames="width")
+def make_state(step: int, *, width: int = 16) -> State:
+    key = jax.random.fold_in(jax.random.key(5), step)
+    params = {
+        "layers": {i: {"kernel": jax.random.normal(key, (width, 8)) + i} for i in range(2)},
+        "scale": jnp.full((width,), step, jnp.bfloat16),
+    }
+    opt_state = jax.tree.map(lambda x: x + step, OPTIMIZER.init(params))
+    return State(jnp.asarray(step, jnp.int32), params, opt_state, key)
+
+
+def abstract(state: State) -> State:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+
+
+def plain(state: State) -> list[np.ndarray]:
+    leaves = [
+        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        for x in jax.tree.leaves(state)
+    ]
+    return [np.asarray(x).view(np.uint8) if x.ndim else np.asarray(x) for x in leaves]
+
+
+def assert_same(got: State, expected: State) -> None:
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for one, other in zip(plain(got), plain(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def run_metadata(step: int) -> dict[str, Any]:
+    return {"metrics_bytes": 10 * step, "commit": "abc"}
+
+
+def save(checkpointer: TrainCheckpointer, step: int, **metrics: float) -> bool:
+    return checkpointer.save(
+        make_state(step),
+        data_state={"row": 4 * step},
+        run_metadata=run_metadata(step),
+        metrics=metrics,
+    )
+
+
+def saved_run(directory: Path, *steps: int, keep: int = 10) -> None:
+    with TrainCheckpointer(directory, keep=keep) as checkpointer:
+        for step in steps:
+            save(checkpointer, step)
+
+
+def folders(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_a_saved_run_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    with TrainCheckpointer(tmp_path, keep=2) as checkpointer:
+        assert save(checkpointer, 0)
+        assert save(checkpointer, 7, nll=1.5)
+    restored = TrainCheckpointer(tmp_path, keep=2).restore(abstract(make_state(0)))
+    assert restored.step == 7
+    assert_same(restored.state, make_state(7))
+    assert restored.data_state == {"row": 28}
+    assert restored.run_metadata == run_metadata(7)
+    assert restored.rejected == ()
+    assert jax.random.key_impl(restored.state.key) == jax.random.key_impl(make_state(7).key)
+
+
+@pytest.mark.parametrize("data_state", [None, b"\x00\xff opaque", {"a": [1, {"b": "ü"}]}])
+def test_the_data_position_comes_back_as_it_was(tmp_path: Path, data_state: Any) -> None:
+    with TrainCheckpointer(tmp_path, keep=2) as checkpointer:
+        checkpointer.save(make_state(0), data_state=data_state, run_metadata={})
+        assert checkpointer.restore(make_state(0)).data_state == data_state
+
+
+def test_a_given_step_can_be_restored(tmp_path: Path) -> None:
+    saved_run(tmp_path, 0, 5, 9)
+    restored = TrainCheckpointer(tmp_path, keep=2).restore(make_state(0), step=5)
+    assert_same(restored.state, make_state(5))
+    with pytest.raises(NoUsableCheckpointError, match=r"no step 6; it holds \[0, 5, 9\]"):
+        TrainCheckpointer(tmp_path, keep=2).restore(make_state(0), step=6)
+
+
+def test_plain_orbax_reads_the_state_as_nested_dictionaries(tmp_path: Path) -> None:
+    saved_run(tmp_path, 3)
+    with ocp.StandardCheckpointer() as reader:
+        tree = reader.restore(tmp_path / "3" / "state")
+    kernel = tree["params"]["layers"]["1"]["kernel"]
+    np.testing.assert_array_equal(kernel, make_state(3).params["layers"][1]["kernel"])
+
+
+def test_buffers_may_be_donated_as_soon_as_save_returns(tmp_path: Path) -> None:
+    @functools.partial(jax.jit, donate_argnums=0)
+    def overwrite(x: jax.Array) -> jax.Array:
+        return x * 0 - 1
+
+    class Big(NamedTuple):
+        step: jax.Array
+        params: jax.Array
+
+    size = 8_000_000
+    params = jax.block_until_ready(jnp.arange(size, dtype=jnp.float32))
+    with TrainCheckpointer(tmp_path, keep=2) as checkpointer:
+        checkpointer.save(Big(jnp.int32(0), params), data_state=None, run_metadata={})
+        for _ in range(3):
+            params = jax.block_until_ready(overwrite(params))
+        target = Big(jnp.int32(0), jax.ShapeDtypeStruct((size,), jnp.float32))
+        restored = checkpointer.restore(target)
+    np.testing.assert_array_equal(restored.state.params, np.arange(size, dtype=np.float32))
+
+
+def test_metadata_changed_after_save_is_stored_as_it_was(tmp_path: Path) -> None:
+    metadata, position = {"list": [1]}, {"row": [1]}
+    with TrainCheckpointer(tmp_path, keep=2) as checkpointer:
+        checkpointer.save(make_state(0), data_state=position, run_metadata=metadata)
+        metadata["list"].append(2)
+        position["row"].append(2)
+        restored = checkpointer.restore(make_state(0))
+    assert restored.run_metadata == {"list": [1]}
+    assert restored.data_state == {"row": [1]}
+
+
+def test_saving_six_million_parameters_costs_the_loop_well_under_a_second(tmp_path: Path) -> None:
+    class Big(NamedTuple):
+        step: jax.Array
+        params: dict[str, jax.Array]
+        moments: tuple[dict[str, jax.Array], ...]
+
+    params = {str(i): jax.random.normal(jax.random.key(i), (500, 500)) for i in range(24)}
+    jax.block_until_ready(params)
+    durations = []
+    with TrainCheckpointer(tmp_path, keep=2) as checkpointer:
+        for step in range(3):
+            state = Big(jnp.int32(step), params, (params, params))
+            start = time.perf_counter()
+            checkpointer.save(state, data_state=None, run_metadata={})
+            durations.append(time.perf_counter() - start)
+            checkpointer.wait_until_finished()
+    assert min(durations) < 0.5
+
+
+# What is kept
+
+
+def test_the_newest_the_one_before_and_the_best_are_kept(tmp_path: Path) -> None:
+    with TrainCheckpointer(tmp_path, keep=2) as checkpointer:
+        for step, nll in enumerate([5.0, 1.0, 3.0, float("nan"), 4.0, 2.0]):
+            save(checkpointer, step, nll=nll)
+        assert checkpointer.steps() == [1, 4, 5]
+        assert checkpointer.best_step() == 1
+        assert checkpointer.latest_step() == 5
+    assert folders(tmp_path) == ["1", "4", "5"]
+
+
+def test_the_best_can_be_the_highest(tmp_path: Path) -> None:
+    with TrainCheckpointer(tmp_path, keep=1, metric="f", lower_is_better=False) as checkpointer:
+        for step, value in enumerate([1.0, 9.0, 2.0, 3.0]):
+            save(checkpointer, step, f=value)
+        assert checkpointer.best_step() == 1
+        assert checkpointer.steps() == [1, 2, 3]
+
+
+def test_without_a_metric_there_is_no_best(tmp_path: Path) -> None:
+    with TrainCheckpointer(tmp_path, keep=1) as checkpointer:
+        for step in range(4):
+            save(checkpointer, step)
+        assert checkpointer.best_step() is None
+        assert checkpointer.steps() == [2, 3]
+
+
+def test_the_best_is_remembered_across_a_restart(tmp_path: Path) -> None:
+    with TrainCheckpointer(tmp_path, keep=2) as checkpointer:
+        for step, nll in enumerate([5.0, 1.0, 3.0]):
+            save(checkpointer, step, nll=nll)
+    with TrainCheckpointer(tmp_path, keep=2) as checkpointer:
+        checkpointer.restore(make_state(0))
+        for step in range(3, 7):
+            save(checkpointer, step, nll=2.0)
+        assert checkpointer.best_step() == 1
+    assert folders(tmp_path) == ["1", "5", "6"]
+
+
+def test_a_sealed_checkpoint_exists_at_every_moment(tmp_path: Path, monkeypatch) -> None:
+    """Orbax deletes old steps before the new one is sealed; one sealed step must be there then."""
+    seen = []
+
+    def sealed() -> set[str]:
+        return {path.parent.name for path in tmp_path.glob(f"*/{MANIFEST_NAME}")}
+
+    import ivl_jax.checkpoint.manager as manager_module
+
+    original = manager_module.write_manifest
+
+    def slow(folder: Path, about: dict) -> None:
+        seen.append((about["step"], sealed(), folders(tmp_path)))
+        original(folder, about)
+
+    monkeypatch.setattr(manager_module, "write_manifest", slow)
+    with TrainCheckpointer(tmp_path, keep=1) as checkpointer:
+        for step in range(4):
+            save(checkpointer, step)
+    assert [(step, have) for step, have, _ in seen] == [
+        (0, set()),
+        (1, {"0"}),
+        (2, {"1"}),
+        (3, {"2"}),
+    ]
+    # When step 3 waits for its manifest, Orbax has already deleted step 1: nothing else to lean on.
+    assert seen[-1][2] == ["2", "3"]
+
+
+def test_a_step_saved_already_is_not_saved_again(tmp_path: Path) -> None:
+    with TrainCheckpointer(tmp_path, keep=2) as checkpointer:
+        assert save(checkpointer, 4)
+        assert not save(checkpointer, 4)
+    with TrainCheckpointer(tmp_path, keep=2) as checkpointer:
+        checkpointer.restore(make_state(0))
+        assert not save(checkpointer, 4)
+
+
+def test_keep_below_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
+        TrainCheckpointer(tmp_path, keep=0)
+
+
+# What can go wrong while saving
+
+
+def test_a_failed_seal_is_raised_and_leaves_the_older_checkpoints(
+    tmp_path: Path, monkeypatch
+) -> None:
+    def disk_full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with TrainCheckpointer(tmp_path, keep=1) as checkpointer:
+        save(checkpointer, 0)
+        checkpointer.wait_until_finished()
+        monkeypatch.setattr("ivl_jax.checkpoint.manager.write_manifest", disk_full)
+        save(checkpointer, 1)
+        with pytest.raises(OSError, match="No space left"):
+            save(checkpointer, 2)
+    monkeypatch.undo()
+    restored = TrainCheckpointer(tmp_path, keep=1).restore(make_state(0))
+    assert restored.step == 0
+    assert [one.step for one in restored.rejected] == [1]
+
+
+def test_a_failed_write_is_raised_and_leaves_the_older_checkpoints(
+    tmp_path: Path, monkeypatch
+) -> None:
+    async def disk_full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with TrainCheckpointer(tmp_path, keep=1) as checkpointer:
+        save(checkpointer, 0)
+        save(checkpointer, 1)
+        checkpointer.wait_until_finished()
+        monkeypatch.setattr(ocp.JsonCheckpointHandler, "_save_fn", disk_full)
+        assert save(checkpointer, 2), "the error comes from the background"
+        with pytest.raises(OSError, match="No space left"):
+            checkpointer.wait_until_finished()
+    monkeypatch.undo()
+    with TrainCheckpointer(tmp_path, keep=1) as checkpointer:
+        restored = checkpointer.restore(make_state(0))
+        assert restored.step == 1
+        assert folders(tmp_path) == ["0", "1", "2.orbax-checkpoint-tmp"]
+        assert [one.step for one in restored.rejected] == [2]
+        save(checkpointer, 2)
+    assert folders(tmp_path) == ["1", "2"]
+
+
+def test_metadata_that_is_not_json_is_refused_at_once(tmp_path: Path) -> None:
+    with TrainCheckpointer(tmp_path, keep=1) as checkpointer:
+        with pytest.raises(TypeError):
+            checkpointer.save(make_state(0), data_state=None, run_metadata={"a": object()})
+        with pytest.raises(TypeError):
+            checkpointer.save(make_state(0), data_state={"a": object()}, run_metadata={})
+
+
+def test_checkpoints_of_another_run_are_never_overwritten(tmp_path: Path) -> None:
+    saved_run(tmp_path, 0, 5)
+    with (
+        TrainCheckpointer(tmp_path, keep=1) as checkpointer,
+        pytest.raises(FileExistsError, match=r"of steps \[0, 5\]: continue that run"),
+    ):
+        save(checkpointer, 0)
+    assert folders(tmp_path) == ["0", "5"]
+
+
+def test_a_run_does_not_go_on_from_an_older_checkpoint_over_newer_ones(tmp_path: Path) -> None:
+    saved_run(tmp_path, 0, 5, 9)
+    with TrainCheckpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.restore(make_state(0), step=0)
+        with pytest.raises(FileExistsError, match=r"steps \[5, 9\], not older than step 5"):
+            save(checkpointer, 5)
+    assert folders(tmp_path) == ["0", "5", "9"]
+
+
+# Damage
+
+
+def every_kind_of_file(directory: Path, step: int) -> list[Path]:
+    return sorted(path for path in (directory / str(step)).rglob("*") if path.is_file())
+
+
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_one_flipped_bit_in_any_file_is_named_and_the_step_before_is_used(tmp_path: Path) -> None:
+    saved_run(tmp_path, 0, 1)
+    target = make_state(0)
+    files = every_kind_of_file(tmp_path, 1)
+    kinds = {path.name for path in files}
+    assert {"_METADATA", "_sharding", "_CHECKPOINT_METADATA", "manifest.ocdbt"} <= kinds
+    assert {"commit_success.txt", "metadata", MANIFEST_NAME} <= kinds
+    assert any(path.parent.name == "d" for path in files), "the arrays themselves"
+    for path in files:
+        original = path.read_bytes()
+        flip_bit(path)
+        restored = TrainCheckpointer(tmp_path, keep=1).restore(target)
+        assert restored.step == 0, path
+        (rejected,) = restored.rejected
+        assert rejected.step == 1
+        name = path.relative_to(tmp_path / "1").as_posix()
+        assert any(name in reason for reason in rejected.reasons), (name, rejected)
+        path.write_bytes(original)
+    assert TrainCheckpointer(tmp_path, keep=1).restore(target).step == 1
+
+
+def test_orbax_alone_returns_altered_arrays_silently(tmp_path: Path) -> None:
+    """Why the manifest exists; when this fails, Orbax has learnt to check."""
+    kernel = np.asarray(jax.random.normal(jax.random.key(0), (500, 500)))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "x", {"kernel": kernel})
+    largest = max((tmp_path / "x").rglob("d/*"), key=lambda path: path.stat().st_size)
+    flip_bit(largest)
+    with ocp.StandardCheckpointer() as checkpointer:
+        got = checkpointer.restore(tmp_path / "x")["kernel"]
+    assert np.asarray(got).tobytes() != kernel.tobytes()
+
+
+def test_damage_is_logged_with_file_expected_and_found(tmp_path: Path, caplog) -> None:
+    saved_run(tmp_path, 0, 1)
+    victim = next(path for path in every_kind_of_file(tmp_path, 1) if path.parent.name == "d")
+    flip_bit(victim)
+    with caplog.at_level(logging.WARNING, logger="ivl_jax"):
+        TrainCheckpointer(tmp_path, keep=1).restore(make_state(0))
+    text = caplog.text
+    assert "step 1" in text
+    assert victim.name in text
+    assert "expected SHA-256" in text
+    assert "going on from step 0" in text
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing file", "no manifest", "renamed"])
+def test_an_incomplete_newest_step_is_named_and_the_one_before_is_used(
+    tmp_path: Path, damage: str
+) -> None:
+    saved_run(tmp_path, 0, 1)
+    victim = next(path for path in every_kind_of_file(tmp_path, 1) if path.parent.name == "d")
+    reason = {
+        "truncated": "bytes, found",
+        "missing file": "missing",
+        "no manifest": "manifest.json is missing",
+        "renamed": "the folder 2 holds step 1",
+    }[damage]
+    if damage == "truncated":
+        victim.write_bytes(victim.read_bytes()[:-1])
+    elif damage == "missing file":
+        victim.unlink()
+    elif damage == "no manifest":
+        (tmp_path / "1" / MANIFEST_NAME).unlink()
+    else:
+        (tmp_path / "1").rename(tmp_path / "2")
+    restored = TrainCheckpointer(tmp_path, keep=1).restore(make_state(0))
+    assert restored.step == 0
+    (rejected,) = restored.rejected
+    assert reason in rejected.reasons[0]
+
+
+def test_an_unfinished_save_is_named_and_cleared_by_the_next_save(tmp_path: Path) -> None:
+    saved_run(tmp_path, 0, 1)
+    (tmp_path / "2.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    with TrainCheckpointer(tmp_path, keep=2) as checkpointer:
+        restored = checkpointer.restore(make_state(0))
+        assert restored.step == 1
+        assert restored.rejected[0].step == 2
+        assert "while it was being saved" in restored.rejected[0].reasons[0]
+        assert "2.orbax-checkpoint-tmp" in folders(tmp_path), "reading changes nothing"
+        save(checkpointer, 2)
+    assert folders(tmp_path) == ["1", "2"]
+
+
+def test_when_nothing_is_usable_it_stops_and_lists_every_reason(tmp_path: Path) -> None:
+    saved_run(tmp_path, 0, 1)
+    (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
+    flip_bit(tmp_path / "1" / "run" / "metadata")
+    (tmp_path / "0" / "state" / "_METADATA").unlink()
+    before = folders(tmp_path)
+    with pytest.raises(NoUsableCheckpointError) as raised:
+        TrainCheckpointer(tmp_path, keep=1).restore(make_state(0))
+    text = str(raised.value)
+    assert "step 2: 2.orbax-checkpoint-tmp" in text
+    assert "step 1: run/metadata: altered" in text
+    assert "step 0: state/_METADATA: missing" in text
+    assert "nothing was changed" in text
+    assert folders(tmp_path) == before
+
+
+def test_an_explicit_step_that_is_damaged_is_an_error_not_a_fallback(tmp_path: Path) -> None:
+    saved_run(tmp_path, 0, 1)
+    flip_bit(tmp_path / "1" / "run" / "metadata")
+    with pytest.raises(NoUsableCheckpointError, match="run/metadata: altered"):
+        TrainCheckpointer(tmp_path, keep=1).restore(make_state(0), step=1)
+
+
+def test_training_goes_on_over_a_damaged_step_which_is_set_aside(tmp_path: Path) -> None:
+    saved_run(tmp_path, 0, 1, 2)
+    flip_bit(tmp_path / "2" / "run" / "metadata")
+    (tmp_path / "1" / MANIFEST_NAME).unlink()
+    with TrainCheckpointer(tmp_path, keep=5) as checkpointer:
+        restored = checkpointer.restore(make_state(0))
+        assert restored.step == 0
+        save(checkpointer, 1)
+        save(checkpointer, 2)
+    assert folders(tmp_path) == ["0", "1", "2", "2.unusable"]
+    assert_same(TrainCheckpointer(tmp_path, keep=5).restore(make_state(0)).state, make_state(2))
+
+
+def test_a_half_deleted_old_step_does_not_count_as_kept(tmp_path: Path) -> None:
+    saved_run(tmp_path, 0, 1, 2)
+    (tmp_path / "1" / "state" / "_METADATA").unlink()  # a kill while Orbax was deleting it
+    with TrainCheckpointer(tmp_path, keep=3) as checkpointer:
+        assert checkpointer.restore(make_state(0)).step == 2
+        assert checkpointer.steps() == [0, 2]
+        save(checkpointer, 3)
+    assert folders(tmp_path) == ["0", "2", "3"]
+
+
+# Whether anything was trained
+
+
+def test_a_run_killed_before_step_zero_was_sealed_has_not_started(tmp_path: Path) -> None:
+    directory = tmp_path / "checkpoints"
+    assert not TrainCheckpointer(directory, keep=1).has_started()
+    saved_run(directory, 0)
+    assert TrainCheckpointer(directory, keep=1).has_started()
+    (directory / "0" / MANIFEST_NAME).unlink()
+    (directory / "0.orbax-checkpoint-tmp").mkdir()
+    with TrainCheckpointer(directory, keep=1) as checkpointer:
+        assert not checkpointer.has_started()
+        save(checkpointer, 0)
+    assert folders(directory) == ["0"]
+    assert TrainCheckpointer(directory, keep=1).restore(make_state(0)).step == 0
+
+
+def test_a_run_whose_later_steps_are_all_unsealed_has_started(tmp_path: Path) -> None:
+    saved_run(tmp_path, 0, 4)
+    for step in (0, 4):
+        (tmp_path / str(step) / MANIFEST_NAME).unlink()
+    checkpointer = TrainCheckpointer(tmp_path, keep=1)
+    assert checkpointer.has_started()
+    with pytest.raises(NoUsableCheckpointError):
+        checkpointer.restore(make_state(0))
+
+
+# Other trees, other meshes
+
+
+def test_another_tree_is_named_path_by_path_before_arrays_are_read(
+    tmp_path: Path, monkeypatch
+) -> None:
+    saved_run(tmp_path, 0)
+    monkeypatch.setattr(
+        ocp.PyTreeCheckpointHandler, "restore", lambda *_, **__: pytest.fail("arrays were read")
+    )
+    with pytest.raises(TreeMismatchError) as raised:
+        TrainCheckpointer(tmp_path, keep=1).restore(make_state(0, width=32))
+    text = str(raised.value)
+    assert "params.layers.0.kernel: expected float32[32, 8], got float32[16, 8]" in text
+    assert "opt_state.1.0.mu.layers.1.kernel: expected float32[32, 8]" in text
+    assert "config.toml" in text
+
+
+def test_a_state_with_fewer_entries_than_stored_is_refused(tmp_path: Path) -> None:
+    class Short(NamedTuple):
+        step: jax.Array
+
+    saved_run(tmp_path, 0)
+    with pytest.raises(TreeMismatchError, match="key: expected nothing"):
+        TrainCheckpointer(tmp_path, keep=1).restore(Short(jnp.int32(0)))
+
+
+def sharded(state: State, mesh: Mesh) -> State:
+    def place(x: jax.Array) -> jax.Array:
+        spec = PartitionSpec("fsdp", "tensor") if x.ndim == 2 else PartitionSpec()
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, state)
+
+
+def meshes() -> dict[str, Mesh]:
+    return {
+        "1": make_mesh(devices=jax.devices()[:1]),
+        "8 fsdp": make_mesh(fsdp=8),
+        "2x2x2": make_mesh(data=2, fsdp=2, tensor=2),
+        "last device": make_mesh(devices=jax.devices()[-1:]),
+    }
+
+
+@pytest.mark.parametrize("saved_on", ["1", "8 fsdp"])
+@pytest.mark.parametrize("restored_on", ["1", "8 fsdp", "2x2x2", "last device"])
+def test_a_run_restores_on_another_mesh(tmp_path: Path, saved_on: str, restored_on: str) -> None:
+    state = make_state(3)
+    with TrainCheckpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.save(sharded(state, meshes()[saved_on]), data_state=None, run_metadata={})
+    like = sharded(make_state(0), meshes()[restored_on])
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+    )
+    restored = TrainCheckpointer(tmp_path, keep=1).restore(target)
+    assert_same(restored.state, state)
+    for got, expected in zip(jax.tree.leaves(restored.state), jax.tree.leaves(like), strict=True):
+        assert got.sharding.is_equivalent_to(expected.sharding, got.ndim)
+    kernel = restored.state.params["layers"][0]["kernel"]
+    shard = kernel.addressable_shards[0].data
+    devices = {"1": 1, "8 fsdp": 8, "2x2x2": 4, "last device": 1}[restored_on]
+    assert shard.size * devices == kernel.size
