@@ -1,7 +1,7 @@
 """Lays tokenised dialogues out in batches.
 
-In: tokenised dialogues with loss masks. Out: `Batch`es for training (endless, shuffled, resumable) and
-for evaluation (one pass).
+In: tokenised dialogues with loss masks. Out: `Batch`es for training (endless, shuffled, resumable)
+and for evaluation (one pass).
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int32
 
 
 class Batch(NamedTuple):
-    """Rows of tokens and what to predict at each of them; numpy on the host, JAX arrays in a step."""
+    """Rows of tokens and what to predict at each; numpy on the host, JAX arrays in a step."""
 
     tokens: Int32[Array | np.ndarray, "*B T"]  # inputs; padding holds the padding id
     targets: Int32[Array | np.ndarray, "*B T"]  # the token that follows in the same segment

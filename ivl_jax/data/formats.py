@@ -1,0 +1,264 @@
+"""Reads one row of a demonstrations file as a dialogue.
+
+In: a row as a dict and the format it is written in. Out: the messages of a dialogue, or the reason
+why the row cannot be one.
+"""
+
+import itertools
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+Format = Literal["sharegpt", "messages", "alpaca", "prompt_completion", "fields"]
+
+ROLES = ("system", "user", "assistant")
+_ROLE_NAMES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+}
+
+
+class Message(NamedTuple):
+    """One turn of a dialogue."""
+
+    role: str  # "system", "user" or "assistant"
+    content: str
+
+
+class Demonstration(NamedTuple):
+    """A dialogue to learn from, and where it came from."""
+
+    messages: tuple[Message, ...]  # an optional system turn, then user and assistant in turns
+    row_id: str  # "train.jsonl:17", file and line
+
+
+class ParsedRow(NamedTuple):
+    """A row read as a dialogue."""
+
+    messages: tuple[Message, ...]
+    trimmed: bool  # turns before the first user's or after the last assistant's were left out
+
+
+class RowError(ValueError):
+    """The reason why a row is not a dialogue."""
+
+
+def parse_row(row: Any, *, row_format: Format, templates: Mapping[str, str]) -> ParsedRow:
+    """Reads a row as a dialogue that ends with an assistant's turn.
+
+    Args:
+        row: The row as JSON gives it.
+        row_format: `sharegpt` (`conversations` of `from` and `value`), `messages` (`messages` of
+            `role` and `content`), `alpaca` (`instruction`, `input`, `output`), `prompt_completion`
+            (`prompt` and `completion`, texts or lists of messages) or `fields` (the templates). All
+            but `fields` read a `system` text where the row has one.
+        templates: With `fields`, role to template over the row's fields, `{"user": "{question}",
+            "assistant": "{answer}"}`; `{meta.title}` reads a field inside a field.
+
+    Returns:
+        The dialogue. Assistant turns before the first user turn, and what follows the last
+        assistant turn, are left out: nothing can be learned from them.
+
+    Raises:
+        RowError: The row is not a dialogue in this format.
+
+    Example:
+        >>> row = {"question": "What is 2 + 3?", "answer": "5"}
+        >>> templates = {"user": "{question}", "assistant": "{answer}"}
+        >>> parse_row(row, row_format="fields", templates=templates).messages
+        (Message(role='user', content='What is 2 + 3?'), Message(role='assistant', content='5'))
+    """
+    if not isinstance(row, Mapping):
+        raise RowError(f"expected an object, got {_kind(row)}")
+    match row_format:
+        case "sharegpt":
+            turns = _turns(row, "conversations", role_key="from", content_key="value")
+        case "messages":
+            turns = _turns(row, "messages", role_key="role", content_key="content")
+        case "alpaca":
+            if row.get("history"):
+                raise RowError("field 'history' is not supported: use format messages")
+            prompt, extra = _text(row, "instruction"), row.get("input") or ""
+            if not isinstance(extra, str):
+                raise RowError(f"field 'input' is {_kind(extra)}, expected text")
+            turns = [
+                Message("user", f"{prompt}\n\n{extra}" if extra.strip() else prompt),
+                Message("assistant", _text(row, "output")),
+            ]
+        case "prompt_completion":
+            turns = [
+                *_text_or_turns(row, "prompt", role="user"),
+                *_text_or_turns(row, "completion", role="assistant"),
+            ]
+        case "fields":
+            turns = [
+                Message(role, fill_template(templates[role], row))
+                for role in ROLES
+                if templates.get(role)
+            ]
+    if row_format != "fields" and row.get("system") and turns[:1] and turns[0].role != "system":
+        turns.insert(0, Message("system", _text(row, "system")))
+    return _checked(turns)
+
+
+def check_templates(row_format: Format, templates: Mapping[str, str]) -> None:
+    """Checks that templates are given exactly with `fields`, and that they are well formed.
+
+    Raises:
+        ValueError: The format is unknown, a template is missing, not wanted or not readable.
+    """
+    if row_format not in get_args(Format):
+        raise ValueError(
+            f"format: expected one of {', '.join(get_args(Format))}, got {row_format!r}"
+        )
+    if row_format != "fields":
+        if any(templates.values()):
+            raise ValueError(f"templates are read with format 'fields' only, got {row_format!r}")
+        return
+    missing = [role for role in ("user", "assistant") if not templates.get(role)]
+    unknown = sorted(set(templates) - set(ROLES))
+    if missing or unknown:
+        raise ValueError(
+            f"templates: expected user, assistant and optionally system, got {sorted(templates)}"
+        )
+    for role, template in templates.items():
+        if template and not any(name for name in _template_parts(role, template)):
+            raise ValueError(f"template of {role}: {template!r} names no field, as {{answer}} does")
+
+
+def fill_template(template: str, row: Mapping[str, Any]) -> str:
+    """Puts a row's fields into a template's `{name}` or `{outer.inner}` places.
+
+    Raises:
+        RowError: A field is absent or is not a text or a number.
+    """
+    filled = []
+    for literal, name, _, _ in string.Formatter().parse(template):
+        filled.append(literal)
+        if name is None:
+            continue
+        value: Any = row
+        for key in name.split("."):
+            if not isinstance(value, Mapping) or key not in value:
+                raise RowError(f"no field {name!r}; the row has {_keys(row)}")
+            value = value[key]
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise RowError(f"field {name!r} is {_kind(value)}, expected text")
+        filled.append(str(value))
+    return "".join(filled)
+
+
+def _template_parts(role: str, template: str) -> list[str]:
+    """The field names of a template; an error for anything but plain names."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"template of {role}: {template!r}: {error}") from error
+    for _, name, spec, conversion in parts:
+        if name is not None and (spec or conversion or not name or "[" in name):
+            raise ValueError(
+                f"template of {role}: {template!r}: expected {{field}} or {{outer.inner}}, without "
+                "formats or indices"
+            )
+    return [name for _, name, _, _ in parts if name]
+
+
+def _turns(row: Mapping[str, Any], field: str, *, role_key: str, content_key: str) -> list[Message]:
+    """A row's list of turns."""
+    if field not in row:
+        raise RowError(f"no field {field!r}; the row has {_keys(row)}")
+    return _messages(row[field], field, role_key=role_key, content_key=content_key)
+
+
+def _messages(value: Any, field: str, *, role_key: str, content_key: str) -> list[Message]:
+    if isinstance(value, Mapping):  # TFDS holds a list of records as a record of lists
+        columns = list(value.values())
+        if not all(isinstance(column, Sequence) for column in columns):
+            raise RowError(f"field {field!r} is an object, expected a list of turns")
+        value = [dict(zip(value, record, strict=True)) for record in zip(*columns, strict=True)]
+    if not isinstance(value, list) or not value:
+        raise RowError(f"field {field!r} is {_kind(value)}, expected a non-empty list of turns")
+    messages = []
+    for position, turn in enumerate(value):
+        where = f"{field}[{position}]"
+        if not isinstance(turn, Mapping) or role_key not in turn or content_key not in turn:
+            found = _keys(turn) if isinstance(turn, Mapping) else _kind(turn)
+            raise RowError(f"{where}: expected {role_key!r} and {content_key!r}, got {found}")
+        role = _ROLE_NAMES.get(turn[role_key]) if isinstance(turn[role_key], str) else None
+        if role is None:
+            raise RowError(f"{where}: unknown {role_key} {turn[role_key]!r}")
+        messages.append(Message(role, _content(turn[content_key], where)))
+    return messages
+
+
+def _content(value: Any, where: str) -> str:
+    """A turn's text, also where it is written as a list of text parts."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(
+        isinstance(part, Mapping)
+        and part.get("type") == "text"
+        and isinstance(part.get("text"), str)
+        for part in value
+    ):
+        return "".join(part["text"] for part in value)
+    raise RowError(f"{where}: the content is {_kind(value)}, expected text")
+
+
+def _text_or_turns(row: Mapping[str, Any], field: str, *, role: str) -> list[Message]:
+    """A field that is a text of one role, or a list of messages."""
+    if isinstance(row.get(field), list):
+        return _messages(row[field], field, role_key="role", content_key="content")
+    return [Message(role, _text(row, field))]
+
+
+def _text(row: Mapping[str, Any], field: str) -> str:
+    """A field that must be text."""
+    if field not in row:
+        raise RowError(f"no field {field!r}; the row has {_keys(row)}")
+    if not isinstance(row[field], str):
+        raise RowError(f"field {field!r} is {_kind(row[field])}, expected text")
+    return row[field]
+
+
+def _checked(turns: list[Message]) -> ParsedRow:
+    """The part of a dialogue that can be learned from; an error if its turns are out of order."""
+    system = turns[:1] if turns and turns[0].role == "system" else []
+    rest = turns[len(system) :]
+    first_user = next((i for i, turn in enumerate(rest) if turn.role == "user"), len(rest))
+    last_answer = max((i for i, turn in enumerate(rest) if turn.role == "assistant"), default=-1)
+    if any(turn.role == "system" for turn in rest):
+        raise RowError("a system turn that is not the first turn")
+    if last_answer < first_user:
+        raise RowError("no assistant turn that answers a user turn")
+    kept = rest[first_user : last_answer + 1]
+    for position, (turn, following) in enumerate(itertools.pairwise(kept)):
+        if turn.role == following.role:
+            raise RowError(f"two {turn.role} turns in a row (turns {position} and {position + 1})")
+    for position, turn in enumerate(kept):
+        if turn.role == "assistant" and not turn.content.strip():
+            raise RowError(f"the assistant's turn {position} is empty")
+    return ParsedRow(messages=(*system, *kept), trimmed=len(kept) < len(rest))
+
+
+def _keys(row: Mapping[str, Any]) -> str:
+    return ", ".join(repr(key) for key in list(row)[:10]) or "no fields"
+
+
+def _kind(value: Any) -> str:
+    """What JSON calls a value."""
+    if value is None:
+        return "null"
+    if isinstance(value, list):
+        return "an empty list" if not value else "a list"
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "text", dict: "an object"}
+    return names.get(type(value), type(value).__name__)

@@ -1,0 +1,141 @@
+"""Holds demonstrations as a TFDS dataset in ArrayRecord form.
+
+In: demonstrations by split. Out: a folder that TFDS reads, and random access to each split.
+TensorFlow is not needed, neither to write nor to read.
+"""
+
+import contextlib
+import io
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+from tensorflow_datasets.core.utils import tqdm_utils
+
+from ivl_jax.data.formats import Demonstration, Message
+
+_BAR_FROM_ROWS = 50_000  # TFDS's progress bar is shown from here on: about five seconds of writing
+
+
+class IvlDemonstrations(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Writes demonstrations in the order of their source; no set of the TFDS catalogue."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, splits: Mapping[str, Callable[[], Iterator[Demonstration]]], **options):
+        self._splits = splits
+        super().__init__(**options)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        text = tfds.features.Text
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Dialogues to learn from, each with the file and line it came from.",
+            features=tfds.features.FeaturesDict(
+                {
+                    "row_id": text(),
+                    "messages": tfds.features.Sequence({"role": text(), "content": text()}),
+                }
+            ),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        del dl_manager  # nothing is downloaded
+        return {name: self._generate_examples(rows()) for name, rows in self._splits.items()}
+
+    def _generate_examples(self, rows: Iterator[Demonstration]) -> Iterator[tuple[int, Any]]:
+        for index, row in enumerate(rows):
+            messages = [message._asdict() for message in row.messages]
+            yield index, {"row_id": row.row_id, "messages": messages}
+
+
+class DemonstrationSplit(Sequence[Demonstration]):
+    """Random access to one split of a stored dataset, through TFDS's data source.
+
+    Attributes:
+        fingerprint: Identifies content, format and split rule of the source, and the split.
+    """
+
+    def __init__(self, folder: epath.Path, split: str, *, fingerprint: str):
+        with _quiet_tfds():
+            builder: Any = tfds.builder_from_directory(str(folder))
+            self._source = builder.as_data_source(split)
+        self.fingerprint = fingerprint
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Returns one demonstration, or a list of them for a slice."""
+        if isinstance(index, slice):
+            return self.__getitems__(range(*index.indices(len(self))))
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"demonstration {index} of {len(self)}")
+        return _demonstration(self._source[int(index) % len(self)])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Demonstration]:
+        """Returns several demonstrations, read together."""
+        return [_demonstration(row) for row in self._source.__getitems__(list(indices))]
+
+
+def write_dataset(
+    splits: Mapping[str, Callable[[], Iterator[Demonstration]]],
+    *,
+    data_dir: epath.Path,
+    name: str,
+    rows: int,
+) -> None:
+    """Writes a dataset; a second process that writes the same one at the same time is harmless.
+
+    Args:
+        splits: Split name to a function that yields its demonstrations; no split is empty.
+        data_dir: The folder of all stored datasets.
+        name: The dataset's own folder in it.
+        rows: How many demonstrations there are in all; a progress bar is shown for many.
+    """
+    config = tfds.core.BuilderConfig(name=name, version=IvlDemonstrations.VERSION)
+    tqdm_utils.display_progress_bar(rows >= _BAR_FROM_ROWS)
+    try:
+        with _quiet_tfds():
+            builder = IvlDemonstrations(
+                splits, data_dir=str(data_dir), file_format="array_record", config=config
+            )
+            builder.download_and_prepare()
+    except OSError:
+        if not (dataset_folder(data_dir, name) / "dataset_info.json").exists():
+            raise
+    finally:
+        tqdm_utils.display_progress_bar(enable=True)
+
+
+def dataset_folder(data_dir: epath.Path, name: str) -> epath.Path:
+    """Returns the folder that `write_dataset` fills."""
+    return data_dir / "ivl_demonstrations" / name / str(IvlDemonstrations.VERSION)
+
+
+@contextlib.contextmanager
+def _quiet_tfds() -> Iterator[None]:
+    """Holds back what TFDS says of catalogue sets, such as a download of unknown size."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _demonstration(row: Mapping[str, Any]) -> Demonstration:
+    turns = row["messages"]
+    return Demonstration(
+        messages=tuple(
+            Message(role.decode(), content.decode())
+            for role, content in zip(turns["role"], turns["content"], strict=True)
+        ),
+        row_id=np.asarray(row["row_id"]).item().decode(),
+    )
