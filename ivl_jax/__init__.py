@@ -1,1 +1,77 @@
-"""Inverse value learning in JAX."""
+"""Inverse value learning in JAX: fine-tune once, small; use it everywhere.
+
+The public names, loaded when first used (importing them all takes seconds):
+
+    import ivl_jax
+
+    base = ivl_jax.load_model("ivl_jax/assets/family/L")
+    value = ivl_jax.load_value("runs/demo/value")
+    model = ivl_jax.compose(base, value)
+    print(model.generate(["Question: …"])[0].text)
+
+Stages: `load_model`, `save_model` · `load_config`, `train` · `load_value`, `save_value` · `compose`.
+Mathematics, pure: `compose_logits`, `value_forward`, `value_penalty`.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ivl_jax.checkpoint import ValueNetwork, load_value, save_value
+    from ivl_jax.composition import compose_logits, value_forward, value_penalty
+    from ivl_jax.config import TrainConfig
+    from ivl_jax.config_files import load_config
+    from ivl_jax.decoding.compose import compose
+    from ivl_jax.decoding.requests import GenerationOptions
+    from ivl_jax.training.loop import run as train
+    from ivl_jax.weights.language_model import LanguageModel
+    from ivl_jax.weights.language_model import load_language_model as load_model
+    from ivl_jax.weights.language_model import save_language_model as save_model
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GenerationOptions",
+    "LanguageModel",
+    "TrainConfig",
+    "ValueNetwork",
+    "compose",
+    "compose_logits",
+    "load_config",
+    "load_model",
+    "load_value",
+    "save_model",
+    "save_value",
+    "train",
+    "value_forward",
+    "value_penalty",
+]
+
+_HOMES = {
+    "GenerationOptions": "ivl_jax.decoding.requests:GenerationOptions",
+    "LanguageModel": "ivl_jax.weights.language_model:LanguageModel",
+    "TrainConfig": "ivl_jax.config:TrainConfig",
+    "ValueNetwork": "ivl_jax.checkpoint:ValueNetwork",
+    "compose": "ivl_jax.decoding.compose:compose",
+    "compose_logits": "ivl_jax.composition:compose_logits",
+    "load_config": "ivl_jax.config_files:load_config",
+    "load_model": "ivl_jax.weights.language_model:load_language_model",
+    "load_value": "ivl_jax.checkpoint:load_value",
+    "save_model": "ivl_jax.weights.language_model:save_language_model",
+    "save_value": "ivl_jax.checkpoint:save_value",
+    "train": "ivl_jax.training.loop:run",
+    "value_forward": "ivl_jax.composition:value_forward",
+    "value_penalty": "ivl_jax.composition:value_penalty",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from the module that defines it."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ivl_jax' has no attribute '{name}'")
+    module, _, attribute = _HOMES[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
