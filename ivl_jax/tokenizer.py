@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
@@ -73,7 +73,7 @@ class TokenizerInfo:
         }
 
     @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> Self:
+    def from_json(cls, record: Mapping[str, Any]) -> "TokenizerInfo":
         """Reads what `to_json` wrote; the info equals the one it came from.
 
         Raises:
