@@ -1,0 +1,217 @@
+"""Which tensors a Hugging Face folder holds, and how a new folder appears whole or not at all.
+
+In: a folder. Out: tensor name → where it lies, every shard checked against the index; or an empty
+folder that takes its final name once everything is in it.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import jax
+from jax.experimental import multihost_utils
+
+from ivl_jax.tree_compare import mismatch_error
+from ivl_jax.weights.hf_names import causal_name, vision_names
+from ivl_jax.weights.safetensors_file import TensorRecord, parse_json, read_header
+
+logger = logging.getLogger(__name__)
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_CONVERT = "AutoModelForCausalLM.from_pretrained(old).save_pretrained(new), with PyTorch"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def find_tensors(folder: Path) -> dict[str, TensorRecord]:
+    """Read which tensors the safetensors files of a folder hold.
+
+    Args:
+        folder: a local folder with `model.safetensors`, or `model.safetensors.index.json` and its
+            shards.
+
+    Returns:
+        Name as in a plain causal language model → record. Tensors of an image encoder (Gemma 3) are
+        left out with a notice.
+
+    Raises:
+        FileNotFoundError: there are no safetensors files; says what to do where there are pickle
+            files.
+        TreeMismatchError: shards that are missing, truncated, outside the folder, disagree with the
+            index, or hold a tensor that another one holds too: all of them, at most 20.
+    """
+    shards, indexed = _shards(folder)
+    problems: list[str] = []
+    found: dict[str, TensorRecord] = {}
+    left_out: list[str] = []
+    for shard in shards:
+        if problem := _outside(folder, shard):
+            problems.append(problem)
+            continue
+        path = folder / shard
+        if not path.is_file():
+            problems.append(f"{shard}: expected a file, got nothing")
+            continue
+        try:
+            records = read_header(path)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if indexed is not None:
+            expected = {name for name, file in indexed.items() if file == shard}
+            problems += [
+                f"{name}: expected in {shard} by {INDEX_FILE}, got nothing"
+                for name in expected - set(records)
+            ]
+            problems += [
+                f"{name}: expected {indexed.get(name, 'nowhere')} by {INDEX_FILE}, "
+                f"got it in {shard}"
+                for name in set(records) - expected
+            ]
+        vision = vision_names(records)
+        left_out += vision
+        for name, record in records.items():
+            plain = causal_name(name)
+            if plain in found:
+                first = found[plain]
+                problems.append(
+                    f"{plain}: set twice: {first.name} in {first.file.name}, {name} in {shard}"
+                )
+            elif name not in vision:
+                found[plain] = record
+    if problems:
+        raise mismatch_error(
+            sorted(problems),
+            what=str(folder),
+            remedy="Download or save the folder again; if it was edited by hand, undo that.",
+        )
+    if left_out:
+        logger.warning(
+            "%s: left out %d tensors of its image encoder, from %s on: only text is modelled",
+            folder,
+            len(left_out),
+            left_out[0],
+        )
+    return found
+
+
+def _shards(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+    """File names, and tensor name → file name where an index says so."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    single, index = (folder / SINGLE_FILE).exists(), folder / INDEX_FILE
+    if single and index.exists():
+        raise ValueError(
+            f"{folder}: expected either {SINGLE_FILE} or {INDEX_FILE}, got both: they may hold "
+            "different models; remove the one that is out of date"
+        )
+    if single:
+        return [SINGLE_FILE], None
+    if index.exists():
+        try:
+            weight_map = parse_json(index.read_bytes())["weight_map"]
+            if not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
+                raise TypeError("weight_map is not a mapping from tensor names to file names")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{index}: not a shard index: {error!r}; download it again") from error
+        return sorted(set(weight_map.values())), weight_map
+    raise FileNotFoundError(_nothing_to_load(folder))
+
+
+def _nothing_to_load(folder: Path) -> str:
+    """What the folder has instead of the expected files, and the remedy."""
+    expected = f"{folder}: expected {SINGLE_FILE} or {INDEX_FILE}, got"
+    other = sorted(path.name for path in folder.glob("*.safetensors"))
+    if other:
+        hint = (
+            "merge the adapter into its base"
+            if "adapter_model.safetensors" in other
+            else ("download the index as well, or save the model again with save_pretrained")
+        )
+        return f"{expected} {', '.join(other[:5])}; {hint}"
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        return (
+            f"{expected} only pickle files ({', '.join(pickles[:5])}), which can run code when "
+            f"opened and are refused; where you trust them, convert them once: {_CONVERT}"
+        )
+    return (
+        f"{expected} neither; is this the folder of a model? A repository that has only pickle "
+        f"files (*.bin) must be converted first: {_CONVERT}"
+    )
+
+
+def _outside(folder: Path, shard: str) -> str | None:
+    """Why a file name of an index must not be followed; None where it may."""
+    parts = PurePosixPath(shard).parts
+    windows = PureWindowsPath(shard)
+    if not parts or parts[0] == "/" or ".." in parts or windows.drive or "\\" in shard:
+        return f"{shard!r}: expected a file name inside the folder (in {INDEX_FILE})"
+    root = folder.resolve()
+    target = (folder / shard).resolve()
+    # The hub's cache keeps <repository>/snapshots/<revision>/file -> ../../blobs/<hash>.
+    cached = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    if target.is_relative_to(root) or target.is_relative_to(cached):
+        return None
+    return f"{shard}: expected a file inside the folder, got a link to {target}: copy the file here"
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Give a folder to fill, which takes its name when the block ends without an exception.
+
+    What is written in the block is complete under the final name, or not there at all. With several
+    processes every one enters; only process 0 may write.
+
+    Args:
+        folder: the final name.
+        overwrite: a model folder of that name is replaced.
+
+    Yields:
+        An empty folder beside the final one.
+
+    Raises:
+        FileExistsError: the folder holds files and may not be replaced, or holds no `config.json`
+            and so is no model folder.
+    """
+    folder = folder.expanduser().resolve()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        if not overwrite:
+            raise FileExistsError(
+                f"{folder}: expected no such folder, got one with files; choose another name, or "
+                "say overwrite=True to replace it"
+            )
+        if not (folder / "config.json").is_file():
+            raise FileExistsError(
+                f"{folder}: expected a model folder to replace, got files without config.json; "
+                "choose another name or remove it yourself"
+            )
+    staging = folder.with_name(f".{folder.name}.incomplete")
+    writes = jax.process_index() == 0
+    if writes:
+        shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
+        staging.mkdir(parents=True)
+    try:
+        yield staging
+        if writes:
+            _replace(folder, staging)
+    finally:
+        if writes:
+            shutil.rmtree(staging, ignore_errors=True)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"written {folder}")
+
+
+def _replace(folder: Path, staging: Path) -> None:
+    """Moves `staging` to `folder`; what was there goes last."""
+    if not folder.exists():
+        staging.rename(folder)
+        return
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    os.replace(folder, replaced)
+    staging.rename(folder)
+    shutil.rmtree(replaced)

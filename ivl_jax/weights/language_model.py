@@ -1,0 +1,243 @@
+"""A language model as users name it: by folder or hub id, with its text side.
+
+In: a local folder or a hub id. Out: `LanguageModel`: architecture, parameters, tokenizer, the ids
+that stop a text; or a Hugging Face folder made of one.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from jax.sharding import Mesh
+from jaxtyping import DTypeLike
+
+from ivl_jax.model.architecture import ArchConfig
+from ivl_jax.model.decoder import Params, abstract_params
+from ivl_jax.sharding import (
+    DEFAULT_RULES,
+    ShardingRules,
+    padded_vocab_rows,
+    parameter_shardings,
+)
+from ivl_jax.tokenizer import TokenizerInfo, describe_tokenizer, load_tokenizer, save_tokenizer
+from ivl_jax.weights.hf_checkpoint import load_params, write_params
+from ivl_jax.weights.hf_folder import new_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+else:
+    PreTrainedTokenizerBase = Any  # importing transformers takes a second
+
+# Weights as transformers names them, the configuration, and every file a tokenizer may need. Not
+# *.bin, and not a second copy of the weights in another layout (Mistral's
+# consolidated.safetensors).
+_WANTED = ["model*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A pre-trained model with its text side.
+
+    Attributes:
+        path: the folder or hub id it came from.
+        arch: the architecture.
+        params: parameters, layers unstacked, vocabulary rows perhaps padded.
+        tokenizer: from the same folder.
+        tokenizer_info: what identifies the tokenizer.
+        stop_ids: every id that ends a text, `generation_config.json` included.
+    """
+
+    path: str
+    arch: ArchConfig
+    params: Params = field(repr=False)
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
+    tokenizer_info: TokenizerInfo = field(repr=False)
+    stop_ids: tuple[int, ...]
+
+
+def load_language_model(
+    path_or_hub_id: str | Path,
+    *,
+    revision: str | None = None,
+    param_dtype: DTypeLike = jnp.float32,
+    mesh: Mesh | None = None,
+    sharding_rules: ShardingRules = DEFAULT_RULES,
+) -> LanguageModel:
+    """Load a model from a local folder, or else from the Hugging Face hub.
+
+    Args:
+        path_or_hub_id: a folder (looked at first), or an id such as `TinyLlama/TinyLlama_v1.1`.
+        revision: branch, tag or commit on the hub; None: its main branch, or a local folder.
+        param_dtype: float32 or bfloat16, of every parameter.
+        mesh: where the parameters live, split by `sharding_rules`, vocabulary rows padded to
+            divide; None: the default device, no padding.
+        sharding_rules: which mesh axis splits which dimension.
+
+    Returns:
+        The model.
+
+    Raises:
+        FileNotFoundError: neither the folder nor the hub has the model, or a file of it is missing.
+        ValueError: the architecture, the tokenizer or a tensor is not what it has to be.
+    """
+    folder = find_model(path_or_hub_id, revision=revision)
+    arch = read_arch(folder)
+    tokenizer = load_tokenizer(folder)
+    info = describe_tokenizer(tokenizer, folder)
+    if info.vocab_size > arch.vocab_size:
+        raise ValueError(
+            f"{folder}: expected a tokenizer of at most {arch.vocab_size} ids (vocab_size in "
+            f"config.json), got {info.vocab_size}: tokenizer and weights are of different models"
+        )
+    vocab_rows, shardings = None, None
+    if mesh is not None:
+        vocab_rows = padded_vocab_rows(arch.vocab_size, mesh, sharding_rules)
+        shardings = parameter_shardings(
+            abstract_params(arch, vocab_rows=vocab_rows),
+            mesh,
+            sharding_rules,
+            units={"heads": arch.num_attention_heads, "kv_heads": arch.num_key_value_heads},
+        )
+    params = load_params(
+        folder, arch, param_dtype=param_dtype, vocab_rows=vocab_rows, shardings=shardings
+    )
+    return LanguageModel(
+        path=str(path_or_hub_id),
+        arch=arch,
+        params=params,
+        tokenizer=tokenizer,
+        tokenizer_info=info,
+        stop_ids=info.eos_ids,
+    )
+
+
+def find_model(path_or_hub_id: str | Path, *, revision: str | None = None) -> Path:
+    """Give the local folder of a model, downloading it where there is none of that name.
+
+    Args:
+        path_or_hub_id: a folder, or a hub id `owner/name`.
+        revision: branch, tag or commit on the hub.
+
+    Returns:
+        A local folder.
+
+    Raises:
+        FileNotFoundError: there is no such folder, and the hub cannot be reached or has no such
+            model.
+        ValueError: a revision was given with a local folder.
+    """
+    name = str(path_or_hub_id)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"{name}: revision {revision!r} is of the hub, but a local folder has this name"
+            )
+        return folder
+    if isinstance(path_or_hub_id, Path) or folder.is_absolute() or name.startswith((".", "~")):
+        raise FileNotFoundError(f"{name}: no such folder")
+    missing = f"{name}: no such folder here ({Path.cwd()}), and "
+    try:
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=_WANTED, ignore_patterns="*/*"
+            )
+        )
+    except GatedRepoError as error:
+        raise FileNotFoundError(
+            f"{missing}the hub asks for its licence to be accepted: do that on its page, then run "
+            "`hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{missing}the hub has no revision {revision!r} of it") from error
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{missing}it is no hub id (owner/name)") from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{missing}the hub has no model of this name, or it is private: check the spelling, or "
+            "run `hf auth login`"
+        ) from error
+    except OSError as error:  # offline, or no connection, and not in the cache
+        raise FileNotFoundError(
+            f"{missing}it is not in the hub's cache while the hub cannot be reached "
+            f"({type(error).__name__}): download it where there is a network "
+            f"(`hf download {name}`) and give the folder"
+        ) from error
+
+
+def read_arch(folder: Path) -> ArchConfig:
+    """Read the architecture from a folder's `config.json`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no JSON object, or describes a model that is not supported.
+    """
+    config = _read_json(folder / "config.json")
+    if config is None:
+        raise FileNotFoundError(f"{folder}: expected a config.json; is this a model's folder?")
+    try:
+        return ArchConfig.from_hf(config)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def save_language_model(
+    folder: Path | str,
+    model: LanguageModel,
+    *,
+    dtype: DTypeLike,
+    overwrite: bool = False,
+) -> None:
+    """Write a model as a Hugging Face folder: weights, configuration, tokenizer, stop ids.
+
+    The folder appears when it is complete.
+
+    Args:
+        folder: the folder to make.
+        model: the model.
+        dtype: float32 or bfloat16, of every tensor written.
+        overwrite: replace a model folder of that name.
+
+    Raises:
+        FileExistsError: the folder exists and holds files, and may not be replaced.
+        TreeMismatchError: the parameters are not those of the architecture.
+    """
+    with new_folder(Path(folder), overwrite=overwrite) as staging:
+        write_params(staging, model.arch, model.params, dtype=dtype)
+        if jax.process_index() == 0:
+            save_tokenizer(model.tokenizer, staging)
+            text = json.dumps(_generation_config(model), indent=2)
+            (staging / "generation_config.json").write_text(text + "\n")
+
+
+def _generation_config(model: LanguageModel) -> Mapping[str, Any]:
+    """What `generate` of transformers needs to stop where this model stops."""
+    ids = {
+        "bos_token_id": model.tokenizer_info.bos_id,
+        "eos_token_id": list(model.stop_ids),
+        "pad_token_id": model.tokenizer_info.pad_id,
+    }
+    return {name: value for name, value in ids.items() if value not in (None, [])}
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(record).__name__}")
+    return record
