@@ -1,0 +1,190 @@
+"""Command line: build a vocabulary map, or show what one covers.
+
+    python -m ivl_jax.vocabulary build --base-tokenizer DIR --value-tokenizer DIR --text FILE… \
+        --output MAP.safetensors [--method dtw|bytes]
+    python -m ivl_jax.vocabulary show MAP.safetensors
+
+In: two tokenizer folders and text files, or a map. Out: the map's file and a report on the console.
+"""
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+
+if TYPE_CHECKING:
+    from ivl_jax.vocabulary.alignment import BuiltMap, NamedTokenizer
+
+
+def build(
+    *,
+    base_tokenizer: Path,
+    value_tokenizer: Path,
+    text: tuple[Path, ...],
+    output: Path,
+    method: Literal["dtw", "bytes"] = "dtw",
+    centred: bool = False,
+    pair: tuple[str, ...] = (),
+) -> None:
+    """Build a vocabulary map from running text and write it as a safetensors file.
+
+    Args:
+        base_tokenizer: Folder with the base's tokenizer (a model's folder will do).
+        value_tokenizer: Folder with the value network's tokenizer.
+        text: Files of running text: .jsonl or .json rows (all string fields, or dialogues), or
+            plain text. Best is text of the kind the models will read and write.
+        output: Where to write the map, a .safetensors file; an older one is replaced.
+        method: dtw: the authors' dynamic time warping with edit distance; bytes: alignment by byte
+            offsets, many times faster.
+        centred: Store in the map that value logits should be centred over the mapped tokens before
+            they are mapped.
+        pair: Special tokens to pair by hand, each BASE_TOKEN=VALUE_TOKEN, where the roles found
+            (begin, end, turn end, same name) are not what you want.
+    """
+    from ivl_jax.vocabulary.alignment import build_vocabulary_map
+    from ivl_jax.vocabulary.mapping import save_vocabulary_map
+    from ivl_jax.vocabulary.texts import MAX_TEXT_BYTES, read_texts
+
+    if output.suffix != ".safetensors" or not output.parent.is_dir():
+        raise ValueError(
+            f"--output {output}: expected the name of a .safetensors file in a folder that exists"
+        )
+    texts, cut = read_texts(text)
+    base = _tokenizer("--base-tokenizer", base_tokenizer)
+    value = _tokenizer("--value-tokenizer", value_tokenizer)
+    console = Console(highlight=False)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as bars:
+        names = (f"tokenise: {base.name}", f"tokenise: {value.name}", "align")
+        tasks = [bars.add_task(escape(name), total=len(texts)) for name in names]
+        built = build_vocabulary_map(
+            base,
+            value,
+            texts,
+            method=method,
+            centred=centred,
+            pairs_by_hand=pair,
+            progress=lambda stage, done: bars.advance(tasks[stage], done),
+        )
+    save_vocabulary_map(output, built.vocabulary_map, built.metadata)
+    if cut:
+        console.print(f"{cut:,} texts were longer than {MAX_TEXT_BYTES:,} bytes and cut in pieces")
+    _report(console, built, base, value, len(texts))
+    console.print(f"wrote {escape(str(output))} ({output.stat().st_size / 1e6:.2f} MB)")
+
+
+def show(map_file: Annotated[Path, tyro.conf.Positional], /) -> None:
+    """Show where a vocabulary map comes from and what it covers.
+
+    Args:
+        map_file: A file written by build.
+    """
+    from ivl_jax.vocabulary.mapping import load_vocabulary_map
+
+    vocabulary_map, metadata = load_vocabulary_map(map_file)
+    console = Console(highlight=False)
+    rows = len(vocabulary_map.weight)
+    for name, value in (
+        (
+            "base tokenizer",
+            f"{metadata.base_name} ({metadata.base_fingerprint[:12]}), {rows:,} ids",
+        ),
+        (
+            "value tokenizer",
+            f"{metadata.value_name} ({metadata.value_fingerprint[:12]}), "
+            f"{metadata.value_vocab_size:,} ids",
+        ),
+        ("method", f"{metadata.method}, on {metadata.texts:,} texts"),
+        ("value logits centred", "yes" if metadata.centred else "no"),
+        ("base tokens mapped", f"{metadata.token_coverage:.2%}"),
+        ("running text mapped", f"{metadata.text_coverage:.2%}"),
+        (
+            "paired by role",
+            ", ".join(f"{role}: {b} → {v}" for role, b, v in metadata.special_pairs) or "nothing",
+        ),
+    ):
+        console.print(f"{name:22}{escape(value)}", soft_wrap=True)
+
+
+def main() -> int:
+    """Run the command line; the exit status is 1 where the input cannot be used."""
+    # Handlers belong to command lines; this is one.
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            {"build": build, "show": show},
+            prog="python -m ivl_jax.vocabulary",
+            description="Vocabulary maps between two tokenizers.",
+        )
+    except (ValueError, OSError) as error:
+        Console(stderr=True, highlight=False).print(f"error: {escape(str(error))}", soft_wrap=True)
+        return 1
+    return 0
+
+
+def _tokenizer(option: str, folder: Path) -> "NamedTokenizer":
+    """Load a tokenizer; whatever its files do, the error names the option and the folder."""
+    from ivl_jax.tokenizer import load_tokenizer
+    from ivl_jax.vocabulary.alignment import named_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(folder)
+        return named_tokenizer(folder.resolve().name, tokenizer, str(folder))
+    except Exception as error:
+        # The tokenizers library raises bare Exception for a file it cannot parse.
+        raise ValueError(f"{option} {folder}: no tokenizer could be read there: {error}") from error
+
+
+def _report(
+    console: Console, built: "BuiltMap", base: "NamedTokenizer", value: "NamedTokenizer", texts: int
+) -> None:
+    """Print what a new map covers."""
+
+    def line(name: str, text: str) -> None:
+        console.print(f"{name:22}{escape(text)}", soft_wrap=True)
+
+    coverage = built.coverage
+    mapped = round(coverage.tokens * base.info.vocab_size)
+    line("base tokenizer", f"{base.name}, {base.info.vocab_size:,} ids")
+    line("value tokenizer", f"{value.name}, {value.info.vocab_size:,} ids")
+    line(
+        "method",
+        f"{built.metadata.method}; {texts:,} texts, {built.base_tokens:,} base tokens; "
+        f"tokenised in {built.tokenise_seconds:.1f} s, aligned in {built.align_seconds:.1f} s",
+    )
+    if built.unequal_texts:
+        line("left out", f"{len(built.unequal_texts):,} texts whose bytes the tokenizers change")
+    line("base tokens mapped", f"{mapped:,} ({coverage.tokens:.2%})")
+    line(
+        "running text mapped",
+        f"{coverage.text:.2%} of its base tokens, with mean weight {coverage.mean_weight:.3f}",
+    )
+    pairs = [
+        f"{_token(base, base_id)} → {_token(value, value_id)} ({role})"
+        for role, base_id, value_id in built.special_pairs
+    ]
+    line("paired by role", ", ".join(pairs) or "nothing")
+    seen = [f"{_token(base, i)} × {count:,}" for i, count in coverage.unmapped_in_text]
+    line("unmapped, in text", "  ".join(seen) or "none")
+    unseen = [_token(base, token_id) for token_id in coverage.unmapped_elsewhere]
+    line("unmapped, not in text", "  ".join(unseen) + (" …" if unseen else "none"))
+
+
+def _token(side: "NamedTokenizer", token_id: int) -> str:
+    """A token as people can read it, its bytes where they are no text."""
+    special = side.info.special_tokens.get(token_id)
+    if special is not None:
+        return special
+    spelled: Any = side.info.ordinary_tokens[token_id] or b""
+    try:
+        return repr(spelled.decode())
+    except UnicodeDecodeError:
+        return repr(spelled)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

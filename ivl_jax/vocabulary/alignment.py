@@ -1,0 +1,258 @@
+"""Builds a vocabulary map from running text read by both tokenizers.
+
+In: two tokenizers and texts. Out: the map, its metadata, and what it covers.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from ivl_jax.tokenizer import TokenizerInfo, describe_tokenizer
+from ivl_jax.vocabulary.byte_offsets import count_same_starts, weigh_same_starts
+from ivl_jax.vocabulary.dtw import count_coaligned, normalise_counts, token_strings
+from ivl_jax.vocabulary.mapping import MapMetadata, VocabularyMap
+from ivl_jax.vocabulary.special_tokens import SpecialPairs, pair_special_tokens
+
+Method = Literal["dtw", "bytes"]
+_TEXTS_PER_TOKENIZER_CALL = 256
+_EXAMPLES = 12
+# Stages of a build, as its progress callback counts them.
+TOKENISE_BASE, TOKENISE_VALUE, ALIGN = range(3)
+
+
+class NamedTokenizer(NamedTuple):
+    """A tokenizer, what identifies it, and what messages call it."""
+
+    name: str
+    tokenizer: Any
+    info: TokenizerInfo
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What a map covers.
+
+    Attributes:
+        tokens: Share of the base's ids that are mapped, 0 to 1.
+        text: Share of the running text's base tokens (special ones apart) that are mapped.
+        mean_weight: Mean weight over the running text's base tokens, unmapped ones as 0.
+        unmapped_in_text: (base id, times seen) of unmapped tokens, most frequent first, a few.
+        unmapped_elsewhere: Base ids, spread over the vocabulary, that are unmapped and unseen.
+    """
+
+    tokens: float
+    text: float
+    mean_weight: float
+    unmapped_in_text: tuple[tuple[int, int], ...]
+    unmapped_elsewhere: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BuiltMap:
+    """A map that was just built.
+
+    Attributes:
+        vocabulary_map: The map.
+        metadata: What its file will say.
+        coverage: What it covers.
+        special_pairs: (role, base id, value id) of tokens paired by role.
+        base_tokens: Base tokens in the running text.
+        unequal_texts: Texts that `bytes` left out, because the two tokenizers do not give back the
+            same bytes.
+        tokenise_seconds: Seconds spent in the two tokenizers.
+        align_seconds: Seconds spent after them.
+    """
+
+    vocabulary_map: VocabularyMap
+    metadata: MapMetadata
+    coverage: Coverage
+    special_pairs: SpecialPairs
+    base_tokens: int
+    unequal_texts: tuple[int, ...]
+    tokenise_seconds: float
+    align_seconds: float
+
+
+class AlignmentError(ValueError):
+    """Text on which two tokenizers cannot be aligned."""
+
+
+def named_tokenizer(name: str, tokenizer: Any, folder: str) -> NamedTokenizer:
+    """Identify a tokenizer.
+
+    Args:
+        name: what messages and the map's metadata call it.
+        tokenizer: a transformers tokenizer with a fast backend.
+        folder: its folder, whose `generation_config.json` may list further ends of text.
+
+    Returns:
+        The tokenizer with its info.
+
+    Raises:
+        ValueError: the bytes of its tokens are not known.
+    """
+    return NamedTokenizer(name, tokenizer, describe_tokenizer(tokenizer, folder))
+
+
+def build_vocabulary_map(
+    base: NamedTokenizer,
+    value: NamedTokenizer,
+    texts: Sequence[str],
+    *,
+    method: Method,
+    centred: bool = False,
+    pairs_by_hand: Sequence[str] = (),
+    progress: Callable[[int, int], None] = lambda stage, texts: None,
+) -> BuiltMap:
+    """Build a vocabulary map from running text.
+
+    Args:
+        base: the base's tokenizer.
+        value: the value network's tokenizer.
+        texts: running text, each aligned by itself; not empty.
+        method: `dtw`, the authors' dynamic time warping, or `bytes`, alignment by byte offsets.
+        centred: stored in the metadata: whether value logits should be centred when mapped.
+        pairs_by_hand: special tokens to pair, each `BASE_TOKEN=VALUE_TOKEN`; overrules the roles.
+        progress: called with a stage (`TOKENISE_BASE`, `TOKENISE_VALUE`, `ALIGN`) and the number of
+            texts just done in it.
+
+    Returns:
+        The map, whose rows of special tokens are paired by role with weight 1 and whose other rows
+        come from the text.
+
+    Raises:
+        AlignmentError: no texts, or (`bytes`) not one text whose bytes both tokenizers give back.
+        ValueError: a pair by hand that names no special token.
+
+    Source:
+        arXiv 2410.21027 for `dtw`; `bytes` is ours.
+    """
+    if not texts:
+        raise AlignmentError("no texts to align; give running text of the kind the models read")
+    special = pair_special_tokens(
+        base.info, value.info, base_name=base.name, value_name=value.name, by_hand=pairs_by_hand
+    )
+    started = time.perf_counter()
+    base_rows, value_rows = (
+        tokenise(side.tokenizer, texts, lambda done, stage=stage: progress(stage, done))
+        for stage, side in ((TOKENISE_BASE, base), (TOKENISE_VALUE, value))
+    )
+    tokenised = time.perf_counter()
+    unequal: tuple[int, ...] = ()
+    if method == "dtw":
+        index, weight = _by_dtw(base, value, base_rows, value_rows, progress)
+    else:
+        index, weight, unequal = _by_bytes(base, value, base_rows, value_rows)
+        progress(ALIGN, len(texts))
+    for _, base_id, value_id in special:
+        index[base_id], weight[base_id] = value_id, 1.0
+    aligned = time.perf_counter()
+    coverage = _coverage(weight, base_rows, base.info)
+    metadata = MapMetadata(
+        method=method,
+        base_name=base.name,
+        base_fingerprint=base.info.fingerprint,
+        value_name=value.name,
+        value_fingerprint=value.info.fingerprint,
+        value_vocab_size=value.info.vocab_size,
+        centred=centred,
+        token_coverage=coverage.tokens,
+        text_coverage=coverage.text,
+        texts=len(texts),
+        special_pairs=special,
+    )
+    return BuiltMap(
+        vocabulary_map=VocabularyMap(jnp.asarray(index), jnp.asarray(weight)),
+        metadata=metadata,
+        coverage=coverage,
+        special_pairs=special,
+        base_tokens=sum(map(len, base_rows)),
+        unequal_texts=unequal,
+        tokenise_seconds=tokenised - started,
+        align_seconds=aligned - tokenised,
+    )
+
+
+def tokenise(
+    tokenizer: Any, texts: Sequence[str], progress: Callable[[int], None]
+) -> list[np.ndarray]:
+    """Turn texts into ids, the special tokens that the tokenizer adds included.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        texts: any number of texts.
+        progress: called with the number of texts just done.
+
+    Returns:
+        Per text, [N] int32 ids.
+    """
+    rows = []
+    for start in range(0, len(texts), _TEXTS_PER_TOKENIZER_CALL):
+        batch = list(texts[start : start + _TEXTS_PER_TOKENIZER_CALL])
+        ids = tokenizer(batch, add_special_tokens=True, verbose=False)["input_ids"]
+        rows += [np.array(row, np.int32) for row in ids]
+        progress(len(batch))
+    return rows
+
+
+def _by_dtw(
+    base: NamedTokenizer,
+    value: NamedTokenizer,
+    base_rows: list[np.ndarray],
+    value_rows: list[np.ndarray],
+    progress: Callable[[int, int], None],
+) -> tuple[np.ndarray, np.ndarray]:
+    counts = count_coaligned(
+        value_rows,
+        base_rows,
+        value_strings=token_strings(value.tokenizer, value.info.ordinary_tokens),
+        base_strings=token_strings(base.tokenizer, base.info.ordinary_tokens),
+        progress=lambda done: progress(ALIGN, done),
+    )
+    return normalise_counts(
+        counts, base_vocab_size=base.info.vocab_size, value_vocab_size=value.info.vocab_size
+    )
+
+
+def _by_bytes(
+    base: NamedTokenizer,
+    value: NamedTokenizer,
+    base_rows: list[np.ndarray],
+    value_rows: list[np.ndarray],
+) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
+    tables = {
+        "value_bytes": value.info.ordinary_tokens,
+        "base_bytes": base.info.ordinary_tokens,
+    }
+    counts = count_same_starts(value_rows, base_rows, **tables)
+    if len(counts.unequal) == len(base_rows):
+        raise AlignmentError(
+            f"{base.name} and {value.name} do not give back the same bytes for any of the "
+            f"{len(base_rows)} texts (one of them changes the text before splitting it); "
+            "use --method dtw"
+        )
+    return *weigh_same_starts(counts, **tables), counts.unequal
+
+
+def _coverage(weight: np.ndarray, base_rows: list[np.ndarray], info: TokenizerInfo) -> Coverage:
+    seen = np.bincount(np.concatenate(base_rows), minlength=info.vocab_size)
+    seen[list(info.special_tokens)] = 0
+    mapped = weight > 0
+    total = max(int(seen.sum()), 1)
+    frequent = np.argsort(-np.where(mapped, 0, seen), kind="stable")[:_EXAMPLES]
+    known = np.array([spelled is not None for spelled in info.ordinary_tokens], bool)
+    elsewhere = np.flatnonzero(known & ~mapped & (seen == 0))
+    spread = np.linspace(0, len(elsewhere) - 1, min(_EXAMPLES, len(elsewhere))).astype(int)
+    return Coverage(
+        tokens=float(mapped.mean()),
+        text=float(seen[mapped].sum() / total),
+        mean_weight=float((seen * weight).sum() / total),
+        unmapped_in_text=tuple(
+            (int(i), int(seen[i])) for i in frequent if seen[i] and not mapped[i]
+        ),
+        unmapped_elsewhere=tuple(elsewhere[spread].tolist()),
+    )

@@ -1,0 +1,189 @@
+"""A vocabulary map from byte offsets: the value token that begins where the base token begins.
+
+In: texts tokenised by both tokenizers, the bytes of the tokens. Out: the best value token of each
+base token with its weight. Linear in the text; no edit distance, no word marks.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ivl_jax.vocabulary.pair_counts import (
+    PairCounts,
+    best_per_base_token,
+    count_pairs,
+    merge_counts,
+)
+
+TokenBytes = Sequence[bytes | None]
+# Texts are counted in chunks of about this many tokens: 30 MB of working arrays.
+_TOKENS_AT_ONCE = 500_000
+
+
+class ByteCounts(NamedTuple):
+    """What aligning by byte offsets saw."""
+
+    pairs: PairCounts
+    """Per pair of tokens that begin at the same byte, the sum of the share of bytes in common."""
+    aligned: np.ndarray
+    """[Vb] float64, times a base token began where a value token begins."""
+    unequal: tuple[int, ...]
+    """Texts whose bytes the two tokenizers do not both give back; they are left out."""
+
+
+class _Spans(NamedTuple):
+    """Tokens of many texts on one common byte axis, tokens without bytes there left out."""
+
+    ids: np.ndarray
+    """[N] token ids."""
+    start: np.ndarray
+    """[N] int64, where the token begins."""
+    end: np.ndarray
+    """[N] int64, where it ends."""
+    length: np.ndarray
+    """[N] int64, bytes the token has by itself; the space before a text is not on the axis."""
+
+
+def count_same_starts(
+    value_rows: Sequence[np.ndarray],
+    base_rows: Sequence[np.ndarray],
+    *,
+    value_bytes: TokenBytes,
+    base_bytes: TokenBytes,
+) -> ByteCounts:
+    """Find the tokens that begin at the same byte of the same text.
+
+    A base token predicted at some byte competes with the value network's prediction at that byte:
+    so only a value token that begins there can speak for it. The share in common is the bytes of
+    the shorter of the two over those of the longer: 1 where they are the same.
+
+    Args:
+        value_rows: per text, the value network's token ids.
+        base_rows: per text, the base's.
+        value_bytes: by id, the bytes of each ordinary token; None for special ones, which occupy
+            no bytes of the text.
+        base_bytes: likewise.
+
+    Returns:
+        The sums of shares, the number of aligned occurrences, and the texts left out: those whose
+        bytes differ by more than the one space that SentencePiece puts before a text.
+    """
+    lengths = [np.array([len(b or b"") for b in table]) for table in (value_bytes, base_bytes)]
+    parts, aligned, unequal = [], np.zeros(len(base_bytes)), []
+    for chunk in _chunks(base_rows):
+        prefixes = [
+            _prefixes(_spelled(value_rows[row], value_bytes), _spelled(base_rows[row], base_bytes))
+            for row in chunk
+        ]
+        unequal += [row for row, both in zip(chunk, prefixes, strict=True) if both is None]
+        kept = [(row, both) for row, both in zip(chunk, prefixes, strict=True) if both is not None]
+        if not kept:
+            continue
+        value, base = (
+            _spans([rows[row] for row, _ in kept], table, np.array([both[k] for _, both in kept]))
+            for k, (rows, table) in enumerate(zip((value_rows, base_rows), lengths, strict=True))
+        )
+        token_at = np.full(int(base.end.max(initial=0)) + 1, -1, np.int64)
+        token_at[value.start] = np.arange(len(value.ids))
+        partner = token_at[base.start]
+        met = partner >= 0
+        theirs = partner[met]
+        common = np.minimum(base.end[met], value.end[theirs]) - base.start[met]
+        share = common / np.maximum(base.length[met], value.length[theirs])
+        size = len(value_bytes)
+        parts.append(count_pairs(base.ids[met], value.ids[theirs], share, value_vocab_size=size))
+        aligned += np.bincount(base.ids[met], minlength=len(base_bytes))
+    return ByteCounts(
+        merge_counts(parts, value_vocab_size=len(value_bytes)), aligned, tuple(unequal)
+    )
+
+
+def weigh_same_starts(
+    counts: ByteCounts, *, value_bytes: TokenBytes, base_bytes: TokenBytes
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each base token's best value token, and how far it can be trusted.
+
+    A base token whose bytes are also a value token counts as having met it once: so tokens that
+    the text never shows are mapped where their bytes say how, and the text overrules where it
+    shows otherwise (SentencePiece's lone ▁ before digits, say).
+
+    Args:
+        counts: from `count_same_starts`.
+        value_bytes: by id, the bytes of each ordinary token.
+        base_bytes: likewise.
+
+    Returns:
+        value_index [Vb] int32: the value token with the largest sum of shares, of equal ones the
+        lowest; weight [Vb] float32: that sum over the number of aligned occurrences, so 1 where
+        the two always are the same bytes. 0 and 0 where there is neither evidence nor equal bytes.
+    """
+    base_ids, value_ids = _equal_bytes(value_bytes=value_bytes, base_bytes=base_bytes)
+    once = count_pairs(
+        base_ids, value_ids, np.ones(len(base_ids)), value_vocab_size=len(value_bytes)
+    )
+    pairs = merge_counts([counts.pairs, once], value_vocab_size=len(value_bytes))
+    index, score = best_per_base_token(pairs, pairs.amounts, base_vocab_size=len(base_bytes))
+    met = counts.aligned + np.bincount(base_ids, minlength=len(base_bytes))
+    return index, (score / np.maximum(met, 1)).astype(np.float32)
+
+
+def _chunks(rows: Sequence[np.ndarray]) -> list[list[int]]:
+    """Consecutive texts, about `_TOKENS_AT_ONCE` tokens together."""
+    ends = np.cumsum([len(row) for row in rows])
+    chunk_of = ends // _TOKENS_AT_ONCE
+    return [np.flatnonzero(chunk_of == chunk).tolist() for chunk in np.unique(chunk_of)]
+
+
+def _spelled(row: np.ndarray, table: TokenBytes) -> bytes:
+    return b"".join([table[token] or b"" for token in row.tolist()])
+
+
+def _prefixes(value_text: bytes, base_text: bytes) -> tuple[int, int] | None:
+    """Bytes each tokenizer put before the text they share: one space at most; None if unequal."""
+    if value_text == base_text:
+        return 0, 0
+    if base_text == b" " + value_text:
+        return 0, 1
+    if value_text == b" " + base_text:
+        return 1, 0
+    return None
+
+
+def _spans(rows: Sequence[np.ndarray], lengths: np.ndarray, prefixes: np.ndarray) -> _Spans:
+    """Lay tokens on the common byte axis, each text's bytes after those of the text before it."""
+    ids = np.concatenate(rows)
+    length = lengths[ids]
+    row_of = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    text_bytes = np.bincount(row_of, weights=length, minlength=len(rows)).astype(np.int64)
+    text_start = np.cumsum(text_bytes - prefixes) - (text_bytes - prefixes)
+    # The bytes before each text that are not on the axis: all prefixes up to its own.
+    end = np.cumsum(length) - np.cumsum(prefixes)[row_of]
+    start = np.maximum(end - length, text_start[row_of])
+    kept = end > start
+    return _Spans(ids[kept], start[kept], end[kept], length[kept])
+
+
+def _equal_bytes(
+    *, value_bytes: TokenBytes, base_bytes: TokenBytes
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of tokens with the same bytes, each base token at most once.
+
+    Some bytes have two tokens (`A` and `<0x41>`): the last are paired, then the last but one.
+    """
+    by_bytes: list[dict[bytes, list[int]]] = []
+    for table in (value_bytes, base_bytes):
+        ids = defaultdict(list)
+        for token_id, spelled in enumerate(table):
+            if spelled:
+                ids[spelled].append(token_id)
+        by_bytes.append(ids)
+    pairs = [
+        (base_id, value_ids[max(0, len(value_ids) - len(base_ids) + k)])
+        for spelled, base_ids in by_bytes[1].items()
+        if (value_ids := by_bytes[0].get(spelled))
+        for k, base_id in enumerate(base_ids)
+    ]
+    columns = np.array(pairs, np.int64).reshape(-1, 2)
+    return columns[:, 0], columns[:, 1]

@@ -1,0 +1,274 @@
+"""A vocabulary map: value logits over one vocabulary, gathered into another; and its file.
+
+In: value logits over the value network's tokens, a map. Out: value logits over the base's tokens.
+A map is two vectors, never a matrix: at most one value token speaks for each base token.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from etils import epath
+from jaxtyping import Array, Bool, Float, Float32, Int32
+from safetensors import SafetensorError
+
+FORMAT_VERSION = 1
+BUILD_COMMAND = (
+    "python -m ivl_jax.vocabulary build --base-tokenizer {base} --value-tokenizer {value} "
+    "--text TEXT --output {output}"
+)
+_METADATA_KEY = "ivl_jax.vocabulary_map"
+
+
+class VocabularyMapError(ValueError):
+    """A map that cannot be used: which file, what was expected, what was found, the remedy."""
+
+
+class VocabularyMap(NamedTuple):
+    """Which value token speaks for each base token, and how loudly."""
+
+    value_index: Int32[Array, " Vb"]
+    """Id of the value token; 0 where the base token is unmapped."""
+    weight: Float32[Array, " Vb"]
+    """Factor on that token's value logit; 0 where the base token is unmapped."""
+
+
+@dataclass(frozen=True)
+class MapMetadata:
+    """Where a map comes from, stored in its file.
+
+    Attributes:
+        method: `dtw` or `bytes`.
+        base_name: What the base's tokenizer was called when the map was built.
+        base_fingerprint: Fingerprint of the base's ordinary tokens.
+        value_name: What the value network's tokenizer was called.
+        value_fingerprint: Fingerprint of the value network's ordinary tokens.
+        value_vocab_size: Ids of the value network's tokenizer; every index is below it.
+        centred: Whether value logits should be centred before they are mapped.
+        token_coverage: Share of base tokens that are mapped, 0 to 1.
+        text_coverage: Share of the running text's base tokens that are mapped, 0 to 1.
+        texts: Number of texts the map was counted on.
+        special_pairs: (role, base id, value id) of tokens paired by role.
+    """
+
+    method: str
+    base_name: str
+    base_fingerprint: str
+    value_name: str
+    value_fingerprint: str
+    value_vocab_size: int
+    centred: bool
+    token_coverage: float
+    text_coverage: float
+    texts: int
+    special_pairs: tuple[tuple[str, int, int], ...]
+
+
+def apply_vocabulary_map(
+    value_logits: Float[Array, "B T Vv"], vocabulary_map: VocabularyMap, *, centred: bool = False
+) -> Float32[Array, "B T Vb"]:
+    """Read value logits in the base's vocabulary.
+
+    Args:
+        value_logits: [B T Vv], any float dtype; mapped in float32. Columns beyond the value
+            network's tokenizer are never read.
+        vocabulary_map: the map, whose indices are below Vv.
+        centred: subtract, per position, the mean of z_value over the value tokens that the map
+            uses. A constant added to z_value then changes nothing; without it, such a constant
+            lifts or sinks every mapped token against the unmapped ones, whose value logit is 0.
+
+    Returns:
+        [B T Vb] in float32: weight · z_value[value_index], and 0 for unmapped tokens. NaN where
+        an index is beyond Vv.
+
+    Source:
+        arXiv 2410.21027 and the authors' code, which multiplies by a dense V×V matrix with at most
+        one entry a row; the gather gives the same numbers. Centring is ours.
+
+    Example:
+        Three base tokens over four value tokens; the second is unmapped.
+
+        >>> import jax.numpy as jnp
+        >>> z = jnp.array([[[10.0, 20.0, 30.0, 40.0]]])
+        >>> m = VocabularyMap(jnp.array([3, 0, 1]), jnp.array([1.0, 0.0, 0.5]))
+        >>> apply_vocabulary_map(z, m).tolist()
+        [[[40.0, 0.0, 10.0]]]
+        >>> apply_vocabulary_map(z, m, centred=True).tolist()
+        [[[10.0, 0.0, -5.0]]]
+    """
+    logits = value_logits.astype(jnp.float32)
+    mapped = vocabulary_map.weight != 0
+    if centred:
+        used = _used_value_tokens(vocabulary_map, logits.shape[-1])[None, None, :]
+        total = jnp.sum(jnp.where(used, logits, 0.0), axis=-1, keepdims=True)
+        logits = logits - total / jnp.maximum(jnp.sum(used, dtype=jnp.float32), 1.0)
+    # mode="fill" is NaN beyond the last column: a map for another model is loud, not wrong.
+    gathered = jnp.take(logits, vocabulary_map.value_index, axis=-1, mode="fill")
+    weighted = gathered * vocabulary_map.weight[None, None, :]
+    return jnp.where(mapped[None, None, :], weighted, 0.0)
+
+
+def save_vocabulary_map(
+    path: epath.PathLike, vocabulary_map: VocabularyMap, metadata: MapMetadata
+) -> None:
+    """Write a map and its metadata as one safetensors file, replacing an older one whole.
+
+    Args:
+        path: the file; its folder must exist.
+        vocabulary_map: the map.
+        metadata: where it comes from.
+    """
+    path = epath.Path(path)
+    tensors = {
+        "value_index": np.asarray(vocabulary_map.value_index, np.int32),
+        "weight": np.asarray(vocabulary_map.weight, np.float32),
+    }
+    record = {"format_version": FORMAT_VERSION, **dataclasses.asdict(metadata)}
+    content = safetensors.numpy.save(tensors, metadata={_METADATA_KEY: json.dumps(record)})
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def load_vocabulary_map(path: epath.PathLike) -> tuple[VocabularyMap, MapMetadata]:
+    """Read a map and where it comes from.
+
+    Args:
+        path: a file written by `save_vocabulary_map`.
+
+    Returns:
+        The map and its metadata. Whether it fits two tokenizers: `check_vocabulary_map`.
+
+    Raises:
+        VocabularyMapError: no such file, not a vocabulary map, another format version, or arrays
+            that no map can have (all problems are listed).
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        raise VocabularyMapError(
+            f"no vocabulary map at {path}; build one: "
+            + BUILD_COMMAND.format(base="BASE", value="VALUE", output=path)
+        )
+    content = path.read_bytes()
+    try:
+        tensors = safetensors.numpy.load(content)
+        record = json.loads(_file_metadata(content)[_METADATA_KEY])
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise VocabularyMapError(
+            f"{path} is not a vocabulary map ({type(error).__name__}: {error}); expected a "
+            "safetensors file written by python -m ivl_jax.vocabulary build"
+        ) from error
+    metadata = _metadata(path, record)
+    problems = _array_problems(tensors, metadata.value_vocab_size)
+    if problems:
+        raise VocabularyMapError(
+            f"{path}: {'; '.join(problems)}; the file was altered: build it again"
+        )
+    arrays = (jnp.asarray(tensors["value_index"]), jnp.asarray(tensors["weight"]))
+    return VocabularyMap(*arrays), metadata
+
+
+def check_vocabulary_map(
+    metadata: MapMetadata,
+    *,
+    path: epath.PathLike,
+    base_name: str,
+    base_fingerprint: str,
+    value_name: str,
+    value_fingerprint: str,
+) -> None:
+    """Check that a map was built for these two tokenizers; before any model is loaded.
+
+    Args:
+        metadata: of the map.
+        path: the map's file, for the message.
+        base_name: the base, as the message and the command in it should call it (its folder).
+        base_fingerprint: `TokenizerInfo.fingerprint` of the base's tokenizer.
+        value_name: the value network, likewise.
+        value_fingerprint: of the value network's tokenizer.
+
+    Raises:
+        VocabularyMapError: built for another tokenizer on either side; both are named, and the
+            command that builds the right one.
+    """
+    sides = (
+        ("base", metadata.base_name, metadata.base_fingerprint, base_name, base_fingerprint),
+        ("value", metadata.value_name, metadata.value_fingerprint, value_name, value_fingerprint),
+    )
+    problems = [
+        f"its {side} tokenizer is {built} (fingerprint {expected[:12]}), but {here} has "
+        f"fingerprint {found[:12]}"
+        for side, built, expected, here, found in sides
+        if expected != found
+    ]
+    if not problems:
+        return
+    swapped = (base_fingerprint, value_fingerprint) == (
+        metadata.value_fingerprint,
+        metadata.base_fingerprint,
+    )
+    hint = "; base and value are exchanged" if swapped else ""
+    raise VocabularyMapError(
+        f"the vocabulary map {path} was built for base {metadata.base_name} and value "
+        f"{metadata.value_name}, not for base {base_name} and value {value_name}: "
+        f"{'; '.join(problems)}{hint}; build one for them: "
+        + BUILD_COMMAND.format(base=base_name, value=value_name, output="MAP.safetensors")
+    )
+
+
+def _used_value_tokens(vocabulary_map: VocabularyMap, width: int) -> Bool[Array, " Vv"]:
+    """Value tokens that speak for at least one base token."""
+    used = jnp.zeros((width,), jnp.bool_)
+    return used.at[vocabulary_map.value_index].max(vocabulary_map.weight != 0, mode="drop")
+
+
+def _file_metadata(content: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file: an 8-byte length, then a JSON header."""
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length])["__metadata__"]
+
+
+def _metadata(path: epath.Path, record: dict[str, Any]) -> MapMetadata:
+    version = record.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise VocabularyMapError(
+            f"{path} has vocabulary map format {version}, this ivl_jax reads {FORMAT_VERSION}; "
+            "build the map again, or use the version of ivl_jax that wrote it"
+        )
+    expected = {field.name for field in dataclasses.fields(MapMetadata)}
+    if set(record) != expected:
+        raise VocabularyMapError(
+            f"{path}: expected the metadata keys {sorted(expected)}, got {sorted(record)}; "
+            "the file was altered: build it again"
+        )
+    record["special_pairs"] = tuple((role, b, v) for role, b, v in record["special_pairs"])
+    return MapMetadata(**record)
+
+
+def _array_problems(tensors: dict[str, np.ndarray], value_vocab_size: int) -> list[str]:
+    """Everything that is wrong with the arrays of a map's file."""
+    expected = {"value_index": np.dtype(np.int32), "weight": np.dtype(np.float32)}
+    if set(tensors) != set(expected):
+        return [f"expected the tensors {sorted(expected)}, got {sorted(tensors)}"]
+    problems = [
+        f"{name}: expected a vector of {dtype}, got {tensors[name].dtype} {tensors[name].shape}"
+        for name, dtype in expected.items()
+        if tensors[name].dtype != dtype or tensors[name].ndim != 1
+    ]
+    if problems:
+        return problems
+    index, weight = tensors["value_index"], tensors["weight"]
+    if index.shape != weight.shape:
+        problems.append(f"value_index has {index.shape[0]} rows, weight {weight.shape[0]}")
+    if index.size and (index.min() < 0 or index.max() >= value_vocab_size):
+        problems.append(
+            f"value_index runs from {index.min()} to {index.max()}, but the value network's "
+            f"tokenizer has the ids 0 to {value_vocab_size - 1}"
+        )
+    if not (np.isfinite(weight).all() and (weight >= 0).all()):
+        problems.append("weight has entries that are negative or not finite")
+    return problems

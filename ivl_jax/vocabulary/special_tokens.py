@@ -1,0 +1,130 @@
+"""Pairs special tokens of two vocabularies by the role they play.
+
+In: what identifies two tokenizers. Out: (role, base id, value id). Running text never shows these
+tokens, so counting cannot pair them; and without a paired end, nothing ever stops.
+"""
+
+import logging
+from collections.abc import Sequence
+
+from ivl_jax.tokenizer import TokenizerInfo
+
+_LOGGER = logging.getLogger(__name__)
+
+# What ends a turn in the chat formats in use (ChatML, Llama 3, Gemma, Phi-3, OpenChat, Command R).
+TURN_ENDS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<end_of_turn>",
+    "<|end|>",
+    "<|end_of_turn|>",
+    "<|END_OF_TURN_TOKEN|>",
+)
+
+SpecialPairs = tuple[tuple[str, int, int], ...]
+
+
+def pair_special_tokens(
+    base: TokenizerInfo,
+    value: TokenizerInfo,
+    *,
+    base_name: str,
+    value_name: str,
+    by_hand: Sequence[str] = (),
+) -> SpecialPairs:
+    """Pair the tokens that play the same role.
+
+    A turn end takes the value's token of the same name, else the value's first turn end, else its
+    first end of text. An end of text takes the value's first end of text that ends no turn; but
+    where the base has no turn end of its own, it takes whatever the value's tokenizer ends with
+    first, since that is what a value network trained on chats says when it is done. The begin of
+    text takes the value's. Other special tokens are paired where they have the same name.
+
+    Args:
+        base: the base's tokenizer.
+        value: the value network's tokenizer.
+        base_name: what to call the base in messages.
+        value_name: what to call the value network in messages.
+        by_hand: pairs that overrule the roles, each `BASE_TOKEN=VALUE_TOKEN`.
+
+    Returns:
+        (role, base id, value id), by base id; the role is `turn end`, `end`, `begin`, `same name`
+        or `by hand`.
+
+    Raises:
+        ValueError: a pair by hand is not of that form, or names a token that is not special in
+            its tokenizer (the special ones are listed).
+    """
+    base_turns, value_turns = _turn_ends(base), _turn_ends(value)
+    value_names = {text: token_id for token_id, text in value.special_tokens.items()}
+    pairs: dict[int, tuple[str, int]] = {}
+    for token_id, text in base.special_tokens.items():
+        if text in value_names:
+            pairs[token_id] = ("same name", value_names[text])
+    if base.bos_id is not None and value.bos_id is not None:
+        pairs[base.bos_id] = ("begin", value.bos_id)
+    text_ends = tuple(i for i in value.eos_ids if i not in value_turns) or value.eos_ids
+    first_end = text_ends if base_turns else (value.eos_ids or value_turns)
+    for token_id in base.eos_ids:
+        if first_end:
+            pairs[token_id] = ("end", first_end[0])
+    for token_id in base_turns:
+        named = value_names.get(base.special_tokens[token_id])
+        ends = (*((named,) if named in value_turns else ()), *value_turns, *value.eos_ids)
+        if ends:
+            pairs[token_id] = ("turn end", ends[0])
+    for text in by_hand:
+        base_id, value_id = _by_hand(text, base, value, base_name=base_name, value_name=value_name)
+        pairs[base_id] = ("by hand", value_id)
+    _warn_of_missing_ends(pairs, base, value, value_turns, base_name, value_name)
+    return tuple((role, base_id, value_id) for base_id, (role, value_id) in sorted(pairs.items()))
+
+
+def _turn_ends(info: TokenizerInfo) -> tuple[int, ...]:
+    """Ids that end a turn: those that also end a text first, as the tokenizer prefers them."""
+    named = tuple(i for i, text in info.special_tokens.items() if text in TURN_ENDS)
+    return tuple(sorted(named, key=lambda token_id: token_id not in info.eos_ids[:1]))
+
+
+def _by_hand(
+    pair: str, base: TokenizerInfo, value: TokenizerInfo, *, base_name: str, value_name: str
+) -> tuple[int, int]:
+    # A token may hold "=" itself: try every place to split at.
+    splits = [(pair[:i], pair[i + 1 :]) for i, letter in enumerate(pair) if letter == "="]
+    base_ids = {text: token_id for token_id, text in base.special_tokens.items()}
+    value_ids = {text: token_id for token_id, text in value.special_tokens.items()}
+    for left, right in splits:
+        if left in base_ids and right in value_ids:
+            return base_ids[left], value_ids[right]
+    raise ValueError(
+        f"the pair {pair!r} must be BASE_TOKEN=VALUE_TOKEN with a special token on each side; "
+        f"{base_name} has {', '.join(list(base_ids)[:20])}; "
+        f"{value_name} has {', '.join(list(value_ids)[:20])}"
+    )
+
+
+def _warn_of_missing_ends(
+    pairs: dict[int, tuple[str, int]],
+    base: TokenizerInfo,
+    value: TokenizerInfo,
+    value_turns: Sequence[int],
+    base_name: str,
+    value_name: str,
+) -> None:
+    """Say which of the value's ends no base token hears."""
+    heard = {value_id for _, value_id in pairs.values()}
+    unheard = [i for i in dict.fromkeys((*value.eos_ids, *value_turns)) if i not in heard]
+    if not unheard:
+        return
+    names = ", ".join(value.special_tokens.get(i, str(i)) for i in unheard)
+    base_end = base.special_tokens.get(base.eos_ids[0], "END") if base.eos_ids else "END"
+    value_end = value.special_tokens.get(unheard[0], str(unheard[0]))
+    _LOGGER.warning(
+        "%s ends with %s, which no token of %s is paired with; if the value network's turns end "
+        "there, nothing would stop: pair it by hand, --pair '%s=%s'",
+        value_name,
+        names,
+        base_name,
+        base_end,
+        value_end,
+    )

@@ -1,0 +1,141 @@
+"""The running text that a vocabulary map is counted on.
+
+In: files of plain text, JSON or JSON lines. Out: a list of texts, none longer than a limit.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+# Dynamic time warping holds one float64 a pair of tokens, and no token is shorter than a byte:
+# 4,096² × 8 bytes = 134 MB at worst, 8 MB for ordinary English.
+MAX_TEXT_BYTES = 4096
+
+
+class TextFileError(ValueError):
+    """A text file that holds no text: which file, which line, what was expected."""
+
+
+def read_texts(
+    paths: Sequence[epath.PathLike], *, max_bytes: int = MAX_TEXT_BYTES
+) -> tuple[list[str], int]:
+    """Read texts from files.
+
+    Args:
+        paths: `.jsonl` (one row a line), `.json` (a list of rows), anything else plain text in
+            UTF-8. A row is a string, a dialogue (`messages` or `conversations`), or an object whose
+            string fields are joined by line breaks, in their order.
+        max_bytes: a longer text is cut into pieces of at most this many UTF-8 bytes: after a line
+            end, else before a space, else between two characters.
+
+    Returns:
+        The texts, and how many of them had to be cut.
+
+    Raises:
+        TextFileError: no such file, an empty one, bytes that are not UTF-8, JSON that cannot be
+            parsed, or a row without text (file and line are named).
+    """
+    texts, cut = [], 0
+    for path in map(epath.Path, paths):
+        for text in _file_texts(path):
+            pieces = list(_pieces(text, max_bytes))
+            cut += len(pieces) > 1
+            texts += pieces
+    return texts, cut
+
+
+def _file_texts(path: epath.Path) -> list[str]:
+    if not path.is_file():
+        raise TextFileError(f"no text file at {path}")
+    try:
+        content = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TextFileError(
+            f"{path} is not UTF-8 text (byte {error.start}: {error.reason}); expected plain text, "
+            ".json or .jsonl"
+        ) from error
+    if path.suffix == ".jsonl":
+        texts = _json_lines(path, content)
+    elif path.suffix == ".json":
+        rows = _parsed(content, str(path))
+        if not isinstance(rows, list):
+            raise TextFileError(f"{path}: expected a JSON list of rows, got {_kind(rows)}")
+        texts = [_row_text(row, f"{path}, row {i}") for i, row in enumerate(rows, start=1)]
+    else:
+        texts = [content]
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise TextFileError(
+            f"{path} holds no text; give running text of the kind the models will read, "
+            "say the demonstrations"
+        )
+    return texts
+
+
+def _json_lines(path: epath.Path, content: str) -> list[str]:
+    # Not splitlines(): JSON strings may hold U+2028 and the like unescaped.
+    lines = [(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
+    return [
+        _row_text(_parsed(line, f"{path}, line {number}"), f"{path}, line {number}")
+        for number, line in lines
+    ]
+
+
+def _parsed(content: str, where: str) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise TextFileError(f"{where}: not JSON ({error})") from error
+
+
+def _row_text(row: Any, where: str) -> str:
+    """The text of one row: a string, a dialogue's turns, or all string fields."""
+    parts: list[Any] = []
+    if isinstance(row, str):
+        return row
+    if isinstance(row, Mapping):
+        turns = row.get("messages", row.get("conversations"))
+        if isinstance(turns, list):
+            parts = [
+                turn.get("content", turn.get("value")) for turn in turns if isinstance(turn, dict)
+            ]
+        else:
+            parts = list(row.values())
+    texts = [part for part in parts if isinstance(part, str)]
+    if not texts:
+        found = f"fields {', '.join(row)}" if isinstance(row, Mapping) and row else _kind(row)
+        raise TextFileError(
+            f"{where}: no text in it; expected a string, an object with string fields, or a "
+            f"dialogue (messages or conversations), got {found}"
+        )
+    return "\n".join(texts)
+
+
+def _kind(value: Any) -> str:
+    return "an empty object" if value == {} else type(value).__name__
+
+
+def _pieces(text: str, max_bytes: int) -> Iterator[str]:
+    """The text itself, or consecutive pieces of it that fit."""
+    content = text.encode("utf-8", errors="replace")
+    start = 0
+    while len(content) - start > max_bytes:
+        end = _cut(content, start, start + max_bytes)
+        yield content[start:end].decode("utf-8")
+        start = end
+    yield content[start:].decode("utf-8")
+
+
+def _cut(content: bytes, start: int, limit: int) -> int:
+    """Where to end a piece that begins at `start` and may reach `limit`."""
+    line_end = content.rfind(b"\n", start, limit) + 1
+    if line_end > start:
+        return line_end
+    space = content.rfind(b" ", start + 1, limit)
+    if space > start:
+        return space
+    while content[limit] & 0xC0 == 0x80:  # inside a character
+        limit -= 1
+    return limit
