@@ -1,0 +1,367 @@
+"""Turns dialogues into tokens with a mask of the assistant's part.
+
+In: messages, a tokenizer and a chat template. Out: for training, tokens and which of them the
+assistant must produce; for decoding, a prompt's tokens, which are a prefix of the training tokens.
+"""
+
+import hashlib
+import itertools
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int32
+
+from ivl_jax.data.formats import Message
+from ivl_jax.data.pieces import PieceEncoder, PieceTokens
+from ivl_jax.data.templates import (
+    NAMED_TEMPLATES,
+    PINNED_DATE,
+    named_template_variables,
+    pin_date,
+)
+
+_LOGGER = logging.getLogger(__name__)
+
+_SHOWN_CHARACTERS = 30  # on each side of the place where two renderings part
+_PROBE = (Message("user", "Hello!"), Message("assistant", "Hi."))
+
+
+class EncodedDialogue(NamedTuple):
+    """A dialogue in tokens."""
+
+    tokens: Int32[np.ndarray, "N"]
+    loss_mask: Bool[np.ndarray, "N"]  # what the assistant must produce, the end of turn included
+
+
+class ChatTemplateError(ValueError):
+    """A dialogue that a chat template cannot render in a way that can be learned from."""
+
+
+class _Layout(NamedTuple):
+    """The text of a dialogue, and what the assistant writes in it."""
+
+    text: str
+    cuts: list[int]  # where an assistant's turn begins: the prompt that a decoder reads ends here
+    targets: list[tuple[int, int]]  # stretches that the assistant must produce, in characters
+
+
+class ChatFormat:
+    """Writes dialogues as one chat template does, in one tokenizer's tokens.
+
+    Made by `make_chat_format`. The text is tokenised in pieces that are cut where an assistant's
+    turn begins, so that a prompt's tokens are exactly the first tokens of every dialogue that goes
+    on from it, whatever the tokenizer merges. Which tokens are targets follows from roles alone.
+
+    Attributes:
+        name: What to call the format in messages.
+        template: A named template's name or Jinja text; `make_chat_format` gives the same format
+            for it.
+        stop_ids: The tokens that end an assistant's turn.
+        fingerprint: SHA-256 over template and tokenizer; formats with the same one encode alike.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> words = ["?", "</s>", "Question:", "Answer:", "2+3?", "5"]
+        >>> ids = {word: i for i, word in enumerate(words)}
+        >>> backend = Tokenizer(models.WordLevel(ids, unk_token="?"))
+        >>> backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+        >>> chat = make_chat_format(tokenizer, template="plain")
+        >>> dialogue = [Message("user", "2+3?"), Message("assistant", "5")]
+        >>> tokens, loss_mask = chat.encode_dialogue(dialogue)
+        >>> " ".join(words[token] for token in tokens)
+        'Question: 2+3? Answer: 5 </s>'
+        >>> " ".join(words[token] for token in tokens[loss_mask])
+        '5 </s>'
+        >>> " ".join(words[token] for token in chat.encode_prompt(dialogue[:1]))
+        'Question: 2+3? Answer:'
+    """
+
+    def __init__(
+        self, tokenizer: Any, *, name: str, template: str, text: str, variables: Mapping[str, Any]
+    ):
+        self.name = name
+        self.template = template
+        self._text = pin_date(text, PINNED_DATE)
+        self._variables = dict(variables)
+        self._has_marks = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", text) is not None
+        self._encoder = PieceEncoder(tokenizer)
+        identity = [self._text, self._variables, self._encoder.definition]
+        self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        self.stop_ids = self._find_stop_ids(tokenizer.eos_token_id)
+
+    def encode_dialogue(self, messages: Sequence[Message]) -> EncodedDialogue:
+        """Encodes a dialogue to learn from.
+
+        Args:
+            messages: Turns in order; the assistant's are the targets.
+
+        Returns:
+            Tokens and loss mask, `[N]` each.
+
+        Raises:
+            ChatTemplateError: The template refuses the dialogue, or renders an earlier turn in
+                another way once later turns follow; the turn is named.
+        """
+        (encoded,) = self.encode_dialogues([messages])
+        if isinstance(encoded, ChatTemplateError):
+            raise encoded
+        return encoded
+
+    def encode_dialogues(
+        self, dialogues: Sequence[Sequence[Message]]
+    ) -> list[EncodedDialogue | ChatTemplateError]:
+        """Encodes many dialogues at once, which is several times faster.
+
+        Args:
+            dialogues: Messages of each dialogue.
+
+        Returns:
+            For each dialogue, what `encode_dialogue` returns or raises.
+        """
+        layouts: list[_Layout | ChatTemplateError] = []
+        for messages in dialogues:
+            try:
+                layouts.append(self._lay_out(messages))
+            except ChatTemplateError as error:
+                layouts.append(error)
+        good = [layout for layout in layouts if isinstance(layout, _Layout)]
+        encoded = iter(self._encoder.encode([_split(layout) for layout in good]))
+        return [
+            _assemble(layout, next(encoded)) if isinstance(layout, _Layout) else layout
+            for layout in layouts
+        ]
+
+    def encode_prompt(self, messages: Sequence[Message]) -> Int32[np.ndarray, "N"]:
+        """Encodes a dialogue for the assistant to continue.
+
+        Args:
+            messages: Turns in order, the last one not the assistant's.
+
+        Returns:
+            Tokens that end where the assistant's turn begins, `[N]`: a prefix of the tokens of
+            every dialogue that `encode_dialogue` accepts and that continues this one.
+
+        Raises:
+            ChatTemplateError: The template refuses the dialogue, or its last turn is the
+                assistant's.
+        """
+        if not messages or messages[-1].role == "assistant":
+            raise ChatTemplateError("a prompt must end with a turn that is not the assistant's")
+        text, _ = self._render(messages, prompt=True)
+        cuts = []
+        for turn, message in enumerate(messages):
+            if message.role == "assistant":
+                earlier, _ = self._render(messages[:turn], prompt=True)
+                # A template that drops earlier thinking is no hindrance here: it costs the cut.
+                cuts += [len(earlier)] if text.startswith(earlier) else []
+        (pieces,) = self._encoder.encode([_split(_Layout(text, cuts, []))])
+        return np.asarray([token for piece in pieces for token in piece.ids], np.int32)
+
+    def _render(
+        self, messages: Sequence[Message], *, prompt: bool, marks: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a dialogue, and the stretches that the template marks as generated."""
+        try:
+            return _render(self._text, self._variables, messages, prompt=prompt, marks=marks)
+        except ChatTemplateError as error:
+            raise ChatTemplateError(f"chat template {self.name}: {error}") from error
+
+    def _lay_out(self, messages: Sequence[Message]) -> _Layout:
+        """Renders a dialogue, and every beginning of it that a decoder would read or write."""
+        text, marked = self._render(messages, prompt=False, marks=self._has_marks)
+        cuts, targets = [], []
+        for turn, message in enumerate(messages):
+            if message.role != "assistant":
+                continue
+            prompt, _ = self._render(messages[:turn], prompt=True)
+            through = text
+            if turn + 1 < len(messages):
+                through, _ = self._render(messages[: turn + 1], prompt=False)
+            if not text.startswith(through):
+                raise self._changed(turn, through, text)
+            if not through.startswith(prompt):
+                before, _ = self._render(messages[:turn], prompt=False)
+                if not through.startswith(before):
+                    raise self._changed(turn - 1, before, through)
+                raise ChatTemplateError(
+                    f"chat template {self.name}: turn {turn} (assistant) does not begin as the "
+                    f"prompt for it ends: {_parting(prompt, through)}"
+                )
+            start, end = len(prompt), len(through)
+            cuts.append(start)
+            if self._has_marks:
+                targets += [
+                    (max(low, start), self._through_end_of_turn(text, high, end))
+                    for low, high in marked
+                    if low < end and high > start
+                ]
+            else:
+                # Past the token that ends the turn, nothing is the assistant's: "\n" in ChatML.
+                written = through.rstrip()
+                ended = self._encoder.ends_with_special(written) and len(written) > start
+                targets.append((start, len(written) if ended else end))
+        return _Layout(text, cuts, targets)
+
+    def _through_end_of_turn(self, text: str, marked_end: int, turn_end: int) -> int:
+        """Where the target ends: past the end-of-turn token that a template left unmarked."""
+        if marked_end >= turn_end:
+            return marked_end
+        return marked_end + len(self._encoder.special_at(text, marked_end))
+
+    def _changed(self, turn: int, earlier: str, later: str) -> ChatTemplateError:
+        return ChatTemplateError(
+            f"chat template {self.name}: turn {turn} is rendered in another way once later turns "
+            f"follow: {_parting(earlier, later)}; a model decodes after the first and would learn "
+            "the second. Use a named template, or a dialogue with one assistant turn"
+        )
+
+    def _find_stop_ids(self, eos_id: int | None) -> tuple[int, ...]:
+        """The token that ends an assistant's turn, then the end of sequence."""
+        stops = [] if eos_id is None else [eos_id]
+        try:
+            tokens, loss_mask = self.encode_dialogue(_PROBE)
+        except ChatTemplateError:
+            return tuple(stops)
+        targets = tokens[loss_mask]
+        if len(targets) and int(targets[-1]) in self._encoder.special_tokens:
+            return tuple(dict.fromkeys([int(targets[-1]), *stops]))
+        _LOGGER.warning(
+            "chat template %s ends the assistant's turn with no token of its own: a model trained "
+            "on it will not stop by itself",
+            self.name,
+        )
+        return tuple(stops)
+
+
+def make_chat_format(tokenizer: Any, *, template: str = "auto") -> ChatFormat:
+    """Makes the chat format of a tokenizer.
+
+    Args:
+        tokenizer: A transformers tokenizer with a fast backend.
+        template: `auto`, the tokenizer's own template where it has one, else `plain`; `tokenizer`,
+            its own; `plain`, `llama-2`, `llama-3`, `chatml` or `vicuna`; or Jinja text. A template
+            that writes today's date is pinned to 26 July 2024, with a warning.
+
+    Returns:
+        The format.
+
+    Raises:
+        ValueError: The name is unknown, or the tokenizer has no template of its own.
+    """
+    if template == "auto":
+        template = "tokenizer" if tokenizer.chat_template else "plain"
+        _LOGGER.info("chat template: %s", template)
+    if template in NAMED_TEMPLATES:
+        variables = named_template_variables(tokenizer, template)
+        text = NAMED_TEMPLATES[template].text
+        return ChatFormat(
+            tokenizer, name=template, template=template, text=text, variables=variables
+        )
+    if template == "tokenizer":
+        if not tokenizer.chat_template:
+            raise ValueError(
+                "chat template 'tokenizer': the tokenizer has none of its own; use one of "
+                f"{', '.join(NAMED_TEMPLATES)}"
+            )
+        name, text = "of the tokenizer", tokenizer.get_chat_template()
+    elif "{%" in template or "{{" in template:
+        name, text = "given as Jinja text", template
+    else:
+        raise ValueError(
+            f"chat template: expected auto, tokenizer, {', '.join(NAMED_TEMPLATES)} or Jinja text, "
+            f"got {template!r}"
+        )
+    variables = dict(tokenizer.special_tokens_map)
+    chat = ChatFormat(tokenizer, name=name, template=text, text=text, variables=variables)
+    if "strftime_now" in text:
+        turn = _dated_turn(text, variables)
+        _LOGGER.warning(
+            "chat template %s writes today's date into turn %d: pinned to %s, so that training and "
+            "decoding read the same text on every day",
+            name,
+            turn,
+            PINNED_DATE.date(),
+        )
+    return chat
+
+
+def _render(
+    text: str,
+    variables: Mapping[str, Any],
+    messages: Sequence[Message],
+    *,
+    prompt: bool,
+    marks: bool = False,
+) -> tuple[str, list[tuple[int, int]]]:
+    """A template's rendering, and the stretches that it marks as generated."""
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    spans: Any
+    try:
+        texts, spans = render_jinja_template(
+            [[message._asdict() for message in messages]],
+            chat_template=text,
+            add_generation_prompt=prompt,
+            return_assistant_tokens_mask=marks,
+            **variables,
+        )
+    except (TemplateError, TypeError, KeyError) as error:
+        raise ChatTemplateError(str(error)) from error
+    return texts[0], list(spans[0]) if spans else []
+
+
+def _dated_turn(text: str, variables: Mapping[str, Any]) -> int:
+    """The first turn whose rendering changes with the date."""
+    today, tomorrow = (pin_date(text, PINNED_DATE + timedelta(days=days)) for days in (0, 1))
+    for count in range(1, len(_PROBE) + 1):
+        messages = _PROBE[:count]
+        if _render(today, variables, messages, prompt=True) != _render(
+            tomorrow, variables, messages, prompt=True
+        ):
+            return count - 1
+    return 0
+
+
+def _split(layout: _Layout) -> list[str]:
+    """A text in pieces, cut where the assistant's turns begin."""
+    bounds = [0, *layout.cuts, len(layout.text)]
+    return [layout.text[low:high] for low, high in itertools.pairwise(bounds)]
+
+
+def _assemble(layout: _Layout, pieces: list[PieceTokens]) -> EncodedDialogue:
+    """Joins the pieces' tokens; a token is a target where its first character is in one."""
+    starts = [0, *layout.cuts]
+    ends = [*layout.cuts, len(layout.text)]
+    tokens: list[int] = []
+    loss_mask: list[bool] = []
+    for start, end, piece in zip(starts, ends, pieces, strict=True):
+        inside = [span for span in layout.targets if span[0] < end and span[1] > start]
+        tokens += piece.ids
+        if inside == [(start, end)]:
+            loss_mask += [True] * len(piece.ids)
+        elif not inside:
+            loss_mask += [False] * len(piece.ids)
+        else:
+            loss_mask += [
+                any(low <= start + first < high for low, high in inside)
+                for first, _ in piece.offsets
+            ]
+    return EncodedDialogue(np.asarray(tokens, np.int32), np.asarray(loss_mask, bool))
+
+
+def _parting(first: str, second: str) -> str:
+    """Two texts around the place where they part."""
+    same = next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
+        min(len(first), len(second)),
+    )
+    low, high = max(0, same - _SHOWN_CHARACTERS), same + _SHOWN_CHARACTERS
+    return f"…{first[low:high]!r} against …{second[low:high]!r}"
