@@ -1,0 +1,1 @@
+"""The embedded family, the demonstrations made on the spot, and the demo that uses both."""

@@ -1,0 +1,214 @@
+"""Invented facts: what the family's bases were told, and the questions that ask for it.
+
+In: nothing but the seed in this file. Out: facts, the statements of them that pre-training reads,
+and question-answer pairs split by person. People, places and the links between them are made up, so
+a model can know them only from its own pre-training text.
+"""
+
+import hashlib
+import random
+from typing import Literal, NamedTuple
+
+Split = Literal["train", "validation", "test"]
+
+# The shipped weights know the facts drawn with this word; another one makes other facts.
+FACTS_SEED = "ivl-facts-1"
+PEOPLE = 256
+STATEMENTS_A_FACT = 40
+STATEMENTS_A_DOCUMENT = 8
+
+
+def _combine(heads: str, tails: str) -> tuple[str, ...]:
+    return tuple(head + tail for head in heads.split() for tail in tails.split())
+
+
+_FIRST_NAMES = _combine("Ar Bel Cor Dal El Fen Gar Hal", "an is wyn or ia")
+_LAST_NAMES = _combine("Ash Brim Cald Dun Ever Fal Grim Holl", "mere stone well wick ford")
+_TOWNS = _combine("Kar Lum Mor Nev Ost Pel Quin Rav", "dale haven mouth gate burg")
+_TRADES = (
+    "baker brewer carpenter cartographer clerk cook dentist diver farmer fisher gardener "
+    "glazier hunter jeweller judge locksmith mason miller miner nurse painter pilot "
+    "plumber potter printer roofer sailor shepherd smith surgeon tailor weaver"
+)
+_ANIMALS = (
+    "badger beetle camel canary cat cobra crane crow dog donkey falcon ferret fox frog "
+    "goat goose hare hen heron horse lizard monkey mule parrot peacock pig pigeon rabbit "
+    "raven sheep snake turtle"
+)
+_INSTRUMENTS = (
+    "accordion banjo bassoon bugle cello clarinet cornet cymbal drum fiddle flute guitar "
+    "harp horn lute lyre oboe organ piano recorder tuba viola violin zither"
+)
+
+
+class Attribute(NamedTuple):
+    """One thing that can be known of a person."""
+
+    name: str
+    values: tuple[str, ...]
+    statements: tuple[str, ...]  # templates of {person} and {value}; the first is the answer's form
+    questions: tuple[str, ...]  # templates of {person}
+
+
+ATTRIBUTES = (
+    Attribute(
+        name="home",
+        values=_TOWNS,
+        statements=(
+            "{person} lives in {value}.",
+            "The home of {person} is {value}.",
+            "{person} has a house in {value}.",
+        ),
+        questions=("Where does {person} live?", "What is the home of {person}?"),
+    ),
+    Attribute(
+        name="trade",
+        values=tuple(_TRADES.split()),
+        statements=(
+            "{person} works as a {value}.",
+            "The trade of {person} is that of a {value}.",
+            "{person} earns a living as a {value}.",
+        ),
+        questions=("What does {person} work as?", "What is the trade of {person}?"),
+    ),
+    Attribute(
+        name="animal",
+        values=tuple(_ANIMALS.split()),
+        statements=(
+            "{person} keeps a {value}.",
+            "The animal of {person} is a {value}.",
+            "{person} is often seen with a {value}.",
+        ),
+        questions=("What animal does {person} keep?", "What is the animal of {person}?"),
+    ),
+    Attribute(
+        name="instrument",
+        values=tuple(_INSTRUMENTS.split()),
+        statements=(
+            "{person} plays the {value}.",
+            "The instrument of {person} is the {value}.",
+            "{person} makes music on the {value}.",
+        ),
+        questions=("What does {person} play?", "What is the instrument of {person}?"),
+    ),
+)
+
+
+class Fact(NamedTuple):
+    """One link between a person and a value."""
+
+    person: str
+    attribute: Attribute
+    value: str
+
+    def statement(self, form: int = 0) -> str:
+        """The fact as a sentence; form 0 is also the answer to every question about it."""
+        return self.attribute.statements[form].format(person=self.person, value=self.value)
+
+    def question(self, form: int = 0) -> str:
+        """A question that the fact answers."""
+        return self.attribute.questions[form].format(person=self.person)
+
+
+class FactQuestion(NamedTuple):
+    """A question, the sentence that answers it, and the side of the split its person is on."""
+
+    question: str
+    answer: str
+    person: str
+    split: Split
+
+
+def _draw(*parts: object, below: int) -> int:
+    """A number that depends on nothing but its arguments: no library's generator can change it."""
+    text = "/".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % below
+
+
+def people(*, seed: str = FACTS_SEED, count: int = PEOPLE) -> list[str]:
+    """The invented people: pairs of a first and a last name, so neither name alone tells anything.
+
+    Args:
+        seed: Another word gives other people.
+        count: How many; at most 1,600.
+
+    Returns:
+        Full names in a fixed, shuffled order.
+    """
+    names = [f"{first} {last}" for first in _FIRST_NAMES for last in _LAST_NAMES]
+    if count > len(names):
+        raise ValueError(f"people: count must be at most {len(names)}, got {count}")
+    return sorted(names, key=lambda name: _draw(seed, "person", name, below=2**63))[:count]
+
+
+def build_facts(*, seed: str = FACTS_SEED, count: int = PEOPLE) -> list[Fact]:
+    """Every fact: each person with one value of each attribute.
+
+    >>> facts = build_facts()
+    >>> len(facts), facts == build_facts()
+    (1024, True)
+    """
+    return [
+        Fact(
+            person=person,
+            attribute=attribute,
+            value=attribute.values[
+                _draw(seed, attribute.name, person, below=len(attribute.values))
+            ],
+        )
+        for person in people(seed=seed, count=count)
+        for attribute in ATTRIBUTES
+    ]
+
+
+def statement_documents(
+    facts: list[Fact], *, seed: int, epoch: int, repeats: int = STATEMENTS_A_FACT
+) -> list[str]:
+    """One epoch's documents of statements, in which every fact is stated `repeats` times.
+
+    A document holds statements about unrelated people in random forms, one a line, so that nothing
+    but the person's name leads to the value.
+
+    Args:
+        facts: From `build_facts`.
+        seed: Order and forms depend on it,
+        epoch: and on this.
+        repeats: Statements of each fact.
+
+    Returns:
+        Documents of `STATEMENTS_A_DOCUMENT` lines.
+    """
+    order = random.Random(f"{seed}/{epoch}/statements")
+    sentences = [
+        fact.statement(order.randrange(len(fact.attribute.statements)))
+        for fact in facts
+        for _ in range(repeats)
+    ]
+    order.shuffle(sentences)
+    size = STATEMENTS_A_DOCUMENT
+    return ["\n".join(sentences[at : at + size]) + "\n" for at in range(0, len(sentences), size)]
+
+
+def split_of_person(person: str, *, seed: str = FACTS_SEED) -> Split:
+    """The side of the split on which all questions about a person are: about 65, 10 and 25 %."""
+    share = _draw(seed, "split", person, below=100)
+    if share < 65:
+        return "train"
+    return "validation" if share < 75 else "test"
+
+
+def fact_questions(facts: list[Fact] | None = None) -> list[FactQuestion]:
+    """One question a fact, each answered by the fact's first statement form.
+
+    >>> fact_questions()[0]._asdict()
+    {...}
+    """
+    return [
+        FactQuestion(
+            question=fact.question(_draw("question", fact.person, fact.attribute.name, below=2)),
+            answer=fact.statement(),
+            person=fact.person,
+            split=split_of_person(fact.person),
+        )
+        for fact in (build_facts() if facts is None else facts)
+    ]
