@@ -4,8 +4,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ivl_jax.checkpoint.export import export_value, write_value_description
     from ivl_jax.checkpoint.manager import RestoredRun, TrainCheckpointer
     from ivl_jax.checkpoint.steps import NoUsableCheckpointError, RejectedStep
+    from ivl_jax.checkpoint.value_folder import ValueNetwork, load_value, save_value
+    from ivl_jax.checkpoint.value_metadata import (
+        ValueFolderError,
+        ValueMetadata,
+        read_value_metadata,
+    )
 
 # Loaded when first used: reading a value folder's metadata needs neither JAX nor Orbax (2 s).
 _HOME = {
@@ -13,8 +20,29 @@ _HOME = {
     "RejectedStep": "steps",
     "RestoredRun": "manager",
     "TrainCheckpointer": "manager",
+    "ValueFolderError": "value_metadata",
+    "ValueMetadata": "value_metadata",
+    "ValueNetwork": "value_folder",
+    "export_value": "export",
+    "load_value": "value_folder",
+    "read_value_metadata": "value_metadata",
+    "save_value": "value_folder",
+    "write_value_description": "export",
 }
-__all__ = ["NoUsableCheckpointError", "RejectedStep", "RestoredRun", "TrainCheckpointer"]
+__all__ = [
+    "NoUsableCheckpointError",
+    "RejectedStep",
+    "RestoredRun",
+    "TrainCheckpointer",
+    "ValueFolderError",
+    "ValueMetadata",
+    "ValueNetwork",
+    "export_value",
+    "load_value",
+    "read_value_metadata",
+    "save_value",
+    "write_value_description",
+]
 
 
 def __getattr__(name: str) -> Any:

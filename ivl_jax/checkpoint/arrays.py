@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import SingleDeviceSharding
@@ -66,6 +67,7 @@ def restore_arrays(
     *,
     what: str,
     remedy: str,
+    stored_like: Any = None,
     cast: bool = False,
     partial: bool = False,
 ) -> Any:
@@ -79,6 +81,8 @@ def restore_arrays(
             device of this process.
         what: the subject of an error's first line.
         remedy: what to do when the trees differ.
+        stored_like: what must be stored, where that is smaller than the target in some dimensions:
+            those are filled up with zeros at their end. None: exactly the target.
         cast: read floating-point leaves as the target's dtype instead of insisting on it.
         partial: read only the target's top-level entries, for example the parameters of a train
             state; other stored entries are no error.
@@ -91,26 +95,42 @@ def restore_arrays(
     """
     folder = epath.Path(folder)
     wanted = to_storable(jax.tree.map(_abstract, target))
+    expected = wanted if stored_like is None else to_storable(stored_like)
     stored = stored_leaves(folder)
     if partial:
         stored = {name: leaf for name, leaf in stored.items() if name.split(".")[0] in wanted}
-    check_same_tree(named_leaves(wanted), stored, what=what, remedy=remedy, with_dtype=not cast)
+    check_same_tree(named_leaves(expected), stored, what=what, remedy=remedy, with_dtype=not cast)
 
-    def arguments(leaf: jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:
+    def arguments(leaf: jax.ShapeDtypeStruct, kept: Any) -> ocp.ArrayRestoreArgs:
         return ocp.ArrayRestoreArgs(
-            sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype
+            sharding=leaf.sharding,
+            global_shape=leaf.shape,
+            dtype=leaf.dtype,
+            strict=leaf.shape == kept.shape,
         )
 
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        nested = reader.restore(
-            folder,
-            args=ocp.args.PyTreeRestore(
-                item=wanted,
-                restore_args=jax.tree.map(arguments, wanted),
-                partial_restore=partial,
-            ),
-        )
+    nested = _read(folder, wanted, jax.tree.map(arguments, wanted, expected), partial=partial)
     return from_storable(nested, target)
+
+
+def read_host_arrays(folder: epath.PathLike, entry: str) -> dict[str, Any]:
+    """Read one top-level entry of stored arrays into host memory, on no device.
+
+    Args:
+        folder: the Orbax item.
+        entry: the entry's name, for example `params`.
+
+    Returns:
+        Nested string dictionaries of NumPy arrays, the stored dtypes.
+
+    Raises:
+        KeyError: the item has no such entry.
+    """
+    folder = epath.Path(folder)
+    tree = _stored_tree(folder)[entry]
+    wanted = {entry: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)}
+    arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+    return _read(folder, wanted, arguments, partial=True)[entry]
 
 
 def stored_leaves(folder: epath.PathLike) -> dict[str, Any]:
@@ -122,9 +142,26 @@ def stored_leaves(folder: epath.PathLike) -> dict[str, Any]:
     Returns:
         Dotted path → metadata with shape and dtype.
     """
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        metadata = reader.metadata(epath.Path(folder))
-    return named_leaves(metadata.item_metadata.tree)
+    return named_leaves(_stored_tree(epath.Path(folder)))
+
+
+def _stored_tree(folder: epath.Path) -> dict[str, Any]:
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        return handler.metadata(folder).tree
+    finally:
+        handler.close()
+
+
+def _read(folder: epath.Path, item: Any, restore_args: Any, *, partial: bool) -> dict[str, Any]:
+    handler = ocp.PyTreeCheckpointHandler()
+    arguments = ocp.args.PyTreeRestore(
+        item=item, restore_args=restore_args, partial_restore=partial
+    )
+    try:
+        return handler.restore(folder, args=arguments)
+    finally:
+        handler.close()
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -191,7 +191,7 @@ class TrainCheckpointer:
         self.wait_until_finished()
         found, rejected = self._agree_on_step(step)
         for one in rejected:
-            logger.warning("checkpoint of %s cannot be used: %s", one, self.directory)
+            logger.warning("a checkpoint in %s cannot be used: %s", self.directory, one)
         folder = self.directory / str(found)
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
             items = reader.restore(
@@ -323,7 +323,12 @@ class TrainCheckpointer:
         """Wait until a step is committed, then write its manifest; runs in the worker thread."""
         manager.wait_until_finished()
         if jax.process_index() == 0:
-            write_manifest(self.directory / str(step), {"step": step, "metrics": metrics})
+            about = {
+                "step": step,
+                "metrics": metrics,
+                "best_by": {"metric": self._metric, "lower_is_better": self._lower_is_better},
+            }
+            write_manifest(self.directory / str(step), about)
         self._metrics[step] = metrics
 
     def _agree_on_step(self, step: int | None) -> tuple[int, tuple[RejectedStep, ...]]:

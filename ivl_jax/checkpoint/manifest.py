@@ -67,7 +67,7 @@ def write_manifest(
     _flush_folders(folder, names)
     content = {"format": MANIFEST_FORMAT, "about": manifest.about, "files": manifest.files}
     content["checksum"] = _checksum(content)
-    write_atomically(folder / MANIFEST_NAME, (json.dumps(content, indent=1) + "\n").encode())
+    write_atomically(folder / MANIFEST_NAME, json.dumps(content, indent=1).encode())
     return manifest
 
 
@@ -85,7 +85,7 @@ def read_manifest(folder: epath.PathLike) -> Manifest:
     """
     path = epath.Path(folder) / MANIFEST_NAME
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ManifestError(
             f"{MANIFEST_NAME} is missing: the folder was never completed, or not copied whole"

@@ -1,0 +1,81 @@
+"""`python -m ivl_jax.checkpoint`: a checkpoint as a value folder, that as a Hugging Face folder.
+
+In: a command line. Out: the folder it names, one line on stdout, or the error on stderr.
+"""
+
+import argparse
+import logging
+import sys
+
+from ivl_jax.checkpoint.steps import NoUsableCheckpointError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: the command line without the program's name; None: of this process.
+
+    Returns:
+        The exit status.
+    """
+    parser = argparse.ArgumentParser(prog="python -m ivl_jax.checkpoint")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    value = commands.add_parser("export-value", help="make a value folder from a run's checkpoint")
+    value.add_argument("run_dir", help="the run directory")
+    value.add_argument("out", help="the value folder to write")
+    value.add_argument(
+        "--step", default="latest", type=_which, help="a step, best or latest (default: latest)"
+    )
+    value.add_argument("--overwrite", action="store_true", help="replace a value folder there")
+
+    hugging_face = commands.add_parser(
+        "export-hf", help="write a value network as a Hugging Face model folder"
+    )
+    hugging_face.add_argument("value", help="the value folder")
+    hugging_face.add_argument("out", help="the Hugging Face folder to write")
+    hugging_face.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    hugging_face.add_argument("--overwrite", action="store_true", help="replace a folder there")
+
+    chosen = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        said = _export_value(chosen) if chosen.command == "export-value" else _export_hf(chosen)
+    except (OSError, NoUsableCheckpointError, ValueError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    sys.stdout.write(f"{said}\n")
+    return 0
+
+
+def _which(text: str) -> str | int:
+    return text if text in ("best", "latest") else int(text)
+
+
+def _export_value(chosen: argparse.Namespace) -> str:
+    from ivl_jax.checkpoint.export import export_value
+
+    step = export_value(chosen.run_dir, chosen.step, chosen.out, overwrite=chosen.overwrite)
+    return f"step {step} of {chosen.run_dir} is in {chosen.out}"
+
+
+def _export_hf(chosen: argparse.Namespace) -> str:
+    from ivl_jax.checkpoint.value_folder import load_value
+    from ivl_jax.weights.language_model import LanguageModel, save_language_model
+
+    value = load_value(chosen.value)
+    model = LanguageModel(
+        path=chosen.value,
+        arch=value.arch,
+        params=value.params,
+        tokenizer=value.tokenizer,
+        tokenizer_info=value.tokenizer_info,
+        stop_ids=value.stop_ids,
+    )
+    save_language_model(chosen.out, model, dtype=chosen.dtype, overwrite=chosen.overwrite)
+    return f"{chosen.value} is in {chosen.out}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

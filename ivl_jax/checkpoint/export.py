@@ -1,0 +1,125 @@
+"""A value folder out of a run's checkpoint, so that every saved step can be used and passed on.
+
+In: a run directory with `value_description/` (written once, at the start) and `checkpoints/`. Out:
+a value folder.
+"""
+
+import dataclasses
+import logging
+from typing import Any, Literal
+
+from etils import epath
+
+from ivl_jax.checkpoint.arrays import read_host_arrays
+from ivl_jax.checkpoint.steps import (
+    NoUsableCheckpointError,
+    best_step,
+    complete_steps,
+    find_usable_step,
+    recorded_metrics,
+)
+from ivl_jax.checkpoint.value_folder import (
+    PreTrainedTokenizerBase,
+    check_replaceable,
+    read_description,
+    save_value,
+    write_value_folder,
+)
+from ivl_jax.checkpoint.value_metadata import METADATA_NAME, ValueFolderError, ValueMetadata
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS_FOLDER = "checkpoints"
+DESCRIPTION_FOLDER = "value_description"
+
+Which = int | Literal["best", "latest"]
+
+
+def write_value_description(
+    run_dir: epath.PathLike, *, metadata: ValueMetadata, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Write, at the start of a run, all of its value folder but arrays and steps.
+
+    Args:
+        run_dir: the run directory.
+        metadata: what the value folder will say; its `steps` is set at export.
+        tokenizer: the value network's own.
+    """
+    folder = epath.Path(run_dir) / DESCRIPTION_FOLDER
+    write_value_folder(folder, metadata=metadata, tokenizer=tokenizer, params=None)
+
+
+def export_value(
+    run_dir: epath.PathLike, which: Which, out: epath.PathLike, *, overwrite: bool = False
+) -> int:
+    """Make a value folder from one of a run's checkpoints.
+
+    Runs on one process; the arrays go through host memory, never onto a device.
+
+    Args:
+        run_dir: the run directory; nothing in it is changed.
+        which: a step, `best` (lowest held-out NLL among those kept) or `latest`.
+        out: the value folder to write.
+        overwrite: replace a value folder of this name.
+
+    Returns:
+        The step that was exported.
+
+    Raises:
+        FileNotFoundError: the run directory has no value description.
+        FileExistsError: `out` exists, and `overwrite` was not said or it is no value folder.
+        NoUsableCheckpointError: the checkpoint does not exist or was altered; lists the reasons.
+        ValueFolderError: the run's value description was altered.
+    """
+    run_dir = epath.Path(run_dir)
+    check_replaceable(out, overwrite=overwrite)
+    description = run_dir / DESCRIPTION_FOLDER
+    if not (description / METADATA_NAME).exists():
+        raise FileNotFoundError(
+            f"{description}/{METADATA_NAME} does not exist: {run_dir} is not the directory of a "
+            "run that trains a value network"
+        )
+    metadata, tokenizer, _ = read_description(description)
+    checkpoints = run_dir / CHECKPOINTS_FOLDER
+    step, rejected = find_usable_step(checkpoints, _wanted_step(checkpoints, which))
+    for one in rejected:
+        logger.warning("a checkpoint in %s cannot be used: %s", checkpoints, one)
+    state = checkpoints / str(step) / "state"
+    try:
+        params = read_host_arrays(state, "params")
+    except KeyError:
+        raise ValueFolderError(f"{state} holds no `params`: it is not a train state") from None
+    save_value(
+        out,
+        params=_with_integer_layers(params),
+        metadata=dataclasses.replace(metadata, steps=step),
+        tokenizer=tokenizer,
+        overwrite=overwrite,
+    )
+    return step
+
+
+def _wanted_step(checkpoints: epath.Path, which: Which) -> int | None:
+    if which == "latest":
+        return None
+    if which != "best":
+        return which
+    manifests = complete_steps(checkpoints)
+    metrics = {step: recorded_metrics(manifest) for step, manifest in manifests.items()}
+    for manifest in manifests.values():
+        by = manifest.about["best_by"]
+        best = best_step(metrics, by["metric"], lower_is_better=by["lower_is_better"])
+        if best is not None:
+            return best
+    raise NoUsableCheckpointError(
+        f"none of the checkpoints {list(manifests)} in {checkpoints} has a held-out figure, so "
+        "none is the best: say a step, or latest"
+    )
+
+
+def _with_integer_layers(params: dict[str, Any]) -> dict[str, Any]:
+    """Give unstacked layers their integer keys back; stacked ones stay."""
+    layers = params["layers"]
+    if all(name.isdecimal() for name in layers):
+        layers = {int(name): layer for name, layer in layers.items()}
+    return params | {"layers": layers}

@@ -1,0 +1,347 @@
+"""The value folder: a value network that stands alone and goes on top of any base.
+
+In: parameters, metadata and tokenizer of a value network. Out: one folder with Orbax arrays,
+`ivl.json`, the tokenizer's files and a hash manifest; and the value network back, on any mesh.
+
+    value/
+      ivl.json        architecture, connection, penalty, tokenizer fingerprint, training base, …
+      params/         the arrays, layers unstacked, exactly the vocabulary's rows
+      tokenizer/      the tokenizer's files, chat template included
+      manifest.json   size and SHA-256 of each of them; written last
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from ivl_jax.checkpoint.arrays import restore_arrays, to_storable
+from ivl_jax.checkpoint.manifest import ManifestError, file_problems, read_manifest, write_manifest
+from ivl_jax.checkpoint.value_metadata import (
+    METADATA_NAME,
+    ValueFolderError,
+    ValueMetadata,
+    read_value_metadata,
+)
+from ivl_jax.model.architecture import ArchConfig
+from ivl_jax.model.decoder import Params, abstract_params, unstack_layers
+from ivl_jax.sharding import DEFAULT_RULES, ShardingRules, padded_vocab_rows, parameter_shardings
+from ivl_jax.tokenizer import TokenizerInfo, describe_tokenizer, load_tokenizer, save_tokenizer
+from ivl_jax.tree_compare import check_same_tree, named_leaves
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+else:
+    PreTrainedTokenizerBase = Any  # importing transformers takes a second
+
+logger = logging.getLogger(__name__)
+
+PARAMS_FOLDER = "params"
+TOKENIZER_FOLDER = "tokenizer"
+# Parameter → its dimension with one entry a vocabulary row.
+_VOCABULARY_DIMENSION = {"embed_tokens.embedding": 0, "lm_head.kernel": 1}
+
+
+@dataclass(frozen=True)
+class ValueNetwork:
+    """A trained value network, ready to go on top of a base.
+
+    Attributes:
+        arch: its architecture.
+        params: its parameters, layers unstacked, vocabulary rows perhaps padded with zeros.
+        connection: how base and value are connected.
+        metadata: what its folder says about it.
+        tokenizer: from its folder.
+        tokenizer_info: what identifies the tokenizer.
+        chat_template: a named format, `auto` or a template's text.
+        stop_ids: every token id that ends a text.
+    """
+
+    arch: ArchConfig
+    params: Params = field(repr=False)
+    connection: str
+    metadata: ValueMetadata = field(repr=False)
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
+    tokenizer_info: TokenizerInfo = field(repr=False)
+    chat_template: str
+    stop_ids: tuple[int, ...]
+
+
+def save_value(
+    folder: epath.PathLike,
+    *,
+    params: Params,
+    metadata: ValueMetadata,
+    tokenizer: PreTrainedTokenizerBase,
+    overwrite: bool = False,
+) -> None:
+    """Write a value folder; it appears under its name whole or not at all.
+
+    Args:
+        folder: where, local or a URL that `etils.epath` writes; its parent is created.
+        params: parameters on any mesh; stored with layers unstacked and without padded rows.
+        metadata: what the folder says about the network.
+        tokenizer: the value network's own; its files are copied.
+        overwrite: replace a value folder of this name; anything else is never replaced.
+
+    Raises:
+        FileExistsError: the folder exists, and `overwrite` was not said or it is no value folder.
+        TreeMismatchError: the parameters are not those of the architecture.
+        ValueFolderError: the tokenizer is not the one of the metadata, or has more ids than the
+            architecture has vocabulary rows.
+    """
+    folder = epath.Path(folder)
+    arch = ArchConfig.from_hf(metadata.architecture)
+    check_replaceable(folder, overwrite=overwrite)
+    _check_tokenizer(describe_tokenizer(tokenizer), metadata, arch, "the tokenizer to be saved")
+    stored = _canonical(params, arch)
+    write_value_folder(folder, metadata=metadata, tokenizer=tokenizer, params=stored)
+
+
+def load_value(
+    folder: epath.PathLike,
+    *,
+    param_dtype: DTypeLike = jnp.float32,
+    mesh: Mesh | None = None,
+    sharding_rules: ShardingRules = DEFAULT_RULES,
+) -> ValueNetwork:
+    """Read a value folder; everything that can be wrong is found before an array is read.
+
+    Args:
+        folder: the value folder, local or a URL that `etils.epath` reads.
+        param_dtype: dtype of every parameter in memory.
+        mesh: where the parameters live, split by `sharding_rules`, vocabulary rows padded with
+            zeros to divide; None: this process's first device, no padding.
+        sharding_rules: which mesh axis splits which dimension.
+
+    Returns:
+        The value network.
+
+    Raises:
+        FileNotFoundError: it is not a value folder.
+        ValueFolderError: an unknown format version; files that are missing, truncated or altered; a
+            tokenizer or an architecture that is not what `ivl.json` says. Lists all files.
+        TreeMismatchError: the arrays are not those of the architecture.
+    """
+    folder = epath.Path(folder)
+    metadata, tokenizer, info = read_description(folder)
+    arch = _architecture(metadata, folder)
+    if not (folder / PARAMS_FOLDER).exists():
+        raise ValueFolderError(
+            f"{folder} holds no arrays: it only describes a run; its value network is in "
+            f"{folder.parent}/value, or `python -m ivl_jax.checkpoint export-value` makes one"
+        )
+    vocab_rows, shardings = None, None
+    if mesh is not None:
+        vocab_rows = padded_vocab_rows(arch.vocab_size, mesh, sharding_rules)
+    target = abstract_params(arch, param_dtype=param_dtype, vocab_rows=vocab_rows)
+    if mesh is not None:
+        units = {"heads": arch.num_attention_heads, "kv_heads": arch.num_key_value_heads}
+        shardings = parameter_shardings(target, mesh, sharding_rules, units=units)
+        target = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            target,
+            shardings,
+        )
+    params = restore_arrays(
+        folder / PARAMS_FOLDER,
+        target,
+        stored_like=abstract_params(arch, param_dtype=param_dtype),
+        what=f"the value network in {folder}",
+        remedy="its arrays are not those of the architecture in its ivl.json: export it again",
+        cast=True,
+    )
+    return ValueNetwork(
+        arch=arch,
+        params=params,
+        connection=metadata.connection,
+        metadata=metadata,
+        tokenizer=tokenizer,
+        tokenizer_info=info,
+        chat_template=metadata.chat_template,
+        stop_ids=metadata.stop_ids,
+    )
+
+
+def read_description(
+    folder: epath.PathLike,
+) -> tuple[ValueMetadata, PreTrainedTokenizerBase, TokenizerInfo]:
+    """Read and check everything of a value folder but its arrays.
+
+    Args:
+        folder: the value folder, or a run's description without arrays.
+
+    Returns:
+        Metadata, tokenizer, and what identifies the tokenizer; the hash of every file is right.
+
+    Raises:
+        FileNotFoundError: it is not a value folder.
+        ValueFolderError: its files or its tokenizer are not what they should be.
+    """
+    folder = epath.Path(folder)
+    metadata = read_value_metadata(folder)
+    try:
+        problems = file_problems(folder, read_manifest(folder))
+    except ManifestError as error:
+        problems = (str(error),)
+    if problems:
+        listed = "".join(f"\n  - {problem}" for problem in problems)
+        raise ValueFolderError(
+            f"{folder} is not as it was written:{listed}\n"
+            "copy the folder again, or export the value network again"
+        )
+    recorded = TokenizerInfo.from_json(metadata.tokenizer)
+    tokenizer = _load_tokenizer(folder / TOKENIZER_FOLDER)
+    found = describe_tokenizer(tokenizer)
+    _check_tokenizer(found, metadata, _architecture(metadata, folder), f"{folder}/tokenizer")
+    info = dataclasses.replace(found, eos_ids=recorded.eos_ids, pad_id=recorded.pad_id)
+    return metadata, tokenizer, info
+
+
+def check_replaceable(folder: epath.PathLike, *, overwrite: bool) -> None:
+    """Check that a value folder may be written here.
+
+    Raises:
+        FileExistsError: something is there, and it is no value folder or `overwrite` was not said.
+    """
+    folder = epath.Path(folder)
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{folder} exists: say overwrite, or choose another folder")
+    if not (folder / METADATA_NAME).exists():
+        raise FileExistsError(
+            f"{folder} exists and has no {METADATA_NAME}: it is no value folder, so it is not "
+            "replaced; choose another folder"
+        )
+
+
+def write_value_folder(
+    folder: epath.Path,
+    *,
+    metadata: ValueMetadata,
+    tokenizer: PreTrainedTokenizerBase,
+    params: Mapping[str, Any] | None,
+) -> None:
+    """Write the files beside the folder, seal them, and give them its name by one rename.
+
+    Args:
+        folder: the final folder; what is there is replaced.
+        metadata: content of `ivl.json`.
+        tokenizer: its files are copied.
+        params: nested string dictionaries of arrays as they are to be stored; None: no arrays.
+    """
+    building = folder.parent / f"{folder.name}.unfinished"
+    first = jax.process_index() == 0
+    if first:
+        if building.exists():
+            building.rmtree()
+        building.mkdir(parents=True)
+        _copy_tokenizer(tokenizer, building / TOKENIZER_FOLDER)
+        text = json.dumps(metadata.to_json(), indent=1, ensure_ascii=False) + "\n"
+        (building / METADATA_NAME).write_bytes(text.encode())
+    _barrier(f"value_folder_begun_{folder}")
+    if params is not None:
+        with ocp.StandardCheckpointer() as writer:
+            writer.save(building / PARAMS_FOLDER, dict(params))
+    if first:
+        write_manifest(building, {"what": "value folder"}, threads=4)
+        replaced = folder.parent / f"{folder.name}.replaced"
+        if folder.exists():
+            if replaced.exists():
+                replaced.rmtree()
+            folder.rename(replaced)
+        building.rename(folder)
+        if replaced.exists():
+            replaced.rmtree()
+    _barrier(f"value_folder_finished_{folder}")
+
+
+def _canonical(params: Params, arch: ArchConfig) -> dict[str, Any]:
+    """Unstack layers, leave out padded vocabulary rows, and check the tree strictly."""
+    if not all(isinstance(index, int) for index in params["layers"]):
+        params = unstack_layers(params)
+
+    def crop(path: tuple[Any, ...], leaf: Any) -> Any:
+        name = ".".join(str(key.key) for key in path)
+        dimension = _VOCABULARY_DIMENSION.get(name)
+        if dimension is None or leaf.shape[dimension] <= arch.vocab_size:
+            return leaf
+        rows = leaf.shape[dimension] - arch.vocab_size
+        logger.info("%s: %d padded vocabulary rows are not stored", name, rows)
+        return leaf[: arch.vocab_size] if dimension == 0 else leaf[:, : arch.vocab_size]
+
+    params = jax.tree_util.tree_map_with_path(crop, params)
+    stored = to_storable(params)
+    check_same_tree(
+        named_leaves(to_storable(abstract_params(arch))),
+        named_leaves(stored),
+        what="the value network to be saved",
+        remedy="metadata.architecture must describe these parameters (tie_word_embeddings too)",
+        with_dtype=False,
+    )
+    return stored
+
+
+def _architecture(metadata: ValueMetadata, folder: epath.Path) -> ArchConfig:
+    try:
+        return ArchConfig.from_hf(metadata.architecture)
+    except ValueError as error:
+        raise ValueFolderError(f"{folder / METADATA_NAME}: architecture: {error}") from error
+
+
+def _check_tokenizer(
+    found: TokenizerInfo, metadata: ValueMetadata, arch: ArchConfig, what: str
+) -> None:
+    recorded = TokenizerInfo.from_json(metadata.tokenizer)
+    problems = [
+        f"{name}: expected {getattr(recorded, name)}, found {getattr(found, name)}"
+        for name in ("fingerprint", "vocab_size", "special_tokens", "bos_id")
+        if getattr(recorded, name) != getattr(found, name)
+    ]
+    if found.vocab_size > arch.vocab_size:
+        problems.append(
+            f"vocab_size: {found.vocab_size} ids, the architecture has {arch.vocab_size} rows"
+        )
+    if problems:
+        listed = "".join(f"\n  - {problem}" for problem in problems)
+        raise ValueFolderError(
+            f"{what} is not the tokenizer of the metadata:{listed}\n"
+            "the value network needs the tokenizer it was trained with"
+        )
+
+
+def _copy_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: epath.Path) -> None:
+    """Write the tokenizer's files, which transformers does only locally, anywhere."""
+    folder.mkdir()
+    with tempfile.TemporaryDirectory() as local:
+        save_tokenizer(tokenizer, local)
+        for path in Path(local).iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+
+
+def _load_tokenizer(folder: epath.Path) -> PreTrainedTokenizerBase:
+    if "://" not in os.fspath(folder):
+        return load_tokenizer(folder)
+    with tempfile.TemporaryDirectory() as local:
+        for path in folder.iterdir():
+            (Path(local) / path.name).write_bytes(path.read_bytes())
+        return load_tokenizer(local)
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

@@ -1,0 +1,141 @@
+"""Any checkpoint of a run becomes a value folder, and that a Hugging Face folder."""
+
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ivl_jax.checkpoint import (
+    NoUsableCheckpointError,
+    TrainCheckpointer,
+    ValueFolderError,
+    export_value,
+    load_value,
+    write_value_description,
+)
+from ivl_jax.checkpoint.__main__ import main
+from ivl_jax.model.decoder import init_params, stack_layers
+from ivl_jax.weights.language_model import load_language_model
+
+
+class State(NamedTuple):
+    """Like the train state: parameters among other things."""
+
+    step: jax.Array
+    params: dict[Any, Any]
+    opt_state: tuple[dict[Any, Any], ...]
+    key: jax.Array
+
+
+@functools.cache
+def params_at(arch: Any, step: int) -> dict[Any, Any]:
+    """Give the parameters of the run below at a step, vocabulary rows padded to 320."""
+    return init_params(arch, jax.random.key(step), vocab_rows=320)
+
+
+def make_run(run_dir: Path, arch: Any, metadata: Any, tokenizer: Any, *, stacked: bool) -> None:
+    write_value_description(run_dir, metadata=metadata, tokenizer=tokenizer)
+    with TrainCheckpointer(run_dir / "checkpoints", keep=5) as checkpointer:
+        for step, nll in [(0, 3.0), (10, 1.0), (20, 2.0)]:
+            params = params_at(arch, step)
+            params = stack_layers(params) if stacked else params
+            state = State(jnp.int32(step), params, (params,), jax.random.key(0))
+            checkpointer.save(state, data_state=None, run_metadata={}, metrics={"nll": nll})
+
+
+@pytest.fixture(params=[False, True], ids=["unstacked", "stacked"])
+def run_dir(request, tmp_path: Path, arch, metadata, tokenizer) -> Path:
+    """A run directory with a description and three checkpoints; step 10 is the best."""
+    make_run(tmp_path / "run", arch, metadata, tokenizer, stacked=request.param)
+    return tmp_path / "run"
+
+
+def assert_is_step(folder: Path, arch: Any, step: int) -> None:
+    value = load_value(folder)
+    assert value.metadata.steps == step
+    expected = params_at(arch, step)
+    np.testing.assert_array_equal(
+        value.params["embed_tokens"]["embedding"],
+        expected["embed_tokens"]["embedding"][: arch.vocab_size],
+    )
+    jax.tree.map(np.testing.assert_array_equal, value.params["layers"], expected["layers"])
+
+
+def test_best_latest_and_any_step_become_value_folders(run_dir: Path, arch, tmp_path) -> None:
+    assert export_value(run_dir, "best", tmp_path / "best") == 10
+    assert export_value(run_dir, "latest", tmp_path / "latest") == 20
+    assert export_value(run_dir, 0, run_dir / "value") == 0
+    assert_is_step(tmp_path / "best", arch, 10)
+    assert_is_step(tmp_path / "latest", arch, 20)
+    assert_is_step(run_dir / "value", arch, 0)
+
+
+def test_export_changes_nothing_in_the_checkpoints(run_dir: Path, tmp_path: Path) -> None:
+    (run_dir / "checkpoints" / "30.orbax-checkpoint-tmp").mkdir()  # a save of a run still going
+
+    def everything() -> dict[str, bytes]:
+        return {str(p): p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
+
+    before = everything()
+    export_value(run_dir, "latest", tmp_path / "out")
+    assert everything() == before
+    assert (run_dir / "checkpoints" / "30.orbax-checkpoint-tmp").exists()
+
+
+def test_an_altered_checkpoint_is_never_exported(run_dir: Path, arch, damage, tmp_path) -> None:
+    victim = next((run_dir / "checkpoints" / "10" / "state").rglob("d/*"))
+    damage(victim, "flip")
+    with pytest.raises(NoUsableCheckpointError, match=victim.name):
+        export_value(run_dir, "best", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    damage(next((run_dir / "checkpoints" / "20" / "state").rglob("d/*")), "flip")
+    assert export_value(run_dir, "latest", tmp_path / "out") == 0
+    assert_is_step(tmp_path / "out", arch, 0)
+
+
+def test_an_altered_description_is_named(run_dir: Path, damage, tmp_path: Path) -> None:
+    damage(run_dir / "value_description" / "tokenizer" / "tokenizer.json", "flip")
+    with pytest.raises(ValueFolderError, match=r"tokenizer/tokenizer\.json: altered"):
+        export_value(run_dir, "latest", tmp_path / "out")
+
+
+def test_what_cannot_be_exported_says_why(tmp_path: Path, run_dir: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="is not the directory of a run"):
+        export_value(tmp_path, "latest", tmp_path / "out")
+    with pytest.raises(NoUsableCheckpointError, match=r"holds no step 5; it holds \[0, 10, 20\]"):
+        export_value(run_dir, 5, tmp_path / "out")
+    with pytest.raises(FileExistsError, match="it is no value folder"):
+        export_value(run_dir, 0, run_dir, overwrite=True)
+    with pytest.raises(ValueFolderError, match="it only describes a run"):
+        load_value(run_dir / "value_description")
+
+
+def test_without_held_out_figures_no_checkpoint_is_the_best(
+    tmp_path: Path, metadata, tokenizer
+) -> None:
+    write_value_description(tmp_path, metadata=metadata, tokenizer=tokenizer)
+    with TrainCheckpointer(tmp_path / "checkpoints", keep=1) as checkpointer:
+        state = State(jnp.int32(0), {"a": jnp.zeros(1)}, (), jax.random.key(0))
+        checkpointer.save(state, data_state=None, run_metadata={})
+    with pytest.raises(NoUsableCheckpointError, match="has a held-out figure"):
+        export_value(tmp_path, "best", tmp_path / "out")
+
+
+def test_commands_export_a_value_folder_and_a_hugging_face_folder(
+    run_dir: Path, arch, tmp_path: Path, capsys
+) -> None:
+    out = tmp_path / "value"
+    assert main(["export-value", str(run_dir), str(out), "--step", "best"]) == 0
+    assert capsys.readouterr().out == f"step 10 of {run_dir} is in {out}\n"
+    assert_is_step(out, arch, 10)
+    assert main(["export-hf", str(out), str(tmp_path / "hf")]) == 0
+    model = load_language_model(tmp_path / "hf")
+    jax.tree.map(np.testing.assert_array_equal, model.params, load_value(out).params)
+    assert model.stop_ids == (257, 5), "the stop ids are kept"
+    capsys.readouterr()
+    assert main(["export-value", str(run_dir), str(out)]) == 1
+    assert "say overwrite" in capsys.readouterr().err
