@@ -1,1 +1,1 @@
-"""One decoder for every supported family: architecture, layers, pure functions, key-value caches."""
+"""One decoder for every supported family: architecture, layers, pure functions, caches."""

@@ -1,165 +1,231 @@
-"""What a decoder computes, as one frozen record read from and written to Hugging Face's config.json.
+"""What a decoder computes, as one frozen record; read from and written to a config.json's mapping.
 
-In: the mapping a `config.json` holds. Out: `ArchConfig`, every field of which changes the numbers.
+In: fields, or the mapping a Hugging Face `config.json` holds. Out: `ArchConfig`, each field of
+which changes the numbers, checked against the others.
 """
 
 import dataclasses
-import difflib
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, get_args
+
+from ivl_jax.model import hf_config
 
 RopeType = Literal["default", "linear", "llama3"]
 LayerType = Literal["full_attention", "sliding_attention"]
 HiddenAct = Literal["silu", "gelu", "gelu_pytorch_tanh"]
+
+_LLAMA3_ONLY = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeParameters:
     """Rotary position embedding of one layer type; names as in Hugging Face's `rope_parameters`.
 
-    Attributes:
-        rope_theta: Base of the geometric series of wavelengths.
-        rope_type: `default`, `linear` (all frequencies divided by `factor`) or `llama3` (only low ones).
-        factor: Divisor of the scaled frequencies; 1 with `default`.
-        low_freq_factor: `llama3` only: wavelengths above original / this are fully scaled.
-        high_freq_factor: `llama3` only: wavelengths below original / this stay as they are.
-        original_max_position_embeddings: `llama3` only: context length before scaling, tokens.
+    Raises:
+        ValueError: A value no rotary embedding can have, or one its `rope_type` does not use.
     """
 
     rope_theta: float
+    """Base of the geometric series of wavelengths."""
     rope_type: RopeType = "default"
+    """`default`; `linear`: all frequencies divided by `factor`; `llama3`: only the low ones."""
     factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    """Divisor of the scaled frequencies; 1 with `default`."""
+    low_freq_factor: float | None = None
+    """`llama3` only: frequencies of at most this many turns in the original context are divided."""
+    high_freq_factor: float | None = None
+    """`llama3` only: frequencies of at least this many turns in it stay as they are."""
+    original_max_position_embeddings: int | None = None
+    """`llama3` only: the original context, tokens."""
+
+    def __post_init__(self):
+        problems = []
+        if self.rope_type not in get_args(RopeType):
+            supported = ", ".join(get_args(RopeType))
+            problems.append(f"rope_type: got {self.rope_type!r}, supported: {supported}")
+        if self.rope_theta <= 0 or self.factor <= 0:
+            problems.append(f"rope_theta and factor are positive: {self.rope_theta}, {self.factor}")
+        if self.rope_type == "default" and self.factor != 1:
+            problems.append(f"factor: got {self.factor}, but rope_type 'default' has none")
+        llama3 = [getattr(self, name) for name in _LLAMA3_ONLY]
+        if self.rope_type != "llama3" and llama3 != [None] * 3:
+            problems.append(f"{', '.join(_LLAMA3_ONLY)} belong to rope_type 'llama3' alone")
+        if self.rope_type == "llama3":
+            low, high, original = llama3
+            if None in llama3 or not 0 < low < high or original < 1:
+                problems.append(
+                    f"rope_type 'llama3' needs 0 < low_freq_factor < high_freq_factor and "
+                    f"original_max_position_embeddings: got {low}, {high}, {original}"
+                )
+        _raise_if_any("RopeParameters", problems)
 
 
 @dataclasses.dataclass(frozen=True)
 class ArchConfig:
-    """Everything that decides a decoder's arithmetic; Hugging Face's field names where it has one.
+    """All that decides a decoder's arithmetic; Hugging Face's field names where it has one.
 
-    Attributes:
-        model_type: Hugging Face's family name; decides nothing here, but names the family in `to_hf`.
-        vocab_size: Rows of the output the model knows, V.
-        hidden_size: Width of the residual stream, D.
-        intermediate_size: Width of the gated MLP, F.
-        num_hidden_layers: Number of decoder layers.
-        num_attention_heads: Query heads, N.
-        num_key_value_heads: Key and value heads, K; divides N.
-        head_dim: Width of one head, H; even.
-        max_position_embeddings: Longest context the model was made for, tokens.
-        rms_norm_eps: Added to the mean square inside every norm.
-        rope_parameters: Rotary embedding of the layers (of the full-attention ones, where they differ).
-        sliding_rope_parameters: Rotary embedding of sliding-attention layers; None: the same.
-        layer_types: Attention span of each layer.
-        sliding_window: Keys a sliding layer's query sees, itself included; None without such layers.
-        hidden_act: Activation of the MLP's gate.
-        tie_word_embeddings: The head is the transposed embedding.
-        attention_bias: Biases on the q, k and v projections.
-        attention_output_bias: Bias on the o projection.
-        qk_norm: RMS norm over each query and key head before the rotary embedding.
-        sandwich_norms: Norms after attention and MLP as well as before (Gemma).
-        unit_offset_norms: Norms scale by 1 + scale instead of scale (Gemma).
-        scale_embeddings: Embeddings are multiplied by sqrt(D) (Gemma).
-        query_pre_attn_scalar: Attention scores are divided by its square root; H in most families.
-        attn_logit_softcapping: Scores become c·tanh(score / c); None: they stay.
-        final_logit_softcapping: Logits become c·tanh(logit / c); None: they stay.
-        initializer_range: Standard deviation of freshly made kernels and embeddings.
+    What a family of models has hard-wired in its code is a field here too (`qk_norm`, …), so the
+    decoder never asks for the family.
+
+    Raises:
+        ValueError: Fields that contradict each other; all of them are listed.
     """
 
     model_type: str
+    """Hugging Face's name of the family; decides no number, but what `to_hf` writes."""
     vocab_size: int
+    """Rows of embedding and head, V; a mesh may pad the parameters beyond it."""
     hidden_size: int
+    """Width of the residual stream, D."""
     intermediate_size: int
+    """Width of the gated MLP, F."""
     num_hidden_layers: int
+    """Decoder layers, L."""
     num_attention_heads: int
+    """Query heads, N."""
     num_key_value_heads: int
+    """Key and value heads, K; divides N."""
     head_dim: int
+    """Width of one head, H; even."""
     max_position_embeddings: int
+    """The longest context the model was made for, tokens; limits nothing inside the decoder."""
     rms_norm_eps: float
+    """Added to the mean square inside every norm."""
     rope_parameters: RopeParameters
+    """Rotary embedding of all layers, or of the full-attention ones where they differ."""
     query_pre_attn_scalar: float
+    """Attention scores are divided by its square root; H in most families."""
     layer_types: tuple[LayerType, ...]
-    sliding_rope_parameters: RopeParameters | None = None
+    """Attention span of each layer."""
     sliding_window: int | None = None
+    """Keys a sliding layer's query sees, itself included; None iff no layer slides."""
+    sliding_rope_parameters: RopeParameters | None = None
+    """Rotary embedding of the sliding layers; None: the same as of the others."""
     hidden_act: HiddenAct = "silu"
+    """Activation of the MLP's gate."""
     tie_word_embeddings: bool = False
+    """The head is the transposed embedding."""
     attention_bias: bool = False
+    """Biases on the q, k and v projections."""
     attention_output_bias: bool = False
+    """Bias on the o projection."""
     qk_norm: bool = False
+    """RMS norm of each query and key head, before the rotary embedding."""
     sandwich_norms: bool = False
+    """Norms after attention and MLP as well as before them (Gemma)."""
     unit_offset_norms: bool = False
+    """Norms multiply by 1 + scale instead of scale (Gemma)."""
     scale_embeddings: bool = False
+    """Embeddings are multiplied by √D (Gemma)."""
     attn_logit_softcapping: float | None = None
+    """Attention scores become c·tanh(score / c); None: they stay."""
     final_logit_softcapping: float | None = None
+    """Logits become c·tanh(logit / c); None: they stay."""
     initializer_range: float = 0.02
+    """Standard deviation of freshly made kernels and embeddings."""
+
+    def __post_init__(self):
+        sizes = (
+            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
+            *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+        )
+        problems = [
+            f"{name}: got {getattr(self, name)}, expected at least 1"
+            for name in sizes
+            if getattr(self, name) < 1
+        ]
+        positive = ("rms_norm_eps", "query_pre_attn_scalar", "initializer_range")
+        caps = ("attn_logit_softcapping", "final_logit_softcapping")
+        present = [name for name in caps if getattr(self, name) is not None]
+        problems += [
+            f"{name}: got {getattr(self, name)}, expected a positive number"
+            for name in (*positive, *present)
+            if getattr(self, name) <= 0
+        ]
+        if self.num_key_value_heads > 0 and self.num_attention_heads % self.num_key_value_heads:
+            problems.append(
+                f"num_key_value_heads: {self.num_key_value_heads} does not divide "
+                f"num_attention_heads, {self.num_attention_heads}"
+            )
+        if self.head_dim % 2:
+            problems.append(f"head_dim: got {self.head_dim}; rotary embeddings need an even one")
+        if self.hidden_act not in get_args(HiddenAct):
+            supported = ", ".join(get_args(HiddenAct))
+            problems.append(f"hidden_act: got {self.hidden_act!r}, supported: {supported}")
+        _raise_if_any("ArchConfig", problems + self._span_problems())
+
+    def _span_problems(self) -> list[str]:
+        """What is wrong with layer types and windows."""
+        problems = []
+        if len(self.layer_types) != self.num_hidden_layers:
+            problems.append(
+                f"layer_types: {len(self.layer_types)} entries for {self.num_hidden_layers} layers"
+            )
+        if unknown := sorted(set(self.layer_types) - set(get_args(LayerType))):
+            supported = ", ".join(get_args(LayerType))
+            problems.append(f"layer_types: got {', '.join(unknown)}, supported: {supported}")
+        slides = "sliding_attention" in self.layer_types
+        if slides != (self.sliding_window is not None):
+            problems.append(
+                f"sliding_window: got {self.sliding_window}, but "
+                f"{'some layers are' if slides else 'no layer is'} 'sliding_attention'"
+            )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            problems.append(f"sliding_window: got {self.sliding_window}, expected at least 1")
+        if self.sliding_rope_parameters is not None and not slides:
+            problems.append("sliding_rope_parameters: no layer is 'sliding_attention'")
+        return problems
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ArchConfig":
-        """Reads the mapping of a Hugging Face `config.json`."""
-        if config.get("model_type") != "llama":
-            raise ValueError(
-                f"config.json: model_type is {config.get('model_type')!r}, supported: 'llama'"
-                f"{difflib.get_close_matches(str(config.get('model_type')), ['llama'])}"
-            )
-        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-        layers = config["num_hidden_layers"]
-        return cls(
-            model_type="llama",
-            vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            num_hidden_layers=layers,
-            num_attention_heads=config["num_attention_heads"],
-            num_key_value_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-            head_dim=head_dim,
-            max_position_embeddings=config.get("max_position_embeddings", 2048),
-            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-            rope_parameters=_read_rope(config),
-            query_pre_attn_scalar=float(head_dim),
-            layer_types=("full_attention",) * layers,
-            tie_word_embeddings=config.get("tie_word_embeddings", False),
-            initializer_range=config.get("initializer_range", 0.02),
-        )
+        """Reads the mapping of a Hugging Face `config.json`, of today or of older releases.
+
+        A field left out takes the default of transformers' config class of that family.
+
+        Args:
+            config: The parsed file.
+
+        Returns:
+            The architecture; of a multimodal Gemma 3 file, that of its text model.
+
+        Raises:
+            ValueError: Fields that are unknown, contradictory, or would change the outputs in a way
+                this decoder does not implement; each is named with its value and what is supported.
+
+        Source: `configuration_*.py` and `modeling_*.py` of transformers 5. Stricter: transformers
+        keeps unknown fields without a word.
+        """
+        fields = hf_config.read_fields(config)
+        for name in ("rope_parameters", "sliding_rope_parameters"):
+            if fields[name] is not None:
+                fields[name] = RopeParameters(**fields[name])
+        return cls(**fields)
 
     def to_hf(self) -> dict[str, Any]:
-        """The mapping of a `config.json` that transformers loads as this model."""
-        rope: dict[str, Any] = {
-            "rope_type": self.rope_parameters.rope_type,
-            "rope_theta": self.rope_parameters.rope_theta,
-        }
-        if self.rope_parameters.rope_type != "default":
-            rope["factor"] = self.rope_parameters.factor
-        if self.rope_parameters.rope_type == "llama3":
-            for name in (
-                "low_freq_factor",
-                "high_freq_factor",
-                "original_max_position_embeddings",
-            ):
-                rope[name] = getattr(self.rope_parameters, name)
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_hidden_layers,
-            "num_attention_heads": self.num_attention_heads,
-            "num_key_value_heads": self.num_key_value_heads,
-            "head_dim": self.head_dim,
-            "hidden_act": self.hidden_act,
-            "max_position_embeddings": self.max_position_embeddings,
-            "rms_norm_eps": self.rms_norm_eps,
-            "tie_word_embeddings": self.tie_word_embeddings,
-            "initializer_range": self.initializer_range,
-            "rope_parameters": rope,
-        }
+        """The mapping of a `config.json` that transformers loads as this very model.
+
+        Token ids are written as None: they belong to the tokenizer, and a family's defaults would
+        be taken for facts.
+
+        Returns:
+            A JSON-able dict.
+
+        Raises:
+            ValueError: The family, as transformers knows it, cannot express some fields.
+        """
+        config = hf_config.write_fields(dataclasses.asdict(self))
+        again = ArchConfig.from_hf(config)
+        problems = [
+            f"{field.name}: {getattr(self, field.name)!r} would be read as "
+            f"{getattr(again, field.name)!r}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != getattr(again, field.name)
+        ]
+        _raise_if_any(f"no {self.model_type!r} model of transformers computes this", problems)
+        return config
 
 
-def _read_rope(config: Mapping[str, Any]) -> RopeParameters:
-    """Today's `rope_parameters`, or the older `rope_theta` beside `rope_scaling`."""
-    merged = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
-    rope_type = merged.pop("rope_type", None) or merged.pop("type", None) or "default"
-    merged.pop("type", None)
-    merged.setdefault("rope_theta", config.get("rope_theta", 10_000.0))
-    return RopeParameters(rope_type=rope_type, **merged)
+def _raise_if_any(what: str, problems: Iterable[str]) -> None:
+    listed = list(problems)
+    if listed:
+        raise ValueError(f"{what}:\n  " + "\n  ".join(listed[:20]))

@@ -5,76 +5,20 @@ hidden states, logits and the next cache. Base model and value network are two c
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Float32, Int, Key
+from jaxtyping import Array, Float, Float32, Int, Key
 
 from ivl_jax.model.architecture import ArchConfig
-from ivl_jax.model.kv_cache import KVCache, cache_capacity, visible_slots, write_slots
-from ivl_jax.model.layers import Constrain, DecoderLayer, RMSNorm, rope_angles, soft_cap
+from ivl_jax.model.kv_cache import KVCache
+from ivl_jax.model.layer_stack import run_layers
+from ivl_jax.model.layers import Constrain, Decoder, Projection, soft_cap
 
 Params = dict[str, Any]
-
-
-class Embedding(nnx.Module):
-    """Token embeddings, one row a vocabulary entry."""
-
-    def __init__(self, rows: int, size: int, *, std: float, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        shape = (rows, size)
-        self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), shape, param_dtype))
-
-
-class Head(nnx.Module):
-    """The output projection of an untied decoder, stored (in, out)."""
-
-    def __init__(self, size: int, rows: int, *, std: float, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        shape = (size, rows)
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape, param_dtype))
-
-
-class Decoder(nnx.Module):
-    """The parameters of a decoder and the static choices of how to run it."""
-
-    def __init__(
-        self,
-        arch: ArchConfig,
-        *,
-        compute_dtype: DTypeLike,
-        remat: bool,
-        scan_layers: bool,
-        vocab_rows: int,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
-        self.arch = arch
-        self.compute_dtype = jnp.dtype(compute_dtype)
-        self.remat = remat
-        self.scan_layers = scan_layers
-        std = arch.initializer_range
-        self.embed_tokens = Embedding(
-            vocab_rows, arch.hidden_size, std=std, param_dtype=param_dtype, rngs=rngs
-        )
-        # Every layer has one structure, so the stacked form is a single layer with longer arrays.
-        layers = [
-            DecoderLayer(arch, param_dtype=param_dtype, rngs=rngs)
-            for _ in range(1 if scan_layers else arch.num_hidden_layers)
-        ]
-        self.layers = layers[0] if scan_layers else nnx.List(layers)
-        self.norm = RMSNorm(
-            arch.hidden_size,
-            eps=arch.rms_norm_eps,
-            unit_offset=arch.unit_offset_norms,
-            param_dtype=param_dtype,
-        )
-        if not arch.tie_word_embeddings:
-            self.lm_head = Head(
-                arch.hidden_size, vocab_rows, std=std, param_dtype=param_dtype, rngs=rngs
-            )
 
 
 @functools.cache
@@ -89,7 +33,7 @@ def build_decoder(
 
     Args:
         arch: The architecture.
-        compute_dtype: Of activations and matmuls; norms, softmax and logits are fp32 whatever it is.
+        compute_dtype: Of activations and matmuls; norms, softmax and logits are always fp32.
         remat: Recompute each layer's activations in the backward pass instead of keeping them.
         scan_layers: Run the layers as one `lax.scan`; params then hold them stacked
             (`stack_layers`) and so does the cache.
@@ -119,7 +63,7 @@ def init_params(
     vocab_rows: int | None = None,
     scan_layers: bool = False,
 ) -> Params:
-    """Fresh parameters: normal(initializer_range) kernels and embeddings, zero biases, neutral norms.
+    """Fresh parameters: normal kernels and embeddings, zero biases, norms that do nothing.
 
     Args:
         arch: The architecture.
@@ -179,7 +123,7 @@ def unstack_layers(params: Params) -> Params:
 
 
 def untie_head(params: Params) -> Params:
-    """Adds `lm_head.kernel`, the transposed embedding, where there is none; logits stay the same."""
+    """Adds `lm_head.kernel`, the transposed embedding, where there is none; logits stay."""
     if "lm_head" in params:
         return params
     return params | {"lm_head": {"kernel": params["embed_tokens"]["embedding"].T}}
@@ -235,11 +179,11 @@ def hidden_states(
 ) -> tuple[Float[Array, "B T D"], KVCache | None]:
     """Runs the decoder up to its final norm.
 
-    Without a cache, query t sees key s iff s ≤ t, both have the same segment id, and s is inside the
-    layer's window. With one, keys and values are written at slot = position first, and a query at
-    position p sees slots s ≤ p (and p − s < window): what lies beyond a row's length is masked until
-    it is overwritten, so ragged right-padded prompts need no mask, and a smaller next position rolls
-    the row back.
+    Without a cache, query t sees key s iff s ≤ t, both have the same segment id, and s is inside
+    the layer's window. With one, keys and values are written at slot = position first, and a query
+    at position p sees slots s ≤ p (and p − s < window): what lies beyond a row's length is masked
+    until it is overwritten, so ragged right-padded prompts need no mask, and a smaller next
+    position rolls the row back.
 
     Args:
         graphdef: From `build_decoder`.
@@ -265,15 +209,17 @@ def hidden_states(
         )
     decoder = _assemble(graphdef, params)
     constrain = _unconstrained if constrain is None else constrain
-    arch = decoder.arch
-    x = _embed(decoder, tokens) if tokens is not None else input_embeddings
+    x = input_embeddings if tokens is None else _embed(decoder, tokens)
+    assert x is not None
     x = constrain(x.astype(decoder.compute_dtype), ("batch", "length", "embed"))
-
-    kinds = sorted(set(arch.layer_types))
-    angles = {kind: _angles(arch, kind, positions) for kind in kinds}
-    masks = {kind: _mask(arch, kind, positions, segment_ids, cache) for kind in kinds}
-    run = _run_scanned if decoder.scan_layers else _run_unrolled
-    x, cache = run(decoder, x, angles, masks, positions, cache, constrain)
+    x, cache = run_layers(
+        decoder,
+        x,
+        positions=positions,
+        segment_ids=segment_ids,
+        cache=cache,
+        constrain=constrain,
+    )
     return decoder.norm(x), cache
 
 
@@ -321,17 +267,47 @@ def _unconstrained(x: Array, axes: tuple[str, ...]) -> Array:
 
 
 def _assemble(graphdef: nnx.GraphDef, params: Params) -> Decoder:
-    """The module again; a head that params carry beyond the architecture's is attached."""
-    arch = dict(graphdef.attributes)["arch"].value
-    if "lm_head" not in params or not arch.tie_word_embeddings:
-        return nnx.merge(graphdef, params)
-    trunk = {name: subtree for name, subtree in params.items() if name != "lm_head"}
+    """The module again; a head that params carry beyond the architecture's is attached.
+
+    `nnx.merge` matches leaves by their order alone, so the paths are compared here.
+    """
+    static = {name: cast(Any, attribute) for name, attribute in graphdef.attributes}
+    arch, scan_layers = static["arch"].value, static["scan_layers"].value
+    extra_head = arch.tie_word_embeddings and "lm_head" in params
+    trunk = {name: part for name, part in params.items() if not (extra_head and name == "lm_head")}
+    if jax.tree.structure(trunk) != _expected_structure(arch, scan_layers):
+        raise ValueError(_structure_problem(trunk, arch, scan_layers))
     decoder = nnx.merge(graphdef, trunk)
-    decoder.lm_head = nnx.eval_shape(
-        lambda: Head(1, 1, std=1.0, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
-    )
-    decoder.lm_head.kernel = nnx.Param(params["lm_head"]["kernel"])
+    if extra_head:
+        head = nnx.eval_shape(
+            lambda: Projection(
+                1, 1, use_bias=False, std=1.0, param_dtype=jnp.float32, rngs=nnx.Rngs(0)
+            )
+        )
+        head.kernel = nnx.Param(params["lm_head"]["kernel"])
+        decoder.lm_head = head
     return decoder
+
+
+@functools.cache
+def _expected_structure(arch: ArchConfig, scan_layers: bool) -> jax.tree_util.PyTreeDef:
+    return jax.tree.structure(abstract_params(arch, scan_layers=scan_layers))
+
+
+def _structure_problem(params: Params, arch: ArchConfig, scan_layers: bool) -> str:
+    """Which paths are missing or unexpected, at most 20."""
+
+    def paths(tree: Params) -> set[str]:
+        return {
+            jax.tree_util.keystr(path, simple=True, separator=".")
+            for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+        }
+
+    expected, found = paths(abstract_params(arch, scan_layers=scan_layers)), paths(params)
+    lines = [f"missing {path}" for path in sorted(expected - found)]
+    lines += [f"unexpected {path}" for path in sorted(found - expected)]
+    form = "scanned (stack_layers)" if scan_layers else "unstacked (unstack_layers)"
+    return "\n  ".join([f"params do not fit this decoder, layers {form}:", *lines[:20]])
 
 
 def _embed(decoder: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -345,84 +321,3 @@ def _scale_embeddings(decoder: Decoder, rows: Array) -> Array:
         return rows
     # Gemma rounds the factor to the compute dtype (55.4256 to 55.5 in bf16), and so do its weights.
     return rows * jnp.asarray(decoder.arch.hidden_size**0.5, rows.dtype)
-
-
-def _angles(arch: ArchConfig, kind: str, positions: Array) -> Float[Array, "B T H2"]:
-    rope = arch.rope_parameters
-    if kind == "sliding_attention" and arch.sliding_rope_parameters is not None:
-        rope = arch.sliding_rope_parameters
-    return rope_angles(positions, rope, head_dim=arch.head_dim)
-
-
-def _mask(
-    arch: ArchConfig,
-    kind: str,
-    positions: Array,
-    segment_ids: Array | None,
-    cache: KVCache | None,
-) -> Bool[Array, "_ 1 T S"]:
-    window = arch.sliding_window if kind == "sliding_attention" else None
-    if cache is not None:
-        return visible_slots(positions, capacity=cache_capacity(cache), window=window)
-    index = jnp.arange(positions.shape[1])
-    distance = index[:, None] - index[None, :]
-    visible = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-    visible = visible[None, None]
-    if segment_ids is None:
-        return visible
-    return visible & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
-
-
-def _layer_step(decoder: Decoder, constrain: Constrain) -> Callable:
-    """(state, x, angles, mask, remembered) -> (x, remembered), rematerialised if asked."""
-    layer = decoder.layers if decoder.scan_layers else decoder.layers[0]
-    structure = nnx.split(layer)[0]
-
-    def step(state, x, angles, mask, positions, cached):
-        written = cached
-
-        def remember(key: Array, value: Array) -> tuple[Array, Array]:
-            nonlocal written
-            if cached is None:
-                return key, value
-            written = (
-                write_slots(cached[0], key, positions),
-                write_slots(cached[1], value, positions),
-            )
-            return written
-
-        module = nnx.merge(structure, state)
-        x = module(x, angles=angles, mask=mask, remember=remember, constrain=constrain)
-        return x, written
-
-    return jax.checkpoint(step) if decoder.remat else step
-
-
-def _run_unrolled(decoder, x, angles, masks, positions, cache, constrain):
-    step = _layer_step(decoder, constrain)
-    keys, values = [], []
-    for index, kind in enumerate(decoder.arch.layer_types):
-        cached = None if cache is None else (cache.keys[index], cache.values[index])
-        state = nnx.split(decoder.layers[index])[1]
-        x, cached = step(state, x, angles[kind], masks[kind], positions, cached)
-        if cached is not None:
-            keys.append(cached[0])
-            values.append(cached[1])
-    return x, None if cache is None else KVCache(tuple(keys), tuple(values))
-
-
-def _run_scanned(decoder, x, angles, masks, positions, cache, constrain):
-    step = _layer_step(decoder, constrain)
-    kinds = sorted(masks)
-    kind_of_layer = jnp.asarray([kinds.index(kind) for kind in decoder.arch.layer_types])
-    all_angles = jnp.stack([angles[kind] for kind in kinds])
-    all_masks = jnp.stack([masks[kind] for kind in kinds])
-
-    def body(x, inputs):
-        state, kind, cached = inputs
-        return step(state, x, all_angles[kind], all_masks[kind], positions, cached)
-
-    state = nnx.split(decoder.layers)[1]
-    cached = None if cache is None else (cache.keys, cache.values)
-    x, cached = jax.lax.scan(body, x, (state, kind_of_layer, cached))
-    return x, None if cached is None else KVCache(*cached)

@@ -14,13 +14,14 @@ from ivl_jax.model.architecture import ArchConfig
 
 
 class KVCache(NamedTuple):
-    """Keys (rotated) and values of every layer.
+    """Rotated keys, and values, of every layer; heads before slots.
 
-    With `scan_layers` each field is one array `[L B S K H]`.
+    With slots before heads XLA transposes a whole cache in every step on CPU: 25 ms instead of 4
+    for one layer of 8 rows × 2,048 slots × 4 heads × 64.
     """
 
-    keys: tuple[Array, ...] | Array  # one [B S K H] per layer
-    values: tuple[Array, ...] | Array  # one [B S K H] per layer
+    keys: tuple[Array, ...] | Array  # one [B K S H] per layer; [L B K S H] where layers are scanned
+    values: tuple[Array, ...] | Array  # the same
 
 
 def init_cache(
@@ -41,9 +42,9 @@ def init_cache(
         scan_layers: Stack the layers, for a decoder built with `scan_layers`.
 
     Returns:
-        Zeros, one `[B S K H]` per layer, or `[L B S K H]` stacked.
+        Zeros, one `[B K S H]` per layer, or `[L B K S H]` stacked.
     """
-    shape = (batch_size, capacity, arch.num_key_value_heads, arch.head_dim)
+    shape = (batch_size, arch.num_key_value_heads, capacity, arch.head_dim)
     if scan_layers:
         stacked = (arch.num_hidden_layers, *shape)
         return KVCache(jnp.zeros(stacked, dtype), jnp.zeros(stacked, dtype))
@@ -55,16 +56,41 @@ def init_cache(
 
 
 def cache_capacity(cache: KVCache) -> int:
-    """Slots a row of the cache has, tokens."""
-    return cache.keys[0].shape[-3]
+    """Slots a row of the cache has, S, tokens."""
+    return cache.keys[0].shape[-2]
 
 
 def write_slots(
-    cached: Float[Array, "B S K H"], new: Float[Array, "B T K H"], slots: Int[Array, "B T"]
-) -> Float[Array, "B S K H"]:
-    """Writes row b's `new[b, t]` into slot `slots[b, t]`; slots beyond the capacity are dropped."""
-    rows = jnp.arange(cached.shape[0], dtype=slots.dtype)[:, None]
-    return cached.at[rows, slots].set(new.astype(cached.dtype), mode="drop")
+    cached: Float[Array, "B K S H"], new: Float[Array, "B K T H"], slots: Int[Array, "B T"]
+) -> Float[Array, "B K S H"]:
+    """Writes row b's token t into slot `slots[b, t]`; tokens beyond the capacity are dropped."""
+    rows, slots, updates = _scattered(cached, new, slots)
+    return cached.at[rows, :, slots].set(updates, mode="drop")
+
+
+def write_stacked_slots(
+    cached: Float[Array, "L B K S H"],
+    new: Float[Array, "B K T H"],
+    slots: Int[Array, "B T"],
+    *,
+    layer: Int[Array, ""],
+) -> Float[Array, "L B K S H"]:
+    """`write_slots` into one layer of a stacked cache; in place if that is a loop's carry."""
+    rows, slots, updates = _scattered(cached, new, slots)
+    return cached.at[layer, rows, :, slots].set(updates, mode="drop")
+
+
+def _scattered(cached: Array, new: Array, slots: Array) -> tuple[Array, Array, Array]:
+    """Row and slot indices, and what goes there, [B T K H]."""
+    rows = jnp.arange(slots.shape[0], dtype=slots.dtype)[:, None]
+    updates = new.astype(cached.dtype).swapaxes(1, 2)
+    if slots.size == 1:
+        # XLA makes a slice update of a scatter to one place, fuses it into both its uses and copies
+        # the cache four times. A second place, beyond the capacity and dropped, keeps it in place.
+        nowhere = jnp.full_like(slots, cached.shape[-2])
+        slots = jnp.concatenate([slots, nowhere], axis=1)
+        updates = jnp.concatenate([updates, updates], axis=1)
+    return rows, slots, updates
 
 
 def visible_slots(

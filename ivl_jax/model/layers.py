@@ -1,63 +1,33 @@
-"""The decoder's parts: norm, projections, rotary embedding, attention, gated MLP, one layer.
+"""The decoder's modules: norm, projection, attention, gated MLP, layer, and the tree of them.
 
-In: activations `[B T D]` in the compute dtype. Out: the same. Norms, rotary angles and softmax
-run in fp32; parameters may be stored in any float dtype and are cast where they are used.
+In: activations `[B T D]` in the compute dtype. Out: the same. Norms, scores and softmax run
+in fp32; parameters may be stored in any float dtype and are cast where they are used.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from ivl_jax.model.architecture import ArchConfig, RopeParameters
+from ivl_jax.model.architecture import ArchConfig
+from ivl_jax.model.rope import rotate
 
 Constrain = Callable[[Array, tuple[str, ...]], Array]
+"""(activations, logical name of each axis) → the same activations, their sharding constrained."""
+Memory = Any
+"""What a layer remembers between calls: None, or the arrays of a cache."""
+Write = Callable[[Memory, Array, Array], tuple[Memory, Array, Array]]
+"""(memory, new keys [B K T H], new values) → (memory, all keys [B K S H], all values)."""
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
-
-
-def rope_frequencies(rope: RopeParameters, head_dim: int) -> np.ndarray:
-    """Radians per position of each rotated pair, `[H / 2]` fp32.
-
-    Source: transformers `modeling_rope_utils.py`; Llama 3.1 for the `llama3` type.
-    """
-    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = np.float32(1.0) / np.float32(rope.rope_theta) ** exponent
-    if rope.rope_type == "linear":
-        return frequencies / np.float32(rope.factor)
-    if rope.rope_type == "llama3":
-        wavelength = 2 * np.pi / frequencies
-        low, high = rope.low_freq_factor, rope.high_freq_factor
-        # 0 where a whole original context holds fewer than `low` turns, 1 where it holds `high`.
-        smooth = np.clip(
-            (rope.original_max_position_embeddings / wavelength - low) / (high - low), 0.0, 1.0
-        )
-        frequencies = frequencies * (smooth + (1.0 - smooth) / rope.factor)
-    return frequencies.astype(np.float32)
-
-
-def rope_angles(
-    positions: Int[Array, "B T"], rope: RopeParameters, *, head_dim: int
-) -> Float[Array, "B T H2"]:
-    """Rotation of every pair at every position, radians, fp32."""
-    frequencies = jnp.asarray(rope_frequencies(rope, head_dim))
-    return positions.astype(jnp.float32)[..., None] * frequencies[None, None, :]
-
-
-def rotate(x: Float[Array, "B T N H"], angles: Float[Array, "B T H2"]) -> Float[Array, "B T N H"]:
-    """Rotates pair (i, i + H/2) of every head by its angle, in fp32."""
-    cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
 
 
 def soft_cap(x: Array, cap: float | None) -> Array:
@@ -112,37 +82,54 @@ class Projection(nnx.Module):
 
 def attend(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
     *,
     mask: Bool[Array, "#B 1 T S"],
     scale: float,
     softcap: float | None,
 ) -> Float[Array, "B T N H"]:
-    """Attention with grouped key-value heads; softmax in fp32."""
-    if softcap is None:
-        full_mask = jnp.broadcast_to(mask, (query.shape[0], *mask.shape[1:]))
-        # Its own bf16 path promotes implicitly, which the tests' strict mode refuses.
-        with jax.numpy_dtype_promotion("standard"):
-            return jax.nn.dot_product_attention(query, key, value, mask=full_mask, scale=scale)
+    """Attention of N query heads over K key-value heads, N / K queries to each.
+
+    Written out because `jax.nn.dot_product_attention` takes keys as [B S K H], which costs a
+    transposed copy of the cache in every decode step, and has no soft cap.
+
+    Args:
+        query: Rotated queries.
+        keys: Rotated keys, heads first.
+        values: Values, heads first.
+        mask: True where a query sees a key.
+        scale: Factor on the scores.
+        softcap: Scores become c·tanh(score / c); None: they stay.
+
+    Returns:
+        The attended values in the query's dtype; scores and softmax are fp32.
+    """
     batch, length, heads, width = query.shape
-    groups = (batch, length, key.shape[2], heads // key.shape[2], width)
-    scores = jnp.einsum(
-        "btkgh,bskh->bkgts", query.reshape(groups), key, preferred_element_type=jnp.float32
-    )
-    scores = soft_cap(scores * scale, softcap)
+    kv_heads, slots = keys.shape[1:3]
+    groups = heads // kv_heads
+    grouped = query.reshape(batch, length, kv_heads, groups, width).transpose(0, 2, 3, 1, 4)
+    grouped = grouped.reshape(batch, kv_heads, groups * length, width)
+    scores = jnp.einsum("bkmh,bksh->bkms", grouped, keys, preferred_element_type=jnp.float32)
+    scores = soft_cap(scores * scale, softcap).reshape(batch, kv_heads, groups, length, slots)
     scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(query.shape)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    weights = weights.reshape(batch, kv_heads, groups * length, slots)
+    mixed = jnp.einsum("bkms,bksh->bkmh", weights, values)
+    mixed = mixed.reshape(batch, kv_heads, groups, length, width).transpose(0, 3, 1, 2, 4)
+    return mixed.reshape(query.shape)
 
 
 class Attention(nnx.Module):
     """Grouped-query self-attention with rotary positions."""
 
     def __init__(self, arch: ArchConfig, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        self.arch = arch
         queries = arch.num_attention_heads * arch.head_dim
         keys = arch.num_key_value_heads * arch.head_dim
+        self.head_dim = arch.head_dim
+        self.qk_norm = arch.qk_norm
+        self.scale = arch.query_pre_attn_scalar**-0.5
+        self.softcap = arch.attn_logit_softcapping
 
         def project(size_in: int, size_out: int, use_bias: bool) -> Projection:
             std = arch.initializer_range
@@ -155,38 +142,38 @@ class Attention(nnx.Module):
         self.v_proj = project(arch.hidden_size, keys, arch.attention_bias)
         self.o_proj = project(queries, arch.hidden_size, arch.attention_output_bias)
         if arch.qk_norm:
-            self.q_norm = _norm(arch, arch.head_dim, param_dtype)
-            self.k_norm = _norm(arch, arch.head_dim, param_dtype)
+            self.q_norm = norm_of(arch, arch.head_dim, param_dtype=param_dtype)
+            self.k_norm = norm_of(arch, arch.head_dim, param_dtype=param_dtype)
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
         *,
-        angles: Float[Array, "B T H2"],
+        angles: Float[Array, "B T R"],
         mask: Bool[Array, "#B 1 T S"],
-        remember: Callable[[Array, Array], tuple[Array, Array]],
+        memory: Memory,
+        write: Write,
         constrain: Constrain,
-    ) -> Float[Array, "B T D"]:
-        """Attends over what `remember` makes of this call's keys and values (a cache, or they alone)."""
-        arch = self.arch
+    ) -> tuple[Float[Array, "B T D"], Memory]:
+        """Attends over what `write` makes of the memory and this call's keys and values."""
         names = ("batch", "length", "heads", "head_dim")
-        heads = (*x.shape[:2], -1, arch.head_dim)
+        heads = (*x.shape[:2], -1, self.head_dim)
         query = constrain(self.q_proj(x).reshape(heads), names)
         key = constrain(self.k_proj(x).reshape(heads), names)
         value = constrain(self.v_proj(x).reshape(heads), names)
-        if arch.qk_norm:
+        if self.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, angles), rotate(key, angles)
-        key, value = remember(key, value)
+        memory, keys, values = write(memory, key.swapaxes(1, 2), value.swapaxes(1, 2))
         mixed = attend(
             query,
-            key.astype(x.dtype),
-            value.astype(x.dtype),
+            keys.astype(x.dtype),
+            values.astype(x.dtype),
             mask=mask,
-            scale=arch.query_pre_attn_scalar**-0.5,
-            softcap=arch.attn_logit_softcapping,
+            scale=self.scale,
+            softcap=self.softcap,
         )
-        return self.o_proj(constrain(mixed, names).reshape((*x.shape[:2], -1)))
+        return self.o_proj(constrain(mixed, names).reshape((*x.shape[:2], -1))), memory
 
 
 class MLP(nnx.Module):
@@ -217,27 +204,30 @@ class DecoderLayer(nnx.Module):
         self.sandwich_norms = arch.sandwich_norms
         self.self_attn = Attention(arch, param_dtype=param_dtype, rngs=rngs)
         self.mlp = MLP(arch, param_dtype=param_dtype, rngs=rngs)
-        self.input_layernorm = _norm(arch, arch.hidden_size, param_dtype)
-        self.post_attention_layernorm = _norm(arch, arch.hidden_size, param_dtype)
+        width = arch.hidden_size
+        self.input_layernorm = norm_of(arch, width, param_dtype=param_dtype)
+        self.post_attention_layernorm = norm_of(arch, width, param_dtype=param_dtype)
         if arch.sandwich_norms:
-            self.pre_feedforward_layernorm = _norm(arch, arch.hidden_size, param_dtype)
-            self.post_feedforward_layernorm = _norm(arch, arch.hidden_size, param_dtype)
+            self.pre_feedforward_layernorm = norm_of(arch, width, param_dtype=param_dtype)
+            self.post_feedforward_layernorm = norm_of(arch, width, param_dtype=param_dtype)
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
         *,
-        angles: Float[Array, "B T H2"],
+        angles: Float[Array, "B T R"],
         mask: Bool[Array, "#B 1 T S"],
-        remember: Callable[[Array, Array], tuple[Array, Array]],
+        memory: Memory,
+        write: Write,
         constrain: Constrain,
-    ) -> Float[Array, "B T D"]:
-        """The residual stream after this layer."""
-        attended = self.self_attn(
+    ) -> tuple[Float[Array, "B T D"], Memory]:
+        """The residual stream and the memory after this layer."""
+        attended, memory = self.self_attn(
             self.input_layernorm(x),
             angles=angles,
             mask=mask,
-            remember=remember,
+            memory=memory,
+            write=write,
             constrain=constrain,
         )
         if self.sandwich_norms:
@@ -247,10 +237,51 @@ class DecoderLayer(nnx.Module):
         else:
             x = x + attended
             x = x + self.mlp(self.post_attention_layernorm(x), constrain=constrain)
-        return constrain(x, ("batch", "length", "embed"))
+        return constrain(x, ("batch", "length", "embed")), memory
 
 
-def _norm(arch: ArchConfig, size: int, param_dtype: DTypeLike) -> RMSNorm:
-    return RMSNorm(
-        size, eps=arch.rms_norm_eps, unit_offset=arch.unit_offset_norms, param_dtype=param_dtype
-    )
+class Table(nnx.Module):
+    """Token embeddings, one row a vocabulary entry."""
+
+    def __init__(self, rows: int, size: int, *, std: float, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        shape = (rows, size)
+        self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), shape, param_dtype))
+
+
+class Decoder(nnx.Module):
+    """A decoder's parameters, and the static choices of how it runs."""
+
+    def __init__(
+        self,
+        arch: ArchConfig,
+        *,
+        compute_dtype: DTypeLike,
+        remat: bool,
+        scan_layers: bool,
+        vocab_rows: int,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.arch = arch
+        self.compute_dtype = jnp.dtype(compute_dtype)
+        self.remat = remat
+        self.scan_layers = scan_layers
+        std, width = arch.initializer_range, arch.hidden_size
+        self.embed_tokens = Table(vocab_rows, width, std=std, param_dtype=param_dtype, rngs=rngs)
+        # Every layer has one structure, so the stacked form is a single layer of longer arrays.
+        layers = [
+            DecoderLayer(arch, param_dtype=param_dtype, rngs=rngs)
+            for _ in range(1 if scan_layers else arch.num_hidden_layers)
+        ]
+        self.layers: Any = layers[0] if scan_layers else nnx.List(layers)
+        self.norm = norm_of(arch, width, param_dtype=param_dtype)
+        if not arch.tie_word_embeddings:
+            self.lm_head = Projection(
+                width, vocab_rows, use_bias=False, std=std, param_dtype=param_dtype, rngs=rngs
+            )
+
+
+def norm_of(arch: ArchConfig, size: int, *, param_dtype: DTypeLike) -> RMSNorm:
+    """A norm over `size` numbers in the architecture's convention."""
+    unit_offset = arch.unit_offset_norms
+    return RMSNorm(size, eps=arch.rms_norm_eps, unit_offset=unit_offset, param_dtype=param_dtype)

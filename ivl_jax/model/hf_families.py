@@ -1,0 +1,122 @@
+"""The supported families: one table of what each has by default, and fields that change nothing.
+
+In: nothing. Out: constants that `hf_config` reads. Defaults are those of transformers' config
+classes; a test compares them with the installed release.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One `model_type`: the defaults of its config class, and what its code hard-wires."""
+
+    architecture: str  # transformers' class for language modelling
+    span: str  # how its files say which layers slide: full, mistral, qwen, gemma2 or gemma3
+    max_position_embeddings: int
+    num_key_value_heads: int | None = None  # None: num_attention_heads
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    activation_field: str = "hidden_act"
+    hidden_act: str = "silu"
+    tie_word_embeddings: bool = False
+    attention_bias: bool | None = None  # None: the field decides, and covers o_proj as well
+    sliding_window: int | None = 4096
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    optional: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # further fields it reads
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # ArchConfig fields
+
+
+# No field of a Gemma file says these; its code has them.
+_GEMMA = {"sandwich_norms": True, "unit_offset_norms": True, "scale_embeddings": True}
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", "full", max_position_embeddings=2048),
+    "mistral": Family(
+        "MistralForCausalLM",
+        "mistral",
+        max_position_embeddings=131_072,
+        num_key_value_heads=8,
+        attention_bias=False,
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        "qwen",
+        max_position_embeddings=32_768,
+        num_key_value_heads=32,
+        attention_bias=True,
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        "qwen",
+        max_position_embeddings=32_768,
+        num_key_value_heads=32,
+        head_dim=128,
+        fixed={"qk_norm": True},
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        "gemma2",
+        max_position_embeddings=8192,
+        num_key_value_heads=4,
+        head_dim=256,
+        activation_field="hidden_activation",
+        hidden_act="gelu_pytorch_tanh",
+        tie_word_embeddings=True,
+        optional={
+            "query_pre_attn_scalar": 256,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        fixed=_GEMMA,
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        "gemma3",
+        max_position_embeddings=131_072,
+        num_key_value_heads=4,
+        head_dim=256,
+        activation_field="hidden_activation",
+        hidden_act="gelu_pytorch_tanh",
+        tie_word_embeddings=True,
+        # The text_config of the released multimodal files leaves out what equals the class.
+        sizes={
+            "vocab_size": 262_208,
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 8,
+        },
+        # attn_logit_softcapping is no part: transformers' Gemma 3 never applies it.
+        optional={"query_pre_attn_scalar": 256, "final_logit_softcapping": None},
+        fixed=_GEMMA | {"qk_norm": True},
+    ),
+}
+
+# Fields that never change the logits of these families. Some are defaults for `generate`, which
+# older releases kept in this file.
+# fmt: off
+HARMLESS = frozenset({
+    "architectures", "name_or_path", "_name_or_path", "transformers_version", "dtype",
+    "torch_dtype", "use_cache", "pretraining_tp", "is_llama_config", "transformers.js_config",
+    "unsloth_fixed", "unsloth_version", "max_sequence_length", "tokenizer_class", "prefix",
+    "task_specific_params", "problem_type", "id2label", "label2id", "num_labels",
+    "finetuning_task", "attn_implementation", "_attn_implementation",
+    "_attn_implementation_autoset", "output_attentions", "output_hidden_states", "return_dict",
+    "use_return_dict", "torchscript", "use_bfloat16", "tf_legacy_loss", "pruned_heads",
+    "chunk_size_feed_forward", "cache_implementation", "max_length", "max_new_tokens",
+    "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
+    "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty",
+    "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
+    "num_return_sequences", "output_scores", "return_dict_in_generate", "remove_invalid_values",
+    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
+})
+# What a multimodal Gemma 3 file holds beside its text model.
+MULTIMODAL = frozenset({
+    "vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index",
+    "image_token_index",
+})
+# Switches whose false would be no default: everything here is causal and rotates.
+ON = frozenset({"is_causal", "use_rope"})
+# fmt: on
