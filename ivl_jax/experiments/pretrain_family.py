@@ -54,14 +54,16 @@ class Recipe(NamedTuple):
     layers: int
     head_dim: int  # H; 4 heads everywhere, each with its own keys and values
     epochs: float
+    rows: int  # windows of 256 tokens a step
     learning_rate: float  # of the matrices inside the layers (Muon)
-    embedding_learning_rate: float  # of everything else (AdamW)
+    rest_rate: float  # of everything else (AdamW)
 
 
 RECIPES: dict[str, Recipe] = {
-    "S": Recipe(2048, 128, 384, 2, 32, 3.0, 6e-3, 4e-3),
-    "L": Recipe(2048, 352, 960, 4, 64, 4.0, 4e-3, 3e-3),
-    "X": Recipe(3072, 192, 576, 3, 48, 3.0, 6e-3, 4e-3),
+    # S stops while it knows about half of the facts: what the larger models know more can be seen.
+    "S": Recipe(2048, 128, 384, 2, 32, epochs=1.5, rows=32, learning_rate=6e-3, rest_rate=4e-3),
+    "L": Recipe(2048, 352, 960, 4, 64, epochs=2.6, rows=16, learning_rate=3e-3, rest_rate=2e-3),
+    "X": Recipe(3072, 192, 576, 3, 48, epochs=2.0, rows=32, learning_rate=6e-3, rest_rate=4e-3),
 }
 _WARMUP_STEPS = 50
 # The rate stays at its peak, then falls to zero over this share: more epochs extend the flat part.
@@ -80,8 +82,6 @@ class Options:
     """Where the finished folders go."""
     work_dir: Path = Path("runs/pretrain")
     """Checkpoints and tokenizers of the unfinished."""
-    batch_size: int = 32
-    """Windows of 256 tokens a step."""
     seed: int = 0
     """Of initial weights and data order."""
     checkpoint_every: int = 100
@@ -151,7 +151,7 @@ def make_optimizer(recipe: Recipe, *, steps: int) -> optax.GradientTransformatio
         optax.contrib.muon(
             schedule(recipe.learning_rate),
             weight_decay=0.05,
-            adam_learning_rate=schedule(recipe.embedding_learning_rate),
+            adam_learning_rate=schedule(recipe.rest_rate),
             adam_b2=0.98,
             consistent_rms=0.2,
             muon_weight_dimension_numbers=matrices,
@@ -264,7 +264,7 @@ def pretrain(name: str, corpus: Corpus, options: Options) -> dict[str, Any]:
     arch = ArchConfig.from_hf(config)
     graphdef = build_decoder(arch)
     windows = Windows(corpus, tokenizer, length=CONTEXT, seed=options.seed)
-    steps_an_epoch = windows.count // options.batch_size
+    steps_an_epoch = windows.count // recipe.rows
     epochs = options.epochs or recipe.epochs
     steps = round(epochs * steps_an_epoch)
     optimizer = make_optimizer(recipe, steps=steps)
@@ -293,17 +293,17 @@ def pretrain(name: str, corpus: Corpus, options: Options) -> dict[str, Any]:
         train_step = make_train_step(graphdef, optimizer)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         logger.info(
-            "%s: %.2f M parameters, %d steps of %d tokens, %d source + %d statement tokens an epoch",
+            "%s: %.2f M parameters, %d steps of %d tokens; %d source, %d statement tokens an epoch",
             name,
             parameters / 1e6,
             steps,
-            options.batch_size * CONTEXT,
+            recipe.rows * CONTEXT,
             windows.source_tokens,
             windows.statement_tokens,
         )
         first, started, losses = int(state.step), time.monotonic(), []
         for step in range(first, steps):
-            state, loss = train_step(state, windows.batch(step, rows=options.batch_size))
+            state, loss = train_step(state, windows.batch(step, rows=recipe.rows))
             losses.append(loss)
             done, last = step + 1, step + 1 == steps
             if done % options.log_every == 0 or last:
@@ -317,7 +317,7 @@ def pretrain(name: str, corpus: Corpus, options: Options) -> dict[str, Any]:
                     done,
                     steps,
                     mean,
-                    rate * options.batch_size * CONTEXT,
+                    rate * recipe.rows * CONTEXT,
                     (steps - done) / rate / 60,
                 )
             if done % options.checkpoint_every == 0 or last:
@@ -335,9 +335,9 @@ def pretrain(name: str, corpus: Corpus, options: Options) -> dict[str, Any]:
         "model": name,
         "parameters": parameters,
         "command": f"python -m ivl_jax.experiments.pretrain_family --model {name}",
-        "recipe": recipe._asdict() | {"epochs": epochs, "batch_size": options.batch_size},
+        "recipe": recipe._asdict() | {"epochs": epochs},
         "steps": steps,
-        "tokens_seen": steps * options.batch_size * CONTEXT,
+        "tokens_seen": steps * recipe.rows * CONTEXT,
         "seconds": round(seconds),
         "device": jax.devices()[0].device_kind,
         "python": platform.python_version(),
