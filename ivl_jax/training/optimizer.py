@@ -100,5 +100,5 @@ def decay_mask(params: Any) -> Any:
         The same structure of booleans.
     """
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: getattr(path[-1], "key", None) in _MATRICES, params
+        lambda path, _: bool(path) and getattr(path[-1], "key", None) in _MATRICES, params
     )
