@@ -50,15 +50,16 @@ def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Arra
         sampling: what each row asks for; a row of temperature 0 is not divided.
 
     Returns:
-        [B V] float32; −inf where a token is dropped. Its softmax is the distribution that
-        `sample_tokens` draws from. Tokens whose logit equals the last kept one are kept too, so the
-        result does not depend on an order among equals.
+        [B V] float32, shifted so that the largest is 0; −inf where a token is dropped. Its softmax
+        is the distribution that `sample_tokens` draws from. Tokens whose logit equals the last kept
+        one are kept too, so the result does not depend on an order among equals.
 
     Source:
         The order and the meaning of each filter are those of transformers' logits processors.
     """
     temperature = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
-    scaled = logits / temperature[:, None]
+    # Shifted first: a tiny temperature then gives −inf for the others, never inf − inf.
+    scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature[:, None]
     needs_order = (sampling.top_k > 0) | (sampling.top_p < 1)
     # Sorting 32,000 logits costs more than a small value network's forward: only when asked for.
     threshold = jax.lax.cond(
@@ -66,8 +67,7 @@ def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Arra
         lambda: _order_threshold(scaled, sampling),
         lambda: jnp.full(scaled.shape[:1], -jnp.inf, scaled.dtype),
     )
-    floor = jnp.max(scaled, axis=-1) + jnp.log(sampling.min_p)
-    threshold = jnp.maximum(threshold, floor)
+    threshold = jnp.maximum(threshold, jnp.log(sampling.min_p))
     return jnp.where(scaled >= threshold[:, None], scaled, -jnp.inf)
 
 

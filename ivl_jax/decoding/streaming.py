@@ -5,7 +5,20 @@ do not depend on how many tokens arrive at once.
 """
 
 import codecs
+import enum
 from collections.abc import Sequence
+
+
+class FinishReason(enum.IntEnum):
+    """Why a row generates no further token."""
+
+    RUNNING = 0
+    EOS = 1
+    """It generated one of its stop ids."""
+    STOP_STRING = 2
+    """The host found one of its stop strings in the text."""
+    LENGTH = 3
+    """It reached its own limit or the end of the context."""
 
 
 class Detokenizer:
@@ -94,3 +107,57 @@ class StopStrings:
 
     def _begins_stop(self, tail: str) -> bool:
         return any(string.startswith(tail) for string in self._stop)
+
+
+class RowText:
+    """What one row has said so far: its token ids and its text, cut where it ends.
+
+    Args:
+        detokenizer: for this row alone.
+        stop: the row's stop strings.
+    """
+
+    def __init__(self, detokenizer: Detokenizer, stop: Sequence[str]) -> None:
+        self._detokenizer = detokenizer
+        self._stop = StopStrings(stop)
+        self._pieces: list[str] = []
+        self.token_ids: list[int] = []
+        """Generated ids; the last one is the stop id, or completes the stop string, if any."""
+        self.finish: FinishReason = FinishReason.RUNNING
+        """Why the row has ended, as the text shows it."""
+
+    @property
+    def text(self) -> str:
+        """All text that is final."""
+        return "".join(self._pieces)
+
+    def push(self, token_ids: Sequence[int], finish: FinishReason) -> str:
+        """Take newly generated ids.
+
+        Args:
+            token_ids: in order; ids after a stop string are ignored.
+            finish: the row's state on device after these ids.
+
+        Returns:
+            The text that became final, possibly none.
+        """
+        if self.finish != FinishReason.RUNNING:
+            return ""
+        piece = ""
+        for index, token_id in enumerate(token_ids):
+            self.token_ids.append(token_id)
+            # A stop id ends the text and is no part of it, whatever it would read as.
+            if finish == FinishReason.EOS and index == len(token_ids) - 1:
+                break
+            piece += self._stop.push(self._detokenizer.push(token_id))
+            if self._stop.matched is not None:
+                finish = FinishReason.STOP_STRING
+                break
+        if finish != FinishReason.RUNNING:
+            piece += self._stop.push(self._detokenizer.finish())
+            if self._stop.matched is not None:
+                finish = FinishReason.STOP_STRING
+            piece += self._stop.finish()
+        self.finish = finish
+        self._pieces.append(piece)
+        return piece

@@ -1,0 +1,245 @@
+"""Prompts from a JSONL file and generations into another, written as they come and resumable.
+
+In: `{"prompt": text}` or `{"messages": [{"role", "content"}, …]}` a line. Out: the same lines with
+`text`, `finish_reason` and token counts added. Imports no JAX: bad files are reported at once.
+
+Beside OUTPUT lies OUTPUT.settings.json, what it was made with; a second run goes on only with the
+same settings and the same prompts.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from ivl_jax.config import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_ADDED_FIELDS = ("text", "finish_reason", "prompt_tokens", "generated_tokens")
+_ROLES = ("system", "user", "assistant")
+_MOST_PROBLEMS_NAMED = 20
+_SAMPLED_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One line of the input file.
+
+    Attributes:
+        where: `FILE:LINE`, for messages.
+        record: The whole line.
+        text: The prompt, or None for a dialogue.
+        messages: (role, content) pairs of a dialogue; empty for a text.
+    """
+
+    where: str
+    record: Mapping[str, Any]
+    text: str | None
+    messages: tuple[tuple[str, str], ...]
+
+
+def read_prompts(path: Path) -> list[PromptRow]:
+    """Read a file of prompts, all of it, strictly.
+
+    Args:
+        path: JSONL; empty lines do not count.
+
+    Returns:
+        One row a line, in order.
+
+    Raises:
+        ConfigError: no such file, no prompts in it, or malformed lines (at most 20 are named).
+    """
+    if not path.is_file():
+        raise ConfigError(f"--input: no file at {path}")
+    rows, problems = [], []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                rows.append(_parse_row(json.loads(line), where))
+            except ValueError as error:
+                problems.append(f"{where}: {error}")
+    if problems:
+        more = len(problems) - _MOST_PROBLEMS_NAMED
+        named = "\n".join(f"  - {problem}" for problem in problems[:_MOST_PROBLEMS_NAMED])
+        raise ConfigError(
+            f"--input: {len(problems)} malformed line(s); expected "
+            '{"prompt": text} or {"messages": [{"role": …, "content": …}, …]}:\n'
+            f"{named}" + (f"\n  and {more} more" if more > 0 else "")
+        )
+    if not rows:
+        raise ConfigError(f"--input: {path} has no prompts")
+    return rows
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Identify a model's folder by its files' names, sizes, first and last MiB.
+
+    Args:
+        folder: a local folder.
+
+    Returns:
+        Hexadecimal SHA-256; other weights of the same shape give another one, in milliseconds a
+        gigabyte.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_SAMPLED_BYTES))
+            file.seek(max(size - _SAMPLED_BYTES, 0))
+            digest.update(file.read(_SAMPLED_BYTES))
+    return digest.hexdigest()
+
+
+class GenerationFile:
+    """The output file: knows what is done, and appends one whole line at a time.
+
+    Args:
+        path: the JSONL file.
+        settings: everything that decides the texts; compared with what the file was made with.
+        rows: the prompts, in order.
+
+    Raises:
+        ConfigError: the file was made with other settings or other prompts, or by something else.
+    """
+
+    def __init__(
+        self, path: Path, *, settings: Mapping[str, Any], rows: Sequence[PromptRow]
+    ) -> None:
+        self._path = path
+        self._rows = rows
+        settings_path = path.with_name(path.name + ".settings.json")
+        if path.exists() and path.stat().st_size:
+            _compare_settings(path, settings_path, settings)
+            _drop_half_line(path)
+            self.done = _count_done(path, rows)
+            """Rows whose line is there already."""
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            staged = settings_path.with_name(settings_path.name + ".tmp")
+            staged.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            staged.replace(settings_path)
+            self.done = 0
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def append(self, results: Iterable[Mapping[str, Any]]) -> None:
+        """Write the next rows' results, each line in one piece.
+
+        Args:
+            results: `text`, `finish_reason`, `prompt_tokens` and `generated_tokens` of each row.
+        """
+        for result in results:
+            record = {**self._rows[self.done].record, **result}
+            line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+            # One call, so that a reader or a kill sees the line whole but for a full disk.
+            if os.write(self._file, line) != len(line):
+                raise OSError(f"{self._path}: the disk took only part of a line; is it full?")
+            self.done += 1
+
+    def close(self) -> None:
+        """Flush to disk and close."""
+        os.fsync(self._file)
+        os.close(self._file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _parse_row(record: Any, where: str) -> PromptRow:
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object, got {type(record).__name__}")
+    json.dumps(record, ensure_ascii=False).encode()  # raises on half of a surrogate pair
+    if ("prompt" in record) == ("messages" in record):
+        raise ValueError(f"expected either prompt or messages, got the keys {sorted(record)}")
+    if "prompt" in record:
+        if not isinstance(record["prompt"], str):
+            raise ValueError(f"prompt must be a text, got {type(record['prompt']).__name__}")
+        return PromptRow(where, record, record["prompt"], ())
+    messages = record["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("messages must be a list that is not empty")
+    for index, message in enumerate(messages):
+        if (
+            not isinstance(message, dict)
+            or message.get("role") not in _ROLES
+            or not isinstance(message.get("content"), str)
+        ):
+            raise ValueError(
+                f"messages[{index}] must have a role of {', '.join(_ROLES)} and a content text"
+            )
+    if messages[-1]["role"] != "user":
+        raise ValueError(f"the last message must be the user's, got {messages[-1]['role']}")
+    return PromptRow(where, record, None, tuple((m["role"], m["content"]) for m in messages))
+
+
+def _compare_settings(path: Path, settings_path: Path, settings: Mapping[str, Any]) -> None:
+    if not settings_path.is_file():
+        raise ConfigError(
+            f"--output: {path} exists, but not {settings_path.name}, which says how it was made: "
+            "name another file, or remove this one"
+        )
+    then = json.loads(settings_path.read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(settings))
+    differing = [
+        f"{name}: {then.get(name)!r} there, {now.get(name)!r} now"
+        for name in sorted({*then, *now})
+        if then.get(name) != now.get(name)
+    ]
+    if differing:
+        raise ConfigError(
+            f"--output: {path} was written with other settings ({'; '.join(differing)}): use the "
+            "same ones to go on, or name another file"
+        )
+
+
+def _drop_half_line(path: Path) -> None:
+    """Cut off what follows the last newline: a line that a killed run did not finish."""
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        logger.warning(
+            "%s: dropped a half-written last line of %d bytes", path, len(content) - whole
+        )
+        os.truncate(path, whole)
+
+
+def _count_done(path: Path, rows: Sequence[PromptRow]) -> int:
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    if len(lines) > len(rows):
+        raise ConfigError(
+            f"--output: {path} has {len(lines)} lines, but the input only {len(rows)} prompts: "
+            "name another file"
+        )
+    for number, (line, row) in enumerate(zip(lines, rows, strict=False), 1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"--output: {path}:{number} is not JSON ({error})") from error
+        own = {name: value for name, value in row.record.items() if name not in _ADDED_FIELDS}
+        if any(record.get(name) != value for name, value in own.items()) or not all(
+            name in record for name in _ADDED_FIELDS
+        ):
+            raise ConfigError(
+                f"--output: {path}:{number} is not the result of {row.where}: the input has "
+                "changed since; name another file"
+            )
+    return len(lines)

@@ -1,0 +1,178 @@
+"""What callers ask for, checked on the host and laid out as arrays of bucketed shapes.
+
+In: prompts as token ids and one `GenerationOptions` a prompt. Out: NumPy arrays whose shapes come
+from a small set, so that prompts of other lengths reuse what was compiled.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ivl_jax.decoding.sampling import Sampling
+
+# Buckets are 2ᵏ and 3·2ᵏ⁻¹: at most a third of a bucket is padding, and a context of 4,096 has 17.
+_SMALLEST_PROMPT = 16
+_SMALLEST_CAPACITY = 64
+_SMALLEST_STOP_IDS = 8
+
+
+class PromptTooLongError(ValueError):
+    """A prompt has more tokens than the context holds."""
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How a prompt is continued.
+
+    Attributes:
+        max_new_tokens: Tokens generated at most; fewer where the context ends.
+        temperature: 0 is greedy: the arg-max, the lowest id among equal logits.
+        top_k: Sample among the k likeliest tokens; 0: all.
+        top_p: Sample among the likeliest tokens that hold this probability mass; 1: all.
+        min_p: Drop tokens below this share of the likeliest token's probability; 0: none.
+        seed: Seed of sampling; the prompt's index is folded in, then the token's index.
+        stop: Strings before which the text is cut, and which end it.
+        stop_ids: Token ids that end the generation, besides those of the models.
+        strengths: α of each value network; None: those of the composed model.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    strengths: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Check ranges; all problems are named at once."""
+        checks = {
+            "max_new_tokens must be ≥ 1": self.max_new_tokens >= 1,
+            "temperature must be ≥ 0 and finite": 0 <= self.temperature < float("inf"),
+            "top_k must be ≥ 0": self.top_k >= 0,
+            "top_p must be in (0, 1]": 0 < self.top_p <= 1,
+            "min_p must be in [0, 1)": 0 <= self.min_p < 1,
+            "seed must be in [0, 2³²)": 0 <= self.seed < 2**32,
+            "stop must hold strings that are not empty": not isinstance(self.stop, str)
+            and all(self.stop),
+        }
+        problems = [
+            f"{rule}, got {getattr(self, rule.split()[0])!r}"
+            for rule, ok in checks.items()
+            if not ok
+        ]
+        if problems:
+            raise ValueError("generation options: " + "; ".join(problems))
+
+
+class RowArrays(NamedTuple):
+    """A batch of requests as NumPy arrays; B rows, of which the first ones are real."""
+
+    prompts: np.ndarray
+    """[B P] int32, right-padded with 0."""
+    prompt_lengths: np.ndarray
+    """[B] int32; 1 in rows that only fill the batch."""
+    limits: np.ndarray
+    """[B] int32, length at which a row ends; 0 in rows that only fill the batch."""
+    stop_ids: np.ndarray
+    """[B E] int32, filled up with −1."""
+    strengths: np.ndarray
+    """[B M] float32."""
+    seeds: np.ndarray
+    """[B] uint32."""
+    rows: np.ndarray
+    """[B] int32 index of each prompt in its request."""
+    sampling: Sampling
+    """Four arrays [B]."""
+    capacity: int
+    """Slots a row needs, S (tokens)."""
+
+
+def bucket(size: int, *, smallest: int, largest: int | None = None) -> int:
+    """Round a size up to 2ᵏ or 3·2ᵏ⁻¹.
+
+    Args:
+        size: what must fit.
+        smallest: the smallest bucket, a power of two.
+        largest: no bucket is larger; None: no limit. `size` itself must not be.
+
+    Returns:
+        The smallest bucket that holds `size`.
+
+    Example:
+        >>> [bucket(n, smallest=16, largest=500) for n in (1, 16, 17, 25, 33, 400)]
+        [16, 16, 24, 32, 48, 500]
+    """
+    found = smallest
+    while found < size:
+        # 2ᵏ → 3·2ᵏ⁻¹ → 2ᵏ⁺¹
+        found = found * 3 // 2 if found & (found - 1) == 0 else found * 4 // 3
+    return found if largest is None else min(found, largest)
+
+
+def lay_out(
+    prompts: Sequence[Sequence[int]],
+    options: Sequence[GenerationOptions],
+    *,
+    rows: Sequence[int],
+    context: int,
+    stop_ids: Sequence[int],
+    strengths: Sequence[float],
+    row_multiple: int,
+) -> RowArrays:
+    """Lay a batch of prompts out in bucketed shapes.
+
+    Args:
+        prompts: token ids of each prompt, none empty, none longer than the context.
+        options: one a prompt.
+        rows: index of each prompt in the request it belongs to.
+        context: tokens a row may hold, prompt included.
+        stop_ids: ids that end every row.
+        strengths: α of each value network, for options that name none.
+        row_multiple: the number of rows is made a multiple of this (for a mesh).
+
+    Returns:
+        The arrays.
+    """
+    filled = len(prompts)
+    batch = -(-bucket(filled, smallest=1) // row_multiple) * row_multiple
+    each = [*options, *[GenerationOptions()] * (batch - filled)]
+
+    def column(values: Sequence[float], dtype: type, *, fill: int = 0) -> np.ndarray:
+        return np.asarray([*values, *[fill] * (batch - len(values))], dtype)
+
+    def asked(name: str, dtype: type) -> Any:
+        return column([getattr(option, name) for option in each], dtype)
+
+    lengths = column([len(prompt) for prompt in prompts], np.int32, fill=1)
+    ends = [
+        min(len(prompt) + option.max_new_tokens, context)
+        for prompt, option in zip(prompts, options, strict=True)
+    ]
+    width = bucket(int(lengths.max()), smallest=_SMALLEST_PROMPT, largest=context)
+    tokens = np.zeros((batch, width), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    row_stops = [tuple(dict.fromkeys((*stop_ids, *option.stop_ids))) for option in each]
+    most = bucket(max(map(len, row_stops)), smallest=_SMALLEST_STOP_IDS)
+    alphas = [strengths if option.strengths is None else option.strengths for option in each]
+    return RowArrays(
+        prompts=tokens,
+        prompt_lengths=lengths,
+        limits=column(ends, np.int32),
+        stop_ids=np.asarray([(*own, *[-1] * (most - len(own))) for own in row_stops], np.int32),
+        strengths=np.asarray(alphas, np.float32).reshape(batch, len(strengths)),
+        seeds=asked("seed", np.uint32),
+        rows=column(rows, np.int32),
+        sampling=Sampling(
+            temperature=asked("temperature", np.float32),
+            top_k=asked("top_k", np.int32),
+            top_p=asked("top_p", np.float32),
+            min_p=asked("min_p", np.float32),
+        ),
+        capacity=bucket(max(*ends, width), smallest=_SMALLEST_CAPACITY, largest=context),
+    )

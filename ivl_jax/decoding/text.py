@@ -1,0 +1,328 @@
+"""Text in, text out: a base model with its value networks, ready to generate.
+
+In: prompts as texts, dialogues or token ids. Out: `Generation`s, or pieces of text as they become
+final. `ivl_jax.decoding.compose` makes the model.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import jax
+import numpy as np
+
+from ivl_jax.checkpoint import ValueNetwork
+from ivl_jax.data.chat import ChatFormat, make_chat_format
+from ivl_jax.data.formats import Message
+from ivl_jax.decoding.generate import ComposedParams, Composition, DecodeState, Programs, Requests
+from ivl_jax.decoding.requests import GenerationOptions, PromptTooLongError, lay_out
+from ivl_jax.decoding.streaming import Detokenizer, FinishReason, RowText
+from ivl_jax.sharding import batch_ways
+from ivl_jax.weights.language_model import LanguageModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+else:
+    PreTrainedTokenizerBase = Any
+
+Prompt = str | Sequence[int] | Sequence[Message]
+"""A text, token ids, or a dialogue whose last message is the user's."""
+
+GREEDY = GenerationOptions()
+_MOST_PROBLEMS_NAMED = 20
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One continuation.
+
+    Attributes:
+        text: What was generated, cut before a stop string; special tokens stand for nothing.
+        token_ids: Generated ids. The last one is the stop id that ended the row, or the token that
+            completed the stop string.
+        finish_reason: `eos` (a stop id), `stop_string`, or `length` (the limit asked for, or the
+            end of the context).
+        prompt_tokens: Tokens of the prompt.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    prompt_tokens: int
+
+
+class EncodedPrompt(NamedTuple):
+    """A prompt that has passed every check."""
+
+    token_ids: list[int]
+    options: GenerationOptions
+    row: int
+    """Index in the request it belongs to; its sampling seed depends on it."""
+
+
+@dataclass(frozen=True, eq=False)
+class ComposedModel:
+    """A base model and any number of value networks, each with its strength.
+
+    Greedy text depends neither on the batch and its padding nor on the mesh, but for near-ties:
+    where two logits differ by less than the rounding of a differently shaped sum (about 1e-5 in
+    float32), either may win.
+
+    Attributes:
+        composition: The static half.
+        params: The arrays.
+        programs: The compiled programs.
+        base: The loaded base model.
+        values: The loaded value networks.
+        strengths: α of each value network, where a request names none.
+        stop_ids: Ids that end a row: those of the base and of every value network.
+        context: Tokens a row may hold: the smallest context of all networks.
+        context_of: The name of the network with that context.
+        token_bytes: Bytes of each id; empty for special tokens.
+        strips_leading_space: Whether the tokenizer drops the space at the start of a text.
+    """
+
+    composition: Composition
+    params: ComposedParams
+    programs: Programs
+    base: LanguageModel
+    values: tuple[ValueNetwork, ...]
+    strengths: tuple[float, ...]
+    stop_ids: tuple[int, ...]
+    context: int
+    context_of: str
+    token_bytes: tuple[bytes, ...]
+    strips_leading_space: bool
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer, in which everything is generated."""
+        return self.base.tokenizer
+
+    @functools.cached_property
+    def chat_format(self) -> ChatFormat:
+        """How dialogues become tokens: the first value network's format, else the base's own."""
+        if self.values:
+            value = self.values[0]
+            return make_chat_format(value.tokenizer, template=value.chat_template)
+        return make_chat_format(self.tokenizer, template="auto")
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Turn a prompt into token ids.
+
+        Args:
+            prompt: a text, which gets the special tokens the tokenizer puts around texts ("" is the
+                beginning-of-sequence token alone); a dialogue, which goes through `chat_format`; or
+                token ids, which stay as they are.
+
+        Returns:
+            Token ids, at least one.
+
+        Raises:
+            ValueError: no tokens: "" and a tokenizer without a beginning-of-sequence token, or an
+                empty list.
+        """
+        if isinstance(prompt, str):
+            token_ids = list(self.tokenizer(prompt, verbose=False)["input_ids"])
+        elif _is_dialogue(prompt):
+            token_ids = self.chat_format.encode_prompt(cast(Sequence[Message], prompt)).tolist()
+        else:
+            token_ids = [int(token_id) for token_id in cast(Sequence[int], prompt)]
+        if token_ids:
+            return token_ids
+        bos_id = self.base.tokenizer_info.bos_id
+        if not isinstance(prompt, str) or bos_id is None:
+            raise ValueError(
+                f"{prompt!r} has no tokens, and the tokenizer of {self.base.path} has "
+                f"{'no' if bos_id is None else 'a'} beginning-of-sequence token: give some text"
+            )
+        return [bos_id]
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        options: GenerationOptions | Sequence[GenerationOptions] = GREEDY,
+        *,
+        batch_size: int = 8,
+    ) -> list[Generation]:
+        """Continue prompts.
+
+        Args:
+            prompts: texts, dialogues or token ids.
+            options: one for all prompts, or one a prompt.
+            batch_size: prompts decoded together.
+
+        Returns:
+            One generation a prompt, in order.
+
+        Raises:
+            PromptTooLongError: a prompt exceeds the context; all such prompts are named, before
+                anything is computed.
+            ValueError: a prompt without tokens or with ids outside the vocabulary, or strengths
+                that do not match the value networks.
+        """
+        batches = self.generate_batches(self.prepare(prompts, options), batch_size=batch_size)
+        return [generation for batch in batches for generation in batch]
+
+    def prepare(
+        self,
+        prompts: Sequence[Prompt],
+        options: GenerationOptions | Sequence[GenerationOptions] = GREEDY,
+    ) -> list[EncodedPrompt]:
+        """Encode and check prompts, before anything is computed.
+
+        Args:
+            prompts: texts, dialogues or token ids.
+            options: one for all prompts, or one a prompt.
+
+        Returns:
+            One encoded prompt each, in order.
+
+        Raises:
+            PromptTooLongError: as `generate`.
+            ValueError: as `generate`.
+        """
+        each = [options] * len(prompts) if isinstance(options, GenerationOptions) else list(options)
+        if len(each) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts, but {len(each)} options: give one a prompt")
+        encoded, problems = [], []
+        too_long = False
+        for row, (prompt, option) in enumerate(zip(prompts, each, strict=True)):
+            try:
+                token_ids = self.encode(prompt)
+                if not isinstance(prompt, str) and _is_dialogue(prompt):
+                    ends = (*option.stop_ids, *self.chat_format.stop_ids)
+                    option = dataclasses.replace(option, stop_ids=ends)
+                encoded.append(EncodedPrompt(token_ids, option, row))
+                self._check(encoded[-1])
+            except ValueError as error:
+                too_long |= isinstance(error, PromptTooLongError)
+                problems.append(f"prompt {row}: {error}" if len(prompts) > 1 else str(error))
+        if problems:
+            raise (PromptTooLongError if too_long else ValueError)(_listed(problems))
+        return encoded
+
+    def generate_batches(
+        self, prompts: Sequence[EncodedPrompt], *, batch_size: int = 8, chunk_tokens: int = 32
+    ) -> Iterator[list[Generation]]:
+        """Continue prepared prompts, batch by batch.
+
+        Args:
+            prompts: what `prepare` returned, or a part of it.
+            batch_size: prompts decoded together.
+            chunk_tokens: tokens between two looks of the host at the texts (for stop strings).
+
+        Yields:
+            One batch of generations at a time, in order.
+        """
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            texts = [self._row_text(prompt) for prompt in batch]
+            for _ in self._decode(batch, texts, chunk_tokens):
+                pass
+            yield [_generation(*pair) for pair in zip(batch, texts, strict=True)]
+
+    def stream(
+        self, prompt: Prompt, options: GenerationOptions = GREEDY, *, chunk_tokens: int = 4
+    ) -> Iterator[str | Generation]:
+        """Continue one prompt and yield its text as it becomes final.
+
+        Args:
+            prompt: a text, a dialogue or token ids.
+            options: how it is continued.
+            chunk_tokens: tokens computed between two pieces.
+
+        Yields:
+            Pieces of text, none empty, of whole characters only; together they are the generation's
+            text. Then the `Generation` itself.
+
+        Raises:
+            PromptTooLongError: as `generate`.
+            ValueError: as `generate`.
+        """
+        batch = self.prepare([prompt], options)
+        texts = [self._row_text(batch[0])]
+        for (piece,) in self._decode(batch, texts, chunk_tokens):
+            if piece:
+                yield piece
+        yield _generation(batch[0], texts[0])
+
+    def _decode(
+        self, batch: Sequence[EncodedPrompt], texts: Sequence[RowText], chunk_tokens: int
+    ) -> Iterator[list[str]]:
+        """Decode one batch; after each chunk, yield the piece of text that each row gained."""
+        layout = self.composition.base.layout
+        arrays = lay_out(
+            [prompt.token_ids for prompt in batch],
+            [prompt.options for prompt in batch],
+            rows=[prompt.row for prompt in batch],
+            context=self.context,
+            stop_ids=self.stop_ids,
+            strengths=self.strengths,
+            row_multiple=1 if layout is None else batch_ways(layout.mesh),
+        )
+        # NumPy arrays: each becomes a device array as the program is called.
+        fields: dict[str, Any] = {
+            "prompt_lengths": arrays.prompt_lengths,
+            "limits": arrays.limits,
+            "stop_ids": arrays.stop_ids,
+            "strengths": arrays.strengths,
+            "keys": self.programs.row_keys(arrays.seeds, arrays.rows),
+            "sampling": arrays.sampling,
+        }
+        state: DecodeState = self.programs.prefill(
+            self.params, arrays.prompts, Requests(**fields), capacity=arrays.capacity
+        )
+        seen = arrays.prompt_lengths
+        stopped = np.zeros(seen.shape, bool)
+        while True:
+            tokens, lengths, finish = jax.device_get((state.tokens, state.lengths, state.finish))
+            yield [
+                text.push(tokens[i, seen[i] : lengths[i]].tolist(), FinishReason(int(finish[i])))
+                for i, text in enumerate(texts)
+            ]
+            if all(text.finish != FinishReason.RUNNING for text in texts):
+                return
+            seen = lengths
+            stopped[: len(texts)] = [text.finish == FinishReason.STOP_STRING for text in texts]
+            state = self.programs.decode_chunk(self.params, state, np.int32(chunk_tokens), stopped)
+
+    def _row_text(self, prompt: EncodedPrompt) -> RowText:
+        starts_text = not any(self.token_bytes[token_id] for token_id in prompt.token_ids)
+        strip = self.strips_leading_space and starts_text
+        detokenizer = Detokenizer(self.token_bytes, strip_leading_space=strip)
+        return RowText(detokenizer, prompt.options.stop)
+
+    def _check(self, prompt: EncodedPrompt) -> None:
+        """Raise unless this prompt can be decoded."""
+        length, known = len(prompt.token_ids), self.composition.base.vocab_size
+        if length > self.context:
+            raise PromptTooLongError(
+                f"{length} tokens are {length - self.context} more than the context of "
+                f"{self.context} tokens (that of {self.context_of}): shorten the prompt"
+            )
+        if strange := [i for i in prompt.token_ids if not 0 <= i < known]:
+            raise ValueError(f"token ids outside [0, {known}): {strange[:5]}")
+        strengths = prompt.options.strengths
+        if strengths is not None and len(strengths) != len(self.values):
+            raise ValueError(f"{len(strengths)} strengths for {len(self.values)} value network(s)")
+
+
+def _is_dialogue(prompt: Sequence[Any]) -> bool:
+    return len(prompt) > 0 and isinstance(prompt[0], Message)
+
+
+def _generation(prompt: EncodedPrompt, text: RowText) -> Generation:
+    return Generation(
+        text=text.text,
+        token_ids=tuple(text.token_ids),
+        finish_reason=text.finish.name.lower(),
+        prompt_tokens=len(prompt.token_ids),
+    )
+
+
+def _listed(problems: list[str]) -> str:
+    more = len(problems) - _MOST_PROBLEMS_NAMED
+    return "; ".join(problems[:_MOST_PROBLEMS_NAMED]) + (f"; and {more} more" if more > 0 else "")

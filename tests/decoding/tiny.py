@@ -1,0 +1,161 @@
+"""Tiny random networks for the decoding tests: small widths, logits far from ties."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ivl_jax.composition import ValueTerm, compose_logits, value_forward
+from ivl_jax.decoding.generate import ComposedParams, Composition, Network, Requests
+from ivl_jax.decoding.sampling import Sampling, row_keys
+from ivl_jax.model.architecture import ArchConfig
+from ivl_jax.model.decoder import build_decoder, forward, init_params
+
+VOCAB = 40
+
+# Two composed logits closer than this are a near-tie: sums of other shapes round otherwise, and
+# either token may win. The networks' logits spread over about ±10.
+NEAR_TIE = 1e-3
+
+
+def tiny_arch(*, width=32, heads=4, kv_heads=2, layers=2, rows=VOCAB, context=96, tied=False):
+    return ArchConfig.from_hf(
+        {
+            "model_type": "llama",
+            "vocab_size": rows,
+            "hidden_size": width,
+            "intermediate_size": 2 * width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "max_position_embeddings": context,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": tied,
+            "initializer_range": 0.35,
+        }
+    )
+
+
+def tiny_network(arch, seed, *, vocab_size=VOCAB, connection=None, layout=None, dtype="float32"):
+    """(static half, parameters)."""
+    network = Network(
+        graphdef=build_decoder(arch, compute_dtype=jnp.dtype(dtype)),
+        arch=arch,
+        vocab_size=vocab_size,
+        cache_dtype=dtype,
+        connection=connection,
+        layout=layout,
+    )
+    return network, init_params(arch, jax.random.key(seed), param_dtype=jnp.dtype(dtype))
+
+
+def tiny_composition(connections=("residual",), *, value_vocab=VOCAB - 3, seed=0):
+    """A base of 44 output rows, 40 of them real, and value networks that know 37 tokens."""
+    base, base_params = tiny_network(tiny_arch(rows=VOCAB + 4), seed)
+    values = [
+        tiny_network(
+            tiny_arch(width=16, heads=2, kv_heads=1, layers=1, rows=value_vocab + 1),
+            seed + 100 + i,
+            vocab_size=value_vocab,
+            connection=connection,
+        )
+        for i, connection in enumerate(connections)
+    ]
+    composition = Composition(base, tuple(network for network, _ in values))
+    unknown = jnp.asarray([7], jnp.int32)
+    params = ComposedParams(
+        base_params, tuple(params for _, params in values), (unknown,) * len(values)
+    )
+    return composition, params
+
+
+def make_requests(
+    prompts,
+    *,
+    new_tokens,
+    stop_ids=(),
+    strengths=(1.0,),
+    temperature=0.0,
+    top_k=0,
+    seed=0,
+    rows=None,
+    width=None,
+):
+    """(prompts [B P], Requests); the right padding is a token that means something."""
+    count = len(prompts)
+    lengths = np.asarray([len(p) for p in prompts], np.int32)
+    padded = np.full((count, width or lengths.max()), 3, np.int32)
+    for row, prompt in enumerate(prompts):
+        padded[row, : len(prompt)] = prompt
+
+    def column(value, dtype):
+        return jnp.asarray(np.broadcast_to(np.asarray(value, dtype), (count,)))
+
+    ends = np.full((count, 8), -1, np.int32)
+    ends[:, : len(stop_ids)] = stop_ids
+    requests = Requests(
+        prompt_lengths=jnp.asarray(lengths),
+        limits=jnp.asarray(lengths + np.asarray(new_tokens, np.int32)),
+        stop_ids=jnp.asarray(ends),
+        strengths=jnp.asarray(
+            np.broadcast_to(np.asarray(strengths, np.float32), (count, len(strengths)))
+        ),
+        keys=row_keys(
+            column(seed, np.int32), column(np.arange(count) if rows is None else rows, np.int32)
+        ),
+        sampling=Sampling(
+            column(temperature, np.float32),
+            column(top_k, np.int32),
+            column(1.0, np.float32),
+            column(0.0, np.float32),
+        ),
+    )
+    return jnp.asarray(padded), requests
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _plain_logits(composition, params, tokens, strengths):
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    base = composition.base
+    base_logits = forward(base.graphdef, params.base, tokens, positions=positions)
+    terms = []
+    for index, network in enumerate(composition.values):
+        unknown = params.unknown_ids[index]
+        readable = jnp.where(
+            (tokens >= network.vocab_size) | jnp.isin(tokens, unknown),
+            network.replacement_id,
+            tokens,
+        )
+        logits, _ = value_forward(
+            network.connection,
+            network.graphdef,
+            params.values[index],
+            readable,
+            base_logits=base_logits,
+            vocab_size=base.vocab_size,
+            positions=positions,
+        )
+        strength = strengths[index][None]
+        terms.append(ValueTerm(logits, strength, network.vocab_size, unknown))
+    return compose_logits(base_logits, terms, vocab_size=base.vocab_size)[0]
+
+
+def plain_logits(composition, params, tokens, strengths):
+    """Composed logits [T V] of one whole text, without any cache."""
+    alphas = jnp.asarray(strengths, jnp.float32)
+    return np.asarray(_plain_logits(composition, params, jnp.asarray([tokens], jnp.int32), alphas))
+
+
+def assert_is_teacher_forced_arg_max(composition, params, prompt, generated, strengths):
+    """Each generated token is the arg-max of the plain logits of all before it, near-ties apart."""
+    logits = plain_logits(composition, params, [*prompt, *generated], strengths)
+    for index, token in enumerate(generated):
+        row = logits[len(prompt) - 1 + index]
+        assert row.max() - row[token] < NEAR_TIE, (index, token, int(row.argmax()))
+
+
+def random_prompts(lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, VOCAB, size=length).tolist() for length in lengths]
