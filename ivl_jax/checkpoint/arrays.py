@@ -113,7 +113,7 @@ def restore_arrays(
     return from_storable(nested, target)
 
 
-def read_host_arrays(folder: epath.PathLike, entry: str) -> dict[str, Any]:
+def read_host_arrays(folder: epath.PathLike, entry: str) -> Any:
     """Read one top-level entry of stored arrays into host memory, on no device.
 
     Args:
@@ -121,7 +121,7 @@ def read_host_arrays(folder: epath.PathLike, entry: str) -> dict[str, Any]:
         entry: the entry's name, for example `params`.
 
     Returns:
-        Nested string dictionaries of NumPy arrays, the stored dtypes.
+        Nested string dictionaries of NumPy arrays (or one array), the stored dtypes.
 
     Raises:
         KeyError: the item has no such entry.

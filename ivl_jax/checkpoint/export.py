@@ -11,6 +11,7 @@ from typing import Any, Literal
 from etils import epath
 
 from ivl_jax.checkpoint.arrays import read_host_arrays
+from ivl_jax.checkpoint.paths import absolute_path
 from ivl_jax.checkpoint.steps import (
     NoUsableCheckpointError,
     best_step,
@@ -45,7 +46,7 @@ def write_value_description(
         metadata: what the value folder will say; its `steps` is set at export.
         tokenizer: the value network's own.
     """
-    folder = epath.Path(run_dir) / DESCRIPTION_FOLDER
+    folder = absolute_path(run_dir) / DESCRIPTION_FOLDER
     write_value_folder(folder, metadata=metadata, tokenizer=tokenizer, params=None)
 
 
@@ -71,7 +72,7 @@ def export_value(
         NoUsableCheckpointError: the checkpoint does not exist or was altered; lists the reasons.
         ValueFolderError: the run's value description was altered.
     """
-    run_dir = epath.Path(run_dir)
+    run_dir, out = absolute_path(run_dir), absolute_path(out)
     check_replaceable(out, overwrite=overwrite)
     description = run_dir / DESCRIPTION_FOLDER
     if not (description / METADATA_NAME).exists():

@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 
 from ivl_jax.checkpoint.arrays import restore_arrays, to_storable
 from ivl_jax.checkpoint.manifest import MANIFEST_NAME, write_manifest
+from ivl_jax.checkpoint.paths import absolute_path
 from ivl_jax.checkpoint.steps import (
     NoUsableCheckpointError,
     RejectedStep,
@@ -99,7 +100,7 @@ class TrainCheckpointer:
         """
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
-        self.directory = epath.Path(directory)
+        self.directory = absolute_path(directory)
         self._keep = keep
         self._metric = metric
         self._lower_is_better = lower_is_better

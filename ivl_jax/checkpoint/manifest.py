@@ -15,6 +15,8 @@ from typing import Any
 
 from etils import epath
 
+from ivl_jax.checkpoint.paths import flush_folder, is_local, write_atomically
+
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = 1
 PROBLEMS_SHOWN = 20
@@ -152,27 +154,6 @@ def shorten(problems: Sequence[str]) -> tuple[str, ...]:
     return (*shown, f"and {more} more") if more > 0 else shown
 
 
-def write_atomically(path: epath.PathLike, content: bytes) -> None:
-    """Write a file such that it holds, at every moment, the old content or the new, never a part.
-
-    Args:
-        path: the file; on object stores, where one write is atomic already, it is written directly.
-        content: its bytes.
-    """
-    path = epath.Path(path)
-    if not _is_local(path):
-        path.write_bytes(content)
-        return
-    name = os.fspath(path)
-    temporary = f"{name}.tmp-{os.getpid()}"
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, name)
-    _flush(os.path.dirname(name) or ".")
-
-
 def _checksum(content: Mapping[str, Any]) -> str:
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
@@ -195,25 +176,12 @@ def _record(path: epath.Path, *, flush: bool) -> dict[str, Any]:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
             size += len(block)
-        if flush and _is_local(path):
+        if flush and is_local(path):
             os.fsync(file.fileno())
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def _is_local(path: epath.Path) -> bool:
-    return "://" not in os.fspath(path)
-
-
-def _flush(folder: str) -> None:
-    """Make the names in a local folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _flush_folders(folder: epath.Path, names: Sequence[str]) -> None:
-    if _is_local(folder):
+    if is_local(folder):
         for name in sorted({os.path.dirname(name) for name in names} | {""}):
-            _flush(os.path.join(os.fspath(folder), name))
+            flush_folder(os.path.join(os.fspath(folder), name))

@@ -13,7 +13,6 @@ In: parameters, metadata and tokenizer of a value network. Out: one folder with 
 import dataclasses
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from jax.typing import DTypeLike
 
 from ivl_jax.checkpoint.arrays import restore_arrays, to_storable
 from ivl_jax.checkpoint.manifest import ManifestError, file_problems, read_manifest, write_manifest
+from ivl_jax.checkpoint.paths import absolute_path, is_local
 from ivl_jax.checkpoint.value_metadata import (
     METADATA_NAME,
     ValueFolderError,
@@ -103,7 +103,7 @@ def save_value(
         ValueFolderError: the tokenizer is not the one of the metadata, or has more ids than the
             architecture has vocabulary rows.
     """
-    folder = epath.Path(folder)
+    folder = absolute_path(folder)
     arch = ArchConfig.from_hf(metadata.architecture)
     check_replaceable(folder, overwrite=overwrite)
     _check_tokenizer(describe_tokenizer(tokenizer), metadata, arch, "the tokenizer to be saved")
@@ -136,7 +136,7 @@ def load_value(
             tokenizer or an architecture that is not what `ivl.json` says. Lists all files.
         TreeMismatchError: the arrays are not those of the architecture.
     """
-    folder = epath.Path(folder)
+    folder = absolute_path(folder)
     metadata, tokenizer, info = read_description(folder)
     arch = _architecture(metadata, folder)
     if not (folder / PARAMS_FOLDER).exists():
@@ -191,7 +191,7 @@ def read_description(
         FileNotFoundError: it is not a value folder.
         ValueFolderError: its files or its tokenizer are not what they should be.
     """
-    folder = epath.Path(folder)
+    folder = absolute_path(folder)
     metadata = read_value_metadata(folder)
     try:
         problems = file_problems(folder, read_manifest(folder))
@@ -217,7 +217,7 @@ def check_replaceable(folder: epath.PathLike, *, overwrite: bool) -> None:
     Raises:
         FileExistsError: something is there, and it is no value folder or `overwrite` was not said.
     """
-    folder = epath.Path(folder)
+    folder = absolute_path(folder)
     if not folder.exists():
         return
     if not overwrite:
@@ -334,7 +334,7 @@ def _copy_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: epath.Path) -> N
 
 
 def _load_tokenizer(folder: epath.Path) -> PreTrainedTokenizerBase:
-    if "://" not in os.fspath(folder):
+    if is_local(folder):
         return load_tokenizer(folder)
     with tempfile.TemporaryDirectory() as local:
         for path in folder.iterdir():

@@ -114,6 +114,13 @@ def test_a_given_step_can_be_restored(tmp_path: Path) -> None:
         TrainCheckpointer(tmp_path, keep=2).restore(make_state(0), step=6)
 
 
+def test_relative_paths_are_taken(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    saved_run(Path("runs/checkpoints"), 0)
+    assert TrainCheckpointer("runs/checkpoints", keep=1).restore(make_state(0)).step == 0
+    assert folders(tmp_path / "runs" / "checkpoints") == ["0"]
+
+
 def test_plain_orbax_reads_the_state_as_nested_dictionaries(tmp_path: Path) -> None:
     saved_run(tmp_path, 3)
     with ocp.StandardCheckpointer() as reader:

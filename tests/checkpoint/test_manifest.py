@@ -15,9 +15,9 @@ from ivl_jax.checkpoint.manifest import (
     ManifestError,
     file_problems,
     read_manifest,
-    write_atomically,
     write_manifest,
 )
+from ivl_jax.checkpoint.paths import absolute_path, write_atomically
 
 
 @pytest.fixture
@@ -141,3 +141,10 @@ def test_problems_are_listed_up_to_twenty_and_then_counted(tmp_path: Path) -> No
 def test_reading_manifests_imports_no_jax(project_root: Path) -> None:
     code = "import sys, ivl_jax.checkpoint.steps; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=project_root)
+
+
+def test_paths_become_absolute_and_urls_stay(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert os.fspath(absolute_path("runs/../a")) == str(tmp_path / "a")
+    assert os.fspath(absolute_path("~/a")) == os.path.expanduser("~/a")
+    assert os.fspath(absolute_path("gs://bucket/runs/a")) == "gs://bucket/runs/a"

@@ -169,6 +169,12 @@ def test_etils_paths_are_taken_like_strings(tmp_path, params, metadata, tokenize
     assert_equal(load_value(str(where)).params, params)
 
 
+def test_relative_paths_are_taken(tmp_path, params, metadata, tokenizer, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_value("runs/value", params=params, metadata=metadata, tokenizer=tokenizer)
+    assert_equal(load_value("runs/value").params, params)
+
+
 # Overwriting, atomicity
 
 

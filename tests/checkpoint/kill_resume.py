@@ -1,0 +1,159 @@
+"""Kills a training command at random moments and checks that resuming loses nothing, bit for bit.
+
+Works for any command that takes a run directory and `--resume` and leaves `checkpoints/` and
+`metrics.jsonl` in it: the tiny loop beside this file, and train.py.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from ivl_jax.checkpoint.arrays import read_host_arrays, stored_leaves
+from ivl_jax.checkpoint.manifest import MANIFEST_NAME
+from ivl_jax.checkpoint.steps import find_usable_step
+from ivl_jax.tree_compare import named_leaves
+
+Command = Callable[[Path, bool], list[str]]  # (run directory, resume) → command line
+
+
+def final_state(run_dir: Path) -> tuple[int, dict[str, bytes]]:
+    """Read every array of a run's last checkpoint: label, dotted path → bytes."""
+    step, rejected = find_usable_step(run_dir / "checkpoints", None)
+    assert not rejected, rejected
+    item = run_dir / "checkpoints" / str(step) / "state"
+    entries = {name.split(".")[0] for name in stored_leaves(item)}
+    arrays = {
+        f"{entry}.{name}": np.asarray(leaf).tobytes()
+        for entry in sorted(entries)
+        for name, leaf in named_leaves(read_host_arrays(item, entry)).items()
+    }
+    return step, arrays
+
+
+def assert_same_run(run_dir: Path, reference: Path) -> None:
+    """Check that two runs ended with the same bits."""
+    step, arrays = final_state(run_dir)
+    expected_step, expected = final_state(reference)
+    assert step == expected_step
+    assert sorted(arrays) == sorted(expected)
+    differing = [name for name in expected if arrays[name] != expected[name]]
+    assert not differing, f"{run_dir} and {reference} differ in {differing}"
+    got, wanted = ((run / "metrics.jsonl").read_bytes() for run in (run_dir, reference))
+    assert got == wanted, f"metrics.jsonl of {run_dir} and {reference} differ"
+
+
+def describe(run_dir: Path) -> str:
+    """Say which steps a killed run left sealed and which it left unfinished."""
+    directory = run_dir / "checkpoints"
+    names = sorted(path.name for path in directory.iterdir()) if directory.exists() else []
+    sealed = [name for name in names if (directory / name / MANIFEST_NAME).exists()]
+    unfinished = [name for name in names if name not in sealed]
+    return f"sealed {sealed or 'none'}, unfinished {unfinished or 'none'}"
+
+
+def kill_and_resume(
+    command: Command,
+    workplace: Path,
+    *,
+    kills: int,
+    seed: int,
+    cwd: Path,
+    environment: dict[str, str],
+    say: Callable[[str], None],
+) -> int:
+    """Kill a command with SIGKILL at random moments; compare each run that ends with the reference.
+
+    Every other kill waits for a save to begin and strikes within it; the others strike anywhere
+    between start and end. When a run ends, it is compared and a new one begins.
+
+    Args:
+        command: makes the command line.
+        workplace: folder for the run directories.
+        kills: how many times to kill.
+        seed: of the moments.
+        cwd: working directory of the command.
+        environment: environment of the command.
+        say: takes the lines of the transcript.
+
+    Returns:
+        How many of the kills left an unfinished save behind.
+    """
+    chance = random.Random(seed)
+    reference = workplace / "never_stopped"
+    started = time.monotonic()
+    subprocess.run(command(reference, False), check=True, cwd=cwd, env=environment)
+    duration = time.monotonic() - started
+    say(f"never stopped: {duration:.1f} s, last step {final_state(reference)[0]}")
+
+    killed, during_save, runs, resume = 0, 0, 0, False
+    while True:
+        run_dir = workplace / f"run{runs}"
+        line = command(run_dir, resume)
+        log = workplace / f"run{runs}.log"
+        with open(log, "ab") as output:
+            process = subprocess.Popen(
+                line,
+                cwd=cwd,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        if killed < kills:
+            at_save = killed % 2 == 0
+            if at_save:
+                _wait_for_save(process, run_dir, saves=chance.randrange(1, 5))
+                time.sleep(chance.uniform(0, 0.15))
+            else:
+                _wait(process, chance.uniform(0, duration))
+        else:
+            process.wait()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            killed += 1
+            left = describe(run_dir)
+            during_save += "unfinished none" not in left
+            say(f"kill {killed:2}: run {runs}, {'at a save' if at_save else 'anywhere':9}: {left}")
+            resume = run_dir.exists()
+            continue
+        text = log.read_text(errors="replace")
+        assert process.returncode == 0, f"{line} failed:\n{text[-4000:]}"
+        assert_same_run(run_dir, reference)
+        say(f"        run {runs} ended: parameters and metrics.jsonl equal, bit for bit")
+        runs, resume = runs + 1, False
+        if killed >= kills:
+            say(f"{killed} kills, {during_save} of them during a save, {runs} runs, all equal")
+            return during_save
+
+
+def _wait(process: subprocess.Popen, seconds: float) -> None:
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return
+
+
+def _wait_for_save(process: subprocess.Popen, run_dir: Path, *, saves: int) -> None:
+    """Wait until this process begins its n-th save (a temporary folder appears), or ends."""
+    seen: set[tuple[str, int]] = set()
+    before = {(path.name, path.stat().st_ino) for path in _unfinished(run_dir)}
+    while process.poll() is None and len(seen) < saves:
+        for path in _unfinished(run_dir):
+            try:
+                entry = (path.name, path.stat().st_ino)
+            except FileNotFoundError:
+                continue
+            if entry not in before:
+                seen.add(entry)
+        time.sleep(0.002)
+
+
+def _unfinished(run_dir: Path) -> list[Path]:
+    return list((run_dir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
