@@ -4,11 +4,19 @@ In: tokenised dialogues with loss masks. Out: `Batch`es for training (endless, s
 and for evaluation (one pass).
 """
 
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
 
+import grain
 import numpy as np
 from jax import Array
 from jaxtyping import Bool, Int32
+
+from ivl_jax.data.packing import RowPlan, one_per_row, pack
+from ivl_jax.data.tokenized import TokenizedDemonstrations
+
+_PREFETCHED = 16  # batches laid out ahead of the step
 
 
 class Batch(NamedTuple):
@@ -24,3 +32,274 @@ class Batch(NamedTuple):
     def token_mask(self) -> Bool[Array | np.ndarray, "*B T"]:
         """Real tokens, as opposed to padding."""
         return self.segment_ids > 0
+
+
+class ResumeError(ValueError):
+    """A saved position that belongs to other data or another layout."""
+
+
+def lay_out_rows(
+    rows: Sequence[Sequence[tuple[Int32[np.ndarray, "_"], Bool[np.ndarray, "_"]]]],
+    *,
+    sequence_length: int,
+    pad_id: int,
+) -> Batch:
+    """Lays dialogues out in rows, each dialogue as a segment of its own.
+
+    Args:
+        rows: For each row, its dialogues: tokens and loss mask. One of N tokens takes N − 1
+            positions, for the last token is only a target.
+        sequence_length: Positions of a row.
+        pad_id: What stands where there is no token.
+
+    Returns:
+        The batch, `[len(rows), sequence_length]`.
+
+    Example:
+        >>> tokens, loss_mask = np.array([1, 7, 8, 2], np.int32), np.array([0, 0, 1, 1], bool)
+        >>> batch = lay_out_rows([[(tokens, loss_mask)] * 2], sequence_length=8, pad_id=0)
+        >>> batch.tokens
+        array([[1, 7, 8, 1, 7, 8, 0, 0]], dtype=int32)
+        >>> batch.targets
+        array([[7, 8, 2, 7, 8, 2, 0, 0]], dtype=int32)
+        >>> batch.loss_mask.astype(int)
+        array([[0, 1, 1, 0, 1, 1, 0, 0]])
+        >>> batch.positions
+        array([[0, 1, 2, 0, 1, 2, 0, 0]], dtype=int32)
+        >>> batch.segment_ids
+        array([[1, 1, 1, 2, 2, 2, 0, 0]], dtype=int32)
+    """
+    shape = (len(rows), sequence_length)
+    batch = Batch(
+        tokens=np.full(shape, pad_id, np.int32),
+        targets=np.full(shape, pad_id, np.int32),
+        loss_mask=np.zeros(shape, bool),
+        positions=np.zeros(shape, np.int32),
+        segment_ids=np.zeros(shape, np.int32),
+    )
+    ramp = np.arange(sequence_length, dtype=np.int32)
+    for index, dialogues in enumerate(rows):
+        start = 0
+        for segment, (tokens, loss_mask) in enumerate(dialogues, start=1):
+            end = start + len(tokens) - 1
+            batch.tokens[index, start:end] = tokens[:-1]
+            batch.targets[index, start:end] = tokens[1:]
+            batch.loss_mask[index, start:end] = loss_mask[1:]
+            batch.positions[index, start:end] = ramp[: end - start]
+            batch.segment_ids[index, start:end] = segment
+            start = end
+    return batch
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How this process lays out its rows of a global batch.
+
+    The rows of a global batch are drawn first and then shared out, so the same rows meet in a step
+    however many processes there are.
+    """
+
+    tokenized: TokenizedDemonstrations
+    plan: RowPlan
+    pad_id: int
+    batch_size: int
+    process_index: int
+    process_count: int
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.process_count or self.process_index >= self.process_count:
+            raise ValueError(
+                f"batch_size = {self.batch_size} must be a multiple of the {self.process_count} "
+                f"processes, and process_index = {self.process_index} below their number"
+            )
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """This process's rows, made up with empty ones."""
+        dialogues = [[self.tokenized[dialogue] for dialogue in row] for row in self._local(rows)]
+        return lay_out_rows(
+            dialogues, sequence_length=self.tokenized.sequence_length, pad_id=self.pad_id
+        )
+
+    def row_ids(self, rows: Sequence[int]) -> list[list[str]]:
+        """For each of this process's rows, file and line of its dialogues."""
+        return [[self.tokenized.row_id(dialogue) for dialogue in row] for row in self._local(rows)]
+
+    def _local(self, rows: Sequence[int]) -> list[list[int]]:
+        """The dialogues of this process's rows; none in an empty row."""
+        size = self.batch_size // self.process_count
+        mine = rows[self.process_index * size : (self.process_index + 1) * size]
+        found = [self.plan.row(row).tolist() for row in mine]
+        return found + [[] for _ in range(size - len(found))]
+
+
+class TrainIterator(Iterator[Batch]):
+    """Endless shuffled batches; made by `make_train_iterator`.
+
+    Attributes:
+        steps_per_epoch: Batches in one pass over the demonstrations.
+    """
+
+    def __init__(self, layout: _Layout, order: Any, *, identity: Mapping[str, Any]):
+        self._layout = layout
+        self._order = order.repeat()  # by batch number, the rows of a global batch
+        self._identity = dict(identity)
+        self.steps_per_epoch = len(order)
+        self._iterator = iter(
+            self._order.map(layout.batch).to_iter_dataset(
+                grain.ReadOptions(num_threads=2, prefetch_buffer_size=_PREFETCHED)
+            )
+        )
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the position after the last batch taken, ready for `json.dumps`."""
+        return {"data": dict(self._identity), "position": self._iterator.get_state()}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes to a saved position; the next batch is the one that followed it, bit for bit.
+
+        Args:
+            state: What `get_state` returned, in this run or another; the number of processes may
+                differ.
+
+        Raises:
+            ResumeError: The position was saved with other demonstrations, tokens or layout; each
+                difference is named.
+        """
+        saved = state["data"]
+        different = [
+            f"{name} was {saved.get(name)!r} and is {value!r}"
+            for name, value in self._identity.items()
+            if saved.get(name) != value
+        ]
+        if different:
+            raise ResumeError(
+                f"the data position was saved with other data: {'; '.join(different)}; restore the "
+                "files and settings of that run, or start a new run"
+            )
+        self._iterator.set_state(state["position"])
+
+    def row_ids(self, step: int) -> list[list[str]]:
+        """Names the demonstrations of a batch.
+
+        Args:
+            step: The batch's number, from 0 for the first one of the run.
+
+        Returns:
+            For each of this process's rows, file and line of its dialogues; none for an empty row.
+        """
+        return self._layout.row_ids(self._order[step])
+
+
+class EvalBatches:
+    """One pass in a fixed order, as often as it is iterated; made by `make_eval_batches`."""
+
+    def __init__(self, layout: _Layout, order: Any):
+        self._layout = layout
+        self._order = order
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for rows in self._order:
+            yield self._layout.batch(rows)
+
+    def row_ids(self, index: int) -> list[list[str]]:
+        """Returns, for each row of batch `index`, file and line of its dialogues."""
+        return self._layout.row_ids(self._order[index])
+
+
+def make_train_iterator(
+    tokenized: TokenizedDemonstrations,
+    *,
+    batch_size: int,
+    pad_id: int,
+    packing: bool,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> TrainIterator:
+    """Makes the batches to train on: every epoch is a new shuffle of all rows.
+
+    Every dialogue is seen exactly once an epoch: the last batch of an epoch is made up with empty
+    rows, which have segment 0 throughout. Which dialogues share a row stays the same over the
+    epochs, so that every epoch has the same number of steps; the rows are shuffled.
+
+    Args:
+        tokenized: The dialogues; rows have their `sequence_length`.
+        batch_size: Rows of the global batch, over all processes.
+        pad_id: What stands where there is no token.
+        packing: Several dialogues in a row, which never attend to each other; else one a row.
+        seed: Seed of the order.
+        process_index: Which process this is.
+        process_count: How many processes share the global batch.
+
+    Returns:
+        An endless iterator over this process's `[batch_size / process_count, T]` batches.
+
+    Raises:
+        ValueError: The processes do not divide the batch.
+
+    Source: shuffling, batching and the position are Grain's. Its packing (`grain.experimental`)
+        fills rows as they stream by, so that the number of steps would be unknown until an epoch
+        has passed.
+    """
+    plan = _plan(tokenized, packing=packing, seed=seed)
+    layout = _Layout(tokenized, plan, pad_id, batch_size, process_index, process_count)
+    order = grain.MapDataset.range(plan.rows).shuffle(seed=seed % 2**32)
+    identity = {
+        "demonstrations and tokens": tokenized.fingerprint,
+        "batch_size": batch_size,
+        "packing": packing,
+        "seed": seed,
+    }
+    return TrainIterator(layout, order.batch(batch_size, batch_fn=list), identity=identity)
+
+
+def make_eval_batches(
+    tokenized: TokenizedDemonstrations,
+    *,
+    batch_size: int,
+    pad_id: int,
+    packing: bool,
+    max_rows: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> EvalBatches:
+    """Makes the batches to evaluate on: one pass, every row exactly once.
+
+    Args:
+        tokenized: The dialogues; rows have their `sequence_length`.
+        batch_size: Rows of the global batch; the last one is made up with empty rows.
+        pad_id: What stands where there is no token.
+        packing: Several dialogues in a row, which never attend to each other; else one a row.
+        max_rows: When there are more rows, this many are drawn, always the same; 0: all.
+        process_index: Which process this is.
+        process_count: How many processes share the global batch.
+
+    Returns:
+        As many batches on every process, `[batch_size / process_count, T]` each.
+
+    Raises:
+        ValueError: The processes do not divide the batch.
+    """
+    plan = _plan(tokenized, packing=packing, seed=0)
+    layout = _Layout(tokenized, plan, pad_id, batch_size, process_index, process_count)
+    order = grain.MapDataset.range(plan.rows)
+    if 0 < max_rows < plan.rows:
+        order = order.shuffle(seed=0)[:max_rows]
+    return EvalBatches(layout, order.batch(batch_size, batch_fn=list))
+
+
+def _plan(tokenized: TokenizedDemonstrations, *, packing: bool, seed: int) -> RowPlan:
+    """Which dialogues share a row."""
+    if not packing:
+        return one_per_row(len(tokenized))
+    positions = tokenized.lengths - 1  # the last token is only a target
+    return pack(positions, row_length=tokenized.sequence_length, seed=seed)

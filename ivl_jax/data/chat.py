@@ -164,6 +164,10 @@ class ChatFormat:
         (pieces,) = self._encoder.encode([_split(_Layout(text, cuts, []))])
         return np.asarray([token for piece in pieces for token in piece.ids], np.int32)
 
+    def has_special_text(self, messages: Sequence[Message]) -> bool:
+        """Whether a special token's text stands in a message; it is read as that token."""
+        return any(self._encoder.holds_special(message.content) for message in messages)
+
     def _render(
         self, messages: Sequence[Message], *, prompt: bool, marks: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
@@ -352,7 +356,7 @@ def _assemble(layout: _Layout, pieces: list[PieceTokens]) -> EncodedDialogue:
         else:
             loss_mask += [
                 any(low <= start + first < high for low, high in inside)
-                for first, _ in piece.offsets
+                for first, _ in piece.offsets()
             ]
     return EncodedDialogue(np.asarray(tokens, np.int32), np.asarray(loss_mask, bool))
 

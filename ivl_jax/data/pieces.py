@@ -7,10 +7,10 @@ tokenizer's space before the first word is not put before a piece in the middle 
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from ivl_jax.token_bytes import split_vocabulary
 
@@ -19,7 +19,11 @@ class PieceTokens(NamedTuple):
     """The tokens of one piece."""
 
     ids: list[int]
-    offsets: list[tuple[int, int]]  # of each token, in characters from the piece's start
+    parts: tuple[tuple[Encoding, slice], ...]  # where they come from
+
+    def offsets(self) -> list[tuple[int, int]]:
+        """Returns where each token begins and ends, in characters from the piece's start."""
+        return [offset for encoding, part in self.parts for offset in encoding.offsets[part]]
 
 
 class PieceEncoder:
@@ -46,6 +50,10 @@ class PieceEncoder:
         """Whether a text ends with a special token's text."""
         return text.endswith(self._special_texts)
 
+    def holds_special(self, text: str) -> bool:
+        """Whether a special token's text stands anywhere in a text."""
+        return self._special_pattern.search(text) is not None
+
     def special_at(self, text: str, position: int) -> str:
         """Returns the longest special token's text that stands at `position`, or an empty text."""
         match = self._special_pattern.match(text, position)
@@ -60,35 +68,42 @@ class PieceEncoder:
         Returns:
             For each text, the tokens of each of its pieces.
         """
+        kinds = [self._kind(piece, before) for text in texts for before, piece in _pairs(text)]
         pieces = [piece for text in texts for piece in text]
-        whole = iter(_tokens(self._whole, pieces))
-        bare = iter(_tokens(self._bare, pieces) if self._prefix != "none" else [])
-        results = []
-        for text in texts:
-            encoded = []
-            for previous in [None, *text[:-1]]:
-                tokens = next(whole)
-                if self._prefix != "none":
-                    tokens = self._continued(tokens, next(bare), previous)
-                encoded.append(tokens)
-            results.append(encoded)
-        return results
+        whole = iter(_encodings(self._whole, pieces, kinds, leave_out="bare"))
+        bare = iter(_encodings(self._bare, pieces, kinds, leave_out="whole"))
+        tokens = iter(
+            self._joined(next(bare), next(whole))
+            if kind == "both"
+            else _all_of(next(whole if kind == "whole" else bare))
+            for kind in kinds
+        )
+        return [[next(tokens) for _ in text] for text in texts]
 
-    def _continued(
-        self, whole: PieceTokens, bare: PieceTokens, previous: str | None
-    ) -> PieceTokens:
-        """A piece with a prefix where it has one after `previous`: of two encodings, or of both."""
-        if previous is None:
-            return whole
+    def _kind(self, piece: str, before: str | None) -> str:
+        """Which encoding continues the text before a piece: with a prefix, without, or parts of both.
+
+        A prefix "first" stands at a text's start only; "every" stands at the start of each stretch
+        between special tokens.
+        """
+        if before is None or self._prefix == "none":
+            return "whole"
         if self._prefix == "first":
-            return bare
-        # The prefix stands at the start of every stretch between special tokens.
-        if self.ends_with_special(previous):
-            return whole
-        cut_bare, cut_whole = self._first_added(bare.ids), self._first_added(whole.ids)
+            return "bare"
+        if self.ends_with_special(before):
+            return "whole"
+        special = self._special_pattern.search(piece)
+        return "both" if special and special.end() < len(piece) else "bare"
+
+    def _joined(self, bare: Encoding, whole: Encoding) -> PieceTokens:
+        """No prefix up to the first special token, prefixes from there on."""
+        bare_ids, whole_ids = bare.ids, whole.ids
+        up_to, from_on = (
+            slice(0, self._first_added(bare_ids)),
+            slice(self._first_added(whole_ids), None),
+        )
         return PieceTokens(
-            ids=bare.ids[:cut_bare] + whole.ids[cut_whole:],
-            offsets=bare.offsets[:cut_bare] + whole.offsets[cut_whole:],
+            ids=bare_ids[up_to] + whole_ids[from_on], parts=((bare, up_to), (whole, from_on))
         )
 
     def _first_added(self, ids: list[int]) -> int:
@@ -104,9 +119,21 @@ def _encoder(definition: str) -> Tokenizer:
     return encoder
 
 
-def _tokens(encoder: Tokenizer, pieces: list[str]) -> list[PieceTokens]:
-    encodings = encoder.encode_batch(pieces, add_special_tokens=False)
-    return [PieceTokens(encoding.ids, encoding.offsets) for encoding in encodings]
+def _encodings(
+    encoder: Tokenizer, pieces: Sequence[str], kinds: Sequence[str], *, leave_out: str
+) -> list[Encoding]:
+    """The encodings of all pieces but those of one kind."""
+    chosen = [piece for piece, kind in zip(pieces, kinds, strict=True) if kind != leave_out]
+    return encoder.encode_batch(chosen, add_special_tokens=False)
+
+
+def _all_of(encoding: Encoding) -> PieceTokens:
+    return PieceTokens(encoding.ids, ((encoding, slice(None)),))
+
+
+def _pairs(text: Sequence[str]) -> Iterator[tuple[str | None, str]]:
+    """Each piece with the one before it."""
+    return zip([None, *text[:-1]], text, strict=True)
 
 
 def _without_prefix(definition: dict[str, Any]) -> tuple[dict[str, Any], str]:

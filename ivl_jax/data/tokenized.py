@@ -1,0 +1,311 @@
+"""Tokenises a split of demonstrations once.
+
+In: demonstrations and a chat format. Out: their tokens and loss masks in flat arrays, kept on disk
+for the next run, with a report of what was cut, dropped or could not be rendered.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import sys
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, BinaryIO
+
+import grain
+import numpy as np
+from etils import epath
+from jaxtyping import Bool, Int32, Int64
+from rich.console import Console
+from rich.progress import track
+
+from ivl_jax.data.chat import ChatFormat, ChatTemplateError, EncodedDialogue
+from ivl_jax.data.demonstrations import Demonstration, MalformedRow, MalformedRowsError
+from ivl_jax.data.storage import DemonstrationSplit
+
+_LOGGER = logging.getLogger(__name__)
+
+_CACHE_VERSION = 1  # of how dialogues become tokens; another number tokenises again
+_CHUNK = 512  # dialogues encoded together
+_LISTED_AT_MOST = 20
+_BAR_FROM_DIALOGUES = 10_000  # about five seconds of tokenising
+
+
+@dataclass(frozen=True)
+class TokenizationReport:
+    """What became of the dialogues of a split.
+
+    Attributes:
+        dialogues: Dialogues read.
+        kept: Dialogues that can be learned from.
+        tokens: Tokens of those.
+        targets: Tokens of those that count in the loss.
+        cut: Dialogues longer than the limit, of which the beginning was kept.
+        dropped: Dialogues without a target of the assistant within the limit; left out.
+        special_texts: Dialogues in whose messages a special token's text stands, as `</s>` does in
+            HTML; it is read as that token.
+        malformed: Dialogues that the chat template cannot render, and why; the first hundred.
+        malformed_count: How many there are in all.
+    """
+
+    dialogues: int
+    kept: int
+    tokens: int
+    targets: int
+    cut: int
+    dropped: int
+    special_texts: int
+    malformed: tuple[MalformedRow, ...]
+    malformed_count: int
+
+    def log(self, sequence_length: int) -> None:
+        """Says what is worth knowing before training on these dialogues."""
+        _LOGGER.info(
+            "%d dialogues in tokens: %d tokens, %d of them targets",
+            self.kept,
+            self.tokens,
+            self.targets,
+        )
+        for count, what in (
+            (self.cut, f"are longer than {sequence_length} tokens and were cut to their beginning"),
+            (self.dropped, "have no assistant's token within the limit and were left out"),
+            (
+                self.special_texts,
+                "hold a special token's text in a message; it is read as the token",
+            ),
+        ):
+            if count:
+                _LOGGER.warning("%d of %d dialogues %s", count, self.dialogues, what)
+        if self.malformed_count:
+            _LOGGER.warning(
+                "%d of %d dialogues cannot be rendered and were left out:%s",
+                self.malformed_count,
+                self.dialogues,
+                _listed(self.malformed, self.malformed_count),
+            )
+
+
+@dataclass(frozen=True)
+class TokenizedDemonstrations(Sequence[EncodedDialogue]):
+    """The dialogues of a split in tokens, end to end in flat arrays.
+
+    Attributes:
+        tokens: All tokens, `[M]`.
+        loss_mask: Which of them the assistant must produce, `[M]`.
+        starts: Where each dialogue begins, and the end of the last, `[N + 1]`.
+        rows: Each dialogue's index in `demonstrations`, `[N]`.
+        demonstrations: Where the dialogues came from.
+        sequence_length: Tokens that fit in a batch row; no dialogue is longer by more than one.
+        fingerprint: Identifies demonstrations, chat format, tokenizer and limit.
+        report: What was cut, dropped or malformed.
+    """
+
+    tokens: Int32[np.ndarray, "M"]
+    loss_mask: Bool[np.ndarray, "M"]
+    starts: Int64[np.ndarray, "N1"]
+    rows: Int64[np.ndarray, "N"]
+    demonstrations: Sequence[Demonstration]
+    sequence_length: int
+    fingerprint: str
+    report: TokenizationReport
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Returns one dialogue; its last token is only ever a target."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"dialogue {index} of {len(self)}")
+        start, end = self.starts[index], self.starts[index + 1]
+        return EncodedDialogue(
+            np.asarray(self.tokens[start:end]), np.asarray(self.loss_mask[start:end])
+        )
+
+    @property
+    def lengths(self) -> Int64[np.ndarray, "N"]:
+        """Tokens of each dialogue."""
+        return np.diff(self.starts)
+
+    def row_id(self, index: int) -> str:
+        """Returns the file and line of a dialogue, "train.jsonl:17"."""
+        return self.demonstrations[int(self.rows[index])].row_id
+
+
+def tokenize_demonstrations(
+    demonstrations: Sequence[Demonstration],
+    chat: ChatFormat,
+    *,
+    sequence_length: int,
+    cache_dir: epath.PathLike | None,
+    max_malformed_share: float = 0.01,
+) -> TokenizedDemonstrations:
+    """Tokenises demonstrations, or finds them tokenised.
+
+    Args:
+        demonstrations: A stored split, or any sequence.
+        chat: The chat format.
+        sequence_length: Tokens of a batch row. A dialogue keeps its first `sequence_length + 1`
+            tokens: the last one is only a target.
+        cache_dir: Folder where the tokens are kept, keyed by demonstrations, chat format and
+            length; None keeps them in memory.
+        max_malformed_share: Share of dialogues that the chat template may fail to render.
+
+    Returns:
+        The tokenised dialogues, in the order of `demonstrations`.
+
+    Raises:
+        MalformedRowsError: More than `max_malformed_share` of the dialogues cannot be rendered, or
+            none can be learned from.
+    """
+    identity = [_CACHE_VERSION, _content_hash(demonstrations), chat.fingerprint, sequence_length]
+    fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    if cache_dir is None:
+        streams = {name: io.BytesIO() for name in _ARRAYS}
+        report = _encode_into(streams, demonstrations, chat, sequence_length)
+        arrays = {
+            name: np.frombuffer(stream.getbuffer(), _ARRAYS[name])
+            for name, stream in streams.items()
+        }
+    else:
+        folder = epath.Path(cache_dir).expanduser() / "tokenized" / fingerprint[:16]
+        if not folder.exists():
+            _fill(folder, demonstrations, chat, sequence_length)
+        report, arrays = _load(folder)
+    if report.malformed_count > max_malformed_share * report.dialogues or not report.kept:
+        raise MalformedRowsError(
+            f"demonstrations: {report.malformed_count} of {report.dialogues} dialogues cannot be "
+            f"rendered (at most {max_malformed_share:.1%} may be) and {report.kept} can be learned "
+            f"from:{_listed(report.malformed, report.malformed_count)}\nuse another chat template, "
+            "mend the rows, or raise data.max_malformed_fraction or data.max_length"
+        )
+    report.log(sequence_length)
+    return TokenizedDemonstrations(
+        **arrays,
+        demonstrations=demonstrations,
+        sequence_length=sequence_length,
+        fingerprint=fingerprint,
+        report=report,
+    )
+
+
+_ARRAYS = {"tokens": np.int32, "loss_mask": np.bool_, "starts": np.int64, "rows": np.int64}
+
+
+def _content_hash(demonstrations: Sequence[Demonstration]) -> str:
+    """Identifies demonstrations: by their store's fingerprint, or by what they hold."""
+    if isinstance(demonstrations, DemonstrationSplit):
+        return demonstrations.fingerprint
+    digest = hashlib.sha256()
+    for demonstration in demonstrations:
+        digest.update(json.dumps(demonstration).encode())
+    return digest.hexdigest()
+
+
+def _encode_into(
+    streams: dict[str, BinaryIO] | dict[str, io.BytesIO],
+    demonstrations: Sequence[Demonstration],
+    chat: ChatFormat,
+    sequence_length: int,
+) -> TokenizationReport:
+    """Writes the flat arrays, a chunk of dialogues at a time."""
+    counts = dict.fromkeys(("kept", "tokens", "targets", "cut", "dropped", "special_texts"), 0)
+    malformed: list[MalformedRow] = []
+
+    def write(name: str, values: Any) -> None:
+        streams[name].write(np.asarray(values, _ARRAYS[name]).tobytes())
+
+    write("starts", [0])
+    for first, chunk in _chunks(demonstrations):
+        encoded = chat.encode_dialogues([demonstration.messages for demonstration in chunk])
+        for row, (demonstration, dialogue) in enumerate(zip(chunk, encoded, strict=True), first):
+            if isinstance(dialogue, ChatTemplateError):
+                malformed.append(MalformedRow(demonstration.row_id, str(dialogue)))
+                continue
+            counts["special_texts"] += chat.has_special_text(demonstration.messages)
+            tokens, loss_mask = (array[: sequence_length + 1] for array in dialogue)
+            counts["cut"] += len(tokens) < len(dialogue.tokens)
+            if not loss_mask[1:].any():
+                counts["dropped"] += 1
+                continue
+            counts["kept"] += 1
+            counts["tokens"] += len(tokens)
+            counts["targets"] += int(loss_mask[1:].sum())
+            write("tokens", tokens)
+            write("loss_mask", loss_mask)
+            write("starts", [counts["tokens"]])
+            write("rows", [row])
+    return TokenizationReport(
+        dialogues=len(demonstrations),
+        malformed=tuple(malformed[:100]),
+        malformed_count=len(malformed),
+        **counts,
+    )
+
+
+def _chunks(
+    demonstrations: Sequence[Demonstration],
+) -> Iterator[tuple[int, list[Demonstration]]]:
+    """Dialogues in order, read ahead by Grain, with the index of the first of each chunk."""
+    chunks = grain.MapDataset.source(demonstrations).batch(_CHUNK, batch_fn=list)  # type: ignore[arg-type]
+    ahead: Iterable[list[Demonstration]] = chunks.to_iter_dataset(
+        grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    )
+    shown = track(
+        ahead,
+        description="tokenising",
+        total=len(chunks),
+        console=Console(stderr=True),
+        transient=True,
+        disable=len(demonstrations) < _BAR_FROM_DIALOGUES or not sys.stderr.isatty(),
+    )
+    first = 0
+    for chunk in shown:
+        yield first, chunk
+        first += len(chunk)
+
+
+def _fill(
+    folder: epath.Path,
+    demonstrations: Sequence[Demonstration],
+    chat: ChatFormat,
+    sequence_length: int,
+) -> None:
+    """Writes a folder of arrays that appears only when it is whole."""
+    temporary = folder.parent / f"incomplete-{uuid.uuid4().hex}"
+    temporary.mkdir(parents=True)
+    streams: dict[str, Any] = {name: (temporary / f"{name}.bin").open("wb") for name in _ARRAYS}
+    try:
+        report = _encode_into(streams, demonstrations, chat, sequence_length)
+    finally:
+        for stream in streams.values():
+            stream.close()
+    (temporary / "report.json").write_text(json.dumps(asdict(report), indent=1))
+    try:
+        temporary.rename(folder)
+    except OSError:  # another process was faster: what it wrote is the same
+        temporary.rmtree()
+        if not folder.exists():
+            raise
+
+
+def _load(folder: epath.Path) -> tuple[TokenizationReport, dict[str, np.ndarray]]:
+    """The report, and arrays that are read from disk as they are needed."""
+    record = json.loads((folder / "report.json").read_text())
+    record["malformed"] = tuple(MalformedRow(*row) for row in record["malformed"])
+    report = TokenizationReport(**record)
+    arrays = {}
+    for name, dtype in _ARRAYS.items():
+        path = folder / f"{name}.bin"
+        if "://" in str(path) or not report.kept:
+            arrays[name] = np.frombuffer(path.read_bytes(), dtype)
+        else:
+            # A plain view: slicing a memmap object costs ten times as much.
+            arrays[name] = np.asarray(np.memmap(str(path), dtype, mode="r"))
+    return report, arrays
+
+
+def _listed(malformed: Sequence[MalformedRow], count: int) -> str:
+    listed = "".join(f"\n  {place}: {reason}" for place, reason in malformed[:_LISTED_AT_MOST])
+    return listed + (f"\n  and {count - _LISTED_AT_MOST} more" if count > _LISTED_AT_MOST else "")
