@@ -81,7 +81,7 @@ class PieceEncoder:
         return [[next(tokens) for _ in text] for text in texts]
 
     def _kind(self, piece: str, before: str | None) -> str:
-        """Which encoding continues the text before a piece: with a prefix, without, or parts of both.
+        """Which encoding continues the text before a piece: the whole, the bare, or both in part.
 
         A prefix "first" stands at a text's start only; "every" stands at the start of each stretch
         between special tokens.
