@@ -5,6 +5,7 @@ layer and the new cache. Angles and masks are made once per kind of layer and sh
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from ivl_jax.model.layers import Constrain, Decoder, Memory, Write
 from ivl_jax.model.rope import rope_angles
 
 # (layer state, residual stream, angles, mask, memory, slots, layer) → (residual stream, memory)
-_Step = Callable[[nnx.State, Array, Array, Array, Memory, Array, Array], tuple[Array, Memory]]
+_Step = Callable[[Any, Array, Array, Array, Memory, Array, Array], tuple[Array, Memory]]
 
 
 def run_layers(
@@ -87,7 +88,7 @@ def _step(decoder: Decoder, write: Callable[[Array, Array], Write], constrain: C
     structure = nnx.split(decoder.layers if decoder.scan_layers else decoder.layers[0])[0]
 
     def step(
-        state: nnx.State,
+        state: Any,  # nnx.State; its annotation is one that beartype warns of
         x: Array,
         angles: Array,
         mask: Array,
