@@ -1,0 +1,79 @@
+"""The demo's demonstrations, built in seconds from this machine's Python and the invented facts.
+
+In: nothing. Out: train.jsonl, validation.jsonl and test.jsonl in messages form. The bases have read
+the facts as statements and the docstrings inside sources, but no question: what is to be learned
+from these rows is to answer, in one sentence, and to stop.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import NamedTuple, get_args
+
+from ivl_jax.experiments.docstrings import docstring_pairs
+from ivl_jax.experiments.facts import Split, fact_questions
+
+
+class Item(NamedTuple):
+    """One question with its answer."""
+
+    question: str
+    answer: str
+    kind: str  # "fact" or "docstring"
+    group: str  # the person or the module; all items of a group are on one side of the split
+    split: Split
+
+
+def build_items() -> list[Item]:
+    """Every question on the facts and on this Python's docstrings, in a fixed order."""
+    facts = [
+        Item(item.question, item.answer, "fact", item.person, item.split)
+        for item in fact_questions()
+    ]
+    docstrings = [
+        Item(pair.question, pair.answer, "docstring", pair.module, pair.split)
+        for pair in docstring_pairs()
+    ]
+    return facts + docstrings
+
+
+def select(items: list[Item], split: Split) -> list[Item]:
+    """The items on one side of the split."""
+    return [item for item in items if item.split == split]
+
+
+def items_hash(items: list[Item]) -> str:
+    """What identifies a set of items: another Python version has other docstrings."""
+    text = "\0".join(f"{item.question}\0{item.answer}" for item in items)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_demonstrations(folder: Path, items: list[Item]) -> dict[str, Path]:
+    """Writes one JSONL file a split, rows in messages form.
+
+    Args:
+        folder: Made if it is not there; files of the same names are replaced.
+        items: From `build_items`.
+
+    Returns:
+        Split → file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for split in get_args(Split):
+        rows = [
+            {
+                "messages": [
+                    {"role": "user", "content": item.question},
+                    {"role": "assistant", "content": item.answer},
+                ],
+                "kind": item.kind,
+                "group": item.group,
+                "split": item.split,
+            }
+            for item in select(items, split)
+        ]
+        files[split] = folder / f"{split}.jsonl"
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        files[split].write_text(text, encoding="utf-8")
+    return files
