@@ -40,9 +40,7 @@ class Objective:
     value_vocab_size: int
     """Real tokens of the trained model; equals `vocab_size` unless the base appended tokens."""
     unknown_ids: tuple[int, ...] = ()
-    """Ids that mean something else to the value network: value logit 0."""
-    replacement_id: int = 0
-    """What the value network reads in place of a token it does not have."""
+    """Base ids that the value network does not know (never in its text): value logit 0."""
     connection: Connection = "residual"
     penalty_kind: PenaltyKind = "none"
     penalty_weight: float = 0.0
@@ -177,19 +175,21 @@ def loss_sum(
     denominator = jnp.maximum(counts.loss_tokens, 1.0)
     scale = objective.penalty_weight * denominator / jnp.maximum(counts.penalty_tokens, 1.0)
     base_params = jax.lax.stop_gradient(base_params)
-    hidden, base_source = _run_decoders(objective, params, base_params, batch)
+    arrays: Any = batch
+    hidden, base_source = _run_decoders(objective, params, base_params, arrays)
 
     head = _head_of(params)
     heads = _Heads(jax.lax.stop_gradient(params), base_params, scale)
     targets = _Targets(
-        targets=batch.targets,
-        loss_mask=batch.loss_mask,
-        real=batch.token_mask,
-        penalised=_penalised(objective, batch),
+        targets=arrays.targets,
+        loss_mask=arrays.loss_mask,
+        real=arrays.token_mask,
+        penalised=_penalised(objective, arrays),
     )
-    chunks = _split(objective.chunk_length, (hidden, base_source, targets))
+    chunks: Any = _split(objective.chunk_length, (hidden, base_source, targets))
     one_chunk = functools.partial(_chunk_loss, objective, with_base)
-    total, aux = _sum_over_chunks(one_chunk, head, chunks[0], chunks[1:], heads)
+    hidden_chunks, *rest = chunks
+    total, aux = _sum_over_chunks(one_chunk, head, hidden_chunks, tuple(rest), heads)
     return total, denominator, aux
 
 
@@ -210,7 +210,7 @@ def choose_chunk_length(rows: int, length: int, vocab_rows: int, *, max_logits: 
     return math.ceil(length / math.ceil(length / positions))
 
 
-def _penalised(objective: Objective, batch: Batch) -> Bool[Array, "*A B T"]:
+def _penalised(objective: Objective, batch: Any) -> Bool[Array, "*A B T"]:
     real = batch.token_mask
     return jnp.ones_like(real) if objective.penalty_positions == "all" else real
 
@@ -222,10 +222,10 @@ def _head_of(params: Params) -> Params:
 
 
 def _run_decoders(
-    objective: Objective, params: Params, base_params: Params | None, batch: Batch
+    objective: Objective, params: Params, base_params: Params | None, batch: Any
 ) -> tuple[Array, Array | None]:
     """Hidden states [B T D] of the trained model; the base's, or its logits for a cascade."""
-    common = {"positions": batch.positions, "segment_ids": batch.segment_ids}
+    common: dict[str, Any] = {"positions": batch.positions, "segment_ids": batch.segment_ids}
     if base_params is None or objective.base_graphdef is None:
         hidden, _ = hidden_states(
             objective.graphdef, params, batch.tokens, constrain=objective.constrain, **common
@@ -240,15 +240,11 @@ def _run_decoders(
     )
     if objective.connection != "residual":
         base = _base_logits(objective, base_params, base)
-    tokens = batch.tokens
-    if objective.value_vocab_size < objective.vocab_size:
-        known = tokens < objective.value_vocab_size
-        tokens = jnp.where(known, tokens, objective.replacement_id)
     hidden, _ = value_hidden(
         objective.connection,
         objective.graphdef,
         params,
-        tokens,
+        batch.tokens,
         base_logits=None if objective.connection == "residual" else base,
         vocab_size=objective.vocab_size,
         constrain=objective.constrain,
@@ -344,7 +340,7 @@ def _split(chunk_length: int, tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
-_ChunkLoss = Callable[[Params, Array, Any, _Heads], tuple[Array, LossAux]]
+_ChunkLoss = Callable[..., tuple[Array, LossAux]]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -204,13 +204,12 @@ def test_accuracy_counts_targets_with_the_largest_logit():
     assert float(aux.correct) == float(even)
 
 
-def test_tokens_the_value_does_not_have_are_replaced_and_their_value_logit_is_zero():
-    """A base that appended tokens: the value reads a replacement and adds nothing to them."""
-    objective = make_objective(ARCH, value_vocab_size=50, penalty_kind="none", replacement_id=3)
-    replaced = jnp.where(BATCH.tokens < 50, BATCH.tokens, 3)
-    base, value = whole_logits("residual")(BATCH.tokens, replaced)
-    value = jnp.where((jnp.arange(64) < 50)[None, None, :], value, 0.0)
-    z = (base + value)[..., :VOCAB]
+def test_tokens_the_value_does_not_have_keep_the_logit_of_the_base():
+    """A base that appended tokens: the value adds nothing to them, and learns nothing from them."""
+    objective = make_objective(ARCH, value_vocab_size=50, unknown_ids=(7,), penalty_kind="none")
+    base, value = whole_logits("residual")(BATCH.tokens, BATCH.tokens)
+    known = (jnp.arange(64) < 50) & (jnp.arange(64) != 7)
+    z = (base + jnp.where(known[None, None, :], value, 0.0))[..., :VOCAB]
     nll = -jnp.take_along_axis(jax.nn.log_softmax(z), BATCH.targets[..., None], axis=-1)[..., 0]
     expected = jnp.sum(jnp.where(BATCH.loss_mask, nll, 0.0)) / jnp.sum(
         BATCH.loss_mask, dtype=jnp.float32
@@ -218,7 +217,7 @@ def test_tokens_the_value_does_not_have_are_replaced_and_their_value_logit_is_ze
     (loss, _), gradient = run(objective)
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
     np.testing.assert_array_equal(gradient["lm_head"]["kernel"][:, 50:], 0.0)
-    np.testing.assert_array_equal(gradient["embed_tokens"]["embedding"][50:], 0.0)
+    np.testing.assert_array_equal(gradient["lm_head"]["kernel"][:, 7], 0.0)
 
 
 def test_a_penalty_without_a_base_is_an_error():
