@@ -178,7 +178,7 @@ def build_vocabulary_map(
 
 
 def tokenise(
-    tokenizer: Any, texts: Sequence[str], progress: Callable[[int], None]
+    tokenizer: Any, texts: Sequence[str], progress: Callable[[int], None] = lambda texts: None
 ) -> list[np.ndarray]:
     """Turn texts into ids, the special tokens that the tokenizer adds included.
 

@@ -1,5 +1,6 @@
 """The authors' map equals a plain implementation of its description, cell by cell."""
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,6 +30,7 @@ def plain_edit_distance(a: str, b: str) -> int:
     return row[-1]
 
 
+@functools.cache
 def plain_cost(a: str, b: str) -> float:
     distance = plain_edit_distance(a, b)
     return distance * 0.1 if a in b or b in a else float(distance)
@@ -252,7 +254,7 @@ def test_word_start_marks_are_removed_by_tokenizer_kind(
 def test_map_of_real_tokenizers_equals_the_plain_one(
     llama2_tokenizer_dir, gpt2_tokenizer_dir, gsm8k_dir, exchanged: bool
 ) -> None:
-    texts = read_texts([gsm8k_dir / "test.jsonl"])[0][:6]
+    texts = read_texts([gsm8k_dir / "test.jsonl"])[0][:4]
     sides = []
     for folder, mark in ((gpt2_tokenizer_dir, "Ġ"), (llama2_tokenizer_dir, "▁")):
         tokenizer = load_tokenizer(folder)
@@ -265,13 +267,14 @@ def test_map_of_real_tokenizers_equals_the_plain_one(
     # The plain one on the seen tokens and one unseen row; the mean is over the full row.
     base_ids = sorted({token for row in base_rows for token in row})
     value_ids = sorted({token for row in value_rows for token in row})
+    base_at, value_at = ({token: k for k, token in enumerate(ids)} for ids in (base_ids, value_ids))
     counts = np.zeros((len(base_ids) + 1, len(value_ids)))
     for value_row, base_row in pairs:
         costs = [
             [plain_cost(value_strings[v], base_strings[b]) for b in base_row] for v in value_row
         ]
         for i, j in plain_path(costs):
-            counts[base_ids.index(base_row[j]), value_ids.index(value_row[i])] += 1
+            counts[base_at[base_row[j]], value_at[value_row[i]]] += 1
     observed = counts > 0
     matrix = observed * (counts - counts.sum(axis=1, keepdims=True) / len(value_strings))
     low, high = matrix.min(axis=0), matrix.max(axis=0)
