@@ -37,7 +37,7 @@ def response_nll(
         Nats per token, over all answer tokens of all items.
     """
     dialogues = [
-        Demonstration(_messages(item) + (Message("assistant", item.answer),), str(index))
+        Demonstration((*_messages(item), Message("assistant", item.answer)), str(index))
         for index, item in enumerate(items)
     ]
     tokenized = tokenize_demonstrations(

@@ -1,0 +1,180 @@
+"""The quickstart: `make demo`, or `python -m ivl_jax.experiments.demo`.
+
+In: the embedded family, demonstrations built on the spot. A value network is trained beside the
+small base S, then put on the larger base L, which had no part in its training. Out: a table, a plot
+and `report.json` in `runs/demo`.
+"""
+
+import dataclasses
+import json
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from ivl_jax.assets import family_folder
+from ivl_jax.checkpoint import ValueNetwork, load_value
+from ivl_jax.config import TrainConfig
+from ivl_jax.config_files import load_config
+from ivl_jax.experiments.demo_plot import plot_report
+from ivl_jax.experiments.demonstrations import (
+    Item,
+    build_items,
+    items_hash,
+    select,
+    write_demonstrations,
+)
+from ivl_jax.experiments.finetune_sweep import RECORD
+from ivl_jax.experiments.measure import answers, exact_match, response_nll
+from ivl_jax.training.loop import run
+from ivl_jax.weights.language_model import LanguageModel, load_language_model
+
+logger = logging.getLogger(__name__)
+
+FINETUNED = "L-finetuned"
+_SHOWN = 4  # questions whose answers are printed
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Train a value network on S (0.7 M parameters) and lift L (6 M) with it."""
+
+    config: Path = Path("configs/demo.toml")
+    """The training run's settings."""
+    run_dir: Path = Path("runs/demo")
+    """Replaced if it is there."""
+
+
+def demo_config(config: TrainConfig, files: dict[str, Path], *, run_dir: Path) -> TrainConfig:
+    """The config with this run's own paths."""
+    family_s = str(family_folder("S"))
+    return dataclasses.replace(
+        config,
+        run_dir=str(run_dir / "training"),
+        base=dataclasses.replace(config.base, path=family_s),
+        value=dataclasses.replace(config.value, path=family_s),
+        data=dataclasses.replace(
+            config.data,
+            train=(str(files["train"]),),
+            validation=(str(files["validation"]),),
+            data_dir=str(run_dir / "data"),
+        ),
+    )
+
+
+def recorded_finetune(test: list[Item]) -> dict[str, float] | None:
+    """NLL and exact match of L fully fine-tuned, if they were measured on these very items."""
+    if not RECORD.exists():
+        return None
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    if record["test_items_sha256"] != items_hash(test):
+        return None
+    return {"nll": record["nll"], "exact_match": record["exact_match"]}
+
+
+def compare(value: ValueNetwork, test: list[Item]) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """Measures S and L, alone and with the value network on top.
+
+    Args:
+        value: Trained beside S.
+        test: Held-out items.
+
+    Returns:
+        The report's `nll`, `exact_match` and `transfer_ratio`; each model's answers on the facts.
+    """
+    facts = [item for item in test if item.kind == "fact"]
+    report: dict[str, Any] = {"nll": {}, "exact_match": {}, "transfer_ratio": {"L": None}}
+    texts = {}
+    bases: dict[str, LanguageModel] = {
+        "S": load_language_model(str(family_folder("S"))),
+        "L": load_language_model(str(family_folder("L"))),
+    }
+    for base_name, base in bases.items():
+        for name, on_top in ((base_name, None), (f"{base_name}+value", value)):
+            logger.info("measuring %s", name)
+            report["nll"][name] = response_nll(base, on_top, test)
+            texts[name] = answers(base, on_top, facts, max_new_tokens=24)
+            report["exact_match"][name] = exact_match(texts[name], facts)
+    recorded = recorded_finetune(test)
+    for figure in ("nll", "exact_match"):
+        report[figure][FINETUNED] = None if recorded is None else recorded[figure]
+    nll = report["nll"]
+    if recorded is not None:
+        report["transfer_ratio"]["L"] = (nll["L"] - nll["L+value"]) / (nll["L"] - nll[FINETUNED])
+    return report, texts
+
+
+def main() -> None:
+    """The command line."""
+    options = tyro.cli(Options)
+    console = Console()
+    handler = RichHandler(console=console, show_path=False, show_level=False)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler], force=True)
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    started = time.monotonic()
+    shutil.rmtree(options.run_dir, ignore_errors=True)
+
+    items = build_items()
+    files = write_demonstrations(options.run_dir / "demonstrations", items)
+    config = load_config(options.config, TrainConfig)
+    result = run(demo_config(config, files, run_dir=options.run_dir))
+    if result.interrupted:
+        raise SystemExit("interrupted: `make demo` begins anew")
+
+    value = load_value(str(result.value_folder))
+    test = select(items, "test")
+    report, texts = compare(value, test)
+    report["items"] = {
+        kind: sum(item.kind == kind for item in test) for kind in ("fact", "docstring")
+    }
+    report["seconds"] = round(time.monotonic() - started, 1)
+    (options.run_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    plot_report(report, options.run_dir / "transfer.png")
+    print_report(console, report, texts, [item for item in test if item.kind == "fact"])
+    console.print(f"Report, plot and value network: {options.run_dir}")
+
+
+def print_report(
+    console: Console, report: dict[str, Any], texts: dict[str, list[str]], facts: list[Item]
+) -> None:
+    """Prints some answers, and the figures of every model."""
+    shown = Table(title="What they answer", show_lines=True)
+    for heading in ("question", *texts):
+        shown.add_column(heading, overflow="fold")
+    for index in range(min(_SHOWN, len(facts))):
+        shown.add_row(facts[index].question, *(each[index] for each in texts.values()))
+    console.print(shown)
+
+    table = Table(title=f"On {report['items']} held-out items")
+    table.add_column("model")
+    table.add_column("response NLL (nats per token)", justify="right")
+    table.add_column("exact match on facts", justify="right")
+    for name, nll in report["nll"].items():
+        match = report["exact_match"][name]
+        table.add_row(
+            name,
+            "n/a" if nll is None else f"{nll:.3f}",
+            "n/a" if match is None else f"{match:.1%}",
+        )
+    console.print(table)
+    ratio = report["transfer_ratio"]["L"]
+    if ratio is None:
+        console.print(
+            "Transfer ratio: n/a. L's full fine-tuning was recorded with another Python's "
+            "docstrings; measure it here: python -m ivl_jax.experiments.finetune_sweep"
+        )
+    else:
+        console.print(
+            f"Transfer ratio S → L: {ratio:.2f} of what full fine-tuning of L gains, "
+            f"in {report['seconds']:.0f} s"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""How well L does when it is fully fine-tuned: `python -m ivl_jax.experiments.finetune_sweep`.
+
+In: the demo's demonstrations. Out: `assets/family/finetuned.json`: every learning rate and length
+that was tried with its validation NLL, and the test figures of the best one. A badly tuned
+fine-tune would flatter the transfer ratio, so the sweep is part of the record. Run again, it skips
+what is done.
+"""
+
+import dataclasses
+import itertools
+import json
+import logging
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import tyro
+
+from ivl_jax.assets import family_folder
+from ivl_jax.config import TrainConfig
+from ivl_jax.config_files import load_config
+from ivl_jax.experiments.demonstrations import (
+    Item,
+    build_items,
+    items_hash,
+    select,
+    write_demonstrations,
+)
+from ivl_jax.experiments.measure import answers, exact_match, response_nll
+from ivl_jax.training.loop import run
+from ivl_jax.weights.language_model import load_language_model
+
+logger = logging.getLogger(__name__)
+
+RECORD = family_folder("L").parent / "finetuned.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Fine-tune L with every learning rate and length, choose on validation, report on test."""
+
+    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    """Peak learning rates."""
+    epochs: tuple[float, ...] = (2.0, 4.0)
+    """Passes over the training demonstrations."""
+    config: Path = Path("configs/demo.toml")
+    """What else there is to set: the demo's own settings."""
+    work_dir: Path = Path("runs/finetune_sweep")
+    """Where the runs go."""
+
+
+def finetune_config(
+    config: TrainConfig, files: dict[str, Path], *, run_dir: Path, rate: float, epochs: float
+) -> TrainConfig:
+    """The demo's config, turned into a full fine-tuning of L on the same demonstrations."""
+    return dataclasses.replace(
+        config,
+        run_dir=str(run_dir),
+        method="sft",
+        base=dataclasses.replace(config.base, path=str(family_folder("L"))),
+        penalty=dataclasses.replace(config.penalty, kind="none", weight=0.0),
+        data=dataclasses.replace(
+            config.data,
+            train=(str(files["train"]),),
+            validation=(str(files["validation"]),),
+            data_dir=str(run_dir.parent / "data"),
+        ),
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=rate),
+        step=dataclasses.replace(config.step, epochs=epochs),
+    )
+
+
+def sweep(options: Options, items: list[Item]) -> dict[str, Any]:
+    """Runs what has not been run, and measures the best model on the test split.
+
+    Args:
+        options: Command-line options.
+        items: From `build_items`.
+
+    Returns:
+        The record.
+    """
+    config = load_config(options.config, TrainConfig)
+    files = write_demonstrations(options.work_dir / "demonstrations", items)
+    validation, test = select(items, "validation"), select(items, "test")
+    tried = []
+    for rate, epochs in itertools.product(options.learning_rates, options.epochs):
+        run_dir = options.work_dir / f"rate{rate:g}_epochs{epochs:g}"
+        result_file = run_dir / "sweep.json"
+        if not result_file.exists():
+            shutil.rmtree(run_dir, ignore_errors=True)
+            result = run(finetune_config(config, files, run_dir=run_dir, rate=rate, epochs=epochs))
+            model = load_language_model(str(result.model_folder))
+            entry = {
+                "learning_rate": rate,
+                "epochs": epochs,
+                "validation_nll": response_nll(model, None, validation),
+                "model_folder": str(result.model_folder),
+            }
+            result_file.write_text(json.dumps(entry), encoding="utf-8")
+        tried.append(json.loads(result_file.read_text(encoding="utf-8")))
+        logger.info("%s", tried[-1])
+    best = min(tried, key=lambda entry: entry["validation_nll"])
+    model = load_language_model(best["model_folder"])
+    facts = [item for item in test if item.kind == "fact"]
+    return {
+        "model": "L",
+        "nll": response_nll(model, None, test),
+        "exact_match": exact_match(answers(model, None, facts), facts),
+        "test_items_sha256": items_hash(test),
+        "learning_rate": best["learning_rate"],
+        "epochs": best["epochs"],
+        "tried": [
+            {key: value for key, value in entry.items() if key != "model_folder"} for entry in tried
+        ],
+        "command": "python -m ivl_jax.experiments.finetune_sweep",
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
+
+
+def main() -> None:
+    """The command line."""
+    options = tyro.cli(Options)
+    form = "%(asctime)s %(message)s"
+    logging.basicConfig(level=logging.INFO, format=form, stream=sys.stdout, force=True)
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    record = sweep(options, build_items())
+    RECORD.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    logger.info("%s: %s", RECORD, record)
+
+
+if __name__ == "__main__":
+    main()
