@@ -7,6 +7,7 @@ slice; or a folder that transformers loads.
 import collections
 import functools
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -29,7 +30,7 @@ from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import Params, abstract_params
 from ivl_jax.tree_compare import check_same_tree, mismatch_error, named_leaves, tree_mismatches
 from ivl_jax.weights.hf_folder import INDEX_FILE, SINGLE_FILE, find_tensors, new_folder
-from ivl_jax.weights.hf_names import EMBEDDING, LM_HEAD, HfTensor, hf_tensor, is_derived
+from ivl_jax.weights.hf_names import EMBEDDING, LM_HEAD, HfTensor, hf_tensor, is_derived, is_vision
 from ivl_jax.weights.safetensors_file import (
     DTYPES,
     Target,
@@ -38,6 +39,8 @@ from ivl_jax.weights.safetensors_file import (
     same_bytes,
     write_file,
 )
+
+logger = logging.getLogger(__name__)
 
 _PARAM_DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 _READERS = 4  # threads; each holds at most one tensor's slices beyond what is loaded
@@ -98,8 +101,8 @@ def load_params(
         raise ValueError(
             f"vocab_rows: expected at least the vocabulary, {arch.vocab_size}, got {vocab_rows}"
         )
-    records = _match(folder, arch)
     target = _flat(abstract_params(arch, vocab_rows=vocab_rows))
+    records = _match(folder, arch, target)
     placed = {} if shardings is None else _flat(shardings)
     if shardings is not None and set(placed) != set(target):
         raise ValueError(
@@ -118,9 +121,20 @@ def load_params(
     return traverse_util.unflatten_dict(_read_all(sources, dtype, folder.name))
 
 
-def _match(folder: Path, arch: ArchConfig) -> dict[str, TensorRecord]:
+def _match(
+    folder: Path, arch: ArchConfig, target: Mapping[ParamPath, Any]
+) -> dict[str, TensorRecord]:
     """Tensor name → record, once the tensors are found to be just what the architecture needs."""
     found = {name: rec for name, rec in find_tensors(folder).items() if not is_derived(name)}
+    vision = [name for name in found if is_vision(name)] if arch.model_type == "gemma3_text" else []
+    if vision:
+        logger.warning(
+            "%s: left out %d tensors of its image encoder (%s, …): only its text decoder is loaded",
+            folder,
+            len(vision),
+            vision[0],
+        )
+        found = {name: record for name, record in found.items() if not is_vision(name)}
     problems: list[str] = []
     if arch.tie_word_embeddings and LM_HEAD in found and EMBEDDING in found:
         if not same_bytes(found[LM_HEAD], found[EMBEDDING]):
@@ -129,11 +143,12 @@ def _match(folder: Path, arch: ArchConfig) -> dict[str, TensorRecord]:
                 "tie_word_embeddings, got others; if the head is its own, set that to false"
             )
         del found[LM_HEAD]
-    expected = {}
-    for path, leaf in _flat(abstract_params(arch)).items():
-        name, transposed = hf_tensor(path)
-        shape = leaf.shape[::-1] if transposed else leaf.shape
-        expected[name] = jax.ShapeDtypeStruct(shape, leaf.dtype)
+    expected = {
+        (tensor := hf_tensor(path)).name: jax.ShapeDtypeStruct(
+            _shape_in_file(tensor, leaf.shape, arch), leaf.dtype
+        )
+        for path, leaf in target.items()
+    }
     problems += tree_mismatches(expected, found, with_dtype=False)
     problems += [
         f"{name}: expected one of {', '.join(DTYPES)}, got {record.dtype}"
@@ -291,7 +306,7 @@ def write_params(
         with_dtype=False,
     )
     sinks = [
-        _Sink(tensor := hf_tensor(path), leaf, _shape_in_file(tensor, leaf, arch))
+        _Sink(tensor := hf_tensor(path), leaf, _shape_in_file(tensor, leaf.shape, arch))
         for path, leaf in _flat(params).items()
     ]
     shards = _split(sinks, dtype.itemsize, shard_bytes)
@@ -319,8 +334,10 @@ class _Sink(NamedTuple):
     shape: tuple[int, ...]  # in the file, without vocabulary padding
 
 
-def _shape_in_file(tensor: HfTensor, leaf: Array, arch: ArchConfig) -> tuple[int, ...]:
-    shape = leaf.shape[::-1] if tensor.transposed else leaf.shape
+def _shape_in_file(
+    tensor: HfTensor, param_shape: tuple[int, ...], arch: ArchConfig
+) -> tuple[int, ...]:
+    shape = param_shape[::-1] if tensor.transposed else param_shape
     return (arch.vocab_size, *shape[1:]) if tensor.name in (EMBEDDING, LM_HEAD) else shape
 
 

@@ -5,7 +5,6 @@ folder that takes its final name once everything is in it.
 """
 
 import contextlib
-import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,10 +14,8 @@ import jax
 from jax.experimental import multihost_utils
 
 from ivl_jax.tree_compare import mismatch_error
-from ivl_jax.weights.hf_names import causal_name, vision_names
+from ivl_jax.weights.hf_names import causal_name
 from ivl_jax.weights.safetensors_file import TensorRecord, parse_json, read_header
-
-logger = logging.getLogger(__name__)
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -34,8 +31,7 @@ def find_tensors(folder: Path) -> dict[str, TensorRecord]:
             shards.
 
     Returns:
-        Name as in a plain causal language model → record. Tensors of an image encoder (Gemma 3) are
-        left out with a notice.
+        Name as in a plain causal language model → record.
 
     Raises:
         FileNotFoundError: there are no safetensors files; says what to do where there are pickle
@@ -46,7 +42,6 @@ def find_tensors(folder: Path) -> dict[str, TensorRecord]:
     shards, indexed = _shards(folder)
     problems: list[str] = []
     found: dict[str, TensorRecord] = {}
-    left_out: list[str] = []
     for shard in shards:
         if problem := _outside(folder, shard):
             problems.append(problem)
@@ -71,8 +66,6 @@ def find_tensors(folder: Path) -> dict[str, TensorRecord]:
                 f"got it in {shard}"
                 for name in set(records) - expected
             ]
-        vision = vision_names(records)
-        left_out += vision
         for name, record in records.items():
             plain = causal_name(name)
             if plain in found:
@@ -80,20 +73,13 @@ def find_tensors(folder: Path) -> dict[str, TensorRecord]:
                 problems.append(
                     f"{plain}: set twice: {first.name} in {first.file.name}, {name} in {shard}"
                 )
-            elif name not in vision:
+            else:
                 found[plain] = record
     if problems:
         raise mismatch_error(
             sorted(problems),
             what=str(folder),
             remedy="Download or save the folder again; if it was edited by hand, undo that.",
-        )
-    if left_out:
-        logger.warning(
-            "%s: left out %d tensors of its image encoder, from %s on: only text is modelled",
-            folder,
-            len(left_out),
-            left_out[0],
         )
     return found
 

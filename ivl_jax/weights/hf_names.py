@@ -6,7 +6,7 @@ no parameter.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -91,6 +91,6 @@ def is_derived(name: str) -> bool:
     return _DERIVED.match(name) is not None
 
 
-def vision_names(names: Iterable[str]) -> list[str]:
-    """Select the names in a file that belong to an image encoder beside the text decoder."""
-    return [name for name in names if _VISION.match(name)]
+def is_vision(name: str) -> bool:
+    """Say whether a name belongs to Gemma 3's image encoder, beside its text decoder."""
+    return _VISION.match(name) is not None

@@ -1,0 +1,78 @@
+import pytest
+from flax import traverse_util
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ivl_jax.model.architecture import ArchConfig
+from ivl_jax.model.decoder import abstract_params
+from ivl_jax.weights.hf_names import HfTensor, causal_name, hf_tensor, is_derived, is_vision
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_and_shapes_are_those_of_transformers(family: str, tied: bool) -> None:
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=48,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+    )
+    theirs = {
+        name: tuple(tensor.shape)
+        for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()
+        if not (tied and name == "lm_head.weight")
+    }
+    ours = {}
+    arch = ArchConfig.from_hf(config.to_dict())
+    for path, leaf in traverse_util.flatten_dict(abstract_params(arch)).items():
+        name, transposed = hf_tensor(path)
+        ours[name] = leaf.shape[::-1] if transposed else leaf.shape
+    assert ours == theirs
+
+
+def test_only_kernels_are_transposed() -> None:
+    assert hf_tensor(("layers", 3, "mlp", "up_proj", "kernel")) == HfTensor(
+        "model.layers.3.mlp.up_proj.weight", transposed=True
+    )
+    assert hf_tensor(("lm_head", "kernel")) == HfTensor("lm_head.weight", transposed=True)
+    assert hf_tensor(("embed_tokens", "embedding")) == HfTensor(
+        "model.embed_tokens.weight", transposed=False
+    )
+    with pytest.raises(KeyError):
+        hf_tensor(("norm", "offset"))
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("model.language_model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
+        ("language_model.model.embed_tokens.weight", "model.embed_tokens.weight"),
+        ("language_model.lm_head.weight", "lm_head.weight"),
+        ("layers.0.input_layernorm.weight", "model.layers.0.input_layernorm.weight"),
+        ("norm.weight", "model.norm.weight"),
+        ("model.norm.weight", "model.norm.weight"),
+        ("lm_head.weight", "lm_head.weight"),
+        ("normal.weight", "normal.weight"),
+        ("vision_tower.encoder.layers.0.norm.weight", "vision_tower.encoder.layers.0.norm.weight"),
+    ],
+)
+def test_prefixes_of_other_wrappers_are_removed(name: str, plain: str) -> None:
+    assert causal_name(name) == plain
+
+
+def test_derived_and_vision_tensors_are_recognised_and_nothing_else() -> None:
+    assert is_derived("model.layers.11.self_attn.rotary_emb.inv_freq")
+    assert is_derived("model.rotary_emb.inv_freq")
+    assert is_derived("model.rotary_emb_local.inv_freq")
+    assert not is_derived("model.layers.11.self_attn.rotary_emb.scale")
+    assert not is_derived("model.layers.11.self_attn.inv_freq")
+    assert is_vision("vision_tower.post_layernorm.weight")
+    assert is_vision("model.multi_modal_projector.mm_input_projection_weight")
+    assert not is_vision("model.layers.0.vision_tower.weight")
