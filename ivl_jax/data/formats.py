@@ -110,7 +110,7 @@ def parse_row(row: Any, *, row_format: Format, templates: Mapping[str, str]) -> 
     return _checked(turns)
 
 
-def check_templates(row_format: Format, templates: Mapping[str, str]) -> None:
+def check_templates(row_format: str, templates: Mapping[str, str]) -> None:
     """Checks that templates are given exactly with `fields`, and that they are well formed.
 
     Raises:
@@ -247,6 +247,9 @@ def _checked(turns: list[Message]) -> ParsedRow:
     for position, turn in enumerate(kept):
         if turn.role == "assistant" and not turn.content.strip():
             raise RowError(f"the assistant's turn {position} is empty")
+    for position, turn in enumerate((*system, *kept)):
+        if any("\ud800" <= character <= "\udfff" for character in turn.content):
+            raise RowError(f"turn {position} holds half of a surrogate pair, which is no character")
     return ParsedRow(messages=(*system, *kept), trimmed=len(kept) < len(rest))
 
 

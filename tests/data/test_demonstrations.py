@@ -1,0 +1,309 @@
+"""Demonstrations are stored once, split by content, and a source that changed is noticed."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ivl_jax.data import demonstrations, storage
+from ivl_jax.data.demonstrations import (
+    DemonstrationSource,
+    MalformedRowsError,
+    Message,
+    StoredDemonstrations,
+    store_demonstrations,
+)
+
+QUESTION_ANSWER = {"user": "{question}", "assistant": "{answer}"}
+
+
+def _write(path: Path, rows: list[Any]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def _row(number: int, **more: Any) -> dict[str, Any]:
+    return {"question": f"What is {number}?", "answer": f"It is ü{number}.", **more}
+
+
+def _source(*train: str, **options: Any) -> DemonstrationSource:
+    return DemonstrationSource(train, row_format="fields", templates=QUESTION_ANSWER, **options)
+
+
+def _ids(stored: StoredDemonstrations, split: str) -> list[str]:
+    return [demonstration.row_id for demonstration in stored.open(split)]
+
+
+@pytest.fixture
+def forbid_writing(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes storing anything an error from the moment it is called."""
+
+    def forbid() -> None:
+        def fail(*_: Any, **__: Any) -> None:
+            raise AssertionError("stored again")
+
+        monkeypatch.setattr(demonstrations, "write_dataset", fail)
+
+    return forbid
+
+
+def test_what_is_stored_is_what_was_read_in_order(tmp_path: Path) -> None:
+    train = _write(tmp_path / "train.jsonl", [_row(i) for i in range(5)])
+    test = _write(tmp_path / "test.jsonl", [_row(7)])
+    source = _source(train, test=(test,), validation_fraction=0.0)
+    stored = store_demonstrations(source, data_dir=tmp_path / "store")
+    assert stored.counts == {"train": 5, "test": 1}
+    split = stored.open("train")
+    assert len(split) == 5
+    expected = (Message("user", "What is 3?"), Message("assistant", "It is ü3."))
+    assert split[3].messages == expected
+    assert _ids(stored, "train") == [f"train.jsonl:{line}" for line in range(1, 6)]
+    assert split[1:3] == [split[1], split[2]]
+    assert stored.open("test")[0].row_id == "test.jsonl:1"
+    with pytest.raises(KeyError, match="no split 'validation'"):
+        stored.open("validation")
+    with pytest.raises(IndexError):
+        split[5]
+    assert (stored.folder / "dataset_info.json").exists()
+    assert list(stored.folder.glob("*.array_record-*"))
+
+
+def test_a_second_call_reads_what_the_first_stored(tmp_path: Path, forbid_writing: Any) -> None:
+    source = _source(_write(tmp_path / "train.jsonl", [_row(i) for i in range(5)]))
+    stored = store_demonstrations(source, data_dir=tmp_path / "store")
+    forbid_writing()
+    again = store_demonstrations(source, data_dir=tmp_path / "store")
+    assert again == stored
+    assert _ids(again, "train") == _ids(stored, "train")
+
+
+def test_the_same_content_elsewhere_is_the_same_dataset(
+    tmp_path: Path, forbid_writing: Any
+) -> None:
+    rows = [_row(i) for i in range(5)]
+    first = _source(_write(tmp_path / "a" / "train.jsonl", rows))
+    stored = store_demonstrations(first, data_dir=tmp_path / "store")
+    forbid_writing()
+    second = _source(_write(tmp_path / "b" / "train.jsonl", rows))
+    assert store_demonstrations(second, data_dir=tmp_path / "store") == stored
+
+
+def test_a_changed_source_is_named_and_stored_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "train.jsonl"
+    source = _source(_write(path, [_row(i) for i in range(5)]))
+    before = store_demonstrations(source, data_dir=tmp_path / "store")
+    assert "has changed" not in caplog.text
+    _write(path, [_row(i) for i in range(6)])
+    with caplog.at_level(logging.WARNING):
+        after = store_demonstrations(source, data_dir=tmp_path / "store")
+    assert f"{path} has changed since it was stored" in caplog.text
+    assert after.fingerprint != before.fingerprint
+    assert sum(after.counts.values()) == 6
+    assert sum(len(before.open(split)) for split in before.counts) == 5, "the old copy stays"
+    caplog.clear()
+    assert store_demonstrations(source, data_dir=tmp_path / "store") == after
+    assert "has changed" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"templates": {**QUESTION_ANSWER, "system": "Be {question}"}},
+        {"validation_fraction": 0.4},
+        {"group_field": "question"},
+    ],
+)
+def test_another_way_of_reading_is_another_dataset(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, change: dict[str, Any]
+) -> None:
+    train = _write(tmp_path / "train.jsonl", [_row(i) for i in range(5)])
+    options: dict[str, Any] = {"row_format": "fields", "templates": QUESTION_ANSWER}
+    first = store_demonstrations(DemonstrationSource((train,), **options), data_dir=tmp_path)
+    changed = DemonstrationSource((train,), **{**options, **change})
+    second = store_demonstrations(changed, data_dir=tmp_path)
+    assert first.fingerprint != second.fingerprint
+    assert "has changed" not in caplog.text
+
+
+def test_a_share_of_the_rows_is_held_out_by_content(tmp_path: Path) -> None:
+    rows = [_row(i) for i in range(400)]
+    source = _source(_write(tmp_path / "a.jsonl", rows), validation_fraction=0.25)
+    stored = store_demonstrations(source, data_dir=tmp_path / "store")
+    assert stored.counts["train"] + stored.counts["validation"] == 400
+    assert 70 <= stored.counts["validation"] <= 130  # 100 expected, three deviations wide
+    held_out = {demonstration.messages for demonstration in stored.open("validation")}
+    assert not held_out & {demonstration.messages for demonstration in stored.open("train")}
+
+    shuffled = _source(_write(tmp_path / "b.jsonl", rows[::-1] + rows), validation_fraction=0.25)
+    again = store_demonstrations(shuffled, data_dir=tmp_path / "store")
+    assert {demonstration.messages for demonstration in again.open("validation")} == held_out
+    assert again.counts["validation"] == 2 * stored.counts["validation"]
+
+
+def test_rows_of_one_group_stay_on_one_side(tmp_path: Path) -> None:
+    rows = [_row(i, meta={"module": f"m{i % 12}"}) for i in range(120)]
+    source = _source(
+        _write(tmp_path / "a.jsonl", rows), validation_fraction=0.3, group_field="meta.module"
+    )
+    stored = store_demonstrations(source, data_dir=tmp_path / "store")
+    modules = [
+        {int(row_id.split(":")[1]) % 12 for row_id in _ids(stored, split)}
+        for split in ("train", "validation")
+    ]
+    assert modules[0].isdisjoint(modules[1])
+    assert all(modules)
+
+
+def test_few_rows_still_give_one_to_validate_on(tmp_path: Path) -> None:
+    source = _source(_write(tmp_path / "a.jsonl", [_row(i) for i in range(3)]))
+    stored = store_demonstrations(source, data_dir=tmp_path / "store")
+    assert stored.counts == {"train": 2, "validation": 1}
+
+
+def test_explicit_validation_files_leave_the_training_rows_alone(tmp_path: Path) -> None:
+    train = _write(tmp_path / "train.jsonl", [_row(i) for i in range(100)])
+    held_out = _write(tmp_path / "dev.jsonl", [_row(i) for i in range(100, 104)])
+    source = _source(train, validation=(held_out,), validation_fraction=0.5)
+    stored = store_demonstrations(source, data_dir=tmp_path / "store")
+    assert stored.counts == {"train": 100, "validation": 4}
+    assert _ids(stored, "validation") == [f"dev.jsonl:{line}" for line in range(1, 5)]
+
+
+def test_few_malformed_rows_are_named_and_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, forbid_writing: Any
+) -> None:
+    rows = [_row(i) for i in range(98)] + ['{"question": ', {"question": "Why?"}]
+    source = _source(_write(tmp_path / "train.jsonl", rows), validation_fraction=0.0)
+    with caplog.at_level(logging.WARNING):
+        stored = store_demonstrations(source, data_dir=tmp_path / "store", max_malformed_share=0.02)
+    assert stored.counts == {"train": 98}
+    assert stored.malformed_count == 2
+    assert "2 of 100 rows are malformed" in caplog.text
+    assert "train.jsonl:99: not JSON" in caplog.text
+    assert "train.jsonl:100: no field 'answer'; the row has 'question'" in caplog.text
+    caplog.clear()
+    forbid_writing()
+    store_demonstrations(source, data_dir=tmp_path / "store", max_malformed_share=0.02)
+    assert "2 of 100 rows are malformed" in caplog.text, "said on every run"
+    with pytest.raises(MalformedRowsError):
+        store_demonstrations(source, data_dir=tmp_path / "store", max_malformed_share=0.01)
+
+
+def test_many_malformed_rows_stop_before_anything_is_stored(tmp_path: Path) -> None:
+    rows = [_row(i) for i in range(97)] + [{"question": "Why?"}] * 3
+    source = _source(_write(tmp_path / "train.jsonl", rows))
+    with pytest.raises(MalformedRowsError, match=r"3 of 100 rows are malformed \(3\.0%") as caught:
+        store_demonstrations(source, data_dir=tmp_path / "store")
+    assert "train.jsonl:98: no field 'answer'" in str(caught.value)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_source_without_a_dialogue_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(MalformedRowsError, match="0 of 0 rows"):
+        store_demonstrations(_source(str(tmp_path / "empty.jsonl")), data_dir=tmp_path / "store")
+
+
+def test_trimmed_turns_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    turns = [{"from": role, "value": "x"} for role in ("gpt", "human", "gpt", "human")]
+    train = _write(tmp_path / "train.jsonl", [{"conversations": turns}])
+    source = DemonstrationSource((train,), row_format="sharegpt", validation_fraction=0.0)
+    stored = store_demonstrations(source, data_dir=tmp_path / "store")
+    assert stored.trimmed_count == 1
+    assert "1 dialogues begin with an assistant's turn or end with a user's" in caplog.text
+
+
+def test_an_interrupted_store_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = _source(_write(tmp_path / "train.jsonl", [_row(i) for i in range(20)]))
+    generate = storage.IvlDemonstrations._generate_examples
+
+    def stop_half_way(self: Any, rows: Any) -> Any:
+        for index, example in generate(self, rows):
+            if index == 7:
+                raise KeyboardInterrupt
+            yield index, example
+
+    monkeypatch.setattr(storage.IvlDemonstrations, "_generate_examples", stop_half_way)
+    with pytest.raises(KeyboardInterrupt):
+        store_demonstrations(source, data_dir=tmp_path / "store")
+    monkeypatch.undo()
+    stored = store_demonstrations(source, data_dir=tmp_path / "store")
+    assert sum(stored.counts.values()) == 20
+    assert len(stored.open("train")) == stored.counts["train"]
+
+
+def test_storing_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source = _source(_write(tmp_path / "train.jsonl", [_row(i) for i in range(5)]))
+    store_demonstrations(source, data_dir=tmp_path / "store").open("train")
+    assert capfd.readouterr().out == ""
+
+
+def test_processes_that_store_at_once_agree_and_need_no_tensorflow(
+    tmp_path: Path, project_root: Path
+) -> None:
+    train = _write(tmp_path / "train.jsonl", [_row(i) for i in range(200)])
+    program = f"""
+import sys
+
+class Absent:
+    def find_spec(name, *_):
+        if name.split(".")[0] in ("tensorflow", "torch"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent)
+from ivl_jax.data.demonstrations import DemonstrationSource, store_demonstrations
+source = DemonstrationSource(({train!r},), row_format="fields", templates={QUESTION_ANSWER!r})
+stored = store_demonstrations(source, data_dir={str(tmp_path / "store")!r})
+print(stored.fingerprint, stored.counts, stored.open("train")[0].row_id)
+"""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            cwd=project_root,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    outputs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert outputs[0] == outputs[1]
+    assert "train.jsonl:1" in outputs[0]
+
+
+def test_gsm8k_reads_whole(gsm8k_dir: Path, tmp_path: Path) -> None:
+    source = _source(str(gsm8k_dir / "train.jsonl"), validation=(str(gsm8k_dir / "test.jsonl"),))
+    stored = store_demonstrations(source, data_dir=tmp_path)
+    assert stored.counts == {"train": 7473, "validation": 1319}
+    assert stored.malformed_count == 0
+    last = stored.open("validation")[1318]
+    assert last.row_id == "test.jsonl:1319"
+    row = json.loads((gsm8k_dir / "test.jsonl").read_text().splitlines()[-1])
+    assert last.messages == (Message("user", row["question"]), Message("assistant", row["answer"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train": ()}, "no training source"),
+        ({"validation_fraction": 1.0}, "validation_fraction"),
+        ({"templates": {}}, "expected user, assistant"),
+    ],
+)
+def test_a_source_is_checked_before_it_is_read(options: dict[str, Any], message: str) -> None:
+    defaults = {"train": ("a",), "row_format": "fields", "templates": QUESTION_ANSWER}
+    with pytest.raises(ValueError, match=message):
+        DemonstrationSource(**{**defaults, **options})
