@@ -189,7 +189,8 @@ def loss_sum(
     chunks: Any = _split(objective.chunk_length, (hidden, base_source, targets))
     one_chunk = functools.partial(_chunk_loss, objective, with_base)
     hidden_chunks, *rest = chunks
-    total, aux = _sum_over_chunks(one_chunk, head, hidden_chunks, tuple(rest), heads)
+    summed: Any = _sum_over_chunks(one_chunk, head, hidden_chunks, tuple(rest), heads)
+    total, aux = summed
     return total, denominator, aux
 
 

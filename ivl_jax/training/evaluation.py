@@ -1,0 +1,84 @@
+"""Held-out evaluation: the base alone and the base with its value network on the same batches.
+
+In: parameters. Out: NLL in nats per token, top-1 accuracy and mean |z_value|.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from ivl_jax.data.batching import Batch
+from ivl_jax.model.decoder import Params
+from ivl_jax.sharding import place_batch
+from ivl_jax.training.objective import LossAux
+from ivl_jax.training.step import EvalStep
+
+
+class HeldOut:
+    """Evaluates parameters on a fixed set of batches."""
+
+    def __init__(
+        self,
+        step: EvalStep,
+        batches: Iterable[Batch],
+        *,
+        count: int,
+        base_params: Params | None,
+        mesh: Mesh,
+    ) -> None:
+        """Keep what an evaluation needs beside the parameters.
+
+        Args:
+            step: from `make_eval_step`.
+            batches: this process's rows, one pass an iteration.
+            count: batches in a pass.
+            base_params: of the frozen base; None without one.
+            mesh: where batches are placed.
+        """
+        self._step = step
+        self._batches = batches
+        self._base_params = base_params
+        self._mesh = mesh
+        self.count = count
+
+    def __call__(
+        self, params: Params, *, advance: Callable[[], object] = lambda: None
+    ) -> dict[str, float]:
+        """Evaluate.
+
+        Args:
+            params: of the trained model.
+            advance: called after each batch.
+
+        Returns:
+            `nll` (nats per counted token), `accuracy` (top-1) and `tokens` (counted); beside a base
+            also `base_nll`, `base_accuracy` and `mean_abs_value`. Sums are added in float64.
+
+        Raises:
+            ValueError: no batch holds a counted token.
+        """
+        totals = dict.fromkeys(LossAux._fields, 0.0)
+        waiting: Any = None
+        for batch in self._batches:
+            sums = self._step(params, self._base_params, place_batch(batch, self._mesh))
+            self._add(totals, waiting)
+            waiting = sums
+            advance()
+        self._add(totals, waiting)
+        tokens = totals["loss_tokens"]
+        if not tokens:
+            raise ValueError("the held-out demonstrations hold no token that counts")
+        figures = {"nll": totals["nll"] / tokens, "accuracy": totals["correct"] / tokens}
+        if self._base_params is not None:
+            figures["base_nll"] = totals["base_nll"] / tokens
+            figures["base_accuracy"] = totals["base_correct"] / tokens
+            figures["mean_abs_value"] = totals["magnitude"] / totals["real_tokens"]
+        return figures | {"tokens": tokens}
+
+    @staticmethod
+    def _add(totals: dict[str, float], sums: LossAux | None) -> None:
+        if sums is not None:
+            for name, value in jax.device_get(sums)._asdict().items():
+                totals[name] += float(value)

@@ -1,0 +1,357 @@
+"""The training run: check, prepare, train, evaluate, save, and go on after a stop.
+
+In: a `TrainConfig`. Out: `TrainResult`; beside it the run directory with config, metrics,
+checkpoints and the final value folder.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from ivl_jax.checkpoint import (
+    TrainCheckpointer,
+    ValueMetadata,
+    save_value,
+    write_value_description,
+)
+from ivl_jax.config import ConfigError, TrainConfig, check_train_config
+from ivl_jax.model.decoder import unstack_layers
+from ivl_jax.sharding import place_batch, unused_accelerator
+from ivl_jax.training.interrupts import Interrupts
+from ivl_jax.training.models import Models, choose_models
+from ivl_jax.training.reporting import Reporter
+from ivl_jax.training.run_directory import RunDirectory, RunDirectoryError
+from ivl_jax.training.setup import Preparation, make_run_mesh, prepare, prepare_data
+from ivl_jax.training.step import StepMetrics, TrainState, split_micro_batches
+from ivl_jax.weights.language_model import LanguageModel, save_language_model
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came out of a run."""
+
+    run_dir: epath.Path
+    steps: int
+    """Optimizer steps taken, over all starts."""
+    total_steps: int
+    """Steps the whole run has."""
+    held_out: Mapping[str, float] | None
+    """The last evaluation: `nll`, `accuracy`, `tokens`; beside a base also `base_nll`,
+    `base_accuracy`, `mean_abs_value`. None without held-out demonstrations."""
+    output: epath.Path | None
+    """The value folder, or with `method = "sft"` the model folder; None after an interruption."""
+    interrupted: bool
+    """SIGTERM or Ctrl-C came; the state is saved."""
+
+
+class NonFiniteLossError(RuntimeError):
+    """Loss or gradient became inf or NaN: which step, which rows; nothing of it was saved."""
+
+
+def run(config: TrainConfig) -> TrainResult:
+    """Train a value network (or fine-tune a model alone) as a config says.
+
+    Args:
+        config: of the run.
+
+    Returns:
+        What came out.
+
+    Raises:
+        ConfigError: something in the config cannot work; said before anything expensive.
+        RunDirectoryError: the run directory exists and `resume` was not said, or the like.
+        NoUsableCheckpointError: `resume` was said and no checkpoint is sound.
+        NonFiniteLossError: the loss or a gradient became inf or NaN.
+    """
+    check_train_config(config)
+    directory = RunDirectory(config.run_dir)
+    if config.distributed:
+        _initialize_distributed()
+    if config.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
+    if (notice := unused_accelerator()) is not None:
+        logger.warning(notice)
+    there = directory.check(config)
+    mesh = make_run_mesh(config)
+    models = choose_models(config)
+    data = prepare_data(config, models, mesh)
+    directory.open(config, there=there)
+    with Interrupts() as interrupts:
+        prepared = prepare(config, models, data, mesh)
+        keep = config.logging.keep_checkpoints
+        with TrainCheckpointer(directory.checkpoints, keep=keep) as checkpoints:
+            training = _Training(config, directory, prepared, checkpoints, interrupts)
+            state, held_out, interrupted = training.fit()
+            best = checkpoints.best_step()
+        output = None
+        if not interrupted:
+            output = _save_output(config, directory, prepared, state)
+            if config.method == "value" and best not in (None, int(state.step)):
+                logger.info(
+                    "the lowest held-out NLL was that of step %d; to export it: "
+                    "python -m ivl_jax.checkpoint export-value %s OUT --step best",
+                    best,
+                    directory.path,
+                )
+    return TrainResult(
+        run_dir=directory.path,
+        steps=int(state.step),
+        total_steps=data.total_steps,
+        held_out=held_out,
+        output=output,
+        interrupted=interrupted is not None,
+    )
+
+
+class _Training:
+    """One start of a run, from its first or restored step to its last."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        directory: RunDirectory,
+        prepared: Preparation,
+        checkpoints: TrainCheckpointer,
+        interrupts: Interrupts,
+    ) -> None:
+        self._config = config
+        self._directory = directory
+        self._prepared = prepared
+        self._checkpoints = checkpoints
+        self._interrupts = interrupts
+        self._total = prepared.data.total_steps
+        self._held_out: dict[str, float] | None = None
+        self._evaluated = True
+        """Whether the held-out figures of the restored step were measured before the stop."""
+
+    def fit(self) -> tuple[TrainState, dict[str, float] | None, str | None]:
+        """Train to the last step or to a signal.
+
+        Returns:
+            The state, the last evaluation, and the signal's name if one came.
+        """
+        state = self._begin()
+        step = int(state.step)
+        with Reporter(self._directory, first_step=step, total_steps=self._total) as report:
+            if step == 0:
+                self._start(state, report)
+            elif not self._evaluated:
+                self._evaluate(step, state, report)
+            came = self._interrupts.requested(step)
+            batches, waiting = self._prepared.data.train, None
+            while step < self._total and came is None:
+                batch = split_micro_batches(next(batches), self._config.step.micro_batches)
+                batch = place_batch(batch, self._prepared.mesh, micro_batched=True)
+                state, metrics = self._prepared.step(state, self._prepared.base_params, batch)
+                step += 1
+                # The device works on this step while the host reads the figures of the last one.
+                self._settle(waiting, report)
+                waiting = (step, metrics)
+                came = self._interrupts.requested(step)
+                if self._is_boundary(step) or came is not None:
+                    self._settle(waiting, report)
+                    waiting = None
+                    # There may be seconds left after a signal: the figures can wait for the resume.
+                    finished = came is None or step == self._total
+                    figures = self._evaluate(step, state, report) if finished else None
+                    if self._is_checkpoint(step) or came is not None:
+                        self._save(state, figures)
+        if came is not None and step < self._total:
+            self._checkpoints.wait_until_finished()
+            logger.warning(
+                "stopped by %s after step %d/%d, which is saved; go on with:\n  %s",
+                came,
+                step,
+                self._total,
+                self._directory.resume_command,
+            )
+            return state, self._held_out, came
+        return state, self._held_out, None
+
+    def _begin(self) -> TrainState:
+        """Restore the newest sound checkpoint, or make the state of step 0."""
+        metrics = self._directory.metrics
+        if self._config.resume and self._checkpoints.has_started():
+            restored = self._checkpoints.restore(self._prepared.abstract_state)
+            self._prepared.data.train.set_state(restored.data_state)
+            metrics.cut(restored.run_metadata["metrics_bytes"])
+            self._held_out = restored.run_metadata["held_out"]
+            self._evaluated = restored.run_metadata["evaluated"]
+            logger.info("going on from step %d/%d", restored.step, self._total)
+            return restored.state
+        if metrics.last_step() > 0:
+            raise RunDirectoryError(
+                f"{metrics.path} tells of {metrics.last_step()} steps, but "
+                f"{self._directory.checkpoints} holds no checkpoint to go on from: restore the "
+                "checkpoints, or name another run_dir to start over"
+            )
+        if self._config.resume:
+            logger.warning("nothing was saved before the stop: starting at step 0")
+        metrics.cut(0)
+        return self._prepared.make_state()
+
+    def _start(self, state: TrainState, report: Reporter) -> None:
+        """Evaluate and save step 0; training begins when it is safe on disk."""
+        if self._config.method == "value" and jax.process_index() == 0:
+            write_value_description(
+                self._directory.path,
+                metadata=_value_metadata(self._config, self._prepared, steps=0),
+                tokenizer=self._prepared.models.trained.tokenizer,
+            )
+        self._save(state, self._evaluate(0, state, report))
+        self._checkpoints.wait_until_finished()
+
+    def _settle(self, waiting: tuple[int, StepMetrics] | None, report: Reporter) -> None:
+        """Read the figures of a step and check them; waits until the device has taken it."""
+        if waiting is None:
+            return
+        step, metrics = waiting
+        figures = {name: float(x) for name, x in jax.device_get(metrics)._asdict().items()}
+        bad = [name for name, value in figures.items() if not math.isfinite(value)]
+        if bad:
+            self._stop_at_non_finite(step, figures, bad)
+        every = self._config.logging.log_every
+        report.step(step, figures, record=step % every == 0 or step in (1, self._total))
+
+    def _stop_at_non_finite(self, step: int, figures: Mapping[str, float], bad: list[str]) -> None:
+        self._checkpoints.wait_until_finished()
+        # Step n is computed from batch n − 1.
+        rows = self._prepared.data.train.row_ids(step - 1)
+        named = "\n".join(f"  row {i}: {', '.join(ids)}" for i, ids in enumerate(rows) if ids)
+        values = ", ".join(f"{name} = {figures[name]}" for name in bad)
+        raise NonFiniteLossError(
+            f"step {step}: {values}. Nothing of it was saved; the last good checkpoint is that of "
+            f"step {self._checkpoints.latest_step()}. Demonstrations of its batch (process "
+            f"{jax.process_index()}):\n{named}\nA lower optimizer.learning_rate, a longer "
+            "optimizer.warmup_fraction or float32 compute are the usual remedies"
+        )
+
+    def _is_boundary(self, step: int) -> bool:
+        return self._is_checkpoint(step) or self._is_evaluation(step)
+
+    def _is_checkpoint(self, step: int) -> bool:
+        return step % self._config.logging.checkpoint_every == 0 or step == self._total
+
+    def _is_evaluation(self, step: int) -> bool:
+        every = self._config.logging.evaluate_every
+        return step in (0, self._total) or bool(every and step % every == 0)
+
+    def _evaluate(self, step: int, state: TrainState, report: Reporter) -> dict[str, float] | None:
+        held_out = self._prepared.held_out
+        if held_out is None or not self._is_evaluation(step):
+            return None
+        with report.aside("evaluating", held_out.count) as advance:
+            self._held_out = held_out(state.params, advance=advance)
+        report.evaluation(step, self._held_out)
+        return self._held_out
+
+    def _save(self, state: TrainState, figures: Mapping[str, float] | None) -> None:
+        if not bool(_all_finite(state.params)):
+            raise NonFiniteLossError(
+                f"step {int(state.step)}: a parameter is inf or NaN; it is not saved. The last "
+                f"good checkpoint is that of step {self._checkpoints.latest_step()}"
+            )
+        self._checkpoints.save(
+            state,
+            data_state=self._prepared.data.train.get_state(),
+            run_metadata={
+                "metrics_bytes": self._directory.metrics.flush(),
+                "held_out": self._held_out,
+                "evaluated": figures is not None or not self._is_evaluation(int(state.step)),
+            },
+            metrics=figures,
+        )
+        self._directory.timings.flush()
+
+
+@jax.jit
+def _all_finite(params: Any) -> jax.Array:
+    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]
+    return jnp.all(jnp.stack(finite))
+
+
+def _value_metadata(config: TrainConfig, prepared: Preparation, *, steps: int) -> ValueMetadata:
+    models, chat_format = prepared.models, prepared.data.chat_format
+    base = models.base
+    assert base is not None
+    info = models.trained.info
+    return ValueMetadata(
+        architecture=models.arch.to_hf(),
+        connection=config.value.connection,
+        penalty={
+            "kind": config.penalty.kind,
+            "weight": config.penalty.weight,
+            "positions": config.penalty.positions,
+        },
+        tokenizer=info.to_json(),
+        training_base={"name": base.name, "fingerprint": base.info.fingerprint},
+        chat_template=chat_format.template,
+        stop_ids=_stop_ids(models, prepared),
+        steps=steps,
+    )
+
+
+def _stop_ids(models: Models, prepared: Preparation) -> tuple[int, ...]:
+    """What ends a text: the tokenizer's eos ids and what ends a turn of the chat format."""
+    ids = (*models.trained.info.eos_ids, *prepared.data.chat_format.stop_ids)
+    return tuple(dict.fromkeys(ids))
+
+
+def _save_output(
+    config: TrainConfig, directory: RunDirectory, prepared: Preparation, state: TrainState
+) -> epath.Path:
+    """Write the final value folder, or the fine-tuned model's."""
+    models = prepared.models
+    if config.method == "value":
+        save_value(
+            directory.value,
+            params=state.params,
+            metadata=_value_metadata(config, prepared, steps=int(state.step)),
+            tokenizer=models.trained.tokenizer,
+            overwrite=True,
+        )
+        logger.info("value folder: %s", directory.value)
+        return directory.value
+    params = unstack_layers(state.params) if config.step.scan_layers else state.params
+    model = LanguageModel(
+        path=str(directory.model),
+        arch=models.arch,
+        params=params,
+        tokenizer=models.trained.tokenizer,
+        tokenizer_info=models.trained.info,
+        stop_ids=_stop_ids(models, prepared),
+    )
+    save_language_model(Path(directory.model), model, dtype=jnp.float32, overwrite=True)
+    logger.info("model folder: %s", directory.model)
+    return directory.model
+
+
+def _initialize_distributed() -> None:
+    """Join the other processes; clusters are detected, else three variables say it all."""
+    if jax.distributed.is_initialized():
+        return
+    count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+    try:
+        jax.distributed.initialize(
+            num_processes=None if count is None else int(count),
+            process_id=None if index is None else int(index),
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"distributed = true, but jax.distributed.initialize failed: {error}; outside a "
+            "cluster that JAX knows, set JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES "
+            "and JAX_PROCESS_ID"
+        ) from error
+    if jax.process_index() > 0:
+        # One process talks; the others only when something is wrong.
+        logging.getLogger("ivl_jax").setLevel(logging.ERROR)

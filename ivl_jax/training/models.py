@@ -1,0 +1,238 @@
+"""The two models of a run: which folders, whether they fit, and their parameters on the mesh.
+
+In: the config's model tables. Out: first what is cheap (architectures, tokenizers, every check),
+and later, when all else is known to be right, the parameters.
+"""
+
+import dataclasses
+import functools
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, DTypeLike, Key
+
+from ivl_jax.config import BaseConfig, ConfigError, LayoutName, TrainConfig
+from ivl_jax.model.architecture import ArchConfig
+from ivl_jax.model.decoder import (
+    Params,
+    abstract_params,
+    init_params,
+)
+from ivl_jax.sharding import LAYOUTS, padded_vocab_rows, parameter_shardings
+from ivl_jax.tokenizer import TokenizerInfo, check_compatible, describe_tokenizer, load_tokenizer
+from ivl_jax.weights.hf_checkpoint import load_params
+from ivl_jax.weights.language_model import find_model, read_arch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A pre-trained model before its weights are read."""
+
+    name: str
+    """As the config says it."""
+    folder: Path
+    arch: ArchConfig
+    tokenizer: Any
+    info: TokenizerInfo
+
+
+@dataclass(frozen=True)
+class Models:
+    """Which model is trained, beside which base."""
+
+    trained: ModelFolder
+    """Where architecture and tokenizer of the trained model come from (and mostly its weights)."""
+    arch: ArchConfig
+    """Of the trained model: that of `trained`, untied where its head is replaced."""
+    base: ModelFolder | None
+    """The frozen base; None when a model is fine-tuned alone."""
+    unknown_ids: tuple[int, ...]
+    """Ids of the base that the value network does not know."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one model's parameters live on the mesh."""
+
+    shapes: Params
+    """ShapeDtypeStructs."""
+    shardings: Params
+    unstacked_shardings: Params
+    """As files hold them, one subtree a layer."""
+    vocab_rows: int
+    scan_layers: bool
+
+
+def choose_models(config: TrainConfig) -> Models:
+    """Find the folders and check everything that needs no weights.
+
+    Args:
+        config: of the run.
+
+    Returns:
+        The models.
+
+    Raises:
+        FileNotFoundError: no such folder or hub id.
+        ConfigError: batch rows are longer than a model's context, or more tokens than weights.
+        TokenizerMismatchError: base and value have different vocabularies.
+    """
+    base = read_model(config.base.path, config.base.revision, "base.path")
+    if config.method == "sft":
+        _check_context(config, [base])
+        return Models(trained=base, arch=base.arch, base=None, unknown_ids=())
+    if config.value.init == "base":
+        arch = dataclasses.replace(base.arch, tie_word_embeddings=False)
+        _check_context(config, [base])
+        return Models(trained=base, arch=arch, base=base, unknown_ids=())
+    value = read_model(config.value.path, config.value.revision, "value.path")
+    _check_context(config, [base, value])
+    unknown = check_compatible(base.info, value.info, base_name=base.name, value_name=value.name)
+    return Models(trained=value, arch=value.arch, base=base, unknown_ids=unknown.ids)
+
+
+def read_model(path: str, revision: str | None, where: str) -> ModelFolder:
+    """Read what is cheap of a model's folder: architecture and tokenizer.
+
+    Args:
+        path: folder or hub id.
+        revision: of the hub.
+        where: the config key, for errors.
+
+    Returns:
+        The model without weights.
+
+    Raises:
+        FileNotFoundError: no such folder or hub id.
+        ConfigError: its tokenizer has more ids than its weights have rows.
+    """
+    folder = find_model(path, revision=revision)
+    arch = read_arch(folder)
+    tokenizer = load_tokenizer(folder)
+    info = describe_tokenizer(tokenizer, folder)
+    if info.vocab_size > arch.vocab_size:
+        raise ConfigError(
+            f"{where} = {path}: its tokenizer has {info.vocab_size} ids, its weights only "
+            f"{arch.vocab_size} rows: tokenizer and weights are of different models"
+        )
+    return ModelFolder(path, folder, arch, tokenizer, info)
+
+
+def place_model(
+    arch: ArchConfig,
+    *,
+    layout: LayoutName,
+    param_dtype: DTypeLike,
+    scan_layers: bool,
+    mesh: Mesh,
+) -> Placement:
+    """Decide where a model's parameters live.
+
+    Args:
+        arch: its architecture.
+        layout: which mesh axes split it.
+        param_dtype: how parameters are held.
+        scan_layers: layers stacked.
+        mesh: the device mesh.
+
+    Returns:
+        Shapes and shardings.
+    """
+    rules = LAYOUTS[layout]
+    rows = padded_vocab_rows(arch.vocab_size, mesh, rules)
+    shapes = functools.partial(abstract_params, arch, param_dtype=param_dtype, vocab_rows=rows)
+    units = {"heads": arch.num_attention_heads, "kv_heads": arch.num_key_value_heads}
+    unstacked = parameter_shardings(shapes(), mesh, rules, units=units)
+    if not scan_layers:
+        return Placement(shapes(), unstacked, unstacked, rows, False)
+    stacked = shapes(scan_layers=True)
+    shardings = parameter_shardings(stacked, mesh, rules, units=units)
+    return Placement(stacked, shardings, unstacked, rows, True)
+
+
+def load_base(base: ModelFolder, config: BaseConfig, place: Placement) -> Params:
+    """Load the frozen base's parameters onto the mesh."""
+    logger.info("loading the base %s", base.name)
+    return _load(base, jnp.dtype(config.param_dtype), place)
+
+
+def make_trained_params(
+    config: TrainConfig, models: Models, place: Placement, key: Key[Array, ""]
+) -> Params:
+    """Make the float32 master weights of the trained model at step 0.
+
+    Args:
+        config: of the run.
+        models: from `choose_models`.
+        place: of the trained model.
+        key: the run's PRNG key; random weights fold 0 into it.
+
+    Returns:
+        Its parameters, born sharded.
+    """
+    trained = models.trained
+    if config.method == "sft" or config.value.init == "pretrained":
+        logger.info("loading %s, to be trained", trained.name)
+        return _load(trained, jnp.dtype(jnp.float32), place)
+    if config.value.init == "scratch":
+        logger.info("random weights in the architecture of %s", trained.name)
+        make = functools.partial(
+            init_params,
+            models.arch,
+            vocab_rows=place.vocab_rows,
+            scan_layers=place.scan_layers,
+        )
+        return jax.jit(make, out_shardings=place.shardings)(jax.random.fold_in(key, 0))
+    logger.info("loading the base's own weights, to be trained behind a zeroed head")
+    params = _load(trained, jnp.dtype(jnp.float32), place)
+    zeros = functools.partial(jnp.zeros_like, place.shapes["lm_head"]["kernel"])
+    head = jax.jit(zeros, out_shardings=place.shardings["lm_head"]["kernel"])()
+    return params | {"lm_head": {"kernel": head}}
+
+
+def _load(model: ModelFolder, param_dtype: DTypeLike, place: Placement) -> Params:
+    shardings = place.unstacked_shardings
+    if model.arch.tie_word_embeddings:
+        shardings = {name: leaf for name, leaf in shardings.items() if name != "lm_head"}
+    params = load_params(
+        model.folder,
+        model.arch,
+        param_dtype=param_dtype,
+        vocab_rows=place.vocab_rows,
+        shardings=shardings,
+    )
+    return _stack_layers(params, place.shardings["layers"]) if place.scan_layers else params
+
+
+def _stack_layers(params: Params, shardings: Params) -> Params:
+    """Stack the layers kind by kind, giving up the old arrays: peak memory is one kind more."""
+    layers = [params["layers"][index] for index in sorted(params["layers"])]
+
+    def stack(sharding: NamedSharding, *leaves: Array) -> Array:
+        whole = jax.jit(lambda *each: jnp.stack(each), out_shardings=sharding)(*leaves)
+        whole.block_until_ready()
+        for leaf in leaves:
+            leaf.delete()
+        return whole
+
+    return params | {"layers": jax.tree.map(stack, shardings, *layers)}
+
+
+def _check_context(config: TrainConfig, models: list[ModelFolder]) -> None:
+    long = [
+        f"{model.name}: {model.arch.max_position_embeddings}"
+        for model in models
+        if config.data.max_length > model.arch.max_position_embeddings
+    ]
+    if long:
+        raise ConfigError(
+            f"data.max_length = {config.data.max_length} is more tokens than the context of "
+            f"{', '.join(long)}: lower it"
+        )

@@ -1,0 +1,174 @@
+"""What a person sees of a run, and where its figures go.
+
+In: metrics of a step, figures of an evaluation. Out: a progress bar, one console line a log
+interval, metrics.jsonl, timings.jsonl and TensorBoard events.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import jax
+import rich
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from ivl_jax.training.run_directory import RunDirectory
+
+logger = logging.getLogger(__name__)
+
+
+class Reporter:
+    """Reports one run; on processes other than 0 it only keeps time."""
+
+    def __init__(self, run: RunDirectory, *, first_step: int, total_steps: int) -> None:
+        """Open TensorBoard and the progress bar.
+
+        Args:
+            run: the run directory.
+            first_step: steps taken before this start.
+            total_steps: steps of the whole run.
+        """
+        self._run = run
+        self._total = total_steps
+        self._writes = jax.process_index() == 0
+        self._events = _open_tensorboard(run, first_step) if self._writes else None
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            # Written to a file a bar would be noise between the lines.
+            disable=not (self._writes and rich.get_console().is_terminal),
+        )
+        self._task: TaskID | None = None
+        self._first = first_step
+        self._tokens = 0.0
+        self._steps = 0
+        self._since = time.perf_counter()
+        self._seconds = 0.0
+
+    def __enter__(self) -> "Reporter":
+        self._progress.start()
+        self._task = self._progress.add_task("training", total=self._total, completed=self._first)
+        self._since = time.perf_counter()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+        if self._events is not None:
+            self._events.close()
+
+    def step(self, step: int, metrics: Mapping[str, float], *, record: bool) -> None:
+        """Take note of a step; `record` writes it down.
+
+        Args:
+            step: its number, from 1.
+            metrics: of `StepMetrics`.
+            record: whether this step ends a log interval.
+        """
+        self._tokens += metrics["real_tokens"]
+        self._steps += 1
+        if self._task is not None:
+            self._progress.update(self._task, completed=step)
+        if not (record and self._writes):
+            return
+        self._run.metrics.append({"step": step, **metrics})
+        seconds = (self._seconds + time.perf_counter() - self._since) / self._steps
+        speed = self._tokens / self._steps / seconds
+        # The first step of a start holds the compilation: no basis for a forecast.
+        remaining = "—" if step == self._first + 1 else _clock(seconds * (self._total - step))
+        self._run.timings.append(
+            {"step": step, "seconds_per_step": seconds, "tokens_per_second": speed}
+        )
+        logger.info(
+            "step %d/%d · loss %.4f · nll %.4f · lr %.2e · grad norm %.3g · %s tokens/s · ETA %s",
+            step,
+            self._total,
+            metrics["loss"],
+            metrics["nll"],
+            metrics["learning_rate"],
+            metrics["gradient_norm"],
+            f"{speed:,.0f}",
+            remaining,
+        )
+        self._scalars("train", {**metrics, "tokens_per_second": speed}, step)
+        self._tokens, self._steps, self._seconds = 0.0, 0, 0.0
+        self._since = time.perf_counter()
+
+    def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
+        """Write down a held-out evaluation.
+
+        Args:
+            step: steps taken.
+            figures: of `HeldOut`.
+        """
+        if not self._writes:
+            return
+        self._run.metrics.append({"step": step, "held_out": dict(figures)})
+        said = f"nll {figures['nll']:.4f} · accuracy {figures['accuracy']:.2%}"
+        if "base_nll" in figures:
+            said = (
+                f"base nll {figures['base_nll']:.4f}, accuracy {figures['base_accuracy']:.2%} · "
+                f"with value nll {figures['nll']:.4f}, accuracy {figures['accuracy']:.2%}, "
+                f"mean |z_value| {figures['mean_abs_value']:.3f}"
+            )
+        logger.info("held out after step %d/%d · %s", step, self._total, said)
+        self._scalars("held_out", figures, step)
+
+    @contextmanager
+    def aside(self, what: str, count: int | None = None) -> Iterator[Callable[[], None]]:
+        """Show work that is no training step, and keep it out of tokens/s.
+
+        Args:
+            what: its name beside the bar.
+            count: its parts; None: unknown.
+
+        Yields:
+            A function to call after each part.
+        """
+        self._seconds += time.perf_counter() - self._since
+        task = self._progress.add_task(what, total=count)
+        try:
+            yield lambda: self._progress.advance(task)
+        finally:
+            self._progress.remove_task(task)
+            self._since = time.perf_counter()
+
+    def _scalars(self, group: str, figures: Mapping[str, float], step: int) -> None:
+        if self._events is not None:
+            for name, value in figures.items():
+                self._events.add_scalar(f"{group}/{name}", value, step)
+            self._events.flush()
+
+
+def _open_tensorboard(run: RunDirectory, first_step: int) -> Any:
+    if "://" in str(run.path):
+        logger.info("TensorBoard events are written to local run directories only")
+        return None
+    # Imported here: protobuf takes a third of a second, and only a run needs it.
+    from tensorboardX import SummaryWriter
+
+    # Events of steps that a killed process took after its last checkpoint are hidden.
+    return SummaryWriter(str(run.tensorboard), purge_step=first_step + 1 if first_step else None)
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
