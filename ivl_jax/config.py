@@ -11,6 +11,7 @@ DType = Literal["float32", "bfloat16"]
 Connection = Literal["residual", "cascade", "cascade_no_text"]
 PenaltyKind = Literal["none", "l1", "l2"]
 PenaltyPositions = Literal["real", "all"]
+LayoutName = Literal["full", "fsdp", "tensor", "replicated"]
 DemonstrationFormat = Literal["sharegpt", "messages", "alpaca", "prompt_completion", "fields"]
 
 
@@ -33,6 +34,8 @@ class BaseConfig:
     """Hub revision; only for hub ids."""
     param_dtype: DType = "float32"
     """How the frozen parameters are held; bfloat16 halves memory on accelerators."""
+    layout: LayoutName = "full"
+    """Mesh axes that split its parameters: `full` is fsdp and tensor, `replicated` is none."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class ValueConfig:
     """Hub revision; only for hub ids."""
     connection: Connection = "residual"
     """How base and value are connected; `residual` (the paper's choice) reads text only."""
+    layout: LayoutName = "full"
+    """Mesh axes that split its parameters and moments; may differ from the base's."""
 
     def __post_init__(self) -> None:
         """Check that a path is given exactly when it is needed."""
@@ -337,7 +342,11 @@ class InferConfig:
     """Prompts decoded together, with --input."""
     dtype: DType = "float32"
     """Parameters and computation; logits are always composed in float32."""
-    mesh: MeshConfig = field(default_factory=MeshConfig)
+    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(fsdp=1, tensor=-1))
+    base_layout: LayoutName = "full"
+    """How the base's parameters are split on the mesh; `full`: over fsdp and tensor."""
+    value_layout: LayoutName = "full"
+    """The same for the value network; `replicated` keeps a small one whole on every device."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -349,3 +358,32 @@ class InferConfig:
         _require(0 < self.top_p <= 1, f"--top-p must be in (0, 1], got {self.top_p}")
         _require(0 <= self.min_p < 1, f"--min-p must be in [0, 1), got {self.min_p}")
         _require(self.batch_size >= 1, f"--batch-size must be ≥ 1, got {self.batch_size}")
+
+
+def check_infer_config(config: InferConfig) -> None:
+    """Check what decoding cannot start without.
+
+    Raises:
+        ConfigError: flags that are missing or exclude each other; lists all of them.
+    """
+    problems = []
+    if not config.base:
+        problems.append("--base is missing: name a Hugging Face folder or hub id")
+    if not config.value:
+        problems.append("--value is missing: name a value folder, or none for the base alone")
+    if config.value == "none" and config.strength != 1.0:
+        problems.append(f"--strength {config.strength} has no use with --value none: remove one")
+    if config.prompt is not None and config.input is not None:
+        problems.append("--prompt and --input exclude each other: remove one")
+    if config.prompt is None and config.input is None and not config.chat:
+        problems.append("nothing to decode: give --prompt, --input with --output, or --chat")
+    if (config.input is None) != (config.output is None):
+        problems.append("--input and --output belong together: give both or none")
+    if config.input is not None and config.input == config.output:
+        problems.append(f"--input and --output are the same file, {config.input}: name another")
+    if any(not string for string in config.stop):
+        problems.append("--stop holds an empty string: remove it")
+    if problems:
+        raise ConfigError(
+            "decoding cannot start:\n" + "\n".join(f"  - {line}" for line in problems)
+        )
