@@ -6,7 +6,7 @@ and for evaluation (one pass).
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -153,7 +153,7 @@ class TrainIterator(Iterator[Batch]):
     def __next__(self) -> Batch:
         return next(self._iterator)
 
-    def __iter__(self) -> Self:
+    def __iter__(self) -> "TrainIterator":
         return self
 
     def get_state(self) -> dict[str, Any]:
