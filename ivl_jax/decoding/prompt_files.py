@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from ivl_jax.config import ConfigError
 
@@ -152,7 +152,7 @@ class GenerationFile:
         os.fsync(self._file)
         os.close(self._file)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "GenerationFile":
         return self
 
     def __exit__(

@@ -44,9 +44,9 @@ class GenerationOptions:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
-    stop: tuple[str, ...] = ()
-    stop_ids: tuple[int, ...] = ()
-    strengths: tuple[float, ...] | None = None
+    stop: Sequence[str] = ()
+    stop_ids: Sequence[int] = ()
+    strengths: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         """Check ranges; all problems are named at once."""
@@ -109,8 +109,9 @@ def bucket(size: int, *, smallest: int, largest: int | None = None) -> int:
     """
     found = smallest
     while found < size:
-        # 2ᵏ → 3·2ᵏ⁻¹ → 2ᵏ⁺¹
-        found = found * 3 // 2 if found & (found - 1) == 0 else found * 4 // 3
+        # 1 → 2 → 3 → 4 → 6 → 8 → 12 …
+        is_power = found & (found - 1) == 0
+        found = max(found * 3 // 2, 2) if is_power else found * 4 // 3
     return found if largest is None else min(found, largest)
 
 
@@ -142,7 +143,7 @@ def lay_out(
     batch = -(-bucket(filled, smallest=1) // row_multiple) * row_multiple
     each = [*options, *[GenerationOptions()] * (batch - filled)]
 
-    def column(values: Sequence[float], dtype: type, *, fill: int = 0) -> np.ndarray:
+    def column(values: Sequence[Any], dtype: type, *, fill: int = 0) -> np.ndarray:
         return np.asarray([*values, *[fill] * (batch - len(values))], dtype)
 
     def asked(name: str, dtype: type) -> Any:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 
 class Sampling(NamedTuple):
@@ -25,7 +25,7 @@ class Sampling(NamedTuple):
     """Drop tokens below this share of the likeliest token's probability; 0 keeps all."""
 
 
-def row_keys(seeds: Int[Array, " B"], rows: Int[Array, " B"]) -> Key[Array, " B"]:
+def row_keys(seeds: Integer[Array, " B"], rows: Int[Array, " B"]) -> Key[Array, " B"]:
     """Make one key a row.
 
     Args:
@@ -36,7 +36,7 @@ def row_keys(seeds: Int[Array, " B"], rows: Int[Array, " B"]) -> Key[Array, " B"
         [B] typed threefry keys; that generator gives a key the same numbers in every batch.
     """
 
-    def one(seed: Int[Array, ""], row: Int[Array, ""]) -> Key[Array, ""]:
+    def one(seed: Integer[Array, ""], row: Int[Array, ""]) -> Key[Array, ""]:
         return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), row)
 
     return jax.vmap(one)(seeds, rows)

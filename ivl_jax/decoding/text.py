@@ -7,7 +7,7 @@ final. `ivl_jax.decoding.compose` makes the model.
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
@@ -84,16 +84,16 @@ class ComposedModel:
         strips_leading_space: Whether the tokenizer drops the space at the start of a text.
     """
 
-    composition: Composition
-    params: ComposedParams
-    programs: Programs
-    base: LanguageModel
+    composition: Composition = field(repr=False)
+    params: ComposedParams = field(repr=False)
+    programs: Programs = field(repr=False)
+    base: LanguageModel = field(repr=False)
     values: tuple[ValueNetwork, ...]
     strengths: tuple[float, ...]
     stop_ids: tuple[int, ...]
     context: int
     context_of: str
-    token_bytes: tuple[bytes, ...]
+    token_bytes: tuple[bytes, ...] = field(repr=False)
     strips_leading_space: bool
 
     @property
@@ -170,12 +170,15 @@ class ComposedModel:
         self,
         prompts: Sequence[Prompt],
         options: GenerationOptions | Sequence[GenerationOptions] = GREEDY,
+        *,
+        names: Sequence[str] = (),
     ) -> list[EncodedPrompt]:
         """Encode and check prompts, before anything is computed.
 
         Args:
             prompts: texts, dialogues or token ids.
             options: one for all prompts, or one a prompt.
+            names: what to call each prompt in messages; empty: "prompt 0", "prompt 1", …
 
         Returns:
             One encoded prompt each, in order.
@@ -199,7 +202,7 @@ class ComposedModel:
                 self._check(encoded[-1])
             except ValueError as error:
                 too_long |= isinstance(error, PromptTooLongError)
-                problems.append(f"prompt {row}: {error}" if len(prompts) > 1 else str(error))
+                problems.append(f"{names[row] if names else f'prompt {row}'}: {error}")
         if problems:
             raise (PromptTooLongError if too_long else ValueError)(_listed(problems))
         return encoded
@@ -234,20 +237,35 @@ class ComposedModel:
             options: how it is continued.
             chunk_tokens: tokens computed between two pieces.
 
-        Yields:
-            Pieces of text, none empty, of whole characters only; together they are the generation's
-            text. Then the `Generation` itself.
+        Returns:
+            An iterator over pieces of text, none empty, of whole characters only, which together
+            are the generation's text; its last item is the `Generation` itself. What is wrong with
+            the prompt is raised by this call.
 
         Raises:
             PromptTooLongError: as `generate`.
             ValueError: as `generate`.
         """
-        batch = self.prepare([prompt], options)
-        texts = [self._row_text(batch[0])]
-        for (piece,) in self._decode(batch, texts, chunk_tokens):
+        (prepared,) = self.prepare([prompt], options)
+        return self.stream_prepared(prepared, chunk_tokens=chunk_tokens)
+
+    def stream_prepared(
+        self, prompt: EncodedPrompt, *, chunk_tokens: int = 4
+    ) -> Iterator[str | Generation]:
+        """Continue one prepared prompt; as `stream`.
+
+        Args:
+            prompt: of `prepare`.
+            chunk_tokens: tokens computed between two pieces.
+
+        Yields:
+            As `stream`.
+        """
+        text = self._row_text(prompt)
+        for (piece,) in self._decode([prompt], [text], chunk_tokens):
             if piece:
                 yield piece
-        yield _generation(batch[0], texts[0])
+        yield _generation(prompt, text)
 
     def _decode(
         self, batch: Sequence[EncodedPrompt], texts: Sequence[RowText], chunk_tokens: int

@@ -1,0 +1,38 @@
+"""Decode with a base model and a value network: flags in, text out.
+
+python infer.py --base BASE --value VALUE --prompt "Once upon a time"
+python infer.py --base BASE --value VALUE --input prompts.jsonl --output out.jsonl
+python infer.py --base BASE --value VALUE --chat
+"""
+
+import logging
+import sys
+
+import tyro
+
+from ivl_jax.config import ConfigError, InferConfig
+
+
+def main() -> int:
+    """Run the command line; return its exit status."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("ivl_jax").setLevel(logging.INFO)
+    try:
+        config = tyro.cli(InferConfig, description=__doc__)
+        # Imported after the flags are read: JAX takes a second that --help need not wait for.
+        from ivl_jax.decoding import command
+
+        work = command.prepare(config)
+    except (ConfigError, OSError, ValueError) as error:
+        sys.stderr.write(f"infer.py: {error}\n")
+        return 2
+    try:
+        command.decode(work)
+    except KeyboardInterrupt:
+        sys.stderr.write("infer.py: stopped; the same command goes on with an --output file\n")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,243 @@
+"""What infer.py does once its flags are read: one prompt, a file of prompts, or a conversation.
+
+In: an `InferConfig`. Out: text on standard output, or lines of a JSONL file.
+"""
+
+import dataclasses
+import logging
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ivl_jax.checkpoint import load_value, read_value_metadata
+from ivl_jax.config import ConfigError, InferConfig, check_infer_config
+from ivl_jax.data.formats import Message
+from ivl_jax.decoding.compose import compose
+from ivl_jax.decoding.prompt_files import (
+    GenerationFile,
+    PromptRow,
+    folder_fingerprint,
+    read_prompts,
+)
+from ivl_jax.decoding.requests import GenerationOptions, PromptTooLongError
+from ivl_jax.decoding.text import ComposedModel, EncodedPrompt, Generation, Prompt
+from ivl_jax.sharding import LAYOUTS, make_mesh
+from ivl_jax.weights.language_model import find_model, load_language_model
+
+logger = logging.getLogger(__name__)
+
+# Flags that cannot change a text beyond near-ties; all others are compared when a run goes on.
+_FREE_FLAGS = frozenset(
+    {"prompt", "input", "output", "batch_size", "mesh", "base_layout", "value_layout"}
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Everything is read and checked; what is left is to decode.
+
+    Attributes:
+        config: The flags.
+        model: The composed model.
+        prompts: The prompts, encoded; empty in a conversation.
+        output: Where generations go; None: standard output.
+    """
+
+    config: InferConfig
+    model: ComposedModel
+    prompts: list[EncodedPrompt]
+    output: GenerationFile | None
+
+
+def prepare(config: InferConfig) -> Work:
+    """Check flags and files, then load the models and encode the prompts.
+
+    Args:
+        config: the flags.
+
+    Returns:
+        Work that only decoding can still fail.
+
+    Raises:
+        ConfigError: flags, prompts or an output file that do not fit; before any weight is read.
+        FileNotFoundError: no such base model or value folder.
+        ValueError: weights, tokenizers or prompts that do not fit.
+    """
+    check_infer_config(config)
+    if config.input is None and config.prompt is None and not sys.stdin.isatty():
+        raise ConfigError("--chat without --prompt talks on a terminal: give --prompt or --input")
+    rows = [] if config.input is None else read_prompts(Path(config.input))
+    base_folder = find_model(config.base)
+    if config.value != "none":
+        read_value_metadata(config.value)
+    output = None
+    if config.output is not None:
+        settings = _settings(config, base_folder)
+        output = GenerationFile(Path(config.output), settings=settings, rows=rows)
+    model = _load(config)
+    texts = [_prompt_of(row, chat=config.chat) for row in rows]
+    names = [row.where for row in rows]
+    if config.prompt is not None:
+        texts, names = [_dialogue(config.prompt) if config.chat else config.prompt], ["--prompt"]
+    return Work(config, model, model.prepare(texts, _options(config), names=names), output)
+
+
+def decode(work: Work) -> None:
+    """Decode what was prepared.
+
+    Args:
+        work: what `prepare` returned.
+    """
+    if work.output is not None:
+        _write_file(work, work.output)
+    elif work.prompts:
+        _show(work.model.stream_prepared(work.prompts[0]))
+    else:
+        _talk(work)
+
+
+def _load(config: InferConfig) -> ComposedModel:
+    mesh = _mesh(config)
+    dtype = jnp.dtype(config.dtype)
+    base_rules, value_rules = LAYOUTS[config.base_layout], LAYOUTS[config.value_layout]
+    start = time.perf_counter()
+    base = load_language_model(config.base, param_dtype=dtype, mesh=mesh, sharding_rules=base_rules)
+    values = []
+    if config.value != "none":
+        values.append(
+            load_value(config.value, param_dtype=dtype, mesh=mesh, sharding_rules=value_rules)
+        )
+    logger.info(
+        "loaded %s and %s in %.1f s", config.base, config.value, time.perf_counter() - start
+    )
+    return compose(
+        base,
+        *values,
+        strengths=[config.strength] * len(values),
+        mesh=mesh,
+        base_rules=base_rules,
+        value_rules=value_rules,
+    )
+
+
+def _mesh(config: InferConfig) -> Mesh | None:
+    if len(jax.devices()) == 1:
+        return None
+    return make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+
+
+def _options(config: InferConfig) -> GenerationOptions:
+    names = {field.name for field in dataclasses.fields(GenerationOptions)}
+    flags = {name: value for name, value in vars(config).items() if name in names}
+    return GenerationOptions(**flags)
+
+
+def _settings(config: InferConfig, base_folder: Path) -> dict[str, Any]:
+    """What decides the texts of an output file."""
+    flags = dataclasses.asdict(config)
+    settings = {name: value for name, value in flags.items() if name not in _FREE_FLAGS}
+    settings["base_fingerprint"] = folder_fingerprint(base_folder)
+    if config.value != "none":
+        settings["value_fingerprint"] = folder_fingerprint(Path(config.value))
+    return settings
+
+
+def _dialogue(text: str) -> list[Message]:
+    return [Message("user", text)]
+
+
+def _prompt_of(row: PromptRow, *, chat: bool) -> Prompt:
+    if row.text is None:
+        return [Message(role, content) for role, content in row.messages]
+    return _dialogue(row.text) if chat else row.text
+
+
+def _write_file(work: Work, output: GenerationFile) -> None:
+    left = work.prompts[output.done :]
+    if output.done:
+        logger.info("%d of %d prompts are done already", output.done, len(work.prompts))
+    columns = (
+        TextColumn("decoding"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("prompts"),
+        TimeRemainingColumn(),
+    )
+    with output, Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=len(work.prompts), completed=output.done)
+        for batch in work.model.generate_batches(left, batch_size=work.config.batch_size):
+            output.append(
+                {
+                    "text": generation.text,
+                    "finish_reason": generation.finish_reason,
+                    "prompt_tokens": generation.prompt_tokens,
+                    "generated_tokens": len(generation.token_ids),
+                }
+                for generation in batch
+            )
+            progress.update(task, completed=output.done)
+
+
+def _show(pieces: Any) -> str:
+    """Print pieces of text as they come; return the whole text."""
+    start = time.perf_counter()
+    first, generation = 0.0, None
+    for piece in pieces:
+        first = first or time.perf_counter() - start
+        if isinstance(piece, Generation):
+            generation = piece
+        else:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    # A file or a pipe gets the text and nothing else.
+    if sys.stdout.isatty():
+        sys.stdout.write("\n")
+    assert generation is not None
+    rest = max(time.perf_counter() - start - first, 1e-9)
+    logger.info(
+        "%d tokens (%s): the first after %.2f s, then %.1f tokens/s",
+        len(generation.token_ids),
+        generation.finish_reason,
+        first,
+        max(len(generation.token_ids) - 1, 0) / rest,
+    )
+    return generation.text
+
+
+def _talk(work: Work, *, read_line: Callable[[str], str] = input) -> None:
+    """Talk until the end of input; Ctrl-C stops an answer."""
+    sys.stdout.write("/reset starts a new conversation, /exit (or Ctrl-D) ends it\n")
+    messages: list[Message] = []
+    while True:
+        try:
+            line = read_line("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if line == "/exit":
+            return
+        if line == "/reset":
+            messages = []
+            continue
+        if not line:
+            continue
+        asked = [*messages, Message("user", line)]
+        try:
+            (prompt,) = work.model.prepare([asked], _options(work.config))
+        except PromptTooLongError as error:
+            logger.error("%s; /reset starts a new conversation", error)
+            continue
+        try:
+            answer = _show(work.model.stream_prepared(prompt))
+        except KeyboardInterrupt:
+            sys.stdout.write("\n")
+            continue
+        messages = [*asked, Message("assistant", answer.strip())]

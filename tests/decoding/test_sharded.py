@@ -1,0 +1,72 @@
+import jax
+import numpy as np
+import pytest
+
+from ivl_jax.decoding.compose import compose
+from ivl_jax.decoding.requests import GenerationOptions
+from ivl_jax.sharding import LAYOUTS, bytes_per_device, make_mesh
+from tests.decoding.conftest import make_value
+from tests.decoding.tiny import make_requests, tiny_arch
+
+PROMPTS = ["Once upon a time", "", "The big dog ran to the park and it was"]
+GREEDY = GenerationOptions(max_new_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def value(stories):
+    arch = tiny_arch(width=64, heads=8, kv_heads=4, rows=512, context=512)
+    return make_value(stories, arch=arch)
+
+
+@pytest.fixture(scope="module")
+def expected(stories, value):
+    return compose(stories, value, strengths=[0.3]).generate(PROMPTS, GREEDY)
+
+
+def total_bytes(tree):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def cache_bytes(model):
+    """For base and value: bytes of the cache on each device, and in all; 8 rows × 64 slots."""
+    padded, requests = make_requests([[1, 2]] * 8, new_tokens=3, strengths=model.strengths)
+    state = model.programs.prefill(model.params, padded, requests, capacity=64)
+    state = model.programs.decode_chunk(model.params, state, np.int32(2), np.zeros(8, bool))
+    caches = (state.base_cache, state.value_caches[0])
+    return [(set(bytes_per_device(cache).values()), total_bytes(cache)) for cache in caches]
+
+
+# stories260k and the value have 8 heads and 4 kv heads: tensor = 8 cannot split the latter.
+@pytest.mark.parametrize(
+    ("mesh", "layouts", "cache_shares"),
+    [
+        ({"data": 8}, ("full", "full"), (8, 8)),
+        ({"fsdp": 8}, ("full", "full"), (8, 8)),
+        ({"tensor": 8}, ("full", "full"), (1, 1)),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, ("full", "full"), (8, 8)),
+        ({"fsdp": 2, "tensor": 4}, ("full", "replicated"), (8, 2)),
+    ],
+    ids=str,
+)
+def test_every_layout_gives_the_single_device_text_and_holds_its_share(
+    stories, value, expected, mesh, layouts, cache_shares
+):
+    rules = [LAYOUTS[name] for name in layouts]
+    model = compose(
+        stories,
+        value,
+        strengths=[0.3],
+        mesh=make_mesh(**mesh),
+        base_rules=rules[0],
+        value_rules=rules[1],
+    )
+    assert model.generate(PROMPTS, GREEDY) == expected
+    for (per_device, total), share in zip(cache_bytes(model), cache_shares, strict=True):
+        assert per_device == {total // share}
+    parameter_ways = mesh.get("fsdp", 1) * mesh.get("tensor", 1)
+    held = bytes_per_device(model.params.base)
+    # Norm scales stay whole, and k and v where tensor does not divide their heads.
+    assert max(held.values()) < total_bytes(model.params.base) * (1 / parameter_ways + 0.12)
+    value_held = bytes_per_device(model.params.values[0])
+    if layouts[1] == "replicated":
+        assert set(value_held.values()) == {total_bytes(model.params.values[0])}

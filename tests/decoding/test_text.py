@@ -1,0 +1,272 @@
+import dataclasses
+import logging
+
+import jax
+import jax.monitoring
+import numpy as np
+import pytest
+
+from ivl_jax.data.formats import Message
+from ivl_jax.decoding.compose import compose
+from ivl_jax.decoding.generate import Programs
+from ivl_jax.decoding.requests import GenerationOptions, PromptTooLongError
+from ivl_jax.decoding.text import Generation
+from ivl_jax.tokenizer import TokenizerMismatchError, describe_tokenizer, load_tokenizer
+from tests.decoding.conftest import make_value
+from tests.decoding.tiny import assert_is_teacher_forced_arg_max, tiny_arch
+
+PROMPTS = ["Once upon a time", "", "The big dog ran to the park and it was", "Lily said"]
+
+
+def greedy(tokens, **changes):
+    return GenerationOptions(max_new_tokens=tokens, **changes)
+
+
+@pytest.fixture(scope="module")
+def base_alone(stories):
+    return compose(stories)
+
+
+def test_stories260k_from_bos_prints_the_published_greedy_text(base_alone, stories260k_dir):
+    expected = (stories260k_dir / "expected_greedy.txt").read_text()
+    (generation,) = base_alone.generate([""], greedy(200))
+    assert generation.text == expected
+    assert generation.prompt_tokens == 1
+
+
+def test_strength_zero_is_exactly_the_bases_text(base_alone, composed):
+    expected = [g.text for g in base_alone.generate(PROMPTS, greedy(40))]
+    at_zero = composed.generate(PROMPTS, greedy(40, strengths=(0.0,)))
+    assert [g.text for g in at_zero] == expected
+    assert [g.text for g in composed.generate(PROMPTS, greedy(40))] != expected
+
+
+def test_composed_greedy_text_is_the_teacher_forced_arg_max(composed):
+    for prompt, generation in zip(PROMPTS, composed.generate(PROMPTS, greedy(40)), strict=True):
+        assert_is_teacher_forced_arg_max(
+            composed.composition,
+            composed.params,
+            composed.encode(prompt),
+            generation.token_ids,
+            composed.strengths,
+        )
+
+
+def test_ragged_prompts_in_a_batch_give_the_text_of_each_alone(composed):
+    together = composed.generate(PROMPTS, greedy(30))
+    assert together == [composed.generate([prompt], greedy(30))[0] for prompt in PROMPTS]
+
+
+def test_samples_depend_on_the_seed_and_the_prompts_index_but_not_on_the_batch(composed):
+    hot = greedy(20, temperature=1.5, top_k=50, top_p=0.95, min_p=0.01, seed=1)
+    same = [PROMPTS[0]] * 4
+    by_four = composed.generate(same, hot)
+    assert composed.generate(same, hot, batch_size=1) == by_four
+    assert len({g.text for g in by_four}) == 4
+    assert composed.generate(same, dataclasses.replace(hot, seed=2)) != by_four
+
+
+def test_each_prompt_may_have_its_own_options(composed):
+    options = [greedy(5), greedy(9, strengths=(0.0,)), greedy(20, stop=("e",)), greedy(7)]
+    together = composed.generate([PROMPTS[0]] * 4, options)
+    assert together == [composed.generate([PROMPTS[0]], own)[0] for own in options]
+
+
+@pytest.fixture
+def compilations():
+    """Names of what was compiled since the fixture or the last `clear`."""
+    names = []
+
+    def listen(event, duration, **details):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(details)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_a_prompt_of_another_length_in_the_bucket_compiles_nothing(composed, compilations):
+    composed.generate(["One"], greedy(20))
+    compilations.clear()
+    composed.generate(["A girl named Lily liked it"], greedy(31))
+    assert compilations == []
+
+
+def test_other_settings_compile_nothing(composed, compilations):
+    composed.generate(["One"], greedy(20))
+    compilations.clear()
+    composed.generate(
+        ["Two"],
+        greedy(20, temperature=0.7, top_k=3, top_p=0.9, min_p=0.1, seed=9, strengths=(-1.0,)),
+    )
+    list(composed.stream("Three", greedy(9, stop=("x", "yy")), chunk_tokens=7))
+    compose(composed.base, *composed.values, strengths=[5.0]).generate(["Four"], greedy(20))
+    assert compilations == []
+
+
+def test_a_longer_prompt_does_compile(composed, compilations):
+    """The counter of the two tests above counts."""
+    composed.generate([[5] * 65], greedy(2))
+    assert compilations
+
+
+def test_a_prompt_longer_than_the_context_says_by_how_much_before_computing(composed):
+    prompts = ["fine", [5] * 520, [5] * 512, [6] * 700]
+
+    def fail(*_, **__):
+        pytest.fail("something was computed")
+
+    broken = dataclasses.replace(composed, programs=Programs(fail, fail, fail))
+    with pytest.raises(PromptTooLongError, match="8 more than the context of 512 tokens") as caught:
+        broken.generate(prompts)
+    assert "prompt 1" in str(caught.value)
+    assert "prompt 3: 700 tokens are 188 more" in str(caught.value)
+    assert "prompt 2" not in str(caught.value)
+
+
+def test_the_smallest_context_counts_and_is_named(stories):
+    small = make_value(stories, arch=tiny_arch(rows=512, context=50))
+    with pytest.raises(PromptTooLongError, match=r"50 tokens \(that of value network 1"):
+        compose(stories, small).generate([[5] * 51])
+
+
+def test_generation_ends_with_the_context_as_length(composed):
+    (generation, full) = composed.generate([[5] * 500, [5] * 512], greedy(100))
+    assert (len(generation.token_ids), generation.finish_reason) == (12, "length")
+    assert (full.text, full.token_ids, full.finish_reason) == ("", (), "length")
+
+
+def test_a_stop_id_ends_the_text_and_is_no_part_of_it(base_alone):
+    (free,) = base_alone.generate([""], greedy(30))
+    stop = free.token_ids[12]
+    first = free.token_ids.index(stop)
+    (ended,) = base_alone.generate([""], greedy(30, stop_ids=(stop,)))
+    assert ended.finish_reason == "eos"
+    assert ended.token_ids == free.token_ids[: first + 1]
+    assert free.text.startswith(ended.text)
+    assert ended.text == base_alone.generate([""], greedy(first))[0].text
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 32])
+def test_a_stop_string_that_spans_tokens_and_chunks_cuts_exactly(base_alone, chunk):
+    (free,) = base_alone.generate([""], greedy(60))
+    stop = free.text[41:58]
+    assert len(base_alone.tokenizer(stop)["input_ids"]) > 4
+    prepared = base_alone.prepare([""], greedy(60, stop=("never", stop)))
+    ((ended,),) = base_alone.generate_batches(prepared, chunk_tokens=chunk)
+    assert ended.text == free.text[: free.text.index(stop)]
+    assert ended.finish_reason == "stop_string"
+    # The ids end with the token that completes the stop string.
+    count = len(ended.token_ids)
+    assert ended.token_ids == free.token_ids[:count]
+    shorter, same = base_alone.generate([""] * 2, [greedy(count - 1), greedy(count)])
+    assert stop in same.text
+    assert stop not in shorter.text
+
+
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_streamed_pieces_are_the_text(composed, chunk):
+    hot = greedy(60, temperature=3.0, seed=4)  # hot enough for bytes that are no characters
+    (expected,) = composed.generate([PROMPTS[0]], hot)
+    *pieces, generation = composed.stream(PROMPTS[0], hot, chunk_tokens=chunk)
+    assert generation == expected
+    assert "".join(pieces) == expected.text
+    assert all(pieces)
+    assert len(pieces) > 5
+
+
+def test_streaming_raises_at_the_call_and_not_at_the_first_piece(composed):
+    with pytest.raises(PromptTooLongError):
+        composed.stream([5] * 600)
+
+
+def test_text_and_tokens_agree_with_the_tokenizer(base_alone):
+    for generation, prompt in zip(base_alone.generate(PROMPTS, greedy(40)), PROMPTS, strict=True):
+        ids = base_alone.encode(prompt)
+        decode = base_alone.tokenizer.decode
+        whole = decode([*ids, *generation.token_ids], skip_special_tokens=True)
+        assert decode(ids, skip_special_tokens=True) + generation.text == whole
+
+
+def test_a_dialogue_goes_through_the_values_chat_format(composed):
+    dialogue = [Message("user", "Tell me a story")]
+    ids = composed.encode(dialogue)
+    assert ids == composed.chat_format.encode_prompt(dialogue).tolist()
+    (generation,) = composed.generate([dialogue], greedy(5))
+    assert generation == composed.generate([ids], greedy(5))[0]
+
+
+def test_the_base_alone_talks_in_its_own_format(base_alone):
+    dialogue = [Message("user", "Tell me a story")]
+    assert base_alone.encode(dialogue) == base_alone.chat_format.encode_prompt(dialogue).tolist()
+
+
+def test_an_empty_prompt_without_a_beginning_of_sequence_token_is_refused(stories, monkeypatch):
+    info = dataclasses.replace(stories.tokenizer_info, bos_id=None)
+    model = compose(dataclasses.replace(stories, tokenizer_info=info))
+    with pytest.raises(ValueError, match="no tokens"):
+        model.generate([[]])
+    silent = property(lambda model: lambda text, verbose: {"input_ids": []})
+    monkeypatch.setattr(type(model), "tokenizer", silent)
+    with pytest.raises(ValueError, match="no beginning-of-sequence token"):
+        model.generate([""])
+
+
+def test_impossible_requests_are_named(composed):
+    with pytest.raises(ValueError, match=r"prompt 1: token ids outside \[0, 512\): \[512\]"):
+        composed.generate([[1], [1, 512]])
+    with pytest.raises(ValueError, match="2 strengths for 1 value network"):
+        composed.generate(["a"], greedy(3, strengths=(1.0, 2.0)))
+    with pytest.raises(ValueError, match="2 prompts, but 1 options"):
+        composed.generate(["a", "b"], [greedy(3)])
+    with pytest.raises(ValueError, match=r"temperature must be ≥ 0.*top_p must be in"):
+        GenerationOptions(temperature=-1.0, top_p=0.0)
+    with pytest.raises(ValueError, match="stop"):
+        GenerationOptions(stop="END")
+
+
+def test_no_prompts_give_no_generations(composed):
+    assert composed.generate([]) == []
+
+
+def test_a_value_of_another_vocabulary_is_refused_with_both_names(stories, gpt2_tokenizer_dir):
+    tokenizer = load_tokenizer(gpt2_tokenizer_dir)
+    other = make_value(stories, tokenizer=tokenizer, tokenizer_info=describe_tokenizer(tokenizer))
+    with pytest.raises(TokenizerMismatchError, match="value network 1") as caught:
+        compose(stories, other)
+    assert stories.path in str(caught.value)
+    assert "vocabulary map" in str(caught.value)
+
+
+def test_ids_unknown_to_the_value_keep_the_bases_logit_with_a_warning(stories, caplog):
+    info = stories.tokenizer_info
+    shorter = dataclasses.replace(
+        info, vocab_size=511, ordinary_tokens=info.ordinary_tokens[:511], fingerprint="shorter"
+    )
+    value = make_value(stories, tokenizer_info=shorter)
+    with caplog.at_level(logging.WARNING):
+        model = compose(stories, value)
+    assert "511" in caplog.text
+    assert np.asarray(model.params.unknown_ids[0]).tolist() == [511]
+    # The value reads the unknown token without NaN, and the text goes on.
+    (generation,) = model.generate([[1, 511]], greedy(10))
+    assert isinstance(generation, Generation)
+    assert len(generation.token_ids) == 10
+
+
+def test_several_values_and_strengths_add_up(stories, value):
+    other = make_value(stories, seed=1)
+    twice = compose(stories, value, value, strengths=[0.1, 0.2])
+    once = compose(stories, value, strengths=[0.3])
+    assert twice.generate(PROMPTS, greedy(15)) == once.generate(PROMPTS, greedy(15))
+    both = compose(stories, value, other, strengths=[0.3, 0.0])
+    assert both.generate(PROMPTS, greedy(15)) == once.generate(PROMPTS, greedy(15))
+    with pytest.raises(ValueError, match="1 strengths for 2"):
+        compose(stories, value, other, strengths=[0.3])
+
+
+def test_tied_heads_are_decoded_from_a_transposed_copy(composed, stories):
+    assert "lm_head" not in stories.params
+    kernel = composed.params.base["lm_head"]["kernel"]
+    np.testing.assert_array_equal(kernel.T, stories.params["embed_tokens"]["embedding"])
