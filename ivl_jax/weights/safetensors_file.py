@@ -169,13 +169,15 @@ def read_slices(descriptor: int, record: TensorRecord, targets: Sequence[Target]
     Raises:
         ValueError: the file ends early: somebody changed it.
     """
+    targets = [target for target in targets if target.array.size]
+    if not targets:  # vocabulary padding only
+        return
     dtype = DTYPES[record.dtype]
     row_bytes = dtype.itemsize * math.prod(record.shape[1:])
     if all(_whole_rows(target, record) for target in targets):
         for target in targets:
-            if target.array.size:
-                data = target.array.reshape(-1).view(np.uint8).data
-                _read_exactly(descriptor, [data], record, target.rows.start * row_bytes)
+            data = target.array.reshape(-1).view(np.uint8).data
+            _read_exactly(descriptor, [data], record, target.rows.start * row_bytes)
         return
     first = min(target.rows.start for target in targets)
     last = max(target.rows.stop for target in targets)

@@ -410,6 +410,7 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 from ivl_jax.model.architecture import ArchConfig
+from ivl_jax.model.decoder import abstract_params
 from ivl_jax.weights.hf_checkpoint import load_params
 import jax
 
@@ -418,7 +419,7 @@ def peak():
     return 1024 * int(line.split()[1])
 
 arch = ArchConfig.from_hf(json.loads(Path(sys.argv[1], "config.json").read_text()))
-jax.block_until_ready(jax.device_put(0.0))
+abstract_params(arch), jax.block_until_ready(jax.device_put(0.0))  # JAX's own memory comes first
 before = peak()
 params = load_params(sys.argv[1], arch)
 size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
@@ -449,4 +450,4 @@ def test_loading_holds_one_copy_of_the_parameters(tmp_path: Path, project_root: 
     )
     measured = json.loads(done.stdout)
     assert measured["size"] > 150e6
-    assert measured["grown"] < 1.15 * measured["size"]
+    assert measured["grown"] < 1.1 * measured["size"]

@@ -174,6 +174,18 @@ def test_reads_that_return_less_than_asked_are_continued(
     np.testing.assert_array_equal(turned, full.T)
 
 
+def test_an_empty_slice_behind_the_tensor_reads_nothing(tmp_path: Path) -> None:
+    # What a device holds whose vocabulary rows are all padding; the tensor is the file's last.
+    save_file({"x": np.ones((2, 2), np.float32)}, tmp_path / "x.safetensors")
+    record = read_header(tmp_path / "x.safetensors")["x"]
+    behind = Target(np.empty((2, 0), np.float32).T, slice(8, 8), slice(0, 2))
+    last = Target(np.empty((2, 1), np.float32).T, slice(1, 2), slice(0, 2))
+    with record.file.open("rb") as file:
+        read_slices(file.fileno(), record, [behind])
+        read_slices(file.fileno(), record, [last, behind])
+    np.testing.assert_array_equal(last.array, [[1, 1]])
+
+
 def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"x": np.zeros((6, 10), np.float32)}, path)
