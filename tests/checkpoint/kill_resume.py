@@ -95,7 +95,7 @@ def kill_and_resume(
     while True:
         run_dir = workplace / f"run{runs}"
         line = command(run_dir, resume)
-        at_save = chance.random() < 0.5
+        at_save = killed == 0 or chance.random() < 0.5
         started = time.monotonic()
         log = workplace / f"run{runs}.log"
         with open(log, "ab") as output:
@@ -110,7 +110,7 @@ def kill_and_resume(
         if killed < kills:
             if at_save:
                 _wait_for_save(process, run_dir, saves=chance.randrange(1, 5))
-                time.sleep(chance.uniform(0, 0.15))
+                time.sleep(chance.uniform(0, 0.1))
             else:
                 _wait(process, chance.uniform(0, duration))
         else:

@@ -184,7 +184,7 @@ def test_saving_six_million_parameters_costs_the_loop_well_under_a_second(tmp_pa
 
 def test_the_newest_the_one_before_and_the_best_are_kept(tmp_path: Path) -> None:
     with TrainCheckpointer(tmp_path, keep=2) as checkpointer:
-        for step, nll in enumerate([5.0, 1.0, 3.0, float("nan"), 4.0, 2.0]):
+        for step, nll in enumerate([float("nan"), 1.0, 3.0, 5.0, 4.0, 2.0]):
             save(checkpointer, step, nll=nll)
         assert checkpointer.steps() == [1, 4, 5]
         assert checkpointer.best_step() == 1
@@ -423,13 +423,13 @@ def test_an_incomplete_newest_step_is_named_and_the_one_before_is_used(
 
 def test_an_unfinished_save_is_named_and_cleared_by_the_next_save(tmp_path: Path) -> None:
     saved_run(tmp_path, 0, 1)
-    (tmp_path / "2.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    (tmp_path / "4.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
     with TrainCheckpointer(tmp_path, keep=2) as checkpointer:
         restored = checkpointer.restore(make_state(0))
         assert restored.step == 1
-        assert restored.rejected[0].step == 2
+        assert restored.rejected[0].step == 4
         assert "while it was being saved" in restored.rejected[0].reasons[0]
-        assert "2.orbax-checkpoint-tmp" in folders(tmp_path), "reading changes nothing"
+        assert "4.orbax-checkpoint-tmp" in folders(tmp_path), "reading changes nothing"
         save(checkpointer, 2)
     assert folders(tmp_path) == ["1", "2"]
 
