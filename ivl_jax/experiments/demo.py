@@ -124,10 +124,9 @@ def main() -> None:
     files = write_demonstrations(options.run_dir / "demonstrations", items)
     config = load_config(options.config, TrainConfig)
     result = run(demo_config(config, files, run_dir=options.run_dir))
-    if result.interrupted:
-        raise SystemExit("interrupted: `make demo` begins anew")
-
-    value = load_value(str(result.value_folder))
+    if result.output is None:
+        raise SystemExit("interrupted; the next `make demo` begins anew")
+    value = load_value(result.output)
     test = select(items, "test")
     report, texts = compare(value, test)
     report["items"] = {

@@ -93,12 +93,14 @@ def sweep(options: Options, items: list[Item]) -> dict[str, Any]:
         if not result_file.exists():
             shutil.rmtree(run_dir, ignore_errors=True)
             result = run(finetune_config(config, files, run_dir=run_dir, rate=rate, epochs=epochs))
-            model = load_language_model(str(result.model_folder))
+            if result.output is None:
+                raise SystemExit("interrupted; run the same command again to go on")
+            model = load_language_model(str(result.output))
             entry = {
                 "learning_rate": rate,
                 "epochs": epochs,
                 "validation_nll": response_nll(model, None, validation),
-                "model_folder": str(result.model_folder),
+                "model_folder": str(result.output),
             }
             result_file.write_text(json.dumps(entry), encoding="utf-8")
         tried.append(json.loads(result_file.read_text(encoding="utf-8")))

@@ -1,0 +1,69 @@
+"""Pre-training: resumed equals uninterrupted, and the folder loads as a model."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from ivl_jax.experiments import pretrain_family
+from ivl_jax.experiments.corpus import Corpus, SourceFile, Windows
+from ivl_jax.experiments.facts import build_facts
+from ivl_jax.experiments.pretrain_family import Options, pretrain
+from ivl_jax.weights.language_model import load_language_model
+
+_TEXT = (
+    '"""A module that counts."""\n\ndef count(things):\n    """Count."""\n    return len(things)\n'
+)
+
+
+@pytest.fixture
+def corpus(monkeypatch: pytest.MonkeyPatch) -> Corpus:
+    tiny = pretrain_family.RECIPES["S"]._replace(
+        entries=300, width=16, mlp_width=16, head_dim=4, epochs=1.0, rows=4
+    )
+    monkeypatch.setitem(pretrain_family.RECIPES, "S", tiny)
+    sources = tuple(SourceFile(f"file{index}.py", _TEXT * 30) for index in range(10))
+    return Corpus(sources, (SourceFile("held.py", _TEXT * 60),), tuple(build_facts(count=4)))
+
+
+def _options(folder: Path) -> Options:
+    return Options(out=folder / "family", work_dir=folder / "work", checkpoint_every=2, log_every=1)
+
+
+def test_a_resumed_run_writes_the_bytes_of_one_that_never_stopped(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = pretrain("S", corpus, _options(tmp_path / "whole"))
+    assert whole["steps"] >= 4
+    draw = Windows.batch
+
+    def stop_before_the_fourth_step(self: Windows, step: int, *, rows: int):
+        if step == 3:
+            raise KeyboardInterrupt
+        return draw(self, step, rows=rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Windows, "batch", stop_before_the_fourth_step)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain("S", corpus, _options(tmp_path / "twice"))
+    pretrain("S", corpus, _options(tmp_path / "twice"))
+    first, second = (
+        (tmp_path / name / "family" / "S" / "model.safetensors").read_bytes()
+        for name in ("whole", "twice")
+    )
+    assert first == second
+
+
+def test_the_folder_is_a_model_with_its_record(corpus: Corpus, tmp_path: Path) -> None:
+    options = dataclasses.replace(_options(tmp_path), epochs=0.3)
+    pretrain("S", corpus, options)
+    folder = options.out / "S"
+    model = load_language_model(str(folder))
+    assert model.arch.hidden_size == 16
+    assert model.stop_ids == (model.tokenizer.eos_token_id,)
+    record = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    assert record["corpus_sha256"] == corpus.fingerprint
+    assert record["tokens_seen"] == record["steps"] * 4 * 256
+    assert 0 <= record["facts_known"] <= 1
+    assert record["held_out_nll"] > 0
