@@ -202,7 +202,7 @@ class _Training:
 
     def _start(self, state: TrainState, report: Reporter) -> None:
         """Evaluate and save step 0; training begins when it is safe on disk."""
-        if self._config.method == "value" and jax.process_index() == 0:
+        if self._config.method == "value":
             write_value_description(
                 self._directory.path,
                 metadata=_value_metadata(self._config, self._prepared, steps=0),
@@ -340,6 +340,8 @@ def _initialize_distributed() -> None:
     """Join the other processes; clusters are detected, else three variables say it all."""
     if jax.distributed.is_initialized():
         return
+    # Gloo pairs collectives by the order they come in; two programs in flight may swap theirs.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
     try:
         jax.distributed.initialize(

@@ -12,6 +12,7 @@ import logging
 import platform
 import subprocess
 import sys
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -21,9 +22,10 @@ from typing import Any
 import jax
 from etils import epath
 
+from ivl_jax.checkpoint.paths import write_atomically
 from ivl_jax.checkpoint.value_metadata import library_versions
 from ivl_jax.config import ConfigError, TrainConfig
-from ivl_jax.config_files import config_to_mapping, config_to_toml, load_config
+from ivl_jax.config_files import config_from_mapping, config_to_mapping, config_to_toml
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +80,10 @@ class RunDirectory:
                 something else.
             ConfigError: the run there was started with another config; names each difference.
         """
-        there = self.path.exists() and any(self.path.iterdir())
+        # A run killed while it wrote its very first file has not begun.
+        there = self.path.exists() and any(
+            not path.name.startswith(f"{CONFIG_FILE}.tmp") for path in self.path.iterdir()
+        )
         if not there:
             if config.resume:
                 logger.warning("%s is empty or absent: nothing to resume, starting", self.path)
@@ -108,9 +113,8 @@ class RunDirectory:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         if not there:
-            (self.path / CONFIG_FILE).write_text(
-                config_to_toml(replace(config, resume=False)) + "\n"
-            )
+            text = config_to_toml(replace(config, resume=False)) + "\n"
+            write_atomically(self.path / CONFIG_FILE, text.encode())
         starts_file = self.path / "starts.json"
         starts = json.loads(starts_file.read_text()) if starts_file.exists() else []
         now = _this_start()
@@ -120,10 +124,11 @@ class RunDirectory:
                 "the last bits: %s",
                 _differences(starts[-1]["versions"], now["versions"]),
             )
-        starts_file.write_text(json.dumps([*starts, now], indent=2) + "\n")
+        write_atomically(starts_file, (json.dumps([*starts, now], indent=2) + "\n").encode())
 
     def _check_same(self, config: TrainConfig, stored: epath.Path) -> None:
-        before = _flat(config_to_mapping(load_config(Path(stored))))
+        document = tomllib.loads(stored.read_text())
+        before = _flat(config_to_mapping(config_from_mapping(document, where=str(stored))))
         after = _flat(config_to_mapping(config))
         changed = _differences(before, after, ignore=_MAY_CHANGE)
         if changed:
@@ -180,7 +185,7 @@ class RecordFile:
                 f"{size}: records are missing; restore the file, or name another run_dir"
             )
         if len(content) > size:
-            self.path.write_bytes(content[:size])
+            write_atomically(self.path, content[:size])
         self._lines = None
 
     def last_step(self) -> int:

@@ -5,15 +5,13 @@ In: a config. Out: `Preparation`. What is cheap and can be wrong comes first; we
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from ivl_jax.config import ConfigError, DataConfig, TrainConfig
@@ -115,23 +113,24 @@ def prepare_data(config: TrainConfig, models: Models, mesh: Mesh) -> Data:
     options = config.data
     info = models.trained.info
     chat_format = make_chat_format(models.trained.tokenizer, template=options.chat_template)
-    with _process_0_first("demonstrations"):
-        stored = store_demonstrations(
-            _source(options),
-            data_dir=options.data_dir,
+    # Every process does this by itself: hosts may have disks of their own, and on a shared one what
+    # they write is the same.
+    stored = store_demonstrations(
+        _source(options),
+        data_dir=options.data_dir,
+        max_malformed_share=options.max_malformed_fraction,
+    )
+    split: dict[str, TokenizedDemonstrations] = {
+        name: tokenize_demonstrations(
+            stored.open(name),
+            chat_format,
+            sequence_length=options.max_length,
+            cache_dir=options.data_dir,
             max_malformed_share=options.max_malformed_fraction,
         )
-        split: dict[str, TokenizedDemonstrations] = {
-            name: tokenize_demonstrations(
-                stored.open(name),
-                chat_format,
-                sequence_length=options.max_length,
-                cache_dir=options.data_dir,
-                max_malformed_share=options.max_malformed_fraction,
-            )
-            for name in ("train", "validation")
-            if stored.counts.get(name)
-        }
+        for name in ("train", "validation")
+        if stored.counts.get(name)
+    }
     index, count = data_shard(mesh)
     layout: dict[str, Any] = {
         "pad_id": info.pad_id,
@@ -298,13 +297,3 @@ def _source(options: DataConfig) -> DemonstrationSource:
         validation_fraction=options.validation_fraction,
         group_field=options.group_field or "",
     )
-
-
-@contextmanager
-def _process_0_first(what: str) -> Iterator[None]:
-    """Let process 0 write files on a shared disk before the others find them there."""
-    if jax.process_count() > 1 and jax.process_index() > 0:
-        multihost_utils.sync_global_devices(what)
-    yield
-    if jax.process_count() > 1 and jax.process_index() == 0:
-        multihost_utils.sync_global_devices(what)

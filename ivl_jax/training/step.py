@@ -93,11 +93,10 @@ def init_state(
         The state at step 0.
     """
 
-    def make(params: Params, key: Key[Array, ""]) -> TrainState:
+    def make(params: Params) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), key)
 
-    place = jax.jit(make, out_shardings=shardings, donate_argnums=0)
-    return place(params, jax.device_put(key, shardings.key))
+    return jax.jit(make, out_shardings=shardings, donate_argnums=0)(params)
 
 
 def abstract_state(

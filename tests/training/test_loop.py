@@ -1,0 +1,214 @@
+"""Whole runs on tiny models: what they leave behind, and that stopping changes nothing."""
+
+import json
+import signal
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from ivl_jax.checkpoint import TrainCheckpointer, load_value
+from ivl_jax.config import ConfigError, MeshConfig, StepConfig, ValueConfig
+from ivl_jax.config_files import load_config
+from ivl_jax.training import loop
+from ivl_jax.training.loop import NonFiniteLossError, run
+from ivl_jax.training.reporting import Reporter
+from ivl_jax.training.run_directory import RunDirectoryError
+from ivl_jax.weights.language_model import load_language_model
+
+# make_mesh says that one of eight virtual devices is used.
+pytestmark = pytest.mark.usefixtures("caplog")
+
+
+def records(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_arrays(one, other):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), one, other
+    )
+
+
+class Crash(Exception):
+    """Stands for a killed process."""
+
+
+def at_step(monkeypatch, number, act):
+    """Do something when a step's figures are read."""
+    original = Reporter.step
+
+    def step(self, step, metrics, *, record):
+        original(self, step, metrics, record=record)
+        if step == number:
+            act()
+
+    monkeypatch.setattr(Reporter, "step", step)
+
+
+def crash():
+    raise Crash
+
+
+def test_a_stopped_and_crashed_run_equals_one_that_never_stopped_bit_for_bit(
+    tiny_config, tmp_path, monkeypatch
+):
+    whole = run(tiny_config)
+    assert not whole.interrupted
+    assert whole.steps == whole.total_steps == 6
+    check_what_a_run_leaves(tiny_config, whole)
+
+    config = replace(tiny_config, run_dir=str(tmp_path / "stopped"))
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: signal.raise_signal(signal.SIGTERM))
+        stopped = run(config)
+    assert stopped.interrupted
+    assert stopped.output is None
+    # The figures of step 3 are read when step 4 is on its way: the next boundary is after step 4.
+    assert stopped.steps == 4
+    config = replace(config, resume=True)
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, crash)
+        with pytest.raises(Crash):
+            run(config)
+    resumed = run(config)
+
+    assert resumed.held_out == whole.held_out
+    for name in ("metrics.jsonl", "config.toml"):
+        pair = [(result.run_dir / name).read_bytes() for result in (whole, resumed)]
+        assert pair[0].replace(b'/run"', b'/stopped"') == pair[1]
+    values = [load_value(result.output) for result in (whole, resumed)]
+    assert_same_arrays(values[0].params, values[1].params)
+    assert len(json.loads((resumed.run_dir / "starts.json").read_text())) == 3
+
+
+def check_what_a_run_leaves(config, result):
+    held_out = [record for record in records(result.run_dir) if "held_out" in record]
+    assert [record["step"] for record in held_out] == [0, 3, 6]
+    steps = [record for record in records(result.run_dir) if "loss" in record]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
+    assert {"loss", "nll", "accuracy", "penalty", "mean_abs_value", "gradient_norm"} < set(steps[0])
+    assert len({record["held_out"]["base_nll"] for record in held_out}) == 1
+    assert held_out[-1]["held_out"] == result.held_out
+    assert result.held_out["nll"] < held_out[0]["held_out"]["nll"]
+    assert load_config(str(result.run_dir / "config.toml")) == config
+    assert list((result.run_dir / "tensorboard").iterdir())
+    timings = (result.run_dir / "timings.jsonl").read_text().splitlines()
+    assert {"step", "seconds_per_step", "tokens_per_second"} == set(json.loads(timings[0]))
+    value = load_value(result.output)
+    assert value.metadata.steps == 6
+    assert value.metadata.chat_template == "plain"
+    assert value.metadata.training_base["name"] == config.base.path
+    assert set(value.tokenizer_info.eos_ids) <= set(value.stop_ids)
+
+
+def test_an_existing_run_is_an_error_that_says_how_to_go_on(tiny_config, monkeypatch):
+    monkeypatch.setattr(loop, "prepare", lambda *_: crash())
+    with pytest.raises(Crash):
+        run(tiny_config)
+    with pytest.raises(RunDirectoryError, match=r"train\.py --config .*config\.toml --resume"):
+        run(tiny_config)
+    changed = replace(tiny_config, resume=True, seed=1)
+    with pytest.raises(ConfigError, match=r"seed was 0, now 1"):
+        run(changed)
+    # What only says where and how to compute may change; nothing was saved, so it starts again.
+    moved = replace(tiny_config, resume=True, mesh=MeshConfig(data=2, fsdp=1))
+    with pytest.raises(Crash):
+        run(moved)
+
+
+def test_a_folder_that_is_no_run_is_never_written_to(tiny_config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    with pytest.raises(RunDirectoryError, match="no run directory"):
+        run(replace(tiny_config, resume=True))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_lost_checkpoints_stop_a_resume(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "prepare", lambda *_: crash())
+    with pytest.raises(Crash):
+        run(tiny_config)
+    monkeypatch.undo()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 5, "loss": 1.0}\n')
+    with pytest.raises(RunDirectoryError, match="tells of 5 steps"):
+        run(replace(tiny_config, resume=True))
+    assert records(tmp_path / "run") == [{"step": 5, "loss": 1.0}]
+
+
+def test_a_non_finite_loss_names_step_and_rows_and_keeps_the_last_good_checkpoint(tiny_config):
+    optimizer = replace(tiny_config.optimizer, learning_rate=1e30, schedule="constant")
+    logging = replace(tiny_config.logging, checkpoint_every=1)
+    with pytest.raises(NonFiniteLossError) as caught:
+        run(replace(tiny_config, optimizer=optimizer, logging=logging))
+    assert "step 2" in str(caught.value)
+    assert "rows.jsonl:" in str(caught.value)
+    checkpoints = TrainCheckpointer(f"{tiny_config.run_dir}/checkpoints", keep=3)
+    assert "last good checkpoint is that of step 1" in str(caught.value)
+    assert checkpoints.steps() == [0, 1]
+
+
+def test_a_zeroed_head_starts_as_the_base_on_eight_devices_with_stacked_layers(tiny_config):
+    config = replace(
+        tiny_config,
+        value=ValueConfig(init="base", layout="fsdp"),
+        base=replace(tiny_config.base, layout="tensor"),
+        step=StepConfig(max_steps=2, batch_size=4, scan_layers=True, remat=True),
+        mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+    )
+    result = run(config)
+    start = records(result.run_dir)[0]["held_out"]
+    assert start["nll"] == start["base_nll"]
+    assert start["mean_abs_value"] == 0.0
+    assert result.held_out["nll"] != start["nll"]
+    value = load_value(result.output)
+    assert value.arch.tie_word_embeddings is False
+    assert sorted(value.params["layers"]) == [0, 1]
+
+
+def test_fine_tuning_alone_leaves_a_model_folder(tiny_config):
+    step = StepConfig(max_steps=2, batch_size=4, scan_layers=True, compute_dtype="bfloat16")
+    result = run(replace(tiny_config, method="sft", step=step))
+    assert "base_nll" not in result.held_out
+    model = load_language_model(str(result.output))
+    before = load_language_model(tiny_config.base.path)
+    assert model.tokenizer_info.fingerprint == before.tokenizer_info.fingerprint
+    moved = np.abs(
+        np.asarray(model.params["lm_head"]["kernel"] - before.params["lm_head"]["kernel"])
+    )
+    assert moved.max() > 1e-3
+
+
+def test_scratch_initialisation_depends_on_the_seed_alone(tiny_config, tmp_path):
+    step = StepConfig(max_steps=1, batch_size=4)
+    value = replace(tiny_config.value, init="scratch")
+    first = replace(tiny_config, value=value, step=step)
+    results = [
+        run(replace(first, run_dir=str(tmp_path / name), mesh=mesh))
+        for name, mesh in (("one", first.mesh), ("four", MeshConfig(data=2, fsdp=2)))
+    ]
+    starts = [records(result.run_dir)[0]["held_out"]["nll"] for result in results]
+    assert starts[0] == pytest.approx(starts[1], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": StepConfig(batch_size=3, max_steps=1), "mesh": MeshConfig(fsdp=2)}, "multiple"),
+        ({"mesh": MeshConfig(data=16, fsdp=1)}, "8 device"),
+        ({"run_dir": ""}, "run_dir is empty"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_read(
+    tiny_config, monkeypatch, change, message
+):
+    monkeypatch.setattr(loop, "choose_models", lambda *_: crash())
+    with pytest.raises(ConfigError, match=message):
+        run(replace(tiny_config, **change))
+
+
+def test_rows_longer_than_the_context_are_an_error_that_names_the_model(tiny_config):
+    data = replace(tiny_config.data, max_length=65)
+    with pytest.raises(ConfigError, match=r"max_length = 65 .*base: 64"):
+        run(replace(tiny_config, data=data))

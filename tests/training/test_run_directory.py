@@ -1,0 +1,75 @@
+"""Record files that can be cut back, and what a start writes down."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from etils import epath
+
+from ivl_jax.config import ConfigError, LoggingConfig, OptimizerConfig, TrainConfig
+from ivl_jax.training.run_directory import RecordFile, RunDirectory, RunDirectoryError
+
+
+def test_records_are_cut_back_to_a_size_with_a_half_written_line(tmp_path):
+    file = RecordFile(epath.Path(tmp_path / "metrics.jsonl"))
+    file.append({"step": 1})
+    size = file.flush()
+    file.append({"step": 2})
+    with (tmp_path / "metrics.jsonl").open("ab") as raw:
+        raw.write(b'{"step": 3, "lo')
+    assert file.last_step() == 2
+    file.cut(size)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    file.append({"step": 2})
+    assert file.last_step() == 2
+
+
+def test_missing_records_are_an_error_that_says_how_many(tmp_path):
+    file = RecordFile(epath.Path(tmp_path / "metrics.jsonl"))
+    file.append({"step": 1})
+    with pytest.raises(RunDirectoryError, match=r"has 12 bytes.*had 40"):
+        file.cut(40)
+
+
+def test_an_absent_file_has_no_records(tmp_path):
+    file = RecordFile(epath.Path(tmp_path / "metrics.jsonl"))
+    assert (file.flush(), file.last_step()) == (0, -1)
+    file.cut(0)
+
+
+def test_each_start_is_written_down_and_the_config_only_once(tmp_path):
+    config = TrainConfig(run_dir=str(tmp_path / "run"), resume=True)
+    directory = RunDirectory(config.run_dir)
+    directory.open(config, there=directory.check(config))
+    before = (tmp_path / "run" / "config.toml").read_bytes()
+    assert b"resume = false" in before
+    again = replace(config, logging=LoggingConfig(log_every=3))
+    assert directory.check(again) is True
+    directory.open(again, there=True)
+    assert (tmp_path / "run" / "config.toml").read_bytes() == before
+    starts = json.loads((tmp_path / "run" / "starts.json").read_text())
+    assert len(starts) == 2
+    assert {"time", "command", "versions", "backend", "devices", "commit"} <= set(starts[0])
+
+
+def test_every_difference_to_the_started_config_is_named(tmp_path):
+    config = TrainConfig(run_dir=str(tmp_path / "run"), resume=True)
+    directory = RunDirectory(config.run_dir)
+    directory.open(config, there=False)
+    changed = replace(config, seed=3, optimizer=OptimizerConfig(learning_rate=0.5))
+    with pytest.raises(ConfigError) as caught:
+        directory.check(changed)
+    assert "seed was 0, now 3" in str(caught.value)
+    assert "optimizer.learning_rate was 0.0001, now 0.5" in str(caught.value)
+    assert directory.resume_command in str(caught.value)
+
+
+def test_other_library_versions_are_said(tmp_path, caplog):
+    config = TrainConfig(run_dir=str(tmp_path / "run"))
+    directory = RunDirectory(config.run_dir)
+    directory.open(config, there=False)
+    starts = json.loads((tmp_path / "run" / "starts.json").read_text())
+    starts[-1]["versions"]["jax"] = "0.0.1"
+    (tmp_path / "run" / "starts.json").write_text(json.dumps(starts))
+    directory.open(config, there=True)
+    assert "jax was '0.0.1'" in caplog.text
