@@ -50,7 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _which(text: str) -> str | int:
-    return text if text in ("best", "latest") else int(text)
+    if text not in ("best", "latest") and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a step, best or latest, got {text!r}")
+    return int(text) if text.isdecimal() else text
 
 
 def _export_value(chosen: argparse.Namespace) -> str:

@@ -139,3 +139,9 @@ def test_commands_export_a_value_folder_and_a_hugging_face_folder(
     capsys.readouterr()
     assert main(["export-value", str(run_dir), str(out)]) == 1
     assert "say overwrite" in capsys.readouterr().err
+
+
+def test_a_step_that_is_no_step_is_an_error_of_the_command_line(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["export-value", "run", "out", "--step", "newest"])
+    assert "expected a step, best or latest, got 'newest'" in capsys.readouterr().err

@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ivl_jax.checkpoint import NoUsableCheckpointError, TrainCheckpointer
-from ivl_jax.checkpoint.manifest import MANIFEST_NAME
+from ivl_jax.checkpoint.manifest import MANIFEST_NAME, write_manifest
 from ivl_jax.sharding import make_mesh
 from ivl_jax.tree_compare import TreeMismatchError
 
@@ -478,6 +478,26 @@ def test_a_half_deleted_old_step_does_not_count_as_kept(tmp_path: Path) -> None:
         assert checkpointer.steps() == [0, 2]
         save(checkpointer, 3)
     assert folders(tmp_path) == ["0", "2", "3"]
+
+
+def reseal(folder: Path, step: int) -> None:
+    write_manifest(folder, {"step": step, "metrics": {}})
+
+
+def test_the_label_must_be_the_step_of_the_state(tmp_path: Path) -> None:
+    saved_run(tmp_path, 0, 1)
+    (tmp_path / "1").rename(tmp_path / "2")
+    reseal(tmp_path / "2", 2)
+    with pytest.raises(ValueError, match=r"2 holds state\.step = 1, expected 2"):
+        TrainCheckpointer(tmp_path, keep=1).restore(make_state(0))
+
+
+def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
+    saved_run(tmp_path, 0)
+    (tmp_path / "0" / "data" / "metadata").write_text('{"processes": [{"json": 1}, {"json": 2}]}')
+    reseal(tmp_path / "0", 0)
+    with pytest.raises(ValueError, match=r"of 2 process\(es\), this run has 1: resume with as"):
+        TrainCheckpointer(tmp_path, keep=1).restore(make_state(0))
 
 
 # Whether anything was trained
