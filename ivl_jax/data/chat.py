@@ -4,6 +4,7 @@ In: messages, a tokenizer and a chat template. Out: for training, tokens and whi
 assistant must produce; for decoding, a prompt's tokens, which are a prefix of the training tokens.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -189,11 +190,11 @@ class ChatFormat:
             if turn + 1 < len(messages):
                 through, _ = self._render(messages[: turn + 1], prompt=False)
             if not text.startswith(through):
-                raise self._changed(turn, through, text)
+                raise self._changed(messages[: turn + 1], through, text)
             if not through.startswith(prompt):
                 before, _ = self._render(messages[:turn], prompt=False)
                 if not through.startswith(before):
-                    raise self._changed(turn - 1, before, through)
+                    raise self._changed(messages[:turn], before, through)
                 raise ChatTemplateError(
                     f"chat template {self.name}: turn {turn} (assistant) does not begin as the "
                     f"prompt for it ends: {_parting(prompt, through)}"
@@ -219,7 +220,13 @@ class ChatFormat:
             return marked_end
         return marked_end + len(self._encoder.special_at(text, marked_end))
 
-    def _changed(self, turn: int, earlier: str, later: str) -> ChatTemplateError:
+    def _changed(self, messages: Sequence[Message], earlier: str, later: str) -> ChatTemplateError:
+        """The error that names the first turn which is rendered in another way later on."""
+        turn = len(messages) - 1
+        for count in range(turn, 0, -1):
+            with contextlib.suppress(ChatTemplateError):  # a template may refuse a lone system turn
+                if not later.startswith(self._render(messages[:count], prompt=False)[0]):
+                    turn = count - 1
         return ChatTemplateError(
             f"chat template {self.name}: turn {turn} is rendered in another way once later turns "
             f"follow: {_parting(earlier, later)}; a model decodes after the first and would learn "

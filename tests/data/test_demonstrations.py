@@ -254,18 +254,14 @@ def test_processes_that_store_at_once_agree_and_need_no_tensorflow(
 ) -> None:
     train = _write(tmp_path / "train.jsonl", [_row(i) for i in range(200)])
     program = f"""
-import sys
-
-class Absent:
-    def find_spec(name, *_):
-        if name.split(".")[0] in ("tensorflow", "torch"):
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Absent)
+import importlib.util, sys
+find, absent = importlib.util.find_spec, ("torch", "tensorflow")
+importlib.util.find_spec = lambda name, *rest: None if name in absent else find(name, *rest)
 from ivl_jax.data.demonstrations import DemonstrationSource, store_demonstrations
 source = DemonstrationSource(({train!r},), row_format="fields", templates={QUESTION_ANSWER!r})
 stored = store_demonstrations(source, data_dir={str(tmp_path / "store")!r})
 print(stored.fingerprint, stored.counts, stored.open("train")[0].row_id)
+assert not set(absent) & set(sys.modules)
 """
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     processes = [
