@@ -6,13 +6,13 @@ which changes the numbers, checked against the others.
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any
 
 from ivl_jax.model import hf_config
 
-RopeType = Literal["default", "linear", "llama3"]
-LayerType = Literal["full_attention", "sliding_attention"]
-HiddenAct = Literal["silu", "gelu", "gelu_pytorch_tanh"]
+ROPE_TYPES = ("default", "linear", "llama3")
+LAYER_TYPES = ("full_attention", "sliding_attention")
+HIDDEN_ACTS = ("silu", "gelu", "gelu_pytorch_tanh")
 
 _LLAMA3_ONLY = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -27,7 +27,7 @@ class RopeParameters:
 
     rope_theta: float
     """Base of the geometric series of wavelengths."""
-    rope_type: RopeType = "default"
+    rope_type: str = "default"
     """`default`; `linear`: all frequencies divided by `factor`; `llama3`: only the low ones."""
     factor: float = 1.0
     """Divisor of the scaled frequencies; 1 with `default`."""
@@ -40,8 +40,8 @@ class RopeParameters:
 
     def __post_init__(self):
         problems = []
-        if self.rope_type not in get_args(RopeType):
-            supported = ", ".join(get_args(RopeType))
+        if self.rope_type not in ROPE_TYPES:
+            supported = ", ".join(ROPE_TYPES)
             problems.append(f"rope_type: got {self.rope_type!r}, supported: {supported}")
         if self.rope_theta <= 0 or self.factor <= 0:
             problems.append(f"rope_theta and factor are positive: {self.rope_theta}, {self.factor}")
@@ -95,14 +95,14 @@ class ArchConfig:
     """Rotary embedding of all layers, or of the full-attention ones where they differ."""
     query_pre_attn_scalar: float
     """Attention scores are divided by its square root; H in most families."""
-    layer_types: tuple[LayerType, ...]
-    """Attention span of each layer."""
+    layer_types: tuple[str, ...]
+    """Attention span of each layer: `full_attention` or `sliding_attention`."""
     sliding_window: int | None = None
     """Keys a sliding layer's query sees, itself included; None iff no layer slides."""
     sliding_rope_parameters: RopeParameters | None = None
     """Rotary embedding of the sliding layers; None: the same as of the others."""
-    hidden_act: HiddenAct = "silu"
-    """Activation of the MLP's gate."""
+    hidden_act: str = "silu"
+    """Activation of the MLP's gate: `silu`, `gelu` or `gelu_pytorch_tanh`."""
     tie_word_embeddings: bool = False
     """The head is the transposed embedding."""
     attention_bias: bool = False
@@ -149,8 +149,8 @@ class ArchConfig:
             )
         if self.head_dim % 2:
             problems.append(f"head_dim: got {self.head_dim}; rotary embeddings need an even one")
-        if self.hidden_act not in get_args(HiddenAct):
-            supported = ", ".join(get_args(HiddenAct))
+        if self.hidden_act not in HIDDEN_ACTS:
+            supported = ", ".join(HIDDEN_ACTS)
             problems.append(f"hidden_act: got {self.hidden_act!r}, supported: {supported}")
         _raise_if_any("ArchConfig", problems + self._span_problems())
 
@@ -161,8 +161,8 @@ class ArchConfig:
             problems.append(
                 f"layer_types: {len(self.layer_types)} entries for {self.num_hidden_layers} layers"
             )
-        if unknown := sorted(set(self.layer_types) - set(get_args(LayerType))):
-            supported = ", ".join(get_args(LayerType))
+        if unknown := sorted(set(self.layer_types) - set(LAYER_TYPES)):
+            supported = ", ".join(LAYER_TYPES)
             problems.append(f"layer_types: got {', '.join(unknown)}, supported: {supported}")
         slides = "sliding_attention" in self.layer_types
         if slides != (self.sliding_window is not None):

@@ -73,9 +73,9 @@ class _Reader:
             off = value is None or (value is False and name not in ON)
             if off or (value is True and name in ON) or name in HARMLESS or ids:
                 continue
-            near = difflib.get_close_matches(name, self.known, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            self.complain(name + hint, value, "true" if name in ON else "absent, null or false")
+            near = difflib.get_close_matches(name, self.known, n=1, cutoff=0.85)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            self.complain(name, value, ("true" if name in ON else "absent, null or false") + hint)
         if self.problems:
             raise ValueError(
                 f"{self.where}: fields this decoder cannot honour:\n  "
