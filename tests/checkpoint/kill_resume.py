@@ -48,13 +48,14 @@ def assert_same_run(run_dir: Path, reference: Path) -> None:
     assert got == wanted, f"metrics.jsonl of {run_dir} and {reference} differ"
 
 
-def describe(run_dir: Path) -> str:
-    """Say which steps a killed run left sealed and which it left unfinished."""
+def describe(run_dir: Path) -> tuple[str, set[tuple[str, int]]]:
+    """Say which steps a killed run left sealed and which not; give name and inode of the latter."""
     directory = run_dir / "checkpoints"
-    names = sorted(path.name for path in directory.iterdir()) if directory.exists() else []
-    sealed = [name for name in names if (directory / name / MANIFEST_NAME).exists()]
-    unfinished = [name for name in names if name not in sealed]
-    return f"sealed {sealed or 'none'}, unfinished {unfinished or 'none'}"
+    folders = sorted(directory.iterdir()) if directory.exists() else []
+    sealed = [path.name for path in folders if (path / MANIFEST_NAME).exists()]
+    unfinished = {(path.name, path.stat().st_ino) for path in folders if path.name not in sealed}
+    names = sorted(name for name, _ in unfinished)
+    return f"sealed {sealed or 'none'}, unfinished {names or 'none'}", unfinished
 
 
 def kill_and_resume(
@@ -82,7 +83,8 @@ def kill_and_resume(
         say: takes the lines of the transcript.
 
     Returns:
-        How many of the kills left an unfinished save behind.
+        How many of the kills left behind an unfinished save, or a half-deleted old one, that was
+        not there before.
     """
     chance = random.Random(seed)
     reference = workplace / "never_stopped"
@@ -97,6 +99,7 @@ def kill_and_resume(
         line = command(run_dir, resume)
         at_save = killed == 0 or chance.random() < 0.5
         started = time.monotonic()
+        _, before = describe(run_dir)
         log = workplace / f"run{runs}.log"
         with open(log, "ab") as output:
             process = subprocess.Popen(
@@ -119,9 +122,10 @@ def kill_and_resume(
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             killed += 1
-            left = describe(run_dir)
-            during_save += "unfinished none" not in left
-            say(f"kill {killed:2}: run {runs}, {'at a save' if at_save else 'anywhere':9}: {left}")
+            left, unfinished = describe(run_dir)
+            hit = not unfinished <= before
+            during_save += hit
+            say(f"kill {killed:2}: run {runs}, {'in a save' if hit else '':9}: {left}")
             resume = run_dir.exists()
             continue
         text = log.read_text(errors="replace")
