@@ -198,17 +198,24 @@ def split_of_person(person: str, *, seed: str = FACTS_SEED) -> Split:
 
 
 def fact_questions(facts: list[Fact] | None = None) -> list[FactQuestion]:
-    """One question a fact, each answered by the fact's first statement form.
+    """Questions on the facts, each answered by the fact's first statement form.
 
-    >>> fact_questions()[0]._asdict()
-    {...}
+    Args:
+        facts: From `build_facts`; None: all of them.
+
+    Returns:
+        In train both question forms of every fact, elsewhere one of the two.
+
+    >>> fact_questions()[0].answer
+    'Dalor Everstone lives in Quinmouth.'
     """
-    return [
-        FactQuestion(
-            question=fact.question(_draw("question", fact.person, fact.attribute.name, below=2)),
-            answer=fact.statement(),
-            person=fact.person,
-            split=split_of_person(fact.person),
-        )
-        for fact in (build_facts() if facts is None else facts)
-    ]
+    questions = []
+    for fact in build_facts() if facts is None else facts:
+        split = split_of_person(fact.person)
+        drawn = _draw("question", fact.person, fact.attribute.name, below=2)
+        forms = (0, 1) if split == "train" else (drawn,)
+        questions += [
+            FactQuestion(fact.question(form), fact.statement(), fact.person, split)
+            for form in forms
+        ]
+    return questions
