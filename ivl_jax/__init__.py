@@ -9,7 +9,7 @@ The public names, loaded when first used (importing them all takes seconds):
     model = ivl_jax.compose(base, value)
     print(model.generate(["Question: …"])[0].text)
 
-Stages: `load_model`, `save_model` · `load_config`, `train` · `load_value`, `save_value` · `compose`.
+Stages: `load_model`, `save_model`, `load_config`, `train`, `load_value`, `save_value`, `compose`.
 Mathematics, pure: `compose_logits`, `value_forward`, `value_penalty`.
 """
 
