@@ -42,9 +42,9 @@ RECORD = family_folder("L").parent / "finetuned.json"
 class Options:
     """Fine-tune L with every learning rate and length, choose on validation, report on test."""
 
-    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    learning_rates: tuple[float, ...] = (3e-4, 1e-3)
     """Peak learning rates."""
-    epochs: tuple[float, ...] = (2.0, 4.0)
+    epochs: tuple[float, ...] = (2.0, 3.0)
     """Passes over the training demonstrations."""
     config: Path = Path("configs/demo.toml")
     """What else there is to set: the demo's own settings."""
