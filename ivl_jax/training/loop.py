@@ -131,6 +131,8 @@ class _Training:
         self._interrupts = interrupts
         self._total = prepared.data.total_steps
         self._held_out: dict[str, float] | None = None
+        self._fresh = True
+        """Whether step 0 is yet to be evaluated and saved; a run may also go on from step 0."""
         self._evaluated = True
         """Whether the held-out figures of the restored step were measured before the stop."""
 
@@ -143,7 +145,7 @@ class _Training:
         state = self._begin()
         step = int(state.step)
         with Reporter(self._directory, first_step=step, total_steps=self._total) as report:
-            if step == 0:
+            if self._fresh:
                 self._start(state, report)
             elif not self._evaluated:
                 self._evaluate(step, state, report)
@@ -187,6 +189,7 @@ class _Training:
             metrics.cut(restored.run_metadata["metrics_bytes"])
             self._held_out = restored.run_metadata["held_out"]
             self._evaluated = restored.run_metadata["evaluated"]
+            self._fresh = False
             logger.info("going on from step %d/%d", restored.step, self._total)
             return restored.state
         if metrics.last_step() > 0:

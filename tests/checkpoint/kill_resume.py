@@ -4,6 +4,7 @@ Works for any command that takes a run directory and `--resume` and leaves `chec
 `metrics.jsonl` in it: the tiny loop beside this file, and train.py.
 """
 
+import difflib
 import os
 import random
 import signal
@@ -44,8 +45,12 @@ def assert_same_run(run_dir: Path, reference: Path) -> None:
     assert sorted(arrays) == sorted(expected)
     differing = [name for name in expected if arrays[name] != expected[name]]
     assert not differing, f"{run_dir} and {reference} differ in {differing}"
-    got, wanted = ((run / "metrics.jsonl").read_bytes() for run in (run_dir, reference))
-    assert got == wanted, f"metrics.jsonl of {run_dir} and {reference} differ"
+    got, wanted = (
+        (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+        for run in (run_dir, reference)
+    )
+    difference = "".join(difflib.unified_diff(wanted, got, str(reference), str(run_dir), n=0))
+    assert got == wanted, f"metrics.jsonl differs:\n{difference}"
 
 
 def describe(run_dir: Path) -> tuple[str, set[tuple[str, int]]]:

@@ -83,6 +83,14 @@ def test_a_stopped_and_crashed_run_equals_one_that_never_stopped_bit_for_bit(
     assert len(json.loads((resumed.run_dir / "starts.json").read_text())) == 3
 
 
+def test_a_run_killed_before_its_second_checkpoint_goes_on_from_step_zero(tiny_config, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, crash)
+        with pytest.raises(Crash):
+            run(tiny_config)
+    check_what_a_run_leaves(tiny_config, run(replace(tiny_config, resume=True)))
+
+
 def check_what_a_run_leaves(config, result):
     held_out = [record for record in records(result.run_dir) if "held_out" in record]
     assert [record["step"] for record in held_out] == [0, 3, 6]
