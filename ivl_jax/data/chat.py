@@ -93,6 +93,7 @@ class ChatFormat:
         self._variables = dict(variables)
         self._has_marks = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", text) is not None
         self._encoder = PieceEncoder(tokenizer)
+        self._closing = self._find_closing(tokenizer.eos_token or "")
         identity = [self._text, self._variables, self._encoder.definition]
         self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         self.stop_ids = self._find_stop_ids(tokenizer.eos_token_id)
@@ -178,6 +179,10 @@ class ChatFormat:
         except ChatTemplateError as error:
             raise ChatTemplateError(f"chat template {self.name}: {error}") from error
 
+    def _beginning(self, messages: Sequence[Message]) -> str:
+        """The text of a dialogue that goes on: without what closes a whole one."""
+        return self._render(messages, prompt=False)[0].removesuffix(self._closing)
+
     def _lay_out(self, messages: Sequence[Message]) -> _Layout:
         """Renders a dialogue, and every beginning of it that a decoder would read or write."""
         text, marked = self._render(messages, prompt=False, marks=self._has_marks)
@@ -186,13 +191,14 @@ class ChatFormat:
             if message.role != "assistant":
                 continue
             prompt, _ = self._render(messages[:turn], prompt=True)
-            through = text
-            if turn + 1 < len(messages):
-                through, _ = self._render(messages[: turn + 1], prompt=False)
+            last = turn + 1 == len(messages)
+            through = (
+                text.removesuffix(self._closing) if last else self._beginning(messages[: turn + 1])
+            )
             if not text.startswith(through):
                 raise self._changed(messages[: turn + 1], through, text)
             if not through.startswith(prompt):
-                before, _ = self._render(messages[:turn], prompt=False)
+                before = self._beginning(messages[:turn])
                 if not through.startswith(before):
                     raise self._changed(messages[:turn], before, through)
                 raise ChatTemplateError(
@@ -225,13 +231,26 @@ class ChatFormat:
         turn = len(messages) - 1
         for count in range(turn, 0, -1):
             with contextlib.suppress(ChatTemplateError):  # a template may refuse a lone system turn
-                if not later.startswith(self._render(messages[:count], prompt=False)[0]):
+                if not later.startswith(self._beginning(messages[:count])):
                     turn = count - 1
         return ChatTemplateError(
             f"chat template {self.name}: turn {turn} is rendered in another way once later turns "
             f"follow: {_parting(earlier, later)}; a model decodes after the first and would learn "
             "the second. Use a named template, or a dialogue with one assistant turn"
         )
+
+    def _find_closing(self, eos_token: str) -> str:
+        """The end of sequence where a template writes one behind a whole dialogue, as Phi 3.5 does.
+
+        No assistant's turn ends with it, and none is followed by it when the dialogue goes on.
+        """
+        with contextlib.suppress(ChatTemplateError):
+            whole, _ = self._render(_PROBE, prompt=False)
+            going_on, _ = self._render(_PROBE, prompt=True)
+            closed = eos_token and whole.endswith(eos_token) and not going_on.startswith(whole)
+            if closed and going_on.startswith(whole.removesuffix(eos_token)):
+                return eos_token
+        return ""
 
     def _find_stop_ids(self, eos_id: int | None) -> tuple[int, ...]:
         """The token that ends an assistant's turn, then the end of sequence."""

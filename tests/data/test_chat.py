@@ -40,6 +40,15 @@ DROPS_THINKING = UNMARKED.replace(
 )
 THINKS = UNMARKED.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
 COUNTS = "{{ messages | length }} turns\n" + UNMARKED
+# As Phi 3.5: a whole dialogue is closed by a token that no turn ends with.
+CLOSED = UNMARKED.replace("{% endif %}", "{% else %}{{ '<eos>' }}{% endif %}")
+# As Mistral Nemo: the system's text goes to the last turn if that is the user's.
+MOVES_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST]' }}"
+    "{% if loop.last and messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% endif %}"
+    "{{ m['content'] + '[/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ m['content'] + '<eos>' }}{% endif %}{% endfor %}"
+)
 DATED = "{{ '<|im_start|>Today: ' + strftime_now('%d %b %Y') + '\n' }}" + UNMARKED
 ALTERNATES = (
     "{% if messages[0]['role'] != 'user' %}{{ raise_exception('begin with the user') }}{% endif %}"
@@ -262,6 +271,23 @@ def test_a_prompt_that_no_turn_begins_with_is_named(byte_tokenizer: Any) -> None
         ChatTemplateError, match=r"turn 2 \(assistant\) does not begin as the prompt"
     ):
         chat.encode_dialogue(TWO_TURNS)
+
+
+def test_a_system_text_that_moves_to_the_last_turn_is_named(byte_tokenizer: Any) -> None:
+    chat = make_chat_format(byte_tokenizer, template=MOVES_SYSTEM)
+    with pytest.raises(ChatTemplateError, match="turn 1 is rendered in another way"):
+        chat.encode_dialogue(TWO_TURNS[:3])
+    assert _targets(byte_tokenizer, chat, TWO_TURNS[1:]) == ["It is 5.<eos>", "Yes.<eos>"]
+
+
+def test_what_closes_a_whole_dialogue_is_no_end_of_turn(byte_tokenizer: Any) -> None:
+    chat = make_chat_format(byte_tokenizer, template=CLOSED)
+    assert _targets(byte_tokenizer, chat, TWO_TURNS) == ["It is 5.<|im_end|>", "Yes.<|im_end|>"]
+    text = _texts(byte_tokenizer, chat.encode_dialogue(TWO_TURNS).tokens.tolist())
+    assert text.endswith("Yes.<|im_end|>\n<eos>")
+    assert chat.stop_ids[0] == byte_tokenizer.convert_tokens_to_ids("<|im_end|>")
+    once = make_chat_format(byte_tokenizer, template=UNMARKED)
+    assert chat.encode_prompt(TWO_TURNS[:4]).tolist() == once.encode_prompt(TWO_TURNS[:4]).tolist()
 
 
 def test_todays_date_is_pinned_and_named_with_the_turn(
