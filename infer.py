@@ -29,7 +29,8 @@ def main() -> int:
     try:
         command.decode(work)
     except KeyboardInterrupt:
-        sys.stderr.write("infer.py: stopped; the same command goes on with an --output file\n")
+        resumable = "" if config.output is None else "; the same command goes on where it stopped"
+        sys.stderr.write(f"infer.py: stopped{resumable}\n")
         return 130
     return 0
 

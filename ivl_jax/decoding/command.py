@@ -7,7 +7,6 @@ import dataclasses
 import logging
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +75,7 @@ def prepare(config: InferConfig) -> Work:
     if config.input is None and config.prompt is None and not sys.stdin.isatty():
         raise ConfigError("--chat without --prompt talks on a terminal: give --prompt or --input")
     rows = [] if config.input is None else read_prompts(Path(config.input))
+    mesh = _mesh(config)
     base_folder = find_model(config.base)
     if config.value != "none":
         read_value_metadata(config.value)
@@ -83,7 +83,7 @@ def prepare(config: InferConfig) -> Work:
     if config.output is not None:
         settings = _settings(config, base_folder)
         output = GenerationFile(Path(config.output), settings=settings, rows=rows)
-    model = _load(config)
+    model = _load(config, mesh)
     texts = [_prompt_of(row, chat=config.chat) for row in rows]
     names = [row.where for row in rows]
     if config.prompt is not None:
@@ -105,8 +105,7 @@ def decode(work: Work) -> None:
         _talk(work)
 
 
-def _load(config: InferConfig) -> ComposedModel:
-    mesh = _mesh(config)
+def _load(config: InferConfig, mesh: Mesh | None) -> ComposedModel:
     dtype = jnp.dtype(config.dtype)
     base_rules, value_rules = LAYOUTS[config.base_layout], LAYOUTS[config.value_layout]
     start = time.perf_counter()
@@ -130,9 +129,10 @@ def _load(config: InferConfig) -> ComposedModel:
 
 
 def _mesh(config: InferConfig) -> Mesh | None:
-    if len(jax.devices()) == 1:
+    sizes = dataclasses.asdict(config.mesh)
+    if len(jax.devices()) == 1 and max(sizes.values()) <= 1:
         return None
-    return make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+    return make_mesh(**sizes)
 
 
 def _options(config: InferConfig) -> GenerationOptions:
@@ -147,7 +147,7 @@ def _settings(config: InferConfig, base_folder: Path) -> dict[str, Any]:
     settings = {name: value for name, value in flags.items() if name not in _FREE_FLAGS}
     settings["base_fingerprint"] = folder_fingerprint(base_folder)
     if config.value != "none":
-        settings["value_fingerprint"] = folder_fingerprint(Path(config.value))
+        settings["value_fingerprint"] = folder_fingerprint(config.value)
     return settings
 
 
@@ -213,13 +213,13 @@ def _show(pieces: Any) -> str:
     return generation.text
 
 
-def _talk(work: Work, *, read_line: Callable[[str], str] = input) -> None:
+def _talk(work: Work) -> None:
     """Talk until the end of input; Ctrl-C stops an answer."""
     sys.stdout.write("/reset starts a new conversation, /exit (or Ctrl-D) ends it\n")
     messages: list[Message] = []
     while True:
         try:
-            line = read_line("> ").strip()
+            line = input("> ").strip()
         except (EOFError, KeyboardInterrupt):
             return
         if line == "/exit":

@@ -11,11 +11,13 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from etils import epath
 
 from ivl_jax.config import ConfigError
 
@@ -81,20 +83,21 @@ def read_prompts(path: Path) -> list[PromptRow]:
     return rows
 
 
-def folder_fingerprint(folder: Path) -> str:
+def folder_fingerprint(folder: epath.PathLike) -> str:
     """Identify a model's folder by its files' names, sizes, first and last MiB.
 
     Args:
-        folder: a local folder.
+        folder: local, or a URL that `etils.epath` reads.
 
     Returns:
         Hexadecimal SHA-256; other weights of the same shape give another one, in milliseconds a
         gigabyte.
     """
+    root = epath.Path(folder)
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
+    for path in _files_below(root):
+        size = path.stat().length
+        digest.update(f"{path.relative_to(root).as_posix()}\0{size}\0".encode())
         with path.open("rb") as file:
             digest.update(file.read(_SAMPLED_BYTES))
             file.seek(max(size - _SAMPLED_BYTES, 0))
@@ -162,6 +165,15 @@ class GenerationFile:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _files_below(folder: epath.Path) -> Iterator[epath.Path]:
+    """All files, in order; `epath` has no recursive glob."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            yield from _files_below(path)
+        else:
+            yield path
 
 
 def _parse_row(record: Any, where: str) -> PromptRow:

@@ -19,7 +19,7 @@ def make_value(base, *, seed=0, connection="residual", arch=None, **changes):
     arch = tiny_arch(width=32, heads=4, kv_heads=4, rows=512, context=512) if arch is None else arch
     fields = {
         "arch": arch,
-        "params": init_params(arch, jax.random.key(seed)),
+        "params": jax.jit(lambda key: init_params(arch, key))(jax.random.key(seed)),
         "connection": connection,
         "metadata": ValueMetadata(
             architecture=arch.to_hf(),

@@ -54,6 +54,24 @@ def test_cached_composed_greedy_is_the_teacher_forced_arg_max(connections, stren
         assert_is_teacher_forced_arg_max(composition, params, prompt, own, strengths)
 
 
+def test_a_bfloat16_base_composes_with_a_float32_value_in_float32():
+    composition, params = tiny_composition(base_dtype="bfloat16")
+    programs = build_programs(composition)
+    padded, requests = make_requests(random_prompts([5, 9]), new_tokens=10)
+    state = programs.prefill(params, padded, requests, capacity=CAPACITY)
+    assert state.base_cache.keys[0].dtype == jnp.bfloat16
+    assert state.value_caches[0].keys[0].dtype == jnp.float32
+    state = programs.decode_chunk(params, state, np.int32(20), jnp.zeros(2, bool))
+    assert state.lengths.tolist() == [15, 19]
+    read = jax.jit(read_tokens, static_argnums=0)
+    positions = jnp.asarray([[4], [8]], jnp.int32)
+    tokens = jnp.take_along_axis(state.tokens, positions, axis=1)
+    logits, _ = read(
+        composition, params, state, tokens, positions=positions, wanted=jnp.zeros_like(tokens)
+    )
+    assert logits.dtype == jnp.float32
+
+
 def test_ragged_prompts_in_a_batch_equal_each_prompt_alone():
     composition, params = tiny_composition()
     prompts = random_prompts([3, 17, 1])

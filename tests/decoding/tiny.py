@@ -48,12 +48,16 @@ def tiny_network(arch, seed, *, vocab_size=VOCAB, connection=None, layout=None, 
         connection=connection,
         layout=layout,
     )
-    return network, init_params(arch, jax.random.key(seed), param_dtype=jnp.dtype(dtype))
+    init = jax.jit(lambda key: init_params(arch, key, param_dtype=jnp.dtype(dtype)))
+    return network, init(jax.random.key(seed))
 
 
-def tiny_composition(connections=("residual",), *, value_vocab=VOCAB - 3, seed=0):
+@functools.cache
+def tiny_composition(
+    connections=("residual",), *, value_vocab=VOCAB - 3, seed=0, base_dtype="float32"
+):
     """A base of 44 output rows, 40 of them real, and value networks that know 37 tokens."""
-    base, base_params = tiny_network(tiny_arch(rows=VOCAB + 4), seed)
+    base, base_params = tiny_network(tiny_arch(rows=VOCAB + 4), seed, dtype=base_dtype)
     values = [
         tiny_network(
             tiny_arch(width=16, heads=2, kv_heads=1, layers=1, rows=value_vocab + 1),

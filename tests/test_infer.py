@@ -1,0 +1,228 @@
+import importlib.util
+import json
+import logging
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+
+from ivl_jax.checkpoint import save_value
+from ivl_jax.weights.language_model import load_language_model
+from tests.decoding.conftest import make_value
+
+
+@pytest.fixture(scope="module")
+def value_folder(stories260k_dir, tmp_path_factory):
+    base = load_language_model(stories260k_dir)
+    value = make_value(base)
+    folder = tmp_path_factory.mktemp("value") / "value"
+    save_value(folder, params=value.params, metadata=value.metadata, tokenizer=value.tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def module(project_root):
+    """infer.py as a module."""
+    spec = importlib.util.spec_from_file_location("infer", project_root / "infer.py")
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@pytest.fixture
+def infer(module, monkeypatch, capsys, caplog):
+    """Runs the command line in this process, on one of its devices: (status, output, messages)."""
+    logger = logging.getLogger("ivl_jax")
+    level = logger.level
+
+    def run(*flags):
+        flags = ["--mesh.tensor", "1", *map(str, flags)]
+        monkeypatch.setattr(sys, "argv", ["infer.py", *flags])
+        caplog.clear()
+        try:
+            status = module.main()
+        except SystemExit as end:  # tyro's own errors
+            status = end.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err + caplog.text
+
+    yield run
+    logger.setLevel(level)
+
+
+@pytest.fixture
+def base_flags(stories260k_dir, value_folder):
+    return ("--base", stories260k_dir, "--value", value_folder, "--strength", 0.3)
+
+
+def test_the_base_alone_from_bos_prints_the_published_greedy_text(stories260k_dir, project_root):
+    flags = ["--base", str(stories260k_dir), "--value", "none", "--prompt", ""]
+    finished = subprocess.run(
+        [sys.executable, "infer.py", *flags, "--max-new-tokens", "200"],
+        capture_output=True,
+        cwd=project_root,
+        env={**os.environ, "XLA_FLAGS": ""},
+        timeout=600,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr.decode()
+    assert finished.stdout == (stories260k_dir / "expected_greedy.txt").read_bytes()
+    assert b"200 tokens (length)" in finished.stderr
+
+
+def test_strength_zero_prints_the_bases_text_and_another_strength_another(infer, base_flags):
+    flags = (*base_flags[:2], "--prompt", "Once", "--max-new-tokens", 20)
+    status, alone, _ = infer(*flags, "--value", "none")
+    assert status == 0
+    assert infer(*flags, *base_flags[2:4], "--strength", 0)[1] == alone
+    assert infer(*flags, *base_flags[2:4], "--strength", 1)[1] != alone
+
+
+def test_a_file_of_prompts_goes_on_where_a_killed_run_stopped(infer, base_flags, tmp_path):
+    source, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    records = [{"prompt": "Once " * (1 + i % 3), "id": i} for i in range(5)]
+    records.append({"messages": [{"role": "user", "content": "Hi"}], "id": 5})
+    source.write_text("".join(json.dumps(record) + "\n" for record in records))
+    flags = [
+        *(*base_flags, "--input", source, "--output", output, "--max-new-tokens", 12),
+        *("--temperature", 0.8, "--seed", 3, "--batch-size", 2),
+    ]
+    assert infer(*flags)[0] == 0
+    whole = output.read_bytes()
+    rows = [json.loads(line) for line in whole.splitlines()]
+    assert [row["id"] for row in rows] == list(range(6))
+    assert {row["finish_reason"] for row in rows} <= {"length", "eos"}
+    assert rows[0]["generated_tokens"] == 12
+    assert rows[1]["prompt_tokens"] > rows[0]["prompt_tokens"]
+
+    output.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]) + b'{"prompt": "On')
+    status, _, messages = infer(*flags)
+    assert status == 0
+    assert output.read_bytes() == whole
+    assert "half-written last line" in messages
+    assert "3 of 6 prompts are done" in messages
+
+    status, _, messages = infer(*flags, "--temperature", 0.9)
+    assert status == 2
+    assert "temperature: 0.8 there, 0.9 now" in messages
+    assert output.read_bytes() == whole
+
+
+def test_lines_are_written_as_their_batch_is_done(infer, base_flags, tmp_path, monkeypatch):
+    from ivl_jax.decoding.text import ComposedModel
+
+    source, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "Once"}\n' * 5)
+    seen = []
+    decode = ComposedModel._decode
+
+    def counting(self, *arguments):
+        seen.append(len(output.read_bytes().splitlines()))
+        return decode(self, *arguments)
+
+    monkeypatch.setattr(ComposedModel, "_decode", counting)
+    flags = ("--input", source, "--output", output, "--batch-size", 2, "--max-new-tokens", 12)
+    assert infer(*base_flags, *flags)[0] == 0
+    assert seen == [0, 2, 4]
+
+
+def test_a_chat_prompt_goes_through_the_values_template(infer, base_flags):
+    flags = (*base_flags, "--max-new-tokens", 10)
+    _, talked, _ = infer(*flags, "--chat", "--prompt", "Hello")
+    _, written, _ = infer(*flags, "--prompt", "Hello")
+    assert talked != written
+
+
+def test_talking_keeps_the_conversation_until_it_is_reset(infer, base_flags, monkeypatch):
+    lines = iter(["Hello", "", "Hello", "/reset", "Hello", "word " * 600, "Hello", "/exit"])
+    asked = []
+
+    def read_line(mark):
+        sys.stdout.write(mark)
+        asked.append(next(lines))
+        return asked[-1]
+
+    monkeypatch.setattr("builtins.input", read_line)
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: True))
+    status, output, messages = infer(*base_flags, "--chat", "--max-new-tokens", 30)
+    assert status == 0
+    assert asked[-1] == "/exit"
+    answers = output.split("> ")
+    first, again, after_reset = answers[1], answers[3], answers[5]
+    assert first == after_reset
+    assert again != first
+    assert "more than the context of 512 tokens" in messages
+    assert messages.count("30 tokens (length)") == 4
+
+
+def test_the_end_of_input_ends_a_conversation(infer, base_flags, monkeypatch):
+    def read_line(mark):
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", read_line)
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: True))
+    assert infer(*base_flags, "--chat")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ((), ["--base is missing", "--value is missing", "nothing to decode"]),
+        (("--base", "BASE", "--value", "none", "--prompt", "a", "--strength", "2"), ["--strength"]),
+        (("--base", "BASE", "--value", "none", "--prompt", "a", "--input", "b"), ["exclude"]),
+        (("--base", "BASE", "--value", "none", "--input", "absent.jsonl"), ["belong together"]),
+        (
+            ("--base", "BASE", "--value", "none", "--input", "absent.jsonl", "--output", "o"),
+            ["--input: no file at absent.jsonl"],
+        ),
+        (("--base", "./absent", "--value", "none", "--prompt", "a"), ["./absent: no such folder"]),
+        (("--base", "BASE", "--value", "./absent", "--prompt", "a"), ["absent"]),
+        (("--base", "BASE", "--value", "none", "--chat"), ["terminal"]),
+        (("--base", "BASE", "--value", "none", "--prompt", "a", "--top-p", "0"), ["--top-p must"]),
+        (("--base", "BASE", "--value", "none", "--prompt", "a", "--mesh.tensor", "9"), ["9"]),
+    ],
+    ids=lambda flags: " ".join(flags)[:60],
+)
+def test_bad_flags_and_files_are_said_before_a_model_is_loaded(
+    infer, stories260k_dir, monkeypatch, flags, said
+):
+    def fail(*_, **__):
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr("ivl_jax.decoding.command.load_language_model", fail)
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: False))
+    flags = [str(stories260k_dir) if flag == "BASE" else flag for flag in flags]
+    status, output, messages = infer(*flags)
+    assert (status, output) == (2, "")
+    for part in said:
+        assert part in messages
+
+
+def test_a_prompt_beyond_the_context_says_by_how_much(infer, base_flags, tmp_path):
+    status, _, messages = infer(*base_flags, "--prompt", "word " * 700)
+    assert status == 2
+    assert "--prompt: " in messages
+    assert "more than the context of 512 tokens" in messages
+    source = tmp_path / "prompts.jsonl"
+    source.write_text('{"prompt": "Once"}\n\n' + json.dumps({"prompt": "word " * 700}) + "\n")
+    status, _, messages = infer(*base_flags, "--input", source, "--output", tmp_path / "o.jsonl")
+    assert status == 2
+    assert f"{source}:3: " in messages
+
+
+def test_help_imports_no_jax(project_root):
+    code = (
+        "import sys, runpy\n"
+        "sys.argv = ['infer.py', '--help']\n"
+        "try:\n    runpy.run_path('infer.py', run_name='__main__')\n"
+        "except SystemExit as end:\n    assert end.code in (0, None)\n"
+        "heavy = {'jax', 'flax', 'transformers', 'orbax'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", code], cwd=project_root, capture_output=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr.decode()
+    assert b"--max-new-tokens" in finished.stdout
