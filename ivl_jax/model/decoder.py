@@ -34,25 +34,58 @@ def build_decoder(
     Args:
         arch: The architecture.
         compute_dtype: Of activations and matmuls; norms, softmax and logits are always fp32.
-        remat: Recompute each layer's activations in the backward pass instead of keeping them.
+        remat: Recompute each layer's activations in the backward pass instead of keeping them. On
+            CPU this saves memory only together with `scan_layers`: XLA merges the unrolled forms.
         scan_layers: Run the layers as one `lax.scan`; params then hold them stacked
             (`stack_layers`) and so does the cache.
 
     Returns:
         The graphdef every function of this module takes beside params.
     """
-    abstract = nnx.eval_shape(
-        lambda: Decoder(
-            arch,
-            compute_dtype=compute_dtype,
-            remat=remat,
-            scan_layers=scan_layers,
-            vocab_rows=arch.vocab_size,
-            param_dtype=jnp.float32,
-            rngs=nnx.Rngs(0),
-        )
+    decoder = Decoder(
+        arch,
+        compute_dtype=compute_dtype,
+        remat=remat,
+        scan_layers=scan_layers,
+        vocab_rows=arch.vocab_size,
     )
-    return nnx.split(abstract)[0]
+    return nnx.split(decoder)[0]
+
+
+def abstract_params(
+    arch: ArchConfig,
+    *,
+    param_dtype: DTypeLike = jnp.float32,
+    vocab_rows: int | None = None,
+    scan_layers: bool = False,
+) -> Params:
+    """Shapes and dtypes of a decoder's parameters, as `jax.ShapeDtypeStruct`s; allocates nothing.
+
+    Args:
+        arch: The architecture.
+        param_dtype: Dtype the parameters are stored in.
+        vocab_rows: Rows of embedding and head; None: `arch.vocab_size`. More pads for a mesh.
+        scan_layers: Stack the layers.
+
+    Returns:
+        A nested dict whose paths mirror Hugging Face's names.
+    """
+    decoder = Decoder(
+        arch,
+        compute_dtype=jnp.float32,
+        remat=False,
+        scan_layers=scan_layers,
+        vocab_rows=arch.vocab_size if vocab_rows is None else vocab_rows,
+    )
+    params = nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, param_dtype), params)
+    if not scan_layers:
+        return params
+
+    def stacked(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((arch.num_hidden_layers, *leaf.shape), param_dtype)
+
+    return params | {"layers": jax.tree.map(stacked, params["layers"])}
 
 
 def init_params(
@@ -66,44 +99,29 @@ def init_params(
     """Fresh parameters: normal kernels and embeddings, zero biases, norms that do nothing.
 
     Args:
-        arch: The architecture.
+        arch: The architecture; its `initializer_range` is the standard deviation.
         key: A typed PRNG key; equal keys give equal parameters whatever `scan_layers` is.
-        param_dtype: Dtype the parameters are stored in.
-        vocab_rows: Rows of embedding and head; None: `arch.vocab_size`. More pads for a mesh.
+        param_dtype: See `abstract_params`, as for the rest.
+        vocab_rows: Rows of embedding and head.
         scan_layers: Stack the layers.
 
     Returns:
-        A nested dict whose paths mirror Hugging Face's names.
+        Arrays in the shapes of `abstract_params`.
     """
-    decoder = Decoder(
-        arch,
-        compute_dtype=jnp.float32,
-        remat=False,
-        scan_layers=False,
-        vocab_rows=arch.vocab_size if vocab_rows is None else vocab_rows,
-        param_dtype=param_dtype,
-        rngs=nnx.Rngs(key),
-    )
-    params = nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
+    shapes = abstract_params(arch, param_dtype=param_dtype, vocab_rows=vocab_rows)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
+
+    def fill(path: tuple, leaf: jax.ShapeDtypeStruct, key: Key[Array, ""]) -> Array:
+        if path[-1].key == "bias":
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        if path[-1].key == "scale":
+            return jnp.full(leaf.shape, 0.0 if arch.unit_offset_norms else 1.0, leaf.dtype)
+        return arch.initializer_range * jax.random.normal(key, leaf.shape, leaf.dtype)
+
+    keys = jax.random.split(key, len(leaves))
+    filled = [fill(path, leaf, keys[index]) for index, (path, leaf) in enumerate(leaves)]
+    params = jax.tree.unflatten(structure, filled)
     return stack_layers(params) if scan_layers else params
-
-
-def abstract_params(
-    arch: ArchConfig,
-    *,
-    param_dtype: DTypeLike = jnp.float32,
-    vocab_rows: int | None = None,
-    scan_layers: bool = False,
-) -> Params:
-    """Shapes and dtypes of `init_params`, as `jax.ShapeDtypeStruct`s; allocates nothing."""
-    make = functools.partial(
-        init_params,
-        arch,
-        param_dtype=param_dtype,
-        vocab_rows=vocab_rows,
-        scan_layers=scan_layers,
-    )
-    return jax.eval_shape(make, jax.random.key(0))
 
 
 def stack_layers(params: Params) -> Params:
@@ -279,13 +297,8 @@ def _assemble(graphdef: nnx.GraphDef, params: Params) -> Decoder:
         raise ValueError(_structure_problem(trunk, arch, scan_layers))
     decoder = nnx.merge(graphdef, trunk)
     if extra_head:
-        head = nnx.eval_shape(
-            lambda: Projection(
-                1, 1, use_bias=False, std=1.0, param_dtype=jnp.float32, rngs=nnx.Rngs(0)
-            )
-        )
-        head.kernel = nnx.Param(params["lm_head"]["kernel"])
-        decoder.lm_head = head
+        decoder.lm_head = Projection(1, 1, use_bias=False)
+        decoder.lm_head.kernel = nnx.Param(params["lm_head"]["kernel"])
     return decoder
 
 

@@ -1,5 +1,7 @@
 """The decoder's modules: norm, projection, attention, gated MLP, layer, and the tree of them.
 
+Modules declare the shapes of their parameters; `decoder` fills them.
+
 In: activations `[B T D]` in the compute dtype. Out: the same. Norms, scores and softmax run
 in fp32; parameters may be stored in any float dtype and are cast where they are used.
 """
@@ -35,12 +37,16 @@ def soft_cap(x: Array, cap: float | None) -> Array:
     return x if cap is None else jnp.tanh(x / cap) * cap
 
 
+def declare(*shape: int) -> nnx.Param:
+    """A parameter of this shape; its numbers come with `nnx.merge`."""
+    return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
 class RMSNorm(nnx.Module):
     """Root-mean-square norm over the last axis, in fp32."""
 
-    def __init__(self, size: int, *, eps: float, unit_offset: bool, param_dtype: DTypeLike):
-        fill = jnp.zeros if unit_offset else jnp.ones
-        self.scale = nnx.Param(fill((size,), param_dtype))
+    def __init__(self, size: int, *, eps: float, unit_offset: bool):
+        self.scale = declare(size)
         self.eps = eps
         self.unit_offset = unit_offset
 
@@ -58,20 +64,10 @@ class RMSNorm(nnx.Module):
 class Projection(nnx.Module):
     """x @ kernel (+ bias), the kernel stored (in, out)."""
 
-    def __init__(
-        self,
-        size_in: int,
-        size_out: int,
-        *,
-        use_bias: bool,
-        std: float,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
-        shape = (size_in, size_out)
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape, param_dtype))
+    def __init__(self, size_in: int, size_out: int, *, use_bias: bool):
+        self.kernel = declare(size_in, size_out)
         if use_bias:
-            self.bias = nnx.Param(jnp.zeros((size_out,), param_dtype))
+            self.bias = declare(size_out)
         self.use_bias = use_bias
 
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
@@ -123,7 +119,7 @@ def attend(
 class Attention(nnx.Module):
     """Grouped-query self-attention with rotary positions."""
 
-    def __init__(self, arch: ArchConfig, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, arch: ArchConfig):
         queries = arch.num_attention_heads * arch.head_dim
         keys = arch.num_key_value_heads * arch.head_dim
         self.head_dim = arch.head_dim
@@ -131,19 +127,14 @@ class Attention(nnx.Module):
         self.scale = arch.query_pre_attn_scalar**-0.5
         self.softcap = arch.attn_logit_softcapping
 
-        def project(size_in: int, size_out: int, use_bias: bool) -> Projection:
-            std = arch.initializer_range
-            return Projection(
-                size_in, size_out, use_bias=use_bias, std=std, param_dtype=param_dtype, rngs=rngs
-            )
-
-        self.q_proj = project(arch.hidden_size, queries, arch.attention_bias)
-        self.k_proj = project(arch.hidden_size, keys, arch.attention_bias)
-        self.v_proj = project(arch.hidden_size, keys, arch.attention_bias)
-        self.o_proj = project(queries, arch.hidden_size, arch.attention_output_bias)
+        width, bias = arch.hidden_size, arch.attention_bias
+        self.q_proj = Projection(width, queries, use_bias=bias)
+        self.k_proj = Projection(width, keys, use_bias=bias)
+        self.v_proj = Projection(width, keys, use_bias=bias)
+        self.o_proj = Projection(queries, width, use_bias=arch.attention_output_bias)
         if arch.qk_norm:
-            self.q_norm = norm_of(arch, arch.head_dim, param_dtype=param_dtype)
-            self.k_norm = norm_of(arch, arch.head_dim, param_dtype=param_dtype)
+            self.q_norm = norm_of(arch, arch.head_dim)
+            self.k_norm = norm_of(arch, arch.head_dim)
 
     def __call__(
         self,
@@ -179,17 +170,12 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """down(act(gate(x)) · up(x))."""
 
-    def __init__(self, arch: ArchConfig, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        def project(size_in: int, size_out: int) -> Projection:
-            std = arch.initializer_range
-            return Projection(
-                size_in, size_out, use_bias=False, std=std, param_dtype=param_dtype, rngs=rngs
-            )
-
+    def __init__(self, arch: ArchConfig):
+        width, inner = arch.hidden_size, arch.intermediate_size
         self.hidden_act = arch.hidden_act
-        self.gate_proj = project(arch.hidden_size, arch.intermediate_size)
-        self.up_proj = project(arch.hidden_size, arch.intermediate_size)
-        self.down_proj = project(arch.intermediate_size, arch.hidden_size)
+        self.gate_proj = Projection(width, inner, use_bias=False)
+        self.up_proj = Projection(width, inner, use_bias=False)
+        self.down_proj = Projection(inner, width, use_bias=False)
 
     def __call__(self, x: Float[Array, "B T D"], *, constrain: Constrain) -> Float[Array, "B T D"]:
         """The gated MLP of x."""
@@ -200,16 +186,16 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Attention and MLP around the residual stream; one structure for every layer of a decoder."""
 
-    def __init__(self, arch: ArchConfig, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, arch: ArchConfig):
         self.sandwich_norms = arch.sandwich_norms
-        self.self_attn = Attention(arch, param_dtype=param_dtype, rngs=rngs)
-        self.mlp = MLP(arch, param_dtype=param_dtype, rngs=rngs)
+        self.self_attn = Attention(arch)
+        self.mlp = MLP(arch)
         width = arch.hidden_size
-        self.input_layernorm = norm_of(arch, width, param_dtype=param_dtype)
-        self.post_attention_layernorm = norm_of(arch, width, param_dtype=param_dtype)
+        self.input_layernorm = norm_of(arch, width)
+        self.post_attention_layernorm = norm_of(arch, width)
         if arch.sandwich_norms:
-            self.pre_feedforward_layernorm = norm_of(arch, width, param_dtype=param_dtype)
-            self.post_feedforward_layernorm = norm_of(arch, width, param_dtype=param_dtype)
+            self.pre_feedforward_layernorm = norm_of(arch, width)
+            self.post_feedforward_layernorm = norm_of(arch, width)
 
     def __call__(
         self,
@@ -243,9 +229,8 @@ class DecoderLayer(nnx.Module):
 class Table(nnx.Module):
     """Token embeddings, one row a vocabulary entry."""
 
-    def __init__(self, rows: int, size: int, *, std: float, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        shape = (rows, size)
-        self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), shape, param_dtype))
+    def __init__(self, rows: int, size: int):
+        self.embedding = declare(rows, size)
 
 
 class Decoder(nnx.Module):
@@ -259,29 +244,21 @@ class Decoder(nnx.Module):
         remat: bool,
         scan_layers: bool,
         vocab_rows: int,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
     ):
         self.arch = arch
         self.compute_dtype = jnp.dtype(compute_dtype)
         self.remat = remat
         self.scan_layers = scan_layers
-        std, width = arch.initializer_range, arch.hidden_size
-        self.embed_tokens = Table(vocab_rows, width, std=std, param_dtype=param_dtype, rngs=rngs)
+        width = arch.hidden_size
+        self.embed_tokens = Table(vocab_rows, width)
         # Every layer has one structure, so the stacked form is a single layer of longer arrays.
-        layers = [
-            DecoderLayer(arch, param_dtype=param_dtype, rngs=rngs)
-            for _ in range(1 if scan_layers else arch.num_hidden_layers)
-        ]
+        layers = [DecoderLayer(arch) for _ in range(1 if scan_layers else arch.num_hidden_layers)]
         self.layers: Any = layers[0] if scan_layers else nnx.List(layers)
-        self.norm = norm_of(arch, width, param_dtype=param_dtype)
+        self.norm = norm_of(arch, width)
         if not arch.tie_word_embeddings:
-            self.lm_head = Projection(
-                width, vocab_rows, use_bias=False, std=std, param_dtype=param_dtype, rngs=rngs
-            )
+            self.lm_head = Projection(width, vocab_rows, use_bias=False)
 
 
-def norm_of(arch: ArchConfig, size: int, *, param_dtype: DTypeLike) -> RMSNorm:
+def norm_of(arch: ArchConfig, size: int) -> RMSNorm:
     """A norm over `size` numbers in the architecture's convention."""
-    unit_offset = arch.unit_offset_norms
-    return RMSNorm(size, eps=arch.rms_norm_eps, unit_offset=unit_offset, param_dtype=param_dtype)
+    return RMSNorm(size, eps=arch.rms_norm_eps, unit_offset=arch.unit_offset_norms)
