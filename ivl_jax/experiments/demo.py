@@ -9,13 +9,13 @@ import dataclasses
 import json
 import logging
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import tyro
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.table import Table
 
 from ivl_jax.assets import family_folder
@@ -114,8 +114,8 @@ def main() -> None:
     """The command line."""
     options = tyro.cli(Options)
     console = Console()
-    handler = RichHandler(console=console, show_path=False, show_level=False)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler], force=True)
+    form = "%(message)s"
+    logging.basicConfig(level=logging.INFO, format=form, stream=sys.stdout, force=True)
     logging.getLogger("absl").setLevel(logging.WARNING)
     started = time.monotonic()
     shutil.rmtree(options.run_dir, ignore_errors=True)
