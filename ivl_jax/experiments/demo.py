@@ -146,11 +146,14 @@ def print_report(
     shown = Table(title="What they answer", show_lines=True)
     for heading in ("question", *texts):
         shown.add_column(heading, overflow="fold")
-    for index in range(min(_SHOWN, len(facts))):
-        shown.add_row(facts[index].question, *(each[index] for each in texts.values()))
+    for index in range(0, len(facts), max(1, len(facts) // _SHOWN)):
+        # A base goes on until it is stopped: its first words tell enough.
+        answered = (" ".join(each[index].split())[:48] for each in texts.values())
+        shown.add_row(facts[index].question, *answered)
     console.print(shown)
 
-    table = Table(title=f"On {report['items']} held-out items")
+    counts = ", ".join(f"{count} {kind}s" for kind, count in report["items"].items())
+    table = Table(title="On held-out questions: " + counts)
     table.add_column("model")
     table.add_column("response NLL (nats per token)", justify="right")
     table.add_column("exact match on facts", justify="right")
@@ -165,8 +168,9 @@ def print_report(
     ratio = report["transfer_ratio"]["L"]
     if ratio is None:
         console.print(
-            "Transfer ratio: n/a. L's full fine-tuning was recorded with another Python's "
-            "docstrings; measure it here: python -m ivl_jax.experiments.finetune_sweep"
+            "Transfer ratio: n/a. The recorded full fine-tuning of L was measured on other items "
+            "(another Python version has other docstrings); to measure it on these, in minutes to an "
+            "hour: python -m ivl_jax.experiments.finetune_sweep"
         )
     else:
         console.print(
