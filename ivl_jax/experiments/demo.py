@@ -169,8 +169,8 @@ def print_report(
     if ratio is None:
         console.print(
             "Transfer ratio: n/a. The recorded full fine-tuning of L was measured on other items "
-            "(another Python version has other docstrings); to measure it on these, in minutes to an "
-            "hour: python -m ivl_jax.experiments.finetune_sweep"
+            "(another Python version has other docstrings). To measure it on these, which takes "
+            "up to an hour: python -m ivl_jax.experiments.finetune_sweep"
         )
     else:
         console.print(

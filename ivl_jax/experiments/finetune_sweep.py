@@ -42,7 +42,7 @@ RECORD = family_folder("L").parent / "finetuned.json"
 class Options:
     """Fine-tune L with every learning rate and length, choose on validation, report on test."""
 
-    learning_rates: tuple[float, ...] = (3e-4, 1e-3)
+    learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     """Peak learning rates."""
     epochs: tuple[float, ...] = (2.0, 3.0)
     """Passes over the training demonstrations."""
@@ -74,7 +74,7 @@ def finetune_config(
 
 
 def sweep(options: Options, items: list[Item]) -> dict[str, Any]:
-    """Runs what has not been run, and measures the best model on the test split.
+    """Runs what has not been run, and measures the best of all runs on the test split.
 
     Args:
         options: Command-line options.
@@ -86,7 +86,6 @@ def sweep(options: Options, items: list[Item]) -> dict[str, Any]:
     config = load_config(options.config, TrainConfig)
     files = write_demonstrations(options.work_dir / "demonstrations", items)
     validation, test = select(items, "validation"), select(items, "test")
-    tried = []
     for rate, epochs in itertools.product(options.learning_rates, options.epochs):
         run_dir = options.work_dir / f"rate{rate:g}_epochs{epochs:g}"
         result_file = run_dir / "sweep.json"
@@ -99,12 +98,16 @@ def sweep(options: Options, items: list[Item]) -> dict[str, Any]:
             entry = {
                 "learning_rate": rate,
                 "epochs": epochs,
+                "items_sha256": items_hash(items),
                 "validation_nll": response_nll(model, None, validation),
                 "model_folder": str(result.output),
             }
             result_file.write_text(json.dumps(entry), encoding="utf-8")
-        tried.append(json.loads(result_file.read_text(encoding="utf-8")))
-        logger.info("%s", tried[-1])
+            logger.info("%s", entry)
+    # What an earlier command tried on the same items counts too.
+    results = sorted(options.work_dir.glob("*/sweep.json"))
+    entries = [json.loads(file.read_text(encoding="utf-8")) for file in results]
+    tried = [entry for entry in entries if entry["items_sha256"] == items_hash(items)]
     best = min(tried, key=lambda entry: entry["validation_nll"])
     model = load_language_model(best["model_folder"])
     facts = [item for item in test if item.kind == "fact"]
@@ -116,7 +119,8 @@ def sweep(options: Options, items: list[Item]) -> dict[str, Any]:
         "learning_rate": best["learning_rate"],
         "epochs": best["epochs"],
         "tried": [
-            {key: value for key, value in entry.items() if key != "model_folder"} for entry in tried
+            {key: entry[key] for key in ("learning_rate", "epochs", "validation_nll")}
+            for entry in tried
         ],
         "command": "python -m ivl_jax.experiments.finetune_sweep",
         "python": platform.python_version(),
