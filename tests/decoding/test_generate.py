@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from ivl_jax.decoding.generate import build_programs, read_tokens
+from ivl_jax.decoding.sampling import sample_tokens
 from ivl_jax.decoding.streaming import FinishReason
 from tests.decoding.tiny import (
     VOCAB,
@@ -93,6 +94,23 @@ def test_sampled_rows_in_a_batch_equal_each_row_alone():
     assert decode(composition, params, prompts, **{**options, "seed": 6})[0] != together
 
 
+def test_the_nth_sampled_token_is_drawn_from_the_plain_logits_with_index_n():
+    composition, params = tiny_composition()
+    prompts = random_prompts([3, 17, 1])
+    options = {"new_tokens": 12, "temperature": 1.3, "top_k": 20, "seed": 5}
+    generated, _ = decode(composition, params, prompts, **options)
+    _, requests = make_requests(prompts, **options)
+    for index in range(12):
+        logits = [
+            plain_logits(composition, params, [*prompt, *own[:index]], (1.0,))[-1]
+            for prompt, own in zip(prompts, generated, strict=True)
+        ]
+        drawn = sample_tokens(
+            jnp.asarray(logits), requests.sampling, requests.keys, jnp.full(3, index, jnp.int32)
+        )
+        assert drawn.tolist() == [own[index] for own in generated]
+
+
 def test_the_size_of_a_chunk_changes_nothing():
     composition, params = tiny_composition()
     prompts = random_prompts([4, 11, 1])
@@ -155,7 +173,8 @@ def test_a_chunk_ends_early_when_every_row_is_done():
     padded, requests = make_requests(random_prompts([4, 4]), new_tokens=1000)
     state = programs.prefill(params, padded, requests, capacity=CAPACITY)
     both = jnp.ones(2, bool)
-    after = programs.decode_chunk(params, state, np.int32(50), both)
+    # A loop that does not end early would run for years.
+    after = programs.decode_chunk(params, state, np.int32(2**31 - 1), both)
     assert after.lengths.tolist() == [5, 5]
     assert after.finish.tolist() == [FinishReason.STOP_STRING] * 2
 

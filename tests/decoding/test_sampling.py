@@ -7,7 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ivl_jax.decoding.sampling import Sampling, filter_logits, row_keys, sample_tokens
+from ivl_jax.decoding import sampling as sampling_module
+from ivl_jax.decoding.sampling import Sampling, row_keys
+
+filter_logits = jax.jit(sampling_module.filter_logits)
+sample_tokens = jax.jit(sampling_module.sample_tokens)
 
 
 def make_sampling(rows, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -95,14 +99,15 @@ def test_settings_that_are_off_keep_every_token():
 
 
 def test_a_vanishing_temperature_is_greedy_and_never_nan():
-    logits = random_logits(3, 100)
-    tokens = sample_tokens(logits, make_sampling(3, temperature=1e-37), make_keys(3), zeros(3))
+    logits = 30 * random_logits(3, 100)  # divided by 2e-38 they would be infinite
+    tokens = sample_tokens(logits, make_sampling(3, temperature=2e-38), make_keys(3), zeros(3))
     assert tokens.tolist() == jnp.argmax(logits, axis=-1).tolist()
 
 
 def test_top_p_of_one_beside_top_k_keeps_every_token_of_the_other_row():
     # A row with an order filter makes the sorted path run for all rows.
-    logits = jnp.zeros((2, 4096), jnp.float32)
+    # The running sum rounds to 1 long before the last token.
+    logits = jnp.tile(jnp.linspace(0.0, -50.0, 4096, dtype=jnp.float32), (2, 1))
     kept = filter_logits(logits, make_sampling(2, top_k=[1, 0], top_p=[0.5, 1.0]))
     assert int(jnp.isfinite(kept[1]).sum()) == 4096
 

@@ -149,7 +149,11 @@ def _plain_logits(composition, params, tokens, strengths):
 def plain_logits(composition, params, tokens, strengths):
     """Composed logits [T V] of one whole text, without any cache."""
     alphas = jnp.asarray(strengths, jnp.float32)
-    return np.asarray(_plain_logits(composition, params, jnp.asarray([tokens], jnp.int32), alphas))
+    # What follows a token changes nothing before it; one length compiles once.
+    padded = np.zeros((1, 64 * -(-len(tokens) // 64)), np.int32)
+    padded[0, : len(tokens)] = tokens
+    logits = _plain_logits(composition, params, jnp.asarray(padded), alphas)
+    return np.asarray(logits)[: len(tokens)]
 
 
 def assert_is_teacher_forced_arg_max(composition, params, prompt, generated, strengths):
