@@ -55,7 +55,7 @@ def response_nll(
         None if value is None else build_decoder(base.arch),
         vocab_size=base.tokenizer_info.vocab_size,
         value_vocab_size=trained.tokenizer_info.vocab_size,
-        connection="residual" if value is None else value.connection,
+        connection="residual" if value is None else cast("Connection", value.connection),
     )
 
     @jax.jit

@@ -138,7 +138,7 @@ def make_optimizer(recipe: Recipe, *, steps: int) -> optax.GradientTransformatio
         boundaries = [_WARMUP_STEPS, steps - decay]
         return optax.join_schedules([*parts, optax.linear_schedule(peak, 0.0, decay)], boundaries)
 
-    def matrices(params: Params) -> Params:
+    def matrices(params: Any) -> Any:
         spec = optax.contrib.MuonDimensionNumbers()
 
         def choose(path, leaf):
@@ -181,7 +181,7 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
         # optax mixes dtypes and ranks by design; ours stay strict where a test asks for it.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            params: Any = optax.apply_updates(state.params, updates)
         return PretrainState(state.step + 1, params, opt_state), loss
 
     return train_step
@@ -262,7 +262,8 @@ def pretrain(name: str, corpus: Corpus, options: Options) -> dict[str, Any]:
     """
     recipe = RECIPES[name]
     tokenizer = make_tokenizer(name, corpus, work_dir=options.work_dir)
-    config = architecture(recipe, bos=tokenizer.bos_token_id, eos=tokenizer.eos_token_id)
+    ids: Any = tokenizer  # its declared type of a token id is a union of everything
+    config = architecture(recipe, bos=ids.bos_token_id, eos=ids.eos_token_id)
     arch = ArchConfig.from_hf(config)
     graphdef = build_decoder(arch)
     windows = Windows(corpus, tokenizer, length=CONTEXT, seed=options.seed)
