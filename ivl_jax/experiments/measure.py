@@ -5,11 +5,13 @@ of questions that are answered word for word.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import numpy as np
 
 from ivl_jax.checkpoint import ValueNetwork
+from ivl_jax.config import Connection
 from ivl_jax.data.batching import Batch, make_eval_batches
 from ivl_jax.data.chat import make_chat_format
 from ivl_jax.data.formats import Demonstration, Message
