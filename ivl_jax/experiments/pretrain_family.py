@@ -63,7 +63,7 @@ RECIPES: dict[str, Recipe] = {
     # S stops while it knows about half of the facts: what the larger models know more can be seen.
     "S": Recipe(2048, 128, 384, 2, 32, epochs=1.5, rows=32, learning_rate=6e-3, rest_rate=4e-3),
     "L": Recipe(2048, 352, 960, 4, 64, epochs=1.5, rows=16, learning_rate=3e-3, rest_rate=2e-3),
-    "X": Recipe(3072, 192, 576, 3, 48, epochs=0.8, rows=32, learning_rate=6e-3, rest_rate=4e-3),
+    "X": Recipe(3072, 192, 576, 3, 48, epochs=1.5, rows=32, learning_rate=6e-3, rest_rate=4e-3),
 }
 _WARMUP_STEPS = 50
 # The rate stays at its peak, then falls to zero over this share: more epochs extend the flat part.
