@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -48,6 +48,7 @@ _ALIGNMENT = 64  # bytes; JAX on CPU takes such an array over without a copy
 _SHOW_PROGRESS_FROM = 2_000_000_000  # bytes
 
 ParamPath = tuple[str | int, ...]
+Bounds = tuple[tuple[int, int], ...]  # start and stop of a slice along each dimension
 
 
 def _flat(tree: Mapping[Any, Any]) -> dict[ParamPath, Any]:
@@ -199,21 +200,17 @@ def _read_all(
 def _read_one(descriptor: int, source: _Source, dtype: np.dtype) -> Array:
     """One parameter, each of this process's devices holding its slice only."""
     if source.sharding is None:
-        everything = tuple(slice(0, size) for size in source.shape)
-        (buffer,) = _read_parts(descriptor, source, [everything])
-        return _convert(jax.device_put(buffer), dtype)
-    indices = source.sharding.addressable_devices_indices_map(source.shape)
-    bounds = {
-        device: tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, source.shape, strict=True))
-        for device, index in indices.items()
-        if index is not None
-    }
-    # slices cannot be dictionary keys before Python 3.12
-    parts = list({str(part): part for part in bounds.values()}.values())
-    buffers = dict(zip(map(str, parts), _read_parts(descriptor, source, parts), strict=True))
+        whole = tuple((0, size) for size in source.shape)
+        return _convert(jax.device_put(_read_parts(descriptor, source, [whole])[whole]), dtype)
+    places: dict[jax.Device, Bounds] = {}
+    for device, index in source.sharding.addressable_devices_indices_map(source.shape).items():
+        assert index is not None  # every device of a NamedSharding holds a part
+        places[device] = tuple(
+            cut.indices(size)[:2] for cut, size in zip(index, source.shape, strict=True)
+        )
+    parts = _read_parts(descriptor, source, set(places.values()))
     shards = [
-        _convert(jax.device_put(buffers[str(part)], device), dtype)
-        for device, part in bounds.items()
+        _convert(jax.device_put(parts[bounds], device), dtype) for device, bounds in places.items()
     ]
     return jax.make_array_from_single_device_arrays(source.shape, source.sharding, shards)
 
@@ -224,23 +221,24 @@ def _convert(array: Array, dtype: np.dtype) -> Array:
 
 
 def _read_parts(
-    descriptor: int, source: _Source, parts: list[tuple[slice, ...]]
-) -> list[np.ndarray]:
+    descriptor: int, source: _Source, parts: Iterable[Bounds]
+) -> dict[Bounds, np.ndarray]:
     """Slices of a parameter, in the file's dtype; the file's rows are read once for all of them."""
     record = source.record
-    buffers, targets = [], []
+    buffers: dict[Bounds, np.ndarray] = {}
+    targets = []
     for part in parts:
-        buffer = _aligned_empty(tuple(s.stop - s.start for s in part), DTYPES[record.dtype])
-        buffers.append(buffer)
-        in_file = buffer.T if source.transposed else buffer
-        rows, *columns = part[::-1] if source.transposed else part
-        known = max(0, min(rows.stop, record.shape[0]) - rows.start)
+        shape = tuple(stop - start for start, stop in part)
+        buffers[part] = _aligned_empty(shape, DTYPES[record.dtype])
+        in_file = buffers[part].T if source.transposed else buffers[part]
+        (start, stop), *columns = part[::-1] if source.transposed else part
+        known = max(0, min(stop, record.shape[0]) - start)
         in_file[known:] = 0  # vocabulary rows beyond the file's
         targets.append(
             Target(
                 array=in_file[:known],
-                rows=slice(rows.start, rows.start + known),
-                columns=columns[0] if columns else slice(0, 1),
+                rows=slice(start, start + known),
+                columns=slice(*columns[0]) if columns else slice(0, 1),
             )
         )
     read_slices(descriptor, record, targets)

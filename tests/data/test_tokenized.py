@@ -85,6 +85,16 @@ def test_a_dialogue_without_a_target_left_is_dropped_and_counted(
         _tokenize(long, byte_tokenizer, sequence_length=40)
 
 
+def test_rows_keep_their_names_beyond_a_chunk(byte_tokenizer: Any) -> None:
+    demonstrations = _demonstrations(*map(str, range(1200)))
+    demonstrations[3] = _demonstrations("Because.", question="Why? " * 20)[0]
+    tokenized = _tokenize(demonstrations, byte_tokenizer, sequence_length=40)
+    assert len(tokenized) == 1199
+    for index in (0, 2, 510, 511, 512, 1198):
+        answer = byte_tokenizer.decode(tokenized[index].tokens[tokenized[index].loss_mask])
+        assert tokenized.row_id(index) == f"a.jsonl:{int(answer.removesuffix('<eos>')) + 1}"
+
+
 def test_the_last_token_that_fits_is_enough_to_learn_from(byte_tokenizer: Any) -> None:
     tokenized = _tokenize(_demonstrations("a"), byte_tokenizer, sequence_length=22)
     assert tokenized[0].loss_mask.tolist() == [False] * 22 + [True]
