@@ -6,6 +6,7 @@ import jax.monitoring
 import numpy as np
 import pytest
 
+from ivl_jax.data.chat import make_chat_format
 from ivl_jax.data.formats import Message
 from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.generate import Programs
@@ -165,6 +166,23 @@ def test_a_stop_string_that_spans_tokens_and_chunks_cuts_exactly(base_alone, chu
     assert stop not in shorter.text
 
 
+def test_a_row_whose_stop_string_was_found_is_ended_on_device(composed):
+    (free,) = composed.generate([""], greedy(40))
+    told = []
+
+    def recording(params, state, max_tokens, stopped):
+        told.append(stopped.tolist())
+        return composed.programs.decode_chunk(params, state, max_tokens, stopped)
+
+    programs = composed.programs._replace(decode_chunk=recording)
+    model = dataclasses.replace(composed, programs=programs)
+    prepared = model.prepare(["", ""], [greedy(40, stop=(free.text[:9],)), greedy(40)])
+    ((first, _),) = model.generate_batches(prepared, chunk_tokens=8)
+    assert first.text == ""
+    assert told[0] == [False, False]
+    assert told[-1] == [True, False]
+
+
 @pytest.mark.parametrize("chunk", [1, 5])
 def test_streamed_pieces_are_the_text(composed, chunk):
     hot = greedy(60, temperature=3.0, seed=4)  # hot enough for bytes that are no characters
@@ -192,7 +210,8 @@ def test_text_and_tokens_agree_with_the_tokenizer(base_alone):
 def test_a_dialogue_goes_through_the_values_chat_format(composed):
     dialogue = [Message("user", "Tell me a story")]
     ids = composed.encode(dialogue)
-    assert ids == composed.chat_format.encode_prompt(dialogue).tolist()
+    plain = make_chat_format(composed.tokenizer, template="plain")  # make_value says "plain"
+    assert ids == plain.encode_prompt(dialogue).tolist()
     (generation,) = composed.generate([dialogue], greedy(5))
     assert generation == composed.generate([ids], greedy(5))[0]
 
