@@ -30,7 +30,7 @@ from ivl_jax.experiments.demonstrations import (
     select,
     write_demonstrations,
 )
-from ivl_jax.experiments.finetune_sweep import RECORD
+from ivl_jax.experiments.finetune_sweep import record_file
 from ivl_jax.experiments.measure import answers, exact_match, response_nll
 from ivl_jax.training.loop import run
 from ivl_jax.weights.language_model import LanguageModel, load_language_model
@@ -68,11 +68,12 @@ def demo_config(config: TrainConfig, files: dict[str, Path], *, run_dir: Path) -
     )
 
 
-def recorded_finetune(test: list[Item]) -> dict[str, float] | None:
-    """NLL and exact match of L fully fine-tuned, if they were measured on these very items."""
-    if not RECORD.exists():
+def recorded_finetune(model: str, test: list[Item]) -> dict[str, float] | None:
+    """NLL and exact match of a target fully fine-tuned, if measured on these very items."""
+    file = record_file(model)
+    if not file.exists():
         return None
-    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    record = json.loads(file.read_text(encoding="utf-8"))
     if record["test_items_sha256"] != items_hash(test):
         return None
     return {"nll": record["nll"], "exact_match": record["exact_match"]}
@@ -101,7 +102,7 @@ def compare(value: ValueNetwork, test: list[Item]) -> tuple[dict[str, Any], dict
             report["nll"][name] = response_nll(base, on_top, test)
             texts[name] = answers(base, on_top, facts, max_new_tokens=24)
             report["exact_match"][name] = exact_match(texts[name], facts)
-    recorded = recorded_finetune(test)
+    recorded = recorded_finetune("L", test)
     for figure in ("nll", "exact_match"):
         report[figure][FINETUNED] = None if recorded is None else recorded[figure]
     nll = report["nll"]

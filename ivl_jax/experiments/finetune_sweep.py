@@ -1,9 +1,9 @@
-"""How well L does when it is fully fine-tuned: `python -m ivl_jax.experiments.finetune_sweep`.
+"""How well a target does fully fine-tuned: `python -m ivl_jax.experiments.finetune_sweep`.
 
-In: the demo's demonstrations. Out: `assets/family/finetuned.json`: every learning rate and length
-that was tried with its validation NLL, and the test figures of the best one. A badly tuned
-fine-tune would flatter the transfer ratio, so the sweep is part of the record. Run again, it skips
-what is done.
+In: the demo's demonstrations. Out: `assets/family/finetuned_L.json`: every learning rate, length
+and batch size that was tried with its validation NLL, and the test figures of the best one. A badly
+tuned fine-tune would flatter the transfer ratio, so the sweep is part of the record. Run again, it
+skips what is done.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import platform
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import tyro
@@ -35,32 +35,47 @@ from ivl_jax.weights.language_model import load_language_model
 
 logger = logging.getLogger(__name__)
 
-RECORD = family_folder("L").parent / "finetuned.json"
-
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Fine-tune L with every learning rate and length, choose on validation, report on test."""
+    """Fine-tune a target with every setting, choose on validation, report on test."""
 
-    learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    model: Literal["L", "X"] = "L"
+    """The target."""
+    learning_rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
     """Peak learning rates."""
-    epochs: tuple[float, ...] = (2.0, 3.0)
+    epochs: tuple[float, ...] = (1.0, 3.0)
     """Passes over the training demonstrations."""
+    batch_sizes: tuple[int, ...] = (4,)
+    """Packed rows a step."""
     config: Path = Path("configs/demo.toml")
     """What else there is to set: the demo's own settings."""
     work_dir: Path = Path("runs/finetune_sweep")
     """Where the runs go."""
 
 
+class Setting(NamedTuple):
+    """What is swept."""
+
+    learning_rate: float
+    epochs: float
+    batch_size: int
+
+
+def record_file(model: str) -> Path:
+    """Where the figures of a fully fine-tuned target are recorded."""
+    return family_folder("L").parent / f"finetuned_{model}.json"
+
+
 def finetune_config(
-    config: TrainConfig, files: dict[str, Path], *, run_dir: Path, rate: float, epochs: float
+    config: TrainConfig, files: dict[str, Path], *, model: Path, run_dir: Path, setting: Setting
 ) -> TrainConfig:
-    """The demo's config, turned into a full fine-tuning of L on the same demonstrations."""
+    """The demo's config, turned into a full fine-tuning of a model on the same demonstrations."""
     return dataclasses.replace(
         config,
         run_dir=str(run_dir),
         method="sft",
-        base=dataclasses.replace(config.base, path=str(family_folder("L"))),
+        base=dataclasses.replace(config.base, path=str(model)),
         penalty=dataclasses.replace(config.penalty, kind="none", weight=0.0),
         data=dataclasses.replace(
             config.data,
@@ -68,8 +83,8 @@ def finetune_config(
             validation=(str(files["validation"]),),
             data_dir=str(run_dir.parent / "data"),
         ),
-        optimizer=dataclasses.replace(config.optimizer, learning_rate=rate),
-        step=dataclasses.replace(config.step, epochs=epochs),
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=setting.learning_rate),
+        step=dataclasses.replace(config.step, epochs=setting.epochs, batch_size=setting.batch_size),
     )
 
 
@@ -86,18 +101,24 @@ def sweep(options: Options, items: list[Item]) -> dict[str, Any]:
     config = load_config(options.config, TrainConfig)
     files = write_demonstrations(options.work_dir / "demonstrations", items)
     validation, test = select(items, "validation"), select(items, "test")
-    for rate, epochs in itertools.product(options.learning_rates, options.epochs):
-        run_dir = options.work_dir / f"rate{rate:g}_epochs{epochs:g}"
+    folder = family_folder(options.model)
+    for setting in map(
+        Setting._make,
+        itertools.product(options.learning_rates, options.epochs, options.batch_sizes),
+    ):
+        rate, epochs, batch_size = setting
+        name = f"{options.model}_rate{rate:g}_epochs{epochs:g}_batch{batch_size}"
+        run_dir = options.work_dir / name
         result_file = run_dir / "sweep.json"
         if not result_file.exists():
             shutil.rmtree(run_dir, ignore_errors=True)
-            result = run(finetune_config(config, files, run_dir=run_dir, rate=rate, epochs=epochs))
+            result = run(
+                finetune_config(config, files, model=folder, run_dir=run_dir, setting=setting)
+            )
             if result.output is None:
                 raise SystemExit("interrupted; run the same command again to go on")
             model = load_language_model(str(result.output))
-            entry = {
-                "learning_rate": rate,
-                "epochs": epochs,
+            entry = setting._asdict() | {
                 "items_sha256": items_hash(items),
                 "validation_nll": response_nll(model, None, validation),
                 "model_folder": str(result.output),
@@ -105,24 +126,22 @@ def sweep(options: Options, items: list[Item]) -> dict[str, Any]:
             result_file.write_text(json.dumps(entry), encoding="utf-8")
             logger.info("%s", entry)
     # What an earlier command tried on the same items counts too.
-    results = sorted(options.work_dir.glob("*/sweep.json"))
+    results = sorted(options.work_dir.glob(f"{options.model}_*/sweep.json"))
     entries = [json.loads(file.read_text(encoding="utf-8")) for file in results]
     tried = [entry for entry in entries if entry["items_sha256"] == items_hash(items)]
     best = min(tried, key=lambda entry: entry["validation_nll"])
     model = load_language_model(best["model_folder"])
     facts = [item for item in test if item.kind == "fact"]
     return {
-        "model": "L",
+        "model": options.model,
         "nll": response_nll(model, None, test),
         "exact_match": exact_match(answers(model, None, facts), facts),
         "test_items_sha256": items_hash(test),
-        "learning_rate": best["learning_rate"],
-        "epochs": best["epochs"],
+        **{key: best[key] for key in Setting._fields},
         "tried": [
-            {key: entry[key] for key in ("learning_rate", "epochs", "validation_nll")}
-            for entry in tried
+            {key: entry[key] for key in (*Setting._fields, "validation_nll")} for entry in tried
         ],
-        "command": "python -m ivl_jax.experiments.finetune_sweep",
+        "command": f"python -m ivl_jax.experiments.finetune_sweep --model {options.model}",
         "python": platform.python_version(),
         "jax": jax.__version__,
     }
@@ -135,8 +154,9 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format=form, stream=sys.stdout, force=True)
     logging.getLogger("absl").setLevel(logging.WARNING)
     record = sweep(options, build_items())
-    RECORD.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    logger.info("%s: %s", RECORD, record)
+    file = record_file(options.model)
+    file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    logger.info("%s: %s", file, record)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from ivl_jax.config_files import load_config
 from ivl_jax.experiments import demo
 from ivl_jax.experiments.demo_plot import plot_report
 from ivl_jax.experiments.demonstrations import Item, items_hash
-from ivl_jax.experiments.finetune_sweep import finetune_config
+from ivl_jax.experiments.finetune_sweep import Setting, finetune_config
 
 _TEST = [Item("Who?", "Someone does.", "fact", "someone", "test")]
 _REPORT = {
@@ -41,25 +41,32 @@ def test_the_fine_tune_differs_from_the_demo_in_what_is_trained_only(
 ) -> None:
     files = {split: tmp_path / f"{split}.jsonl" for split in ("train", "validation", "test")}
     own = demo.demo_config(config, files, run_dir=tmp_path)
-    tuned = finetune_config(config, files, run_dir=tmp_path / "run", rate=1e-4, epochs=2.0)
+    tuned = finetune_config(
+        config,
+        files,
+        model=demo.family_folder("L"),
+        run_dir=tmp_path / "run",
+        setting=Setting(learning_rate=1e-4, epochs=2.0, batch_size=8),
+    )
     assert tuned.method == "sft"
     assert tuned.base.path == str(demo.family_folder("L"))
     assert dataclasses.replace(tuned.data, data_dir="") == dataclasses.replace(
         own.data, data_dir=""
     )
     assert (tuned.optimizer.learning_rate, tuned.step.epochs) == (1e-4, 2.0)
+    assert tuned.step.batch_size == 8
 
 
 def test_a_fine_tune_recorded_on_other_items_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = tmp_path / "finetuned.json"
-    monkeypatch.setattr(demo, "RECORD", record)
-    assert demo.recorded_finetune(_TEST) is None
+    monkeypatch.setattr(demo, "record_file", lambda model: record)
+    assert demo.recorded_finetune("L", _TEST) is None
     figures = {"nll": 2.5, "exact_match": 0.9}
     record.write_text(json.dumps(figures | {"test_items_sha256": items_hash(_TEST)}), "utf-8")
-    assert demo.recorded_finetune(_TEST) == figures
-    assert demo.recorded_finetune([_TEST[0]._replace(answer="No.")]) is None
+    assert demo.recorded_finetune("L", _TEST) == figures
+    assert demo.recorded_finetune("L", [_TEST[0]._replace(answer="No.")]) is None
 
 
 @pytest.mark.parametrize("recorded", [True, False])

@@ -9,7 +9,7 @@ import pytest
 from ivl_jax.experiments import pretrain_family
 from ivl_jax.experiments.corpus import Corpus, SourceFile, Windows
 from ivl_jax.experiments.facts import build_facts
-from ivl_jax.experiments.pretrain_family import Options, pretrain
+from ivl_jax.experiments.pretrain_family import Options, make_model
 from ivl_jax.weights.language_model import load_language_model
 
 _TEXT = (
@@ -34,7 +34,7 @@ def _options(folder: Path) -> Options:
 def test_a_resumed_run_writes_the_bytes_of_one_that_never_stopped(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = pretrain("S", corpus, _options(tmp_path / "whole"))
+    whole = make_model("S", corpus, _options(tmp_path / "whole"))
     assert whole["steps"] >= 4
     draw = Windows.batch
 
@@ -46,8 +46,8 @@ def test_a_resumed_run_writes_the_bytes_of_one_that_never_stopped(
     with monkeypatch.context() as patch:
         patch.setattr(Windows, "batch", stop_before_the_fourth_step)
         with pytest.raises(KeyboardInterrupt):
-            pretrain("S", corpus, _options(tmp_path / "twice"))
-    pretrain("S", corpus, _options(tmp_path / "twice"))
+            make_model("S", corpus, _options(tmp_path / "twice"))
+    make_model("S", corpus, _options(tmp_path / "twice"))
     first, second = (
         (tmp_path / name / "family" / "S" / "model.safetensors").read_bytes()
         for name in ("whole", "twice")
@@ -57,7 +57,7 @@ def test_a_resumed_run_writes_the_bytes_of_one_that_never_stopped(
 
 def test_the_folder_is_a_model_with_its_record(corpus: Corpus, tmp_path: Path) -> None:
     options = dataclasses.replace(_options(tmp_path), epochs=0.3)
-    pretrain("S", corpus, options)
+    make_model("S", corpus, options)
     folder = options.out / "S"
     model = load_language_model(str(folder))
     assert model.arch.hidden_size == 16
