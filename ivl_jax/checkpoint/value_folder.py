@@ -68,6 +68,7 @@ class ValueNetwork:
         tokenizer_info: what identifies the tokenizer.
         chat_template: a named format, `auto` or a template's text.
         stop_ids: every token id that ends a text.
+        path: the folder it came from; empty where it was made in memory.
     """
 
     arch: ArchConfig
@@ -78,6 +79,7 @@ class ValueNetwork:
     tokenizer_info: TokenizerInfo = field(repr=False)
     chat_template: str
     stop_ids: tuple[int, ...]
+    path: str = ""
 
 
 def save_value(
@@ -173,6 +175,7 @@ def load_value(
         tokenizer_info=info,
         chat_template=metadata.chat_template,
         stop_ids=metadata.stop_ids,
+        path=str(folder),
     )
 
 
