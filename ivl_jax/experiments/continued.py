@@ -1,15 +1,16 @@
 """A continually pre-trained base: `python -m ivl_jax.experiments.continued`.
 
-In: the embedded model L, statements about people it has never heard of, and a part of what it was
+In: an embedded model, statements about people it has never heard of, and a part of what it was
 trained on. Out: a model folder in `runs/`, not shipped, that knows the new facts. A value network
 trained before these people were invented should let it answer questions about them.
 """
 
+import dataclasses
 import json
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import tyro
@@ -25,8 +26,11 @@ logger = logging.getLogger(__name__)
 
 NEW_FACTS_SEED = "ivl-facts-2"
 NEW_PEOPLE = 64
-# A third of the rates L was pre-trained with, and each new fact stated about 60 times, as the old.
-SCHEDULE = Schedule(epochs=1.5, rows=16, learning_rate=1e-3, rest_rate=7e-4)
+# A third of the rates of pre-training, and each new fact stated about 60 times, as the old ones.
+SCHEDULES = {
+    "S": Schedule(epochs=1.5, rows=32, learning_rate=2e-3, rest_rate=1.3e-3),
+    "L": Schedule(epochs=1.5, rows=16, learning_rate=1e-3, rest_rate=7e-4),
+}
 # One source file in 8 and all old facts keep what L knows alive.
 _SOURCES_ONE_IN = 8
 
@@ -56,50 +60,59 @@ def continued_corpus() -> Corpus:
     return Corpus(sources, corpus.held_out, (*corpus.facts, *new_facts()))
 
 
-def continue_pretraining(out: Path, *, work_dir: Path) -> Path:
-    """Trains L on, unless it has been done; an unfinished run is continued.
+def continue_pretraining(model: Literal["S", "L"], *, work_dir: Path) -> Path:
+    """Trains a model on, unless it has been done; an unfinished run is continued.
 
     Args:
-        out: The model folder.
-        work_dir: Checkpoints of the unfinished.
+        model: Of the embedded family.
+        work_dir: For the finished folder, and checkpoints of the unfinished.
 
     Returns:
-        `out`.
+        The model folder.
     """
+    out = work_dir / f"{model}-continued"
     if (out / "manifest.json").exists():
         return out
-    start = load_language_model(str(family_folder("L")))
+    start = load_language_model(str(family_folder(model)))
     tokenizer: Any = start.tokenizer
     params, record = pretrain(
-        "L, continued",
+        out.name,
         start.arch,
         tokenizer,
         continued_corpus(),
-        SCHEDULE,
+        SCHEDULES[model],
         begin=lambda: jax.tree.map(lambda leaf: leaf.astype("float32"), start.params),
-        work_dir=work_dir,
+        work_dir=work_dir / f"{model}-checkpoints",
         seed=1,
         pace=Pace(checkpoint_every=50, log_every=20),
     )
-    config = json.loads((family_folder("L") / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((family_folder(model) / "config.json").read_text(encoding="utf-8"))
     manifest = {
-        "model": "L, continued",
-        "command": "python -m ivl_jax.experiments.continued",
-        "schedule": SCHEDULE._asdict(),
+        "model": out.name,
+        "command": f"python -m ivl_jax.experiments.continued --model {model}",
+        "schedule": SCHEDULES[model]._asdict(),
     } | record
     write_model(out, start.arch, config, params, tokenizer, manifest)
     return out
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Train an embedded model on; a second run continues the first."""
+
+    model: Literal["S", "L"] = "L"
+    """Which model."""
+    work_dir: Path = Path("runs/continued")
+    """Where the finished folder and the checkpoints go."""
+
+
 def main() -> None:
     """The command line."""
+    options = tyro.cli(Options)
     form = "%(asctime)s %(message)s"
     logging.basicConfig(level=logging.INFO, format=form, stream=sys.stdout, force=True)
     logging.getLogger("absl").setLevel(logging.WARNING)
-    tyro.cli(lambda: None, description=__doc__)
-    folder = continue_pretraining(
-        Path("runs/continued/L-continued"), work_dir=Path("runs/continued/checkpoints")
-    )
+    folder = continue_pretraining(options.model, work_dir=options.work_dir)
     logger.info("%s: %s", folder, (folder / "manifest.json").read_text(encoding="utf-8"))
 
 

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 class Options:
     """Fine-tune a target with every setting, choose on validation, report on test."""
 
-    model: Literal["L", "X"] = "L"
+    model: Literal["S", "L", "X"] = "L"
     """The target."""
     learning_rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
     """Peak learning rates."""

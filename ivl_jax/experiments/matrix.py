@@ -1,0 +1,208 @@
+"""What the report compares: which models are trained, and which compositions are measured.
+
+In: nothing but this file. Out: `Training`s and `Measurement`s, plain records whose names are their
+keys. Every training differs from the demo's settings only in the fields it names, so a row of a
+table is one change.
+"""
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+from ivl_jax.config import Connection, PenaltyKind
+
+Base = Literal["S", "L", "L-continued", "X", "S-continued"]
+MapMethod = Literal["dtw", "bytes"]
+
+SEEDS = (0, 1, 2)
+STRENGTHS = (0.25, 0.5, 0.75, 1.25, 1.5)
+PENALTIES: tuple[tuple[PenaltyKind, float], ...] = (
+    ("none", 0.0),
+    ("l1", 0.1),
+    ("l1", 0.3),
+    ("l1", 3.0),
+    ("l2", 0.03),
+    ("l2", 0.3),
+)
+
+
+class Training(NamedTuple):
+    """One run of the training loop; what is left out is as in configs/demo.toml."""
+
+    label: str
+    """What is different, for tables."""
+    bases: tuple[Base, ...] = ("S",)
+    """What the value network is trained beside, or the model that is fine-tuned."""
+    method: Literal["value", "sft"] = "value"
+    connection: Connection = "residual"
+    init: Literal["pretrained", "scratch", "base"] = "pretrained"
+    init_model: Base = "S"
+    """Whose weights or architecture a value network begins with."""
+    penalty: tuple[PenaltyKind, float] = ("l1", 1.0)
+    learning_rate: float | None = None
+    """Of the peak; None: the demo's, or for a fine-tuned target that of its own sweep."""
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """Folder name; no two trainings share one."""
+        kind, weight = self.penalty
+        parts = [
+            self.method,
+            self.connection if self.method == "value" else "",
+            "+".join(self.bases),
+            f"{self.init}-{self.init_model}" if self.method == "value" else "",
+            f"{kind}{weight:g}" if self.method == "value" else "",
+            "" if self.learning_rate is None else f"lr{self.learning_rate:g}",
+            f"seed{self.seed}",
+        ]
+        return "_".join(part for part in parts if part)
+
+
+class Term(NamedTuple):
+    """One summand on top of a base: a trained value network, or a whole language model."""
+
+    model: Training | Base
+    strength: float = 1.0
+
+
+class Measurement(NamedTuple):
+    """One composition on the test split."""
+
+    base: Base | Training
+    terms: tuple[Term, ...] = ()
+    map_method: MapMethod | None = None
+    """How the value's vocabulary reaches the base's; None: they share one."""
+    centred: bool = False
+
+    @property
+    def name(self) -> str:
+        """File name; no two measurements share one."""
+        parts = [_name(self.base)]
+        parts += [f"{term.strength:+g}x{_name(term.model)}" for term in self.terms]
+        if self.map_method:
+            parts.append(self.map_method + ("-centred" if self.centred else ""))
+        return "__".join(parts)
+
+
+def _name(model: Training | str) -> str:
+    return model if isinstance(model, str) else model.name
+
+
+def on(base: Base, *terms: Term, centred: bool = False) -> Measurement:
+    """A composition on a base; on X through the map that byte offsets give."""
+    method = "bytes" if base == "X" and terms else None
+    return Measurement(base, terms, method, centred)
+
+
+def recipe(seed: int) -> Training:
+    """The demo's training: residual, pretrained, L1 with λ = 1."""
+    return Training("L1, λ = 1", seed=seed)
+
+
+def schemes(seed: int) -> list[Training]:
+    """Connection schemes, and the linear map on base logits."""
+    return [
+        recipe(seed)._replace(label="residual"),
+        Training("cascade", connection="cascade", seed=seed),
+        Training("cascade without text", connection="cascade_no_text", seed=seed),
+        Training(
+            "linear map on base logits",
+            connection="linear",
+            penalty=("none", 0.0),
+            learning_rate=LINEAR_RATE,
+            seed=seed,
+        ),
+    ]
+
+
+# Chosen on validation among 3e-4, 1e-3 and 3e-3.
+LINEAR_RATE = 1e-3
+
+
+def penalties(seed: int) -> list[Training]:
+    """Kinds and weights of the penalty, λ = 1 of L1 among them."""
+    swept = [
+        Training(f"{kind.upper()}, λ = {weight:g}" if weight else "none", penalty=(kind, weight))
+        for kind, weight in PENALTIES
+    ]
+    return [training._replace(seed=seed) for training in [*swept, recipe(0)]]
+
+
+def initialisations(seed: int) -> list[Training]:
+    """Where a value network's weights come from."""
+    return [
+        recipe(seed)._replace(label="pretrained"),
+        Training("the base with a zeroed head", init="base", seed=seed),
+        Training("random", init="scratch", seed=seed),
+    ]
+
+
+def base_choices(seed: int) -> list[Training]:
+    """What a value network is trained beside."""
+    return [
+        recipe(seed)._replace(label="S"),
+        Training("S and S-continued, in turns", bases=("S", "S-continued"), seed=seed),
+    ]
+
+
+def fine_tuned(model: Base, seed: int = 0) -> Training:
+    """A model fully fine-tuned on the demonstrations."""
+    return Training(f"{model} fully fine-tuned", bases=(model,), method="sft", seed=seed)
+
+
+def large_value(seed: int) -> Training:
+    """A value network as large as L, trained beside L."""
+    return Training("trained on L", bases=("L",), init_model="L", seed=seed)
+
+
+def proxy(base: Base, seed: int) -> Measurement:
+    """Proxy-tuning: base + (S fine-tuned − S)."""
+    return on(base, Term(fine_tuned("S", seed)), Term("S", -1.0))
+
+
+def measurements(seeds: tuple[int, ...] = SEEDS) -> Iterator[Measurement]:
+    """Everything the report shows; what matters most first, seed by seed.
+
+    Args:
+        seeds: Of the trainings; studies that only support a choice use the first one alone.
+
+    Yields:
+        Measurements, none twice.
+    """
+    seen: set[str] = set()
+    for measurement in _all(seeds):
+        if measurement.name not in seen:
+            seen.add(measurement.name)
+            yield measurement
+
+
+def _all(seeds: tuple[int, ...]) -> Iterator[Measurement]:
+    targets: tuple[Base, ...] = ("S", "L", "L-continued", "X")
+    for base in targets:
+        yield Measurement(base)
+    first = seeds[0]
+    for seed in seeds:
+        for base in targets:
+            yield on(base, Term(recipe(seed)))
+        for base in targets[1:]:
+            yield proxy(base, seed)
+        for training in schemes(seed):
+            yield on("S", Term(training))
+            yield on("L", Term(training))
+        if seed == first:
+            for target in ("S", "L", "L-continued", "X"):
+                yield Measurement(fine_tuned(target))
+            for training in (*penalties(seed), *initialisations(seed), *base_choices(seed)):
+                yield on("S", Term(training))
+                yield on("L", Term(training))
+            for strength in STRENGTHS:
+                yield on("S", Term(recipe(seed), strength))
+                yield on("L", Term(recipe(seed), strength))
+            for method in ("bytes", "dtw"):
+                for centred in (False, True):
+                    yield Measurement("X", (Term(recipe(seed)),), method, centred)
+            for base in ("S", "L"):
+                yield on(base, Term(large_value(seed)))
+    for seed in seeds[1:]:
+        for training in (*penalties(seed), *initialisations(seed), *base_choices(seed)):
+            yield on("L", Term(training))
