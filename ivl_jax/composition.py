@@ -6,7 +6,7 @@ value logits of each connection scheme, and the penalty on their size. All funct
     z_value = value(x)                              residual
     z_value = value(emb(x) + softmax(z_base) · E)   cascade
     z_value = value(softmax(z_base) · E)            cascade_no_text
-    z       = z_base + Σ_i α_i · z_value_i
+    z       = z_base + Σ_i α_i · M_i(z_value_i)       M_i a vocabulary map; mostly the identity
 
 Source: arXiv 2410.21027, section 3. The authors' code adds in bfloat16; we compose in float32.
 """
@@ -29,10 +29,11 @@ from ivl_jax.model.decoder import (
     logits_from_hidden,
 )
 from ivl_jax.model.kv_cache import KVCache
+from ivl_jax.vocabulary.mapping import VocabularyMap, apply_vocabulary_map
 
 
 class ValueTerm(NamedTuple):
-    """One summand α · z_value of a composition."""
+    """One summand α · M(z_value) of a composition."""
 
     logits: Float[Array, "B T Vv"]
     """Value logits, one column an output row of the value network (padding rows included)."""
@@ -42,6 +43,10 @@ class ValueTerm(NamedTuple):
     """Columns that are real tokens of the value's tokenizer; those after them count as 0."""
     unknown_ids: Int[Array, " U"] | None = None
     """Ids of the base that mean something else to the value; their value logit counts as 0."""
+    vocabulary_map: VocabularyMap | None = None
+    """M: reads the value's logits in the base's vocabulary; None where the two share theirs."""
+    centred: bool = False
+    """Centre the value logits before they are mapped; without a map, nothing."""
 
 
 def compose_logits(
@@ -52,7 +57,8 @@ def compose_logits(
     Args:
         base_logits: [B T Vb], any float dtype; the sum is computed in float32.
         value_terms: the summands; an empty sequence gives the base alone. Their widths may differ
-            from Vb: tokens a value does not know get the value logit 0.
+            from Vb: tokens a value does not know get the value logit 0. A term with a vocabulary
+            map has the columns of its own vocabulary; unmapped tokens get 0.
         vocab_size: number of real tokens of the base's tokenizer (tokens); the columns from there
             to Vb are padding.
 
@@ -64,7 +70,8 @@ def compose_logits(
 
     Source:
         arXiv 2410.21027, section 3 (one value, α = 1). Sums over several values, strengths a row
-        and negative strengths are the same expression.
+        and negative strengths are the same expression; so is proxy-tuning (arXiv 2401.08565), whose
+        two terms are a tuned and an untuned model with the strengths α and −α.
 
     Example:
         Three tokens and a padded row; the value knows the first two tokens only.
@@ -242,9 +249,11 @@ def _columns(term: ValueTerm, width: int) -> Float[Array, "B T V"]:
             f"but only {term.logits.shape[-1]} columns"
         )
     logits = term.logits.astype(jnp.float32)
+    if term.vocabulary_map is not None:
+        logits = apply_vocabulary_map(logits, term.vocabulary_map, centred=term.centred)
+    elif term.vocab_size < logits.shape[-1]:
+        logits = jnp.where(_real_columns(logits.shape[-1], term.vocab_size), logits, 0.0)
     value_width = logits.shape[-1]
-    if term.vocab_size < value_width:
-        logits = jnp.where(_real_columns(value_width, term.vocab_size), logits, 0.0)
     if width < value_width:
         logits = logits[..., :width]
     elif width > value_width:

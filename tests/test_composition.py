@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ivl_jax.composition import ValueTerm, compose_logits, value_penalty
+from ivl_jax.vocabulary.mapping import VocabularyMap
 
 B, T, V = 2, 3, 8
 
@@ -54,6 +55,23 @@ def test_widths_may_differ_and_unknown_tokens_get_value_logit_zero(width: int) -
     expected[..., :known] = np.asarray(value)[..., :known]
     expected[..., 2] = 0
     np.testing.assert_allclose(difference, expected, atol=1e-6)
+
+
+def test_a_mapped_term_adds_weighted_columns_of_its_own_vocabulary_and_nothing_elsewhere() -> None:
+    base, value = _logits(0), _logits(1, 5).at[..., 4].set(jnp.nan)  # the last column is padding
+    index, weight = np.array([3, 0, 1, 0, 3, 2]), np.array([1.0, 0.0, 0.5, 1.0, 0.25, 0.0])
+    vocabulary_map = VocabularyMap(jnp.asarray(index, jnp.int32), jnp.asarray(weight, jnp.float32))
+    plain = ValueTerm(_logits(2), _ones(), V)
+    for centred in (False, True):
+        term = ValueTerm(value, jnp.array([-2.0]), 4, None, vocabulary_map, centred)
+        composed = np.asarray(compose_logits(base, [plain, term], vocab_size=7))
+        z = np.asarray(value)
+        if centred:
+            z = z - z[..., [0, 1, 3]].mean(-1, keepdims=True)
+        expected = np.array(base + _logits(2))
+        expected[..., :6] += -2.0 * np.where(weight != 0, weight * z[..., index], 0.0)
+        np.testing.assert_allclose(composed[..., :7], expected[..., :7], rtol=1e-5, atol=1e-6)
+        assert np.isneginf(composed[..., 7]).all()
 
 
 def test_bfloat16_logits_are_composed_in_float32() -> None:
