@@ -1,0 +1,208 @@
+"""Runs what the matrix names, once: trainings to model folders, measurements to JSON files.
+
+In: `Training`s and `Measurement`s. Out: their folders and files in a work directory. What is there
+is not made again, so a stopped run goes on where it was.
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+from ivl_jax.assets import family_folder
+from ivl_jax.checkpoint import ValueNetwork, load_value
+from ivl_jax.config import TrainConfig
+from ivl_jax.decoding.compose import compose
+from ivl_jax.decoding.text import ComposedModel
+from ivl_jax.experiments.continued import continue_pretraining, new_items
+from ivl_jax.experiments.demonstrations import Item, items_hash, select, write_demonstrations
+from ivl_jax.experiments.finetune_sweep import Setting, finetune_config, record_file
+from ivl_jax.experiments.matrix import Base, Measurement, Training
+from ivl_jax.experiments.measure import (
+    answers,
+    exact_match,
+    family_map,
+    response_nll,
+)
+from ivl_jax.training.loop import run
+from ivl_jax.weights.language_model import LanguageModel, load_language_model
+
+logger = logging.getLogger(__name__)
+
+_ANSWER_TOKENS = 24
+
+
+class InterruptedTrainingError(RuntimeError):
+    """A training was stopped; its state is saved and the same command goes on."""
+
+
+class Laboratory:
+    """Trains and measures on one set of demonstrations."""
+
+    def __init__(self, work_dir: Path, config: TrainConfig, items: list[Item]) -> None:
+        """Write the demonstrations down.
+
+        Args:
+            work_dir: For everything that is made.
+            config: The demo's; every training starts from it.
+            items: From `build_items`.
+        """
+        self._work_dir = work_dir
+        self._config = config
+        self._items = items
+        self._files = write_demonstrations(work_dir / "demonstrations", items)
+        self._test = select(items, "test")
+        self._facts = [item for item in self._test if item.kind == "fact"]
+
+    def measure(self, measurement: Measurement) -> dict[str, Any]:
+        """Measures a composition on the test split, unless that has been done.
+
+        Args:
+            measurement: Which one; what it needs is trained first.
+
+        Returns:
+            `nll` (nats per answer token), `exact_match` (share of fact questions answered word for
+            word), and on a base that knows the new facts `new_exact_match`.
+
+        Raises:
+            InterruptedTrainingError: a training was stopped.
+        """
+        file = self._work_dir / "measured" / f"{measurement.name}.json"
+        if file.exists():
+            record = json.loads(file.read_text(encoding="utf-8"))
+            if record["items_sha256"] == items_hash(self._test):
+                return record
+        logger.info("measuring %s", measurement.name)
+        model = self._compose(measurement)
+        texts = answers(model, self._facts, max_new_tokens=_ANSWER_TOKENS)
+        record = {
+            "nll": response_nll(model, self._test),
+            "exact_match": exact_match(texts, self._facts),
+            "items_sha256": items_hash(self._test),
+        }
+        knows_new = measurement.base
+        if isinstance(knows_new, Training):
+            knows_new = knows_new.bases[0]
+        if knows_new == "L-continued":
+            asked = new_items()
+            texts = answers(model, asked, max_new_tokens=_ANSWER_TOKENS)
+            record["new_exact_match"] = exact_match(texts, asked)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        return record
+
+    def train(self, training: Training) -> Path:
+        """Trains, unless that has been done; an unfinished training goes on.
+
+        Args:
+            training: What.
+
+        Returns:
+            The value folder, or the model folder of a fine-tuned model.
+
+        Raises:
+            InterruptedTrainingError: it was stopped.
+        """
+        run_dir = self._work_dir / "trained" / training.name
+        output = run_dir / ("model" if training.method == "sft" else "value")
+        if output.exists():
+            return output
+        logger.info("training %s", training.name)
+        config = dataclasses.replace(
+            self.config_of(training, run_dir), resume=(run_dir / "config.toml").exists()
+        )
+        result = run(config)
+        if result.output is None:
+            raise InterruptedTrainingError(f"{training.name} was stopped: run the command again")
+        # Only the outcome is used again; a matrix of checkpoints would fill a disk.
+        shutil.rmtree(run_dir / "checkpoints")
+        return Path(result.output)
+
+    def config_of(self, training: Training, run_dir: Path) -> TrainConfig:
+        """The demo's config with what the training changes.
+
+        Args:
+            training: What is trained.
+            run_dir: Where.
+
+        Returns:
+            Its config.
+        """
+        base = str(self._folder(training.bases[0]))
+        if training.method == "sft":
+            record = json.loads(record_file(_swept(training.bases[0])).read_text(encoding="utf-8"))
+            setting = Setting(*(record[key] for key in Setting._fields))
+            config = finetune_config(
+                self._config, self._files, model=Path(base), run_dir=run_dir, setting=setting
+            )
+            return dataclasses.replace(
+                config,
+                seed=training.seed,
+                data=dataclasses.replace(config.data, data_dir=str(self._work_dir / "data")),
+            )
+        config = self._config
+        kind, weight = training.penalty
+        value_path = "" if training.init == "base" else str(self._folder(training.init_model))
+        optimizer = config.optimizer
+        if training.learning_rate is not None:
+            optimizer = dataclasses.replace(optimizer, learning_rate=training.learning_rate)
+        return dataclasses.replace(
+            config,
+            run_dir=str(run_dir),
+            seed=training.seed,
+            base=dataclasses.replace(config.base, path=base),
+            value=dataclasses.replace(
+                config.value, init=training.init, path=value_path, connection=training.connection
+            ),
+            penalty=dataclasses.replace(config.penalty, kind=kind, weight=weight),
+            optimizer=optimizer,
+            data=dataclasses.replace(
+                config.data,
+                train=(str(self._files["train"]),),
+                validation=(str(self._files["validation"]),),
+                data_dir=str(self._work_dir / "data"),
+            ),
+        )
+
+    def _compose(self, measurement: Measurement) -> ComposedModel:
+        base = self._language_model(measurement.base)
+        terms: list[LanguageModel | ValueNetwork] = []
+        for term in measurement.terms:
+            model = term.model
+            if isinstance(model, Training) and model.method == "value":
+                terms.append(load_value(self.train(model)))
+            else:
+                terms.append(self._language_model(model))
+        maps = None
+        if measurement.map_method is not None:
+            texts = [f"{item.question}\n{item.answer}" for item in select(self._items, "train")]
+            maps = [
+                family_map(
+                    base, term, texts, method=measurement.map_method, centred=measurement.centred
+                )
+                for term in terms
+            ]
+        strengths = [term.strength for term in measurement.terms]
+        return compose(base, *terms, strengths=strengths, maps=maps)
+
+    def _language_model(self, model: Base | Training) -> LanguageModel:
+        folder = self.train(model) if isinstance(model, Training) else self._folder(model)
+        return load_language_model(str(folder))
+
+    def _folder(self, base: Base) -> Path:
+        if base in ("S-continued", "L-continued"):
+            return _continued(base[0], self._work_dir / "continued")
+        return family_folder(cast(Any, base))
+
+
+@functools.cache
+def _continued(model: Any, work_dir: Path) -> Path:
+    return continue_pretraining(model, work_dir=work_dir)
+
+
+def _swept(base: Base) -> str:
+    """Whose fine-tuning sweep a model's settings come from: a continued one takes its origin's."""
+    return base.removesuffix("-continued")
