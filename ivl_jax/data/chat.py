@@ -19,6 +19,7 @@ from jaxtyping import Bool, Int32
 
 from ivl_jax.data.formats import Message
 from ivl_jax.data.pieces import PieceEncoder, PieceTokens
+from ivl_jax.data.rendering import ChatTemplateError, render
 from ivl_jax.data.templates import (
     NAMED_TEMPLATES,
     PINNED_DATE,
@@ -37,10 +38,6 @@ class EncodedDialogue(NamedTuple):
 
     tokens: Int32[np.ndarray, "N"]
     loss_mask: Bool[np.ndarray, "N"]  # what the assistant must produce, the end of turn included
-
-
-class ChatTemplateError(ValueError):
-    """A dialogue that a chat template cannot render in a way that can be learned from."""
 
 
 class _Layout(NamedTuple):
@@ -140,31 +137,54 @@ class ChatFormat:
             for layout in layouts
         ]
 
-    def encode_prompt(self, messages: Sequence[Message]) -> Int32[np.ndarray, "N"]:
+    def encode_prompt(
+        self, messages: Sequence[Message], *, begins: str = ""
+    ) -> Int32[np.ndarray, "N"]:
         """Encodes a dialogue for the assistant to continue.
 
         Args:
             messages: Turns in order, the last one not the assistant's.
+            begins: What the assistant's turn already begins with, say "Answer:".
 
         Returns:
             Tokens that end where the assistant's turn begins, `[N]`: a prefix of the tokens of
-            every dialogue that `encode_dialogue` accepts and that continues this one.
+            every dialogue that `encode_dialogue` accepts and that continues this one. The tokens of
+            `begins` follow them.
 
         Raises:
             ChatTemplateError: The template refuses the dialogue, or its last turn is the
                 assistant's.
         """
-        if not messages or messages[-1].role == "assistant":
-            raise ChatTemplateError("a prompt must end with a turn that is not the assistant's")
-        text, _ = self._render(messages, prompt=True)
+        text = self.prompt_text(messages)
         cuts = []
         for turn, message in enumerate(messages):
             if message.role == "assistant":
                 earlier, _ = self._render(messages[:turn], prompt=True)
                 # A template that drops earlier thinking is no hindrance here: it costs the cut.
                 cuts += [len(earlier)] if text.startswith(earlier) else []
+        if begins:
+            cuts.append(len(text))
+            text += _after(text, begins)
         (pieces,) = self._encoder.encode([_split(_Layout(text, cuts, []))])
         return np.asarray([token for piece in pieces for token in piece.ids], np.int32)
+
+    def prompt_text(self, messages: Sequence[Message], *, begins: str = "") -> str:
+        """Writes a dialogue as text for the assistant to continue, special tokens spelled out.
+
+        Args:
+            messages: As in `encode_prompt`.
+            begins: As in `encode_prompt`.
+
+        Returns:
+            The text that `encode_prompt` encodes.
+
+        Raises:
+            ChatTemplateError: As `encode_prompt`.
+        """
+        if not messages or messages[-1].role == "assistant":
+            raise ChatTemplateError("a prompt must end with a turn that is not the assistant's")
+        text, _ = self._render(messages, prompt=True)
+        return text + _after(text, begins)
 
     def has_special_text(self, messages: Sequence[Message]) -> bool:
         """Whether a special token's text stands in a message; it is read as that token."""
@@ -175,7 +195,7 @@ class ChatFormat:
     ) -> tuple[str, list[tuple[int, int]]]:
         """The text of a dialogue, and the stretches that the template marks as generated."""
         try:
-            return _render(self._text, self._variables, messages, prompt=prompt, marks=marks)
+            return render(self._text, self._variables, messages, prompt=prompt, marks=marks)
         except ChatTemplateError as error:
             raise ChatTemplateError(f"chat template {self.name}: {error}") from error
 
@@ -322,30 +342,9 @@ def make_chat_format(tokenizer: Any, *, template: str = "auto") -> ChatFormat:
     return chat
 
 
-def _render(
-    text: str,
-    variables: Mapping[str, Any],
-    messages: Sequence[Message],
-    *,
-    prompt: bool,
-    marks: bool = False,
-) -> tuple[str, list[tuple[int, int]]]:
-    """A template's rendering, and the stretches that it marks as generated."""
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    spans: Any
-    try:
-        texts, spans = render_jinja_template(
-            [[message._asdict() for message in messages]],
-            chat_template=text,
-            add_generation_prompt=prompt,
-            return_assistant_tokens_mask=marks,
-            **variables,
-        )
-    except (TemplateError, TypeError, KeyError) as error:
-        raise ChatTemplateError(str(error)) from error
-    return texts[0], list(spans[0]) if spans else []
+def _after(text: str, begins: str) -> str:
+    """How a turn begins behind a prompt: after a space, unless white space is there."""
+    return f" {begins}" if begins and not text.endswith((" ", "\n")) else begins
 
 
 def _dated_turn(text: str, variables: Mapping[str, Any]) -> int:
@@ -353,7 +352,7 @@ def _dated_turn(text: str, variables: Mapping[str, Any]) -> int:
     today, tomorrow = (pin_date(text, PINNED_DATE + timedelta(days=days)) for days in (0, 1))
     for count in range(1, len(_PROBE) + 1):
         messages = _PROBE[:count]
-        if _render(today, variables, messages, prompt=True) != _render(
+        if render(today, variables, messages, prompt=True) != render(
             tomorrow, variables, messages, prompt=True
         ):
             return count - 1

@@ -378,3 +378,18 @@ def test_names_that_are_no_template_are_refused(byte_tokenizer: Any) -> None:
     endless = PreTrainedTokenizerFast(tokenizer_object=backend)
     with pytest.raises(ValueError, match="has no end-of-sequence token"):
         make_chat_format(endless, template="plain")
+
+
+@pytest.mark.parametrize("template", ["plain", "llama-2", "chatml"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_prompt_whose_answer_has_begun_is_a_prefix_of_such_dialogues(
+    named_format: Callable, name: str, template: str
+) -> None:
+    _, chat = named_format(name, template)
+    begun = chat.encode_prompt(TWO_TURNS[:2], begins="It is").tolist()
+    whole = chat.encode_dialogue(TWO_TURNS[:3]).tokens.tolist()  # it answers "It is 5."
+    assert whole[: len(begun)] == begun
+    assert len(begun) > len(chat.encode_prompt(TWO_TURNS[:2]))
+    text = chat.prompt_text(TWO_TURNS[:2], begins="It is")
+    assert text.endswith("\nIt is" if template == "chatml" else " It is")
+    assert text.startswith(chat.prompt_text(TWO_TURNS[:2]))
