@@ -57,11 +57,10 @@ def tiny_pair(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def tiny_config(tiny_pair, tmp_path):
+def make_tiny_config(tiny_pair, run_dir):
     """Six steps in about a second after compilation, on one device."""
     return TrainConfig(
-        run_dir=str(tmp_path / "run"),
+        run_dir=str(run_dir),
         base=BaseConfig(path=str(tiny_pair / "base")),
         value=ValueConfig(path=str(tiny_pair / "value")),
         data=DataConfig(
@@ -76,3 +75,9 @@ def tiny_config(tiny_pair, tmp_path):
         logging=LoggingConfig(log_every=1, evaluate_every=3, checkpoint_every=2),
         mesh=MeshConfig(data=1, fsdp=1, tensor=1),
     )
+
+
+@pytest.fixture
+def tiny_config(tiny_pair, tmp_path):
+    """Six steps beside the tiny base."""
+    return make_tiny_config(tiny_pair, tmp_path / "run")

@@ -14,8 +14,9 @@ from ivl_jax.config_files import load_config
 from ivl_jax.training import loop
 from ivl_jax.training.loop import NonFiniteLossError, run
 from ivl_jax.training.reporting import Reporter
-from ivl_jax.training.run_directory import RunDirectoryError
+from ivl_jax.training.run_directory import RecordFile, RunDirectoryError
 from ivl_jax.weights.language_model import load_language_model
+from tests.training.conftest import make_tiny_config
 
 # make_mesh says that one of eight virtual devices is used.
 pytestmark = pytest.mark.usefixtures("caplog")
@@ -51,15 +52,43 @@ def crash():
     raise Crash
 
 
+def crash_at_record(monkeypatch, number):
+    """Die while the n-th record of metrics.jsonl is half written."""
+    original, count = RecordFile.append, iter(range(1, 100))
+
+    def append(self, record):
+        if self.path.name == "metrics.jsonl" and next(count) == number:
+            with open(self.path, "ab") as file:
+                file.write(json.dumps(record).encode()[:20])
+            raise Crash
+        original(self, record)
+
+    monkeypatch.setattr(RecordFile, "append", append)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_pair, tmp_path_factory):
+    """A run that never stopped."""
+    return run(make_tiny_config(tiny_pair, tmp_path_factory.mktemp("whole") / "run"))
+
+
+def assert_same_run(one, other):
+    """Two runs left the same parameters, metrics and figures."""
+    metrics = [(result.run_dir / "metrics.jsonl").read_bytes() for result in (one, other)]
+    assert metrics[0] == metrics[1]
+    values = [load_value(result.output) for result in (one, other)]
+    assert_same_arrays(values[0].params, values[1].params)
+    assert one.held_out == other.held_out
+
+
 def test_a_stopped_and_crashed_run_equals_one_that_never_stopped_bit_for_bit(
-    tiny_config, tmp_path, monkeypatch
+    tiny_config, tiny_pair, whole, monkeypatch
 ):
-    whole = run(tiny_config)
     assert not whole.interrupted
     assert whole.steps == whole.total_steps == 6
-    check_what_a_run_leaves(tiny_config, whole)
+    check_what_a_run_leaves(make_tiny_config(tiny_pair, whole.run_dir), whole)
 
-    config = replace(tiny_config, run_dir=str(tmp_path / "stopped"))
+    config = tiny_config
     with monkeypatch.context() as patch:
         at_step(patch, 3, lambda: signal.raise_signal(signal.SIGTERM))
         stopped = run(config)
@@ -74,21 +103,25 @@ def test_a_stopped_and_crashed_run_equals_one_that_never_stopped_bit_for_bit(
             run(config)
     resumed = run(config)
 
-    assert resumed.held_out == whole.held_out
-    for name in ("metrics.jsonl", "config.toml"):
-        pair = [(result.run_dir / name).read_bytes() for result in (whole, resumed)]
-        assert pair[0].replace(b'/run"', b'/stopped"') == pair[1]
-    values = [load_value(result.output) for result in (whole, resumed)]
-    assert_same_arrays(values[0].params, values[1].params)
+    assert_same_run(resumed, whole)
+    assert load_config(str(resumed.run_dir / "config.toml")) == tiny_config
     assert len(json.loads((resumed.run_dir / "starts.json").read_text())) == 3
 
 
-def test_a_run_killed_before_its_second_checkpoint_goes_on_from_step_zero(tiny_config, monkeypatch):
-    with monkeypatch.context() as patch:
-        at_step(patch, 1, crash)
-        with pytest.raises(Crash):
-            run(tiny_config)
-    check_what_a_run_leaves(tiny_config, run(replace(tiny_config, resume=True)))
+def test_dying_with_half_a_record_again_and_again_leaves_the_bytes_of_one_run(
+    tiny_config, whole, monkeypatch
+):
+    """Records: 0 held out · 1 · 2 · 3 · 3 held out · 4 · 5 · 6 · 6 held out; saved: 0, 2, 4, 6."""
+    config = tiny_config
+    for steps_saved, record in [([], 1), ([0], 2), ([0, 2], 3), ([0, 2], 3), ([0, 2, 4], 4)]:
+        with monkeypatch.context() as patch:
+            crash_at_record(patch, record)
+            with pytest.raises(Crash):
+                run(config)
+        checkpoints = TrainCheckpointer(f"{config.run_dir}/checkpoints", keep=3)
+        assert checkpoints.steps() == steps_saved
+        config = replace(tiny_config, resume=True)
+    assert_same_run(run(config), whole)
 
 
 def check_what_a_run_leaves(config, result):
