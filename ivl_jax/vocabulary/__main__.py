@@ -165,7 +165,7 @@ def _report(
     )
     pairs = [
         f"{_token(base, base_id)} → {_token(value, value_id)} ({role})"
-        for role, base_id, value_id in built.special_pairs
+        for role, base_id, value_id in built.metadata.special_pairs
     ]
     line("paired by role", ", ".join(pairs) or "nothing")
     seen = [f"{_token(base, i)} × {count:,}" for i, count in coverage.unmapped_in_text]

@@ -3,6 +3,7 @@
 In: two tokenizers and texts. Out: the map, its metadata, and what it covers.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,11 +26,16 @@ TOKENISE_BASE, TOKENISE_VALUE, ALIGN = range(3)
 
 
 class NamedTokenizer(NamedTuple):
-    """A tokenizer, what identifies it, and what messages call it."""
+    """A tokenizer with what aligning needs to know of it."""
 
     name: str
+    """What messages and the map's metadata call it."""
     tokenizer: Any
+    """A transformers tokenizer."""
     info: TokenizerInfo
+    """What identifies it, the bytes of its tokens included."""
+    strings: Sequence[str]
+    """By id, the token without its word-start mark."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,6 @@ class BuiltMap:
         vocabulary_map: The map.
         metadata: What its file will say.
         coverage: What it covers.
-        special_pairs: (role, base id, value id) of tokens paired by role.
         base_tokens: Base tokens in the running text.
         unequal_texts: Texts that `bytes` left out, because the two tokenizers do not give back the
             same bytes.
@@ -70,7 +75,6 @@ class BuiltMap:
     vocabulary_map: VocabularyMap
     metadata: MapMetadata
     coverage: Coverage
-    special_pairs: SpecialPairs
     base_tokens: int
     unequal_texts: tuple[int, ...]
     tokenise_seconds: float
@@ -95,7 +99,8 @@ def named_tokenizer(name: str, tokenizer: Any, folder: str) -> NamedTokenizer:
     Raises:
         ValueError: the bytes of its tokens are not known.
     """
-    return NamedTokenizer(name, tokenizer, describe_tokenizer(tokenizer, folder))
+    info = describe_tokenizer(tokenizer, folder)
+    return NamedTokenizer(name, tokenizer, info, token_strings(tokenizer, info.ordinary_tokens))
 
 
 def build_vocabulary_map(
@@ -141,16 +146,59 @@ def build_vocabulary_map(
         tokenise(side.tokenizer, texts, lambda done, stage=stage: progress(stage, done))
         for stage, side in ((TOKENISE_BASE, base), (TOKENISE_VALUE, value))
     )
-    tokenised = time.perf_counter()
+    tokenise_seconds = time.perf_counter() - started
+    built = build_from_rows(
+        base,
+        value,
+        base_rows,
+        value_rows,
+        method=method,
+        special_pairs=special,
+        centred=centred,
+        progress=lambda done: progress(ALIGN, done),
+    )
+    return dataclasses.replace(built, tokenise_seconds=tokenise_seconds)
+
+
+def build_from_rows(
+    base: NamedTokenizer,
+    value: NamedTokenizer,
+    base_rows: list[np.ndarray],
+    value_rows: list[np.ndarray],
+    *,
+    method: Method,
+    special_pairs: SpecialPairs,
+    centred: bool = False,
+    progress: Callable[[int], None] = lambda texts: None,
+) -> BuiltMap:
+    """Build a vocabulary map from texts that are already tokenised.
+
+    Args:
+        base: the base's tokenizer.
+        value: the value network's tokenizer.
+        base_rows: per text, the base's ids, as `tokenise` gives them; at least one text.
+        value_rows: the same texts in the value network's ids.
+        method: `dtw` or `bytes`.
+        special_pairs: (role, base id, value id), from `pair_special_tokens`.
+        centred: stored in the metadata.
+        progress: called with the number of texts just aligned.
+
+    Returns:
+        The map; `tokenise_seconds` is 0.
+
+    Raises:
+        AlignmentError: (`bytes`) not one text whose bytes both tokenizers give back.
+    """
+    started = time.perf_counter()
     unequal: tuple[int, ...] = ()
     if method == "dtw":
         index, weight = _by_dtw(base, value, base_rows, value_rows, progress)
     else:
         index, weight, unequal = _by_bytes(base, value, base_rows, value_rows)
-        progress(ALIGN, len(texts))
-    for _, base_id, value_id in special:
+        progress(len(base_rows))
+    for _, base_id, value_id in special_pairs:
         index[base_id], weight[base_id] = value_id, 1.0
-    aligned = time.perf_counter()
+    align_seconds = time.perf_counter() - started
     coverage = _coverage(weight, base_rows, base.info)
     metadata = MapMetadata(
         method=method,
@@ -162,18 +210,17 @@ def build_vocabulary_map(
         centred=centred,
         token_coverage=coverage.tokens,
         text_coverage=coverage.text,
-        texts=len(texts),
-        special_pairs=special,
+        texts=len(base_rows),
+        special_pairs=special_pairs,
     )
     return BuiltMap(
         vocabulary_map=VocabularyMap(jnp.asarray(index), jnp.asarray(weight)),
         metadata=metadata,
         coverage=coverage,
-        special_pairs=special,
         base_tokens=sum(map(len, base_rows)),
         unequal_texts=unequal,
-        tokenise_seconds=tokenised - started,
-        align_seconds=aligned - tokenised,
+        tokenise_seconds=0.0,
+        align_seconds=align_seconds,
     )
 
 
@@ -204,14 +251,14 @@ def _by_dtw(
     value: NamedTokenizer,
     base_rows: list[np.ndarray],
     value_rows: list[np.ndarray],
-    progress: Callable[[int, int], None],
+    progress: Callable[[int], None],
 ) -> tuple[np.ndarray, np.ndarray]:
     counts = count_coaligned(
         value_rows,
         base_rows,
-        value_strings=token_strings(value.tokenizer, value.info.ordinary_tokens),
-        base_strings=token_strings(base.tokenizer, base.info.ordinary_tokens),
-        progress=lambda done: progress(ALIGN, done),
+        value_strings=value.strings,
+        base_strings=base.strings,
+        progress=progress,
     )
     return normalise_counts(
         counts, base_vocab_size=base.info.vocab_size, value_vocab_size=value.info.vocab_size

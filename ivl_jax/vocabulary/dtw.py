@@ -4,8 +4,9 @@ In: texts tokenised by both tokenizers, the strings of the tokens. Out: how ofte
 tokens were aligned, and from that the best value token of each base token with its weight.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
@@ -18,11 +19,26 @@ from ivl_jax.vocabulary.pair_counts import (
     merge_counts,
 )
 
-# Texts aligned at once, and cells of their padded tables together: 12 MB of float64. Fewer texts
-# leave numpy waiting for Python; more cells fall out of the cache (measured: 2 × slower at 4 ×).
-_TEXTS_AT_ONCE = 64
-_CELLS_AT_ONCE = 1_500_000
+# Texts aligned at once, and cells of their tables together: 48 MB of float64, one buffer for all.
+# With fewer texts numpy waits for Python; a fresh buffer for each group costs more than the paths.
+_TEXTS_AT_ONCE = 128
+_CELLS_AT_ONCE = 6_000_000
+# Costs between the most frequent tokens of either side are computed once: at most so many tokens
+# (50 MB), and at most one cost for so many cells of the texts, so that few texts do not wait.
+_FREQUENT = 2500
+_CELLS_PER_FREQUENT_COST = 8
 _CONTAINED = 0.1
+
+
+class _CostTable(NamedTuple):
+    """Costs between the frequent tokens of both sides; those of others are computed by text."""
+
+    costs: np.ndarray
+    """[Rv Rb] float64."""
+    value_rank: np.ndarray
+    """[Vv] int64, the row of a value token; −1 for rare ones."""
+    base_rank: np.ndarray
+    """[Vb] int64, the column of a base token; −1 for rare ones."""
 
 
 def token_strings(tokenizer: Any, token_bytes: Sequence[bytes | None]) -> list[str]:
@@ -40,14 +56,16 @@ def token_strings(tokenizer: Any, token_bytes: Sequence[bytes | None]) -> list[s
         Here the mark is the single character, other than the space itself, that stands for a
         space: Ġ in byte-level BPE, ▁ in SentencePiece.
     """
-    strings = [text or "" for text in tokenizer.convert_ids_to_tokens(range(len(token_bytes)))]
+    strings = [""] * len(token_bytes)
+    for text, token_id in tokenizer.get_vocab().items():
+        strings[token_id] = text
     marks = {
         text
         for text, spelled in zip(strings, token_bytes, strict=True)
         if spelled == b" " and len(text) == 1 and text != " "
     }
     for mark in marks:
-        strings = [text.replace(mark, "") for text in strings]
+        strings = [text.replace(mark, "") if mark in text else text for text in strings]
     return strings
 
 
@@ -76,20 +94,20 @@ def count_coaligned(
         goes back from the end by the smallest neighbour, ties to the diagonal, then to a step in
         the value, then in the base. Float64 throughout, as theirs: rounding decides some ties.
     """
-    strings = (np.array(value_strings, object), np.array(base_strings, object))
+    sizes = np.array([[len(row) for row in rows] for rows in (value_rows, base_rows)])
+    groups = list(_groups(*sizes.tolist()))
+    widest = max((_cells(sizes[:, group]) for group in groups), default=0)
+    buffer = np.empty(widest)
+    strings = np.array(value_strings, object), np.array(base_strings, object)
+    table = _frequent_costs((value_rows, base_rows), strings)
     parts = []
-    for group in _groups([len(row) for row in value_rows], [len(row) for row in base_rows]):
-        tables = [
-            pair_costs(
-                value_rows[row], base_rows[row], value_strings=strings[0], base_strings=strings[1]
-            )
-            for row in group
-        ]
-        which, i, j = warping_paths(tables)
-        value_ids, base_ids = (
-            _padded([rows[row] for row in group])[which, steps]
-            for rows, steps in ((value_rows, i), (base_rows, j))
-        )
+    for group in groups:
+        n, m = sizes[:, group].max(axis=1)
+        totals = buffer[: _cells(sizes[:, group])].reshape(n + 1, m + 1, len(group))
+        values, bases = ([rows[row] for row in group] for rows in (value_rows, base_rows))
+        _fill(totals, table, (values, bases), strings)
+        which, i, j = warping_paths(totals, *sizes[:, group])
+        value_ids, base_ids = _padded(values)[i, which], _padded(bases)[j, which]
         parts.append(
             count_pairs(
                 base_ids, value_ids, np.ones(len(which)), value_vocab_size=len(value_strings)
@@ -99,28 +117,17 @@ def count_coaligned(
     return merge_counts(parts, value_vocab_size=len(value_strings))
 
 
-def pair_costs(
-    value_row: np.ndarray,
-    base_row: np.ndarray,
-    *,
-    value_strings: np.ndarray,
-    base_strings: np.ndarray,
-) -> np.ndarray:
-    """The cost of every pair of a text's tokens.
+def pair_costs(values: Sequence[str], bases: Sequence[str]) -> np.ndarray:
+    """The cost of every pair of strings.
 
     Args:
-        value_row: [n] ids of the value's tokens.
-        base_row: [m] ids of the base's.
-        value_strings: by id, strings without word marks (an object array).
-        base_strings: likewise.
+        values: n strings of value tokens, without word-start marks.
+        bases: m strings of base tokens, likewise.
 
     Returns:
-        [n m] float64: the edit distance of the two strings, times 0.1 where one contains the other
-        (the empty string is contained in every string).
+        [n m] float64: the edit distance of the two, times 0.1 where one contains the other (the
+        empty string is contained in every string).
     """
-    value_ids, value_at = np.unique(value_row, return_inverse=True)
-    base_ids, base_at = np.unique(base_row, return_inverse=True)
-    values, bases = value_strings[value_ids].tolist(), base_strings[base_ids].tolist()
     distance = cdist(values, bases, scorer=Levenshtein.distance, dtype=np.int32)
     # One can contain the other only where the distance is the difference of their lengths.
     lengths = np.fromiter(map(len, values), np.int32), np.fromiter(map(len, bases), np.int32)
@@ -132,44 +139,59 @@ def pair_costs(
     costs = distance.astype(np.float64)
     i, j = (axis[contained] for axis in candidates)
     costs[i, j] *= _CONTAINED
-    return costs[value_at][:, base_at]
+    return costs
 
 
-def warping_paths(tables: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The cheapest warping path through each table, many tables at a time.
+def warping_paths(
+    totals: np.ndarray, n: np.ndarray, m: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The cheapest warping path through each of K tables at once.
 
     Args:
-        tables: each [n m] of costs, n and m at least 1; the first axis is the first series.
+        totals: [max n + 1, max m + 1, K] float64, contiguous. Table k has its costs in
+            `[1 : n[k] + 1, 1 : m[k] + 1, k]`, index 1 for the first token; other entries may be
+            anything finite. Overwritten by the cost of the cheapest path to each cell. Lying side
+            by side in the last axis, all tables advance by one strided slice an anti-diagonal.
+        n: [K] tokens of each first series, at least 1.
+        m: [K] tokens of each second series, at least 1.
 
     Returns:
-        Three [steps] int64 arrays over all paths: which table, index i in it, index j. Each path
-        runs from (n − 1, m − 1) back to (0, 0); the steps of different tables are mixed.
+        Three [steps] int64 arrays over all paths: which table, index i in the first series, index
+        j in the second. Each path runs from (n − 1, m − 1) back to (0, 0); the steps of different
+        tables are mixed.
     """
-    count = len(tables)
-    n, m = (max(table.shape[axis] for table in tables) for axis in (0, 1))
-    padded = np.zeros((count, n, m))
-    for k, table in enumerate(tables):
-        padded[k, : table.shape[0], : table.shape[1]] = table
-    # The tables lie side by side in the last axis, with a border of infinite cost before them, so
-    # that a whole anti-diagonal of all of them is one strided slice of rows.
-    totals = np.full((n + 1, m + 1, count), np.inf)
-    totals[1:, 1:] = padded.transpose(1, 2, 0)
+    rows, width, count = totals.shape
+    totals[0], totals[:, 0] = np.inf, np.inf
     totals[0, 0] = 0.0
-    width = m + 1
     flat = totals.reshape(-1, count)
-    smallest = np.empty((min(n, m), count))
-    for diagonal in range(2, n + m + 1):
-        top, bottom = max(1, diagonal - m), min(n, diagonal - 1)
+    smallest = np.empty((min(rows, width), count))
+    for diagonal in range(2, rows + width - 1):
+        top, bottom = max(1, diagonal - width + 1), min(rows - 1, diagonal - 1)
         first = top * width + diagonal - top
-        last = first + (bottom - top) * m
+        last = first + (bottom - top) * (width - 1)
         here, up, left, corner = (
-            flat[first - back : last - back + 1 : m] for back in (0, width, 1, width + 1)
+            flat[first - back : last - back + 1 : width - 1] for back in (0, width, 1, width + 1)
         )
         best = smallest[: bottom - top + 1]
         np.minimum(up, left, out=best)
         np.minimum(best, corner, out=best)
         here += best
-    return _back(totals.ravel(), tables, width)
+    # Where each path stands: row · width + column; it ends when it steps into the border.
+    which, place = np.arange(count), n.astype(np.int64) * width + m
+    steps = totals.reshape(-1)
+    visited = []
+    while len(place):
+        visited.append((which, place))
+        here = place * count + which
+        corner, up, left = (steps[here - back * count] for back in (width + 1, width, 1))
+        straight = np.where(up <= left, width, 1)
+        place = place - np.where(corner <= np.minimum(up, left), width + 1, straight)
+        going = place > 0
+        if not going.all():
+            which, place = which[going], place[going]
+    tables, places = (np.concatenate(axis) for axis in zip(*visited, strict=True))
+    i, j = np.divmod(places, width)
+    return tables, i - 1, j - 1
 
 
 def normalise_counts(
@@ -211,46 +233,79 @@ def normalise_counts(
 def _groups(value_lengths: Sequence[int], base_lengths: Sequence[int]) -> Iterator[list[int]]:
     """Texts of about equal lengths, as many as are aligned at once; empty ones left out."""
     rows = [r for r, both in enumerate(zip(value_lengths, base_lengths, strict=True)) if all(both)]
-    rows.sort(key=lambda row: (value_lengths[row], base_lengths[row]))
+    # Like lengths on both sides: 13 % of the cells are padding on GSM8K; 25 % by one length alone.
+    rows.sort(key=lambda row: (value_lengths[row] // 16, base_lengths[row]))
     group: list[int] = []
-    widest = 0
+    n = m = 0
     for row in rows:
-        grown = max(widest, base_lengths[row])
-        cells = (len(group) + 1) * (value_lengths[row] + 1) * (grown + 1)
+        n, m = max(n, value_lengths[row]), max(m, base_lengths[row])
+        cells = (len(group) + 1) * (n + 1) * (m + 1)
         if group and (cells > _CELLS_AT_ONCE or len(group) == _TEXTS_AT_ONCE):
             yield group
-            group, grown = [], base_lengths[row]
+            group, n, m = [], value_lengths[row], base_lengths[row]
         group.append(row)
-        widest = grown
     if group:
         yield group
 
 
+def _cells(sizes: np.ndarray) -> int:
+    """Cells of the bordered tables of a group, padded to the largest of each axis."""
+    n, m = sizes.max(axis=1)
+    return int((n + 1) * (m + 1) * sizes.shape[1])
+
+
 def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
-    padded = np.zeros((len(rows), max(map(len, rows))), np.int64)
+    """[longest K] int64, one column a row, 0 beyond its end."""
+    padded = np.zeros((max(map(len, rows)), len(rows)), np.int64)
     for k, row in enumerate(rows):
-        padded[k, : len(row)] = row
+        padded[: len(row), k] = row
     return padded
 
 
-def _back(
-    totals: np.ndarray, tables: Sequence[np.ndarray], width: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Walk all paths back at once through the bordered totals, the table the fastest axis."""
-    count = len(tables)
-    which = np.arange(count)
-    # Where each path stands: row · width + column in the bordered table; it ends at the border.
-    place = np.array([table.shape[0] * width + table.shape[1] for table in tables])
-    visited = []
-    while len(place):
-        visited.append((which, place))
-        here = place * count + which
-        corner, up, left = (totals[here - back * count] for back in (width + 1, width, 1))
-        straight = np.where(up <= left, width, 1)
-        place = place - np.where(corner <= np.minimum(up, left), width + 1, straight)
-        going = place > 0
-        if not going.all():
-            which, place = which[going], place[going]
-    tables_visited, places = (np.concatenate(axis) for axis in zip(*visited, strict=True))
-    i, j = np.divmod(places, width)
-    return tables_visited, i - 1, j - 1
+def _frequent_costs(
+    rows: tuple[Sequence[np.ndarray], Sequence[np.ndarray]], strings: tuple[np.ndarray, np.ndarray]
+) -> _CostTable:
+    """Costs between the most frequent strings; tokens that differ by their mark share a string."""
+    cells = sum(len(value) * len(base) for value, base in zip(*rows, strict=True))
+    most = min(_FREQUENT, math.isqrt(cells // _CELLS_PER_FREQUENT_COST) + 1)
+    frequent, ranks = [], []
+    for side_rows, side_strings in zip(rows, strings, strict=True):
+        seen = np.bincount(np.concatenate(side_rows), minlength=len(side_strings))
+        tokens = np.flatnonzero(seen)
+        times: dict[str, int] = {}
+        for text, count in zip(side_strings[tokens], seen[tokens].tolist(), strict=True):
+            times[text] = times.get(text, 0) + count
+        texts = sorted(times, key=times.__getitem__, reverse=True)[:most]
+        rank_of = {text: rank for rank, text in enumerate(texts)}
+        rank = np.full(len(side_strings), -1, np.int64)
+        rank[tokens] = [rank_of.get(text, -1) for text in side_strings[tokens]]
+        frequent.append(texts)
+        ranks.append(rank)
+    return _CostTable(pair_costs(*frequent), *ranks)
+
+
+def _fill(
+    totals: np.ndarray,
+    table: _CostTable,
+    rows: tuple[Sequence[np.ndarray], Sequence[np.ndarray]],
+    strings: tuple[np.ndarray, np.ndarray],
+) -> None:
+    """Write the costs of a group's texts: looked up, then those of rare tokens over them."""
+    n, m, count = totals.shape
+    value_rank, base_rank = table.value_rank[_padded(rows[0])], table.base_rank[_padded(rows[1])]
+    columns = np.maximum(base_rank, 0)
+    starts = np.maximum(value_rank, 0) * table.costs.shape[1]
+    places = np.empty((m - 1, count), np.int64)
+    for i in range(1, n):
+        np.add(columns, starts[i - 1], out=places)
+        np.take(table.costs, places, out=totals[i, 1:], mode="clip")
+    for k, (values, bases) in enumerate(zip(*rows, strict=True)):
+        rare_values = np.flatnonzero(value_rank[: len(values), k] < 0)
+        rare_bases = np.flatnonzero(base_rank[: len(bases), k] < 0)
+        value_texts, base_texts = strings[0][values], strings[1][bases]
+        if len(rare_values):
+            costs = pair_costs(value_texts[rare_values].tolist(), base_texts.tolist())
+            totals[rare_values + 1, 1 : len(bases) + 1, k] = costs
+        if len(rare_bases):
+            costs = pair_costs(value_texts.tolist(), base_texts[rare_bases].tolist())
+            totals[1 : len(values) + 1, rare_bases + 1, k] = costs

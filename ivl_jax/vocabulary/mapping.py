@@ -68,6 +68,17 @@ class MapMetadata:
     special_pairs: tuple[tuple[str, int, int], ...]
 
 
+class DescribedMap(NamedTuple):
+    """A map with what is known of it."""
+
+    vocabulary_map: VocabularyMap
+    """The map."""
+    metadata: MapMetadata
+    """Where it comes from."""
+    path: str
+    """Its file, for messages; empty where it was made in memory."""
+
+
 def apply_vocabulary_map(
     value_logits: Float[Array, "B T Vv"], vocabulary_map: VocabularyMap, *, centred: bool = False
 ) -> Float32[Array, "B T Vb"]:

@@ -50,7 +50,7 @@ def test_special_tokens_are_paired_with_weight_one_whatever_the_text_says(
     ends = [llama.info.bos_id, llama.info.eos_ids[0]]
     assert index[ends].tolist() == [gpt.info.eos_ids[0]] * 2
     assert weight[ends].tolist() == [1, 1]
-    assert built.special_pairs == built.metadata.special_pairs
+    assert [role for role, _, _ in built.metadata.special_pairs] == ["begin", "end"]
     assert weight[llama.info.unk_id] == 0
 
 

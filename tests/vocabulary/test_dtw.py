@@ -111,12 +111,7 @@ def test_cost_is_edit_distance_and_a_tenth_where_one_contains_the_other(
     strings: list[str], data: st.DataObject
 ) -> None:
     others = data.draw(st.lists(st.text("abc", max_size=4), min_size=1, max_size=6))
-    costs = pair_costs(
-        np.arange(len(strings)),
-        np.arange(len(others)),
-        value_strings=np.array(strings, object),
-        base_strings=np.array(others, object),
-    )
+    costs = pair_costs(strings, others)
     expected = [[plain_cost(a, b) for b in others] for a in strings]
     np.testing.assert_array_equal(costs, expected)
 
@@ -134,12 +129,20 @@ def test_cost_is_edit_distance_and_a_tenth_where_one_contains_the_other(
 def test_the_empty_string_is_contained_and_a_subsequence_is_not(
     a: str, b: str, cost: float
 ) -> None:
-    for one, other in ((a, b), (b, a)):
-        strings = {
-            "value_strings": np.array([one], object),
-            "base_strings": np.array([other], object),
-        }
-        assert pair_costs(np.array([0]), np.array([0]), **strings) == cost
+    assert pair_costs([a], [b]) == pair_costs([b], [a]) == cost
+
+
+def warping_paths_of(tables: Sequence[Sequence[Sequence[float]]]) -> list[list[tuple[int, int]]]:
+    """Each table's path, from tables of any sizes; what lies beyond a table must not matter."""
+    n, m = (np.array(sizes) for sizes in zip(*((len(t), len(t[0])) for t in tables), strict=True))
+    totals = np.full((n.max() + 1, m.max() + 1, len(tables)), -1e9)
+    for k, table in enumerate(tables):
+        totals[1 : n[k] + 1, 1 : m[k] + 1, k] = table
+    which, i, j = warping_paths(totals, n, m)
+    return [
+        list(zip(i[which == k].tolist(), j[which == k].tolist(), strict=True))
+        for k in range(len(tables))
+    ]
 
 
 # Few different costs, so that ties are everywhere.
@@ -159,20 +162,14 @@ _tables = st.integers(1, 7).flatmap(
 def test_many_warping_paths_at_once_are_each_the_plain_path(
     tables: list[list[list[float]]],
 ) -> None:
-    which, i, j = warping_paths([np.array(table) for table in tables])
-    for k, table in enumerate(tables):
-        mine = which == k
-        assert list(zip(i[mine].tolist(), j[mine].tolist(), strict=True)) == plain_path(table)
+    assert warping_paths_of(tables) == [plain_path(table) for table in tables]
 
 
 def test_ties_prefer_the_diagonal_then_the_value_then_the_base() -> None:
-    def path(table: list[list[float]]) -> list[tuple[int, int]]:
-        _, i, j = warping_paths([np.array(table)])
-        return list(zip(i.tolist(), j.tolist(), strict=True))
-
-    assert path([[0, 0], [0, 0]]) == [(1, 1), (0, 0)]
+    assert warping_paths_of([[[0, 0], [0, 0]]]) == [[(1, 1), (0, 0)]]
     # The corner is dearer than both sides, and these are equal: one step back in the value.
-    assert path([[0, 0, 1], [0, 5, 0], [1, 0, 0]])[:2] == [(2, 2), (1, 2)]
+    [path] = warping_paths_of([[[0, 0, 1], [0, 5, 0], [1, 0, 0]]])
+    assert path[:2] == [(2, 2), (1, 2)]
 
 
 @settings(deadline=None)
@@ -221,6 +218,7 @@ def test_texts_without_tokens_are_left_out() -> None:
     strings = ["a", "b"]
     pairs = [([0, 1], [1, 0]), ([], [0]), ([1], []), ([], [])]
     assert_same_map(_map(pairs, strings, strings), _map(pairs[:1], strings, strings))
+    assert not _map(pairs[1:], strings, strings)[1].any()
 
 
 def test_many_texts_of_all_lengths_are_counted_like_one_by_one(
@@ -236,6 +234,22 @@ def test_many_texts_of_all_lengths_are_counted_like_one_by_one(
     assert_same_map(_map(pairs, strings, strings), expected)
     monkeypatch.setattr("ivl_jax.vocabulary.dtw._CELLS_AT_ONCE", 2000)
     assert_same_map(_map(pairs, strings, strings), expected)
+
+
+@pytest.mark.parametrize("frequent", [1, 5, 100])
+def test_costs_of_rare_tokens_are_those_of_frequent_ones(
+    frequent: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = np.random.default_rng(1)
+    # Some strings twice: a word with its mark and one without.
+    strings = ["".join(random.choice(list("ab"), random.integers(0, 4))) for _ in range(20)]
+    pairs = [
+        (random.integers(0, 20, n).tolist(), random.integers(0, 20, m).tolist())
+        for n, m in random.integers(1, 12, (10, 2))
+    ]
+    monkeypatch.setattr("ivl_jax.vocabulary.dtw._CELLS_PER_FREQUENT_COST", 1)
+    monkeypatch.setattr("ivl_jax.vocabulary.dtw._FREQUENT", frequent)
+    assert_same_map(_map(pairs, strings, strings[::-1]), plain_map(pairs, strings, strings[::-1]))
 
 
 def test_word_start_marks_are_removed_by_tokenizer_kind(
