@@ -33,6 +33,11 @@ demo: $(STAMP)run ## Train a value network on S, lift L: table, report and plot 
 test: $(STAMP)dev ## Run the test suite
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
+.PHONY: bench
+bench: $(STAMP)dev ## Run every benchmark: tables, and runs/benchmarks.json
+	@mkdir -p runs
+	$(BIN)/python -m benchmarks all --json runs/benchmarks.json
+
 .PHONY: lint
 lint: $(STAMP)dev ## Check style, formatting and types
 	$(BIN)/ruff check .

@@ -1,0 +1,1 @@
+"""Speed beside peers and physical limits: `python -m benchmarks NAME… [--quick] [--json FILE]`."""

@@ -1,0 +1,91 @@
+"""One command runs any benchmarks, keeps what was measured, and says what failed."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from benchmarks import __main__ as command
+from benchmarks.report import Options, Report, Row, Target
+from benchmarks.timing import Figures
+
+
+@pytest.fixture
+def fake_benchmarks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Options]]:
+    """Three of them: one meets its target, one fails, one misses; gives the calls."""
+    calls = []
+
+    def make(name: str, median: float) -> ModuleType:
+        def run(options: Options) -> Report:
+            calls.append((name, options))
+            if name == "broken":
+                raise RuntimeError("no such machine")
+            row = Row("time", Figures(median, 0.0), "s", target=Target("median", 2.0))
+            return Report([row], dtype="float32", shapes={})
+
+        module = ModuleType(name)
+        module.run = run  # type: ignore[attr-defined]
+        return module
+
+    fakes = {"good": 1.0, "broken": 0.0, "slow": 3.0}
+    monkeypatch.setattr(command, "BENCHMARKS", dict.fromkeys(fakes, "about"))
+    for name, median in fakes.items():
+        monkeypatch.setitem(sys.modules, f"benchmarks.{name}", make(name, median))
+    return calls
+
+
+def test_one_benchmark_writes_its_rows_and_setting(
+    fake_benchmarks, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "x.json"
+    assert command.main(["good", "--quick", "--json", str(file)]) == 0
+    assert fake_benchmarks == [("good", Options(quick=True))]
+    record = json.loads(file.read_text())
+    assert [row["name"] for row in record["rows"]] == ["time"]
+    assert record["targets_met"] is True
+    setting = record["setting"]
+    assert {"device", "threads", "versions", "commit", "dtype", "shapes"} <= set(setting)
+    assert "jax" in setting["versions"]
+    assert "targets met: yes" in capsys.readouterr().out
+
+
+def test_missed_target_is_said_and_no_failure(fake_benchmarks, capsys) -> None:
+    assert command.main(["slow"]) == 0
+    assert "targets met: NO" in capsys.readouterr().out
+
+
+def test_one_that_fails_does_not_lose_the_others(fake_benchmarks, tmp_path: Path, capsys) -> None:
+    file = tmp_path / "x.json"
+    assert command.main(["all", "--json", str(file)]) == 1
+    assert [name for name, _ in fake_benchmarks] == ["good", "broken", "slow"]
+    record = json.loads(file.read_text())
+    assert [row["benchmark"] for row in record["rows"]] == ["good", "slow"]
+    assert record["failures"] == {"broken": "RuntimeError: no such machine"}
+    assert record["targets_met"] is False
+    assert "no such machine" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "invalid choice: 'nothing'"),
+        ([], "required: NAME"),
+        (["good", "--json", "absent/x.json"], "in a folder that exists"),
+        (["good", "--json", "."], "expected the name of a file"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_runs(
+    fake_benchmarks, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command.main(arguments)
+    assert message in capsys.readouterr().err
+    assert fake_benchmarks == []
+
+
+def test_every_registered_benchmark_can_run() -> None:
+    for name in command.BENCHMARKS:
+        assert callable(importlib.import_module(f"benchmarks.{name}").run)
