@@ -5,7 +5,10 @@ tokens were aligned, and from that the best value token of each base token with 
 """
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,8 +22,9 @@ from ivl_jax.vocabulary.pair_counts import (
     merge_counts,
 )
 
-# Texts aligned at once, and cells of their tables together: 48 MB of float64, one buffer for all.
+# Texts aligned at once, and cells of their tables together: 48 MB of float64, one buffer a thread.
 # With fewer texts numpy waits for Python; a fresh buffer for each group costs more than the paths.
+_THREADS = min(4, os.cpu_count() or 1)
 _TEXTS_AT_ONCE = 128
 _CELLS_AT_ONCE = 6_000_000
 # Costs between the most frequent tokens of either side are computed once: at most so many tokens
@@ -97,23 +101,32 @@ def count_coaligned(
     sizes = np.array([[len(row) for row in rows] for rows in (value_rows, base_rows)])
     groups = list(_groups(*sizes.tolist()))
     widest = max((_cells(sizes[:, group]) for group in groups), default=0)
-    buffer = np.empty(widest)
     strings = np.array(value_strings, object), np.array(base_strings, object)
     table = _frequent_costs((value_rows, base_rows), strings)
-    parts = []
-    for group in groups:
+    buffers: SimpleQueue[np.ndarray] = SimpleQueue()
+    for _ in range(_THREADS):
+        buffers.put(np.empty(widest))
+
+    def count(group: list[int]) -> PairCounts:
+        buffer = buffers.get()
         n, m = sizes[:, group].max(axis=1)
         totals = buffer[: _cells(sizes[:, group])].reshape(n + 1, m + 1, len(group))
         values, bases = ([rows[row] for row in group] for rows in (value_rows, base_rows))
-        _fill(totals, table, (values, bases), strings)
-        which, i, j = warping_paths(totals, *sizes[:, group])
+        try:
+            _fill(totals, table, (values, bases), strings)
+            which, i, j = warping_paths(totals, *sizes[:, group])
+        finally:
+            buffers.put(buffer)
         value_ids, base_ids = _padded(values)[i, which], _padded(bases)[j, which]
-        parts.append(
-            count_pairs(
-                base_ids, value_ids, np.ones(len(which)), value_vocab_size=len(value_strings)
-            )
-        )
-        progress(len(group))
+        ones = np.ones(len(which))
+        return count_pairs(base_ids, value_ids, ones, value_vocab_size=len(value_strings))
+
+    parts = []
+    # Numpy lets go of the interpreter while it gathers and adds.
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for group, part in zip(groups, pool.map(count, groups), strict=True):
+            parts.append(part)
+            progress(len(group))
     return merge_counts(parts, value_vocab_size=len(value_strings))
 
 
