@@ -3,6 +3,7 @@
 python infer.py --base BASE --value VALUE --prompt "Once upon a time"
 python infer.py --base BASE --value VALUE --input prompts.jsonl --output out.jsonl
 python infer.py --base BASE --value VALUE --chat
+python infer.py --base BASE --value A --value B --strength 1 --strength -0.5 --prompt "Once"
 """
 
 import logging
@@ -18,7 +19,8 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("ivl_jax").setLevel(logging.INFO)
     try:
-        config = tyro.cli(InferConfig, description=__doc__)
+        # A repeated flag adds to the list: --value A --value B.
+        config = tyro.cli(InferConfig, description=__doc__, config=(tyro.conf.UseAppendAction,))
         # Imported after the flags are read: JAX takes a second that --help need not wait for.
         from ivl_jax.decoding import command
 

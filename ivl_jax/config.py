@@ -308,22 +308,29 @@ def check_train_config(config: TrainConfig) -> None:
 
 @dataclass(frozen=True)
 class InferConfig:
-    """Decode with a base model and, unless `--value none`, a value network on top."""
+    """Decode with a base model and, unless `--value none`, value networks on top."""
 
     base: str = ""
     """Hugging Face folder or hub id of the base model."""
-    value: str = ""
-    """Value folder written by train.py, or `none` for the base alone."""
-    strength: float = 1.0
-    """α in z = z_base + α · z_value; 0 gives the base, negative values push away."""
+    value: tuple[str, ...] = ()
+    """Value folder written by train.py, or `none` for the base alone; repeat the flag for several.
+    A language model (Hugging Face folder or hub id) counts as a value: `--value TUNED
+    --value UNTUNED --strength 1 --strength -1` is proxy-tuning."""
+    strength: tuple[float, ...] = ()
+    """α in z = z_base + Σ α · z_value, one a value in their order (default 1); 0 gives the base,
+    negative values push away."""
+    map: tuple[str, ...] = ()
+    """Vocabulary map of a value with another tokenizer than the base's, built by
+    `python -m ivl_jax.vocabulary build`; one a value in their order, `none` for those without."""
     prompt: str | None = None
     """One prompt; "" starts from the beginning-of-sequence token."""
     input: str | None = None
-    """JSONL file with one {"prompt": …} or {"messages": […]} a line; needs --output."""
+    """JSONL file with one {"prompt": …} or {"messages": […]} a line, perhaps with its own
+    "strengths": […], one a value; needs --output."""
     output: str | None = None
     """JSONL file written as it goes; a second run continues where it stopped."""
     chat: bool = False
-    """Treat prompts as user messages in the value's chat template; without a prompt, talk."""
+    """Treat prompts as user messages in the first value's template; without a prompt, talk."""
     max_new_tokens: int = 256
     """Tokens generated at most."""
     temperature: float = 0.0
@@ -337,7 +344,7 @@ class InferConfig:
     seed: int = 0
     """Seed of sampling; row i of an input file uses it with i folded in."""
     stop: tuple[str, ...] = ()
-    """Strings that end the generation and are cut off."""
+    """String that ends the generation and is cut off; repeat the flag for several."""
     batch_size: int = 8
     """Prompts decoded together, with --input."""
     dtype: DType = "float32"
@@ -346,7 +353,7 @@ class InferConfig:
     base_layout: LayoutName = "full"
     """How the base's parameters are split on the mesh; `full`: over fsdp and tensor."""
     value_layout: LayoutName = "full"
-    """The same for the value network; `replicated` keeps a small one whole on every device."""
+    """The same for the value networks; `replicated` keeps small ones whole on every device."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -371,8 +378,7 @@ def check_infer_config(config: InferConfig) -> None:
         problems.append("--base is missing: name a Hugging Face folder or hub id")
     if not config.value:
         problems.append("--value is missing: name a value folder, or none for the base alone")
-    if config.value == "none" and config.strength != 1.0:
-        problems.append(f"--strength {config.strength} has no use with --value none: remove one")
+    problems += _value_flag_problems(config)
     if config.prompt is not None and config.input is not None:
         problems.append("--prompt and --input exclude each other: remove one")
     if config.prompt is None and config.input is None and not config.chat:
@@ -387,3 +393,20 @@ def check_infer_config(config: InferConfig) -> None:
         raise ConfigError(
             "decoding cannot start:\n" + "\n".join(f"  - {line}" for line in problems)
         )
+
+
+def _value_flag_problems(config: InferConfig) -> list[str]:
+    """What is wrong with --value, --strength and --map beside one another."""
+    if "none" in config.value:
+        unused = [f"--value {path}" for path in config.value if path != "none"]
+        unused += [f"--strength {alpha}" for alpha in config.strength]
+        unused += [f"--map {path}" for path in config.map if path != "none"]
+        return [f"{', '.join(unused)} has no use with --value none: remove one"] if unused else []
+    problems = []
+    for flag, given in (("--strength", config.strength), ("--map", config.map)):
+        if config.value and given and len(given) != len(config.value):
+            problems.append(
+                f"{len(config.value)} value(s), but {flag} is given {len(given)} time(s): give it "
+                "once for each --value, in the same order, or not at all"
+            )
+    return problems

@@ -52,6 +52,15 @@ def infer(module, monkeypatch, capsys, caplog):
     logger.setLevel(level)
 
 
+@pytest.fixture(scope="module")
+def gpt2_model_dir(gpt2_tokenizer_dir, stories260k_dir, tmp_path_factory):
+    """A language model's folder with another tokenizer, as far as it is read before the weights."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    for path in (*gpt2_tokenizer_dir.iterdir(), stories260k_dir / "config.json"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
 @pytest.fixture
 def base_flags(stories260k_dir, value_folder):
     return ("--base", stories260k_dir, "--value", value_folder, "--strength", 0.3)
@@ -78,6 +87,28 @@ def test_strength_zero_prints_the_bases_text_and_another_strength_another(infer,
     assert status == 0
     assert infer(*flags, *base_flags[2:4], "--strength", 0)[1] == alone
     assert infer(*flags, *base_flags[2:4], "--strength", 1)[1] != alone
+
+
+def test_a_language_model_counts_as_a_value_and_two_opposed_ones_cancel(
+    infer, base_flags, stories260k_dir
+):
+    flags = (*base_flags, "--prompt", "Once", "--max-new-tokens", 20)
+    _, expected, _ = infer(*flags)
+    tuned = ("--value", stories260k_dir, "--strength", 1.5, "--value", stories260k_dir)
+    assert infer(*flags, *tuned, "--strength", -1.5)[1] == expected
+    assert infer(*flags, *tuned, "--strength", -4.5)[1] != expected
+
+
+def test_each_line_of_a_file_may_have_its_own_strengths(infer, base_flags, tmp_path):
+    source, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    strengths = [[0.3], None, [0.0], [-3.0]]
+    lines = [{"prompt": "Once", **({"strengths": own} if own else {})} for own in strengths]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = (*base_flags, "--max-new-tokens", 12, "--input", source, "--output", output)
+    assert infer(*flags)[0] == 0
+    texts = [json.loads(line)["text"] for line in output.read_text().splitlines()]
+    assert texts[0] == texts[1]  # the command's own strength is 0.3
+    assert texts[3] not in texts[:3]
 
 
 def test_a_file_of_prompts_goes_on_where_a_killed_run_stopped(infer, base_flags, tmp_path):
@@ -178,7 +209,19 @@ def test_the_end_of_input_ends_a_conversation(infer, base_flags, monkeypatch):
             ["--input: no file at absent.jsonl"],
         ),
         (("--base", "./absent", "--value", "none", "--prompt", "a"), ["./absent: no such folder"]),
-        (("--base", "BASE", "--value", "./absent", "--prompt", "a"), ["absent"]),
+        (
+            ("--base", "BASE", "--value", "./absent", "--prompt", "a"),
+            ["--value ./absent: neither a value folder nor a language model"],
+        ),
+        (("--base", "BASE", "--value", "tests", "--prompt", "a"), ["neither ivl.json"]),
+        (
+            ("--base", "BASE", "--value", "a", "--value", "b", "--strength", "1", "--prompt", "a"),
+            ["2 value(s), but --strength is given 1 time(s)"],
+        ),
+        (
+            ("--base", "BASE", "--value", "GPT2", "--prompt", "a"),
+            ["GPT2 (50257 ids) differ", "--value-tokenizer GPT2 --text TEXT", "--map"],
+        ),
         (("--base", "BASE", "--value", "none", "--chat"), ["terminal"]),
         (("--base", "BASE", "--value", "none", "--prompt", "a", "--top-p", "0"), ["--top-p must"]),
         (("--base", "BASE", "--value", "none", "--prompt", "a", "--mesh.tensor", "9"), ["9"]),
@@ -186,16 +229,17 @@ def test_the_end_of_input_ends_a_conversation(infer, base_flags, monkeypatch):
     ids=lambda flags: " ".join(flags)[:60],
 )
 def test_bad_flags_and_files_are_said_before_a_model_is_loaded(
-    infer, stories260k_dir, monkeypatch, flags, said
+    infer, stories260k_dir, gpt2_model_dir, monkeypatch, flags, said
 ):
     def fail(*_, **__):
         pytest.fail("a model was loaded")
 
     monkeypatch.setattr("ivl_jax.decoding.command.load_language_model", fail)
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: False))
-    flags = [str(stories260k_dir) if flag == "BASE" else flag for flag in flags]
-    status, output, messages = infer(*flags)
+    folders = {"BASE": str(stories260k_dir), "GPT2": str(gpt2_model_dir)}
+    status, output, messages = infer(*[folders.get(flag, flag) for flag in flags])
     assert (status, output) == (2, "")
+    messages = messages.replace(folders["GPT2"], "GPT2")
     for part in said:
         assert part in messages
 

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ivl_jax.checkpoint import load_value, read_value_metadata
 from ivl_jax.config import ConfigError, InferConfig, check_infer_config
 from ivl_jax.data.formats import Message
 from ivl_jax.decoding.compose import compose
@@ -29,6 +29,7 @@ from ivl_jax.decoding.prompt_files import (
 )
 from ivl_jax.decoding.requests import GenerationOptions, PromptTooLongError
 from ivl_jax.decoding.text import ComposedModel, EncodedPrompt, Generation, Prompt
+from ivl_jax.decoding.value_sources import ValueSource, check_sources, find_value, load_source
 from ivl_jax.sharding import LAYOUTS, make_mesh
 from ivl_jax.weights.language_model import find_model, load_language_model
 
@@ -74,21 +75,24 @@ def prepare(config: InferConfig) -> Work:
     check_infer_config(config)
     if config.input is None and config.prompt is None and not sys.stdin.isatty():
         raise ConfigError("--chat without --prompt talks on a terminal: give --prompt or --input")
-    rows = [] if config.input is None else read_prompts(Path(config.input))
+    paths = [path for path in config.value if path != "none"]
+    rows = [] if config.input is None else read_prompts(Path(config.input), values=len(paths))
     mesh = _mesh(config)
     base_folder = find_model(config.base)
-    if config.value != "none":
-        read_value_metadata(config.value)
+    sources = [find_value(path) for path in paths]
+    check_sources(config.base, base_folder, sources)
     output = None
     if config.output is not None:
-        settings = _settings(config, base_folder)
+        settings = _settings(config, base_folder, sources)
         output = GenerationFile(Path(config.output), settings=settings, rows=rows)
-    model = _load(config, mesh)
+    model = _load(config, sources, mesh)
     texts = [_prompt_of(row, chat=config.chat) for row in rows]
     names = [row.where for row in rows]
+    options = [dataclasses.replace(_options(config), strengths=row.strengths) for row in rows]
     if config.prompt is not None:
         texts, names = [_dialogue(config.prompt) if config.chat else config.prompt], ["--prompt"]
-    return Work(config, model, model.prepare(texts, _options(config), names=names), output)
+        options = [_options(config)]
+    return Work(config, model, model.prepare(texts, options, names=names), output)
 
 
 def decode(work: Work) -> None:
@@ -105,23 +109,18 @@ def decode(work: Work) -> None:
         _talk(work)
 
 
-def _load(config: InferConfig, mesh: Mesh | None) -> ComposedModel:
+def _load(config: InferConfig, sources: Sequence[ValueSource], mesh: Mesh | None) -> ComposedModel:
     dtype = jnp.dtype(config.dtype)
     base_rules, value_rules = LAYOUTS[config.base_layout], LAYOUTS[config.value_layout]
     start = time.perf_counter()
     base = load_language_model(config.base, param_dtype=dtype, mesh=mesh, sharding_rules=base_rules)
-    values = []
-    if config.value != "none":
-        values.append(
-            load_value(config.value, param_dtype=dtype, mesh=mesh, sharding_rules=value_rules)
-        )
-    logger.info(
-        "loaded %s and %s in %.1f s", config.base, config.value, time.perf_counter() - start
-    )
+    values = [load_source(source, dtype=dtype, mesh=mesh, rules=value_rules) for source in sources]
+    names = " and ".join([config.base, *(source.path for source in sources)])
+    logger.info("loaded %s in %.1f s", names, time.perf_counter() - start)
     return compose(
         base,
         *values,
-        strengths=[config.strength] * len(values),
+        strengths=config.strength,
         mesh=mesh,
         base_rules=base_rules,
         value_rules=value_rules,
@@ -141,13 +140,14 @@ def _options(config: InferConfig) -> GenerationOptions:
     return GenerationOptions(**flags)
 
 
-def _settings(config: InferConfig, base_folder: Path) -> dict[str, Any]:
+def _settings(
+    config: InferConfig, base_folder: Path, sources: Sequence[ValueSource]
+) -> dict[str, Any]:
     """What decides the texts of an output file."""
     flags = dataclasses.asdict(config)
     settings = {name: value for name, value in flags.items() if name not in _FREE_FLAGS}
     settings["base_fingerprint"] = folder_fingerprint(base_folder)
-    if config.value != "none":
-        settings["value_fingerprint"] = folder_fingerprint(config.value)
+    settings["value_fingerprints"] = [folder_fingerprint(source.folder) for source in sources]
     return settings
 
 

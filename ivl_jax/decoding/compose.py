@@ -1,6 +1,7 @@
 """Putting value networks on a base model: every check, and the layout of the arrays, once.
 
-In: a loaded base, loaded value networks, a mesh. Out: a `ComposedModel` that generates.
+In: a loaded base, loaded value networks, a mesh. Out: a `ComposedModel` that generates. A language
+model may take a value network's place: its logits are added like theirs (proxy-tuning).
 """
 
 from collections.abc import Sequence
@@ -9,16 +10,16 @@ from typing import TYPE_CHECKING, Any, cast
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array
 
 from ivl_jax.checkpoint import ValueNetwork
 from ivl_jax.config import Connection
+from ivl_jax.decoding.compatibility import Side, check_fit
 from ivl_jax.decoding.generate import ComposedParams, Composition, Layout, Network, build_programs
 from ivl_jax.decoding.text import ComposedModel
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import Params, build_decoder, untie_head
 from ivl_jax.sharding import DEFAULT_RULES, ShardingRules, parameter_shardings
-from ivl_jax.tokenizer import TokenizerInfo, UnknownIds, check_compatible
+from ivl_jax.tokenizer import TokenizerInfo
 from ivl_jax.weights.language_model import LanguageModel
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ else:
 
 def compose(
     base: LanguageModel,
-    *values: ValueNetwork,
+    *values: ValueNetwork | LanguageModel,
     strengths: Sequence[float] = (),
     mesh: Mesh | None = None,
     base_rules: ShardingRules = DEFAULT_RULES,
@@ -39,7 +40,8 @@ def compose(
 
     Args:
         base: the base model.
-        values: value networks; none gives the base alone.
+        values: value networks; none gives the base alone. A language model counts as one that reads
+            the text only: `compose(base, tuned, untuned, strengths=(α, −α))` is proxy-tuning.
         strengths: α of each value network; empty: 1 each.
         mesh: devices to decode on; None: the device where the parameters are. Parameters that do
             not lie as the rules say are moved there.
@@ -50,16 +52,21 @@ def compose(
         A model that generates. Computation runs in the dtype each network's parameters are held in.
 
     Raises:
-        TokenizerMismatchError: base and a value network disagree on tokens both have.
+        TokenizerMismatchError: base and a value network disagree on tokens both have; it gives the
+            command that builds a map between them.
         ValueError: as many strengths as value networks, or none, are needed.
     """
     if strengths and len(strengths) != len(values):
         raise ValueError(f"{len(strengths)} strengths for {len(values)} value network(s)")
     base_name = f"the base {base.path}"
     names = [_value_name(value, index) for index, value in enumerate(values)]
+    base_side = Side(base_name, base.path, base.tokenizer_info)
     unknown = [
-        check_compatible(
-            base.tokenizer_info, value.tokenizer_info, base_name=base.path, value_name=name
+        check_fit(
+            base_side,
+            Side(name, value.path, value.tokenizer_info),
+            connection=connection_of(value),
+            described_map=None,
         )
         for name, value in zip(names, values, strict=True)
     ]
@@ -81,7 +88,9 @@ def compose(
     context, context_of = min(contexts, key=lambda pair: pair[0])
     return ComposedModel(
         composition=composition,
-        params=ComposedParams(base_params, tuple(value_params), tuple(map(_id_array, unknown))),
+        params=ComposedParams(
+            base_params, tuple(value_params), tuple(jnp.asarray(ids, jnp.int32) for ids in unknown)
+        ),
         programs=build_programs(composition),
         strengths=tuple(float(alpha) for alpha in strengths) or (1.0,) * len(values),
         stop_ids=tuple(
@@ -122,7 +131,7 @@ def _network(
     params: Params,
     info: TokenizerInfo,
     layout: Layout | None,
-    value: ValueNetwork | None = None,
+    value: ValueNetwork | LanguageModel | None = None,
 ) -> Network:
     embedding = params["embed_tokens"]["embedding"]
     # A value reads its unknown token where the text has one it never saw, else a text's beginning.
@@ -132,19 +141,24 @@ def _network(
         arch=arch,
         vocab_size=min(info.vocab_size, embedding.shape[0]),
         cache_dtype=str(embedding.dtype),
-        connection=None if value is None else cast(Connection, value.connection),
+        connection=None if value is None else connection_of(value),
         replacement_id=next(i for i in readable if i is not None),
         layout=layout,
     )
 
 
-def _value_name(value: ValueNetwork, index: int) -> str:
+def connection_of(value: ValueNetwork | LanguageModel) -> Connection:
+    """A language model reads the text, like a value network of the residual scheme."""
+    if isinstance(value, LanguageModel):
+        return "residual"
+    return cast(Connection, value.connection)
+
+
+def _value_name(value: ValueNetwork | LanguageModel, index: int) -> str:
+    if isinstance(value, LanguageModel):
+        return f"value network {index + 1} (the language model {value.path})"
     trained_on = value.metadata.training_base.get("name", "an unnamed base")
     return f"value network {index + 1} (trained on {trained_on})"
-
-
-def _id_array(unknown: UnknownIds) -> Array:
-    return jnp.asarray(unknown.ids, jnp.int32)
 
 
 def _token_bytes(tokenizer: PreTrainedTokenizerBase, info: TokenizerInfo) -> tuple[bytes, ...]:

@@ -1,7 +1,8 @@
 """Prompts from a JSONL file and generations into another, written as they come and resumable.
 
-In: `{"prompt": text}` or `{"messages": [{"role", "content"}, …]}` a line. Out: the same lines with
-`text`, `finish_reason` and token counts added. Imports no JAX: bad files are reported at once.
+In: `{"prompt": text}` or `{"messages": [{"role", "content"}, …]}` a line, perhaps with its own
+`"strengths": [α, …]`. Out: the same lines with `text`, `finish_reason` and token counts added.
+Imports no JAX: bad files are reported at once.
 
 Beside OUTPUT lies OUTPUT.settings.json, what it was made with; a second run goes on only with the
 same settings and the same prompts.
@@ -10,6 +11,7 @@ same settings and the same prompts.
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,19 +40,22 @@ class PromptRow:
         record: The whole line.
         text: The prompt, or None for a dialogue.
         messages: (role, content) pairs of a dialogue; empty for a text.
+        strengths: α of each value network for this line, or None for those of the command.
     """
 
     where: str
     record: Mapping[str, Any]
     text: str | None
     messages: tuple[tuple[str, str], ...]
+    strengths: tuple[float, ...] | None = None
 
 
-def read_prompts(path: Path) -> list[PromptRow]:
+def read_prompts(path: Path, *, values: int) -> list[PromptRow]:
     """Read a file of prompts, all of it, strictly.
 
     Args:
         path: JSONL; empty lines do not count.
+        values: value networks of the composition; a line's `strengths` has one number for each.
 
     Returns:
         One row a line, in order.
@@ -67,7 +72,7 @@ def read_prompts(path: Path) -> list[PromptRow]:
                 continue
             where = f"{path}:{number}"
             try:
-                rows.append(_parse_row(json.loads(line), where))
+                rows.append(_parse_row(json.loads(line), where, values=values))
             except ValueError as error:
                 problems.append(f"{where}: {error}")
     if problems:
@@ -75,7 +80,8 @@ def read_prompts(path: Path) -> list[PromptRow]:
         named = "\n".join(f"  - {problem}" for problem in problems[:_MOST_PROBLEMS_NAMED])
         raise ConfigError(
             f"--input: {len(problems)} malformed line(s); expected "
-            '{"prompt": text} or {"messages": [{"role": …, "content": …}, …]}:\n'
+            '{"prompt": text} or {"messages": [{"role": …, "content": …}, …]}, and perhaps '
+            '"strengths": [α, …]:\n'
             f"{named}" + (f"\n  and {more} more" if more > 0 else "")
         )
     if not rows:
@@ -176,7 +182,7 @@ def _files_below(folder: epath.Path) -> Iterator[epath.Path]:
             yield path
 
 
-def _parse_row(record: Any, where: str) -> PromptRow:
+def _parse_row(record: Any, where: str, *, values: int) -> PromptRow:
     if not isinstance(record, dict):
         raise ValueError(f"expected an object, got {type(record).__name__}")
     json.dumps(record, ensure_ascii=False).encode()  # raises on half of a surrogate pair
@@ -185,7 +191,7 @@ def _parse_row(record: Any, where: str) -> PromptRow:
     if "prompt" in record:
         if not isinstance(record["prompt"], str):
             raise ValueError(f"prompt must be a text, got {type(record['prompt']).__name__}")
-        return PromptRow(where, record, record["prompt"], ())
+        return PromptRow(where, record, record["prompt"], (), _strengths(record, values))
     messages = record["messages"]
     if not isinstance(messages, list) or not messages:
         raise ValueError("messages must be a list that is not empty")
@@ -200,7 +206,22 @@ def _parse_row(record: Any, where: str) -> PromptRow:
             )
     if messages[-1]["role"] != "user":
         raise ValueError(f"the last message must be the user's, got {messages[-1]['role']}")
-    return PromptRow(where, record, None, tuple((m["role"], m["content"]) for m in messages))
+    pairs = tuple((m["role"], m["content"]) for m in messages)
+    return PromptRow(where, record, None, pairs, _strengths(record, values))
+
+
+def _strengths(record: Mapping[str, Any], values: int) -> tuple[float, ...] | None:
+    given = record.get("strengths")
+    if given is None:
+        return None
+    numbers = isinstance(given, list) and all(
+        type(alpha) in (int, float) and math.isfinite(alpha) for alpha in given
+    )
+    if not numbers or len(given) != values:
+        raise ValueError(
+            f"strengths must be a list of {values} number(s), one a value network, got {given!r}"
+        )
+    return tuple(float(alpha) for alpha in given)
 
 
 def _compare_settings(path: Path, settings_path: Path, settings: Mapping[str, Any]) -> None:

@@ -75,7 +75,7 @@ class ComposedModel:
         params: The arrays.
         programs: The compiled programs.
         base: The loaded base model.
-        values: The loaded value networks.
+        values: The loaded value networks, or language models in their place.
         strengths: α of each value network, where a request names none.
         stop_ids: Ids that end a row: those of the base and of every value network.
         context: Tokens a row may hold: the smallest context of all networks.
@@ -88,7 +88,7 @@ class ComposedModel:
     params: ComposedParams = field(repr=False)
     programs: Programs = field(repr=False)
     base: LanguageModel = field(repr=False)
-    values: tuple[ValueNetwork, ...]
+    values: tuple[ValueNetwork | LanguageModel, ...]
     strengths: tuple[float, ...]
     stop_ids: tuple[int, ...]
     context: int
@@ -104,10 +104,9 @@ class ComposedModel:
     @functools.cached_property
     def chat_format(self) -> ChatFormat:
         """How dialogues become tokens: the first value network's format, else the base's own."""
-        if self.values:
-            value = self.values[0]
-            return make_chat_format(value.tokenizer, template=value.chat_template)
-        return make_chat_format(self.tokenizer, template="auto")
+        first = self.values[0] if self.values else self.base
+        template = first.chat_template if isinstance(first, ValueNetwork) else "auto"
+        return make_chat_format(first.tokenizer, template=template)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Turn a prompt into token ids.

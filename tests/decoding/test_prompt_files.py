@@ -19,7 +19,7 @@ def result(text):
 @pytest.fixture
 def rows(tmp_path):
     records = [{"prompt": f"p{i}", "id": i} for i in range(4)]
-    return read_prompts(write_lines(tmp_path / "in.jsonl", *records))
+    return read_prompts(write_lines(tmp_path / "in.jsonl", *records), values=1)
 
 
 SETTINGS = {"temperature": 0.0, "stop": ("a",)}
@@ -29,7 +29,7 @@ def test_texts_and_dialogues_are_read_with_their_lines(tmp_path):
     path = tmp_path / "in.jsonl"
     dialogue = {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]}
     path.write_text(json.dumps({"prompt": ""}) + "\n\n" + json.dumps(dialogue))
-    text, talk = read_prompts(path)
+    text, talk = read_prompts(path, values=2)
     assert (text.text, text.messages, text.where) == ("", (), f"{path}:1")
     assert talk.text is None
     assert talk.messages == (("system", "S"), ("user", "U"))
@@ -45,6 +45,10 @@ def test_texts_and_dialogues_are_read_with_their_lines(tmp_path):
         ('{"prompt": "a", "messages": []}', "either prompt or messages"),
         ('{"prompt": 3}', "prompt must be a text, got int"),
         ('{"prompt": "\\ud83d"}', "surrogates not allowed"),
+        ('{"prompt": "a", "strengths": 1}', r"strengths must be a list of 2 number\(s\).*got 1"),
+        ('{"prompt": "a", "strengths": [1]}', r"a list of 2 number\(s\).*got \[1\]"),
+        ('{"prompt": "a", "strengths": [1, "2"]}', "got .1, '2'.$"),
+        ('{"prompt": "a", "strengths": [1, NaN]}', "got .1, nan.$"),
         ('{"messages": []}', "messages must be a list"),
         ('{"messages": [{"role": "robot", "content": "x"}]}', r"messages\[0\] must have a role"),
         ('{"messages": [{"role": "assistant", "content": "x"}]}', "last message must be the user"),
@@ -54,15 +58,21 @@ def test_malformed_lines_are_named_with_line_and_reason(tmp_path, line, reason):
     path = tmp_path / "in.jsonl"
     path.write_text('{"prompt": "fine"}\n' + line + "\n")
     with pytest.raises(ConfigError, match=f"in.jsonl:2: .*{reason}"):
-        read_prompts(path)
+        read_prompts(path, values=2)
+
+
+def test_a_line_may_have_its_own_strengths(tmp_path):
+    own = {"prompt": "a", "strengths": [1, -0.5]}
+    rows = read_prompts(write_lines(tmp_path / "in.jsonl", own, {"prompt": "b"}), values=2)
+    assert [row.strengths for row in rows] == [(1.0, -0.5), None]
 
 
 def test_a_missing_or_empty_input_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no file at"):
-        read_prompts(tmp_path / "absent.jsonl")
+        read_prompts(tmp_path / "absent.jsonl", values=1)
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ConfigError, match="no prompts"):
-        read_prompts(tmp_path / "empty.jsonl")
+        read_prompts(tmp_path / "empty.jsonl", values=1)
 
 
 def test_results_are_whole_lines_as_soon_as_they_are_appended(tmp_path, rows):
