@@ -1,0 +1,1 @@
+"""Benchmarks: what a base with value networks on top is worth, one benchmark a file."""

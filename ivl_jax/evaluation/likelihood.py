@@ -1,0 +1,256 @@
+"""The likelihood report: what the value networks change on held-out demonstrations, and where.
+
+In: a composed model, demonstrations. Out: NLL and top-1 accuracy of composition and base, the
+divergence between the two and mean |z_value|, overall and by position in the dialogue.
+"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from ivl_jax.data.chat import ChatFormat, make_chat_format
+from ivl_jax.data.demonstrations import DemonstrationSource, store_demonstrations
+from ivl_jax.data.formats import Demonstration
+from ivl_jax.data.tokenized import TokenizedDemonstrations, tokenize_demonstrations
+from ivl_jax.decoding.text import ComposedModel
+from ivl_jax.evaluation.flags import LikelihoodFlags, check_model_flags, require
+from ivl_jax.evaluation.loading import find_sources, load_model
+from ivl_jax.evaluation.scoring import Row, RowScores, score_rows
+
+_FIRST_EDGE = 16
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What holds over a set of positions; means over no targets are None.
+
+    Attributes:
+        targets: Assistant's tokens that count.
+        tokens: Tokens read.
+        nll: Mean −log p of a target, nats.
+        base_nll: The same of the base alone.
+        top1: Share of targets with the largest logit, 0 to 1.
+        base_top1: The same of the base alone.
+        kl_from_base: Mean KL(composed ‖ base) where a target is predicted, nats.
+        mean_abs_value: Mean |z_value| over the tokens read and the vocabulary, each value network;
+            before its strength.
+    """
+
+    targets: int
+    tokens: int
+    nll: float | None
+    base_nll: float | None
+    top1: float | None
+    base_top1: float | None
+    kl_from_base: float | None
+    mean_abs_value: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class LikelihoodReport:
+    """Figures of all positions, and of positions 0 to 15, 16 to 31, 32 to 63, … of a dialogue."""
+
+    overall: Figures
+    by_position: tuple[tuple[int, int, Figures], ...]
+    """(first position, end, figures); the position is that of the token read."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as its file has it."""
+        return dataclasses.asdict(self.overall) | {
+            "by_position": [
+                {"from": start, "to": end, **dataclasses.asdict(figures)}
+                for start, end, figures in self.by_position
+            ]
+        }
+
+
+class _Sums:
+    """Sums over positions, one column a bin of positions."""
+
+    def __init__(self, values: int) -> None:
+        names = ("targets", "tokens", "nll", "base_nll", "top1", "base_top1", "kl_from_base")
+        # 64 doublings of 16 positions: no dialogue is longer.
+        self.sums = {name: np.zeros(64) for name in names}
+        self.magnitude = np.zeros((64, values))
+
+    def add(self, scores: RowScores, counts: np.ndarray) -> None:
+        """Take one dialogue; `counts` says which targets do."""
+        assert scores.base is not None
+        bins = _bins(len(counts))
+        for name, values in {
+            "targets": counts,
+            "tokens": np.ones(len(counts)),
+            "nll": -scores.tokens.log_prob * counts,
+            "base_nll": -scores.base.log_prob * counts,
+            "top1": scores.tokens.largest * counts,
+            "base_top1": scores.base.largest * counts,
+            "kl_from_base": scores.base.divergence * counts,
+        }.items():
+            np.add.at(self.sums[name], bins, np.asarray(values, np.float64))
+        np.add.at(self.magnitude, bins, np.asarray(scores.base.magnitude, np.float64))
+
+    def figures(self, which: slice) -> Figures:
+        """The means over some bins."""
+        total = {name: float(values[which].sum()) for name, values in self.sums.items()}
+        targets, tokens = total.pop("targets"), total.pop("tokens")
+        means = {name: value / targets if targets else None for name, value in total.items()}
+        magnitude = self.magnitude[which].sum(axis=0) / tokens
+        return Figures(int(targets), int(tokens), **means, mean_abs_value=tuple(magnitude.tolist()))
+
+
+def likelihood_report(
+    model: ComposedModel, dialogues: TokenizedDemonstrations, *, batch_size: int
+) -> LikelihoodReport:
+    """Score dialogues and add up.
+
+    Args:
+        model: what scores them.
+        dialogues: in the base's tokens, none longer than the context and one.
+        batch_size: dialogues scored together.
+
+    Returns:
+        The report; sums are added in float64.
+    """
+    encoded = [dialogues[index] for index in range(len(dialogues))]
+    rows = [Row(dialogue.tokens) for dialogue in encoded]
+    scored = score_rows(model, rows, batch_size=batch_size, with_base=True)
+    sums, longest = _Sums(len(model.values)), 0
+    for index, scores in _shown(scored, len(rows)):
+        sums.add(scores, encoded[index].loss_mask[1:])
+        longest = max(longest, len(rows[index].token_ids) - 1)
+    edges = [0, _FIRST_EDGE]
+    while edges[-1] < longest:
+        edges.append(2 * edges[-1])
+    return LikelihoodReport(
+        overall=sums.figures(slice(None)),
+        by_position=tuple(
+            (start, end, sums.figures(slice(place, place + 1)))
+            for place, (start, end) in enumerate(itertools.pairwise(edges))
+        ),
+    )
+
+
+def run(flags: LikelihoodFlags) -> LikelihoodReport:
+    """Run the benchmark as its flags say; show the table, write the report.
+
+    Args:
+        flags: of the command line.
+
+    Returns:
+        The report.
+
+    Raises:
+        ConfigError: flags that are missing or do not belong together.
+        ValueError: demonstrations or models that cannot be used; before any weight is read where
+            that can be known.
+    """
+    problems = check_model_flags(flags.model)
+    problems += [] if flags.data else ["--data is missing: name files of demonstrations"]
+    require(problems)
+    output = _writable(Path(flags.output)) if flags.output else None
+    sources = find_sources(flags.model)
+    demonstrations = _read(flags)
+    model = load_model(sources)
+    chat = _chat_format(model, flags.chat_template)
+    dialogues = tokenize_demonstrations(
+        demonstrations,
+        chat,
+        sequence_length=min(flags.max_length, model.context),
+        cache_dir=None,
+        max_malformed_share=flags.max_malformed_fraction,
+    )
+    report = likelihood_report(model, dialogues, batch_size=flags.batch_size)
+    show(report, model, Console())
+    if output is not None:
+        about = {
+            "benchmark": "likelihood",
+            "model": sources.to_json(),
+            "data": list(flags.data),
+            "chat_template": chat.name,
+            "dialogues": dialogues.report.kept,
+            "cut": dialogues.report.cut,
+        }
+        output.write_text(json.dumps(about | report.to_json(), indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def show(report: LikelihoodReport, model: ComposedModel, console: Console) -> None:
+    """Print the report as a table.
+
+    Args:
+        report: what to show.
+        model: whose report it is.
+        console: where.
+    """
+    table = Table(title="Assistant's tokens, by position in the dialogue")
+    magnitudes = [f"|z_value {index + 1}|" for index in range(len(model.values))]
+    for heading in ("position", "targets", "NLL", "base NLL", "top-1", "base top-1", "KL"):
+        table.add_column(heading, justify="right")
+    for heading in magnitudes:
+        table.add_column(heading, justify="right")
+    rows = [(f"{start}–{end - 1}", figures) for start, end, figures in report.by_position]
+    for name, figures in (*rows, ("all", report.overall)):
+        table.add_row(
+            name,
+            str(figures.targets),
+            *(_cell(value, ".3f") for value in (figures.nll, figures.base_nll)),
+            *(_cell(value, ".1%") for value in (figures.top1, figures.base_top1)),
+            _cell(figures.kl_from_base, ".3f"),
+            *(f"{value:.3f}" for value in figures.mean_abs_value),
+            end_section=name == (rows[-1][0] if rows else None),
+        )
+    console.print(table)
+    console.print("NLL and KL(composed ‖ base): nats per target. |z_value|: mean over tokens read.")
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _read(flags: LikelihoodFlags) -> Sequence[Demonstration]:
+    """The demonstrations, stored once, as in training."""
+    templates = {"user": flags.user_template, "assistant": flags.assistant_template}
+    source = DemonstrationSource(
+        train=flags.data,
+        row_format=flags.format,
+        templates={role: text for role, text in templates.items() if text},
+        validation_fraction=0.0,
+    )
+    stored = store_demonstrations(
+        source, data_dir=flags.data_dir, max_malformed_share=flags.max_malformed_fraction
+    )
+    split = stored.open("train")
+    if not 0 < flags.limit < len(split):
+        return split
+    # Spread over the file: its beginning may be of one kind.
+    return [split[int(i)] for i in np.linspace(0, len(split) - 1, flags.limit).astype(int)]
+
+
+def _chat_format(model: ComposedModel, template: str) -> ChatFormat:
+    return make_chat_format(model.tokenizer, template=template) if template else model.chat_format
+
+
+def _bins(length: int) -> np.ndarray:
+    """The bin of each position: 0 below 16, 1 below 32, 2 below 64, and so on."""
+    positions = np.arange(length) // _FIRST_EDGE
+    return np.where(positions > 0, np.floor(np.log2(np.maximum(positions, 1))) + 1, 0).astype(int)
+
+
+def _shown(scored: Iterable[Any], total: int) -> Iterable[Any]:
+    console = Console(stderr=True)
+    return track(scored, "scoring", total=total, console=console, disable=not console.is_terminal)
+
+
+def _writable(path: Path) -> Path:
+    """A path whose folder exists; an old report of that name is replaced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path

@@ -1,0 +1,107 @@
+"""From flags to a composed model: everything that can be wrong is found before a weight is read.
+
+In: `ModelFlags`. Out: `ModelSources`, which identify the models in reports and beside files that
+are written in several runs; then a `ComposedModel`.
+"""
+
+import dataclasses
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ivl_jax.decoding.compose import compose
+from ivl_jax.decoding.prompt_files import folder_fingerprint
+from ivl_jax.decoding.text import ComposedModel
+from ivl_jax.decoding.value_sources import ValueSource, check_sources, find_value, load_source
+from ivl_jax.evaluation.flags import ModelFlags, check_model_flags, require
+from ivl_jax.sharding import LAYOUTS, make_mesh
+from ivl_jax.weights.language_model import find_model, load_language_model
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelSources:
+    """Folders that have passed every check short of reading weights.
+
+    Attributes:
+        flags: What was asked for.
+        base_folder: Where the base is.
+        values: Where the value networks are.
+    """
+
+    flags: ModelFlags
+    base_folder: Path
+    values: tuple[ValueSource, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """What decides the figures of a run: folders by name and content, strengths, dtype."""
+        return {
+            "base": self.flags.base,
+            "value": [source.path for source in self.values],
+            "strength": list(self.flags.strength or (1.0,) * len(self.values)),
+            "map": list(self.flags.map),
+            "dtype": self.flags.dtype,
+            "base_fingerprint": folder_fingerprint(self.base_folder),
+            "value_fingerprints": [folder_fingerprint(source.folder) for source in self.values],
+        }
+
+
+def find_sources(flags: ModelFlags) -> ModelSources:
+    """Check flags, folders, tokenizers and connection schemes, without reading a weight.
+
+    Args:
+        flags: which models.
+
+    Returns:
+        Where they are.
+
+    Raises:
+        ConfigError: flags that are missing or do not belong together.
+        FileNotFoundError: no such base model or value folder.
+        ValueError: a value folder of an unknown format version, or one that does not fit the base.
+    """
+    require(check_model_flags(flags))
+    base_folder = find_model(flags.base)
+    values = tuple(find_value(path) for path in flags.value if path != "none")
+    check_sources(flags.base, base_folder, values)
+    return ModelSources(flags, base_folder, values)
+
+
+def load_model(sources: ModelSources) -> ComposedModel:
+    """Load base and value networks and compose them.
+
+    Args:
+        sources: of `find_sources`.
+
+    Returns:
+        The composed model, on the mesh of the flags.
+
+    Raises:
+        ValueError: weights that do not fit, or a mesh that does not fit the devices.
+    """
+    flags = sources.flags
+    sizes = dataclasses.asdict(flags.mesh)
+    alone = len(jax.devices()) == 1 and max(sizes.values()) <= 1
+    mesh, dtype = None if alone else make_mesh(**sizes), jnp.dtype(flags.dtype)
+    base_rules, value_rules = LAYOUTS[flags.base_layout], LAYOUTS[flags.value_layout]
+    start = time.perf_counter()
+    base = load_language_model(flags.base, param_dtype=dtype, mesh=mesh, sharding_rules=base_rules)
+    values = [
+        load_source(source, dtype=dtype, mesh=mesh, rules=value_rules) for source in sources.values
+    ]
+    names = " and ".join([flags.base, *(source.path for source in sources.values)])
+    logger.info("loaded %s in %.1f s", names, time.perf_counter() - start)
+    return compose(
+        base,
+        *values,
+        strengths=flags.strength,
+        mesh=mesh,
+        base_rules=base_rules,
+        value_rules=value_rules,
+    )
