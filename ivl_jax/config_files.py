@@ -74,10 +74,16 @@ def config_to_mapping(config: Any) -> dict[str, Any]:
         What `config_from_mapping` reads back to an equal config.
     """
     return {
-        f.name: config_to_mapping(value) if dataclasses.is_dataclass(value) else value
+        f.name: _plain(value)
         for f in dataclasses.fields(config)
         if (value := getattr(config, f.name)) is not None
     }
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return config_to_mapping(value)
+    return tuple(map(_plain, value)) if isinstance(value, tuple) else value
 
 
 def config_to_toml(config: Any) -> str:
@@ -87,19 +93,31 @@ def config_to_toml(config: Any) -> str:
         config: a config dataclass.
 
     Returns:
-        TOML, plain keys first, then one table a nested dataclass.
+        TOML, plain keys first, then one table a nested dataclass (or a list of tables).
     """
     return "\n".join(_toml_lines(config_to_mapping(config), ""))
 
 
 def _toml_lines(table: Mapping[str, Any], prefix: str) -> list[str]:
-    plain = {key: value for key, value in table.items() if not isinstance(value, dict)}
-    nested = {key: value for key, value in table.items() if isinstance(value, dict)}
+    nested = {key: value for key, value in table.items() if _tables(value)}
     # A JSON string, number or list of strings is also valid TOML.
-    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in plain.items()]
+    lines = [
+        f"{key} = {json.dumps(value, ensure_ascii=False)}"
+        for key, value in table.items()
+        if key not in nested
+    ]
     for key, value in nested.items():
-        lines += ["", f"[{prefix}{key}]", *_toml_lines(value, f"{prefix}{key}.")]
+        heading = f"[{prefix}{key}]" if isinstance(value, dict) else f"[[{prefix}{key}]]"
+        for one in _tables(value):
+            lines += ["", heading, *_toml_lines(one, f"{prefix}{key}.")]
     return lines
+
+
+def _tables(value: Any) -> Sequence[dict[str, Any]]:
+    """The tables that a value is written as; none for a plain value."""
+    if isinstance(value, dict):
+        return [value]
+    return value if isinstance(value, tuple) and value and isinstance(value[0], dict) else []
 
 
 def _build(config_type: type, document: Mapping[str, Any], where: str, prefix: str) -> Any:
@@ -111,21 +129,20 @@ def _build(config_type: type, document: Mapping[str, Any], where: str, prefix: s
             raise ConfigError(f"{where}: unknown key {prefix}{key}; {remedy}")
     values = {}
     for key, value in document.items():
-        hint = hints[key]
-        if dataclasses.is_dataclass(hint):
-            if not isinstance(value, Mapping):
-                raise ConfigError(f"{where}: {prefix}{key} must be a table, got {value!r}")
-            values[key] = _build(typing.cast(type, hint), value, where, f"{prefix}{key}.")
-        else:
-            values[key] = _checked(value, hint, f"{where}: {prefix}{key}")
+        values[key] = _checked(value, hints[key], where, f"{prefix}{key}")
     try:
         return config_type(**values)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
 
 
-def _checked(value: Any, hint: Any, what: str) -> Any:
+def _checked(value: Any, hint: Any, where: str, name: str) -> Any:
     """Return the value in the field's type, or raise; int is taken for float, list for tuple."""
+    what = f"{where}: {name}"
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{what} must be a table, got {value!r}")
+        return _build(typing.cast(type, hint), value, where, f"{name}.")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if value not in arguments:
@@ -135,11 +152,13 @@ def _checked(value: Any, hint: Any, what: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None:
             return None
-        return _checked(value, next(a for a in arguments if a is not type(None)), what)
+        return _checked(value, next(a for a in arguments if a is not type(None)), where, name)
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise ConfigError(f"{what} must be a list, got {value!r}")
-        return tuple(_checked(item, arguments[0], f"{what}[{i}]") for i, item in enumerate(value))
+        return tuple(
+            _checked(item, arguments[0], where, f"{name}[{i}]") for i, item in enumerate(value)
+        )
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):

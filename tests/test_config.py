@@ -64,6 +64,7 @@ def test_toml_round_trip_gives_an_equal_config(
     config = TrainConfig(
         run_dir=text,
         base=BaseConfig(path=text, revision=None),
+        bases=tuple(BaseConfig(path=path, weight=number) for path in paths),
         data=DataConfig(train=tuple(paths)),
         optimizer=OptimizerConfig(learning_rate=number),
         step=StepConfig(max_steps=steps),
@@ -86,6 +87,9 @@ def test_toml_round_trip_gives_an_equal_config(
         ({"data": {"train": ["a", 2]}}, r"data.train\[1\] must be str, got 2"),
         ({"method": "lora"}, "method must be one of value, sft; got 'lora'"),
         ({"data": "x"}, "data must be a table"),
+        ({"bases": ["x"]}, r"bases\[0\] must be a table"),
+        ({"bases": [{"path": "a"}, {"pth": "b"}]}, r"bases\[1\].pth; did you mean .*\.path"),
+        ({"bases": [{"path": "a", "weight": 0}]}, "weight must be > 0"),
         ({"optimizer": {"learning_rate": -1}}, "optimizer.learning_rate must be > 0, got -1.0"),
     ],
 )
@@ -109,6 +113,10 @@ def test_a_missing_config_file_names_its_neighbours(tmp_path: Path) -> None:
     "build",
     [
         lambda: ValueConfig(init="base", path="x"),
+        lambda: ValueConfig(connection="linear", init="scratch", path="x"),
+        lambda: ValueConfig(connection="linear"),
+        lambda: ValueConfig(path="x", rank=4),
+        lambda: BaseConfig(weight=float("inf")),
         lambda: DataConfig(validation_fraction=1.0),
         lambda: DataConfig(max_malformed_fraction=2.0),
         lambda: DataConfig(max_length=1),
@@ -144,3 +152,24 @@ def test_all_missing_fields_are_listed_at_once() -> None:
     check_train_config(
         dataclasses.replace(complete, method="value", value=ValueConfig(init="base"))
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base": BaseConfig(path="a")}, "has no use beside"),
+        ({"bases": (BaseConfig(path="b"), BaseConfig())}, r"bases\[1\].path is empty"),
+        ({"bases": (BaseConfig(path="b"), BaseConfig(path="b"))}, "names b twice"),
+        ({"method": "sft"}, "fine-tunes one model"),
+    ],
+)
+def test_several_bases_are_said_in_one_way(change: dict, message: str) -> None:
+    config = TrainConfig(
+        run_dir="r",
+        bases=(BaseConfig(path="b"), BaseConfig(path="c")),
+        data=DataConfig(train=("d",)),
+        value=ValueConfig(connection="linear", init="scratch"),
+    )
+    check_train_config(config)
+    with pytest.raises(ConfigError, match=message):
+        check_train_config(dataclasses.replace(config, **change))

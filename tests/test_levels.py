@@ -6,6 +6,7 @@ from pathlib import Path
 # First match decides; the number is the level.
 LEVELS = {
     "ivl_jax.config": 0,
+    "ivl_jax.config_parts": -1,
     "ivl_jax.token_bytes": 0,
     "ivl_jax.config_files": 1,
     "ivl_jax.model": 1,
