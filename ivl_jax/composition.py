@@ -6,6 +6,7 @@ value logits of each connection scheme, and the penalty on their size. All funct
     z_value = value(x)                              residual
     z_value = value(emb(x) + softmax(z_base) · E)   cascade
     z_value = value(softmax(z_base) · E)            cascade_no_text
+    z_value = z_base · A, or z_base · D · A         linear (a baseline: D and A are matrices)
     z       = z_base + Σ_i α_i · M_i(z_value_i)       M_i a vocabulary map; mostly the identity
 
 Source: arXiv 2410.21027, section 3. The authors' code adds in bfloat16; we compose in float32.
@@ -29,6 +30,7 @@ from ivl_jax.model.decoder import (
     logits_from_hidden,
 )
 from ivl_jax.model.kv_cache import KVCache
+from ivl_jax.model.linear_map import linear_map_hidden
 from ivl_jax.vocabulary.mapping import VocabularyMap, apply_vocabulary_map
 
 
@@ -109,14 +111,14 @@ def value_hidden(
     """Run the value network under a connection scheme, up to its head.
 
     Args:
-        connection: `residual`, `cascade` or `cascade_no_text`.
-        graphdef: static part of the value network's decoder.
+        connection: `residual`, `cascade`, `cascade_no_text` or `linear`.
+        graphdef: static part of the value network: a decoder, or with `linear` a linear map.
         params: its parameters.
         tokens: [B T] token ids.
         base_logits: [B T Vb] of the base at the same positions; the residual scheme reads only the
             text and needs none.
         vocab_size: real tokens of the base's tokenizer; padding columns of `base_logits` never
-            enter the softmax of a cascade.
+            enter the softmax of a cascade, nor a linear map.
         positions: [B T] position of each token, and its slot in `cache`.
         segment_ids: [B T], 0 is padding; None is one segment a row.
         cache: the value network's own cache, or None.
@@ -127,16 +129,19 @@ def value_hidden(
         values (None without one).
 
     Raises:
-        ValueError: a cascade without `base_logits`.
+        ValueError: any scheme but the residual one without `base_logits`.
 
     Source:
         arXiv 2410.21027, section 3.2. In the cascades the prediction made at position t enters the
-        value's input at position t.
+        value's input at position t. `linear` is the paper's linear probe on logits.
     """
     input_embeddings = None
     if connection != "residual":
         if base_logits is None:
             raise ValueError(f"the connection scheme {connection} reads base_logits, got None")
+        if connection == "linear":
+            real = _real_columns(base_logits.shape[-1], vocab_size)
+            return linear_map_hidden(graphdef, params, jnp.where(real, base_logits, 0.0)), cache
         probabilities = _probabilities(base_logits, vocab_size)
         input_embeddings = embed_probabilities(graphdef, params, probabilities)
         if connection == "cascade":

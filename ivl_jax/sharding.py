@@ -35,6 +35,7 @@ VOCABULARY_ROW_MULTIPLE = 64
 _LOGICAL_AXES: dict[str, tuple[str | None, ...]] = {
     "embed_tokens.embedding": ("vocabulary", "embed"),
     "lm_head.kernel": ("embed", "vocabulary"),
+    "down_proj.kernel": ("vocabulary", "embed"),
     "norm.scale": (None,),
     "self_attn.q_proj.kernel": ("embed", "heads"),
     "self_attn.k_proj.kernel": ("embed", "kv_heads"),
@@ -381,6 +382,20 @@ def bytes_per_device(tree: Any) -> dict[int, int]:
         for shard in array.addressable_shards:
             held[shard.device.id] = held.get(shard.device.id, 0) + shard.data.nbytes
     return held
+
+
+def device_memory(mesh: Mesh) -> int | None:
+    """Say how many bytes one device of a mesh can hold; None where that is not known.
+
+    Virtual CPU devices share the machine's memory.
+    """
+    device = mesh.devices.flat[0]
+    if device.platform == "cpu":
+        if not hasattr(os, "sysconf"):
+            return None
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return total // mesh.devices.size
+    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def unused_accelerator() -> str | None:

@@ -64,9 +64,18 @@ def _export_value(chosen: argparse.Namespace) -> str:
 
 def _export_hf(chosen: argparse.Namespace) -> str:
     from ivl_jax.checkpoint.value_folder import load_value
+    from ivl_jax.checkpoint.value_metadata import read_value_metadata
+    from ivl_jax.model.architecture import ArchConfig
     from ivl_jax.weights.language_model import LanguageModel, save_language_model
 
+    connection = read_value_metadata(chosen.value).connection
+    if connection != "residual":
+        raise ValueError(
+            f"{chosen.value}: a Hugging Face model reads text alone, and this value network's "
+            f"connection is {connection}: only a residual one can be written as such a model"
+        )
     value = load_value(chosen.value)
+    assert isinstance(value.arch, ArchConfig)  # a residual network is a decoder
     model = LanguageModel(
         path=chosen.value,
         arch=value.arch,

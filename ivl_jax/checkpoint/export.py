@@ -120,7 +120,7 @@ def _wanted_step(checkpoints: epath.Path, which: Which) -> int | None:
 
 def _with_integer_layers(params: dict[str, Any]) -> dict[str, Any]:
     """Give unstacked layers their integer keys back; stacked ones stay."""
-    layers = params["layers"]
-    if all(name.isdecimal() for name in layers):
-        layers = {int(name): layer for name, layer in layers.items()}
-    return params | {"layers": layers}
+    layers = params.get("layers", {})  # a linear map has none
+    if layers and all(name.isdecimal() for name in layers):
+        return params | {"layers": {int(name): layer for name, layer in layers.items()}}
+    return params

@@ -36,8 +36,13 @@ from ivl_jax.checkpoint.value_metadata import (
     ValueMetadata,
     read_value_metadata,
 )
-from ivl_jax.model.architecture import ArchConfig
-from ivl_jax.model.decoder import Params, abstract_params, unstack_layers
+from ivl_jax.model.decoder import Params, unstack_layers
+from ivl_jax.model.network import (
+    Architecture,
+    abstract_network,
+    architecture_from_json,
+    vocabulary_dimensions,
+)
 from ivl_jax.sharding import DEFAULT_RULES, ShardingRules, padded_vocab_rows, parameter_shardings
 from ivl_jax.tokenizer import TokenizerInfo, describe_tokenizer, load_tokenizer, save_tokenizer
 from ivl_jax.tree_compare import check_same_tree, named_leaves
@@ -51,8 +56,6 @@ logger = logging.getLogger(__name__)
 
 PARAMS_FOLDER = "params"
 TOKENIZER_FOLDER = "tokenizer"
-# Parameter → its dimension with one entry a vocabulary row.
-_VOCABULARY_DIMENSION = {"embed_tokens.embedding": 0, "lm_head.kernel": 1}
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class ValueNetwork:
         path: the folder it came from; empty where it was made in memory.
     """
 
-    arch: ArchConfig
+    arch: Architecture
     params: Params = field(repr=False)
     connection: str
     metadata: ValueMetadata = field(repr=False)
@@ -106,7 +109,7 @@ def save_value(
             architecture has vocabulary rows.
     """
     folder = absolute_path(folder)
-    arch = ArchConfig.from_hf(metadata.architecture)
+    arch = architecture_from_json(metadata.architecture)
     check_replaceable(folder, overwrite=overwrite)
     _check_tokenizer(describe_tokenizer(tokenizer), metadata, arch, "the tokenizer to be saved")
     stored = _canonical(params, arch)
@@ -149,7 +152,7 @@ def load_value(
     vocab_rows, shardings = None, None
     if mesh is not None:
         vocab_rows = padded_vocab_rows(arch.vocab_size, mesh, sharding_rules)
-    target = abstract_params(arch, param_dtype=param_dtype, vocab_rows=vocab_rows)
+    target = abstract_network(arch, param_dtype=param_dtype, vocab_rows=vocab_rows)
     if mesh is not None:
         units = {"heads": arch.num_attention_heads, "kv_heads": arch.num_key_value_heads}
         shardings = parameter_shardings(target, mesh, sharding_rules, units=units)
@@ -161,7 +164,7 @@ def load_value(
     params = restore_arrays(
         folder / PARAMS_FOLDER,
         target,
-        stored_like=abstract_params(arch, param_dtype=param_dtype),
+        stored_like=abstract_network(arch, param_dtype=param_dtype),
         what=f"the value network in {folder}",
         remedy="its arrays are not those of the architecture in its ivl.json: export it again",
         cast=True,
@@ -273,24 +276,26 @@ def write_value_folder(
     _barrier(f"value_folder_finished_{folder}")
 
 
-def _canonical(params: Params, arch: ArchConfig) -> dict[str, Any]:
+def _canonical(params: Params, arch: Architecture) -> dict[str, Any]:
     """Unstack layers, leave out padded vocabulary rows, and check the tree strictly."""
-    if not all(isinstance(index, int) for index in params["layers"]):
+    if not all(isinstance(index, int) for index in params.get("layers", ())):
         params = unstack_layers(params)
+    dimensions = vocabulary_dimensions(arch)
 
     def crop(path: tuple[Any, ...], leaf: Any) -> Any:
         name = ".".join(str(key.key) for key in path)
-        dimension = _VOCABULARY_DIMENSION.get(name)
-        if dimension is None or leaf.shape[dimension] <= arch.vocab_size:
-            return leaf
-        rows = leaf.shape[dimension] - arch.vocab_size
-        logger.info("%s: %d padded vocabulary rows are not stored", name, rows)
-        return leaf[: arch.vocab_size] if dimension == 0 else leaf[:, : arch.vocab_size]
+        cut = [slice(None)] * leaf.ndim
+        for dimension in dimensions.get(name, ()):
+            cut[dimension] = slice(min(arch.vocab_size, leaf.shape[dimension]))
+        cropped = leaf[tuple(cut)] if name in dimensions else leaf
+        if cropped.shape != leaf.shape:
+            logger.info("%s: padded vocabulary rows are not stored: %s", name, leaf.shape)
+        return cropped
 
     params = jax.tree_util.tree_map_with_path(crop, params)
     stored = to_storable(params)
     check_same_tree(
-        named_leaves(to_storable(abstract_params(arch))),
+        named_leaves(to_storable(abstract_network(arch))),
         named_leaves(stored),
         what="the value network to be saved",
         remedy="metadata.architecture must describe these parameters (tie_word_embeddings too)",
@@ -299,15 +304,15 @@ def _canonical(params: Params, arch: ArchConfig) -> dict[str, Any]:
     return stored
 
 
-def _architecture(metadata: ValueMetadata, folder: epath.Path) -> ArchConfig:
+def _architecture(metadata: ValueMetadata, folder: epath.Path) -> Architecture:
     try:
-        return ArchConfig.from_hf(metadata.architecture)
+        return architecture_from_json(metadata.architecture)
     except ValueError as error:
         raise ValueFolderError(f"{folder / METADATA_NAME}: architecture: {error}") from error
 
 
 def _check_tokenizer(
-    found: TokenizerInfo, metadata: ValueMetadata, arch: ArchConfig, what: str
+    found: TokenizerInfo, metadata: ValueMetadata, arch: Architecture, what: str
 ) -> None:
     recorded = TokenizerInfo.from_json(metadata.tokenizer)
     problems = [

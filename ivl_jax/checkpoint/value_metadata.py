@@ -53,8 +53,9 @@ class ValueMetadata:
     """Everything about a value network but its arrays and its tokenizer's files.
 
     Attributes:
-        architecture: the network's `config.json`, as `ArchConfig.to_hf` gives it.
-        connection: `residual`, `cascade` or `cascade_no_text`.
+        architecture: the network's `config.json`, or the sizes of a linear map: what
+            `architecture_to_json` gives.
+        connection: `residual`, `cascade`, `cascade_no_text` or `linear`.
         penalty: the penalty it was trained with: `kind`, `weight`, `positions`.
         tokenizer: `TokenizerInfo.to_json`; its fingerprint decides which bases fit.
         training_base: the base it was trained beside: `name` and `fingerprint`.

@@ -3,7 +3,8 @@
 In: parameters. Out: NLL in nats per token, top-1 accuracy and mean |z_value|.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
@@ -14,6 +15,46 @@ from ivl_jax.model.decoder import Params
 from ivl_jax.sharding import place_batch
 from ivl_jax.training.objective import LossAux
 from ivl_jax.training.step import EvalStep
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The held-out figures of one moment of a run."""
+
+    mean: dict[str, float]
+    """The figures of the only base; of several, their mean by the bases' weights."""
+    by_base: dict[str, dict[str, float]]
+    """With several bases: each one's figures, by its name; else empty."""
+
+    @classmethod
+    def of(cls, figures: Mapping[str, dict[str, float]], weights: Sequence[float]) -> "Evaluation":
+        """Put the figures of all bases together.
+
+        Args:
+            figures: of each base, by its name, as `HeldOut` gives them.
+            weights: of each base.
+
+        Returns:
+            The evaluation.
+        """
+        if len(figures) == 1:
+            return cls(next(iter(figures.values())), {})
+        weighted = [
+            (weight / sum(weights), one)
+            for weight, one in zip(weights, figures.values(), strict=True)
+        ]
+        names = next(iter(figures.values()))
+        mean = {name: sum(share * one[name] for share, one in weighted) for name in names}
+        return cls(mean, dict(figures))
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` reads."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any] | None) -> "Evaluation | None":
+        """Reads what `to_json` wrote; None stays None."""
+        return None if record is None else cls(**record)
 
 
 class HeldOut:

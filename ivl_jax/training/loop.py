@@ -23,8 +23,11 @@ from ivl_jax.checkpoint import (
     write_value_description,
 )
 from ivl_jax.config import ConfigError, TrainConfig, check_train_config
+from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import unstack_layers
+from ivl_jax.model.network import architecture_to_json
 from ivl_jax.sharding import place_batch, unused_accelerator
+from ivl_jax.training.evaluation import Evaluation
 from ivl_jax.training.interrupts import Interrupts
 from ivl_jax.training.models import Models, choose_models
 from ivl_jax.training.reporting import Reporter
@@ -47,7 +50,10 @@ class TrainResult:
     """Steps the whole run has."""
     held_out: Mapping[str, float] | None
     """The last evaluation: `nll`, `accuracy`, `tokens`; beside a base also `base_nll`,
-    `base_accuracy`, `mean_abs_value`. None without held-out demonstrations."""
+    `base_accuracy`, `mean_abs_value`. Of several bases the mean by their weights. None without
+    held-out demonstrations."""
+    held_out_by_base: Mapping[str, Mapping[str, float]]
+    """With several bases: each one's figures, by its path; else empty."""
     output: epath.Path | None
     """The value folder, or with `method = "sft"` the model folder; None after an interruption."""
     interrupted: bool
@@ -83,7 +89,7 @@ def run(config: TrainConfig) -> TrainResult:
         logger.warning(notice)
     there = directory.check(config)
     mesh = make_run_mesh(config)
-    models = choose_models(config)
+    models = choose_models(config, mesh)
     data = prepare_data(config, models, mesh)
     directory.open(config, there=there)
     with Interrupts() as interrupts:
@@ -91,7 +97,7 @@ def run(config: TrainConfig) -> TrainResult:
         keep = config.logging.keep_checkpoints
         with TrainCheckpointer(directory.checkpoints, keep=keep) as checkpoints:
             training = _Training(config, directory, prepared, checkpoints, interrupts)
-            state, held_out, interrupted = training.fit()
+            state, evaluation, interrupted = training.fit()
             best = checkpoints.best_step()
         output = None
         if not interrupted:
@@ -107,7 +113,8 @@ def run(config: TrainConfig) -> TrainResult:
         run_dir=directory.path,
         steps=int(state.step),
         total_steps=data.total_steps,
-        held_out=held_out,
+        held_out=evaluation.mean if evaluation else None,
+        held_out_by_base=evaluation.by_base if evaluation else {},
         output=output,
         interrupted=interrupted is not None,
     )
@@ -130,13 +137,13 @@ class _Training:
         self._checkpoints = checkpoints
         self._interrupts = interrupts
         self._total = prepared.data.total_steps
-        self._held_out: dict[str, float] | None = None
+        self._evaluation: Evaluation | None = None
         self._fresh = True
         """Whether step 0 is yet to be evaluated and saved; a run may also go on from step 0."""
         self._evaluated = True
         """Whether the held-out figures of the restored step were measured before the stop."""
 
-    def fit(self) -> tuple[TrainState, dict[str, float] | None, str | None]:
+    def fit(self) -> tuple[TrainState, Evaluation | None, str | None]:
         """Train to the last step or to a signal.
 
         Returns:
@@ -154,7 +161,8 @@ class _Training:
             while step < self._total and came is None:
                 batch = split_micro_batches(next(batches), self._config.step.micro_batches)
                 batch = place_batch(batch, self._prepared.mesh, micro_batched=True)
-                state, metrics = self._prepared.step(state, self._prepared.base_params, batch)
+                program = self._prepared.programs[self._prepared.turns(step)]
+                state, metrics = program.step(state, program.base_params, batch)
                 step += 1
                 # The device works on this step while the host reads the figures of the last one.
                 self._settle(waiting, report)
@@ -165,9 +173,9 @@ class _Training:
                     waiting = None
                     # There may be seconds left after a signal: the figures can wait for the resume.
                     finished = came is None or step == self._total
-                    figures = self._evaluate(step, state, report) if finished else None
+                    evaluation = self._evaluate(step, state, report) if finished else None
                     if self._is_checkpoint(step) or came is not None:
-                        self._save(state, figures)
+                        self._save(state, evaluation)
         if came is not None and step < self._total:
             self._checkpoints.wait_until_finished()
             logger.warning(
@@ -177,8 +185,8 @@ class _Training:
                 self._total,
                 self._directory.resume_command,
             )
-            return state, self._held_out, came
-        return state, self._held_out, None
+            return state, self._evaluation, came
+        return state, self._evaluation, None
 
     def _begin(self) -> TrainState:
         """Restore the newest sound checkpoint, or make the state of step 0."""
@@ -187,7 +195,7 @@ class _Training:
             restored = self._checkpoints.restore(self._prepared.abstract_state)
             self._prepared.data.train.set_state(restored.data_state)
             metrics.cut(restored.run_metadata["metrics_bytes"])
-            self._held_out = restored.run_metadata["held_out"]
+            self._evaluation = Evaluation.from_json(restored.run_metadata["evaluation"])
             self._evaluated = restored.run_metadata["evaluated"]
             self._fresh = False
             logger.info("going on from step %d/%d", restored.step, self._total)
@@ -224,7 +232,11 @@ class _Training:
         if bad:
             self._stop_at_non_finite(step, figures, bad)
         every = self._config.logging.log_every
-        report.step(step, figures, record=step % every == 0 or step in (1, self._total))
+        name = ""
+        if len(self._prepared.programs) > 1:
+            name = self._prepared.programs[self._prepared.turns(step - 1)].name
+        record = step % every == 0 or step in (1, self._total)
+        report.step(step, figures, base=name, record=record)
 
     def _stop_at_non_finite(self, step: int, figures: Mapping[str, float], bad: list[str]) -> None:
         self._checkpoints.wait_until_finished()
@@ -249,16 +261,17 @@ class _Training:
         every = self._config.logging.evaluate_every
         return step in (0, self._total) or bool(every and step % every == 0)
 
-    def _evaluate(self, step: int, state: TrainState, report: Reporter) -> dict[str, float] | None:
-        held_out = self._prepared.held_out
-        if held_out is None or not self._is_evaluation(step):
+    def _evaluate(self, step: int, state: TrainState, report: Reporter) -> Evaluation | None:
+        if not self._prepared.data.held_out or not self._is_evaluation(step):
             return None
-        with report.aside("evaluating", held_out.count) as advance:
-            self._held_out = held_out(state.params, advance=advance)
-        report.evaluation(step, self._held_out)
-        return self._held_out
+        held_out = {one.name: one.held_out for one in self._prepared.programs if one.held_out}
+        with report.aside("evaluating", sum(one.count for one in held_out.values())) as advance:
+            figures = {name: one(state.params, advance=advance) for name, one in held_out.items()}
+        self._evaluation = Evaluation.of(figures, self._prepared.turns.weights)
+        report.evaluation(step, self._evaluation)
+        return self._evaluation
 
-    def _save(self, state: TrainState, figures: Mapping[str, float] | None) -> None:
+    def _save(self, state: TrainState, evaluation: Evaluation | None) -> None:
         if not bool(_all_finite(state.params)):
             raise NonFiniteLossError(
                 f"step {int(state.step)}: a parameter is inf or NaN; it is not saved. The last "
@@ -269,10 +282,10 @@ class _Training:
             data_state=self._prepared.data.train.get_state(),
             run_metadata={
                 "metrics_bytes": self._directory.metrics.flush(),
-                "held_out": self._held_out,
-                "evaluated": figures is not None or not self._is_evaluation(int(state.step)),
+                "evaluation": self._evaluation and self._evaluation.to_json(),
+                "evaluated": evaluation is not None or not self._is_evaluation(int(state.step)),
             },
-            metrics=figures,
+            metrics=evaluation and evaluation.mean,
         )
         self._directory.timings.flush()
 
@@ -285,11 +298,10 @@ def _all_finite(params: Any) -> jax.Array:
 
 def _value_metadata(config: TrainConfig, prepared: Preparation, *, steps: int) -> ValueMetadata:
     models, chat_format = prepared.models, prepared.data.chat_format
-    base = models.base
-    assert base is not None
+    bases = [base.model for base in models.bases]
     info = models.trained.info
     return ValueMetadata(
-        architecture=models.arch.to_hf(),
+        architecture=architecture_to_json(models.arch),
         connection=config.value.connection,
         penalty={
             "kind": config.penalty.kind,
@@ -297,7 +309,10 @@ def _value_metadata(config: TrainConfig, prepared: Preparation, *, steps: int) -
             "positions": config.penalty.positions,
         },
         tokenizer=info.to_json(),
-        training_base={"name": base.name, "fingerprint": base.info.fingerprint},
+        training_base={
+            "name": " and ".join(base.name for base in bases),
+            "fingerprint": bases[0].info.fingerprint,
+        },
         chat_template=chat_format.template,
         stop_ids=_stop_ids(models, prepared),
         steps=steps,
@@ -325,6 +340,7 @@ def _save_output(
         )
         logger.info("value folder: %s", directory.value)
         return directory.value
+    assert isinstance(models.arch, ArchConfig)
     params = unstack_layers(state.params) if config.step.scan_layers else state.params
     model = LanguageModel(
         path=str(directory.model),

@@ -1,4 +1,4 @@
-"""The two models of a run: which folders, whether they fit, and their parameters on the mesh.
+"""The models of a run: which folders, whether they fit, and their parameters on the mesh.
 
 In: the config's model tables. Out: first what is cheap (architectures, tokenizers, every check),
 and later, when all else is known to be right, the parameters.
@@ -7,6 +7,7 @@ and later, when all else is known to be right, the parameters.
 import dataclasses
 import functools
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,17 @@ from jaxtyping import Array, DTypeLike, Key
 
 from ivl_jax.config import BaseConfig, ConfigError, LayoutName, TrainConfig
 from ivl_jax.model.architecture import ArchConfig
-from ivl_jax.model.decoder import (
-    Params,
-    abstract_params,
-    init_params,
-)
-from ivl_jax.sharding import LAYOUTS, padded_vocab_rows, parameter_shardings
+from ivl_jax.model.decoder import Params
+from ivl_jax.model.linear_map import LinearMapConfig
+from ivl_jax.model.network import Architecture, abstract_network, init_network
+from ivl_jax.sharding import LAYOUTS, device_memory, padded_vocab_rows, parameter_shardings
 from ivl_jax.tokenizer import TokenizerInfo, check_compatible, describe_tokenizer, load_tokenizer
 from ivl_jax.weights.hf_checkpoint import load_params
 from ivl_jax.weights.language_model import find_model, read_arch
 
 logger = logging.getLogger(__name__)
+
+_BYTES_TRAINED = 16  # a trained parameter: weight, gradient and two moments in float32
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,26 @@ class ModelFolder:
 
 
 @dataclass(frozen=True)
+class FrozenBase:
+    """A base that the value network is trained beside, before its weights are read."""
+
+    model: ModelFolder
+    config: BaseConfig
+    unknown_ids: tuple[int, ...]
+    """Its ids that the value network does not know."""
+
+
+@dataclass(frozen=True)
 class Models:
-    """Which model is trained, beside which base."""
+    """Which model is trained, beside which bases."""
 
     trained: ModelFolder
-    """Where architecture and tokenizer of the trained model come from (and mostly its weights)."""
-    arch: ArchConfig
-    """Of the trained model: that of `trained`, untied where its head is replaced."""
-    base: ModelFolder | None
-    """The frozen base; None when a model is fine-tuned alone."""
-    unknown_ids: tuple[int, ...]
-    """Ids of the base that the value network does not know."""
+    """Whose tokenizer the trained model has, and mostly its architecture and weights."""
+    arch: Architecture
+    """Of the trained model: that of `trained`, untied where its head is replaced; or a linear map
+    of base logits."""
+    bases: tuple[FrozenBase, ...]
+    """The frozen bases; none when a model is fine-tuned alone."""
 
 
 @dataclass(frozen=True)
@@ -70,32 +80,50 @@ class Placement:
     scan_layers: bool
 
 
-def choose_models(config: TrainConfig) -> Models:
+def choose_models(config: TrainConfig, mesh: Mesh) -> Models:
     """Find the folders and check everything that needs no weights.
 
     Args:
         config: of the run.
+        mesh: the device mesh; a linear map is checked against its memory.
 
     Returns:
         The models.
 
     Raises:
         FileNotFoundError: no such folder or hub id.
-        ConfigError: batch rows are longer than a model's context, or more tokens than weights.
-        TokenizerMismatchError: base and value have different vocabularies.
+        ConfigError: batch rows are longer than a model's context, more tokens than weights, or a
+            linear map that does not fit.
+        TokenizerMismatchError: a base and the value network have different vocabularies.
     """
-    base = read_model(config.base.path, config.base.revision, "base.path")
+    several = bool(config.bases)
+    found = [
+        read_model(base.path, base.revision, f"bases[{index}].path" if several else "base.path")
+        for index, base in enumerate(config.all_bases)
+    ]
+    first = found[0]
     if config.method == "sft":
-        _check_context(config, [base])
-        return Models(trained=base, arch=base.arch, base=None, unknown_ids=())
-    if config.value.init == "base":
-        arch = dataclasses.replace(base.arch, tie_word_embeddings=False)
-        _check_context(config, [base])
-        return Models(trained=base, arch=arch, base=base, unknown_ids=())
-    value = read_model(config.value.path, config.value.revision, "value.path")
-    _check_context(config, [base, value])
-    unknown = check_compatible(base.info, value.info, base_name=base.name, value_name=value.name)
-    return Models(trained=value, arch=value.arch, base=base, unknown_ids=unknown.ids)
+        _check_context(config, found)
+        return Models(trained=first, arch=first.arch, bases=())
+    trained, arch = first, first.arch
+    if config.value.connection == "linear":
+        arch = LinearMapConfig(first.info.vocab_size, config.value.rank)
+        _check_linear_map_fits(arch, config.value.layout, mesh)
+    elif config.value.init == "base":
+        arch = dataclasses.replace(first.arch, tie_word_embeddings=False)
+    else:
+        trained = read_model(config.value.path, config.value.revision, "value.path")
+        arch = trained.arch
+    _check_context(config, [*found, trained])
+    bases = []
+    for model, base in zip(found, config.all_bases, strict=True):
+        unknown = ()
+        if model is not trained:
+            unknown = check_compatible(
+                model.info, trained.info, base_name=model.name, value_name=trained.name
+            ).ids
+        bases.append(FrozenBase(model, base, unknown))
+    return Models(trained=trained, arch=arch, bases=tuple(bases))
 
 
 def read_model(path: str, revision: str | None, where: str) -> ModelFolder:
@@ -126,7 +154,7 @@ def read_model(path: str, revision: str | None, where: str) -> ModelFolder:
 
 
 def place_model(
-    arch: ArchConfig,
+    arch: Architecture,
     *,
     layout: LayoutName,
     param_dtype: DTypeLike,
@@ -139,7 +167,7 @@ def place_model(
         arch: its architecture.
         layout: which mesh axes split it.
         param_dtype: how parameters are held.
-        scan_layers: layers stacked.
+        scan_layers: layers stacked; a linear map has none.
         mesh: the device mesh.
 
     Returns:
@@ -147,10 +175,10 @@ def place_model(
     """
     rules = LAYOUTS[layout]
     rows = padded_vocab_rows(arch.vocab_size, mesh, rules)
-    shapes = functools.partial(abstract_params, arch, param_dtype=param_dtype, vocab_rows=rows)
+    shapes = functools.partial(abstract_network, arch, param_dtype=param_dtype, vocab_rows=rows)
     units = {"heads": arch.num_attention_heads, "kv_heads": arch.num_key_value_heads}
     unstacked = parameter_shardings(shapes(), mesh, rules, units=units)
-    if not scan_layers:
+    if not scan_layers or isinstance(arch, LinearMapConfig):
         return Placement(shapes(), unstacked, unstacked, rows, False)
     stacked = shapes(scan_layers=True)
     shardings = parameter_shardings(stacked, mesh, rules, units=units)
@@ -182,9 +210,12 @@ def make_trained_params(
         logger.info("loading %s, to be trained", trained.name)
         return _load(trained, jnp.dtype(jnp.float32), place)
     if config.value.init == "scratch":
-        logger.info("random weights in the architecture of %s", trained.name)
+        if isinstance(models.arch, LinearMapConfig):
+            logger.info("a linear map on base logits, its head zero")
+        else:
+            logger.info("random weights in the architecture of %s", trained.name)
         make = functools.partial(
-            init_params,
+            init_network,
             models.arch,
             vocab_rows=place.vocab_rows,
             scan_layers=place.scan_layers,
@@ -225,11 +256,30 @@ def _stack_layers(params: Params, shardings: Params) -> Params:
     return params | {"layers": jax.tree.map(stack, shardings, *layers)}
 
 
+def _check_linear_map_fits(arch: LinearMapConfig, layout: LayoutName, mesh: Mesh) -> None:
+    rules, size = LAYOUTS[layout], arch.vocab_size
+    ways = math.prod(mesh.shape[axis] for axis in (rules.embed, rules.vocabulary) if axis)
+    parameters = 2 * size * arch.rank if arch.rank else size * size
+    needed = parameters * _BYTES_TRAINED // ways
+    said = f"2 · V · rank = 2 · {size:,} · {arch.rank}" if arch.rank else f"V² = {size:,}²"
+    logger.info("linear map on base logits: %s = %s parameters", said, f"{parameters:,}")
+    available = device_memory(mesh)
+    if available is not None and needed > available:
+        rank = min(256, size // 2)
+        raise ConfigError(
+            f"value.rank = {arch.rank}: training a linear map of {said} parameters takes "
+            f"{needed / 1e9:,.0f} GB a device (weights, gradient, two moments in float32), and a "
+            f"device has {available / 1e9:,.0f} GB: set value.rank; {rank} takes "
+            f"{2 * size * rank * _BYTES_TRAINED / ways / 1e9:,.1f} GB"
+        )
+
+
 def _check_context(config: TrainConfig, models: list[ModelFolder]) -> None:
+    contexts = {model.name: model.arch.max_position_embeddings for model in models}
     long = [
-        f"{model.name}: {model.arch.max_position_embeddings}"
-        for model in models
-        if config.data.max_length > model.arch.max_position_embeddings
+        f"{name}: {context}"
+        for name, context in contexts.items()
+        if config.data.max_length > context
     ]
     if long:
         raise ConfigError(

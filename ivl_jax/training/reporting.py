@@ -24,6 +24,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ivl_jax.training.evaluation import Evaluation
 from ivl_jax.training.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -76,12 +77,13 @@ class Reporter:
         if self._events is not None:
             self._events.close()
 
-    def step(self, step: int, metrics: Mapping[str, float], *, record: bool) -> None:
+    def step(self, step: int, metrics: Mapping[str, float], *, base: str, record: bool) -> None:
         """Take note of a step; `record` writes it down.
 
         Args:
             step: its number, from 1.
             metrics: of `StepMetrics`.
+            base: with several bases, which one its batch met; else empty.
             record: whether this step ends a log interval.
         """
         self._tokens += metrics["real_tokens"]
@@ -90,7 +92,7 @@ class Reporter:
             self._progress.update(self._task, completed=step)
         if not (record and self._writes):
             return
-        self._run.metrics.append({"step": step, **metrics})
+        self._run.metrics.append({"step": step, **({"base": base} if base else {}), **metrics})
         seconds = (self._seconds + time.perf_counter() - self._since) / self._steps
         speed = self._tokens / self._steps / seconds
         # The first step of a start holds the compilation: no basis for a forecast.
@@ -99,9 +101,10 @@ class Reporter:
             {"step": step, "seconds_per_step": seconds, "tokens_per_second": speed}
         )
         logger.info(
-            "step %d/%d · loss %.4f · nll %.4f · lr %.2e · grad norm %.3g · %s tokens/s · ETA %s",
+            "step %d/%d%s · loss %.4f · nll %.4f · lr %.2e · grad norm %.3g · %s tokens/s · ETA %s",
             step,
             self._total,
+            f" · beside {base}" if base else "",
             metrics["loss"],
             metrics["nll"],
             metrics["learning_rate"],
@@ -113,25 +116,26 @@ class Reporter:
         self._tokens, self._steps, self._seconds = 0.0, 0, 0.0
         self._since = time.perf_counter()
 
-    def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
+    def evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Write down a held-out evaluation.
 
         Args:
             step: steps taken.
-            figures: of `HeldOut`.
+            evaluation: its figures.
         """
         if not self._writes:
             return
-        self._run.metrics.append({"step": step, "held_out": dict(figures)})
-        said = f"nll {figures['nll']:.4f} · accuracy {figures['accuracy']:.2%}"
-        if "base_nll" in figures:
-            said = (
-                f"base nll {figures['base_nll']:.4f}, accuracy {figures['base_accuracy']:.2%} · "
-                f"with value nll {figures['nll']:.4f}, accuracy {figures['accuracy']:.2%}, "
-                f"mean |z_value| {figures['mean_abs_value']:.3f}"
-            )
-        logger.info("held out after step %d/%d · %s", step, self._total, said)
-        self._scalars("held_out", figures, step)
+        record: dict[str, Any] = {"step": step, "held_out": evaluation.mean}
+        if evaluation.by_base:
+            record["held_out_by_base"] = evaluation.by_base
+        self._run.metrics.append(record)
+        for name, figures in (evaluation.by_base or {"": evaluation.mean}).items():
+            beside = f" beside {name}" if name else ""
+            said = _evaluation_text(figures)
+            logger.info("held out after step %d/%d%s · %s", step, self._total, beside, said)
+            if name:
+                self._scalars(f"held_out/{name}", figures, step)
+        self._scalars("held_out", evaluation.mean, step)
 
     @contextmanager
     def aside(self, what: str, count: int | None = None) -> Iterator[Callable[[], None]]:
@@ -157,6 +161,16 @@ class Reporter:
             for name, value in figures.items():
                 self._events.add_scalar(f"{group}/{name}", value, step)
             self._events.flush()
+
+
+def _evaluation_text(figures: Mapping[str, float]) -> str:
+    if "base_nll" not in figures:
+        return f"nll {figures['nll']:.4f} · accuracy {figures['accuracy']:.2%}"
+    return (
+        f"base nll {figures['base_nll']:.4f}, accuracy {figures['base_accuracy']:.2%} · "
+        f"with value nll {figures['nll']:.4f}, accuracy {figures['accuracy']:.2%}, "
+        f"mean |z_value| {figures['mean_abs_value']:.3f}"
+    )
 
 
 def _open_tensorboard(run: RunDirectory, first_step: int) -> Any:

@@ -10,6 +10,7 @@ writes the same bytes as one that never stopped; wall-clock figures go to timing
 import json
 import logging
 import platform
+import re
 import subprocess
 import sys
 import tomllib
@@ -41,6 +42,7 @@ _MAY_CHANGE = (
     "mesh",
     "logging",
     "base.layout",
+    "bases.layout",
     "value.layout",
 )
 
@@ -244,6 +246,8 @@ def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in mapping.items():
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, tuple) and any(isinstance(item, Mapping) for item in value):
+            flat |= _flat({str(index): item for index, item in enumerate(value)}, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat
@@ -253,7 +257,11 @@ def _differences(
     before: Mapping[str, Any], after: Mapping[str, Any], *, ignore: Sequence[str] = ()
 ) -> str:
     ignored = tuple(f"{name}." for name in ignore)
-    names = [name for name in {**before, **after} if not f"{name}.".startswith(ignored)]
+    names = [
+        name
+        for name in {**before, **after}
+        if not re.sub(r"\.\d+\.", ".", f"{name}.").startswith(ignored)
+    ]
     return ", ".join(
         f"{name} was {before.get(name)!r}, now {after.get(name)!r}"
         for name in names

@@ -3,7 +3,6 @@
 In: a config. Out: `Preparation`. What is cheap and can be wrong comes first; weights are read last.
 """
 
-import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,35 +18,14 @@ from ivl_jax.data.batching import EvalBatches, TrainIterator, make_eval_batches,
 from ivl_jax.data.chat import ChatFormat, make_chat_format
 from ivl_jax.data.demonstrations import DemonstrationSource, store_demonstrations
 from ivl_jax.data.tokenized import TokenizedDemonstrations, tokenize_demonstrations
-from ivl_jax.model.decoder import Params, build_decoder
-from ivl_jax.sharding import LAYOUTS, activation_constraint, batch_ways, data_shard, make_mesh
-from ivl_jax.training.evaluation import HeldOut
-from ivl_jax.training.models import (
-    Models,
-    Placement,
-    load_base,
-    make_trained_params,
-    place_model,
-)
-from ivl_jax.training.objective import Objective, choose_chunk_length
+from ivl_jax.sharding import batch_ways, data_shard, make_mesh
+from ivl_jax.training.base_turns import BaseTurns
+from ivl_jax.training.models import Models, make_trained_params, place_model
 from ivl_jax.training.optimizer import make_optimizer, make_schedule
-from ivl_jax.training.step import (
-    TrainState,
-    TrainStep,
-    abstract_state,
-    init_state,
-    make_eval_step,
-    make_train_step,
-    state_shardings,
-)
+from ivl_jax.training.programs import BaseProgram, build_programs
+from ivl_jax.training.step import TrainState, abstract_state, init_state, state_shardings
 
 logger = logging.getLogger(__name__)
-
-# Logits of one model that exist at once on one device. On CPU a chunk that stays near the caches is
-# as fast as the whole and takes a fraction of the memory (8 MB in f32); accelerators want matmuls
-# large enough to fill them (512 MB).
-_MAX_LOGITS = {"cpu": 1 << 21}
-_MAX_LOGITS_ACCELERATOR = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -67,9 +45,10 @@ class Preparation:
     mesh: Mesh
     models: Models
     data: Data
-    base_params: Params | None
-    step: TrainStep
-    held_out: HeldOut | None
+    programs: tuple[BaseProgram, ...]
+    """One a base; one without a base where a model is trained alone."""
+    turns: BaseTurns
+    """Batch number → index into `programs`."""
     abstract_state: TrainState
     make_state: Callable[[], TrainState]
     """Reads or makes the trained parameters; not called when a checkpoint is restored."""
@@ -155,7 +134,7 @@ def prepare_data(config: TrainConfig, models: Models, mesh: Mesh) -> Data:
 
 
 def prepare(config: TrainConfig, models: Models, data: Data, mesh: Mesh) -> Preparation:
-    """Read the base's weights and build the programs of a run.
+    """Read the bases' weights and build the programs of a run.
 
     Args:
         config: of the run.
@@ -166,27 +145,27 @@ def prepare(config: TrainConfig, models: Models, data: Data, mesh: Mesh) -> Prep
     Returns:
         Everything but the state.
     """
-    place, base_place = _placements(config, models, mesh)
-    objective = make_objective(config, models, place, mesh)
+    alone = not models.bases
+    place = place_model(
+        models.arch,
+        layout=config.base.layout if alone else config.value.layout,
+        param_dtype=jnp.float32,
+        scan_layers=config.step.scan_layers,
+        mesh=mesh,
+    )
     schedule, optimizer = _optimizer(config, data.total_steps)
     shardings = state_shardings(place.shapes, place.shardings, optimizer, mesh)
     key = jax.random.key(config.seed)
-    base_params = None
-    if models.base is not None and base_place is not None:
-        base_params = load_base(models.base, config.base, base_place)
-    base_shardings = None if base_place is None else base_place.shardings
-    evaluate = make_eval_step(
-        objective, shardings=place.shardings, base_shardings=base_shardings, mesh=mesh
+    programs = build_programs(
+        config,
+        models,
+        place,
+        optimizer=optimizer,
+        schedule=schedule,
+        shardings=shardings,
+        held_out=data.held_out,
+        mesh=mesh,
     )
-    held_out = None
-    if data.held_out is not None:
-        held_out = HeldOut(
-            evaluate,
-            data.held_out,
-            count=len(data.held_out),
-            base_params=base_params,
-            mesh=mesh,
-        )
 
     def make_state() -> TrainState:
         params = make_trained_params(config, models, place, key)
@@ -196,72 +175,16 @@ def prepare(config: TrainConfig, models: Models, data: Data, mesh: Mesh) -> Prep
         mesh=mesh,
         models=models,
         data=data,
-        base_params=base_params,
-        step=make_train_step(
-            objective,
-            optimizer,
-            schedule,
-            shardings=shardings,
-            base_shardings=base_shardings,
-            mesh=mesh,
-        ),
-        held_out=held_out,
+        programs=programs,
+        turns=base_turns(config),
         abstract_state=abstract_state(place.shapes, optimizer, key, shardings),
         make_state=make_state,
     )
 
 
-def make_objective(config: TrainConfig, models: Models, place: Placement, mesh: Mesh) -> Objective:
-    """Put the static half of the loss together.
-
-    Args:
-        config: of the run.
-        models: from `choose_models`.
-        place: of the trained model.
-        mesh: the device mesh.
-
-    Returns:
-        The objective.
-    """
-    step = config.step
-    decoder = functools.partial(
-        build_decoder, compute_dtype=jnp.dtype(step.compute_dtype), scan_layers=step.scan_layers
-    )
-    size = models.trained.info.vocab_size
-    alone = models.base is None
-    layout = config.base.layout if alone else config.value.layout
-    chunk_length = choose_chunk_length(
-        step.batch_size // step.micro_batches // batch_ways(mesh),
-        config.data.max_length,
-        place.vocab_rows,
-        max_logits=_MAX_LOGITS.get(jax.default_backend(), _MAX_LOGITS_ACCELERATOR),
-    )
-    return Objective(
-        graphdef=decoder(models.arch, remat=step.remat),
-        base_graphdef=None if models.base is None else decoder(models.base.arch),
-        vocab_size=size if models.base is None else models.base.info.vocab_size,
-        value_vocab_size=size,
-        unknown_ids=models.unknown_ids,
-        connection=config.value.connection,
-        penalty_kind="none" if alone else config.penalty.kind,
-        penalty_weight=0.0 if alone or config.penalty.kind == "none" else config.penalty.weight,
-        penalty_positions=config.penalty.positions,
-        chunk_length=chunk_length,
-        constrain=activation_constraint(mesh, LAYOUTS[layout]),
-        base_constrain=activation_constraint(mesh, LAYOUTS[config.base.layout]),
-    )
-
-
-def _placements(
-    config: TrainConfig, models: Models, mesh: Mesh
-) -> tuple[Placement, Placement | None]:
-    place = functools.partial(place_model, scan_layers=config.step.scan_layers, mesh=mesh)
-    layout = config.base.layout if models.base is None else config.value.layout
-    trained = place(models.arch, layout=layout, param_dtype=jnp.float32)
-    if models.base is None:
-        return trained, None
-    dtype = jnp.dtype(config.base.param_dtype)
-    return trained, place(models.base.arch, layout=config.base.layout, param_dtype=dtype)
+def base_turns(config: TrainConfig) -> BaseTurns:
+    """Decide which base each batch meets."""
+    return BaseTurns(tuple(base.weight for base in config.all_bases), config.seed)
 
 
 def _optimizer(

@@ -4,7 +4,6 @@ import json
 import signal
 from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
 
@@ -13,72 +12,26 @@ from ivl_jax.config import ConfigError, MeshConfig, StepConfig, ValueConfig
 from ivl_jax.config_files import load_config
 from ivl_jax.training import loop
 from ivl_jax.training.loop import NonFiniteLossError, run
-from ivl_jax.training.reporting import Reporter
-from ivl_jax.training.run_directory import RecordFile, RunDirectoryError
+from ivl_jax.training.run_directory import RunDirectoryError
 from ivl_jax.weights.language_model import load_language_model
 from tests.training.conftest import make_tiny_config
+from tests.training.runs import (
+    Crash,
+    assert_same_run,
+    at_step,
+    crash,
+    crash_at_record,
+    records,
+)
 
 # make_mesh says that one of eight virtual devices is used.
 pytestmark = pytest.mark.usefixtures("caplog")
-
-
-def records(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_arrays(one, other):
-    jax.tree.map(
-        lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), one, other
-    )
-
-
-class Crash(Exception):
-    """Stands for a killed process."""
-
-
-def at_step(monkeypatch, number, act):
-    """Do something when a step's figures are read."""
-    original = Reporter.step
-
-    def step(self, step, metrics, *, record):
-        original(self, step, metrics, record=record)
-        if step == number:
-            act()
-
-    monkeypatch.setattr(Reporter, "step", step)
-
-
-def crash():
-    raise Crash
-
-
-def crash_at_record(monkeypatch, number):
-    """Die while the n-th record of metrics.jsonl is half written."""
-    original, count = RecordFile.append, iter(range(1, 100))
-
-    def append(self, record):
-        if self.path.name == "metrics.jsonl" and next(count) == number:
-            with open(self.path, "ab") as file:
-                file.write(json.dumps(record).encode()[:20])
-            raise Crash
-        original(self, record)
-
-    monkeypatch.setattr(RecordFile, "append", append)
 
 
 @pytest.fixture(scope="module")
 def whole(tiny_pair, tmp_path_factory):
     """A run that never stopped."""
     return run(make_tiny_config(tiny_pair, tmp_path_factory.mktemp("whole") / "run"))
-
-
-def assert_same_run(one, other):
-    """Two runs left the same parameters, metrics and figures."""
-    metrics = [(result.run_dir / "metrics.jsonl").read_bytes() for result in (one, other)]
-    assert metrics[0] == metrics[1]
-    values = [load_value(result.output) for result in (one, other)]
-    assert_same_arrays(values[0].params, values[1].params)
-    assert one.held_out == other.held_out
 
 
 def test_a_stopped_and_crashed_run_equals_one_that_never_stopped_bit_for_bit(

@@ -85,7 +85,22 @@ def test_loss_is_its_definition_in_a_cascade(connection):
     assert float(loss) == pytest.approx(numpy_loss(BATCH, connection=connection), rel=1e-5)
 
 
-@pytest.mark.parametrize(("chunk_length", "connection"), [(5, "residual"), (4, "cascade")])
+@pytest.mark.parametrize("connection", ["cascade", "cascade_no_text"])
+def test_the_base_prediction_reaches_every_embedding(connection):
+    """Where softmax(z_base) enters, each token's embedding gets gradient, not only those read."""
+    few = BATCH._replace(tokens=jnp.where(BATCH.token_mask, 5, BATCH.tokens))
+    _, gradient = run(make_objective(ARCH, connection=connection), batch=few)
+    embedding = np.abs(np.asarray(gradient["embed_tokens"]["embedding"])).max(axis=1)
+    assert embedding[:VOCAB].min() > 1e-6
+    np.testing.assert_array_equal(embedding[VOCAB:], 0.0)
+    _, residual = run(make_objective(ARCH), batch=few)
+    unread = np.delete(np.asarray(residual["embed_tokens"]["embedding"]), [2, 5], axis=0)
+    np.testing.assert_array_equal(unread, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("chunk_length", "connection"), [(5, "residual"), (4, "cascade"), (7, "cascade_no_text")]
+)
 def test_chunks_change_neither_loss_nor_gradient(chunk_length, connection):
     whole = make_objective(ARCH, connection=connection, unknown_ids=(7,))
     chunked = make_objective(

@@ -1,0 +1,167 @@
+"""A linear map on base logits: the value network that is no decoder, the paper's linear probe.
+
+    z_value = z_base · head              rank 0: one V × V matrix
+    z_value = (z_base · down) · head     rank R: V × R and R × V
+
+In: the base's logits. Out: what its head reads, so that one loss and one decoder serve every
+network. It reads no text, so it has no layers, no positions and no cache.
+"""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Key
+
+from ivl_jax.model.layers import Projection
+
+MODEL_TYPE = "linear_map"
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearMapConfig:
+    """The shape of a linear map on logits; also answers what is asked of every architecture.
+
+    Raises:
+        ValueError: Sizes that no map can have.
+    """
+
+    vocab_size: int
+    """Real tokens, V; the padding columns of a base never enter."""
+    rank: int = 0
+    """Width between the two matrices, R; 0: one V × V matrix."""
+
+    model_type: ClassVar[str] = MODEL_TYPE
+    num_hidden_layers: ClassVar[int] = 0
+    num_attention_heads: ClassVar[int] = 0
+    num_key_value_heads: ClassVar[int] = 0
+    head_dim: ClassVar[int] = 0
+    max_position_embeddings: ClassVar[int] = sys.maxsize
+    """It reads no positions, so it limits no context."""
+    tie_word_embeddings: ClassVar[bool] = False
+    final_logit_softcapping: ClassVar[None] = None
+
+    def __post_init__(self):
+        if self.vocab_size < 1 or not 0 <= self.rank < self.vocab_size:
+            raise ValueError(
+                f"a linear map needs vocab_size ≥ 1 and 0 ≤ rank < vocab_size (0: a full matrix), "
+                f"got vocab_size = {self.vocab_size}, rank = {self.rank}"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` reads."""
+        return {"model_type": MODEL_TYPE, "vocab_size": self.vocab_size, "rank": self.rank}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "LinearMapConfig":
+        """Reads what `to_json` wrote.
+
+        Raises:
+            ValueError: Entries that are unknown, missing, or no integers.
+        """
+        sizes = {name: value for name, value in record.items() if name != "model_type"}
+        expected = {"vocab_size", "rank"}
+        if sizes.keys() != expected or not all(type(size) is int for size in sizes.values()):
+            raise ValueError(f"a {MODEL_TYPE} has the integers {sorted(expected)}, got {sizes}")
+        return cls(**sizes)
+
+
+class LinearMap(nnx.Module):
+    """The matrices of a linear map on logits."""
+
+    def __init__(self, arch: LinearMapConfig, *, compute_dtype: DTypeLike, vocab_rows: int):
+        self.arch = arch
+        self.compute_dtype = jnp.dtype(compute_dtype)
+        if arch.rank:
+            self.down_proj = Projection(vocab_rows, arch.rank, use_bias=False)
+        self.lm_head = Projection(arch.rank or vocab_rows, vocab_rows, use_bias=False)
+
+
+@functools.cache
+def build_linear_map(
+    arch: LinearMapConfig, *, compute_dtype: DTypeLike = jnp.float32
+) -> nnx.GraphDef:
+    """The static half of a linear map, as `build_decoder` gives that of a decoder."""
+    return nnx.split(LinearMap(arch, compute_dtype=compute_dtype, vocab_rows=arch.vocab_size))[0]
+
+
+def abstract_linear_map(
+    arch: LinearMapConfig,
+    *,
+    param_dtype: DTypeLike = jnp.float32,
+    vocab_rows: int | None = None,
+) -> dict[str, Any]:
+    """Shapes and dtypes of a linear map's parameters; allocates nothing.
+
+    Args:
+        arch: The map's shape.
+        param_dtype: Dtype the parameters are stored in.
+        vocab_rows: Rows and columns of the vocabulary; None: `arch.vocab_size`. More pads for a
+            mesh.
+
+    Returns:
+        `lm_head.kernel`, and with a rank `down_proj.kernel`.
+    """
+    rows = arch.vocab_size if vocab_rows is None else vocab_rows
+    module = LinearMap(arch, compute_dtype=jnp.float32, vocab_rows=rows)
+    params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, param_dtype), params)
+
+
+def init_linear_map(
+    arch: LinearMapConfig,
+    key: Key[Array, ""],
+    *,
+    param_dtype: DTypeLike = jnp.float32,
+    vocab_rows: int | None = None,
+) -> dict[str, Any]:
+    """Fresh parameters: the head is zero, so that the map starts as nothing added to the base.
+
+    Args:
+        arch: The map's shape.
+        key: A typed PRNG key.
+        param_dtype: See `abstract_linear_map`, as for the rest.
+        vocab_rows: Rows and columns of the vocabulary.
+
+    Returns:
+        Arrays in the shapes of `abstract_linear_map`; `down_proj` keeps the logits' magnitude.
+    """
+    shapes = abstract_linear_map(arch, param_dtype=param_dtype, vocab_rows=vocab_rows)
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    if arch.rank:
+        kernel = shapes["down_proj"]["kernel"]
+        # Also on one device the rows drawn must not depend on how many are padding.
+        real = jax.random.normal(key, (arch.vocab_size, arch.rank), kernel.dtype)
+        padding = ((0, kernel.shape[0] - arch.vocab_size), (0, 0))
+        params["down_proj"]["kernel"] = jnp.pad(real * arch.vocab_size**-0.5, padding)
+    return params
+
+
+def linear_map_hidden(
+    graphdef: nnx.GraphDef, params: Mapping[str, Any], logits: Float[Array, "B T Vb"]
+) -> Float[Array, "B T D"]:
+    """What the map's head reads of a base's logits.
+
+    Args:
+        graphdef: From `build_linear_map`.
+        params: Nested dict of arrays.
+        logits: fp32, the padding columns zero; of another width than the map's (a base with more or
+            fewer padding rows), the columns that only one of them has count as 0.
+
+    Returns:
+        [B T R], or with rank 0 the logits themselves in the map's width; in the compute dtype.
+    """
+    module = nnx.merge(graphdef, params)
+    down = module.down_proj.kernel[...] if module.arch.rank else None
+    rows = params["lm_head"]["kernel"].shape[0] if down is None else down.shape[0]
+    width = min(rows, logits.shape[-1])
+    known = logits[..., :width].astype(module.compute_dtype)
+    if down is None:
+        return jnp.pad(known, ((0, 0), (0, 0), (0, rows - width)))
+    return jnp.einsum("btv,vd->btd", known, down[:width].astype(module.compute_dtype))

@@ -1,0 +1,176 @@
+"""The compiled programs of a run: for every base a training step and a held-out evaluation.
+
+In: a config, models and their places on the mesh. Out: `BaseProgram`s. Bases of one architecture
+share their programs; all of them share the train state.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from ivl_jax.config import TrainConfig
+from ivl_jax.data.batching import EvalBatches
+from ivl_jax.model.decoder import Params
+from ivl_jax.model.network import build_network
+from ivl_jax.sharding import LAYOUTS, activation_constraint, batch_ways
+from ivl_jax.training.evaluation import HeldOut
+from ivl_jax.training.models import FrozenBase, Models, Placement, load_base, place_model
+from ivl_jax.training.objective import Objective, choose_chunk_length
+from ivl_jax.training.step import EvalStep, TrainState, TrainStep, make_eval_step, make_train_step
+
+# Logits of one model that exist at once on one device. On CPU a chunk that stays near the caches is
+# as fast as the whole and takes a fraction of the memory (8 MB in f32); accelerators want matmuls
+# large enough to fill them (512 MB).
+_MAX_LOGITS = {"cpu": 1 << 21}
+_MAX_LOGITS_ACCELERATOR = 1 << 27
+
+
+@dataclass(frozen=True)
+class BaseProgram:
+    """Training and evaluation beside one base, or of a model alone."""
+
+    name: str
+    """The base as the config says it."""
+    base_params: Params | None
+    """Its frozen parameters; None without a base."""
+    step: TrainStep
+    held_out: HeldOut | None
+    """None without held-out demonstrations."""
+
+
+def build_programs(
+    config: TrainConfig,
+    models: Models,
+    place: Placement,
+    *,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    shardings: TrainState,
+    held_out: EvalBatches | None,
+    mesh: Mesh,
+) -> tuple[BaseProgram, ...]:
+    """Read the bases' weights and build each one's programs.
+
+    Args:
+        config: of the run.
+        models: from `choose_models`.
+        place: of the trained model.
+        optimizer: the optax chain.
+        schedule: the learning rate it follows.
+        shardings: of the train state.
+        held_out: batches to evaluate on; None: no evaluation.
+        mesh: the device mesh.
+
+    Returns:
+        One a base in the config's order; without a base, one.
+    """
+    compiled: dict[Hashable, tuple[TrainStep, EvalStep]] = {}
+    programs = []
+    bases: Sequence[FrozenBase | None] = models.bases or (None,)
+    for base in bases:
+        base_place = None if base is None else place_base(config, base, mesh)
+        base_shardings = None if base_place is None else base_place.shardings
+        kind = None if base is None else _kind(base)
+        if kind not in compiled:
+            objective = make_objective(config, models, base, place, mesh)
+            compiled[kind] = (
+                make_train_step(
+                    objective,
+                    optimizer,
+                    schedule,
+                    shardings=shardings,
+                    base_shardings=base_shardings,
+                    mesh=mesh,
+                ),
+                make_eval_step(
+                    objective, shardings=place.shardings, base_shardings=base_shardings, mesh=mesh
+                ),
+            )
+        step, evaluate = compiled[kind]
+        base_params = None
+        if base is not None and base_place is not None:
+            base_params = load_base(base.model, base.config, base_place)
+        evaluation = None
+        if held_out is not None:
+            evaluation = HeldOut(
+                evaluate, held_out, count=len(held_out), base_params=base_params, mesh=mesh
+            )
+        name = models.trained.name if base is None else base.model.name
+        programs.append(BaseProgram(name, base_params, step, evaluation))
+    return tuple(programs)
+
+
+def place_base(config: TrainConfig, base: FrozenBase, mesh: Mesh) -> Placement:
+    """Decide where a base's parameters live."""
+    return place_model(
+        base.model.arch,
+        layout=base.config.layout,
+        param_dtype=jnp.dtype(base.config.param_dtype),
+        scan_layers=config.step.scan_layers,
+        mesh=mesh,
+    )
+
+
+def make_objective(
+    config: TrainConfig, models: Models, base: FrozenBase | None, place: Placement, mesh: Mesh
+) -> Objective:
+    """Put the static half of the loss together.
+
+    Args:
+        config: of the run.
+        models: from `choose_models`.
+        base: the base beside which the step trains; None: a model alone.
+        place: of the trained model.
+        mesh: the device mesh.
+
+    Returns:
+        The objective.
+    """
+    step, size = config.step, models.trained.info.vocab_size
+    dtype = jnp.dtype(step.compute_dtype)
+    chunk_length = choose_chunk_length(
+        step.batch_size // step.micro_batches // batch_ways(mesh),
+        config.data.max_length,
+        place.vocab_rows,
+        max_logits=_MAX_LOGITS.get(jax.default_backend(), _MAX_LOGITS_ACCELERATOR),
+    )
+    graphdef = build_network(
+        models.arch, compute_dtype=dtype, scan_layers=step.scan_layers, remat=step.remat
+    )
+    if base is None:
+        return Objective(
+            graphdef=graphdef,
+            base_graphdef=None,
+            vocab_size=size,
+            value_vocab_size=size,
+            chunk_length=chunk_length,
+            constrain=activation_constraint(mesh, LAYOUTS[config.base.layout]),
+        )
+    penalty = config.penalty
+    return Objective(
+        graphdef=graphdef,
+        base_graphdef=build_network(
+            base.model.arch, compute_dtype=dtype, scan_layers=step.scan_layers
+        ),
+        vocab_size=base.model.info.vocab_size,
+        value_vocab_size=size,
+        unknown_ids=base.unknown_ids,
+        connection=config.value.connection,
+        penalty_kind=penalty.kind,
+        penalty_weight=0.0 if penalty.kind == "none" else penalty.weight,
+        penalty_positions=penalty.positions,
+        chunk_length=chunk_length,
+        constrain=activation_constraint(mesh, LAYOUTS[config.value.layout]),
+        base_constrain=activation_constraint(mesh, LAYOUTS[base.config.layout]),
+    )
+
+
+def _kind(base: FrozenBase) -> Hashable:
+    """What decides a base's programs beside the run's config."""
+    model = base.model
+    settings = base.config.param_dtype, base.config.layout
+    return model.arch, settings, model.info.vocab_size, base.unknown_ids

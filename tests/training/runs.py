@@ -1,0 +1,63 @@
+"""Runs that die at a chosen moment, and what two runs must have in common."""
+
+import json
+
+import jax
+import numpy as np
+
+from ivl_jax.checkpoint import load_value
+from ivl_jax.training.reporting import Reporter
+from ivl_jax.training.run_directory import RecordFile
+
+
+def records(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_arrays(one, other):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), one, other
+    )
+
+
+class Crash(Exception):
+    """Stands for a killed process."""
+
+
+def at_step(monkeypatch, number, act):
+    """Do something when a step's figures are read."""
+    original = Reporter.step
+
+    def step(self, step, metrics, **options):
+        original(self, step, metrics, **options)
+        if step == number:
+            act()
+
+    monkeypatch.setattr(Reporter, "step", step)
+
+
+def crash():
+    raise Crash
+
+
+def crash_at_record(monkeypatch, number):
+    """Die while the n-th record of metrics.jsonl is half written."""
+    original, count = RecordFile.append, iter(range(1, 100))
+
+    def append(self, record):
+        if self.path.name == "metrics.jsonl" and next(count) == number:
+            with open(self.path, "ab") as file:
+                file.write(json.dumps(record).encode()[:20])
+            raise Crash
+        original(self, record)
+
+    monkeypatch.setattr(RecordFile, "append", append)
+
+
+def assert_same_run(one, other):
+    """Two runs left the same parameters, metrics and figures."""
+    metrics = [(result.run_dir / "metrics.jsonl").read_bytes() for result in (one, other)]
+    assert metrics[0] == metrics[1]
+    values = [load_value(result.output) for result in (one, other)]
+    assert_same_arrays(values[0].params, values[1].params)
+    assert one.held_out == other.held_out
