@@ -15,6 +15,7 @@ LEVELS = {
     "ivl_jax.tree_compare": 1,
     "ivl_jax.vocabulary.mapping": 1,
     "ivl_jax.vocabulary": 2,
+    "ivl_jax.text_codec": 1.5,
     "ivl_jax.composition": 2,
     "ivl_jax.weights": 2,
     "ivl_jax.checkpoint": 3,

@@ -5,13 +5,13 @@ after the first pieces sees exactly their tokens: no token reaches across a cut,
 tokenizer's space before the first word is not put before a piece in the middle of a text.
 """
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from tokenizers import Encoding, Tokenizer
 
+from ivl_jax.text_codec import make_text_encoders
 from ivl_jax.token_bytes import split_vocabulary
 
 
@@ -38,9 +38,7 @@ class PieceEncoder:
         self.special_tokens = split_vocabulary(tokenizer)[1]
         self.definition: str = tokenizer.backend_tokenizer.to_str()
         self._added = frozenset(tokenizer.backend_tokenizer.get_added_tokens_decoder())
-        self._whole = _encoder(self.definition)
-        bare, self._prefix = _without_prefix(json.loads(self.definition))
-        self._bare = _encoder(json.dumps(bare)) if self._prefix != "none" else self._whole
+        self._whole, self._bare, self._prefix = make_text_encoders(self.definition)
         self._special_texts = tuple(
             sorted((text for text in self.special_tokens.values() if text.strip()), key=len)[::-1]
         )
@@ -111,14 +109,6 @@ class PieceEncoder:
         return next((index for index, token in enumerate(ids) if token in self._added), len(ids))
 
 
-def _encoder(definition: str) -> Tokenizer:
-    """A tokenizer that neither cuts nor pads."""
-    encoder = Tokenizer.from_str(definition)
-    encoder.no_truncation()
-    encoder.no_padding()
-    return encoder
-
-
 def _encodings(
     encoder: Tokenizer, pieces: Sequence[str], kinds: Sequence[str], *, leave_out: str
 ) -> list[Encoding]:
@@ -134,30 +124,3 @@ def _all_of(encoding: Encoding) -> PieceTokens:
 def _pairs(text: Sequence[str]) -> Iterator[tuple[str | None, str]]:
     """Each piece with the one before it."""
     return zip([None, *text[:-1]], text, strict=True)
-
-
-def _without_prefix(definition: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """The tokenizer without its prefix space, and where it puts one: "none", "first" or "every"."""
-    where = "none"
-
-    def visit(part: dict[str, Any] | None, children: str) -> dict[str, Any] | None:
-        nonlocal where
-        if part is None:
-            return None
-        if part["type"] == "Sequence":
-            kept = [step for child in part[children] if (step := visit(child, children))]
-            return {**part, children: kept} if kept else None
-        if part["type"] == "Prepend":
-            where = "every"
-            return None
-        if part["type"] == "Metaspace" and part["prepend_scheme"] != "never":
-            where = "every" if part["prepend_scheme"] == "always" else "first"
-            return {**part, "prepend_scheme": "never"}
-        if part["type"] == "ByteLevel" and part["add_prefix_space"]:
-            where = "every"
-            return {**part, "add_prefix_space": False}
-        return part
-
-    normalizer = visit(definition["normalizer"], "normalizers")
-    pre_tokenizer = visit(definition["pre_tokenizer"], "pretokenizers")
-    return {**definition, "normalizer": normalizer, "pre_tokenizer": pre_tokenizer}, where

@@ -1,0 +1,173 @@
+"""One tokenizer in both directions: what its tokens say, and how it reads text that goes on.
+
+In: a tokenizer with a fast backend. Out: the bytes of each token, and the tokens of a stretch of
+text that begins a text, follows a special token, or goes on from other text: SentencePiece's space
+before the first word must not appear before a stretch in the middle.
+"""
+
+import json
+from typing import Any, Literal, NamedTuple
+
+from tokenizers import Tokenizer
+
+from ivl_jax.tokenizer import TokenizerInfo
+
+Prefix = Literal["none", "first", "every"]
+"""Where a tokenizer puts a space of its own: nowhere, at a text's start, or also after each special
+token."""
+Before = Literal["start", "special", "text"]
+"""What stands before a stretch of text: nothing, a special token, or other text."""
+
+
+class TextEncoders(NamedTuple):
+    """The two ways in which one tokenizer reads text; neither cuts nor pads."""
+
+    whole: Tokenizer
+    """As it reads a text."""
+    bare: Tokenizer
+    """The same without a space of its own; the same object where it puts none."""
+    prefix: Prefix
+    """Where it puts one."""
+
+
+class ReadText(NamedTuple):
+    """A stretch of text whose special tokens were read as such."""
+
+    token_ids: list[int]
+    """Tokens up to the last special one, that one included."""
+    rest: str
+    """The text after it, still to be read; all of it where there is none."""
+
+
+def make_text_encoders(definition: str) -> TextEncoders:
+    """Make a tokenizer's encoders.
+
+    Args:
+        definition: the tokenizer as JSON (`backend_tokenizer.to_str()`).
+
+    Returns:
+        The encoders.
+    """
+    whole = _encoder(definition)
+    bare, prefix = _without_prefix(json.loads(definition))
+    return TextEncoders(whole, whole if prefix == "none" else _encoder(json.dumps(bare)), prefix)
+
+
+class TextCodec:
+    """One tokenizer's tokens as bytes, and text as its tokens.
+
+    Args:
+        tokenizer: a transformers tokenizer with a fast backend.
+        info: what identifies it, the bytes of its tokens included.
+
+    Attributes:
+        info: The same.
+        token_bytes: By id, the bytes a token stands for; empty for special tokens and holes,
+            the text itself of an appended word.
+        special_ids: Tokens that stand for nothing in a text.
+        prefix: Where it puts a space of its own.
+        beginning: What it puts before every text: its begin-of-text token, or nothing.
+        is_bpe: Whether its tokens come from merging neighbours, so that what is far apart in a
+            text does not influence each other.
+    """
+
+    def __init__(self, tokenizer: Any, info: TokenizerInfo) -> None:
+        definition = tokenizer.backend_tokenizer.to_str()
+        model = json.loads(definition)["model"]
+        self.info = info
+        self.special_ids = frozenset(
+            token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
+        )
+        self.token_bytes = _token_bytes(info, self.special_ids)
+        begins = list(tokenizer("")["input_ids"][:1]) == [info.bos_id]
+        self.beginning = (info.bos_id,) if begins and info.bos_id is not None else ()
+        self.is_bpe = model["type"] == "BPE" and not model.get("dropout")
+        self._encoders = make_text_encoders(definition)
+        self.prefix = self._encoders.prefix
+
+    @property
+    def empty_id(self) -> int:
+        """What stands for an empty text: its begin of text, else an end, else the unknown token."""
+        ids = (self.info.bos_id, *self.info.eos_ids, self.info.unk_id, 0)
+        return next(token_id for token_id in ids if token_id is not None)
+
+    def encode(self, text: str, *, before: Before) -> list[int]:
+        """Read a stretch of text; what looks like a special token is ordinary text in it.
+
+        Args:
+            text: the stretch.
+            before: what stands before it.
+
+        Returns:
+            Token ids.
+        """
+        encoder = self._encoder(before)
+        encoder.encode_special_tokens = True
+        return encoder.encode(text, add_special_tokens=False).ids
+
+    def encode_special(self, text: str, *, before: Before) -> ReadText:
+        """Read a stretch of text, special tokens written in it included, up to the last of them.
+
+        Args:
+            text: the stretch.
+            before: what stands before it.
+
+        Returns:
+            Token ids up to the last special token, and the text after it.
+        """
+        encoder = self._encoder(before)
+        encoder.encode_special_tokens = False
+        encoding = encoder.encode(text, add_special_tokens=False)
+        for place in reversed(range(len(encoding.ids))):
+            start, end = encoding.offsets[place]
+            # An unknown token is special too, but is not what the text has in its place.
+            named = self.info.special_tokens.get(encoding.ids[place]) == text[start:end].strip()
+            if named and encoding.ids[place] in self.special_ids:
+                return ReadText(encoding.ids[: place + 1], text[end:])
+        return ReadText([], text)
+
+    def _encoder(self, before: Before) -> Tokenizer:
+        own_space = before == "start" or (before == "special" and self.prefix == "every")
+        return self._encoders.whole if own_space else self._encoders.bare
+
+
+def _encoder(definition: str) -> Tokenizer:
+    """A tokenizer that neither cuts nor pads."""
+    encoder = Tokenizer.from_str(definition)
+    encoder.no_truncation()
+    encoder.no_padding()
+    return encoder
+
+
+def _token_bytes(info: TokenizerInfo, special_ids: frozenset[int]) -> tuple[bytes, ...]:
+    table = [ordinary or b"" for ordinary in info.ordinary_tokens]
+    for token_id, text in info.special_tokens.items():
+        table[token_id] = b"" if token_id in special_ids else text.encode()
+    return tuple(table)
+
+
+def _without_prefix(definition: dict[str, Any]) -> tuple[dict[str, Any], Prefix]:
+    """The tokenizer without a space of its own, and where it puts one."""
+    where: Prefix = "none"
+
+    def visit(part: dict[str, Any] | None, children: str) -> dict[str, Any] | None:
+        nonlocal where
+        if part is None:
+            return None
+        if part["type"] == "Sequence":
+            kept = [step for child in part[children] if (step := visit(child, children))]
+            return {**part, children: kept} if kept else None
+        if part["type"] == "Prepend":
+            where = "every"
+            return None
+        if part["type"] == "Metaspace" and part["prepend_scheme"] != "never":
+            where = "every" if part["prepend_scheme"] == "always" else "first"
+            return {**part, "prepend_scheme": "never"}
+        if part["type"] == "ByteLevel" and part["add_prefix_space"]:
+            where = "every"
+            return {**part, "add_prefix_space": False}
+        return part
+
+    normalizer = visit(definition["normalizer"], "normalizers")
+    pre_tokenizer = visit(definition["pre_tokenizer"], "pretokenizers")
+    return {**definition, "normalizer": normalizer, "pre_tokenizer": pre_tokenizer}, where

@@ -1,0 +1,267 @@
+"""Reads the text that one tokenizer's tokens spell in another tokenizer's tokens, as it grows.
+
+In: source tokens (those of the base, as they are generated). Out: target tokens (what a value
+network with another vocabulary reads), equal at every step to reading the whole text anew, and how
+many of them are still those of the step before.
+
+Special tokens are paired by role, and no token reaches across one. Text that ends inside a UTF-8
+character is read up to there; bytes that can no longer become one are U+FFFD, as they are shown.
+"""
+
+import codecs
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ivl_jax.text_codec import Before, TextCodec
+from ivl_jax.vocabulary.special_tokens import SpecialPairs
+
+# The tail that is read anew at each step has between one and two times as many tokens.
+_TAIL_TOKENS = 32
+# Places tried to cut a tail, from the newest on.
+_CUTS_TRIED = 8
+
+
+@dataclass(frozen=True)
+class Retokenizer:
+    """From one tokenizer's tokens to another's.
+
+    Attributes:
+        source: The tokenizer whose tokens come in.
+        target: The tokenizer whose tokens go out.
+        pairs: Target id of each special source token that is read as a special token; only as the
+            very first token, the source's begin of text is always the target's.
+        spelled: Special source tokens that a prompt reads as their text. Those in neither stand for
+            nothing.
+    """
+
+    source: TextCodec
+    target: TextCodec
+    pairs: Mapping[int, int]
+    spelled: Mapping[int, str] = field(default_factory=dict)
+
+    def begin(self, source_ids: Sequence[int]) -> "RetokenizedText":
+        """Read a prompt.
+
+        Special tokens of the target that its text spells out are read as such; in what is pushed
+        later they are ordinary text.
+
+        Args:
+            source_ids: the prompt, perhaps empty.
+
+        Returns:
+            The prompt as the target reads it: with its own beginning of text where it has one, and
+            never empty.
+        """
+        first = self.pair(source_ids[0], first=True) if source_ids else None
+        beginning = self.target.beginning
+        opened = [] if beginning == (first,) else list(beginning)
+        text = RetokenizedText(self, opened, before="start", strip=self.source.prefix != "none")
+        text.push(source_ids, is_prompt=True)
+        return text
+
+    def resume(self, target_ids: Sequence[int], *, source_ids: Sequence[int]) -> "RetokenizedText":
+        """Go on from a prompt that each side has in its own tokens; they never change.
+
+        Args:
+            target_ids: the prompt as the target reads it, not empty.
+            source_ids: as the source reads it, not empty.
+
+        Returns:
+            The prompt; what is pushed goes on from it.
+        """
+        strip = self.source.prefix == "every" and source_ids[-1] in self.source.special_ids
+        before = "special" if target_ids[-1] in self.target.special_ids else "text"
+        return RetokenizedText(self, list(target_ids), before=before, strip=strip)
+
+    def pair(self, source_id: int, *, first: bool) -> int | None:
+        """The special token that a source token is read as; None: no special one.
+
+        Args:
+            source_id: the source token.
+            first: whether it is the first of its text.
+        """
+        begins = self.source.info.bos_id, self.target.info.bos_id
+        if first and source_id == begins[0] and begins[1] is not None:
+            return begins[1]
+        return self.pairs.get(source_id)
+
+
+def forward_pairs(pairs: SpecialPairs) -> dict[int, int]:
+    """From base ids to value ids.
+
+    Args:
+        pairs: (role, base id, value id), as a map's metadata has them.
+
+    Returns:
+        Value id of each base id.
+    """
+    return {base_id: value_id for _, base_id, value_id in pairs}
+
+
+def backward_pairs(pairs: SpecialPairs) -> dict[int, int]:
+    """From value ids to base ids.
+
+    Args:
+        pairs: (role, base id, value id). One value token may play several roles (GPT-2's begins and
+            ends a text): a pair by hand goes first, then what ends a turn, then what ends a text.
+
+    Returns:
+        Base id of each value id.
+    """
+    order = ("begin", "same name", "end", "turn end", "by hand")
+    by_role = sorted(pairs, key=lambda pair: order.index(pair[0]))
+    return {value_id: base_id for _, base_id, value_id in by_role}
+
+
+class RetokenizedText:
+    """One text that grows, in the target's tokens; made by a `Retokenizer`.
+
+    Only the last tokens are read anew at each step. That equals reading everything: byte-pair
+    merging gives a sequence exactly if it gives each pair of neighbours in it, so tokens before the
+    tail stay as long as the tail's first token does (and what cuts text into words looks less far
+    ahead than the tail is long). Where that token changes, and with tokenizers of other kinds, all
+    text since the last special token is read anew.
+
+    Attributes:
+        tokens: Target tokens of everything so far, never none; read only.
+    """
+
+    def __init__(
+        self, retokenizer: Retokenizer, pinned: list[int], *, before: Before, strip: bool
+    ) -> None:
+        self.tokens = pinned
+        self._retokenizer = retokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        # Whether the next text loses a space that the source's tokenizer put there.
+        self._strip = strip
+        self._open(before)
+
+    def fork(self) -> "RetokenizedText":
+        """A copy that grows on its own."""
+        copy = object.__new__(RetokenizedText)
+        copy.__dict__.update(self.__dict__)
+        copy.tokens = list(self.tokens)
+        copy._stretch = list(self._stretch)
+        copy._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        copy._decoder.setstate(self._decoder.getstate())
+        return copy
+
+    def push(self, source_ids: Sequence[int], *, is_prompt: bool = False) -> int:
+        """Take more source tokens.
+
+        Args:
+            source_ids: in order; perhaps none.
+            is_prompt: special tokens of the target that their text spells out are read as such.
+
+        Returns:
+            How many of `tokens` are as they were before this call, and in the same places.
+        """
+        rules = self._retokenizer
+        unchanged, text = len(self.tokens), ""
+        for place, source_id in enumerate(source_ids):
+            paired = rules.pair(source_id, first=is_prompt and place == 0)
+            if paired is not None:
+                text += self._decode(b"", final=True)
+                unchanged = min(unchanged, self._grow(text, is_prompt=is_prompt))
+                self._pin(paired)
+                text = ""
+            elif is_prompt and source_id in rules.spelled:
+                text += self._decode(b"", final=True) + rules.spelled[source_id]
+            else:
+                text += self._spoken(source_id)
+        unchanged = min(unchanged, self._grow(text, is_prompt=is_prompt))
+        if not self.tokens:
+            self.tokens.append(rules.target.empty_id)
+            self._open("start")
+        return unchanged
+
+    def _spoken(self, source_id: int) -> str:
+        """The text that a source token completes."""
+        source = self._retokenizer.source
+        known = 0 <= source_id < len(source.token_bytes)
+        if source_id in source.special_ids:
+            self._strip = self._strip or source.prefix == "every"
+        return self._decode(source.token_bytes[source_id] if known else b"", final=False)
+
+    def _decode(self, spelled: bytes, *, final: bool) -> str:
+        text = self._decoder.decode(spelled, final)
+        if final:
+            self._decoder.reset()
+        if text and self._strip:
+            self._strip = False
+            return text.removeprefix(" ")
+        return text
+
+    def _pin(self, special: int) -> None:
+        """Add a special token, across which no token reaches."""
+        rules = self._retokenizer
+        opens_text = self._at_start and not self.tokens and special == rules.target.info.bos_id
+        self.tokens.append(special)
+        prefix = rules.source.prefix
+        self._strip = prefix == "every" or (opens_text and prefix == "first")
+        self._open("start" if opens_text else "special")
+
+    def _open(self, before: Before) -> None:
+        """Begin a stretch of text at the end of the tokens."""
+        self._at_start = before == "start"
+        self._stretch_before: Before = before
+        self._stretch_start = len(self.tokens)
+        self._stretch: list[str] = []
+        self._read_from(self._stretch_start, "", before)
+
+    def _read_from(self, fixed: int, tail: str, before: Before) -> None:
+        """Let the tail be `tail`, whose tokens begin at `fixed`."""
+        self._fixed, self._tail = fixed, tail
+        self._before: Before = before
+        self._cut_beyond = 2 * _TAIL_TOKENS
+
+    def _grow(self, text: str, *, is_prompt: bool) -> int:
+        """Add text; return how many tokens stay."""
+        if is_prompt:
+            read = self._retokenizer.target.encode_special(text, before=self._before)
+            if read.token_ids:
+                self.tokens += read.token_ids
+                self._open("special")
+            text = read.rest
+        if not text:
+            return len(self.tokens)
+        target = self._retokenizer.target
+        self._at_start = False
+        self._stretch.append(text)
+        self._tail += text
+        found = target.encode(self._tail, before=self._before)
+        first = self.tokens[self._fixed : self._fixed + 1]
+        if self._fixed > self._stretch_start and found[:1] != first:
+            # The change reaches back to where the tail begins, perhaps further.
+            self._read_from(self._stretch_start, "".join(self._stretch), self._stretch_before)
+            found = target.encode(self._tail, before=self._before)
+        same = self._fixed + _common_length(self.tokens[self._fixed :], found)
+        self.tokens[self._fixed :] = found
+        if len(found) > self._cut_beyond:
+            self._cut(found)
+        return same
+
+    def _cut(self, found: list[int]) -> None:
+        """Let the tail begin later, where reading it alone gives the same tokens."""
+        target = self._retokenizer.target
+        self._cut_beyond = 2 * len(found)
+        if not target.is_bpe:
+            return
+        whole = self._tail.encode()
+        newest = len(found) - _TAIL_TOKENS
+        for place in range(newest, newest - _CUTS_TRIED, -1):
+            head = b"".join([target.token_bytes[token_id] for token_id in found[:place]])
+            if not whole.startswith(head) and self._before != "text":
+                head = head.removeprefix(b" ")
+            # The bytes differ where a normaliser changes text, or a character was unknown.
+            if not whole.startswith(head) or (whole[len(head)] & 0xC0) == 0x80:
+                continue
+            tail = whole[len(head) :].decode()
+            if target.encode(tail, before="text") == found[place:]:
+                self._read_from(self._fixed + place, tail, "text")
+                return
+
+
+def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    length = min(len(first), len(second))
+    return next((i for i in range(length) if first[i] != second[i]), length)

@@ -1,0 +1,209 @@
+"""Re-tokenising the tail is re-tokenising everything, at every step."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ivl_jax.assets import family_folder
+from ivl_jax.text_codec import Before, ReadText, TextCodec
+from ivl_jax.tokenizer import TokenizerInfo, describe_tokenizer, load_tokenizer
+from ivl_jax.vocabulary.retokenize import Retokenizer, backward_pairs, forward_pairs
+from ivl_jax.vocabulary.special_tokens import pair_special_tokens
+
+NASTY = [
+    "",
+    " ",
+    "naïve café, 水と火, 🙂 and 🙃👩‍👩‍👧: bytes that split a character",
+    "水と火" * 60
+    + " and "
+    + "=" * 150
+    + " " * 130
+    + "x" * 90
+    + "\n\n\n  def f():\n\t\treturn 1234567890",
+    "</s> spelled <|endoftext|> as text <s>",
+    " leading and trailing  ",
+]
+
+
+def retokenizer(source: TextCodec, target: TextCodec, **changes: Any) -> Retokenizer:
+    pairs = pair_special_tokens(source.info, target.info, base_name="b", value_name="v")
+    return Retokenizer(source, target, forward_pairs(pairs), **changes)
+
+
+def said(source: TextCodec, ids: list[int]) -> str:
+    """The text of ordinary tokens up to the last whole character, at the start of a text."""
+    spelled = b"".join(source.token_bytes[i] for i in ids)
+    for cut in range(3, 0, -1):
+        # Bytes at the end that begin a character and need more of them.
+        tail = spelled[-cut:]
+        if len(tail) == cut and tail[0] >= 0xC0 and _unfinished(tail):
+            spelled = spelled[:-cut]
+            break
+    text = spelled.decode(errors="replace")
+    return text if source.prefix == "none" else text.removeprefix(" ")
+
+
+def _unfinished(tail: bytes) -> bool:
+    try:
+        tail.decode()
+    except UnicodeDecodeError as error:
+        return error.reason == "unexpected end of data"
+    return False
+
+
+@pytest.fixture(scope="module")
+def tokenizers(llama2_tokenizer_dir: Path, gpt2_tokenizer_dir: Path) -> dict[str, Any]:
+    folders = {"llama2": llama2_tokenizer_dir, "gpt2": gpt2_tokenizer_dir}
+    folders |= {name: family_folder(name) for name in ("S", "X")}
+    return {name: load_tokenizer(folder) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def codecs(tokenizers: dict[str, Any]) -> dict[str, TextCodec]:
+    return {
+        name: TextCodec(tokenizer, describe_tokenizer(tokenizer))
+        for name, tokenizer in tokenizers.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [("gpt2", "llama2"), ("llama2", "gpt2"), ("S", "X"), ("X", "S"), ("X", "llama2")],
+    ids=str,
+)
+def test_every_step_equals_reading_the_whole_text_anew(
+    tokenizers: dict[str, Any],
+    codecs: dict[str, TextCodec],
+    gsm8k_dir: Path,
+    source: str,
+    target: str,
+) -> None:
+    rules = retokenizer(codecs[source], codecs[target])
+    row = json.loads((gsm8k_dir / "test.jsonl").read_text().splitlines()[3])
+    begins = [rules.target.info.bos_id]
+    for text in [*NASTY, row["question"] + "\n" + row["answer"]]:
+        ids = rules.source.encode(text, before="start")
+        grown = rules.begin(())
+        assert grown.tokens == begins
+        for count in range(len(ids)):
+            before = list(grown.tokens)
+            same = grown.push(ids[count : count + 1])
+            anew = tokenizers[target](
+                said(rules.source, ids[: count + 1]), split_special_tokens=True, verbose=False
+            )["input_ids"]
+            assert grown.tokens == (anew if rules.target.beginning else begins + anew)
+            assert before[:same] == grown.tokens[:same]
+            assert before[same : same + 1] != grown.tokens[same : same + 1] or not before[same:]
+
+
+def test_only_a_tail_is_read_anew_also_in_long_texts(
+    codecs: dict[str, TextCodec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for source, target in (("gpt2", "llama2"), ("llama2", "gpt2")):
+        rules = retokenizer(codecs[source], codecs[target])
+        read: list[int] = []
+        encode = rules.target.encode
+
+        def counting(text: str, *, before: Any, encode: Any = encode, read: Any = read) -> Any:
+            read.append(len(text))
+            return encode(text, before=before)
+
+        monkeypatch.setattr(rules.target, "encode", counting)
+        grown = rules.begin(())
+        for token_id in rules.source.encode("All work and no play. 水" * 60, before="start"):
+            grown.push([token_id])
+        assert len(grown.tokens) > 300
+        assert max(read) < 600
+
+
+class FarReaching(TextCodec):
+    """One token a byte, of which there are two kinds: a "!" anywhere turns all into the other."""
+
+    def __init__(self) -> None:
+        self.info = TokenizerInfo(512, "", {}, bos_id=511, eos_ids=(), pad_id=0, unk_id=None)
+        self.token_bytes = tuple(bytes([i % 256]) for i in range(512))
+        self.special_ids = frozenset()
+        self.prefix, self.beginning, self.is_bpe = "none", (), True
+
+    def encode(self, text: str, *, before: Before) -> list[int]:
+        other = 256 if "!" in text else 0
+        return [byte + other for byte in text.encode()]
+
+    def encode_special(self, text: str, *, before: Before) -> ReadText:
+        return ReadText([], text)
+
+
+def test_where_a_change_reaches_the_tails_beginning_everything_is_read_anew() -> None:
+    fake = FarReaching()
+    grown = Retokenizer(fake, fake, {}).begin(())
+    text = "x" * 300 + "!" + "x" * 300
+    for count, letter in enumerate(text, 1):
+        grown.push([ord(letter)])
+        assert grown.tokens == [511, *fake.encode(text[:count], before="start")]
+
+
+def test_special_tokens_are_paired_by_role_and_close_the_text_before_them(
+    tokenizers: dict[str, Any], codecs: dict[str, TextCodec]
+) -> None:
+    rules = retokenizer(codecs["llama2"], codecs["gpt2"])
+    first = rules.source.encode("One two", before="start")
+    second = rules.source.encode("three", before="special")
+    grown = rules.begin([1, *first, 2, 1, *second])
+    gpt2 = tokenizers["gpt2"]
+    one, three = gpt2("One two")["input_ids"], gpt2("three")["input_ids"]
+    assert grown.tokens == [50256, *one, 50256, 50256, *three]
+    # A special token inside a character leaves bytes that can no longer become one.
+    grown.push([rules.source.token_bytes.index(b"\xe6"), 2])
+    assert grown.tokens[-2:] == [*gpt2("three\ufffd")["input_ids"][-1:], 50256]
+
+
+def test_a_prompts_special_tokens_may_be_spelled_out_but_not_those_that_are_generated(
+    tokenizers: dict[str, Any], codecs: dict[str, TextCodec]
+) -> None:
+    rules = retokenizer(codecs["llama2"], codecs["gpt2"])
+    spelled = rules.source.encode("a<|endoftext|>b", before="start")
+    gpt2 = tokenizers["gpt2"]
+    a, b = gpt2("a")["input_ids"], gpt2("b")["input_ids"]
+    grown = rules.begin(spelled)
+    assert grown.tokens == [*a, 50256, *b]
+    grown.push(spelled)
+    ordinary = gpt2("b a<|endoftext|>b", split_special_tokens=True)["input_ids"]
+    assert grown.tokens[len(a) + 1 :] == ordinary
+
+
+def test_a_prompt_that_both_sides_have_is_never_read_anew(
+    tokenizers: dict[str, Any], codecs: dict[str, TextCodec]
+) -> None:
+    rules = retokenizer(codecs["gpt2"], codecs["llama2"])
+    prompt = [1, *rules.target.encode("Answer:", before="special")]
+    grown = rules.resume(prompt, source_ids=rules.source.encode("Answer:", before="start"))
+    grown.push(rules.source.encode(" 42", before="text"))
+    assert grown.tokens == [*prompt, *rules.target.encode(" 42", before="text")]
+    # After a special token SentencePiece puts its own space, and takes the base's away.
+    after = rules.resume([1], source_ids=[50256])
+    after.push(rules.source.encode("Hi", before="special"))
+    assert after.tokens == tokenizers["llama2"]("Hi")["input_ids"]
+    back = retokenizer(codecs["llama2"], codecs["gpt2"])
+    spaced = back.resume([50256], source_ids=[1])
+    spaced.push(back.source.encode("Hi", before="special"))
+    assert spaced.tokens == [50256, *tokenizers["gpt2"]("Hi")["input_ids"]]
+
+
+def test_a_fork_grows_on_its_own(codecs: dict[str, TextCodec]) -> None:
+    rules = retokenizer(codecs["S"], codecs["X"])
+    ids = rules.source.encode("naïve 水 and fire 🙂", before="start")
+    one = rules.begin(ids[:6])
+    other = one.fork()
+    before = list(one.tokens)
+    other.push(ids[6:])
+    assert one.tokens == before
+    one.push(ids[6:])
+    assert one.tokens == other.tokens
+
+
+def test_a_value_token_with_several_roles_becomes_the_bases_end() -> None:
+    pairs = (("begin", 1, 50256), ("end", 2, 50256), ("same name", 7, 9))
+    assert backward_pairs(pairs) == {50256: 2, 9: 7}
+    assert forward_pairs(pairs) == {1: 50256, 2: 50256, 7: 9}
