@@ -1,0 +1,86 @@
+"""Every command that README and configs name can be given: targets, flags and files exist."""
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+
+from ivl_jax.config import InferConfig
+
+_ROOT = Path(__file__).parents[1]
+_COMMAND = re.compile(r"(?:python|make) [^`#|\n]+")
+
+
+def _commands() -> list[str]:
+    text = (_ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = [found.strip() for found in _COMMAND.findall(text)]
+    configs = sorted((_ROOT / "configs").glob("*.toml"))
+    first_lines = [file.read_text(encoding="utf-8").splitlines()[0] for file in configs]
+    commands += [line.removeprefix("# ") for line in first_lines]
+    # "Python ≥ 3.11 and make are enough" is prose.
+    return [command for command in dict.fromkeys(commands) if not command.startswith("make are")]
+
+
+def _arguments(command: str) -> list[str]:
+    """The words of a command; an ellipsis stands for something the reader has."""
+    return [word.replace("…", "mine") for word in shlex.split(command)]
+
+
+def _parse_train(arguments: list[str]) -> None:
+    spec = importlib.util.spec_from_file_location("train_command", _ROOT / "train.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.read_command_line(arguments)
+
+
+def _parse_infer(arguments: list[str]) -> None:
+    tyro.cli(InferConfig, args=arguments, config=(tyro.conf.UseAppendAction,))
+
+
+def _check_make(arguments: list[str]) -> None:
+    makefile = (_ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in arguments:
+        assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE), target
+
+
+def _check_module(arguments: list[str]) -> None:
+    """The module's help names every flag of the command."""
+    module, *rest = arguments
+    words = [word for word in rest if re.fullmatch(r"[a-z][a-z-]*", word)]
+    commands = words[:1] if rest and rest[0] in words else []
+    shown = subprocess.run(
+        [sys.executable, "-m", module, *commands, "--help"],
+        cwd=_ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert shown.returncode == 0, shown.stderr
+    for word in rest:
+        if word.startswith("--"):
+            assert word in shown.stdout, f"{module} has no {word}"
+
+
+@pytest.mark.parametrize("command", _commands())
+def test_command_can_be_given(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(_ROOT)
+    program, *arguments = _arguments(command)
+    if program == "make":
+        _check_make(arguments)
+    elif arguments[0] == "-m":
+        _check_module(arguments[1:])
+    else:
+        {"train.py": _parse_train, "infer.py": _parse_infer}[arguments[0]](arguments[1:])
+
+
+def test_commands_are_found() -> None:
+    programs = {" ".join(_arguments(command)[:2]) for command in _commands()}
+    assert {"make demo", "make test", "python train.py", "python infer.py"} <= programs
