@@ -118,13 +118,19 @@ class GenerationFile:
         path: the JSONL file.
         settings: everything that decides the texts; compared with what the file was made with.
         rows: the prompts, in order.
+        added: fields that every finished line has besides those of its row.
 
     Raises:
         ConfigError: the file was made with other settings or other prompts, or by something else.
     """
 
     def __init__(
-        self, path: Path, *, settings: Mapping[str, Any], rows: Sequence[PromptRow]
+        self,
+        path: Path,
+        *,
+        settings: Mapping[str, Any],
+        rows: Sequence[PromptRow],
+        added: Sequence[str] = _ADDED_FIELDS,
     ) -> None:
         self._path = path
         self._rows = rows
@@ -132,7 +138,7 @@ class GenerationFile:
         if path.exists() and path.stat().st_size:
             _compare_settings(path, settings_path, settings)
             _drop_half_line(path)
-            self.done = _count_done(path, rows)
+            self.done = _count_done(path, rows, added)
             """Rows whose line is there already."""
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +152,7 @@ class GenerationFile:
         """Write the next rows' results, each line in one piece.
 
         Args:
-            results: `text`, `finish_reason`, `prompt_tokens` and `generated_tokens` of each row.
+            results: the added fields of each row, and perhaps more.
         """
         for result in results:
             record = {**self._rows[self.done].record, **result}
@@ -255,7 +261,7 @@ def _drop_half_line(path: Path) -> None:
         os.truncate(path, whole)
 
 
-def _count_done(path: Path, rows: Sequence[PromptRow]) -> int:
+def _count_done(path: Path, rows: Sequence[PromptRow], added: Sequence[str]) -> int:
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     if len(lines) > len(rows):
         raise ConfigError(
@@ -267,9 +273,9 @@ def _count_done(path: Path, rows: Sequence[PromptRow]) -> int:
             record = json.loads(line)
         except ValueError as error:
             raise ConfigError(f"--output: {path}:{number} is not JSON ({error})") from error
-        own = {name: value for name, value in row.record.items() if name not in _ADDED_FIELDS}
+        own = {name: value for name, value in row.record.items() if name not in added}
         if any(record.get(name) != value for name, value in own.items()) or not all(
-            name in record for name in _ADDED_FIELDS
+            name in record for name in added
         ):
             raise ConfigError(
                 f"--output: {path}:{number} is not the result of {row.where}: the input has "
