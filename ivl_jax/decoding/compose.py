@@ -14,10 +14,11 @@ from jax.sharding import Mesh
 from ivl_jax.checkpoint import ValueNetwork
 from ivl_jax.config import Connection
 from ivl_jax.decoding.compatibility import Side, check_fit
-from ivl_jax.decoding.generate import ComposedParams, Composition, Layout, Network, build_programs
+from ivl_jax.decoding.programs import build_programs
+from ivl_jax.decoding.state import ComposedParams, Composition, Layout, Network
 from ivl_jax.decoding.text import ComposedModel
-from ivl_jax.model.architecture import ArchConfig
-from ivl_jax.model.decoder import Params, build_decoder, untie_head
+from ivl_jax.model.decoder import Params, untie_head
+from ivl_jax.model.network import Architecture, build_network
 from ivl_jax.sharding import DEFAULT_RULES, ShardingRules, parameter_shardings
 from ivl_jax.tokenizer import TokenizerInfo
 from ivl_jax.weights.language_model import LanguageModel
@@ -105,7 +106,7 @@ def compose(
     )
 
 
-def decode_layout(params: Params, arch: ArchConfig, layout: Layout | None) -> Params:
+def decode_layout(params: Params, arch: Architecture, layout: Layout | None) -> Params:
     """Arrange parameters for decoding, once.
 
     Args:
@@ -127,20 +128,20 @@ def decode_layout(params: Params, arch: ArchConfig, layout: Layout | None) -> Pa
 
 
 def _network(
-    arch: ArchConfig,
+    arch: Architecture,
     params: Params,
     info: TokenizerInfo,
     layout: Layout | None,
     value: ValueNetwork | LanguageModel | None = None,
 ) -> Network:
-    embedding = params["embed_tokens"]["embedding"]
+    head = params["lm_head"]["kernel"]
     # A value reads its unknown token where the text has one it never saw, else a text's beginning.
     readable = (info.unk_id, info.bos_id, *info.eos_ids, 0)
     return Network(
-        graphdef=build_decoder(arch, compute_dtype=embedding.dtype),
+        graphdef=build_network(arch, compute_dtype=head.dtype),
         arch=arch,
-        vocab_size=min(info.vocab_size, embedding.shape[0]),
-        cache_dtype=str(embedding.dtype),
+        vocab_size=min(info.vocab_size, head.shape[1]),
+        cache_dtype=str(head.dtype),
         connection=None if value is None else connection_of(value),
         replacement_id=next(i for i in readable if i is not None),
         layout=layout,

@@ -1,4 +1,4 @@
-"""Composed decoding as two pure programs: read the prompts, then generate tokens in chunks.
+"""Composed decoding as pure functions: read the prompts, then generate tokens one by one.
 
 In: parameters of a base and of any number of value networks, and what each row asks for. Out: a
 `DecodeState`, one record with everything a batch of rows is. All of it stays on device; the host
@@ -6,152 +6,30 @@ looks at a state when it wants to, not once a token.
 
 Every network keeps slot = position in its cache, and a row of length n has its first n − 1 tokens
 in every cache. So rolling a row back is setting a smaller length, and right padding needs no mask.
-"""
 
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+A value network with a vocabulary of its own reads the row's text in its own tokens, at its own
+positions. Which those are the host says before each step (`Reading`): such a composition goes token
+by token.
+"""
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
 from ivl_jax.composition import ValueTerm, compose_logits, value_hidden
-from ivl_jax.config import Connection
-from ivl_jax.decoding.sampling import Sampling, row_keys, sample_tokens
+from ivl_jax.decoding.sampling import sample_tokens
+from ivl_jax.decoding.state import (
+    ComposedParams,
+    Composition,
+    DecodeState,
+    Network,
+    Reading,
+    Requests,
+)
 from ivl_jax.decoding.streaming import FinishReason
-from ivl_jax.model.architecture import ArchConfig
-from ivl_jax.model.decoder import Constrain, Params, hidden_states, logits_from_hidden
+from ivl_jax.model.decoder import Constrain, hidden_states, logits_from_hidden
 from ivl_jax.model.kv_cache import KVCache, init_cache
-from ivl_jax.sharding import BATCH_AXES, ShardingRules, activation_constraint, replicated
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where one network's arrays live."""
-
-    mesh: Mesh
-    rules: ShardingRules
-
-
-@dataclass(frozen=True)
-class Network:
-    """The static half of one network of a composition."""
-
-    graphdef: nnx.GraphDef
-    arch: ArchConfig
-    vocab_size: int
-    """Real tokens that the network knows; output columns after them are padding."""
-    cache_dtype: str
-    connection: Connection | None = None
-    """None for the base."""
-    replacement_id: int = 0
-    """What a value network reads in place of a token it does not know."""
-    layout: Layout | None = None
-    """None: one device."""
-
-
-@dataclass(frozen=True)
-class Composition:
-    """The static half of a composed decoder: hashable, the key of its compiled programs."""
-
-    base: Network
-    values: tuple[Network, ...] = ()
-
-
-class ComposedParams(NamedTuple):
-    """The arrays of a composed decoder; read by every step, never donated."""
-
-    base: Params
-    """Parameters of the base model."""
-    values: tuple[Params, ...]
-    """Parameters of each value network."""
-    unknown_ids: tuple[Int[Array, " U"], ...]
-    """For each value network: base ids that mean something else to it."""
-
-
-class Requests(NamedTuple):
-    """What each row asks for; constant while it is decoded."""
-
-    prompt_lengths: Int[Array, " B"]
-    """Tokens of the prompt, at least 1."""
-    limits: Int[Array, " B"]
-    """Length, prompt included, at which the row ends; 0 marks a row that only fills the batch."""
-    stop_ids: Int[Array, "B E"]
-    """Ids that end the row; −1 fills up."""
-    strengths: Float[Array, "B M"]
-    """α of each value network."""
-    keys: Key[Array, " B"]
-    """One key a row; the token index is folded in at each step."""
-    sampling: Sampling
-    """How the next token is chosen; four arrays [B]."""
-
-
-class DecodeState(NamedTuple):
-    """A batch of rows being decoded; row b's next token is sampled from its first lengths[b]."""
-
-    tokens: Int[Array, "B S"]
-    """Prompt, then what was generated; slot = position. Nothing is meant beyond a row's length."""
-    lengths: Int[Array, " B"]
-    """Tokens so far, prompt included."""
-    finish: Int[Array, " B"]
-    """A `FinishReason`; a row that is done keeps its tokens and its length."""
-    requests: Requests
-    """What each row asks for."""
-    base_cache: KVCache
-    """The base's keys and values of each row's first lengths[b] − 1 tokens, [B K S H] a layer."""
-    value_caches: tuple[KVCache, ...]
-    """The same for each value network."""
-
-
-class Programs(NamedTuple):
-    """The compiled programs of a composition."""
-
-    prefill: Callable[..., DecodeState]
-    """(params, prompts [B P], requests, capacity) → state whose rows have one generated token;
-    `capacity` S is static."""
-    decode_chunk: Callable[..., DecodeState]
-    """(params, state, max_tokens, stopped [B]) → state; the state's buffers are donated."""
-    row_keys: Callable[..., Array]
-    """(seeds [B], rows [B]) → keys [B]."""
-
-
-@functools.cache
-def build_programs(composition: Composition) -> Programs:
-    """Compile-once entry points of a composition: the one place where decoding is jitted.
-
-    Kept for each composition: other parameters of the same architectures reuse what was compiled.
-
-    Args:
-        composition: the static half.
-
-    Returns:
-        `prefill` and `decode_chunk` under jit, shardings and donation said. Each compiles once a
-        shape: batch, prompt bucket and capacity.
-    """
-    shardings = _state_shardings(composition)
-
-    def prefill_program(
-        params: ComposedParams, prompts: Int[Array, "B P"], requests: Requests, capacity: int
-    ) -> DecodeState:
-        return prefill(composition, params, prompts, requests, capacity=capacity)
-
-    def chunk_program(
-        params: ComposedParams,
-        state: DecodeState,
-        max_tokens: Int[Array, ""],
-        stopped: Bool[Array, " B"],
-    ) -> DecodeState:
-        return decode_chunk(composition, params, state, max_tokens=max_tokens, stopped=stopped)
-
-    return Programs(
-        jax.jit(prefill_program, static_argnames="capacity", out_shardings=shardings),
-        jax.jit(chunk_program, donate_argnames="state", out_shardings=shardings),
-        jax.jit(row_keys),
-    )
+from ivl_jax.sharding import activation_constraint
 
 
 def prefill(
@@ -161,6 +39,8 @@ def prefill(
     requests: Requests,
     *,
     capacity: int,
+    readings: tuple[Reading, ...] = (),
+    mapped_capacity: int = 0,
 ) -> DecodeState:
     """Read the prompts into fresh caches and generate the first token of every row.
 
@@ -170,6 +50,8 @@ def prefill(
         prompts: [B P] int32 token ids, right-padded with any id.
         requests: what each row asks for.
         capacity: slots a row has, S ≥ P (tokens).
+        readings: the prompts as each value network with its own vocabulary reads them.
+        mapped_capacity: slots a row has in their caches (tokens).
 
     Returns:
         The state after one generated token; rows whose limit leaves no room are done at once.
@@ -177,9 +59,9 @@ def prefill(
     batch, width = prompts.shape
 
     def empty_cache(network: Network) -> KVCache:
-        return init_cache(
-            network.arch, batch_size=batch, capacity=capacity, dtype=jnp.dtype(network.cache_dtype)
-        )
+        slots = mapped_capacity if network.mapped else capacity
+        dtype = jnp.dtype(network.cache_dtype)
+        return init_cache(network.arch, batch_size=batch, capacity=slots, dtype=dtype)
 
     lengths = requests.prompt_lengths
     state = DecodeState(
@@ -194,7 +76,13 @@ def prefill(
     )
     positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (batch, width))
     logits, state = read_tokens(
-        composition, params, state, prompts, positions=positions, wanted=lengths[:, None] - 1
+        composition,
+        params,
+        state,
+        prompts,
+        positions=positions,
+        wanted=lengths[:, None] - 1,
+        readings=readings,
     )
     return _append(state, logits[:, 0])
 
@@ -209,20 +97,18 @@ def decode_chunk(
 ) -> DecodeState:
     """Generate until every row is done, or every running row has `max_tokens` more.
 
+    For compositions of one vocabulary.
+
     Args:
         composition: the static half.
         params: the arrays of all networks.
         state: where the rows are.
         max_tokens: tokens a row, at most.
-        stopped: [B], rows in which the host has found a stop string since the last chunk.
+        stopped: [B], rows that the host has ended since the last chunk (a stop string).
 
     Returns:
         The state afterwards.
     """
-    halted = stopped & (state.finish == FinishReason.RUNNING)
-    state = state._replace(
-        finish=jnp.where(halted, jnp.int32(FinishReason.STOP_STRING), state.finish)
-    )
 
     def unfinished(carry: tuple[Int[Array, ""], DecodeState]) -> Bool[Array, ""]:
         count, state = carry
@@ -232,15 +118,83 @@ def decode_chunk(
         carry: tuple[Int[Array, ""], DecodeState],
     ) -> tuple[Int[Array, ""], DecodeState]:
         count, state = carry
-        # A row that is done reads its last token again, into the slot where it already is.
-        positions = state.lengths[:, None] - 1
-        tokens = jnp.take_along_axis(state.tokens, positions, axis=1)
-        logits, state = read_tokens(
-            composition, params, state, tokens, positions=positions, wanted=jnp.zeros_like(tokens)
-        )
-        return count + 1, _append(state, logits[:, 0])
+        return count + 1, decode_step(composition, params, state)
 
-    return jax.lax.while_loop(unfinished, one_token, (jnp.int32(0), state))[1]
+    return jax.lax.while_loop(unfinished, one_token, (jnp.int32(0), halt(state, stopped)))[1]
+
+
+def decode_step(
+    composition: Composition,
+    params: ComposedParams,
+    state: DecodeState,
+    *,
+    readings: tuple[Reading, ...] = (),
+) -> DecodeState:
+    """Generate one token a running row.
+
+    Args:
+        composition: the static half.
+        params: the arrays of all networks.
+        state: where the rows are.
+        readings: what each value network with its own vocabulary has to read, so that it has read
+            the row's text so far.
+
+    Returns:
+        The state afterwards.
+    """
+    # A row that is done reads its last token again, into the slot where it already is.
+    positions = state.lengths[:, None] - 1
+    tokens = jnp.take_along_axis(state.tokens, positions, axis=1)
+    logits, state = read_tokens(
+        composition,
+        params,
+        state,
+        tokens,
+        positions=positions,
+        wanted=jnp.zeros_like(tokens),
+        readings=readings,
+    )
+    return _append(state, logits[:, 0])
+
+
+def halt(state: DecodeState, stopped: Bool[Array, " B"]) -> DecodeState:
+    """End running rows.
+
+    Args:
+        state: where the rows are.
+        stopped: [B], which of them end.
+
+    Returns:
+        The state with these rows' finish reason; why they ended is the host's to know.
+    """
+    halted = stopped & (state.finish == FinishReason.RUNNING)
+    reason = jnp.int32(FinishReason.STOP_STRING)
+    return state._replace(finish=jnp.where(halted, reason, state.finish))
+
+
+def grow_mapped(
+    composition: Composition, state: DecodeState, *, mapped_capacity: int
+) -> DecodeState:
+    """Give the value networks with their own vocabulary more slots.
+
+    Args:
+        composition: the static half.
+        state: where the rows are.
+        mapped_capacity: slots a row has afterwards, no fewer than before (tokens).
+
+    Returns:
+        The state with larger caches, what was in them included.
+    """
+
+    def grown(array: Array) -> Array:
+        more = mapped_capacity - array.shape[-2]
+        return jnp.pad(array, ((0, 0), (0, 0), (0, more), (0, 0)))
+
+    caches = [
+        jax.tree.map(grown, cache) if network.mapped else cache
+        for network, cache in zip(composition.values, state.value_caches, strict=True)
+    ]
+    return state._replace(value_caches=tuple(caches))
 
 
 def read_tokens(
@@ -251,6 +205,7 @@ def read_tokens(
     *,
     positions: Int[Array, "B T"],
     wanted: Int[Array, "B C"],
+    readings: tuple[Reading, ...] = (),
 ) -> tuple[Float[Array, "B C V"], DecodeState]:
     """Run base and value networks over tokens, and compose the logits where they are wanted.
 
@@ -261,6 +216,8 @@ def read_tokens(
         tokens: [B T] token ids.
         positions: [B T] position of each token, and its slot in every cache.
         wanted: [B C] which of the T tokens' predictions are composed (index into T).
+        readings: what the value networks with their own vocabulary read, in their order; C is then
+            1, for theirs is the prediction after the last of a row's tokens.
 
     Returns:
         Composed logits [B C V] in float32, and the state with new caches.
@@ -279,23 +236,41 @@ def read_tokens(
     if any(network.connection != "residual" for network in composition.values):
         read_logits = logits_from_hidden(base.graphdef, params.base, hidden)
     terms, value_caches = [], []
+    own = zip(readings, params.vocabulary_maps, strict=True)
     for index, network in enumerate(composition.values):
         value_params, unknown_ids = params.values[index], params.unknown_ids[index]
         assert network.connection is not None
+        reading, vocabulary_map = next(own) if network.mapped else (None, None)
+        if reading is None:
+            value_tokens = _known_tokens(network, tokens, unknown_ids)
+            value_positions, value_wanted = positions, wanted
+        else:
+            value_tokens = reading.tokens
+            steps = jnp.arange(value_tokens.shape[1], dtype=jnp.int32)[None, :]
+            value_positions = reading.starts[:, None] + steps
+            value_wanted = reading.counts[:, None] - 1
         hidden, cache = value_hidden(
             network.connection,
             network.graphdef,
             value_params,
-            _known_tokens(network, tokens, unknown_ids),
+            value_tokens,
             base_logits=read_logits,
             vocab_size=base.vocab_size,
-            positions=positions,
+            positions=value_positions,
             cache=state.value_caches[index],
             constrain=_constraint(network),
         )
-        logits = logits_from_hidden(network.graphdef, value_params, _pick(hidden, wanted))
-        strength = state.requests.strengths[:, index]
-        terms.append(ValueTerm(logits, strength, network.vocab_size, unknown_ids))
+        logits = logits_from_hidden(network.graphdef, value_params, _pick(hidden, value_wanted))
+        terms.append(
+            ValueTerm(
+                logits,
+                state.requests.strengths[:, index],
+                network.vocab_size,
+                None if network.mapped else unknown_ids,
+                vocabulary_map,
+                network.centred,
+            )
+        )
         value_caches.append(cache)
     composed = compose_logits(base_logits, terms, vocab_size=base.vocab_size)
     return composed, state._replace(base_cache=base_cache, value_caches=tuple(value_caches))
@@ -339,23 +314,3 @@ def _known_tokens(
 def _constraint(network: Network) -> Constrain | None:
     layout = network.layout
     return None if layout is None else activation_constraint(layout.mesh, layout.rules)
-
-
-def _state_shardings(composition: Composition) -> DecodeState | None:
-    """Caches: rows over data × fsdp, kv heads as the network's layout says. The rest: whole."""
-    if composition.base.layout is None:
-        return None
-    whole = replicated(composition.base.layout.mesh)
-    shardings: dict[str, Any] = dict.fromkeys(DecodeState._fields, whole)
-    shardings["base_cache"] = _cache_sharding(composition.base)
-    shardings["value_caches"] = tuple(map(_cache_sharding, composition.values))
-    return DecodeState(**shardings)
-
-
-def _cache_sharding(network: Network) -> NamedSharding:
-    layout = network.layout
-    assert layout is not None
-    axis = layout.rules.kv_heads
-    if axis and network.arch.num_key_value_heads % layout.mesh.shape[axis]:
-        axis = None
-    return NamedSharding(layout.mesh, PartitionSpec(BATCH_AXES, axis, None, None))

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from ivl_jax.model.architecture import ArchConfig
+from ivl_jax.model.linear_map import LinearMapConfig
 
 
 class KVCache(NamedTuple):
@@ -25,7 +26,7 @@ class KVCache(NamedTuple):
 
 
 def init_cache(
-    arch: ArchConfig,
+    arch: ArchConfig | LinearMapConfig,
     *,
     batch_size: int,
     capacity: int,
@@ -35,7 +36,7 @@ def init_cache(
     """An empty cache.
 
     Args:
-        arch: The decoder's architecture.
+        arch: The decoder's architecture; a linear map has no layers, so its cache holds nothing.
         batch_size: Rows, B.
         capacity: Slots a row has, S, tokens: prompt plus everything generated.
         dtype: Of keys and values; the compute dtype as a rule.

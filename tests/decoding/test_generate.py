@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ivl_jax.decoding.generate import build_programs, read_tokens
+from ivl_jax.decoding.generate import read_tokens
+from ivl_jax.decoding.programs import build_programs
 from ivl_jax.decoding.sampling import sample_tokens
 from ivl_jax.decoding.streaming import FinishReason
 from tests.decoding.tiny import (
@@ -41,7 +42,9 @@ def decode(composition, params, prompts, *, chunk=1000, capacity=CAPACITY, **opt
         (("residual",), (-0.5,)),
         (("cascade",), (1.0,)),
         (("cascade_no_text",), (1.0,)),
+        (("linear",), (1.0,)),
         (("residual", "cascade"), (0.7, -0.3)),
+        (("linear", "residual"), (0.7, -0.3)),
     ],
     ids=str,
 )

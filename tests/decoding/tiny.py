@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ivl_jax.composition import ValueTerm, compose_logits, value_forward
-from ivl_jax.decoding.generate import ComposedParams, Composition, Network, Requests
 from ivl_jax.decoding.sampling import Sampling, row_keys
+from ivl_jax.decoding.state import ComposedParams, Composition, Network, Requests
 from ivl_jax.model.architecture import ArchConfig
-from ivl_jax.model.decoder import build_decoder, forward, init_params
+from ivl_jax.model.decoder import forward
+from ivl_jax.model.linear_map import LinearMapConfig
+from ivl_jax.model.network import build_network, init_network
 
 VOCAB = 40
 
@@ -41,14 +43,14 @@ def tiny_arch(*, width=32, heads=4, kv_heads=2, layers=2, rows=VOCAB, context=96
 def tiny_network(arch, seed, *, vocab_size=VOCAB, connection=None, layout=None, dtype="float32"):
     """(static half, parameters)."""
     network = Network(
-        graphdef=build_decoder(arch, compute_dtype=jnp.dtype(dtype)),
+        graphdef=build_network(arch, compute_dtype=jnp.dtype(dtype)),
         arch=arch,
         vocab_size=vocab_size,
         cache_dtype=dtype,
         connection=connection,
         layout=layout,
     )
-    init = jax.jit(lambda key: init_params(arch, key, param_dtype=jnp.dtype(dtype)))
+    init = jax.jit(lambda key: init_network(arch, key, param_dtype=jnp.dtype(dtype)))
     return network, init(jax.random.key(seed))
 
 
@@ -58,15 +60,17 @@ def tiny_composition(
 ):
     """A base of 44 output rows, 40 of them real, and value networks that know 37 tokens."""
     base, base_params = tiny_network(tiny_arch(rows=VOCAB + 4), seed, dtype=base_dtype)
-    values = [
-        tiny_network(
-            tiny_arch(width=16, heads=2, kv_heads=1, layers=1, rows=value_vocab + 1),
-            seed + 100 + i,
-            vocab_size=value_vocab,
-            connection=connection,
+    decoder = tiny_arch(width=16, heads=2, kv_heads=1, layers=1, rows=value_vocab + 1)
+    values = []
+    for i, connection in enumerate(connections):
+        arch = LinearMapConfig(value_vocab, rank=6) if connection == "linear" else decoder
+        network, value_params = tiny_network(
+            arch, seed + 100 + i, vocab_size=value_vocab, connection=connection
         )
-        for i, connection in enumerate(connections)
-    ]
+        if connection == "linear":  # a fresh one adds nothing
+            head = jax.random.normal(jax.random.key(seed), value_params["lm_head"]["kernel"].shape)
+            value_params["lm_head"] = {"kernel": head}
+        values.append((network, value_params))
     composition = Composition(base, tuple(network for network, _ in values))
     unknown = jnp.asarray([7], jnp.int32)
     params = ComposedParams(
