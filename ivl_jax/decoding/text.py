@@ -16,8 +16,9 @@ import numpy as np
 from ivl_jax.checkpoint import ValueNetwork
 from ivl_jax.data.chat import ChatFormat, make_chat_format
 from ivl_jax.data.formats import Message
-from ivl_jax.decoding.generate import ComposedParams, Composition, DecodeState, Programs, Requests
+from ivl_jax.decoding.programs import Programs
 from ivl_jax.decoding.requests import GenerationOptions, PromptTooLongError, lay_out
+from ivl_jax.decoding.state import ComposedParams, Composition, DecodeState, Requests
 from ivl_jax.decoding.streaming import Detokenizer, FinishReason, RowText
 from ivl_jax.sharding import batch_ways
 from ivl_jax.weights.language_model import LanguageModel

@@ -9,7 +9,7 @@ import pytest
 from ivl_jax.data.chat import make_chat_format
 from ivl_jax.data.formats import Message
 from ivl_jax.decoding.compose import compose
-from ivl_jax.decoding.generate import Programs
+from ivl_jax.decoding.programs import Programs
 from ivl_jax.decoding.requests import GenerationOptions, PromptTooLongError
 from ivl_jax.decoding.text import Generation
 from ivl_jax.tokenizer import TokenizerMismatchError, describe_tokenizer, load_tokenizer
@@ -118,7 +118,7 @@ def test_a_prompt_longer_than_the_context_says_by_how_much_before_computing(comp
     def fail(*_, **__):
         pytest.fail("something was computed")
 
-    broken = dataclasses.replace(composed, programs=Programs(fail, fail, fail))
+    broken = dataclasses.replace(composed, programs=Programs(fail, fail, fail, fail, fail))
     with pytest.raises(PromptTooLongError, match="8 more than the context of 512 tokens") as caught:
         broken.generate(prompts)
     assert "prompt 1" in str(caught.value)

@@ -1,0 +1,128 @@
+"""The compiled programs of a composition: the one place where decoding is jitted.
+
+In: a `Composition`. Out: `Programs`, kept for each composition, with donation and shardings said.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Int
+
+from ivl_jax.decoding.generate import decode_chunk, decode_step, grow_mapped, halt, prefill
+from ivl_jax.decoding.sampling import row_keys
+from ivl_jax.decoding.state import (
+    ComposedParams,
+    Composition,
+    DecodeState,
+    Network,
+    Reading,
+    Requests,
+)
+from ivl_jax.sharding import BATCH_AXES, replicated
+
+
+class Programs(NamedTuple):
+    """The compiled programs of a composition."""
+
+    prefill: Callable[..., DecodeState]
+    """(params, prompts [B P], requests, readings, capacity, mapped_capacity) → state whose rows
+    have one generated token; the capacities are static."""
+    decode_chunk: Callable[..., DecodeState]
+    """(params, state, max_tokens, stopped [B]) → state; the state's buffers are donated."""
+    decode_step: Callable[..., DecodeState]
+    """(params, state, readings, stopped [B]) → state with one token more a row, donated too."""
+    grow_mapped: Callable[..., DecodeState]
+    """(state, mapped_capacity) → state with more slots for the readings; the number is static."""
+    row_keys: Callable[..., Array]
+    """(seeds [B], rows [B]) → keys [B]."""
+
+
+@functools.cache
+def build_programs(composition: Composition) -> Programs:
+    """Compile-once entry points of a composition: the one place where decoding is jitted.
+
+    Kept for each composition: other parameters of the same architectures reuse what was compiled.
+
+    Args:
+        composition: the static half.
+
+    Returns:
+        `prefill` and `decode_chunk` under jit, shardings and donation said. Each compiles once a
+        shape: batch, prompt bucket and capacity.
+    """
+    shardings = _state_shardings(composition)
+
+    def prefill_program(
+        params: ComposedParams,
+        prompts: Int[Array, "B P"],
+        requests: Requests,
+        readings: tuple[Reading, ...] = (),
+        *,
+        capacity: int,
+        mapped_capacity: int = 0,
+    ) -> DecodeState:
+        return prefill(
+            composition,
+            params,
+            prompts,
+            requests,
+            readings=readings,
+            capacity=capacity,
+            mapped_capacity=mapped_capacity,
+        )
+
+    def chunk_program(
+        params: ComposedParams,
+        state: DecodeState,
+        max_tokens: Int[Array, ""],
+        stopped: Bool[Array, " B"],
+    ) -> DecodeState:
+        return decode_chunk(composition, params, state, max_tokens=max_tokens, stopped=stopped)
+
+    def step_program(
+        params: ComposedParams,
+        state: DecodeState,
+        readings: tuple[Reading, ...],
+        stopped: Bool[Array, " B"],
+    ) -> DecodeState:
+        return decode_step(composition, params, halt(state, stopped), readings=readings)
+
+    def grow_program(state: DecodeState, *, mapped_capacity: int) -> DecodeState:
+        return grow_mapped(composition, state, mapped_capacity=mapped_capacity)
+
+    return Programs(
+        prefill=jax.jit(
+            prefill_program,
+            static_argnames=("capacity", "mapped_capacity"),
+            out_shardings=shardings,
+        ),
+        decode_chunk=jax.jit(chunk_program, donate_argnames="state", out_shardings=shardings),
+        decode_step=jax.jit(step_program, donate_argnames="state", out_shardings=shardings),
+        grow_mapped=jax.jit(
+            grow_program, static_argnames="mapped_capacity", out_shardings=shardings
+        ),
+        row_keys=jax.jit(row_keys),
+    )
+
+
+def _state_shardings(composition: Composition) -> DecodeState | None:
+    """Caches: rows over data × fsdp, kv heads as the network's layout says. The rest: whole."""
+    if composition.base.layout is None:
+        return None
+    whole = replicated(composition.base.layout.mesh)
+    shardings: dict[str, Any] = dict.fromkeys(DecodeState._fields, whole)
+    shardings["base_cache"] = _cache_sharding(composition.base)
+    shardings["value_caches"] = tuple(map(_cache_sharding, composition.values))
+    return DecodeState(**shardings)
+
+
+def _cache_sharding(network: Network) -> NamedSharding:
+    layout = network.layout
+    assert layout is not None
+    axis = layout.rules.kv_heads
+    if axis and network.arch.num_key_value_heads % layout.mesh.shape[axis]:
+        axis = None
+    return NamedSharding(layout.mesh, PartitionSpec(BATCH_AXES, axis, None, None))
