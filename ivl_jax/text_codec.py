@@ -53,6 +53,28 @@ def make_text_encoders(definition: str) -> TextEncoders:
     return TextEncoders(whole, whole if prefix == "none" else _encoder(json.dumps(bare)), prefix)
 
 
+def spoken_bytes(tokenizer: Any, info: TokenizerInfo) -> tuple[bytes, ...]:
+    """What each token stands for in a text.
+
+    Args:
+        tokenizer: a transformers tokenizer with a fast backend.
+        info: what identifies it, the bytes of its tokens included.
+
+    Returns:
+        By id, bytes: none for special tokens and holes, the text itself for an appended word.
+    """
+    table = [ordinary or b"" for ordinary in info.ordinary_tokens]
+    silent = special_ids(tokenizer)
+    for token_id, text in info.special_tokens.items():
+        table[token_id] = b"" if token_id in silent else text.encode()
+    return tuple(table)
+
+
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """The tokens that stand for nothing in a text; appended words are not among them."""
+    return frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+
+
 class TextCodec:
     """One tokenizer's tokens as bytes, and text as its tokens.
 
@@ -62,8 +84,7 @@ class TextCodec:
 
     Attributes:
         info: The same.
-        token_bytes: By id, the bytes a token stands for; empty for special tokens and holes,
-            the text itself of an appended word.
+        token_bytes: By id, what a token stands for: `spoken_bytes`.
         special_ids: Tokens that stand for nothing in a text.
         prefix: Where it puts a space of its own.
         beginning: What it puts before every text: its begin-of-text token, or nothing.
@@ -75,10 +96,8 @@ class TextCodec:
         definition = tokenizer.backend_tokenizer.to_str()
         model = json.loads(definition)["model"]
         self.info = info
-        self.special_ids = frozenset(
-            token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
-        )
-        self.token_bytes = _token_bytes(info, self.special_ids)
+        self.special_ids = special_ids(tokenizer)
+        self.token_bytes = spoken_bytes(tokenizer, info)
         begins = list(tokenizer("")["input_ids"][:1]) == [info.bos_id]
         self.beginning = (info.bos_id,) if begins and info.bos_id is not None else ()
         self.is_bpe = model["type"] == "BPE" and not model.get("dropout")
@@ -137,13 +156,6 @@ def _encoder(definition: str) -> Tokenizer:
     encoder.no_truncation()
     encoder.no_padding()
     return encoder
-
-
-def _token_bytes(info: TokenizerInfo, special_ids: frozenset[int]) -> tuple[bytes, ...]:
-    table = [ordinary or b"" for ordinary in info.ordinary_tokens]
-    for token_id, text in info.special_tokens.items():
-        table[token_id] = b"" if token_id in special_ids else text.encode()
-    return tuple(table)
 
 
 def _without_prefix(definition: dict[str, Any]) -> tuple[dict[str, Any], Prefix]:

@@ -9,18 +9,22 @@ from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jax.sharding import Mesh
 
 from ivl_jax.checkpoint import ValueNetwork
 from ivl_jax.config import Connection
 from ivl_jax.decoding.compatibility import Side, check_fit
+from ivl_jax.decoding.own_vocabulary import OwnVocabulary, make_own_vocabulary
 from ivl_jax.decoding.programs import build_programs
 from ivl_jax.decoding.state import ComposedParams, Composition, Layout, Network
 from ivl_jax.decoding.text import ComposedModel
 from ivl_jax.model.decoder import Params, untie_head
 from ivl_jax.model.network import Architecture, build_network
 from ivl_jax.sharding import DEFAULT_RULES, ShardingRules, parameter_shardings
+from ivl_jax.text_codec import TextCodec, spoken_bytes
 from ivl_jax.tokenizer import TokenizerInfo
+from ivl_jax.vocabulary.mapping import DescribedMap, load_vocabulary_map
 from ivl_jax.weights.language_model import LanguageModel
 
 if TYPE_CHECKING:
@@ -33,6 +37,7 @@ def compose(
     base: LanguageModel,
     *values: ValueNetwork | LanguageModel,
     strengths: Sequence[float] = (),
+    maps: Sequence[epath.PathLike | DescribedMap | None] = (),
     mesh: Mesh | None = None,
     base_rules: ShardingRules = DEFAULT_RULES,
     value_rules: ShardingRules = DEFAULT_RULES,
@@ -44,6 +49,8 @@ def compose(
         values: value networks; none gives the base alone. A language model counts as one that reads
             the text only: `compose(base, tuned, untuned, strengths=(α, −α))` is proxy-tuning.
         strengths: α of each value network; empty: 1 each.
+        maps: for each value network, the vocabulary map between the base's tokenizer and its own,
+            as a file or read already; None for those that share the base's. Empty: all do.
         mesh: devices to decode on; None: the device where the parameters are. Parameters that do
             not lie as the rules say are moved there.
         base_rules: the base's layout on the mesh.
@@ -55,21 +62,25 @@ def compose(
     Raises:
         TokenizerMismatchError: base and a value network disagree on tokens both have; it gives the
             command that builds a map between them.
-        ValueError: as many strengths as value networks, or none, are needed.
+        VocabularyMapError: a map that cannot be read, or that was built for other tokenizers.
+        ValueError: as many strengths, and maps, as value networks, or none, are needed; or a value
+            network with a map reads base logits (only the residual scheme reads no more than text).
     """
-    if strengths and len(strengths) != len(values):
-        raise ValueError(f"{len(strengths)} strengths for {len(values)} value network(s)")
+    for what, given in (("strengths", strengths), ("maps", maps)):
+        if given and len(given) != len(values):
+            raise ValueError(f"{len(given)} {what} for {len(values)} value network(s)")
     base_name = f"the base {base.path}"
     names = [_value_name(value, index) for index, value in enumerate(values)]
     base_side = Side(base_name, base.path, base.tokenizer_info)
+    described = [_described(given) for given in maps] or [None] * len(values)
     unknown = [
         check_fit(
             base_side,
             Side(name, value.path, value.tokenizer_info),
             connection=connection_of(value),
-            described_map=None,
+            described_map=one_map,
         )
-        for name, value in zip(names, values, strict=True)
+        for name, value, one_map in zip(names, values, described, strict=True)
     ]
     layout = None if mesh is None else Layout(mesh, base_rules)
     value_layout = None if mesh is None else Layout(mesh, value_rules)
@@ -78,31 +89,35 @@ def compose(
     composition = Composition(
         base=_network(base.arch, base_params, base.tokenizer_info, layout),
         values=tuple(
-            _network(value.arch, params, value.tokenizer_info, value_layout, value)
-            for value, params in zip(values, value_params, strict=True)
+            _network(value.arch, params, value.tokenizer_info, value_layout, value, one_map)
+            for value, params, one_map in zip(values, value_params, described, strict=True)
         ),
     )
+    own = _own_vocabularies(base, values, names, described)
     contexts = [(base.arch.max_position_embeddings, base_name)] + [
         (value.arch.max_position_embeddings, name)
-        for name, value in zip(names, values, strict=True)
+        for name, value, one_map in zip(names, values, described, strict=True)
+        if one_map is None
     ]
     context, context_of = min(contexts, key=lambda pair: pair[0])
     return ComposedModel(
         composition=composition,
         params=ComposedParams(
-            base_params, tuple(value_params), tuple(jnp.asarray(ids, jnp.int32) for ids in unknown)
+            base_params,
+            tuple(value_params),
+            tuple(jnp.asarray(ids, jnp.int32) for ids in unknown),
+            tuple(one_map.vocabulary_map for one_map in described if one_map),
         ),
         programs=build_programs(composition),
         strengths=tuple(float(alpha) for alpha in strengths) or (1.0,) * len(values),
-        stop_ids=tuple(
-            dict.fromkeys([*base.stop_ids, *[i for value in values for i in value.stop_ids]])
-        ),
+        stop_ids=_stop_ids(base, values, own),
         context=context,
         context_of=context_of,
         base=base,
         values=tuple(values),
-        token_bytes=_token_bytes(base.tokenizer, base.tokenizer_info),
+        token_bytes=spoken_bytes(base.tokenizer, base.tokenizer_info),
         strips_leading_space=_strips_leading_space(base.tokenizer, base.tokenizer_info),
+        own_vocabularies=own,
     )
 
 
@@ -133,6 +148,7 @@ def _network(
     info: TokenizerInfo,
     layout: Layout | None,
     value: ValueNetwork | LanguageModel | None = None,
+    described_map: DescribedMap | None = None,
 ) -> Network:
     head = params["lm_head"]["kernel"]
     # A value reads its unknown token where the text has one it never saw, else a text's beginning.
@@ -145,7 +161,54 @@ def _network(
         connection=None if value is None else connection_of(value),
         replacement_id=next(i for i in readable if i is not None),
         layout=layout,
+        mapped=described_map is not None,
+        centred=described_map is not None and described_map.metadata.centred,
     )
+
+
+def _described(given: epath.PathLike | DescribedMap | None) -> DescribedMap | None:
+    if given is None or isinstance(given, DescribedMap):
+        return given
+    return DescribedMap(*load_vocabulary_map(given), str(given))
+
+
+def _own_vocabularies(
+    base: LanguageModel,
+    values: Sequence[ValueNetwork | LanguageModel],
+    names: Sequence[str],
+    described: Sequence[DescribedMap | None],
+) -> tuple[OwnVocabulary | None, ...]:
+    """The text side of each value network with a map."""
+    if not any(described):
+        return (None,) * len(values)
+    base_codec = TextCodec(base.tokenizer, base.tokenizer_info)
+    return tuple(
+        None
+        if one_map is None
+        else make_own_vocabulary(
+            base_codec,
+            TextCodec(value.tokenizer, value.tokenizer_info),
+            one_map.metadata,
+            name=name,
+            context=value.arch.max_position_embeddings,
+            tokenizer=value.tokenizer,
+            chat_template=value.chat_template if isinstance(value, ValueNetwork) else "auto",
+            value_stop_ids=value.stop_ids,
+        )
+        for value, name, one_map in zip(values, names, described, strict=True)
+    )
+
+
+def _stop_ids(
+    base: LanguageModel,
+    values: Sequence[ValueNetwork | LanguageModel],
+    own_vocabularies: Sequence[OwnVocabulary | None],
+) -> tuple[int, ...]:
+    """Base ids that end a row: those of the base and, as the base says them, of every value."""
+    ends = list(base.stop_ids)
+    for value, own in zip(values, own_vocabularies, strict=True):
+        ends += value.stop_ids if own is None else own.stop_ids
+    return tuple(dict.fromkeys(ends))
 
 
 def connection_of(value: ValueNetwork | LanguageModel) -> Connection:
@@ -160,15 +223,6 @@ def _value_name(value: ValueNetwork | LanguageModel, index: int) -> str:
         return f"value network {index + 1} (the language model {value.path})"
     trained_on = value.metadata.training_base.get("name", "an unnamed base")
     return f"value network {index + 1} (trained on {trained_on})"
-
-
-def _token_bytes(tokenizer: PreTrainedTokenizerBase, info: TokenizerInfo) -> tuple[bytes, ...]:
-    """Bytes of each id: special tokens and holes are empty, appended words are their text."""
-    silent = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    table = [ordinary or b"" for ordinary in info.ordinary_tokens]
-    for token_id, text in info.special_tokens.items():
-        table[token_id] = b"" if token_id in silent else text.encode()
-    return tuple(table)
 
 
 def _strips_leading_space(tokenizer: PreTrainedTokenizerBase, info: TokenizerInfo) -> bool:

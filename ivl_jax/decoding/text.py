@@ -16,11 +16,13 @@ import numpy as np
 from ivl_jax.checkpoint import ValueNetwork
 from ivl_jax.data.chat import ChatFormat, make_chat_format
 from ivl_jax.data.formats import Message
+from ivl_jax.decoding.own_vocabulary import OwnVocabulary, TextReader, base_chat_format
 from ivl_jax.decoding.programs import Programs
 from ivl_jax.decoding.requests import GenerationOptions, PromptTooLongError, lay_out
 from ivl_jax.decoding.state import ComposedParams, Composition, DecodeState, Requests
 from ivl_jax.decoding.streaming import Detokenizer, FinishReason, RowText
 from ivl_jax.sharding import batch_ways
+from ivl_jax.vocabulary.retokenize import RetokenizedText
 from ivl_jax.weights.language_model import LanguageModel
 
 if TYPE_CHECKING:
@@ -61,6 +63,8 @@ class EncodedPrompt(NamedTuple):
     options: GenerationOptions
     row: int
     """Index in the request it belongs to; its sampling seed depends on it."""
+    own_texts: tuple[RetokenizedText, ...] = ()
+    """The prompt as each value network with its own vocabulary reads it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +87,8 @@ class ComposedModel:
         context_of: The name of the network with that context.
         token_bytes: Bytes of each id; empty for special tokens.
         strips_leading_space: Whether the tokenizer drops the space at the start of a text.
+        own_vocabularies: The text side of each value network that has its own vocabulary; None for
+            those that share the base's.
     """
 
     composition: Composition = field(repr=False)
@@ -96,6 +102,7 @@ class ComposedModel:
     context_of: str
     token_bytes: tuple[bytes, ...] = field(repr=False)
     strips_leading_space: bool
+    own_vocabularies: tuple[OwnVocabulary | None, ...] = field(default=(), repr=False)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -104,7 +111,12 @@ class ComposedModel:
 
     @functools.cached_property
     def chat_format(self) -> ChatFormat:
-        """How dialogues become tokens: the first value network's format, else the base's own."""
+        """How dialogues become tokens: the first value network's format, else the base's own.
+
+        A value network with its own vocabulary has its template read in the base's tokens.
+        """
+        if self.own_vocabularies and (own := self.own_vocabularies[0]) is not None:
+            return base_chat_format(self.tokenizer, own)
         first = self.values[0] if self.values else self.base
         template = first.chat_template if isinstance(first, ValueNetwork) else "auto"
         return make_chat_format(first.tokenizer, template=template)
@@ -194,11 +206,7 @@ class ComposedModel:
         too_long = False
         for row, (prompt, option) in enumerate(zip(prompts, each, strict=True)):
             try:
-                token_ids = self.encode(prompt)
-                if not isinstance(prompt, str) and _is_dialogue(prompt):
-                    ends = (*option.stop_ids, *self.chat_format.stop_ids)
-                    option = dataclasses.replace(option, stop_ids=ends)
-                encoded.append(EncodedPrompt(token_ids, option, row))
+                encoded.append(self._encode(prompt, option, row))
                 self._check(encoded[-1])
             except ValueError as error:
                 too_long |= isinstance(error, PromptTooLongError)
@@ -290,22 +298,51 @@ class ComposedModel:
             "keys": self.programs.row_keys(arrays.seeds, arrays.rows),
             "sampling": arrays.sampling,
         }
+        reader = TextReader(
+            [own for own in self.own_vocabularies if own],
+            [prompt.own_texts for prompt in batch],
+            batch=len(arrays.prompts),
+            new_tokens=int((arrays.limits - arrays.prompt_lengths).max()),
+        )
         state: DecodeState = self.programs.prefill(
-            self.params, arrays.prompts, Requests(**fields), capacity=arrays.capacity
+            self.params,
+            arrays.prompts,
+            Requests(**fields),
+            reader.readings(),
+            capacity=arrays.capacity,
+            mapped_capacity=reader.capacity,
         )
         seen = arrays.prompt_lengths
         stopped = np.zeros(seen.shape, bool)
         while True:
+            room = reader.capacity
             tokens, lengths, finish = jax.device_get((state.tokens, state.lengths, state.finish))
+            new_ids = [tokens[i, seen[i] : lengths[i]].tolist() for i in range(len(texts))]
+            full = reader.push(new_ids)
             yield [
-                text.push(tokens[i, seen[i] : lengths[i]].tolist(), FinishReason(int(finish[i])))
+                text.push(new_ids[i], _finish(int(finish[i]), full=full[i]))
                 for i, text in enumerate(texts)
             ]
             if all(text.finish != FinishReason.RUNNING for text in texts):
                 return
             seen = lengths
-            stopped[: len(texts)] = [text.finish == FinishReason.STOP_STRING for text in texts]
-            state = self.programs.decode_chunk(self.params, state, np.int32(chunk_tokens), stopped)
+            stopped[: len(texts)] = [text.finish != FinishReason.RUNNING for text in texts]
+            if not self.composition.mapped:
+                count = np.int32(chunk_tokens)
+                state = self.programs.decode_chunk(self.params, state, count, stopped)
+                continue
+            if reader.capacity > room:
+                state = self.programs.grow_mapped(state, mapped_capacity=reader.capacity)
+            state = self.programs.decode_step(self.params, state, reader.readings(), stopped)
+
+    def _encode(self, prompt: Prompt, option: GenerationOptions, row: int) -> EncodedPrompt:
+        token_ids, messages = self.encode(prompt), None
+        if not isinstance(prompt, str) and _is_dialogue(prompt):
+            messages = cast(Sequence[Message], prompt)
+            ends = (*option.stop_ids, *self.chat_format.stop_ids)
+            option = dataclasses.replace(option, stop_ids=ends)
+        texts = [own.read_prompt(token_ids, messages) for own in self.own_vocabularies if own]
+        return EncodedPrompt(token_ids, option, row, tuple(texts))
 
     def _row_text(self, prompt: EncodedPrompt) -> RowText:
         starts_text = not any(self.token_bytes[token_id] for token_id in prompt.token_ids)
@@ -321,6 +358,14 @@ class ComposedModel:
                 f"{length} tokens are {length - self.context} more than the context of "
                 f"{self.context} tokens (that of {self.context_of}): shorten the prompt"
             )
+        own_names = [own for own in self.own_vocabularies if own]
+        for own, text in zip(own_names, prompt.own_texts, strict=True):
+            if len(text.tokens) > own.context:
+                raise PromptTooLongError(
+                    f"{len(text.tokens)} tokens are {len(text.tokens) - own.context} more than the "
+                    f"context of {own.context} tokens of {own.name}, in its own vocabulary: "
+                    "shorten the prompt"
+                )
         if strange := [i for i in prompt.token_ids if not 0 <= i < known]:
             raise ValueError(f"token ids outside [0, {known}): {strange[:5]}")
         strengths = prompt.options.strengths
@@ -330,6 +375,12 @@ class ComposedModel:
 
 def _is_dialogue(prompt: Sequence[Any]) -> bool:
     return len(prompt) > 0 and isinstance(prompt[0], Message)
+
+
+def _finish(code: int, *, full: bool) -> FinishReason:
+    """Why a row ends; one whose value network can read no more ends by its length."""
+    reason = FinishReason(code)
+    return FinishReason.LENGTH if full and reason == FinishReason.RUNNING else reason
 
 
 def _generation(prompt: EncodedPrompt, text: RowText) -> Generation:

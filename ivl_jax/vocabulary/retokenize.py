@@ -10,7 +10,7 @@ character is read up to there; bytes that can no longer become one are U+FFFD, a
 
 import codecs
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ivl_jax.text_codec import Before, TextCodec
 from ivl_jax.vocabulary.special_tokens import SpecialPairs
@@ -29,15 +29,13 @@ class Retokenizer:
         source: The tokenizer whose tokens come in.
         target: The tokenizer whose tokens go out.
         pairs: Target id of each special source token that is read as a special token; only as the
-            very first token, the source's begin of text is always the target's.
-        spelled: Special source tokens that a prompt reads as their text. Those in neither stand for
-            nothing.
+            very first token, the source's begin of text is always the target's. Those that are
+            not in it stand for nothing.
     """
 
     source: TextCodec
     target: TextCodec
     pairs: Mapping[int, int]
-    spelled: Mapping[int, str] = field(default_factory=dict)
 
     def begin(self, source_ids: Sequence[int]) -> "RetokenizedText":
         """Read a prompt.
@@ -103,13 +101,14 @@ def backward_pairs(pairs: SpecialPairs) -> dict[int, int]:
 
     Args:
         pairs: (role, base id, value id). One value token may play several roles (GPT-2's begins and
-            ends a text): a pair by hand goes first, then what ends a turn, then what ends a text.
+            ends a text): a pair by hand goes first, then what ends a turn, then what ends a text;
+            of several, the lowest base id.
 
     Returns:
         Base id of each value id.
     """
     order = ("begin", "same name", "end", "turn end", "by hand")
-    by_role = sorted(pairs, key=lambda pair: order.index(pair[0]))
+    by_role = sorted(pairs, key=lambda pair: (order.index(pair[0]), -pair[1]))
     return {value_id: base_id for _, base_id, value_id in by_role}
 
 
@@ -165,8 +164,6 @@ class RetokenizedText:
                 unchanged = min(unchanged, self._grow(text, is_prompt=is_prompt))
                 self._pin(paired)
                 text = ""
-            elif is_prompt and source_id in rules.spelled:
-                text += self._decode(b"", final=True) + rules.spelled[source_id]
             else:
                 text += self._spoken(source_id)
         unchanged = min(unchanged, self._grow(text, is_prompt=is_prompt))

@@ -1,0 +1,248 @@
+"""How a value network with a vocabulary of its own reads what the base reads and writes.
+
+In: the tokenizers of both, the special tokens paired by role, a map's metadata. Out: prompts in
+both sides' tokens; then, step by step, what each value network has to read (`Reading`).
+"""
+
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ivl_jax.data.chat import ChatFormat, make_chat_format
+from ivl_jax.data.formats import Message
+from ivl_jax.data.templates import NAMED_TEMPLATES
+from ivl_jax.decoding.requests import bucket
+from ivl_jax.decoding.state import Reading
+from ivl_jax.text_codec import TextCodec
+from ivl_jax.vocabulary.mapping import MapMetadata
+from ivl_jax.vocabulary.retokenize import (
+    RetokenizedText,
+    Retokenizer,
+    backward_pairs,
+    forward_pairs,
+)
+from ivl_jax.vocabulary.special_tokens import SpecialPairs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+else:
+    PreTrainedTokenizerBase = Any
+
+_SMALLEST_CAPACITY = 64
+# After a base token a value network reads 0 to 3 of its own as a rule: few widths, few programs.
+_WIDTHS = (1, 4, 16)
+
+
+@dataclass(frozen=True, eq=False)
+class OwnVocabulary:
+    """The text side of a value network whose vocabulary is not the base's.
+
+    Attributes:
+        name: What messages call the value network.
+        context: Tokens of its own that a row may hold.
+        retokenizer: From the base's tokens to its own.
+        tokenizer: Its tokenizer.
+        chat_template: Its chat template: a name, `auto` or Jinja text.
+        special_pairs: Special tokens paired by role: (role, base id, its own id).
+        stop_ids: Base ids that stand for one of its ends.
+    """
+
+    name: str
+    context: int
+    retokenizer: Retokenizer = field(repr=False)
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
+    chat_template: str = field(repr=False)
+    special_pairs: SpecialPairs
+    stop_ids: tuple[int, ...]
+
+    @functools.cached_property
+    def chat_format(self) -> ChatFormat:
+        """How dialogues become its own tokens."""
+        return make_chat_format(self.tokenizer, template=self.chat_template)
+
+    def read_prompt(
+        self, token_ids: Sequence[int], messages: Sequence[Message] | None
+    ) -> RetokenizedText:
+        """Read a prompt.
+
+        Args:
+            token_ids: the prompt in the base's tokens.
+            messages: the dialogue that they are, or None. A dialogue is read through the value
+                network's own template, and what the base generates goes on from it.
+
+        Returns:
+            The prompt in its own tokens, ready to grow.
+        """
+        if messages is None:
+            return self.retokenizer.begin(token_ids)
+        own = self.chat_format.encode_prompt(messages).tolist()
+        return self.retokenizer.resume(own, source_ids=token_ids)
+
+
+def make_own_vocabulary(
+    base: TextCodec,
+    value: TextCodec,
+    metadata: MapMetadata,
+    *,
+    name: str,
+    context: int,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str,
+    value_stop_ids: Sequence[int],
+) -> OwnVocabulary:
+    """Describe the text side of a value network whose vocabulary is not the base's.
+
+    Args:
+        base: the base's tokenizer.
+        value: the value network's.
+        metadata: of the map between them.
+        name: what messages call the value network.
+        context: tokens of its own that a row may hold.
+        tokenizer: its tokenizer.
+        chat_template: its chat template.
+        value_stop_ids: its own ids that end a text or a turn.
+
+    Returns:
+        The text side.
+    """
+    pairs = metadata.special_pairs
+    return OwnVocabulary(
+        name=name,
+        context=context,
+        retokenizer=Retokenizer(base, value, forward_pairs(pairs)),
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+        special_pairs=pairs,
+        # What begins a text may be the very token that ends one; beginning is no end.
+        stop_ids=tuple(
+            base_id
+            for role, base_id, value_id in pairs
+            if value_id in value_stop_ids and role != "begin"
+        ),
+    )
+
+
+def base_chat_format(base: PreTrainedTokenizerBase, own: OwnVocabulary) -> ChatFormat:
+    """How the base reads dialogues of a value network: the same text, special tokens by role.
+
+    Args:
+        base: the base's tokenizer.
+        own: the value network's text side.
+
+    Returns:
+        The value network's template over the base's tokens. Special tokens written out in it become
+        those they are paired with; those that are not paired are ordinary text to the base.
+    """
+    template = own.chat_template
+    if template == "auto":
+        template = "tokenizer" if own.tokenizer.chat_template else "plain"
+    if template in NAMED_TEMPLATES:
+        return make_chat_format(base, template=template)
+    text = own.tokenizer.get_chat_template() if template == "tokenizer" else template
+    base_texts, own_texts = (
+        codec.info.special_tokens for codec in (own.retokenizer.source, own.retokenizer.target)
+    )
+    paired = {
+        own_texts[own_id]: base_texts[base_id]
+        for own_id, base_id in backward_pairs(own.special_pairs).items()
+    }
+    written = "|".join(re.escape(token) for token in sorted(paired, key=len, reverse=True))
+    if written:
+        text = re.sub(written, lambda found: paired[found[0]], text)
+    return make_chat_format(base, template=text)
+
+
+class TextReader:
+    """The rows of a batch as value networks with their own vocabulary read them, step by step.
+
+    Args:
+        values: these value networks.
+        rows: for each row, its prompt as each of them reads it; copies grow here.
+        batch: rows on device; those beyond `rows` only fill the batch.
+        new_tokens: base tokens that may be generated, at most.
+
+    Attributes:
+        capacity: Slots a row needs in the networks' caches so far (tokens).
+    """
+
+    def __init__(
+        self,
+        values: Sequence[OwnVocabulary],
+        rows: Sequence[Sequence[RetokenizedText]],
+        *,
+        batch: int,
+        new_tokens: int,
+    ) -> None:
+        self._contexts = [own.context for own in values]
+        self._texts = [[row[index].fork() for row in rows] for index in range(len(values))]
+        # Tokens that a network's cache still holds of each row.
+        self._read = [[0] * len(rows) for _ in values]
+        self._batch = batch
+        self._full = [False] * len(rows)
+        self.capacity = 0
+        # Two tokenizers rarely differ by more than a quarter; where they do, the caches grow.
+        self._make_room(new_tokens + new_tokens // 4)
+
+    def push(self, new_ids: Sequence[Sequence[int]]) -> list[bool]:
+        """Take newly generated base tokens.
+
+        Args:
+            new_ids: for each row, in order; perhaps none.
+
+        Returns:
+            For each row, whether a network's context is full: the row has to end.
+        """
+        for texts, read, context in zip(self._texts, self._read, self._contexts, strict=True):
+            for row, ids in enumerate(new_ids):
+                if ids and not self._full[row]:
+                    read[row] = min(read[row], texts[row].push(ids))
+                    self._full[row] = len(texts[row].tokens) > context
+        self._make_room(0)
+        return list(self._full)
+
+    def readings(self) -> tuple[Reading, ...]:
+        """Give what each network has to read now; the caches will then hold it.
+
+        Returns:
+            NumPy arrays of one width, which comes from a small set; one `Reading` a network.
+        """
+        if not self._texts:
+            return ()
+        pieces = [
+            [self._piece(texts[row], read, row) for row in range(len(texts))]
+            for texts, read in zip(self._texts, self._read, strict=True)
+        ]
+        longest = max(len(piece) for each in pieces for _, piece in each)
+        width = next((w for w in _WIDTHS if w >= longest), bucket(longest, smallest=_WIDTHS[-1]))
+        return tuple(self._laid_out(each, width) for each in pieces)
+
+    def _piece(self, text: RetokenizedText, read: list[int], row: int) -> tuple[int, list[int]]:
+        """Where a row's unread tokens begin, and what they are; at least the last one is read."""
+        if self._full[row]:
+            return 0, text.tokens[:1]
+        start = min(read[row], len(text.tokens) - 1)
+        read[row] = len(text.tokens)
+        return start, text.tokens[start:]
+
+    def _laid_out(self, pieces: Sequence[tuple[int, list[int]]], width: int) -> Reading:
+        tokens = np.zeros((self._batch, width), np.int32)
+        starts, counts = np.zeros(self._batch, np.int32), np.ones(self._batch, np.int32)
+        for row, (start, piece) in enumerate(pieces):
+            tokens[row, : len(piece)] = piece
+            starts[row], counts[row] = start, len(piece)
+        return Reading(tokens, starts, counts)  # pyright: ignore[reportArgumentType]
+
+    def _make_room(self, more: int) -> None:
+        longest = [
+            min(len(text.tokens) + more, context)
+            for texts, context in zip(self._texts, self._contexts, strict=True)
+            for text in texts
+        ]
+        if max(longest, default=0) > self.capacity:
+            self.capacity = bucket(
+                max(longest), smallest=_SMALLEST_CAPACITY, largest=max(self._contexts)
+            )
