@@ -18,6 +18,7 @@ LEVELS = {
     "ivl_jax.text_codec": 1.5,
     "ivl_jax.composition": 2,
     "ivl_jax.weights": 2,
+    "ivl_jax.checkpoint.__main__": 6,  # a command line
     "ivl_jax.checkpoint": 3,
     "ivl_jax.data": 3,
     "ivl_jax.training": 4,

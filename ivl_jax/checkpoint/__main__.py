@@ -6,6 +6,7 @@ In: a command line. Out: the folder it names, one line on stdout, or the error o
 import argparse
 import logging
 import sys
+from pathlib import Path
 
 from ivl_jax.checkpoint.steps import NoUsableCheckpointError
 
@@ -63,29 +64,24 @@ def _export_value(chosen: argparse.Namespace) -> str:
 
 
 def _export_hf(chosen: argparse.Namespace) -> str:
+    from ivl_jax.checkpoint.hugging_face import check_exportable, export_hugging_face
     from ivl_jax.checkpoint.value_folder import load_value
-    from ivl_jax.checkpoint.value_metadata import read_value_metadata
-    from ivl_jax.model.architecture import ArchConfig
-    from ivl_jax.weights.language_model import LanguageModel, save_language_model
+    from ivl_jax.data.templates import standalone_template
 
-    connection = read_value_metadata(chosen.value).connection
-    if connection != "residual":
-        raise ValueError(
-            f"{chosen.value}: a Hugging Face model reads text alone, and this value network's "
-            f"connection is {connection}: only a residual one can be written as such a model"
-        )
+    out = Path(chosen.out)
+    check_exportable(chosen.value, out, overwrite=chosen.overwrite)
     value = load_value(chosen.value)
-    assert isinstance(value.arch, ArchConfig)  # a residual network is a decoder
-    model = LanguageModel(
-        path=chosen.value,
-        arch=value.arch,
-        params=value.params,
-        tokenizer=value.tokenizer,
-        tokenizer_info=value.tokenizer_info,
-        stop_ids=value.stop_ids,
+    export_hugging_face(
+        value,
+        out,
+        dtype=chosen.dtype,
+        chat_template=standalone_template(value.tokenizer, value.chat_template),
+        overwrite=chosen.overwrite,
     )
-    save_language_model(chosen.out, model, dtype=chosen.dtype, overwrite=chosen.overwrite)
-    return f"{chosen.value} is in {chosen.out}"
+    return (
+        f"{chosen.value} is in {out}: its logits are z_value, to be added to a base's "
+        "(examples/logits_processor.py)"
+    )
 
 
 if __name__ == "__main__":

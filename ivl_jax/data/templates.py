@@ -148,6 +148,30 @@ def named_template_variables(tokenizer: Any, name: str) -> dict[str, str]:
     }
 
 
+def standalone_template(tokenizer: Any, template: str) -> str | None:
+    """Gives a chat template as Jinja text that needs nothing of this package.
+
+    Args:
+        tokenizer: The tokenizer it is to go with.
+        template: A key of `NAMED_TEMPLATES`, `auto`, `tokenizer` or Jinja text.
+
+    Returns:
+        What `tokenizer.chat_template` may be set to so that `apply_chat_template` writes the same
+        prompts; None where the tokenizer has its own already.
+
+    Raises:
+        ValueError: As `named_template_variables`.
+    """
+    if template == "tokenizer" or (template == "auto" and tokenizer.chat_template):
+        return None
+    name = "plain" if template == "auto" else template
+    if name not in NAMED_TEMPLATES:
+        return pin_date(template, PINNED_DATE)
+    variables = named_template_variables(tokenizer, name)
+    settings = "".join(f"{{%- set {key} = {value!r} %}}\n" for key, value in variables.items())
+    return settings + NAMED_TEMPLATES[name].text
+
+
 def pin_date(template: str, date: datetime) -> str:
     """Returns a template that writes `date` wherever it would write today's.
 

@@ -143,6 +143,31 @@ def _outside(folder: Path, shard: str) -> str | None:
     return f"{shard}: expected a file inside the folder, got a link to {target}: copy the file here"
 
 
+def check_new_folder(folder: Path, *, overwrite: bool) -> None:
+    """Check that a model folder may be written here.
+
+    Args:
+        folder: the final name.
+        overwrite: a model folder of that name is replaced.
+
+    Raises:
+        FileExistsError: the folder holds files and may not be replaced, or holds no `config.json`
+            and so is no model folder.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not overwrite:
+        raise FileExistsError(
+            f"{folder}: expected no such folder, got one with files; choose another name, or say "
+            "overwrite to replace it"
+        )
+    if not (folder / "config.json").is_file():
+        raise FileExistsError(
+            f"{folder}: expected a model folder to replace, got files without config.json; choose "
+            "another name or remove it yourself"
+        )
+
+
 @contextlib.contextmanager
 def new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     """Give a folder to fill, which takes its name when the block ends without an exception.
@@ -158,21 +183,10 @@ def new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
         An empty folder beside the final one.
 
     Raises:
-        FileExistsError: the folder holds files and may not be replaced, or holds no `config.json`
-            and so is no model folder.
+        FileExistsError: as `check_new_folder`.
     """
     folder = folder.expanduser().resolve()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        if not overwrite:
-            raise FileExistsError(
-                f"{folder}: expected no such folder, got one with files; choose another name, or "
-                "say overwrite=True to replace it"
-            )
-        if not (folder / "config.json").is_file():
-            raise FileExistsError(
-                f"{folder}: expected a model folder to replace, got files without config.json; "
-                "choose another name or remove it yourself"
-            )
+    check_new_folder(folder, overwrite=overwrite)
     staging = folder.with_name(f".{folder.name}.incomplete")
     writes = jax.process_index() == 0
     if writes:

@@ -178,7 +178,7 @@ def test_a_folder_with_files_is_replaced_only_when_told(tmp_path: Path) -> None:
     final.mkdir()
     (final / "config.json").write_text("old")
     (final / "stale").touch()
-    with pytest.raises(FileExistsError, match="overwrite=True"), new_folder(final, overwrite=False):
+    with pytest.raises(FileExistsError, match="say overwrite"), new_folder(final, overwrite=False):
         pass
     with new_folder(final, overwrite=True) as staging:
         (staging / "config.json").write_text("new")

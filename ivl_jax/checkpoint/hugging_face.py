@@ -1,0 +1,83 @@
+"""A value network as a Hugging Face model folder, for programs that know nothing of this package.
+
+In: a value folder. Out: a folder that `transformers` loads: weights, configuration, tokenizer with
+chat template, stop ids. Its logits are z_value; adding them to a base's is the caller's part
+(`examples/logits_processor.py`).
+"""
+
+from pathlib import Path
+
+from etils import epath
+
+from ivl_jax.checkpoint.value_folder import ValueNetwork
+from ivl_jax.checkpoint.value_metadata import read_value_metadata
+from ivl_jax.config import DType
+from ivl_jax.model.architecture import ArchConfig
+from ivl_jax.weights.hf_folder import check_new_folder
+from ivl_jax.weights.language_model import LanguageModel, save_language_model
+
+
+def check_exportable(value: epath.PathLike, out: Path, *, overwrite: bool) -> None:
+    """Check what can be checked without reading an array.
+
+    Args:
+        value: the value folder.
+        out: the Hugging Face folder to be made.
+        overwrite: a model folder of that name is replaced.
+
+    Raises:
+        FileNotFoundError: `value` is no value folder.
+        FileExistsError: `out` exists and may not be replaced.
+        ValueFolderError: an unknown format version, or entries that cannot be.
+        ValueError: the network reads more than text.
+    """
+    connection = read_value_metadata(value).connection
+    if connection != "residual":
+        raise ValueError(
+            f"{value}: connection {connection}, expected residual: this network reads the base's "
+            "predictions at every position, and a Hugging Face model reads text alone (a "
+            "LogitsProcessor sees the base's logits at the last position only, never those of the "
+            "prompt). Decode it with infer.py, or train a residual one"
+        )
+    check_new_folder(out, overwrite=overwrite)
+
+
+def export_hugging_face(
+    value: ValueNetwork,
+    out: Path,
+    *,
+    dtype: DType,
+    chat_template: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a residual value network as a Hugging Face folder; it appears when it is complete.
+
+    Args:
+        value: the network, layers unstacked, vocabulary rows perhaps padded.
+        out: the folder to make.
+        dtype: of every tensor written.
+        chat_template: Jinja text for `tokenizer_config.json`; None leaves the tokenizer's own.
+        overwrite: a model folder of that name is replaced.
+
+    Raises:
+        FileExistsError: `out` exists and may not be replaced.
+        ValueError: the network is no decoder.
+    """
+    if not isinstance(value.arch, ArchConfig):
+        raise ValueError(f"{value.path}: expected a decoder, got a linear map on base logits")
+    tokenizer = value.tokenizer
+    own_template = tokenizer.chat_template
+    model = LanguageModel(
+        path=value.path,
+        arch=value.arch,
+        params=value.params,
+        tokenizer=tokenizer,
+        tokenizer_info=value.tokenizer_info,
+        stop_ids=value.stop_ids,
+    )
+    try:
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template
+        save_language_model(out, model, dtype=dtype, overwrite=overwrite)
+    finally:
+        tokenizer.chat_template = own_template
