@@ -17,6 +17,8 @@ from benchmarks.setting import describe_setting
 
 BENCHMARKS = {
     "vocabulary": "building vocabulary maps: time, coverage, size; the peer is a loop over cells",
+    "load": "loading safetensors: speed and peak memory; the peer is safetensors with torch",
+    "startup": "weights loaded until the first text, compile cache cold and warm; --help",
 }
 
 _WIDTH_OF_A_FILE = 150

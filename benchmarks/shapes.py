@@ -1,0 +1,101 @@
+"""The model shapes that benchmarks use, and checkpoints of these shapes with random weights.
+
+In: a shape's name. Out: an architecture, or a Hugging Face folder of it.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+from benchmarks.setting import PROJECT_ROOT
+from ivl_jax.model.architecture import ArchConfig
+from ivl_jax.model.decoder import abstract_params
+from ivl_jax.weights.hf_folder import SINGLE_FILE
+from ivl_jax.weights.hf_names import hf_tensor
+from ivl_jax.weights.safetensors_file import write_file
+
+SHARED = PROJECT_ROOT.parent / "shared"
+_LLAMA_2 = SHARED / "tokenizers/llama2"
+_SCALE = 0.02  # standard deviation of random weights; logits then stay small
+
+
+def _llama(hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int) -> ArchConfig:
+    return ArchConfig.from_hf(
+        {
+            "model_type": "llama",
+            "vocab_size": 32_000,
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "max_position_embeddings": 2048,
+            "tie_word_embeddings": False,
+        }
+    )
+
+
+# Pair A: a base of 134 M parameters with a value network of 24 M. Pair B: TinyLlama-1.1B's shape
+# with pair A's value network.
+BASE_A = _llama(hidden=768, layers=12, heads=12, kv_heads=12, intermediate=2048)
+VALUE_A = _llama(hidden=288, layers=6, heads=6, kv_heads=6, intermediate=768)
+BASE_B = _llama(hidden=2048, layers=22, heads=32, kv_heads=4, intermediate=5632)
+
+
+def parameter_count(arch: ArchConfig) -> int:
+    """Number of parameters of a shape."""
+    return sum(math.prod(shape) for shape in _tensor_shapes(arch).values())
+
+
+def write_checkpoint(folder: Path, arch: ArchConfig, *, tokenizer: bool = False) -> int:
+    """Write a Hugging Face folder with random float32 weights, holding one tensor at a time.
+
+    Args:
+        folder: a folder that exists.
+        arch: the shape.
+        tokenizer: put the Llama-2 tokenizer beside the weights.
+
+    Returns:
+        Bytes of the weights' file.
+
+    Raises:
+        FileNotFoundError: the tokenizer is asked for, and ../shared is not there.
+        OSError: the file does not fit on the disk.
+    """
+    shapes = _tensor_shapes(arch)
+    needed = 4 * parameter_count(arch)
+    free = shutil.disk_usage(folder).free
+    if free < 1.1 * needed:
+        raise OSError(f"{folder}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free")
+    write_file(folder / SINGLE_FILE, shapes, _random(shapes), dtype=np.dtype(np.float32))
+    config = json.dumps(arch.to_hf() | {"dtype": "float32"})
+    (folder / "config.json").write_text(config, encoding="utf-8")
+    if tokenizer:
+        for file in _LLAMA_2.glob("tokenizer*.json"):
+            shutil.copy(file, folder)
+        if not (folder / "tokenizer.json").exists():
+            raise FileNotFoundError(f"this benchmark needs the Llama-2 tokenizer in {_LLAMA_2}")
+    return (folder / SINGLE_FILE).stat().st_size
+
+
+def _tensor_shapes(arch: ArchConfig) -> dict[str, tuple[int, ...]]:
+    """Tensor name → shape in a file."""
+    params: Any = traverse_util.flatten_dict(dict(abstract_params(arch)))
+    tensors = {hf_tensor(path): leaf.shape for path, leaf in params.items()}
+    return {
+        name: shape[::-1] if transposed else shape for (name, transposed), shape in tensors.items()
+    }
+
+
+def _random(shapes: dict[str, tuple[int, ...]]) -> Iterator[np.ndarray]:
+    """Arrays of these shapes, pieces of one block: random numbers take seconds to draw."""
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    block = _SCALE * np.random.default_rng(0).standard_normal(max(sizes), np.float32)
+    for size, shape in zip(sizes, shapes.values(), strict=True):
+        yield np.roll(block[:size], size % 997).reshape(shape)
