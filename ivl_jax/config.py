@@ -121,8 +121,18 @@ def _base_problems(config: TrainConfig) -> list[str]:
     ]
     if repeated := {path for path in paths if path and paths.count(path) > 1}:
         problems.append(f"[[bases]] names {', '.join(sorted(repeated))} twice: use its weight")
-    if config.method == "sft" and config.bases:
-        problems.append('method = "sft" fine-tunes one model: name it in [base], not [[bases]]')
+    if config.distributed and any(base.cache_states for base in config.all_bases):
+        problems.append(
+            "cache_states = true needs distributed = false: which dialogues a process reads "
+            "changes with the shuffle, and hosts may have disks of their own"
+        )
+    if config.method == "sft":
+        if config.bases:
+            problems.append('method = "sft" fine-tunes one model: name it in [base], not [[bases]]')
+        if config.base.cache_states:
+            problems.append(
+                'base.cache_states has no use with method = "sft": the states change in every step'
+            )
     return problems
 
 

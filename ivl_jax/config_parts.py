@@ -38,6 +38,8 @@ class BaseConfig:
     """How the frozen parameters are held; bfloat16 halves memory on accelerators."""
     layout: LayoutName = "full"
     """Mesh axes that split its parameters: `full` is fsdp and tensor, `replicated` is none."""
+    cache_states: bool = False
+    """Write its final hidden states beside the demonstrations once, and never run it again."""
     weight: float = 1.0
     """With several bases: its share of the batches, relative to the other weights."""
 

@@ -160,7 +160,15 @@ def test_all_missing_fields_are_listed_at_once() -> None:
         ({"base": BaseConfig(path="a")}, "has no use beside"),
         ({"bases": (BaseConfig(path="b"), BaseConfig())}, r"bases\[1\].path is empty"),
         ({"bases": (BaseConfig(path="b"), BaseConfig(path="b"))}, "names b twice"),
+        (
+            {"distributed": True, "bases": (BaseConfig(path="b", cache_states=True),)},
+            "needs distributed = false",
+        ),
         ({"method": "sft"}, "fine-tunes one model"),
+        (
+            {"method": "sft", "bases": (), "base": BaseConfig(path="a", cache_states=True)},
+            "base.cache_states has no use",
+        ),
     ],
 )
 def test_several_bases_are_said_in_one_way(change: dict, message: str) -> None:

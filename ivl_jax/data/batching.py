@@ -4,19 +4,21 @@ In: tokenised dialogues with loss masks. Out: `Batch`es for training (endless, s
 and for evaluation (one pass).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Float, Int32
 
+from ivl_jax.data.base_states import BaseStates
 from ivl_jax.data.packing import RowPlan, one_per_row, pack
 from ivl_jax.data.tokenized import TokenizedDemonstrations
 
 _PREFETCHED = 16  # batches laid out ahead of the step
+_PREFETCHED_BYTES = 1 << 30  # and fewer where they hold more than this
 
 
 class Batch(NamedTuple):
@@ -27,6 +29,8 @@ class Batch(NamedTuple):
     loss_mask: Bool[Array | np.ndarray, "*B T"]  # targets that count: the assistant's
     positions: Int32[Array | np.ndarray, "*B T"]  # from 0 in every segment
     segment_ids: Int32[Array | np.ndarray, "*B T"]  # 1, 2, … along a row; 0 is padding
+    # The base's final hidden states, where they are read from disk instead of computed.
+    base_states: Float[Array | np.ndarray, "*B T D"] | None = None
 
     @property
     def token_mask(self) -> Bool[Array | np.ndarray, "*B T"]:
@@ -113,16 +117,25 @@ class _Layout:
                 f"processes, and process_index = {self.process_index} below their number"
             )
 
-    def batch(self, rows: Sequence[int]) -> Batch:
+    def batch(self, rows: Sequence[int], states: BaseStates | None = None) -> Batch:
         """This process's rows, made up with empty ones."""
-        dialogues = [[self.tokenized[dialogue] for dialogue in row] for row in self._local(rows)]
-        return lay_out_rows(
-            dialogues, sequence_length=self.tokenized.sequence_length, pad_id=self.pad_id
-        )
+        length = self.tokenized.sequence_length
+        local = self._local(rows)
+        dialogues = [[self.tokenized[dialogue] for dialogue in row] for row in local]
+        batch = lay_out_rows(dialogues, sequence_length=length, pad_id=self.pad_id)
+        if states is None:
+            return batch
+        return batch._replace(base_states=states.lay_out(local, row_length=length))
 
     def row_ids(self, rows: Sequence[int]) -> list[list[str]]:
         """For each of this process's rows, file and line of its dialogues."""
         return [[self.tokenized.row_id(dialogue) for dialogue in row] for row in self._local(rows)]
+
+    def prefetched(self, states: Sequence[BaseStates | None]) -> int:
+        """How many batches may wait for the step; those with states are large."""
+        length, rows = self.tokenized.sequence_length, self.batch_size // self.process_count
+        largest = max([one.row_bytes(length) for one in states if one is not None], default=0)
+        return max(1, min(_PREFETCHED, _PREFETCHED_BYTES // max(rows * largest, 1)))
 
     def _local(self, rows: Sequence[int]) -> list[list[int]]:
         """The dialogues of this process's rows; none in an empty row."""
@@ -139,14 +152,27 @@ class TrainIterator(Iterator[Batch]):
         steps_per_epoch: Batches in one pass over the demonstrations.
     """
 
-    def __init__(self, layout: _Layout, order: Any, *, identity: Mapping[str, Any]):
+    def __init__(
+        self,
+        layout: _Layout,
+        order: Any,
+        *,
+        identity: Mapping[str, Any],
+        states: Sequence[BaseStates | None],
+        turns: Callable[[int], int],
+    ):
         self._layout = layout
         self._order = order.repeat()  # by batch number, the rows of a global batch
         self._identity = dict(identity)
         self.steps_per_epoch = len(order)
+
+        def batch(number: int, rows: Sequence[int]) -> Batch:
+            return layout.batch(rows, states[turns(number)])
+
+        ahead = layout.prefetched(states)
         self._iterator = iter(
-            self._order.map(layout.batch).to_iter_dataset(
-                grain.ReadOptions(num_threads=2, prefetch_buffer_size=_PREFETCHED)
+            self._order.map_with_index(batch).to_iter_dataset(
+                grain.ReadOptions(num_threads=min(2, ahead), prefetch_buffer_size=ahead)
             )
         )
 
@@ -199,16 +225,17 @@ class TrainIterator(Iterator[Batch]):
 class EvalBatches:
     """One pass in a fixed order, as often as it is iterated; made by `make_eval_batches`."""
 
-    def __init__(self, layout: _Layout, order: Any):
+    def __init__(self, layout: _Layout, order: Any, *, states: BaseStates | None):
         self._layout = layout
         self._order = order
+        self._states = states
 
     def __len__(self) -> int:
         return len(self._order)
 
     def __iter__(self) -> Iterator[Batch]:
         for rows in self._order:
-            yield self._layout.batch(rows)
+            yield self._layout.batch(rows, self._states)
 
     def row_ids(self, index: int) -> list[list[str]]:
         """Returns, for each row of batch `index`, file and line of its dialogues."""
@@ -224,6 +251,8 @@ def make_train_iterator(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
+    states: Sequence[BaseStates | None] = (None,),
+    turns: Callable[[int], int] = lambda batch: 0,
 ) -> TrainIterator:
     """Makes the batches to train on: every epoch is a new shuffle of all rows.
 
@@ -239,6 +268,8 @@ def make_train_iterator(
         seed: Seed of the order.
         process_index: Which process this is.
         process_count: How many processes share the global batch.
+        states: For each base, its cached states of these dialogues; None where it runs.
+        turns: A batch's number in the run → the base whose states it carries.
 
     Returns:
         An endless iterator over this process's `[batch_size / process_count, T]` batches.
@@ -259,7 +290,8 @@ def make_train_iterator(
         "packing": packing,
         "seed": seed,
     }
-    return TrainIterator(layout, order.batch(batch_size, batch_fn=list), identity=identity)
+    batches = order.batch(batch_size, batch_fn=list)
+    return TrainIterator(layout, batches, identity=identity, states=states, turns=turns)
 
 
 def make_eval_batches(
@@ -271,6 +303,7 @@ def make_eval_batches(
     max_rows: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    states: BaseStates | None = None,
 ) -> EvalBatches:
     """Makes the batches to evaluate on: one pass, every row exactly once.
 
@@ -282,6 +315,7 @@ def make_eval_batches(
         max_rows: When there are more rows, this many are drawn, always the same; 0: all.
         process_index: Which process this is.
         process_count: How many processes share the global batch.
+        states: The base's cached states of these dialogues; None where it runs.
 
     Returns:
         As many batches on every process, `[batch_size / process_count, T]` each.
@@ -294,7 +328,7 @@ def make_eval_batches(
     order = grain.MapDataset.range(plan.rows)
     if 0 < max_rows < plan.rows:
         order = order.shuffle(seed=0)[:max_rows]
-    return EvalBatches(layout, order.batch(batch_size, batch_fn=list))
+    return EvalBatches(layout, order.batch(batch_size, batch_fn=list), states=states)
 
 
 def _plan(tokenized: TokenizedDemonstrations, *, packing: bool, seed: int) -> RowPlan:

@@ -32,7 +32,13 @@ from ivl_jax.training.interrupts import Interrupts
 from ivl_jax.training.models import Models, choose_models
 from ivl_jax.training.reporting import Reporter
 from ivl_jax.training.run_directory import RunDirectory, RunDirectoryError
-from ivl_jax.training.setup import Preparation, make_run_mesh, prepare, prepare_data
+from ivl_jax.training.setup import (
+    Preparation,
+    cache_base_states,
+    make_run_mesh,
+    prepare,
+    prepare_data,
+)
 from ivl_jax.training.step import StepMetrics, TrainState, split_micro_batches
 from ivl_jax.weights.language_model import LanguageModel, save_language_model
 
@@ -91,6 +97,7 @@ def run(config: TrainConfig) -> TrainResult:
     mesh = make_run_mesh(config)
     models = choose_models(config, mesh)
     data = prepare_data(config, models, mesh)
+    cache_base_states(config, models, data, mesh)
     directory.open(config, there=there)
     with Interrupts() as interrupts:
         prepared = prepare(config, models, data, mesh)

@@ -185,9 +185,29 @@ def place_model(
     return Placement(stacked, shardings, unstacked, rows, True)
 
 
+def place_base(config: TrainConfig, base: FrozenBase, mesh: Mesh) -> Placement:
+    """Decide where a base's parameters live."""
+    return place_model(
+        base.model.arch,
+        layout=base.config.layout,
+        param_dtype=jnp.dtype(base.config.param_dtype),
+        scan_layers=config.step.scan_layers,
+        mesh=mesh,
+    )
+
+
+def head_only(arch: ArchConfig, place: Placement) -> Placement:
+    """Leave of a placement only what turns hidden states into logits."""
+    name = "embed_tokens" if arch.tie_word_embeddings else "lm_head"
+    parts = (place.shapes, place.shardings, place.unstacked_shardings)
+    shapes, shardings, unstacked = ({name: part[name]} for part in parts)
+    return Placement(shapes, shardings, unstacked, place.vocab_rows, scan_layers=False)
+
+
 def load_base(base: ModelFolder, config: BaseConfig, place: Placement) -> Params:
-    """Load the frozen base's parameters onto the mesh."""
-    logger.info("loading the base %s", base.name)
+    """Load the frozen base's parameters onto the mesh, those that the placement has."""
+    what = "the base" if "layers" in place.shardings else "the head of the base"
+    logger.info("loading %s %s", what, base.name)
     return _load(base, jnp.dtype(config.param_dtype), place)
 
 
@@ -238,6 +258,7 @@ def _load(model: ModelFolder, param_dtype: DTypeLike, place: Placement) -> Param
         param_dtype=param_dtype,
         vocab_rows=place.vocab_rows,
         shardings=shardings,
+        entries=tuple(shardings),
     )
     return _stack_layers(params, place.shardings["layers"]) if place.scan_layers else params
 

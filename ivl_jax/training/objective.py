@@ -137,7 +137,7 @@ def loss_sum(
         objective: the static half.
         params: parameters of the trained model; differentiable.
         base_params: frozen parameters of the base; None iff the objective has no base. They get no
-            gradient.
+            gradient. Its head is enough where the batch carries the base's states.
         batch: one micro-batch, arrays [B T].
         counts: of the global batch this micro-batch belongs to.
         with_base: also sum the base's own NLL and accuracy (evaluation).
@@ -237,13 +237,15 @@ def _run_decoders(
             objective.graphdef, params, batch.tokens, constrain=objective.constrain, **common
         )
         return hidden, None
-    base, _ = hidden_states(
-        objective.base_graphdef,
-        base_params,
-        batch.tokens,
-        constrain=objective.base_constrain,
-        **common,
-    )
+    base = batch.base_states
+    if base is None:
+        base, _ = hidden_states(
+            objective.base_graphdef,
+            base_params,
+            batch.tokens,
+            constrain=objective.base_constrain,
+            **common,
+        )
     if objective.connection != "residual":
         base = _base_logits(objective, base_params, base)
     hidden, _ = value_hidden(

@@ -18,7 +18,14 @@ from ivl_jax.model.decoder import Params
 from ivl_jax.model.network import build_network
 from ivl_jax.sharding import LAYOUTS, activation_constraint, batch_ways
 from ivl_jax.training.evaluation import HeldOut
-from ivl_jax.training.models import FrozenBase, Models, Placement, load_base, place_model
+from ivl_jax.training.models import (
+    FrozenBase,
+    Models,
+    Placement,
+    head_only,
+    load_base,
+    place_base,
+)
 from ivl_jax.training.objective import Objective, choose_chunk_length
 from ivl_jax.training.step import EvalStep, TrainState, TrainStep, make_eval_step, make_train_step
 
@@ -36,7 +43,7 @@ class BaseProgram:
     name: str
     """The base as the config says it."""
     base_params: Params | None
-    """Its frozen parameters; None without a base."""
+    """Its frozen parameters, of one whose states are cached only the head; None without a base."""
     step: TrainStep
     held_out: HeldOut | None
     """None without held-out demonstrations."""
@@ -50,7 +57,7 @@ def build_programs(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     shardings: TrainState,
-    held_out: EvalBatches | None,
+    held_out: Sequence[EvalBatches],
     mesh: Mesh,
 ) -> tuple[BaseProgram, ...]:
     """Read the bases' weights and build each one's programs.
@@ -62,7 +69,7 @@ def build_programs(
         optimizer: the optax chain.
         schedule: the learning rate it follows.
         shardings: of the train state.
-        held_out: batches to evaluate on; None: no evaluation.
+        held_out: batches to evaluate on, for each base; empty: no evaluation.
         mesh: the device mesh.
 
     Returns:
@@ -71,8 +78,10 @@ def build_programs(
     compiled: dict[Hashable, tuple[TrainStep, EvalStep]] = {}
     programs = []
     bases: Sequence[FrozenBase | None] = models.bases or (None,)
-    for base in bases:
+    for index, base in enumerate(bases):
         base_place = None if base is None else place_base(config, base, mesh)
+        if base is not None and base_place is not None and base.config.cache_states:
+            base_place = head_only(base.model.arch, base_place)
         base_shardings = None if base_place is None else base_place.shardings
         kind = None if base is None else _kind(base)
         if kind not in compiled:
@@ -95,24 +104,14 @@ def build_programs(
         if base is not None and base_place is not None:
             base_params = load_base(base.model, base.config, base_place)
         evaluation = None
-        if held_out is not None:
+        if held_out:
+            batches = held_out[index]
             evaluation = HeldOut(
-                evaluate, held_out, count=len(held_out), base_params=base_params, mesh=mesh
+                evaluate, batches, count=len(batches), base_params=base_params, mesh=mesh
             )
         name = models.trained.name if base is None else base.model.name
         programs.append(BaseProgram(name, base_params, step, evaluation))
     return tuple(programs)
-
-
-def place_base(config: TrainConfig, base: FrozenBase, mesh: Mesh) -> Placement:
-    """Decide where a base's parameters live."""
-    return place_model(
-        base.model.arch,
-        layout=base.config.layout,
-        param_dtype=jnp.dtype(base.config.param_dtype),
-        scan_layers=config.step.scan_layers,
-        mesh=mesh,
-    )
 
 
 def make_objective(
@@ -172,5 +171,5 @@ def make_objective(
 def _kind(base: FrozenBase) -> Hashable:
     """What decides a base's programs beside the run's config."""
     model = base.model
-    settings = base.config.param_dtype, base.config.layout
+    settings = base.config.param_dtype, base.config.layout, base.config.cache_states
     return model.arch, settings, model.info.vocab_size, base.unknown_ids

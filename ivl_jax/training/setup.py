@@ -20,6 +20,7 @@ from ivl_jax.data.demonstrations import DemonstrationSource, store_demonstration
 from ivl_jax.data.tokenized import TokenizedDemonstrations, tokenize_demonstrations
 from ivl_jax.sharding import batch_ways, data_shard, make_mesh
 from ivl_jax.training.base_turns import BaseTurns
+from ivl_jax.training.cached_states import CachedSplit, open_cached_splits, write_cached_states
 from ivl_jax.training.models import Models, make_trained_params, place_model
 from ivl_jax.training.optimizer import make_optimizer, make_schedule
 from ivl_jax.training.programs import BaseProgram, build_programs
@@ -33,9 +34,12 @@ class Data:
     """Batches to train on and to evaluate on, and how their text was made."""
 
     train: TrainIterator
-    held_out: EvalBatches | None
+    held_out: tuple[EvalBatches, ...]
+    """The same demonstrations for each base; empty when none are held out."""
     chat_format: ChatFormat
     total_steps: int
+    cached: tuple[dict[str, CachedSplit], ...]
+    """For each base its cached states by split; empty where it runs in every step."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,8 @@ def prepare_data(config: TrainConfig, models: Models, mesh: Mesh) -> Data:
         The data of the run.
 
     Raises:
-        ConfigError: no held-out split although evaluation is asked for.
         MalformedRowsError: too many rows are malformed.
+        StatesError: cached base states are stale.
     """
     options = config.data
     info = models.trained.info
@@ -117,20 +121,53 @@ def prepare_data(config: TrainConfig, models: Models, mesh: Mesh) -> Data:
         "process_index": index,
         "process_count": count,
     }
+    cached: list[dict[str, CachedSplit]] = [
+        open_cached_splits(config, base, split, chat_format, data_name=stored.folder.parent.name)
+        for base in models.bases
+    ] or [{}]
     rows = config.step.batch_size
-    train = make_train_iterator(split["train"], batch_size=rows, seed=config.seed, **layout)
-    held_out = None
+    train = make_train_iterator(
+        split["train"],
+        batch_size=rows,
+        seed=config.seed,
+        states=[one["train"].states if one else None for one in cached],
+        turns=base_turns(config),
+        **layout,
+    )
+    held_out = []
     if "validation" in split:
-        held_out = make_eval_batches(
-            split["validation"],
-            batch_size=rows // config.step.micro_batches,
-            max_rows=config.logging.evaluation_rows,
-            **layout,
-        )
+        held_out = [
+            make_eval_batches(
+                split["validation"],
+                batch_size=rows // config.step.micro_batches,
+                max_rows=config.logging.evaluation_rows,
+                states=one["validation"].states if one else None,
+                **layout,
+            )
+            for one in cached
+        ]
     else:
         logger.warning("no held-out demonstrations: data.validation_fraction is 0; no evaluation")
     steps = config.step.max_steps or max(1, round(config.step.epochs * train.steps_per_epoch))
-    return Data(train, held_out, chat_format, steps)
+    return Data(train, tuple(held_out), chat_format, steps, tuple(cached))
+
+
+def cache_base_states(config: TrainConfig, models: Models, data: Data, mesh: Mesh) -> None:
+    """Run each base whose states are wanted over what is not on disk yet.
+
+    Args:
+        config: of the run.
+        models: from `choose_models`.
+        data: from `prepare_data`.
+        mesh: the device mesh.
+
+    Raises:
+        OSError: the disk has not enough space.
+    """
+    pad_id = models.trained.info.pad_id
+    for base, cached in zip(models.bases, data.cached, strict=False):
+        if cached:
+            write_cached_states(config, base, list(cached.values()), pad_id=pad_id, mesh=mesh)
 
 
 def prepare(config: TrainConfig, models: Models, data: Data, mesh: Mesh) -> Preparation:

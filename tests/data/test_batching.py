@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -44,7 +45,7 @@ def _segments(batches: Iterable[Batch]) -> Counter:
     """The dialogues that batches hold, put together again from their segments."""
     found: Counter = Counter()
     for batch in batches:
-        for tokens, targets, mask, positions, segments in zip(*batch, strict=True):
+        for tokens, targets, mask, positions, segments in zip(*batch[:5], strict=True):
             for segment in range(1, segments.max(initial=0) + 1):
                 inside = segments == segment
                 assert positions[inside].tolist() == list(range(inside.sum()))
@@ -140,7 +141,7 @@ def test_processes_share_out_the_same_global_batch(
             assert ids == whole.row_ids(step)
             together = [next(part) for part in parts]
             expected = whole._layout.batch(whole._order[step])
-            joined = Batch(*map(np.concatenate, zip(*together, strict=True)))
+            joined = jax.tree.map(lambda *parts: np.concatenate(parts), *together)
             assert _equal(joined, expected)
         evaluations = [
             _evaluation(tokenized, packing=packing, process_index=index, process_count=count)

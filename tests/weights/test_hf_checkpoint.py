@@ -73,6 +73,17 @@ def test_shards_give_what_one_file_gives(
     _assert_equal_bits(load_params(write_folder(shards, name="sharded"), arch), single)
 
 
+def test_one_entry_is_read_alone_from_a_folder_that_is_checked_whole(
+    arch: ArchConfig, tensors: Tensors, write_folder: Write
+) -> None:
+    folder = write_folder({SINGLE: tensors}, name="whole")
+    whole = load_params(folder, arch)
+    _assert_equal_bits(load_params(folder, arch, entries=("norm",)), {"norm": whole["norm"]})
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(TreeMismatchError, match="up_proj"):
+        load_params(write_folder({SINGLE: tensors}, name="broken"), arch, entries=("norm",))
+
+
 def test_everything_that_does_not_fit_is_listed_in_one_error(
     arch: ArchConfig, tensors: Tensors, write_folder: Write
 ) -> None:
@@ -199,6 +210,10 @@ def test_padded_vocabulary_rows_are_zero_and_saving_crops_them(
     assert {name: array.tobytes() for name, array in saved.items()} == {
         name: array.tobytes() for name, array in tensors.items()
     }
+    assert load_params(tmp_path / "saved", arch, vocab_rows=40)["lm_head"]["kernel"].shape == (
+        16,
+        40,
+    )
     with pytest.raises(ValueError, match="at least the vocabulary, 40, got 39"):
         load_params(write_folder({SINGLE: tensors}), arch, vocab_rows=39)
 
@@ -291,9 +306,13 @@ def test_shardings_of_another_tree_are_an_error(
     arch: ArchConfig, tensors: Tensors, write_folder: Write
 ) -> None:
     shardings = parameter_shardings(abstract_params(arch), make_mesh(fsdp=8))
-    del shardings["norm"]
+    folder = write_folder({SINGLE: tensors})
+    shardings["final_norm"] = shardings.pop("norm")
+    with pytest.raises(ValueError, match="2 of them in only one of the trees"):
+        load_params(folder, arch, shardings=shardings)
+    del shardings["final_norm"]
     with pytest.raises(ValueError, match="1 of them in only one of the trees"):
-        load_params(write_folder({SINGLE: tensors}), arch, shardings=shardings)
+        load_params(folder, arch, shardings=shardings)
 
 
 def test_the_callers_default_device_is_used(

@@ -1,0 +1,262 @@
+"""Runs each frozen base once over the demonstrations, so that no training step ever runs it.
+
+In: bases whose config says `cache_states`, tokenised demonstrations. Out: their final hidden states
+beside the stored demonstrations. What depends on the value network or on a setting of the training
+is not in them: later epochs and other runs on the same demonstrations read them again.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich
+from etils import epath
+from jax.sharding import Mesh
+from jaxtyping import Array
+from rich.progress import Progress
+
+from ivl_jax.config import TrainConfig
+from ivl_jax.data.base_states import BaseStates, open_base_states
+from ivl_jax.data.batching import Batch, lay_out_rows
+from ivl_jax.data.chat import ChatFormat
+from ivl_jax.data.packing import pack
+from ivl_jax.data.tokenized import TokenizedDemonstrations
+from ivl_jax.model.decoder import Params, build_decoder, hidden_states
+from ivl_jax.sharding import LAYOUTS, activation_constraint, batch_sharding, place_batch
+from ivl_jax.training.models import FrozenBase, Placement, load_base, place_base
+
+logger = logging.getLogger(__name__)
+
+_BLOCK_BYTES = 1 << 24
+
+
+class CachedSplit(NamedTuple):
+    """One split of the demonstrations beside one base."""
+
+    states: BaseStates
+    tokenized: TokenizedDemonstrations
+
+
+def open_cached_splits(
+    config: TrainConfig,
+    base: FrozenBase,
+    splits: Mapping[str, TokenizedDemonstrations],
+    chat_format: ChatFormat,
+    *,
+    data_name: str,
+) -> dict[str, CachedSplit]:
+    """Find the cached states of a base, or begin them; checks what they belong to.
+
+    Args:
+        config: of the run.
+        base: the base.
+        splits: the tokenised demonstrations by split.
+        chat_format: how they were rendered.
+        data_name: of the stored demonstrations' folder.
+
+    Returns:
+        The states by split; empty where the base's config does not ask for them.
+
+    Raises:
+        StatesError: what is there is stale; each difference is named.
+    """
+    if not base.config.cache_states:
+        return {}
+    model = base.model
+    root = epath.Path(config.data.data_dir) / "base_states" / _folder_name(model.name) / data_name
+    common = {
+        "base weights": weights_fingerprint(model.folder, remembered=root / "weights.json"),
+        "base config": _digest(json.dumps(model.arch.to_hf(), sort_keys=True).encode()),
+        "base.param_dtype": base.config.param_dtype,
+        "step.compute_dtype": config.step.compute_dtype,
+        "tokenizer": model.info.fingerprint,
+        "chat template": chat_format.fingerprint,
+        "data.max_length": config.data.max_length,
+    }
+    return {
+        name: CachedSplit(
+            open_base_states(
+                root / name,
+                identity=common | {"demonstrations and tokens": tokenized.fingerprint},
+                positions=tokenized.lengths - 1,
+                width=model.arch.hidden_size,
+                dtype=config.step.compute_dtype,
+            ),
+            tokenized,
+        )
+        for name, tokenized in splits.items()
+    }
+
+
+def write_cached_states(
+    config: TrainConfig,
+    base: FrozenBase,
+    splits: Sequence[CachedSplit],
+    *,
+    pad_id: int,
+    mesh: Mesh,
+) -> None:
+    """Run a base over every dialogue whose states are not on disk; a stopped pass goes on.
+
+    Args:
+        config: of the run.
+        base: the base.
+        splits: from `open_cached_splits`.
+        pad_id: what stands where there is no token.
+        mesh: the device mesh.
+
+    Raises:
+        OSError: the disk has not enough space; said before the base is read.
+    """
+    missing = [(split, shard) for split in splits for shard in split.states.missing()]
+    if not missing:
+        return
+    _announce(base, splits, missing=len(missing))
+    place = place_base(config, base, mesh)
+    params = load_base(base.model, base.config, place)
+    program = _make_program(config, base, place, mesh)
+    rows = config.step.batch_size // config.step.micro_batches
+    started, console = time.perf_counter(), rich.get_console()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("caching base states", total=len(missing))
+        for split, shard in missing:
+            found: dict[int, np.ndarray] = {}
+            for layout, batch in _shard_batches(split, shard, rows=rows, pad_id=pad_id):
+                states = np.asarray(program(params, place_batch(batch, mesh)))
+                found |= _take_apart(layout, states, split.tokenized.lengths)
+            split.states.write(shard, [found[dialogue] for dialogue in sorted(found)])
+            progress.advance(task)
+    seconds = time.perf_counter() - started
+    logger.info("base %s: states written in %.0f s", base.model.name, seconds)
+
+
+def weights_fingerprint(folder: Path, *, remembered: epath.Path) -> str:
+    """Hash a model's weights, every byte of them; unchanged files are not read again.
+
+    Args:
+        folder: with the safetensors files.
+        remembered: a file that keeps each file's size, time of change and hash.
+
+    Returns:
+        SHA-256 over names and contents.
+    """
+    known = json.loads(remembered.read_text()) if remembered.exists() else {}
+    now = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        stat = path.stat()
+        seen = [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+        if path.name in known and known[path.name][:3] == seen:
+            now[path.name] = known[path.name]
+        else:
+            now[path.name] = [*seen, _file_digest(path)]
+    if now != known:
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        remembered.write_text(json.dumps(now, indent=1) + "\n")
+    return _digest(json.dumps({name: entry[3] for name, entry in now.items()}).encode())
+
+
+def _announce(base: FrozenBase, splits: Sequence[CachedSplit], *, missing: int) -> None:
+    """Say how much will be written, and stop when the disk cannot hold it."""
+    folder = splits[0].states.folder.parent
+    total = sum(split.states.total_bytes for split in splits)
+    share = missing / sum(len(split.states.shards) for split in splits)
+    positions = sum(int((split.tokenized.lengths - 1).sum()) for split in splits)
+    free = shutil.disk_usage(folder).free
+    logger.info(
+        "base %s: final hidden states of %s positions take %s in %s (%.0f%% are there; %s "
+        "are free)",
+        base.model.name,
+        f"{positions:,}",
+        _megabytes(total),
+        folder,
+        100 * (1 - share),
+        _megabytes(free),
+    )
+    left = round(share * total)
+    if left > free:
+        raise OSError(
+            f"{folder}: the cached states of {base.model.name} need "
+            f"{_megabytes(left)} more, {_megabytes(free)} are free: make room, set "
+            "another data.data_dir, or cache_states = false"
+        )
+
+
+def _make_program(
+    config: TrainConfig, base: FrozenBase, place: Placement, mesh: Mesh
+) -> Callable[[Params, Batch], Array]:
+    """(base parameters, batch [B T]) → final hidden states [B T D]."""
+    graphdef = build_decoder(
+        base.model.arch,
+        compute_dtype=jnp.dtype(config.step.compute_dtype),
+        scan_layers=config.step.scan_layers,
+    )
+    constrain = activation_constraint(mesh, LAYOUTS[base.config.layout])
+
+    def run(params: Params, batch: Any) -> Array:
+        where = {"positions": batch.positions, "segment_ids": batch.segment_ids}
+        return hidden_states(graphdef, params, batch.tokens, constrain=constrain, **where)[0]
+
+    rows = batch_sharding(mesh)
+    return jax.jit(run, in_shardings=(place.shardings, rows), out_shardings=rows)
+
+
+def _shard_batches(
+    split: CachedSplit, shard: int, *, rows: int, pad_id: int
+) -> Iterator[tuple[list[list[int]], Batch]]:
+    """Batches over the dialogues of one file, and which dialogues each row holds."""
+    first, end = split.states.shards[shard]
+    tokenized = split.tokenized
+    length = tokenized.sequence_length
+    plan = pack(tokenized.lengths[first:end] - 1, row_length=length, seed=0)
+    for start in range(0, plan.rows, rows):
+        stop = min(start + rows, plan.rows)
+        layout = [(plan.row(row) + first).tolist() for row in range(start, stop)]
+        layout += [[] for _ in range(rows - len(layout))]
+        dialogues = [[tokenized[dialogue] for dialogue in row] for row in layout]
+        yield layout, lay_out_rows(dialogues, sequence_length=length, pad_id=pad_id)
+
+
+def _take_apart(
+    layout: Sequence[Sequence[int]], states: np.ndarray, lengths: np.ndarray
+) -> dict[int, np.ndarray]:
+    """Dialogue → its states, from rows of several."""
+    found = {}
+    for row, dialogues in zip(states, layout, strict=False):
+        start = 0
+        for dialogue in dialogues:
+            end = start + int(lengths[dialogue]) - 1
+            found[dialogue] = row[start:end]
+            start = end
+    return found
+
+
+def _folder_name(model: str) -> str:
+    """The last part of a model's name, made fit for a folder, and a hash of the whole name."""
+    last = re.sub(r"[^A-Za-z0-9.-]+", "_", model.rstrip("/").rsplit("/", 1)[-1]) or "base"
+    return f"{last}-{_digest(model.encode())[:8]}"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(functools.partial(file.read, _BLOCK_BYTES), b""):
+            digest.update(block)
+    return digest.hexdigest()
