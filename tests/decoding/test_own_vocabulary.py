@@ -1,0 +1,373 @@
+"""Value networks with their own vocabulary decode as if everything were read anew at each step."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ivl_jax.assets import family_folder
+from ivl_jax.checkpoint import ValueMetadata, ValueNetwork
+from ivl_jax.data.chat import make_chat_format
+from ivl_jax.data.formats import Message
+from ivl_jax.data.pieces import PieceEncoder
+from ivl_jax.decoding.compose import compose
+from ivl_jax.decoding.generate import grow_mapped
+from ivl_jax.decoding.own_vocabulary import TextReader
+from ivl_jax.decoding.requests import GenerationOptions, PromptTooLongError
+from ivl_jax.decoding.sampling import Sampling, row_keys, sample_tokens
+from ivl_jax.decoding.state import DecodeState
+from ivl_jax.model.decoder import build_decoder, forward, init_params
+from ivl_jax.model.kv_cache import KVCache
+from ivl_jax.tokenizer import TokenizerMismatchError, describe_tokenizer, load_tokenizer
+from ivl_jax.vocabulary.mapping import (
+    DescribedMap,
+    MapMetadata,
+    VocabularyMap,
+    VocabularyMapError,
+)
+from ivl_jax.vocabulary.special_tokens import pair_special_tokens
+from ivl_jax.weights.language_model import LanguageModel
+from tests.decoding.tiny import NEAR_TIE, tiny_arch
+
+PROMPTS = ["Once upon a ti", "", "naïve 水", "def add(a, b):\n    return"]
+PADDED = 192
+
+
+@functools.cache
+def language_model(folder, *, seed, context=PADDED, width=32):
+    """A random model with a real tokenizer."""
+    tokenizer = load_tokenizer(folder)
+    info = describe_tokenizer(tokenizer)
+    rows = info.vocab_size + 3
+    arch = tiny_arch(width=width, heads=2, kv_heads=1, layers=1, rows=rows, context=context)
+    params = jax.jit(lambda key: init_params(arch, key))(jax.random.key(seed))
+    return LanguageModel(str(folder), arch, params, tokenizer, info, info.eos_ids)
+
+
+def random_map(base, value, *, seed=0, centred=False):
+    """Most base tokens to random value tokens, with random weights."""
+    rng = np.random.default_rng(seed)
+    size, value_size = base.tokenizer_info.vocab_size, value.tokenizer_info.vocab_size
+    index = rng.integers(0, value_size, size).astype(np.int32)
+    weight = np.where(rng.random(size) < 0.8, rng.random(size), 0.0).astype(np.float32)
+    infos = base.tokenizer_info, value.tokenizer_info
+    pairs = pair_special_tokens(*infos, base_name="b", value_name="v")
+    for _, base_id, value_id in pairs:
+        index[base_id], weight[base_id] = value_id, 1.0
+    metadata = MapMetadata(
+        method="bytes",
+        base_name="b",
+        base_fingerprint=infos[0].fingerprint,
+        value_name="v",
+        value_fingerprint=infos[1].fingerprint,
+        value_vocab_size=value_size,
+        centred=centred,
+        token_coverage=0.8,
+        text_coverage=0.8,
+        texts=1,
+        special_pairs=pairs,
+    )
+    return DescribedMap(VocabularyMap(jnp.asarray(index), jnp.asarray(weight)), metadata, "MAP")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _last_logits(arch, params, tokens, length):
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    return forward(build_decoder(arch), params, tokens, positions=positions)[0, length - 1]
+
+
+def last_logits(network, ids):
+    """[V] real columns, from one pass over all of a text, without a cache."""
+    padded = np.zeros((1, PADDED), np.int32)
+    padded[0, : len(ids)] = ids
+    logits = _last_logits(network.arch, network.params, padded, np.int32(len(ids)))
+    return np.asarray(logits)[: network.tokenizer_info.vocab_size]
+
+
+def whole_text(spelled):
+    """Bytes as text, up to where they end inside a character."""
+    for cut in range(4):
+        try:
+            kept = spelled[: len(spelled) - cut]
+            tail = spelled[len(kept) :]
+            tail.decode()
+        except UnicodeDecodeError as error:
+            if error.start == 0 and error.reason == "unexpected end of data":
+                return kept.decode(errors="replace")
+    return spelled.decode(errors="replace")
+
+
+def read_anew(model, index, prompt, base_ids):
+    """All that the base has read, in a value network's own tokens, by its own tokenizer's call."""
+    if isinstance(prompt, list):
+        return read_dialogue_anew(model, index, prompt, base_ids)
+    value, own = model.values[index], model.own_vocabularies[index]
+    pairs = {base_id: value_id for _, base_id, value_id in own.special_pairs}
+    begins = model.base.tokenizer_info.bos_id, value.tokenizer_info.bos_id
+    puts_space = model.strips_leading_space
+    ids, spelled, fresh = [], b"", True
+
+    def flush(final):
+        nonlocal ids, spelled, fresh
+        text = spelled.decode(errors="replace") if final else whole_text(spelled)
+        if fresh and puts_space:
+            text = text.removeprefix(" ")
+        call = value.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        ids += call["input_ids"] if text else []
+        spelled, fresh = b"", True
+
+    for place, base_id in enumerate(base_ids):
+        paired = begins[1] if (place, base_id) == (0, begins[0]) else pairs.get(base_id)
+        if paired is None:
+            spelled += model.token_bytes[base_id]
+        else:
+            flush(final=True)
+            ids.append(paired)
+    flush(final=False)
+    beginning = value.tokenizer("")["input_ids"][:1]
+    if beginning and ids[:1] != beginning:
+        ids = beginning + ids
+    return ids or [begins[1]]
+
+
+def read_dialogue_anew(model, index, messages, base_ids):
+    """A dialogue in the value's own template and tokens, then what the base has said since."""
+    value = model.values[index]
+    own = make_chat_format(value.tokenizer, template="plain").encode_prompt(messages).tolist()
+    said = base_ids[len(model.encode(messages)) :]
+    text = whole_text(b"".join(model.token_bytes[base_id] for base_id in said))
+    _, piece = PieceEncoder(value.tokenizer).encode([["Answer:", text]])[0]
+    return own + piece.ids
+
+
+def step_anew(model, maps, prompt, base_ids, strengths):
+    """Composed logits [V] after these base tokens, everything read from scratch; all in NumPy."""
+    total = last_logits(model.base, base_ids)
+    for index, value in enumerate(model.values):
+        if maps[index] is None:
+            total = total + strengths[index] * last_logits(value, base_ids)
+            continue
+        found, weight = (np.asarray(array) for array in maps[index].vocabulary_map)
+        logits = last_logits(value, read_anew(model, index, prompt, base_ids))
+        if maps[index].metadata.centred:
+            logits = logits - logits[np.unique(found[weight != 0])].mean()
+        total = total + strengths[index] * np.where(weight != 0, weight * logits[found], 0)
+    return total
+
+
+def own_lengths(model, prompt, ids, generated):
+    """Tokens that each value network with its own vocabulary has to read."""
+    for index, own in enumerate(model.own_vocabularies):
+        if own is not None:
+            yield own, len(read_anew(model, index, prompt, [*ids, *generated]))
+
+
+_sample = jax.jit(sample_tokens)
+
+
+def decode_anew(model, maps, prompt, options, *, row):
+    """Generated ids, each from scratch; with them the margin that decided each greedy one."""
+    ids, margins = model.encode(prompt), []
+    strengths = model.strengths if options.strengths is None else options.strengths
+    ask = (options.temperature, options.top_k, options.top_p, options.min_p)
+    kinds = (np.float32, np.int32, np.float32, np.float32)
+    sampling = Sampling(*(np.asarray([a], kind) for a, kind in zip(ask, kinds, strict=True)))
+    key = row_keys(jnp.asarray([options.seed], jnp.uint32), jnp.asarray([row], jnp.int32))
+    generated = []
+    while len(generated) < options.max_new_tokens:
+        if any(length > own.context for own, length in own_lengths(model, prompt, ids, generated)):
+            break
+        logits = step_anew(model, maps, prompt, [*ids, *generated], strengths)
+        index = np.asarray([len(generated)], np.int32)
+        padded = np.full((1, model.base.arch.vocab_size), -np.inf, np.float32)
+        padded[0, : len(logits)] = logits
+        generated.append(int(_sample(padded, sampling, key, index)[0]))
+        margins.append(np.diff(np.sort(logits)[-2:])[0])
+        if generated[-1] in model.stop_ids:
+            break
+    return generated, margins
+
+
+def assert_same(generation, anew, *, greedy):
+    """Token for token, up to a near-tie of greedy decoding, after which all may differ."""
+    expected, margins = anew
+    for place, (ours, theirs) in enumerate(zip(generation.token_ids, expected, strict=False)):
+        if greedy and margins[place] < NEAR_TIE:
+            return
+        assert ours == theirs, (place, generation.token_ids, expected)
+    assert len(generation.token_ids) == len(expected)
+
+
+@pytest.fixture(scope="module")
+def mixed(stories260k_dir):
+    """SentencePiece base; values of its vocabulary, and of two others through maps."""
+    base = language_model(stories260k_dir, seed=0)
+    shared = language_model(stories260k_dir, seed=1)
+    values = [language_model(family_folder(name), seed=2 + i) for i, name in enumerate("SX")]
+    maps = [random_map(base, values[0]), None, random_map(base, values[1], seed=1, centred=True)]
+    values.insert(1, shared)
+    return compose(base, *values, strengths=[1.0, -0.5, 0.7], maps=maps), maps
+
+
+@pytest.fixture(scope="module")
+def swapped(stories260k_dir):
+    """Byte-level base, SentencePiece value with a context that some texts fill."""
+    base = language_model(family_folder("S"), seed=5)
+    value = language_model(stories260k_dir, seed=6, context=48)
+    maps = [random_map(base, value)]
+    return compose(base, value, strengths=[1.5], maps=maps), maps
+
+
+@pytest.mark.parametrize("which", ["mixed", "swapped"])
+@pytest.mark.parametrize("temperature", [0.0, 1.5], ids=["greedy", "sampled"])
+def test_tokens_equal_reading_and_running_everything_anew_at_each_step(request, which, temperature):
+    model, maps = request.getfixturevalue(which)
+    options = GenerationOptions(max_new_tokens=24, temperature=temperature, seed=3)
+    own = dataclasses.replace(options, strengths=[-2.0 * alpha for alpha in model.strengths])
+    each = [options, options, own, options]
+    together = model.generate(PROMPTS, each)
+    for row, (prompt, generation) in enumerate(zip(PROMPTS, together, strict=True)):
+        anew = decode_anew(model, maps, prompt, each[row], row=row)
+        assert_same(generation, anew, greedy=temperature == 0)
+    assert len({generation.text for generation in together}) == len(PROMPTS)
+
+
+def test_dialogues_are_read_through_the_values_template_by_both_sides(swapped):
+    model, maps = swapped
+    dialogues = [[Message("user", text)] for text in ("Hi", "Why?", "水", "One more")]
+    options = GenerationOptions(max_new_tokens=12)
+    eos = model.base.tokenizer_info.special_tokens[model.base.tokenizer_info.eos_ids[0]]
+    assert model.tokenizer.decode(model.encode(dialogues[0])) == "Question: Hi\nAnswer:"
+    assert model.tokenizer.decode(model.chat_format.stop_ids) == eos
+    together = model.generate(dialogues, options)
+    for row, (dialogue, generation) in enumerate(zip(dialogues, together, strict=True)):
+        assert_same(generation, decode_anew(model, maps, dialogue, options, row=row), greedy=True)
+
+
+def test_stop_strings_and_limits_end_rows_of_a_batch(swapped):
+    model, _ = swapped
+    free = model.generate(PROMPTS, GenerationOptions(max_new_tokens=24))
+    stop = free[3].text[6:9]
+    each = [GenerationOptions(max_new_tokens=24)] * 2
+    each += [
+        GenerationOptions(max_new_tokens=5),
+        GenerationOptions(max_new_tokens=24, stop=(stop,)),
+    ]
+    *same, short, ended = model.generate(PROMPTS, each)
+    assert same == free[:2]
+    assert "length" in {generation.finish_reason for generation in free}
+    assert min(len(generation.token_ids) for generation in free) < 24
+    assert (short.token_ids, short.finish_reason) == (free[2].token_ids[:5], "length")
+    assert ended.text == free[3].text[: free[3].text.index(stop)]
+    assert ended.finish_reason == "stop_string"
+
+
+def test_generation_stops_at_the_values_end_of_turn_even_if_the_base_knows_no_end(swapped):
+    model, (described,) = swapped
+    base, value = model.base, model.values[0]
+    (end_id,) = base.tokenizer_info.eos_ids
+    # The value says nothing but whether to stop, and says it loudly.
+    only_end = np.zeros_like(described.vocabulary_map.weight)
+    only_end[end_id] = 1.0
+    vocabulary_map = described.vocabulary_map._replace(weight=jnp.asarray(only_end))
+    maps = [described._replace(vocabulary_map=vocabulary_map)]
+    endless = dataclasses.replace(base, stop_ids=())
+    stopping = compose(endless, value, strengths=[1000.0], maps=maps)
+    assert stopping.stop_ids == (end_id,)
+    options = GenerationOptions(max_new_tokens=24)
+    together = stopping.generate(PROMPTS, options)
+    for row, generation in enumerate(together):
+        anew = decode_anew(stopping, maps, PROMPTS[row], options, row=row)
+        assert_same(generation, anew, greedy=True)
+    assert [generation.finish_reason for generation in together] == ["eos"] * len(PROMPTS)
+    assert {generation.token_ids[-1] for generation in together} == {end_id}
+
+
+def test_a_prompt_beyond_the_values_own_context_is_refused_by_name(swapped):
+    model, _ = swapped
+    with pytest.raises(PromptTooLongError, match=r"more than the context of 48 .*its own vocabul"):
+        model.generate(["word " * 30])
+
+
+def test_maps_and_schemes_that_do_not_fit_are_refused_with_both_names(stories260k_dir):
+    base, other = (language_model(family_folder(name), seed=0) for name in "SX")
+    value = language_model(stories260k_dir, seed=1)
+    with pytest.raises(TokenizerMismatchError) as caught:
+        compose(base, value)
+    command = f"build --base-tokenizer {base.path} --value-tokenizer {value.path} --text TEXT"
+    assert command in str(caught.value)
+    with pytest.raises(VocabularyMapError, match="MAP was built for base b") as caught:
+        compose(other, value, maps=[random_map(base, value)])
+    assert other.path in str(caught.value)
+    with pytest.raises(ValueError, match=r"2 maps for 1 value network"):
+        compose(base, value, maps=[None, None])
+    network = ValueNetwork(
+        arch=value.arch,
+        params=value.params,
+        connection="cascade",
+        metadata=ValueMetadata(
+            architecture=value.arch.to_hf(),
+            connection="cascade",
+            penalty={},
+            tokenizer=value.tokenizer_info.to_json(),
+            training_base={"name": "stories", "fingerprint": ""},
+            chat_template="plain",
+            stop_ids=value.stop_ids,
+        ),
+        tokenizer=value.tokenizer,
+        tokenizer_info=value.tokenizer_info,
+        chat_template="plain",
+        stop_ids=value.stop_ids,
+    )
+    with pytest.raises(ValueError, match="only the residual scheme is defined") as caught:
+        compose(base, network, maps=[random_map(base, value)])
+    assert "trained on stories" in str(caught.value)
+    assert base.path in str(caught.value)
+
+
+def test_readings_hold_what_changed_and_at_least_the_last_token(swapped):
+    model, _ = swapped
+    (own,) = model.own_vocabularies
+    prompts = ["One", "水と火"]
+    rows = [model.prepare([prompt])[0] for prompt in prompts]
+    reader = TextReader([own], [row.own_texts for row in rows], batch=3, new_tokens=10)
+    caches = [[], []]
+    pushed = [rows[0].token_ids + rows[1].token_ids, rows[1].token_ids + rows[0].token_ids]
+    for step in range(len(pushed[0]) + 1):
+        (reading,) = reader.readings()
+        assert reading.tokens.shape[0] == 3
+        assert reading.counts.min() == 1
+        for row in range(2):
+            start, count = int(reading.starts[row]), int(reading.counts[row])
+            caches[row][start:] = reading.tokens[row, :count].tolist()
+            text = own.retokenizer.begin(rows[row].token_ids)
+            text.push(pushed[row][:step])
+            assert caches[row] == text.tokens
+            assert len(text.tokens) <= reader.capacity
+        assert reader.push([ids[step : step + 1] for ids in pushed]) == [False, False]
+
+
+def test_caches_grow_and_keep_what_they_hold(swapped):
+    model, _ = swapped
+    composition = model.composition
+    cache = KVCache((jnp.ones((2, 1, 4, 8)),), (jnp.ones((2, 1, 4, 8)),))
+    state = DecodeState(*[jnp.zeros(2)] * 5, value_caches=(cache,))
+    (grown,) = grow_mapped(composition, state, mapped_capacity=6).value_caches
+    np.testing.assert_array_equal(grown.keys[0][:, :, :4], cache.keys[0])
+    np.testing.assert_array_equal(grown.values[0][:, :, 4:], 0)
+    assert grown.keys[0].shape == (2, 1, 6, 8)
+
+
+def test_a_llama_2_value_on_a_gpt_2_base(llama2_tokenizer_dir, gpt2_tokenizer_dir):
+    llama2 = language_model(llama2_tokenizer_dir, seed=0, width=16)
+    gpt2 = language_model(gpt2_tokenizer_dir, seed=1, width=16)
+    maps = [random_map(gpt2, llama2)]
+    model = compose(gpt2, llama2, maps=maps)
+    options = GenerationOptions(max_new_tokens=12)
+    together = model.generate(PROMPTS[:2], options)
+    for row, generation in enumerate(together):
+        anew = decode_anew(model, maps, PROMPTS[row], options, row=row)
+        assert_same(generation, anew, greedy=True)
