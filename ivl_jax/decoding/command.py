@@ -4,6 +4,7 @@ In: an `InferConfig`. Out: text on standard output, or lines of a JSONL file.
 """
 
 import dataclasses
+import hashlib
 import logging
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -29,7 +31,7 @@ from ivl_jax.decoding.prompt_files import (
 )
 from ivl_jax.decoding.requests import GenerationOptions, PromptTooLongError
 from ivl_jax.decoding.text import ComposedModel, EncodedPrompt, Generation, Prompt
-from ivl_jax.decoding.value_sources import ValueSource, check_sources, find_value, load_source
+from ivl_jax.decoding.value_sources import ValueSource, check_sources, find_values, load_source
 from ivl_jax.sharding import LAYOUTS, make_mesh
 from ivl_jax.weights.language_model import find_model, load_language_model
 
@@ -75,11 +77,11 @@ def prepare(config: InferConfig) -> Work:
     check_infer_config(config)
     if config.input is None and config.prompt is None and not sys.stdin.isatty():
         raise ConfigError("--chat without --prompt talks on a terminal: give --prompt or --input")
-    paths = [path for path in config.value if path != "none"]
-    rows = [] if config.input is None else read_prompts(Path(config.input), values=len(paths))
+    values = sum(path != "none" for path in config.value)
+    rows = [] if config.input is None else read_prompts(Path(config.input), values=values)
     mesh = _mesh(config)
     base_folder = find_model(config.base)
-    sources = [find_value(path) for path in paths]
+    sources = find_values(config.value, config.map)
     check_sources(config.base, base_folder, sources)
     output = None
     if config.output is not None:
@@ -121,6 +123,7 @@ def _load(config: InferConfig, sources: Sequence[ValueSource], mesh: Mesh | None
         base,
         *values,
         strengths=config.strength,
+        maps=[source.described_map for source in sources],
         mesh=mesh,
         base_rules=base_rules,
         value_rules=value_rules,
@@ -148,6 +151,11 @@ def _settings(
     settings = {name: value for name, value in flags.items() if name not in _FREE_FLAGS}
     settings["base_fingerprint"] = folder_fingerprint(base_folder)
     settings["value_fingerprints"] = [folder_fingerprint(source.folder) for source in sources]
+    settings["map_fingerprints"] = [
+        hashlib.sha256(epath.Path(path).read_bytes()).hexdigest()
+        for path in config.map
+        if path != "none"
+    ]
     return settings
 
 

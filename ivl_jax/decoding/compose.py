@@ -24,7 +24,7 @@ from ivl_jax.model.network import Architecture, build_network
 from ivl_jax.sharding import DEFAULT_RULES, ShardingRules, parameter_shardings
 from ivl_jax.text_codec import TextCodec, spoken_bytes
 from ivl_jax.tokenizer import TokenizerInfo
-from ivl_jax.vocabulary.mapping import DescribedMap, load_vocabulary_map
+from ivl_jax.vocabulary.mapping import DescribedMap, read_map
 from ivl_jax.weights.language_model import LanguageModel
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def _network(
 def _described(given: epath.PathLike | DescribedMap | None) -> DescribedMap | None:
     if given is None or isinstance(given, DescribedMap):
         return given
-    return DescribedMap(*load_vocabulary_map(given), str(given))
+    return read_map(given)
 
 
 def _own_vocabularies(

@@ -1,7 +1,7 @@
 """What each `--value` of infer.py names, checked against the base before any weight is read.
 
-In: paths of value folders and of language models, the base's folder. Out: `ValueSource`s whose
-tokenizers and schemes fit the base; then the loaded networks.
+In: paths of value folders, language models and vocabulary maps, the base's folder. Out:
+`ValueSource`s whose tokenizers, maps and schemes fit the base; then the loaded networks.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from ivl_jax.checkpoint.value_metadata import METADATA_NAME
 from ivl_jax.decoding.compatibility import Side, check_fit
 from ivl_jax.sharding import ShardingRules
 from ivl_jax.tokenizer import TokenizerInfo, describe_tokenizer, load_tokenizer
+from ivl_jax.vocabulary.mapping import DescribedMap, read_map
 from ivl_jax.weights.language_model import (
     LanguageModel,
     find_model,
@@ -35,16 +36,41 @@ class ValueSource:
         path: As the user named it.
         folder: The folder it is in.
         metadata: Of a value folder; None for a language model.
+        described_map: The vocabulary map it needs on this base, or None.
     """
 
     path: str
     folder: epath.PathLike
     metadata: ValueMetadata | None
+    described_map: DescribedMap | None = None
 
     @property
     def connection(self) -> str:
         """The connection scheme; a language model reads text only."""
         return "residual" if self.metadata is None else self.metadata.connection
+
+
+def find_values(paths: Sequence[str], maps: Sequence[str]) -> list[ValueSource]:
+    """Find value networks and read their vocabulary maps.
+
+    Args:
+        paths: value folders or language models, as `find_value` takes them; `none` is left out.
+        maps: for each of them a map's file, or `none`; empty: none at all.
+
+    Returns:
+        One source each, in order.
+
+    Raises:
+        FileNotFoundError: as `find_value`.
+        ValueError: as `find_value`, or a map that cannot be read.
+    """
+    sources = [find_value(path) for path in paths if path != "none"]
+    if not sources or not maps:
+        return sources
+    return [
+        source if file == "none" else dataclasses.replace(source, described_map=read_map(file))
+        for source, file in zip(sources, maps, strict=True)
+    ]
 
 
 def find_value(path: str) -> ValueSource:
@@ -100,7 +126,7 @@ def check_sources(base_name: str, base_folder: Path, sources: Sequence[ValueSour
             base,
             Side(f"the value {source.path}", source.path, info),
             connection=source.connection,
-            described_map=None,
+            described_map=source.described_map,
         )
 
 

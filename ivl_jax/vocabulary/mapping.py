@@ -183,6 +183,21 @@ def load_vocabulary_map(path: epath.PathLike) -> tuple[VocabularyMap, MapMetadat
     return VocabularyMap(*arrays), metadata
 
 
+def read_map(path: epath.PathLike) -> DescribedMap:
+    """Read a map together with where it comes from and where it is.
+
+    Args:
+        path: a file written by `save_vocabulary_map`.
+
+    Returns:
+        The map, its metadata and its path.
+
+    Raises:
+        VocabularyMapError: as `load_vocabulary_map`.
+    """
+    return DescribedMap(*load_vocabulary_map(path), str(path))
+
+
 def check_vocabulary_map(
     metadata: MapMetadata,
     *,
