@@ -25,6 +25,8 @@ class ModelFlags:
     map: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Vocabulary map of a value with another tokenizer than the base's, built by
     `python -m ivl_jax.vocabulary build`; one a value in their order, `none` for those without."""
+    chat_template: str = ""
+    """Empty: the first value network's own, else the base's; or `llama-2`, `chatml`, `plain`, …"""
     dtype: DType = "float32"
     """Parameters and computation; logits are always composed in float32."""
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(fsdp=1, tensor=-1))
@@ -53,8 +55,6 @@ class LikelihoodFlags:
     """With `--format fields`: the user's message, for example `{question}`."""
     assistant_template: str = ""
     """With `--format fields`: the assistant's message, for example `{answer}`."""
-    chat_template: str = ""
-    """Empty: the value network's own, else the base's; or `llama-2`, `llama-3`, `chatml`, …"""
     max_length: int = 1024
     """Tokens of a dialogue that are read; the context of the models where that is less."""
     limit: int = 0

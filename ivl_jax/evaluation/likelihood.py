@@ -17,13 +17,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ivl_jax.data.chat import ChatFormat, make_chat_format
 from ivl_jax.data.demonstrations import DemonstrationSource, store_demonstrations
 from ivl_jax.data.formats import Demonstration
 from ivl_jax.data.tokenized import TokenizedDemonstrations, tokenize_demonstrations
 from ivl_jax.decoding.text import ComposedModel
 from ivl_jax.evaluation.flags import LikelihoodFlags, check_model_flags, require
-from ivl_jax.evaluation.loading import find_sources, load_model
+from ivl_jax.evaluation.loading import chat_format_of, find_sources, load_model
 from ivl_jax.evaluation.scoring import Row, RowScores, score_rows
 
 _FIRST_EDGE = 16
@@ -160,7 +159,7 @@ def run(flags: LikelihoodFlags) -> LikelihoodReport:
     sources = find_sources(flags.model)
     demonstrations = _read(flags)
     model = load_model(sources)
-    chat = _chat_format(model, flags.chat_template)
+    chat = chat_format_of(model, flags.model)
     dialogues = tokenize_demonstrations(
         demonstrations,
         chat,
@@ -233,10 +232,6 @@ def _read(flags: LikelihoodFlags) -> Sequence[Demonstration]:
         return split
     # Spread over the file: its beginning may be of one kind.
     return [split[int(i)] for i in np.linspace(0, len(split) - 1, flags.limit).astype(int)]
-
-
-def _chat_format(model: ComposedModel, template: str) -> ChatFormat:
-    return make_chat_format(model.tokenizer, template=template) if template else model.chat_format
 
 
 def _bins(length: int) -> np.ndarray:

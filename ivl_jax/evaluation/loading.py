@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ivl_jax.data.chat import ChatFormat, make_chat_format
 from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.prompt_files import folder_fingerprint
 from ivl_jax.decoding.text import ComposedModel
@@ -46,6 +47,7 @@ class ModelSources:
             "value": [source.path for source in self.values],
             "strength": list(self.flags.strength or (1.0,) * len(self.values)),
             "map": list(self.flags.map),
+            "chat_template": self.flags.chat_template,
             "dtype": self.flags.dtype,
             "base_fingerprint": folder_fingerprint(self.base_folder),
             "value_fingerprints": [folder_fingerprint(source.folder) for source in self.values],
@@ -105,3 +107,14 @@ def load_model(sources: ModelSources) -> ComposedModel:
         base_rules=base_rules,
         value_rules=value_rules,
     )
+
+
+def chat_format_of(model: ComposedModel, flags: ModelFlags) -> ChatFormat:
+    """Give the chat format of an evaluation: the one the flags name, else the model's own.
+
+    Raises:
+        ValueError: no such template.
+    """
+    if not flags.chat_template:
+        return model.chat_format
+    return make_chat_format(model.tokenizer, template=flags.chat_template)

@@ -1,9 +1,12 @@
 """What the tests of the benchmarks share: stories260k, alone and with random value networks."""
 
+import hashlib
+
 import pytest
 
 from ivl_jax.checkpoint import save_value
 from ivl_jax.decoding.compose import compose
+from ivl_jax.decoding.text import ComposedModel, Generation
 from tests.decoding.conftest import composed, make_value, stories, value
 
 __all__ = ["composed", "stories", "value"]
@@ -24,3 +27,29 @@ def value_folder(stories, tmp_path_factory):
         folder, params=network.params, metadata=network.metadata, tokenizer=network.tokenizer
     )
     return folder
+
+
+@pytest.fixture
+def read_prompts(monkeypatch):
+    """Batches of prompts that were to be generated from; what they get depends on each prompt.
+
+    Decoding has tests of its own; here it would only cost its compilation.
+    """
+    read = []
+
+    def generate_batches(self, prompts, *, batch_size):
+        for start in range(0, len(prompts), batch_size):
+            batch = list(prompts[start : start + batch_size])
+            read.append(batch)
+            yield [
+                Generation(
+                    text=f" It is {hashlib.sha256(repr(prompt[:3]).encode()).hexdigest()[:6]}.",
+                    token_ids=(5, 2),
+                    finish_reason="eos",
+                    prompt_tokens=len(prompt.token_ids),
+                )
+                for prompt in batch
+            ]
+
+    monkeypatch.setattr(ComposedModel, "generate_batches", generate_batches)
+    return read

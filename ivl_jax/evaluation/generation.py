@@ -1,0 +1,120 @@
+"""Generations of a benchmark, written to a file as they come; a second run goes on.
+
+In: a composed model, prompts, a JSONL file that knows what is done. Out: the file, complete.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ivl_jax.config import ConfigError
+from ivl_jax.decoding.prompt_files import GenerationFile
+from ivl_jax.decoding.text import ComposedModel, EncodedPrompt, Generation
+
+logger = logging.getLogger(__name__)
+
+_MOST_PROBLEMS_NAMED = 20
+
+
+def generate_to_file(
+    model: ComposedModel,
+    prompts: Sequence[EncodedPrompt],
+    output: GenerationFile,
+    *,
+    batch_size: int,
+    judge: Callable[[int, str], Mapping[str, Any]] = lambda index, text: {},
+) -> None:
+    """Continue prompts that have no line yet, and write a line each.
+
+    Args:
+        model: what continues them.
+        prompts: all of them, in the file's order.
+        output: the file; closed afterwards.
+        batch_size: prompts decoded together.
+        judge: what a line says of a generation besides itself, from the prompt's index and the
+            text.
+    """
+    if output.done:
+        logger.info("%d of %d items are done already", output.done, len(prompts))
+    with output, progress_bar("generating") as progress:
+        task = progress.add_task("", total=len(prompts), completed=output.done)
+        for batch in model.generate_batches(prompts[output.done :], batch_size=batch_size):
+            results = [
+                describe(generation) | dict(judge(index, generation.text))
+                for index, generation in enumerate(batch, output.done)
+            ]
+            output.append(results)
+            progress.update(task, completed=output.done)
+
+
+def describe(generation: Generation) -> dict[str, Any]:
+    """What a line of a file says of a generation."""
+    return {
+        "text": generation.text,
+        "finish_reason": generation.finish_reason,
+        "prompt_tokens": generation.prompt_tokens,
+        "generated_tokens": len(generation.token_ids),
+    }
+
+
+def progress_bar(doing: str) -> Progress:
+    """A bar on standard error, for work counted in items."""
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("items"), TimeRemainingColumn())
+    return Progress(TextColumn(doing), *columns, console=Console(stderr=True))
+
+
+def read_json_lines(
+    flag: str, path: Path, *, problem_of: Callable[[Any], str | None], expected: str
+) -> list[tuple[str, dict[str, Any]]]:
+    """Read a file of JSON objects, all of it, strictly.
+
+    Args:
+        flag: what names the file, for messages.
+        path: JSONL; empty lines do not count.
+        problem_of: what is wrong with a row, or None.
+        expected: what a row should be, for messages.
+
+    Returns:
+        (`FILE:LINE`, row) of each line, at least one.
+
+    Raises:
+        ConfigError: no such file, nothing in it, or malformed lines (at most 20 are named).
+    """
+    if not path.is_file():
+        raise ConfigError(f"{flag}: no file at {path}")
+    rows, problems = [], []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                problem = problem_of(row) if isinstance(row, dict) else "no JSON object"
+            except ValueError as error:
+                row, problem = None, f"not JSON: {error}"
+            if problem:
+                problems.append(f"{path}:{number}: {problem}")
+            else:
+                rows.append((f"{path}:{number}", row))
+    if problems:
+        more = len(problems) - _MOST_PROBLEMS_NAMED
+        named = "\n".join(f"  - {problem}" for problem in problems[:_MOST_PROBLEMS_NAMED])
+        raise ConfigError(
+            f"{flag}: {len(problems)} malformed line(s); expected {expected}:\n{named}"
+            + (f"\n  and {more} more" if more > 0 else "")
+        )
+    if not rows:
+        raise ConfigError(f"{flag}: {path} is empty; expected {expected}")
+    return rows
+
+
+def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
+    """Write a JSON file that is either whole or absent."""
+    staged = path.with_name(path.name + ".tmp")
+    staged.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    staged.replace(path)

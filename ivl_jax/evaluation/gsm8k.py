@@ -1,0 +1,183 @@
+"""GSM8K by the protocol of the paper's authors: one question, no examples, the last number counts.
+
+In: a composed model, items of GSM8K. Out: a line an item, and the share of right answers with its
+95 % Wilson interval.
+
+The protocol, from the authors' released code: the user asks "Answer the following question." and
+the question; the assistant's turn begins with "Answer:"; greedy, 512 tokens; the text is cut where
+it goes on with a question or a comment of its own; thousands separators are dropped; the last
+number counts; it is right where it equals the reference after dropping punctuation. So a sign does
+not count (two references are negative), and 18.00 does not equal 18.
+"""
+
+import json
+import re
+import string
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ivl_jax.data.chat import ChatFormat
+from ivl_jax.data.formats import Message
+from ivl_jax.decoding.prompt_files import GenerationFile, PromptRow
+from ivl_jax.decoding.requests import GenerationOptions
+from ivl_jax.evaluation.flags import Gsm8kFlags, check_model_flags, require
+from ivl_jax.evaluation.generation import generate_to_file, read_json_lines, write_summary
+from ivl_jax.evaluation.intervals import wilson_interval
+from ivl_jax.evaluation.loading import chat_format_of, find_sources, load_model
+
+_INSTRUCTION = "Answer the following question."
+_ANSWER = "Answer:"
+# What a base model goes on with once it has answered.
+_ENDS = (_INSTRUCTION.removesuffix("."), "Question:", "Comment:")
+_SEPARATOR = re.compile(r"(\d),(\d)")
+_NUMBER = re.compile(r"[-+]?\d*\.\d+|\d+")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def reference_number(answer: str) -> str:
+    """Give the number behind `####` of a reference answer, without separators.
+
+    >>> reference_number("5 * 400 = 2,000 #### 2,000")
+    '2000'
+    """
+    return _without_separators(answer.split("####")[-1].strip())
+
+
+def last_number(text: str) -> str | None:
+    """Give the last number of a generated text, without separators; None where it has none.
+
+    >>> last_number("She sells 16 - 7 = 9 eggs a day, for $1,018.50.")
+    '1018.50'
+    """
+    numbers = _NUMBER.findall(_without_separators(text))
+    return numbers[-1] if numbers else None
+
+
+def is_right(text: str, answer: str) -> bool:
+    """Say whether a generated text answers as the reference does.
+
+    >>> is_right("so it is 1,018 apples", "10 + 1,008 = 1,018 #### 1,018"), is_right("2", "#### 20")
+    (True, False)
+    """
+    found = last_number(text)
+    return found is not None and _bare(found) == _bare(reference_number(answer))
+
+
+def run(flags: Gsm8kFlags) -> dict[str, Any]:
+    """Run the benchmark as its flags say; write the lines and the summary, show the score.
+
+    Args:
+        flags: of the command line.
+
+    Returns:
+        The summary.
+
+    Raises:
+        ConfigError: flags or items that cannot be used, or an output of other settings.
+        FileNotFoundError: no such base model or value folder.
+        ValueError: models that do not fit each other.
+    """
+    problems = check_model_flags(flags.model)
+    if not flags.data:
+        problems.append("--data is missing: name GSM8K's test.jsonl")
+    if not flags.output.endswith(".jsonl"):
+        problems.append("--output is missing: name a .jsonl file")
+    require(problems)
+    items = read_json_lines(
+        "--data",
+        Path(flags.data),
+        problem_of=_problem,
+        expected='{"question": …, "answer": "… #### N"}',
+    )
+    items = items[: flags.limit or None]
+    rows = [PromptRow(where, item, item["question"], ()) for where, item in items]
+    sources = find_sources(flags.model)
+    settings = sources.to_json() | {
+        "prompt": flags.prompt,
+        "max_new_tokens": flags.max_new_tokens,
+        "limit": flags.limit,
+    }
+    output = GenerationFile(Path(flags.output), settings=settings, rows=rows)
+    model = load_model(sources)
+    chat = chat_format_of(model, flags.model)
+    prompts = [
+        _chat_prompt(chat, row) if flags.prompt == "chat" else f"{question(row)}\n{_ANSWER}"
+        for _, row in items
+    ]
+    options = GenerationOptions(
+        max_new_tokens=flags.max_new_tokens,
+        stop=_ENDS,
+        stop_ids=chat.stop_ids if flags.prompt == "chat" else (),
+    )
+    prepared = model.prepare(prompts, options, names=[where for where, _ in items])
+    generate_to_file(
+        model,
+        prepared,
+        output,
+        batch_size=flags.batch_size,
+        judge=lambda index, text: {
+            "number": last_number(text),
+            "right": is_right(text, items[index][1]["answer"]),
+        },
+    )
+    summary = {"benchmark": "gsm8k", **settings, **summarise(Path(flags.output))}
+    write_summary(Path(flags.output).with_suffix(".json"), summary)
+    low, high = summary["interval"]
+    Console().print(
+        f"GSM8K: {summary['right']} of {summary['items']} right, {summary['accuracy']:.1%} "
+        f"(95 % Wilson interval {low:.1%} to {high:.1%})"
+    )
+    return summary
+
+
+def question(row: dict[str, Any]) -> str:
+    """Write the user's message of an item."""
+    return f"{_INSTRUCTION}\n\nQuestion: {row['question'].strip()}"
+
+
+def _chat_prompt(chat: ChatFormat, row: dict[str, Any]) -> list[int]:
+    """The prompt through a chat template; one that begins answers with "Answer:" does so once."""
+    messages = [Message("user", question(row))]
+    begun = chat.prompt_text(messages).endswith(_ANSWER)
+    return chat.encode_prompt(messages, begins="" if begun else _ANSWER).tolist()
+
+
+def summarise(lines: Path) -> dict[str, Any]:
+    """Score a complete file of lines.
+
+    Args:
+        lines: of `run`.
+
+    Returns:
+        Items, right ones, their share, its 95 % Wilson interval, and how many answers were cut at
+        the limit of tokens.
+    """
+    rows = [json.loads(line) for line in lines.read_text(encoding="utf-8").split("\n")[:-1]]
+    right = sum(row["right"] for row in rows)
+    return {
+        "items": len(rows),
+        "right": right,
+        "accuracy": right / len(rows),
+        "interval": wilson_interval(right, len(rows)),
+        "interval_kind": "Wilson, 95 %",
+        "cut_at_the_limit": sum(row["finish_reason"] == "length" for row in rows),
+    }
+
+
+def _problem(row: dict[str, Any]) -> str | None:
+    for name in ("question", "answer"):
+        if not isinstance(row.get(name), str):
+            return f"no text `{name}`; the row has {sorted(row)}"
+    if not _NUMBER.search(reference_number(row["answer"])) or "####" not in row["answer"]:
+        return "the answer has no number behind `####`"
+    return None
+
+
+def _without_separators(text: str) -> str:
+    return _SEPARATOR.sub(r"\1\2", text)
+
+
+def _bare(text: str) -> str:
+    return text.translate(_NO_PUNCTUATION)

@@ -1,0 +1,41 @@
+"""`python -m ivl_jax.evaluation lm-eval …`: the harness' own command line, with the model `ivl`.
+
+In: the harness' arguments. Out: its tables and files. From the first release after 0.4.13 on, the
+harness finds `ivl` by itself (entry point `lm_eval.models`), and `lm-eval run --model ivl` does the
+same.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the harness.
+
+    Args:
+        arguments: of its command line: `run --model ivl --model_args base=… --tasks …`, `ls`, ….
+
+    Returns:
+        The exit status; 2 where `--model_args` name no usable model, or without the harness.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        sys.stderr.write(
+            "lm-evaluation-harness is not installed: pip install 'ivl_jax[eval]' (in a clone: "
+            "pip install -e '.[eval]')\n"
+        )
+        return 2
+    from lm_eval.__main__ import cli_evaluate
+
+    from ivl_jax.evaluation.harness import ModelArgumentsError
+
+    before = sys.argv
+    sys.argv = ["lm-eval", *arguments]  # the harness reads them there
+    try:
+        cli_evaluate()
+    except ModelArgumentsError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    finally:
+        sys.argv = before
+    return 0

@@ -1,0 +1,169 @@
+"""Answers to MT-Bench's multi-turn questions, for a judge elsewhere.
+
+In: a composed model, questions of several turns. Out: one line a question in the format that
+FastChat's `gen_judgment.py` reads.
+"""
+
+import logging
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ivl_jax.data.chat import ChatFormat
+from ivl_jax.data.formats import Message
+from ivl_jax.decoding.prompt_files import GenerationFile, PromptRow
+from ivl_jax.decoding.requests import GenerationOptions, PromptTooLongError
+from ivl_jax.decoding.text import ComposedModel, EncodedPrompt
+from ivl_jax.evaluation.flags import MtBenchFlags, check_model_flags, require
+from ivl_jax.evaluation.generation import progress_bar, read_json_lines
+from ivl_jax.evaluation.loading import chat_format_of, find_sources, load_model
+
+logger = logging.getLogger(__name__)
+
+# FastChat's temperatures; a category it does not know gets 0.7.
+TEMPERATURES = {
+    "writing": 0.7,
+    "roleplay": 0.7,
+    "extraction": 0.0,
+    "math": 0.0,
+    "coding": 0.0,
+    "reasoning": 0.0,
+    "stem": 0.1,
+    "humanities": 0.1,
+}
+_OTHER_TEMPERATURE = 0.7
+_ADDED_FIELDS = ("answer_id", "model_id", "choices", "tstamp")
+# What FastChat writes where a model cannot answer.
+_NO_ANSWER = "ERROR"
+_MOST_TURNS = 64  # turns that have sampling keys of their own
+
+
+def run(flags: MtBenchFlags) -> None:
+    """Answer all questions as the flags say.
+
+    Args:
+        flags: of the command line.
+
+    Raises:
+        ConfigError: flags or questions that cannot be used, or an output of other settings.
+        PromptTooLongError: first turns that exceed the context; all are named, nothing is computed.
+        ValueError: models that do not fit each other.
+    """
+    problems = check_model_flags(flags.model)
+    if not flags.questions:
+        problems.append("--questions is missing: name FastChat's question.jsonl, or one like it")
+    if not flags.output.endswith(".jsonl"):
+        problems.append("--output is missing: name a .jsonl file")
+    require(problems)
+    questions = read_json_lines(
+        "--questions",
+        Path(flags.questions),
+        problem_of=_problem,
+        expected='{"question_id": …, "category": …, "turns": ["…", …]}',
+    )
+    rows = [
+        PromptRow(where, {"question_id": question["question_id"]}, None, ())
+        for where, question in questions
+    ]
+    sources = find_sources(flags.model)
+    settings = sources.to_json() | {
+        "model_id": flags.model_id,
+        "max_new_tokens": flags.max_new_tokens,
+        "temperature": flags.temperature,
+        "seed": flags.seed,
+        "turns": [question["turns"] for _, question in questions],
+    }
+    output = GenerationFile(Path(flags.output), settings=settings, rows=rows, added=_ADDED_FIELDS)
+    model = load_model(sources)
+    answerer = _Answerer(model, chat_format_of(model, flags.model), flags)
+    for index, (where, question) in enumerate(questions):
+        answerer.prompt(index, [Message("user", question["turns"][0])], question, name=where)
+    if output.done:
+        logger.info("%d of %d questions are answered already", output.done, len(questions))
+    left = list(enumerate(question for _, question in questions))[output.done :]
+    with output, progress_bar("answering") as progress:
+        task = progress.add_task("", total=len(questions), completed=output.done)
+        for start in range(0, len(left), flags.batch_size):
+            batch = left[start : start + flags.batch_size]
+            answers = answerer.answer(batch)
+            output.append([_line(flags, *pair) for pair in zip(batch, answers, strict=True)])
+            progress.update(task, completed=output.done)
+
+
+class _Answerer:
+    """Answers questions turn by turn, a batch of questions at a time."""
+
+    def __init__(self, model: ComposedModel, chat: ChatFormat, flags: MtBenchFlags) -> None:
+        self._model = model
+        self._chat = chat
+        self._flags = flags
+
+    def prompt(
+        self, index: int, messages: Sequence[Message], question: dict[str, Any], *, name: str
+    ) -> EncodedPrompt:
+        """Encode and check a dialogue; samples depend on the question and the turn alone."""
+        temperature = self._flags.temperature
+        if temperature is None:
+            temperature = TEMPERATURES.get(question["category"], _OTHER_TEMPERATURE)
+        options = GenerationOptions(
+            max_new_tokens=self._flags.max_new_tokens,
+            temperature=temperature,
+            seed=self._flags.seed,
+            stop_ids=self._chat.stop_ids,
+        )
+        token_ids = self._chat.encode_prompt(messages).tolist()
+        (prompt,) = self._model.prepare([token_ids], options, names=[name])
+        return prompt._replace(row=index * _MOST_TURNS + len(messages) // 2)
+
+    def answer(self, batch: Sequence[tuple[int, dict[str, Any]]]) -> list[list[str]]:
+        """Answer every turn of some questions."""
+        dialogues: list[list[Message]] = [[] for _ in batch]
+        answers: list[list[str]] = [[] for _ in batch]
+        for turn in range(max(len(question["turns"]) for _, question in batch)):
+            prompts, asked = [], []
+            for place, (index, question) in enumerate(batch):
+                if turn >= len(question["turns"]):
+                    continue
+                name = f"question {question['question_id']}, turn {turn + 1}"
+                dialogues[place].append(Message("user", question["turns"][turn]))
+                try:
+                    prompts.append(self.prompt(index, dialogues[place], question, name=name))
+                    asked.append(place)
+                except PromptTooLongError as error:
+                    logger.warning("%s; its answer is %s", error, _NO_ANSWER)
+                    answers[place].append(_NO_ANSWER)
+                    dialogues[place].append(Message("assistant", _NO_ANSWER))
+            batches = self._model.generate_batches(prompts, batch_size=len(batch))
+            generations = [generation for one in batches for generation in one]
+            for place, generation in zip(asked, generations, strict=True):
+                text = generation.text.strip()
+                answers[place].append(text)
+                dialogues[place].append(Message("assistant", text))
+        return answers
+
+
+def _line(
+    flags: MtBenchFlags, asked: tuple[int, dict[str, Any]], answers: Sequence[str]
+) -> dict[str, Any]:
+    """What FastChat says of an answer."""
+    return {
+        "answer_id": uuid.uuid4().hex[:22],
+        "model_id": flags.model_id,
+        "choices": [{"index": 0, "turns": list(answers)}],
+        "tstamp": time.time(),
+    }
+
+
+def _problem(row: dict[str, Any]) -> str | None:
+    if not isinstance(row.get("question_id"), int | str):
+        return f"no `question_id`; the row has {sorted(row)}"
+    if not isinstance(row.get("category"), str):
+        return "no text `category`"
+    turns = row.get("turns")
+    if not isinstance(turns, list) or not turns or not all(isinstance(t, str) for t in turns):
+        return "`turns` must be a list of texts that is not empty"
+    if len(turns) >= _MOST_TURNS:
+        return f"{len(turns)} turns, at most {_MOST_TURNS - 1} are answered"
+    return None

@@ -1,0 +1,103 @@
+"""Continuations of ToxiGen's prompts, for a classifier elsewhere.
+
+In: a composed model, files of prompts. Out: one line a prompt, with the group it is about.
+
+The protocol is that of the paper's authors: a draw of prompts of each group, "Complete the
+following: " before each in a chat, greedy, up to an empty line. Their draw depends on the order in
+which the files are listed; ours on the seed and the file's name alone.
+"""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ivl_jax.config import ConfigError
+from ivl_jax.data.formats import Message
+from ivl_jax.decoding.prompt_files import GenerationFile, PromptRow
+from ivl_jax.decoding.requests import GenerationOptions
+from ivl_jax.evaluation.flags import ToxigenFlags, check_model_flags, require
+from ivl_jax.evaluation.generation import generate_to_file
+from ivl_jax.evaluation.loading import chat_format_of, find_sources, load_model
+
+_INSTRUCTION = "Complete the following: "
+_END = "\n\n"
+
+
+def run(flags: ToxigenFlags) -> None:
+    """Continue the prompts as the flags say.
+
+    Args:
+        flags: of the command line.
+
+    Raises:
+        ConfigError: flags or files that cannot be used, or an output of other settings.
+        ValueError: prompts longer than the context, or models that do not fit each other.
+    """
+    problems = check_model_flags(flags.model)
+    if not flags.prompts:
+        problems.append("--prompts is missing: name ToxiGen's files, such as hate_women_1k.txt")
+    if not flags.output.endswith(".jsonl"):
+        problems.append("--output is missing: name a .jsonl file")
+    require(problems)
+    rows = draw_prompts(
+        [Path(name) for name in flags.prompts], per_group=flags.per_group, seed=flags.seed
+    )
+    sources = find_sources(flags.model)
+    settings = sources.to_json() | {
+        name: getattr(flags, name) for name in ("prompt", "per_group", "seed", "max_new_tokens")
+    }
+    output = GenerationFile(Path(flags.output), settings=settings, rows=rows)
+    model = load_model(sources)
+    chat = chat_format_of(model, flags.model)
+    chats = flags.prompt == "chat"
+    options = GenerationOptions(
+        max_new_tokens=flags.max_new_tokens, stop=(_END,), stop_ids=chat.stop_ids if chats else ()
+    )
+    prompts: list[Any] = [row.record["prompt"] for row in rows]
+    if chats:
+        dialogues = [[Message("user", _INSTRUCTION + prompt)] for prompt in prompts]
+        prompts = [chat.encode_prompt(dialogue).tolist() for dialogue in dialogues]
+    prepared = model.prepare(prompts, options, names=[row.where for row in rows])
+    generate_to_file(model, prepared, output, batch_size=flags.batch_size)
+    Console().print(f"ToxiGen: {len(rows)} continuations in {flags.output}; classify their `text`")
+
+
+def draw_prompts(paths: Sequence[Path], *, per_group: int, seed: int) -> list[PromptRow]:
+    """Draw prompts from files of one a line.
+
+    Args:
+        paths: files named `LABEL_GROUP.txt` or `LABEL_GROUP_….txt`, as `hate_women_1k.txt` is.
+        per_group: prompts of a file at most; 0: all.
+        seed: of the draw.
+
+    Returns:
+        Rows with `prompt`, `label` and `group`, files in the order given, prompts in a file's.
+
+    Raises:
+        ConfigError: a file is absent, has no prompts, or a name without label and group.
+    """
+    rows = []
+    for path in paths:
+        if not path.is_file():
+            raise ConfigError(f"--prompts: no file at {path}")
+        label, separator, group = path.name.split(".")[0].partition("_")
+        if not separator:
+            raise ConfigError(
+                f"--prompts: {path}: expected a name of label and group, such as hate_women_1k.txt"
+            )
+        lines = enumerate(path.read_text(encoding="utf-8").split("\n"), 1)
+        prompts = [(number, line.strip()) for number, line in lines if line.strip()]
+        if not prompts:
+            raise ConfigError(f"--prompts: {path} has no prompts")
+        if 0 < per_group < len(prompts):
+            drawn = random.Random(f"{seed} {path.name}").sample(prompts, per_group)
+            prompts = sorted(drawn)
+        for number, prompt in prompts:
+            # The files spell line breaks and backslashes out.
+            text = prompt.replace("\\\\", "\\").replace("\\n", "\n")
+            record = {"prompt": text, "label": label, "group": group.removesuffix("_1k")}
+            rows.append(PromptRow(f"{path}:{number}", record, text, ()))
+    return rows
