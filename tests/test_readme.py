@@ -53,7 +53,7 @@ def _check_make(arguments: list[str]) -> None:
 def _check_module(arguments: list[str]) -> None:
     """The module's help names every flag of the command."""
     module, *rest = arguments
-    words = [word for word in rest if re.fullmatch(r"[a-z][a-z-]*", word)]
+    words = [word for word in rest if re.fullmatch(r"[a-z][a-z0-9-]*", word)]
     commands = words[:1] if rest and rest[0] in words else []
     shown = subprocess.run(
         [sys.executable, "-m", module, *commands, "--help"],
