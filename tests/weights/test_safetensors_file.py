@@ -196,7 +196,11 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> Non
         read_slices(file.fileno(), record, [target])
 
 
-def test_same_bytes_sees_one_bit_and_other_shapes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("block", [16, 1 << 21])
+def test_same_bytes_sees_one_bit_and_other_shapes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(safetensors_file, "_BLOCK_BYTES", block)
     x = np.arange(12, dtype=np.float32).reshape(3, 4)
     other = x.copy()
     other.view(np.uint8)[2, 15] ^= 1
