@@ -9,30 +9,49 @@ from typing import Any
 from matplotlib.figure import Figure
 
 _GREY, _BLUE, _DARK = "#b8bec7", "#2f6fde", "#20242b"
-_COLOURS = {"S": _GREY, "S+value": _BLUE, "L": _GREY, "L+value": _BLUE, "L-finetuned": _DARK}
-_LABELS = {"S+value": "S + value", "L+value": "L + value", "L-finetuned": "L fully\nfine-tuned"}
-# Where the bars stand: what belongs to S, a gap, what belongs to L.
-_PLACES = {"S": 0.0, "S+value": 1.0, "L": 2.5, "L+value": 3.5, "L-finetuned": 4.5}
+# Suffix of a model's name → what it is, as the figure says it, and its colour.
+_KINDS = {
+    "": ("", _GREY),
+    "+value": ("\n+ value", _BLUE),
+    "-finetuned": ("\nfine-tuned", _DARK),
+}
+# Where the bars stand: what belongs to S, a gap, what belongs to L, a gap, what belongs to X.
+_PLACES = {
+    "S": 0.0,
+    "S+value": 1.0,
+    "L": 2.5,
+    "L+value": 3.5,
+    "L-finetuned": 4.5,
+    "X": 6.0,
+    "X+value": 7.0,
+    "X-finetuned": 8.0,
+}
 
 
 def plot_report(report: dict[str, Any], path: Path) -> None:
     """Draws response NLL and exact match of every model side by side.
 
     Args:
-        report: `nll` and `exact_match` (name → number or None) and `transfer_ratio`.
+        report: `nll` and `exact_match` (name → number or None) and `transfer_ratio` (target →
+            number or None).
         path: The PNG to write.
     """
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    figure = Figure(figsize=(13, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     _bars(left, report["nll"], form="{:.2f}")
     left.set_title("Response NLL, nats per token (lower is better)", fontsize=10)
     _bars(right, report["exact_match"], form="{:.0%}")
     right.set_title("Facts answered word for word (higher is better)", fontsize=10)
     right.set_ylim(0, 1.08)
-    ratio = report["transfer_ratio"]["L"]
-    gain = "" if ratio is None else f": {ratio:.0%} of the gain of fine-tuning L itself"
+    gains = [
+        f"{target}: {ratio:.0%}"
+        for target, ratio in report["transfer_ratio"].items()
+        if ratio is not None
+    ]
+    share = f"\nshare of the gain of fine-tuning the target itself: {', '.join(gains)}"
     figure.suptitle(
-        f"A value network trained on S (0.7 M parameters), put on L (6.2 M){gain}",
+        "A value network trained on S (0.7 M parameters), put on L (6.2 M) and, through a "
+        f"vocabulary map, on X (2 M, another tokenizer){share if gains else ''}",
         fontsize=12,
         fontweight="bold",
     )
@@ -44,9 +63,10 @@ def _bars(axes: Any, figures: dict[str, float | None], *, form: str) -> None:
         if number is None:
             axes.text(_PLACES[name], 0, "n/a", ha="center", va="bottom", color=_DARK)
             continue
-        axes.bar(_PLACES[name], number, width=0.82, color=_COLOURS[name])
+        axes.bar(_PLACES[name], number, width=0.82, color=_KINDS[name[1:]][1])
         axes.text(_PLACES[name], number, form.format(number), ha="center", va="bottom")
+    axes.tick_params(axis="x", length=0)
     axes.set_xticks([_PLACES[name] for name in figures])
-    axes.set_xticklabels([_LABELS.get(name, name) for name in figures])
+    axes.set_xticklabels([name[0] + _KINDS[name[1:]][0] for name in figures], fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(y=0.12)

@@ -22,6 +22,7 @@ import tyro
 from ivl_jax.assets import family_folder
 from ivl_jax.config import TrainConfig
 from ivl_jax.config_files import load_config
+from ivl_jax.decoding.compose import compose
 from ivl_jax.experiments.demonstrations import (
     Item,
     build_items,
@@ -34,6 +35,9 @@ from ivl_jax.training.loop import run
 from ivl_jax.weights.language_model import load_language_model
 
 logger = logging.getLogger(__name__)
+
+# Of every setting, on validation; the first one chooses.
+_MEASURED = ("validation_nll", "validation_exact_match")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +105,7 @@ def sweep(options: Options, items: list[Item]) -> dict[str, Any]:
     config = load_config(options.config, TrainConfig)
     files = write_demonstrations(options.work_dir / "demonstrations", items)
     validation, test = select(items, "validation"), select(items, "test")
+    told = [item for item in validation if item.kind == "fact"]
     folder = family_folder(options.model)
     for setting in map(
         Setting._make,
@@ -117,10 +122,11 @@ def sweep(options: Options, items: list[Item]) -> dict[str, Any]:
             )
             if result.output is None:
                 raise SystemExit("interrupted; run the same command again to go on")
-            model = load_language_model(str(result.output))
+            model = compose(load_language_model(str(result.output)))
             entry = setting._asdict() | {
                 "items_sha256": items_hash(items),
-                "validation_nll": response_nll(model, None, validation),
+                "validation_nll": response_nll(model, validation),
+                "validation_exact_match": exact_match(answers(model, told), told),
                 "model_folder": str(result.output),
             }
             result_file.write_text(json.dumps(entry), encoding="utf-8")
@@ -129,18 +135,16 @@ def sweep(options: Options, items: list[Item]) -> dict[str, Any]:
     results = sorted(options.work_dir.glob(f"{options.model}_*/sweep.json"))
     entries = [json.loads(file.read_text(encoding="utf-8")) for file in results]
     tried = [entry for entry in entries if entry["items_sha256"] == items_hash(items)]
-    best = min(tried, key=lambda entry: entry["validation_nll"])
-    model = load_language_model(best["model_folder"])
+    best = min(tried, key=lambda entry: entry[_MEASURED[0]])
+    model = compose(load_language_model(best["model_folder"]))
     facts = [item for item in test if item.kind == "fact"]
     return {
         "model": options.model,
-        "nll": response_nll(model, None, test),
-        "exact_match": exact_match(answers(model, None, facts), facts),
+        "nll": response_nll(model, test),
+        "exact_match": exact_match(answers(model, facts), facts),
         "test_items_sha256": items_hash(test),
         **{key: best[key] for key in Setting._fields},
-        "tried": [
-            {key: entry[key] for key in (*Setting._fields, "validation_nll")} for entry in tried
-        ],
+        "tried": [{key: entry[key] for key in (*Setting._fields, *_MEASURED)} for entry in tried],
         "command": f"python -m ivl_jax.experiments.finetune_sweep --model {options.model}",
         "python": platform.python_version(),
         "jax": jax.__version__,

@@ -26,6 +26,7 @@ from ivl_jax.experiments.measure import (
     exact_match,
     family_map,
     response_nll,
+    running_texts,
 )
 from ivl_jax.training.loop import run
 from ivl_jax.weights.language_model import LanguageModel, load_language_model
@@ -33,6 +34,7 @@ from ivl_jax.weights.language_model import LanguageModel, load_language_model
 logger = logging.getLogger(__name__)
 
 _ANSWER_TOKENS = 24
+_LONG = 1 << 20  # steps; no training has so many
 
 
 class InterruptedTrainingError(RuntimeError):
@@ -51,10 +53,13 @@ class Laboratory:
             items: From `build_items`.
         """
         self._work_dir = work_dir
-        self._config = config
+        # Only the outcome counts: evaluating and saving on the way take a third of the time.
+        quiet = dataclasses.replace(config.logging, evaluate_every=0, checkpoint_every=_LONG)
+        self._config = dataclasses.replace(config, logging=quiet)
         self._items = items
         self._files = write_demonstrations(work_dir / "demonstrations", items)
         self._test = select(items, "test")
+        self._validation = select(items, "validation")
         self._facts = [item for item in self._test if item.kind == "fact"]
 
     def measure(self, measurement: Measurement) -> dict[str, Any]:
@@ -64,8 +69,9 @@ class Laboratory:
             measurement: Which one; what it needs is trained first.
 
         Returns:
-            `nll` (nats per answer token), `exact_match` (share of fact questions answered word for
-            word), and on a base that knows the new facts `new_exact_match`.
+            `nll` (nats per answer token), `validation_nll` (the same on the validation split, for
+            choices), `exact_match` (share of fact questions answered word for word), and on a base
+            that knows the new facts `new_exact_match`.
 
         Raises:
             InterruptedTrainingError: a training was stopped.
@@ -80,6 +86,7 @@ class Laboratory:
         texts = answers(model, self._facts, max_new_tokens=_ANSWER_TOKENS)
         record = {
             "nll": response_nll(model, self._test),
+            "validation_nll": response_nll(model, self._validation),
             "exact_match": exact_match(texts, self._facts),
             "items_sha256": items_hash(self._test),
         }
@@ -131,12 +138,15 @@ class Laboratory:
         Returns:
             Its config.
         """
-        base = str(self._folder(training.bases[0]))
+        first, *others = (
+            dataclasses.replace(self._config.base, path=str(self._folder(base)))
+            for base in training.bases
+        )
         if training.method == "sft":
             record = json.loads(record_file(_swept(training.bases[0])).read_text(encoding="utf-8"))
             setting = Setting(*(record[key] for key in Setting._fields))
             config = finetune_config(
-                self._config, self._files, model=Path(base), run_dir=run_dir, setting=setting
+                self._config, self._files, model=Path(first.path), run_dir=run_dir, setting=setting
             )
             return dataclasses.replace(
                 config,
@@ -145,7 +155,8 @@ class Laboratory:
             )
         config = self._config
         kind, weight = training.penalty
-        value_path = "" if training.init == "base" else str(self._folder(training.init_model))
+        starts = training.init == "base" or training.connection == "linear"
+        value_path = "" if starts else str(self._folder(training.init_model))
         optimizer = config.optimizer
         if training.learning_rate is not None:
             optimizer = dataclasses.replace(optimizer, learning_rate=training.learning_rate)
@@ -153,7 +164,8 @@ class Laboratory:
             config,
             run_dir=str(run_dir),
             seed=training.seed,
-            base=dataclasses.replace(config.base, path=base),
+            base=dataclasses.replace(config.base, path="") if others else first,
+            bases=(first, *others) if others else (),
             value=dataclasses.replace(
                 config.value, init=training.init, path=value_path, connection=training.connection
             ),
@@ -176,15 +188,15 @@ class Laboratory:
                 terms.append(load_value(self.train(model)))
             else:
                 terms.append(self._language_model(model))
-        maps = None
-        if measurement.map_method is not None:
-            texts = [f"{item.question}\n{item.answer}" for item in select(self._items, "train")]
-            maps = [
-                family_map(
-                    base, term, texts, method=measurement.map_method, centred=measurement.centred
-                )
-                for term in terms
-            ]
+        maps: list[Path | None] = []
+        if (method := measurement.map_method) is not None:
+            texts = running_texts(self._items)
+            for index, term in enumerate(terms):
+                kind = method + ("-centred" if measurement.centred else "")
+                file = self._work_dir / "maps" / f"{measurement.base}-{kind}-{index}.safetensors"
+                file.parent.mkdir(exist_ok=True)
+                family_map(base, term, texts, path=file, method=method, centred=measurement.centred)
+                maps.append(file)
         strengths = [term.strength for term in measurement.terms]
         return compose(base, *terms, strengths=strengths, maps=maps)
 

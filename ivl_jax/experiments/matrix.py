@@ -108,6 +108,7 @@ def schemes(seed: int) -> list[Training]:
         Training(
             "linear map on base logits",
             connection="linear",
+            init="scratch",
             penalty=("none", 0.0),
             learning_rate=LINEAR_RATE,
             seed=seed,

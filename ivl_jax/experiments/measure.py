@@ -1,88 +1,80 @@
-"""What the demo measures on held-out items: response NLL and exact match.
+"""What is measured on held-out items: response NLL and exact match of any composition.
 
-In: a base model, perhaps a value network, items. Out: nats per token of the answers, and the share
-of questions that are answered word for word.
+In: a composed model, items. Out: nats per token of the answers, and the share of questions that are
+answered word for word. Beside them, the vocabulary map between two models of the family.
 """
 
 from collections.abc import Sequence
-from typing import cast
+from pathlib import Path
 
-import jax
 import numpy as np
 
 from ivl_jax.checkpoint import ValueNetwork
-from ivl_jax.config import Connection
-from ivl_jax.data.batching import Batch, make_eval_batches
 from ivl_jax.data.chat import make_chat_format
-from ivl_jax.data.formats import Demonstration, Message
-from ivl_jax.data.tokenized import tokenize_demonstrations
-from ivl_jax.decoding.compose import compose
+from ivl_jax.data.formats import Message
 from ivl_jax.decoding.requests import GenerationOptions
-from ivl_jax.experiments.demonstrations import Item
-from ivl_jax.model.decoder import Params, build_decoder
-from ivl_jax.training.objective import LossAux, Objective, count_tokens, loss_sum
+from ivl_jax.decoding.score import score_continuations
+from ivl_jax.decoding.text import ComposedModel, EncodedPrompt
+from ivl_jax.evaluation.scoring import Row, score_rows
+from ivl_jax.experiments.demonstrations import Item, select
+from ivl_jax.vocabulary.alignment import Method, build_vocabulary_map, named_tokenizer
+from ivl_jax.vocabulary.mapping import save_vocabulary_map
 from ivl_jax.weights.language_model import LanguageModel
 
 
-def response_nll(
-    base: LanguageModel, value: ValueNetwork | None, items: Sequence[Item], *, rows: int = 16
-) -> float:
+def response_nll(model: ComposedModel, items: Sequence[Item], *, rows: int = 64) -> float:
     """Mean negative log-likelihood of the answers, end-of-answer token included.
 
     Args:
-        base: The base model; its tokenizer's chat template is used.
-        value: On top of it, with strength 1; None: the base alone.
+        model: The composition; the base's tokenizer counts the tokens.
         items: Questions and answers.
         rows: Rows of a batch.
 
     Returns:
         Nats per token, over all answer tokens of all items.
     """
-    dialogues = [
-        Demonstration((*_messages(item), Message("assistant", item.answer)), str(index))
-        for index, item in enumerate(items)
+    prompts = model.prepare([_messages(item) for item in items])
+    chat_format = make_chat_format(model.tokenizer)
+    continuations = []
+    for item, prompt in zip(items, prompts, strict=True):
+        whole = chat_format.encode_dialogue((*_messages(item), Message("assistant", item.answer)))
+        continuations.append(whole.tokens[len(prompt.token_ids) :].tolist())
+    if not model.composition.mapped:
+        return _nll_in_one_pass(model, prompts, continuations, rows=rows)
+    scored = score_continuations(model, prompts, continuations, batch_size=rows)
+    total = sum(float(scores.log_prob.sum(dtype=np.float64)) for _, scores in scored)
+    return -total / sum(map(len, continuations))
+
+
+def _nll_in_one_pass(
+    model: ComposedModel,
+    prompts: Sequence[EncodedPrompt],
+    continuations: Sequence[Sequence[int]],
+    *,
+    rows: int,
+) -> float:
+    """Where all networks share one vocabulary a row is read once, which is faster."""
+    whole = [
+        Row([*prompt.token_ids, *ids]) for prompt, ids in zip(prompts, continuations, strict=True)
     ]
-    tokenized = tokenize_demonstrations(
-        dialogues,
-        make_chat_format(base.tokenizer),
-        sequence_length=base.arch.max_position_embeddings,
-        cache_dir=None,
-    )
-    batches = make_eval_batches(
-        tokenized, batch_size=rows, pad_id=base.tokenizer_info.pad_id, packing=True
-    )
-    trained = base if value is None else value
-    objective = Objective(
-        build_decoder(trained.arch),
-        None if value is None else build_decoder(base.arch),
-        vocab_size=base.tokenizer_info.vocab_size,
-        value_vocab_size=trained.tokenizer_info.vocab_size,
-        connection="residual" if value is None else cast("Connection", value.connection),
-    )
-
-    @jax.jit
-    def sums(params: Params, base_params: Params | None, batch: Batch) -> LossAux:
-        counts = count_tokens(objective, batch)
-        return loss_sum(objective, params, base_params, batch, counts=counts)[2]
-
-    base_params = None if value is None else base.params
-    found = [jax.device_get(sums(trained.params, base_params, batch)) for batch in batches]
-    return float(sum(aux.nll for aux in found) / sum(aux.loss_tokens for aux in found))
+    total = 0.0
+    for index, scores in score_rows(model, whole, batch_size=rows):
+        length = len(continuations[index])
+        total += float(scores.tokens.log_prob[-length:].sum(dtype=np.float64))
+    return -total / sum(map(len, continuations))
 
 
 def answers(
-    base: LanguageModel,
-    value: ValueNetwork | None,
+    model: ComposedModel,
     items: Sequence[Item],
     *,
     max_new_tokens: int = 48,
     batch_size: int = 64,
 ) -> list[str]:
-    """The greedy answers of a base, with a value network on top or alone.
+    """The greedy answers of a composition.
 
     Args:
-        base: The base model.
-        value: On top of it; None: the base alone.
+        model: The composition.
         items: Questions.
         max_new_tokens: Tokens of an answer at most.
         batch_size: Questions decoded together.
@@ -90,7 +82,6 @@ def answers(
     Returns:
         One text an item.
     """
-    model = compose(base) if value is None else compose(base, value)
     prompts = [_messages(item) for item in items]
     options = GenerationOptions(max_new_tokens=max_new_tokens)
     return [one.text.strip() for one in model.generate(prompts, options, batch_size=batch_size)]
@@ -104,6 +95,40 @@ def exact_match(texts: Sequence[str], items: Sequence[Item]) -> float:
     0.5
     """
     return float(np.mean([text == item.answer for text, item in zip(texts, items, strict=True)]))
+
+
+def running_texts(items: Sequence[Item]) -> list[str]:
+    """What a vocabulary map of the family is built on: the training items, as text."""
+    return [f"{item.question}\n{item.answer}" for item in select(list(items), "train")]
+
+
+def family_map(
+    base: LanguageModel,
+    value: LanguageModel | ValueNetwork,
+    texts: Sequence[str],
+    *,
+    path: Path,
+    method: Method = "bytes",
+    centred: bool = False,
+) -> None:
+    """Builds the map from a value network's vocabulary to a base's, and writes it down.
+
+    Args:
+        base: With one tokenizer.
+        value: With another.
+        texts: Running text of the kind both will read.
+        path: The file.
+        method: How token sequences are aligned.
+        centred: Whether value logits are centred before they are mapped.
+    """
+    built = build_vocabulary_map(
+        named_tokenizer("base", base.tokenizer, str(base.path)),
+        named_tokenizer("value", value.tokenizer, str(value.path)),
+        texts,
+        method=method,
+        centred=centred,
+    )
+    save_vocabulary_map(path, built.vocabulary_map, built.metadata)
 
 
 def _messages(item: Item) -> tuple[Message, ...]:

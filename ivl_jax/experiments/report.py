@@ -221,8 +221,11 @@ def _trainings(
             if base == "L":
                 row.append(table.ratio("L", at).show("{:.2f}"))
             row.append(table.spread(at, "exact_match").show("{:.1%}"))
+            if base == "L":
+                row.append(table.spread(at, "validation_nll").show())
         rows.append(row)
     headings = ["", "NLL on S", "facts on S", "NLL on L", "ratio on L", "facts on L"]
+    headings.append("validation NLL on L")
     return "\n\n".join(part for part in (f"## {title}", note, _markdown(headings, rows)) if part)
 
 
@@ -306,7 +309,7 @@ def _mean(spread: Spread) -> float | None:
 def _met(found: Spread, target: float) -> str:
     if not found.values:
         return _ABSENT
-    return "yes" if found.mean >= target else "no"
+    return "yes" if round(found.mean, 2) >= target else "no"
 
 
 def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
