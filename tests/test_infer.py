@@ -111,6 +111,53 @@ def test_each_line_of_a_file_may_have_its_own_strengths(infer, base_flags, tmp_p
     assert texts[3] not in texts[:3]
 
 
+@pytest.fixture(scope="module")
+def mapped_flags(stories260k_dir, tmp_path_factory):
+    """stories260k as a value on S, through a map built on the spot."""
+    from ivl_jax.assets import family_folder
+    from ivl_jax.vocabulary.__main__ import build
+
+    folder = tmp_path_factory.mktemp("map")
+    (folder / "text.txt").write_text("Once upon a time there was a girl. She said: return 0\n" * 5)
+    sides = {"base_tokenizer": family_folder("S"), "value_tokenizer": stories260k_dir}
+    path = folder / "map.safetensors"
+    build(**sides, text=(folder / "text.txt",), output=path, method="bytes")
+    return ("--base", family_folder("S"), "--value", stories260k_dir, "--map", path)
+
+
+def test_a_value_with_another_tokenizer_decodes_through_its_map(infer, mapped_flags, tmp_path):
+    flags = (*mapped_flags, "--max-new-tokens", 12)
+    status, shown, _ = infer(*flags, "--prompt", "Once upon")
+    assert status == 0
+    source, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "Once upon"}\n')
+    assert infer(*flags, "--input", source, "--output", output)[0] == 0
+    assert json.loads(output.read_text())["text"] == shown
+    weak = infer(*flags, "--prompt", "Once upon", "--strength", 0)[1]
+    assert weak not in ("", shown)
+    settings = output.with_name(output.name + ".settings.json")
+    assert len(json.loads(settings.read_text())["map_fingerprints"]) == 1
+
+
+def test_a_map_of_other_tokenizers_is_refused_before_a_model_is_loaded(
+    infer, mapped_flags, monkeypatch
+):
+    from ivl_jax.assets import family_folder
+
+    monkeypatch.setattr("ivl_jax.decoding.command.load_language_model", lambda *_, **__: 1 / 0)
+    other = ("--base", family_folder("X"), *mapped_flags[2:], "--prompt", "a")
+    status, _, messages = infer(*other)
+    assert status == 2
+    assert "was built for base S and value stories260k, not for base" in messages
+    assert f"--base-tokenizer {family_folder('X')}" in messages
+    status, _, messages = infer(*mapped_flags[:4], "--map", "absent", "--prompt", "a")
+    assert status == 2
+    assert "no vocabulary map at absent; build one" in messages
+    status, _, messages = infer(*mapped_flags, "--map", "none", "--prompt", "a")
+    assert status == 2
+    assert "--map is given 2 time(s)" in messages
+
+
 def test_a_file_of_prompts_goes_on_where_a_killed_run_stopped(infer, base_flags, tmp_path):
     source, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     records = [{"prompt": "Once " * (1 + i % 3), "id": i} for i in range(5)]

@@ -19,9 +19,9 @@ from ivl_jax.decoding.own_vocabulary import TextReader
 from ivl_jax.decoding.requests import GenerationOptions, PromptTooLongError
 from ivl_jax.decoding.sampling import Sampling, row_keys, sample_tokens
 from ivl_jax.decoding.state import DecodeState
-from ivl_jax.model.decoder import build_decoder, forward, init_params
+from ivl_jax.model.decoder import build_decoder, forward
 from ivl_jax.model.kv_cache import KVCache
-from ivl_jax.tokenizer import TokenizerMismatchError, describe_tokenizer, load_tokenizer
+from ivl_jax.tokenizer import TokenizerMismatchError
 from ivl_jax.vocabulary.mapping import (
     DescribedMap,
     MapMetadata,
@@ -29,22 +29,10 @@ from ivl_jax.vocabulary.mapping import (
     VocabularyMapError,
 )
 from ivl_jax.vocabulary.special_tokens import pair_special_tokens
-from ivl_jax.weights.language_model import LanguageModel
-from tests.decoding.tiny import NEAR_TIE, tiny_arch
+from tests.decoding.tiny import NEAR_TIE, language_model
 
 PROMPTS = ["Once upon a ti", "", "naïve 水", "def add(a, b):\n    return"]
 PADDED = 192
-
-
-@functools.cache
-def language_model(folder, *, seed, context=PADDED, width=32):
-    """A random model with a real tokenizer."""
-    tokenizer = load_tokenizer(folder)
-    info = describe_tokenizer(tokenizer)
-    rows = info.vocab_size + 3
-    arch = tiny_arch(width=width, heads=2, kv_heads=1, layers=1, rows=rows, context=context)
-    params = jax.jit(lambda key: init_params(arch, key))(jax.random.key(seed))
-    return LanguageModel(str(folder), arch, params, tokenizer, info, info.eos_ids)
 
 
 def random_map(base, value, *, seed=0, centred=False):

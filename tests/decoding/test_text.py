@@ -14,7 +14,7 @@ from ivl_jax.decoding.requests import GenerationOptions, PromptTooLongError
 from ivl_jax.decoding.text import Generation
 from ivl_jax.tokenizer import TokenizerMismatchError, describe_tokenizer, load_tokenizer
 from tests.decoding.conftest import make_value
-from tests.decoding.tiny import assert_is_teacher_forced_arg_max, tiny_arch
+from tests.decoding.tiny import assert_is_teacher_forced_arg_max, language_model, tiny_arch
 
 PROMPTS = ["Once upon a time", "", "The big dog ran to the park and it was", "Lily said"]
 
@@ -272,6 +272,23 @@ def test_ids_unknown_to_the_value_keep_the_bases_logit_with_a_warning(stories, c
     (generation,) = model.generate([[1, 511]], greedy(10))
     assert isinstance(generation, Generation)
     assert len(generation.token_ids) == 10
+
+
+@pytest.mark.parametrize(("base_padding", "value_padding"), [(3, 10), (10, 3)], ids=str)
+def test_output_rows_padded_to_another_number_change_nothing(
+    stories260k_dir, base_padding, value_padding
+):
+    """Qwen2.5's models have one tokenizer and 151,936 or 152,064 output rows."""
+    hot = [greedy(20, strengths=(alpha,), temperature=5.0) for alpha in (1.0, -0.4, 0.5, -1.5)]
+
+    def generated(base_padding, value_padding):
+        base = language_model(stories260k_dir, seed=0, padding=base_padding)
+        value = language_model(stories260k_dir, seed=1, padding=value_padding)
+        return compose(base, value).generate(PROMPTS, hot)
+
+    padded = generated(base_padding, value_padding)
+    assert padded == generated(0, 0)
+    assert 400 < max(token for one in padded for token in one.token_ids) < 512
 
 
 def test_several_values_and_strengths_add_up(stories, value):

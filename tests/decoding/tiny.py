@@ -1,5 +1,6 @@
 """Tiny random networks for the decoding tests: small widths, logits far from ties."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,6 +14,8 @@ from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import forward
 from ivl_jax.model.linear_map import LinearMapConfig
 from ivl_jax.model.network import build_network, init_network
+from ivl_jax.tokenizer import describe_tokenizer, load_tokenizer
+from ivl_jax.weights.language_model import LanguageModel
 
 VOCAB = 40
 
@@ -171,3 +174,27 @@ def assert_is_teacher_forced_arg_max(composition, params, prompt, generated, str
 def random_prompts(lengths, seed=0):
     rng = np.random.default_rng(seed)
     return [rng.integers(0, VOCAB, size=length).tolist() for length in lengths]
+
+
+@functools.cache
+def language_model(folder, *, seed, context=192, width=32, padding=3):
+    """A random model with a real tokenizer; `padding` output rows are no token."""
+    tokenizer = load_tokenizer(folder)
+    info = describe_tokenizer(tokenizer)
+    arch = tiny_arch(
+        width=width, heads=2, kv_heads=1, layers=1, rows=info.vocab_size, context=context
+    )
+    params = jax.jit(lambda key: init_network(arch, key))(jax.random.key(seed))
+    # What the padding rows hold must not matter: make it loud.
+    params = {
+        **params,
+        "embed_tokens": {"embedding": pad_rows(params["embed_tokens"]["embedding"], padding)},
+        "lm_head": {"kernel": pad_rows(params["lm_head"]["kernel"].T, padding).T},
+    }
+    arch = dataclasses.replace(arch, vocab_size=info.vocab_size + padding)
+    return LanguageModel(str(folder), arch, params, tokenizer, info, info.eos_ids)
+
+
+def pad_rows(rows, more):
+    """A table with more rows, which are large."""
+    return jnp.concatenate([rows, 9 * jnp.ones((more, rows.shape[1]), rows.dtype)])
