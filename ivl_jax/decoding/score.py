@@ -232,3 +232,13 @@ def _check(
             f"continuation {index}: prompt and continuation are {over} tokens more than the "
             f"context of {model.context} tokens (that of {model.context_of}): shorten one"
         )
+    own_vocabularies = [own for own in model.own_vocabularies if own]
+    for own, text in zip(own_vocabularies, prompt.own_texts, strict=True):
+        read = text.fork()
+        read.push(continuation[:-1])
+        if len(read.tokens) > own.context:
+            raise PromptTooLongError(
+                f"continuation {index}: prompt and continuation are {len(read.tokens)} tokens of "
+                f"{own.name}, in its own vocabulary, more than its context of {own.context}: "
+                "shorten one"
+            )
