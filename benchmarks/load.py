@@ -13,7 +13,10 @@ from benchmarks.fresh_process import in_fresh_process
 from benchmarks.report import Options, Peer, Report, Row, Target
 from benchmarks.setting import thread_count
 from benchmarks.shapes import BASE_A, BASE_B, parameter_count, write_checkpoint
-from benchmarks.timing import Figures, peak_memory
+from benchmarks.timing import Figures, available_memory, peak_memory
+
+# The file in the page cache, a loaded copy, and room for the libraries.
+_COPIES = 2.4
 
 
 class Loading(NamedTuple):
@@ -33,8 +36,15 @@ def run(options: Options) -> Report:
 
     Returns:
         The report.
+
+    Raises:
+        MemoryError: the page cache cannot hold the file beside a loaded copy.
+        OSError: the file does not fit on the disk.
     """
     arch, repeats = (BASE_A, 3) if options.quick else (BASE_B, 5)
+    needed, available = _COPIES * 4 * parameter_count(arch), available_memory()
+    if available < needed:
+        raise MemoryError(f"{needed / 1e9:.1f} GB are needed, {available / 1e9:.1f} are available")
     with tempfile.TemporaryDirectory(prefix="ivl-load-") as folder:
         size = write_checkpoint(Path(folder), arch)
         # What was just written is in the page cache; the first loading of each is not counted.

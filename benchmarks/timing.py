@@ -84,10 +84,21 @@ def peak_memory() -> int:
 
     Unlike `ru_maxrss` it starts anew with the program, not with the parent that forked it.
     """
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no VmHWM: peak memory is measured on Linux only")
+    return _kilobytes("/proc/self/status", "VmHWM")
+
+
+def available_memory() -> int:
+    """Bytes of memory that new work may take without pushing other work out (Linux)."""
+    return _kilobytes("/proc/meminfo", "MemAvailable")
+
+
+def _kilobytes(file: str, name: str) -> int:
+    """The bytes that a file of the kernel gives as `name: … kB`."""
+    if Path(file).exists():
+        for line in Path(file).read_text(encoding="utf-8").splitlines():
+            if line.startswith(name + ":"):
+                return int(line.split()[1]) * 1024
+    raise OSError(f"{file} does not tell {name}: memory is measured on Linux only")
 
 
 def _seconds(work: Callable[[], object]) -> float:

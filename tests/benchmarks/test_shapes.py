@@ -7,7 +7,9 @@ from pathlib import Path
 import jax
 import pytest
 
+from benchmarks import load as load_benchmark
 from benchmarks.load import load, load_with_torch
+from benchmarks.report import Options
 from benchmarks.shapes import BASE_A, BASE_B, VALUE_A, parameter_count, write_checkpoint
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.weights.language_model import load_language_model
@@ -59,3 +61,12 @@ def test_a_full_disk_is_said_before_anything_is_written(
     with pytest.raises(OSError, match=r"GB are needed, 0\.0 are free"):
         write_checkpoint(tmp_path, TINY)
     assert not any(tmp_path.iterdir())
+
+
+def test_too_little_memory_is_said_before_anything_is_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(load_benchmark, "available_memory", lambda: 10**9)
+    monkeypatch.setattr(load_benchmark, "write_checkpoint", lambda *_: pytest.fail("written"))
+    with pytest.raises(MemoryError, match=r"10\.6 GB are needed, 1\.0 are available"):
+        load_benchmark.run(Options())

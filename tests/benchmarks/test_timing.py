@@ -7,7 +7,14 @@ import jax
 import pytest
 
 from benchmarks.fresh_process import in_fresh_process
-from benchmarks.timing import Figures, Timing, peak_memory, time_in_turn, time_work
+from benchmarks.timing import (
+    Figures,
+    Timing,
+    available_memory,
+    peak_memory,
+    time_in_turn,
+    time_work,
+)
 
 
 def test_works_are_called_in_turn_after_their_warm_up() -> None:
@@ -47,3 +54,4 @@ def test_peak_memory_is_the_programs_own_not_its_parents() -> None:
     mine = peak_memory()
     fresh = in_fresh_process(peak_memory, {})
     assert 5e6 < fresh < 0.8 * mine  # this process has imported JAX
+    assert 1e6 < available_memory() < 1e14

@@ -60,14 +60,19 @@ def test_what_write_file_writes_the_safetensors_package_reads(tmp_path: Path) ->
     assert read_header(path)["a"].offset % 8 == 0
 
 
-def test_write_file_refuses_an_array_that_was_not_announced(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"a: expected float32\[3, 2\], got float32\[2, 3\]"):
-        write_file(
-            tmp_path / "x.safetensors",
-            {"a": (3, 2)},
-            [np.zeros((2, 3), np.float32)],
-            dtype=np.dtype(np.float32),
-        )
+@pytest.mark.parametrize(
+    ("array", "got"),
+    [
+        (np.zeros((2, 3), np.float32), r"float32\[2, 3\]"),
+        (np.zeros((3, 2), np.int32), r"int32\[3, 2\]"),
+    ],
+)
+def test_write_file_refuses_an_array_that_was_not_announced(
+    tmp_path: Path, array: np.ndarray, got: str
+) -> None:
+    path, dtype = tmp_path / "x.safetensors", np.dtype(np.float32)
+    with pytest.raises(ValueError, match=rf"a: expected float32\[3, 2\], got {got}"):
+        write_file(path, {"a": (3, 2)}, [array], dtype=dtype)
 
 
 @pytest.mark.parametrize("kept", [0, 5, 40, 150])
