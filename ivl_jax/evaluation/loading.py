@@ -5,6 +5,7 @@ are written in several runs; then a `ComposedModel`.
 """
 
 import dataclasses
+import hashlib
 import logging
 import time
 from dataclasses import dataclass
@@ -13,12 +14,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
 from ivl_jax.data.chat import ChatFormat, make_chat_format
 from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.prompt_files import folder_fingerprint
 from ivl_jax.decoding.text import ComposedModel
-from ivl_jax.decoding.value_sources import ValueSource, check_sources, find_value, load_source
+from ivl_jax.decoding.value_sources import ValueSource, check_sources, find_values, load_source
 from ivl_jax.evaluation.flags import ModelFlags, check_model_flags, require
 from ivl_jax.sharding import LAYOUTS, make_mesh
 from ivl_jax.weights.language_model import find_model, load_language_model
@@ -46,11 +48,16 @@ class ModelSources:
             "base": self.flags.base,
             "value": [source.path for source in self.values],
             "strength": list(self.flags.strength or (1.0,) * len(self.values)),
-            "map": list(self.flags.map),
+            "map": [source.described_map and source.described_map.path for source in self.values],
             "chat_template": self.flags.chat_template,
             "dtype": self.flags.dtype,
             "base_fingerprint": folder_fingerprint(self.base_folder),
             "value_fingerprints": [folder_fingerprint(source.folder) for source in self.values],
+            "map_fingerprints": [
+                hashlib.sha256(epath.Path(path).read_bytes()).hexdigest()
+                for path in self.flags.map
+                if path != "none"
+            ],
         }
 
 
@@ -66,11 +73,12 @@ def find_sources(flags: ModelFlags) -> ModelSources:
     Raises:
         ConfigError: flags that are missing or do not belong together.
         FileNotFoundError: no such base model or value folder.
-        ValueError: a value folder of an unknown format version, or one that does not fit the base.
+        ValueError: a value folder or a map of an unknown format version, or one that does not fit
+            the base; without a map where one is needed, it gives the command that builds it.
     """
     require(check_model_flags(flags))
     base_folder = find_model(flags.base)
-    values = tuple(find_value(path) for path in flags.value if path != "none")
+    values = tuple(find_values(flags.value, flags.map))
     check_sources(flags.base, base_folder, values)
     return ModelSources(flags, base_folder, values)
 
@@ -103,6 +111,7 @@ def load_model(sources: ModelSources) -> ComposedModel:
         base,
         *values,
         strengths=flags.strength,
+        maps=[source.described_map for source in sources.values],
         mesh=mesh,
         base_rules=base_rules,
         value_rules=value_rules,
