@@ -21,7 +21,7 @@ BENCHMARKS = {
     "startup": "weights loaded until the first text, compile cache cold and warm; --help",
 }
 
-_WIDTH_OF_A_FILE = 150
+_WIDTH_OF_A_FILE = 160
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -180,7 +180,8 @@ def show(name: str, report: Report, console: Console) -> None:
     """Print a benchmark's rows as a table."""
     table = Table(title=f"benchmarks {name}")
     for heading in ("what", "median", "spread", "peer", "ratio", "of limit", "target", "met"):
-        table.add_column(heading, justify="left" if heading in ("what", "peer") else "right")
+        words = heading in ("what", "peer")
+        table.add_column(heading, justify="left" if words else "right", no_wrap=heading != "peer")
     for row in report.rows:
         fraction = row.fraction_of_limit
         table.add_row(
