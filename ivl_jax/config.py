@@ -65,6 +65,8 @@ class TrainConfig:
     """Call `jax.distributed.initialize` first (several hosts)."""
     compilation_cache: str = ""
     """Folder of JAX's persistent compilation cache; empty: none."""
+    profile: str = ""
+    """Write a trace of the third to seventh step to this folder, for TensorBoard or xprof."""
     base: BaseConfig = field(default_factory=BaseConfig)
     bases: tuple[BaseConfig, ...] = ()
     """Train against several bases in turns, one a batch, instead of `base` (TOML: `[[bases]]`)."""

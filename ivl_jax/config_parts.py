@@ -28,7 +28,7 @@ def require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """The frozen base model beside which the value network is trained."""
+    """The frozen base beside which the value network is trained; several: `[[bases]]` in TOML."""
 
     path: str = ""
     """Hugging Face folder or hub id of the base model."""
@@ -60,8 +60,8 @@ class ValueConfig:
     revision: str | None = None
     """Hub revision; only for hub ids."""
     connection: Connection = "residual"
-    """How base and value are connected; `residual` (the paper's choice) reads text only; `linear`
-    is a matrix on base logits, from scratch."""
+    """How base and value are connected; `residual` (the paper's choice) reads text only, the
+    cascades also base predictions; `linear` is no network but a matrix on base logits."""
     rank: int = 0
     """With `connection = "linear"`: width between its two matrices; 0: one V × V matrix."""
     layout: LayoutName = "full"

@@ -30,6 +30,7 @@ from ivl_jax.sharding import place_batch, unused_accelerator
 from ivl_jax.training.evaluation import Evaluation
 from ivl_jax.training.interrupts import Interrupts
 from ivl_jax.training.models import Models, choose_models
+from ivl_jax.training.profiling import StepProfile
 from ivl_jax.training.reporting import Reporter
 from ivl_jax.training.run_directory import RunDirectory, RunDirectoryError
 from ivl_jax.training.setup import (
@@ -158,7 +159,10 @@ class _Training:
         """
         state = self._begin()
         step = int(state.step)
-        with Reporter(self._directory, first_step=step, total_steps=self._total) as report:
+        with (
+            Reporter(self._directory, first_step=step, total_steps=self._total) as report,
+            StepProfile(self._config.profile, first_step=step) as profile,
+        ):
             if self._fresh:
                 self._start(state, report)
             elif not self._evaluated:
@@ -169,7 +173,8 @@ class _Training:
                 batch = split_micro_batches(next(batches), self._config.step.micro_batches)
                 batch = place_batch(batch, self._prepared.mesh, micro_batched=True)
                 program = self._prepared.programs[self._prepared.turns(step)]
-                state, metrics = program.step(state, program.base_params, batch)
+                with profile.step(step, waiting):
+                    state, metrics = program.step(state, program.base_params, batch)
                 step += 1
                 # The device works on this step while the host reads the figures of the last one.
                 self._settle(waiting, report)

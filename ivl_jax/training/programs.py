@@ -131,11 +131,10 @@ def make_objective(
     """
     step, size = config.step, models.trained.info.vocab_size
     dtype = jnp.dtype(step.compute_dtype)
-    chunk_length = choose_chunk_length(
+    chunk_length = default_chunk_length(
         step.batch_size // step.micro_batches // batch_ways(mesh),
         config.data.max_length,
         place.vocab_rows,
-        max_logits=_MAX_LOGITS.get(jax.default_backend(), _MAX_LOGITS_ACCELERATOR),
     )
     graphdef = build_network(
         models.arch, compute_dtype=dtype, scan_layers=step.scan_layers, remat=step.remat
@@ -166,6 +165,21 @@ def make_objective(
         constrain=activation_constraint(mesh, LAYOUTS[config.value.layout]),
         base_constrain=activation_constraint(mesh, LAYOUTS[base.config.layout]),
     )
+
+
+def default_chunk_length(rows: int, length: int, vocab_rows: int) -> int:
+    """Choose for this backend how many positions' logits exist at once.
+
+    Args:
+        rows: rows of a micro-batch on one device.
+        length: positions a row.
+        vocab_rows: output rows of the wider head.
+
+    Returns:
+        Positions a chunk.
+    """
+    max_logits = _MAX_LOGITS.get(jax.default_backend(), _MAX_LOGITS_ACCELERATOR)
+    return choose_chunk_length(rows, length, vocab_rows, max_logits=max_logits)
 
 
 def _kind(base: FrozenBase) -> Hashable:

@@ -39,6 +39,7 @@ _MAY_CHANGE = (
     "resume",
     "distributed",
     "compilation_cache",
+    "profile",
     "mesh",
     "logging",
     "base.layout",

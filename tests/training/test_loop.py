@@ -161,10 +161,14 @@ def test_a_zeroed_head_starts_as_the_base_on_eight_devices_with_stacked_layers(t
     assert sorted(value.params["layers"]) == [0, 1]
 
 
-def test_fine_tuning_alone_leaves_a_model_folder(tiny_config):
-    step = StepConfig(max_steps=2, batch_size=4, scan_layers=True, compute_dtype="bfloat16")
-    result = run(replace(tiny_config, method="sft", step=step))
+def test_fine_tuning_alone_takes_the_same_loop_and_leaves_a_model_folder(
+    tiny_config, tmp_path, monkeypatch
+):
+    step = StepConfig(max_steps=4, batch_size=4, scan_layers=True, compute_dtype="bfloat16")
+    config = replace(tiny_config, method="sft", step=step)
+    result = run(config)
     assert "base_nll" not in result.held_out
+    assert [line["step"] for line in records(result.run_dir) if "loss" in line] == [1, 2, 3, 4]
     model = load_language_model(str(result.output))
     before = load_language_model(tiny_config.base.path)
     assert model.tokenizer_info.fingerprint == before.tokenizer_info.fingerprint
@@ -172,6 +176,24 @@ def test_fine_tuning_alone_leaves_a_model_folder(tiny_config):
         np.asarray(model.params["lm_head"]["kernel"] - before.params["lm_head"]["kernel"])
     )
     assert moved.max() > 1e-3
+
+    stopped = replace(config, run_dir=str(tmp_path / "stopped"))
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, crash)
+        with pytest.raises(Crash):
+            run(stopped)
+    resumed = run(replace(stopped, resume=True))
+    for name in ("metrics.jsonl", "model/model.safetensors"):
+        assert (resumed.run_dir / name).read_bytes() == (result.run_dir / name).read_bytes()
+
+
+def test_a_profile_holds_the_marked_steps(tiny_config, tmp_path):
+    step = StepConfig(max_steps=4, batch_size=4)
+    run(replace(tiny_config, step=step, profile=str(tmp_path / "profile")))
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    content = trace.read_bytes()
+    assert b"train" in content
+    assert b"step_num" in content
 
 
 def test_scratch_initialisation_depends_on_the_seed_alone(tiny_config, tmp_path):

@@ -1,0 +1,71 @@
+"""A trace of a few training steps for TensorBoard or xprof.
+
+In: a folder, and the steps as they begin. Out: trace files in that folder.
+"""
+
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
+from typing import Any
+
+import jax
+
+logger = logging.getLogger(__name__)
+
+_SKIPPED = 2  # steps of a start: compilation, and what the first step still sets up
+_TRACED = 5
+
+
+class StepProfile:
+    """Traces the third to seventh step of a start; a context manager around the loop."""
+
+    def __init__(self, folder: str, *, first_step: int) -> None:
+        """Say where the trace goes.
+
+        Args:
+            folder: where; empty: nothing is traced.
+            first_step: steps taken before this start.
+        """
+        self._folder = folder
+        self._begin = first_step + _SKIPPED
+        self._end = self._begin + _TRACED
+        self._running = False
+
+    def step(self, step: int, last_metrics: Any) -> AbstractContextManager[Any]:
+        """Mark a step in the trace; starts and stops it where it is due.
+
+        Args:
+            step: steps taken before this one.
+            last_metrics: of the step before, waited for where the trace begins or ends, so that it
+                holds whole steps.
+
+        Returns:
+            The context in which the step is dispatched.
+        """
+        if not self._folder:
+            return nullcontext()
+        if step in (self._begin, self._end):
+            jax.block_until_ready(last_metrics)
+        if step == self._begin:
+            jax.profiler.start_trace(self._folder)
+            self._running = True
+        elif step == self._end:
+            self._stop()
+        return jax.profiler.StepTraceAnnotation("train", step_num=step)
+
+    def __enter__(self) -> "StepProfile":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
+            logger.info("trace of steps %d–%d: %s", self._begin + 1, self._end, self._folder)
