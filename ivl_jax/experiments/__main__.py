@@ -44,7 +44,8 @@ def main() -> None:
     options = tyro.cli(Options)
     form = "%(asctime)s %(message)s"
     logging.basicConfig(level=logging.INFO, format=form, stream=sys.stdout, force=True)
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    for chatty in ("absl", "jax"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     figures_file = options.docs / "experiments.json"
     if not options.report_only:
         config = load_config(options.config, TrainConfig)

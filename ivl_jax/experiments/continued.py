@@ -111,7 +111,8 @@ def main() -> None:
     options = tyro.cli(Options)
     form = "%(asctime)s %(message)s"
     logging.basicConfig(level=logging.INFO, format=form, stream=sys.stdout, force=True)
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    for chatty in ("absl", "jax"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     folder = continue_pretraining(options.model, work_dir=options.work_dir)
     logger.info("%s: %s", folder, (folder / "manifest.json").read_text(encoding="utf-8"))
 

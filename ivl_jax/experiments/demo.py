@@ -145,7 +145,8 @@ def main() -> None:
     console = Console()
     form = "%(message)s"
     logging.basicConfig(level=logging.INFO, format=form, stream=sys.stdout, force=True)
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    for chatty in ("absl", "jax"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     started = time.monotonic()
     shutil.rmtree(options.run_dir, ignore_errors=True)
 

@@ -156,7 +156,8 @@ def main() -> None:
     options = tyro.cli(Options)
     form = "%(asctime)s %(message)s"
     logging.basicConfig(level=logging.INFO, format=form, stream=sys.stdout, force=True)
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    for chatty in ("absl", "jax"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     record = sweep(options, build_items())
     file = record_file(options.model)
     file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

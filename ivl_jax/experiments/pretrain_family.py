@@ -160,7 +160,8 @@ def main() -> None:
     form = "%(asctime)s %(message)s"
     logging.basicConfig(level=logging.INFO, format=form, stream=sys.stdout, force=True)
     # Orbax tells about every file it touches.
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    for chatty in ("absl", "jax"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     corpus = load_corpus()
     for name in RECIPES if options.model == "all" else (options.model,):
         logger.info("%s: %s", name, make_model(name, corpus, options))

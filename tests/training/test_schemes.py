@@ -55,7 +55,7 @@ def test_a_linear_map_starts_as_the_base_learns_and_is_a_value_folder(
         np.asarray(linear.params["lm_head"]["kernel"]),
     )
     assert checkpoint_command(["export-hf", out, out + "-hf"]) == 1
-    assert "connection is linear" in capsys.readouterr().err
+    assert "connection linear, expected residual" in capsys.readouterr().err
 
 
 def test_a_full_map_that_does_not_fit_names_the_sizes_and_the_remedy(tiny_config, monkeypatch):
