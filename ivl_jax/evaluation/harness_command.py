@@ -1,13 +1,16 @@
 """`python -m ivl_jax.evaluation lm-eval …`: the harness' own command line, with the model `ivl`.
 
-In: the harness' arguments. Out: its tables and files. From the first release after 0.4.13 on, the
-harness finds `ivl` by itself (entry point `lm_eval.models`), and `lm-eval run --model ivl` does the
-same.
+In: the harness' arguments. Out: its tables and files. The tasks beside this file (pass@k from 20
+samples) are included. From the first release after 0.4.13 on, the harness finds `ivl` by itself
+(entry point `lm_eval.models`), and `lm-eval run --model ivl` does the same.
 """
 
 import importlib.util
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+TASKS_FOLDER = Path(__file__).parent / "tasks"
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -29,8 +32,10 @@ def run(arguments: Sequence[str]) -> int:
 
     from ivl_jax.evaluation.harness import ModelArgumentsError
 
+    included = "--include_path" in arguments or arguments[:1] != ["run"]
+    own_tasks = [] if included else ["--include_path", str(TASKS_FOLDER)]
     before = sys.argv
-    sys.argv = ["lm-eval", *arguments]  # the harness reads them there
+    sys.argv = ["lm-eval", *arguments, *own_tasks]  # the harness reads them there
     try:
         cli_evaluate()
     except ModelArgumentsError as error:

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -320,12 +321,73 @@ def test_the_command_hands_its_arguments_to_the_harness(lm_eval, monkeypatch, ca
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", cli_evaluate)
     before = list(sys.argv)
     assert main(["lm-eval", "run", "--model", "ivl", "--tasks", "x"]) == 2
-    assert seen == [["lm-eval", "run", "--model", "ivl", "--tasks", "x"]]
-    assert capsys.readouterr().err == "no such model\n"
+    assert main(["lm-eval", "run", "--include_path", "mine"]) == main(["lm-eval", "ls"]) == 2
+    assert seen[1:] == [["lm-eval", "run", "--include_path", "mine"], ["lm-eval", "ls"]]
+    assert seen[0][:6] == ["lm-eval", "run", "--model", "ivl", "--tasks", "x"]
+    assert seen[0][6] == "--include_path"
+    assert (Path(seen[0][7]) / "humaneval_n20.yaml").is_file()
+    assert capsys.readouterr().err == "no such model\n" * 3
     assert sys.argv == before
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["lm-eval", "run"]) == 2
     assert "pip install 'ivl_jax[eval]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("group", "row"),
+    [
+        (
+            "humaneval_n20",
+            {"prompt": "def f():\n", "test": "def check(f):\n    f()", "entry_point": "f"},
+        ),
+        ("mbpp_n20", {"text": "Add.", "code": "", "test_list": ["assert 1"] * 3}),
+    ],
+)
+def test_code_tasks_draw_twenty_samples_for_pass_at_k(
+    lm_eval, model, read_prompts, monkeypatch, group, row
+):
+    """The harness' own tasks and metric, but for what they would download."""
+    import datasets
+    import evaluate
+    from lm_eval.tasks import TaskManager
+
+    from ivl_jax.evaluation.harness_command import TASKS_FOLDER
+
+    judged = []
+
+    class CodeEval:
+        def compute(self, references, predictions, k):
+            judged.append(predictions)
+            return {f"pass@{n}": n / 40 for n in k}, None
+
+    def load_dataset(**_):
+        return datasets.DatasetDict(test=datasets.Dataset.from_list([row, row]))
+
+    monkeypatch.setattr(evaluate, "load", lambda *_, **__: CodeEval())
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for name in ("humaneval", "mbpp"):
+        monkeypatch.delitem(sys.modules, f"lm_eval.tasks.{name}.utils", raising=False)
+    own = Path(lm_eval.__file__).parent / "tasks" / group.removesuffix("_n20")
+    results = lm_eval.simple_evaluate(
+        model=model,
+        tasks=[group],
+        task_manager=TaskManager(include_path=[TASKS_FOLDER, own], include_defaults=False),
+        bootstrap_iters=0,
+        gen_kwargs={"max_gen_toks": 16},  # the model's context is 512
+        confirm_run_unsafe_code=True,
+    )
+    prompts = [prompt for batch in read_prompts for prompt in batch]
+    assert len(prompts) == 40
+    assert {prompt.row for prompt in prompts} == set(range(40))
+    assert {(p.options.temperature, p.options.top_p) for p in prompts} == {(0.1, 0.95)}
+    samples = judged[-1][0]
+    assert len(samples) == 20
+    (figures,) = (found for task, found in results["results"].items() if task != group)
+    found = {name.split(",")[0]: value for name, value in figures.items() if "pass@" in name}
+    assert {name: found[name] for name in ("pass@1", "pass@20")} == {
+        "pass@1": 0.025,
+        "pass@20": 0.5,
+    }
 
 
 def test_help_imports_no_jax(project_root):
