@@ -207,7 +207,7 @@ def print_report(
             console.print(
                 f"Transfer ratio S → {target}: {ratio:.2f} of the gain of fine-tuning {target}"
             )
-    console.print(f"In {report['seconds']:.0f} s, of which training took most.")
+    console.print(f"In {report['seconds']:.0f} s.")
 
 
 if __name__ == "__main__":
