@@ -3,6 +3,9 @@
 In: a composed model and rows of token ids. Out: for each token after a row's first, its
 log-probability and whether it is the arg-max; where asked for, the same of the base alone, the
 divergence between the two, and the size of the value logits.
+
+A value network with its own vocabulary is conditioned on each prefix as it would read it while
+decoding: re-tokenised (`ivl_jax.decoding.prefix_reading`).
 """
 
 import functools
@@ -15,11 +18,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from ivl_jax.composition import ValueTerm, compose_logits, value_hidden
+from ivl_jax.decoding.prefix_reading import PrefixReading, lay_out_prefixes, read_prefixes
 from ivl_jax.decoding.requests import bucket
 from ivl_jax.decoding.state import ComposedParams, Composition, Network
-from ivl_jax.decoding.text import ComposedModel
+from ivl_jax.decoding.text import ComposedModel, EncodedPrompt
 from ivl_jax.model.decoder import Constrain, hidden_states, logits_from_hidden
 from ivl_jax.sharding import activation_constraint, batch_ways
+from ivl_jax.vocabulary.retokenize import RetokenizedText
 
 _SMALLEST_LENGTH = 16
 # Composed logits that exist at once: 32 MB in float32 stays near a CPU's caches, 512 MB fills an
@@ -57,6 +62,10 @@ class Row(NamedTuple):
 
     token_ids: Sequence[int]
     other_last: Sequence[int] = ()  # candidates that may stand in the last token's place
+    prompt: EncodedPrompt | None = None
+    """What `token_ids` begin with, as `ComposedModel.prepare` gives it: value networks with their
+    own vocabulary then read it as they do while decoding (a dialogue through their own template).
+    With such networks, scores of the prompt itself are NaN: they never predict it."""
 
 
 def score_rows(
@@ -86,16 +95,17 @@ def score_rows(
     layout = model.composition.base.layout
     ways = 1 if layout is None else batch_ways(layout.mesh)
     batch = -(-min(batch_size, bucket(len(rows), smallest=1)) // ways) * ways
+    mapped = bool(model.composition.mapped)
     waiting: tuple[list[int], Any] | None = None
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         # The device works on this batch while the host takes the one before it apart.
         scored = _dispatch(model, [rows[index] for index in chosen], batch, with_base)
         if waiting is not None:
-            yield from _apart(rows, *waiting)
+            yield from _apart(rows, *waiting, mapped=mapped)
         waiting = chosen, scored
     if waiting is not None:
-        yield from _apart(rows, *waiting)
+        yield from _apart(rows, *waiting, mapped=mapped)
 
 
 def score_tokens(
@@ -108,6 +118,7 @@ def score_tokens(
     strengths: Float[Array, "B M"],
     max_logits: int,
     with_base: bool,
+    prefixes: tuple[PrefixReading, ...] = (),
 ) -> tuple[TokenScores, TokenScores, BaseScores | None]:
     """Read rows and score each next token; pure.
 
@@ -120,12 +131,13 @@ def score_tokens(
         strengths: [B M], α of each value network.
         max_logits: composed logits that may exist at once; the head runs over parts of T.
         with_base: also compare with the base alone.
+        prefixes: what each value network with its own vocabulary reads, in their order.
 
     Returns:
         Scores [B T] of the token after each (the last real one's is the first candidate's); scores
         [B C] of the candidates; the comparison [B T], or None.
     """
-    hidden = _read(composition, params, tokens)
+    hidden = _read(composition, params, tokens, prefixes)
     rows, length = tokens.shape
     at_end = lengths[:, None] - 1
     following = jnp.concatenate([tokens[:, 1:], tokens[:, :1]], axis=1)
@@ -187,11 +199,37 @@ def _dispatch(model: ComposedModel, rows: Sequence[Row], batch: int, with_base: 
         strengths=np.tile(np.asarray(model.strengths, np.float32), (batch, 1)),
         max_logits=_MAX_LOGITS.get(jax.default_backend(), _MAX_LOGITS_ACCELERATOR),
         with_base=with_base,
+        prefixes=tuple(
+            _prefixes([_own_text(model, row, index) for row in rows], rows, tokens.shape)
+            for index in range(len(model.composition.mapped))
+        ),
     )
 
 
+def _first_scored(row: Row) -> int:
+    """The first position whose prediction counts: the prompt's last token."""
+    return 0 if row.prompt is None else len(row.prompt.token_ids) - 1
+
+
+def _own_text(model: ComposedModel, row: Row, index: int) -> RetokenizedText:
+    """A row up to the first position that counts, as a network with its own vocabulary reads it."""
+    if row.prompt is not None:
+        return row.prompt.own_texts[index]
+    own = [own for own in model.own_vocabularies if own][index]
+    return own.retokenizer.begin(row.token_ids[:1])
+
+
+def _prefixes(
+    beginnings: Sequence[RetokenizedText], rows: Sequence[Row], shape: tuple[int, ...]
+) -> PrefixReading:
+    starts = [_first_scored(row) for row in rows]
+    following = [row.token_ids[at + 1 : -1] for at, row in zip(starts, rows, strict=True)]
+    batch, length = shape
+    return lay_out_prefixes(beginnings, following, starts=starts, batch=batch, length=length)
+
+
 def _apart(
-    rows: Sequence[Row], chosen: Sequence[int], scored: Any
+    rows: Sequence[Row], chosen: Sequence[int], scored: Any, *, mapped: bool
 ) -> Iterator[tuple[int, RowScores]]:
     """A batch's scores, row by row."""
     tokens, choices, base = jax.device_get(scored)
@@ -199,15 +237,21 @@ def _apart(
         row = rows[index]
         targets = len(row.token_ids) - 1
         own_choices = _cut(choices, place, len(row.other_last) + 1)
-        yield (
-            index,
-            RowScores(_cut(tokens, place, targets), own_choices, _cut(base, place, targets)),
-        )
+        own_tokens, own_base = _cut(tokens, place, targets), _cut(base, place, targets)
+        if mapped:
+            _blank((own_tokens, own_base), _first_scored(row))
+        yield index, RowScores(own_tokens, own_choices, own_base)
 
 
 def _cut(scores: Any, place: int, length: int) -> Any:
     """One row's part; a copy, for a view would keep its whole batch in memory."""
     return jax.tree.map(lambda array: array[place, :length].copy(), scores)
+
+
+def _blank(scores: Any, until: int) -> None:
+    """Let what was said of a prompt be NaN, or False."""
+    for array in jax.tree.leaves(scores):
+        array[:until] = False if array.dtype == bool else np.nan
 
 
 def _check_row(model: ComposedModel, index: int, row: Row) -> None:
@@ -219,13 +263,24 @@ def _check_row(model: ComposedModel, index: int, row: Row) -> None:
             f"row {index}: {length} tokens are {length - model.context - 1} more than the context "
             f"of {model.context} tokens (that of {model.context_of}) and one to predict"
         )
+    for number, own in enumerate(filter(None, model.own_vocabularies)):
+        text = _own_text(model, row, number).fork()
+        text.push(row.token_ids[_first_scored(row) + 1 : -1])
+        if len(text.tokens) > own.context:
+            raise ValueError(
+                f"row {index}: {len(text.tokens)} tokens are {len(text.tokens) - own.context} more "
+                f"than the context of {own.context} tokens of {own.name}, in its own vocabulary"
+            )
     strange = [i for i in (*row.token_ids, *row.other_last) if not 0 <= i < known]
     if strange:
         raise ValueError(f"row {index}: token ids outside [0, {known}): {strange[:5]}")
 
 
 def _read(
-    composition: Composition, params: ComposedParams, tokens: Int[Array, "B T"]
+    composition: Composition,
+    params: ComposedParams,
+    tokens: Int[Array, "B T"],
+    prefixes: tuple[PrefixReading, ...],
 ) -> tuple[Array, tuple[Array, ...]]:
     """Final hidden states [B T D] of the base and of each value network."""
     base = composition.base
@@ -236,8 +291,11 @@ def _read(
     base_logits = None
     if any(network.connection != "residual" for network in composition.values):
         base_logits = logits_from_hidden(base.graphdef, params.base, base_hidden)
-    found = []
+    found, own = [], iter(prefixes)
     for index, network in enumerate(composition.values):
+        if network.mapped:
+            found.append(read_prefixes(network, params.values[index], next(own)))
+            continue
         assert network.connection is not None
         unknown = (tokens >= network.vocab_size) | jnp.isin(tokens, params.unknown_ids[index])
         hidden, _ = value_hidden(
@@ -263,11 +321,19 @@ def _logits(
     """Composed logits, the base's alone, and mean |z_value| of each value network."""
     base = composition.base
     base_logits = logits_from_hidden(base.graphdef, params.base, hidden[0])
-    terms, magnitudes = [], []
+    terms, magnitudes, maps = [], [], iter(params.vocabulary_maps)
     for index, network in enumerate(composition.values):
         logits = logits_from_hidden(network.graphdef, params.values[index], hidden[1][index])
-        unknown_ids = params.unknown_ids[index]
-        terms.append(ValueTerm(logits, strengths[:, index], network.vocab_size, unknown_ids))
+        terms.append(
+            ValueTerm(
+                logits,
+                strengths[:, index],
+                network.vocab_size,
+                None if network.mapped else params.unknown_ids[index],
+                next(maps) if network.mapped else None,
+                network.centred,
+            )
+        )
         real = jnp.arange(logits.shape[-1]) < network.vocab_size
         total = jnp.sum(jnp.where(real[None, None, :], jnp.abs(logits), 0.0), axis=-1)
         magnitudes.append(total / network.vocab_size)
