@@ -53,7 +53,7 @@ def build_programs(composition: Composition) -> Programs:
         `prefill` and `decode_chunk` under jit, shardings and donation said. Each compiles once a
         shape: batch, prompt bucket and capacity.
     """
-    shardings = state_shardings(composition)
+    shardings = _state_shardings(composition)
 
     def prefill_program(
         params: ComposedParams,
@@ -108,15 +108,8 @@ def build_programs(composition: Composition) -> Programs:
     )
 
 
-def state_shardings(composition: Composition) -> DecodeState | None:
-    """How a state lies on the mesh; None without one.
-
-    Args:
-        composition: the static half.
-
-    Returns:
-        Caches: rows over data × fsdp, kv heads as the network's layout says. The rest: whole.
-    """
+def _state_shardings(composition: Composition) -> DecodeState | None:
+    """Caches: rows over data × fsdp, kv heads as the network's layout says. The rest: whole."""
     if composition.base.layout is None:
         return None
     whole = replicated(composition.base.layout.mesh)

@@ -13,8 +13,7 @@ from ivl_jax.checkpoint import ValueNetwork
 from ivl_jax.data.chat import make_chat_format
 from ivl_jax.data.formats import Message
 from ivl_jax.decoding.requests import GenerationOptions
-from ivl_jax.decoding.score import score_continuations
-from ivl_jax.decoding.text import ComposedModel, EncodedPrompt
+from ivl_jax.decoding.text import ComposedModel
 from ivl_jax.evaluation.scoring import Row, score_rows
 from ivl_jax.experiments.demonstrations import Item, select
 from ivl_jax.vocabulary.alignment import Method, build_vocabulary_map, named_tokenizer
@@ -39,29 +38,15 @@ def response_nll(model: ComposedModel, items: Sequence[Item], *, rows: int = 64)
     for item, prompt in zip(items, prompts, strict=True):
         whole = chat_format.encode_dialogue((*_messages(item), Message("assistant", item.answer)))
         continuations.append(whole.tokens[len(prompt.token_ids) :].tolist())
-    if not model.composition.mapped:
-        return _nll_in_one_pass(model, prompts, continuations, rows=rows)
-    scored = score_continuations(model, prompts, continuations, batch_size=rows)
-    total = sum(float(scores.log_prob.sum(dtype=np.float64)) for _, scores in scored)
-    return -total / sum(map(len, continuations))
-
-
-def _nll_in_one_pass(
-    model: ComposedModel,
-    prompts: Sequence[EncodedPrompt],
-    continuations: Sequence[Sequence[int]],
-    *,
-    rows: int,
-) -> float:
-    """Where all networks share one vocabulary a row is read once, which is faster."""
     whole = [
-        Row([*prompt.token_ids, *ids]) for prompt, ids in zip(prompts, continuations, strict=True)
+        Row([*prompt.token_ids, *ids], prompt=prompt)
+        for prompt, ids in zip(prompts, continuations, strict=True)
     ]
     total = 0.0
     for index, scores in score_rows(model, whole, batch_size=rows):
         length = len(continuations[index])
-        total += float(scores.tokens.log_prob[-length:].sum(dtype=np.float64))
-    return -total / sum(map(len, continuations))
+        total -= float(scores.tokens.log_prob[-length:].sum(dtype=np.float64))
+    return total / sum(map(len, continuations))
 
 
 def answers(
