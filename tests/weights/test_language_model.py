@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import filter_repo_objects
 
 from ivl_jax.model.decoder import build_decoder, forward
-from ivl_jax.sharding import bytes_per_device, make_mesh
+from ivl_jax.sharding import LAYOUTS, bytes_per_device, make_mesh
 from ivl_jax.weights import language_model
 from ivl_jax.weights.language_model import (
     LanguageModel,
@@ -85,6 +85,24 @@ def test_a_mesh_splits_the_parameters_and_changes_none(
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(stories.params))
     assert max(bytes_per_device(split.params).values()) < 1.05 * total / 8 + 4 * 11 * 64
     assert len(bytes_per_device(split.params)) == 8
+
+
+def test_the_layout_given_decides_padding_and_places(stories260k_dir: Path) -> None:
+    mesh = make_mesh(tensor=3, devices=jax.devices()[:3])
+    split = load_language_model(stories260k_dir, mesh=mesh).params["embed_tokens"]["embedding"]
+    assert split.shape[0] == 576  # 512 divides neither by 3 nor, with 3, by 64
+    assert split.sharding.spec[0] == "tensor"
+    whole = load_language_model(stories260k_dir, mesh=mesh, sharding_rules=LAYOUTS["replicated"])
+    assert whole.params["embed_tokens"]["embedding"].shape[0] == 512
+    assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(whole.params))
+
+
+def test_no_head_is_cut_in_two(stories260k_dir: Path) -> None:
+    # 8 heads divide over 8 devices; 4 kv heads do not, though their 32 columns would.
+    params = load_language_model(stories260k_dir, mesh=make_mesh(tensor=8)).params
+    attention = params["layers"][0]["self_attn"]
+    assert not attention["q_proj"]["kernel"].is_fully_replicated
+    assert attention["k_proj"]["kernel"].is_fully_replicated
 
 
 def test_saving_and_loading_again_gives_the_same_model(
