@@ -145,8 +145,7 @@ base, (NLL base − NLL with value) / (NLL base − NLL fine-tuned). S has 0.69 
 2.0 M and another tokenizer; L-continued is L trained on, on statements about people nobody had
 heard of (*new facts*). Value networks are trained beside S and never see the other bases.
 Mean ± half the range over seeds {", ".join(map(str, seeds))}; a single number is one seed.
-Fine-tuned
-references: learning rate, length and batch size chosen on validation
+Fine-tuned references: learning rate and length chosen on validation
 (`python -m ivl_jax.experiments.finetune_sweep`; L-continued takes L's)."""
 
 
