@@ -17,10 +17,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from ivl_jax.config import ConfigError
 from ivl_jax.data.demonstrations import DemonstrationSource, store_demonstrations
 from ivl_jax.data.formats import Demonstration
 from ivl_jax.data.tokenized import TokenizedDemonstrations, tokenize_demonstrations
-from ivl_jax.decoding.text import ComposedModel
+from ivl_jax.decoding.text import ComposedModel, EncodedPrompt
 from ivl_jax.evaluation.flags import LikelihoodFlags, check_model_flags, require
 from ivl_jax.evaluation.loading import chat_format_of, find_sources, load_model
 from ivl_jax.evaluation.scoring import Row, RowScores, score_rows
@@ -34,7 +35,7 @@ class Figures:
 
     Attributes:
         targets: Assistant's tokens that count.
-        tokens: Tokens read.
+        tokens: Tokens read, after which the value networks say something.
         nll: Mean −log p of a target, nats.
         base_nll: The same of the base alone.
         top1: Share of targets with the largest logit, 0 to 1.
@@ -81,28 +82,30 @@ class _Sums:
         self.sums = {name: np.zeros(64) for name in names}
         self.magnitude = np.zeros((64, values))
 
-    def add(self, scores: RowScores, counts: np.ndarray) -> None:
-        """Take one dialogue; `counts` says which targets do."""
+    def add(self, scores: RowScores, counted: np.ndarray) -> None:
+        """Take one dialogue; `counted` says which targets count."""
         assert scores.base is not None
-        bins = _bins(len(counts))
+        bins, magnitude = _bins(len(counted)), scores.base.magnitude
         for name, values in {
-            "targets": counts,
-            "tokens": np.ones(len(counts)),
-            "nll": -scores.tokens.log_prob * counts,
-            "base_nll": -scores.base.log_prob * counts,
-            "top1": scores.tokens.largest * counts,
-            "base_top1": scores.base.largest * counts,
-            "kl_from_base": scores.base.divergence * counts,
+            "targets": np.ones(len(counted)),
+            "nll": -scores.tokens.log_prob,
+            "base_nll": -scores.base.log_prob,
+            "top1": scores.tokens.largest,
+            "base_top1": scores.base.largest,
+            "kl_from_base": scores.base.divergence,
         }.items():
-            np.add.at(self.sums[name], bins, np.asarray(values, np.float64))
-        np.add.at(self.magnitude, bins, np.asarray(scores.base.magnitude, np.float64))
+            np.add.at(self.sums[name], bins[counted], np.asarray(values[counted], np.float64))
+        # A value network with its own vocabulary predicts nothing within a prompt.
+        known = ~np.isnan(magnitude).any(axis=1)
+        np.add.at(self.sums["tokens"], bins[known], 1.0)
+        np.add.at(self.magnitude, bins[known], np.asarray(magnitude[known], np.float64))
 
     def figures(self, which: slice) -> Figures:
         """The means over some bins."""
         total = {name: float(values[which].sum()) for name, values in self.sums.items()}
         targets, tokens = total.pop("targets"), total.pop("tokens")
         means = {name: value / targets if targets else None for name, value in total.items()}
-        magnitude = self.magnitude[which].sum(axis=0) / tokens
+        magnitude = self.magnitude[which].sum(axis=0) / max(tokens, 1.0)
         return Figures(int(targets), int(tokens), **means, mean_abs_value=tuple(magnitude.tolist()))
 
 
@@ -113,14 +116,19 @@ def likelihood_report(
 
     Args:
         model: what scores them.
-        dialogues: in the base's tokens, none longer than the context and one.
+        dialogues: in the base's tokens, by the model's own chat format where a value network has
+            its own vocabulary; none longer than the context and one.
         batch_size: dialogues scored together.
 
     Returns:
         The report; sums are added in float64.
     """
     encoded = [dialogues[index] for index in range(len(dialogues))]
-    rows = [Row(dialogue.tokens) for dialogue in encoded]
+    prompts = _prompts(model, dialogues) if model.composition.mapped else [None] * len(dialogues)
+    rows = [
+        Row(dialogue.tokens.tolist(), prompt=prompt)
+        for dialogue, prompt in zip(encoded, prompts, strict=True)
+    ]
     scored = score_rows(model, rows, batch_size=batch_size, with_base=True)
     sums, longest = _Sums(len(model.values)), 0
     for index, scores in _shown(scored, len(rows)):
@@ -159,6 +167,11 @@ def run(flags: LikelihoodFlags) -> LikelihoodReport:
     sources = find_sources(flags.model)
     demonstrations = _read(flags)
     model = load_model(sources)
+    if model.composition.mapped and flags.model.chat_template:
+        raise ConfigError(
+            f"--chat-template {flags.model.chat_template}: a value network with its own vocabulary "
+            "reads dialogues by its own template only: leave the flag out"
+        )
     chat = chat_format_of(model, flags.model)
     dialogues = tokenize_demonstrations(
         demonstrations,
@@ -209,6 +222,17 @@ def show(report: LikelihoodReport, model: ComposedModel, console: Console) -> No
         )
     console.print(table)
     console.print("NLL and KL(composed ‖ base): nats per target. |z_value|: mean over tokens read.")
+
+
+def _prompts(model: ComposedModel, dialogues: TokenizedDemonstrations) -> list[EncodedPrompt]:
+    """Each dialogue up to the assistant's first turn, as decoding reads it."""
+    found = []
+    for row in dialogues.rows:
+        messages = dialogues.demonstrations[int(row)].messages
+        first = next(i for i, message in enumerate(messages) if message.role == "assistant")
+        found.append(messages[:first])
+    names = [dialogues.row_id(index) for index in range(len(dialogues))]
+    return model.prepare(found, names=names)
 
 
 def _cell(value: float | None, form: str) -> str:

@@ -4,13 +4,18 @@ import jax
 import numpy as np
 import pytest
 
+from ivl_jax.assets import family_folder
 from ivl_jax.data.batching import make_eval_batches
 from ivl_jax.data.formats import Demonstration, Message
 from ivl_jax.data.tokenized import tokenize_demonstrations
+from ivl_jax.decoding.compose import compose
 from ivl_jax.evaluation.__main__ import main
 from ivl_jax.evaluation.likelihood import likelihood_report
+from ivl_jax.evaluation.scoring import Row, score_rows
 from ivl_jax.model.decoder import build_decoder
 from ivl_jax.training.objective import Objective, count_tokens, loss_sum
+from tests.decoding.anew import random_map
+from tests.decoding.tiny import language_model
 
 LENGTH = 64
 
@@ -145,3 +150,23 @@ def test_bad_input_is_said_before_a_model_is_loaded(
     messages = capsys.readouterr().err
     for part in said:
         assert part in messages
+
+
+def test_a_value_of_another_vocabulary_is_reported_where_it_predicts(stories260k_dir):
+    """It says nothing within a prompt, which is no target either."""
+    base = language_model(family_folder("S"), seed=0)
+    value = language_model(stories260k_dir, seed=2)
+    model = compose(base, value, strengths=[0.5], maps=[random_map(base, value)])
+    messages = (Message("user", "Who was it?"), Message("assistant", "It was unbelievable."))
+    dialogues = tokenize_demonstrations(
+        [Demonstration(messages, "0")], model.chat_format, sequence_length=LENGTH, cache_dir=None
+    )
+    found = likelihood_report(model, dialogues, batch_size=1).overall
+    ((_, alone),) = score_rows(compose(base), [Row(dialogues[0].tokens.tolist())], batch_size=1)
+    counted = dialogues[0].loss_mask[1:]
+    assert found.targets == counted.sum()
+    assert found.tokens < len(counted)
+    assert found.base_nll == pytest.approx(-alone.tokens.log_prob[counted].mean(), rel=1e-5)
+    assert np.isfinite(found.nll)
+    assert found.nll != pytest.approx(found.base_nll, rel=1e-3)
+    assert found.mean_abs_value[0] > 0
