@@ -142,6 +142,26 @@ def test_the_links_of_the_hub_cache_are_followed(write_folder: Callable, tmp_pat
     assert set(find_tensors(tmp_path / "alias")) == {"x"}
 
 
+def test_links_to_blobs_are_followed_in_the_hub_cache_only(
+    write_folder: Callable, tmp_path: Path
+) -> None:
+    write_folder({"1234": {"x": ONE}}, name="blobs")
+    folder = tmp_path / "models" / "abc"  # laid out alike, but under no snapshots/
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").symlink_to("../../blobs/1234")
+    with pytest.raises(TreeMismatchError, match="got a link to"):
+        find_tensors(folder)
+
+
+def test_a_new_folder_may_be_named_from_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with new_folder(Path("~/model"), overwrite=False):
+        pass
+    assert (tmp_path / "model").is_dir()
+
+
 def test_a_new_folder_appears_whole(tmp_path: Path) -> None:
     final = tmp_path / "deep" / "model"
     with new_folder(final, overwrite=False) as staging:
