@@ -24,7 +24,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from ivl_jax.checkpoint.arrays import restore_arrays, to_storable
-from ivl_jax.checkpoint.manifest import MANIFEST_NAME, write_manifest
+from ivl_jax.checkpoint.manifest import MANIFEST_NAME, replace_about, write_manifest
 from ivl_jax.checkpoint.paths import absolute_path
 from ivl_jax.checkpoint.steps import (
     NoUsableCheckpointError,
@@ -157,6 +157,19 @@ class TrainCheckpointer:
         self._newest = step
         self._pending = self._worker.submit(self._seal, self._manager, step, measured)
         return True
+
+    def record_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Record held-out figures of the newest step that were measured after it was saved.
+
+        Args:
+            metrics: of this very state.
+        """
+        self.wait_until_finished()
+        assert self._newest is not None
+        measured = {name: float(value) for name, value in metrics.items()}
+        if jax.process_index() == 0:
+            replace_about(self.directory / str(self._newest), self._about(self._newest, measured))
+        self._metrics[self._newest] = measured
 
     def wait_until_finished(self) -> None:
         """Wait until the last save is committed and sealed.
@@ -324,13 +337,13 @@ class TrainCheckpointer:
         """Wait until a step is committed, then write its manifest; runs in the worker thread."""
         manager.wait_until_finished()
         if jax.process_index() == 0:
-            about = {
-                "step": step,
-                "metrics": metrics,
-                "best_by": {"metric": self._metric, "lower_is_better": self._lower_is_better},
-            }
-            write_manifest(self.directory / str(step), about)
+            write_manifest(self.directory / str(step), self._about(step, metrics))
         self._metrics[step] = metrics
+
+    def _about(self, step: int, metrics: dict[str, float]) -> dict[str, Any]:
+        """What a step's manifest says beside the hashes."""
+        best_by = {"metric": self._metric, "lower_is_better": self._lower_is_better}
+        return {"step": step, "metrics": metrics, "best_by": best_by}
 
     def _agree_on_step(self, step: int | None) -> tuple[int, tuple[RejectedStep, ...]]:
         """Let process 0 read and check the files, and tell the others what it found."""

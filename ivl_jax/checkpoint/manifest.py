@@ -67,10 +67,21 @@ def write_manifest(
         records = list(pool.map(lambda name: _record(folder / name, flush=True), names))
     manifest = Manifest(files=dict(zip(names, records, strict=True)), about=dict(about))
     _flush_folders(folder, names)
-    content = {"format": MANIFEST_FORMAT, "about": manifest.about, "files": manifest.files}
-    content["checksum"] = _checksum(content)
-    write_atomically(folder / MANIFEST_NAME, json.dumps(content, indent=1).encode())
+    _write(folder, manifest)
     return manifest
+
+
+def replace_about(folder: epath.PathLike, about: Mapping[str, Any]) -> None:
+    """Record something else beside the hashes of a sealed folder; no file of it is read.
+
+    Args:
+        folder: the folder.
+        about: the new JSON.
+
+    Raises:
+        ManifestError: the folder's manifest is missing or was altered.
+    """
+    _write(epath.Path(folder), Manifest(files=read_manifest(folder).files, about=dict(about)))
 
 
 def read_manifest(folder: epath.PathLike) -> Manifest:
@@ -152,6 +163,12 @@ def shorten(problems: Sequence[str]) -> tuple[str, ...]:
     shown = tuple(problems[:PROBLEMS_SHOWN])
     more = len(problems) - len(shown)
     return (*shown, f"and {more} more") if more > 0 else shown
+
+
+def _write(folder: epath.Path, manifest: Manifest) -> None:
+    content = {"format": MANIFEST_FORMAT, "about": manifest.about, "files": manifest.files}
+    content["checksum"] = _checksum(content)
+    write_atomically(folder / MANIFEST_NAME, json.dumps(content, indent=1).encode())
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

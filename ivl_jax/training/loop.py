@@ -166,7 +166,10 @@ class _Training:
             if self._fresh:
                 self._start(state, report)
             elif not self._evaluated:
-                self._evaluate(step, state, report)
+                # A signal had left no time for it; metrics.jsonl and the best step are as ever.
+                evaluation = self._evaluate(step, state, report)
+                if evaluation is not None:
+                    self._checkpoints.record_metrics(evaluation.mean)
             came = self._interrupts.requested(step)
             batches, waiting = self._prepared.data.train, None
             while step < self._total and came is None:

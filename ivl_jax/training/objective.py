@@ -194,7 +194,9 @@ def loss_sum(
     return total, denominator, aux
 
 
-def choose_chunk_length(rows: int, length: int, vocab_rows: int, *, max_logits: int) -> int:
+def choose_chunk_length(
+    rows: int, length: int, vocab_rows: int, *, max_logits: int, min_tokens: int
+) -> int:
     """Choose how many positions' logits exist at once.
 
     Args:
@@ -202,12 +204,14 @@ def choose_chunk_length(rows: int, length: int, vocab_rows: int, *, max_logits: 
         length: positions a row, T.
         vocab_rows: output rows of the wider head, V.
         max_logits: logits of one model that one device should hold at once.
+        min_tokens: tokens of a chunk, over all rows, below which it does not pay, whatever the
+            vocabulary: each chunk reads both heads and adds to the gradient of one.
 
     Returns:
-        Positions a chunk, so that the chunks of T are even and hold at most `max_logits` each (but
-        at least one position).
+        Positions a chunk, so that the chunks of T are even and hold at most `max_logits` each, or
+        `min_tokens` if that is more (but at least one position).
     """
-    positions = max(1, max_logits // (rows * vocab_rows))
+    positions = max(1, max(max_logits // vocab_rows, min_tokens) // rows)
     return math.ceil(length / math.ceil(length / positions))
 
 

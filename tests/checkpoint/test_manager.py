@@ -220,6 +220,21 @@ def test_the_best_is_remembered_across_a_restart(tmp_path: Path) -> None:
     assert folders(tmp_path) == ["1", "5", "6"]
 
 
+def test_figures_measured_after_a_restart_count_for_the_best(tmp_path: Path) -> None:
+    directory = tmp_path / "checkpoints"
+    with TrainCheckpointer(directory, keep=1) as checkpointer:
+        save(checkpointer, 1, nll=2.0)
+        save(checkpointer, 2)
+    with TrainCheckpointer(directory, keep=1) as checkpointer:
+        assert checkpointer.restore(abstract(make_state(0))).step == 2
+        checkpointer.record_metrics({"nll": 1.0})
+        assert checkpointer.best_step() == 2
+        for step in (3, 4, 5):
+            save(checkpointer, step, nll=3.0)
+        assert checkpointer.steps() == [2, 4, 5]
+        assert not checkpointer.restore(abstract(make_state(0)), step=2).rejected
+
+
 def test_a_sealed_checkpoint_exists_at_every_moment(tmp_path: Path, monkeypatch) -> None:
     """Orbax deletes old steps before the new one is sealed; one sealed step must be there then."""
     seen = []

@@ -43,12 +43,13 @@ def test_a_stopped_and_crashed_run_equals_one_that_never_stopped_bit_for_bit(
 
     config = tiny_config
     with monkeypatch.context() as patch:
-        at_step(patch, 3, lambda: signal.raise_signal(signal.SIGTERM))
+        at_step(patch, 2, lambda: signal.raise_signal(signal.SIGTERM))
         stopped = run(config)
     assert stopped.interrupted
     assert stopped.output is None
-    # The figures of step 3 are read when step 4 is on its way: the next boundary is after step 4.
-    assert stopped.steps == 4
+    # It came when step 2 was saved; step 3 ends the run, and its evaluation waits for the resume.
+    assert stopped.steps == 3
+    assert [line["step"] for line in records(stopped.run_dir) if "held_out" in line] == [0]
     config = replace(config, resume=True)
     with monkeypatch.context() as patch:
         at_step(patch, 5, crash)

@@ -243,9 +243,15 @@ def test_a_penalty_without_a_base_is_an_error():
 
 
 def test_chunks_are_even_and_within_the_budget():
-    assert choose_chunk_length(8, 256, 2048, max_logits=1 << 21) == 128
-    assert choose_chunk_length(8, 255, 2048, max_logits=1 << 21) == 128
-    assert choose_chunk_length(8, 256, 2048, max_logits=1 << 30) == 256
-    assert choose_chunk_length(8, 256, 200_000, max_logits=1) == 1
-    size = choose_chunk_length(2, 100, 1000, max_logits=2 * 1000 * 30)
+    choose = functools.partial(choose_chunk_length, min_tokens=1)
+    assert choose(8, 256, 2048, max_logits=1 << 21) == 128
+    assert choose(8, 255, 2048, max_logits=1 << 21) == 128
+    assert choose(8, 256, 2048, max_logits=1 << 30) == 256
+    assert choose(8, 256, 200_000, max_logits=1) == 1
+    size = choose(2, 100, 1000, max_logits=2 * 1000 * 30)
     assert size == math.ceil(100 / 4)
+
+
+def test_a_large_vocabulary_makes_no_chunk_thinner_than_what_pays():
+    assert choose_chunk_length(2, 2048, 128_256, max_logits=1 << 21, min_tokens=128) == 64
+    assert choose_chunk_length(2, 48, 128_256, max_logits=1 << 21, min_tokens=128) == 48
