@@ -121,6 +121,14 @@ def test_the_command_writes_the_report_and_shows_the_table(
             ["2 value(s), but --map is given 1 time(s)"],
         ),
         (("--base", "BASE", "--data", "absent.jsonl"), ["no file absent.jsonl"]),
+        (
+            ("--base", "BASE", "--data", "x.jsonl", "--value", "FAMILY"),
+            ["tokenizers of the base", "python -m ivl_jax.vocabulary build --base-tokenizer"],
+        ),
+        (
+            ("--base", "BASE", "--data", "x", "--value", "FAMILY", "--map", "absent.safetensors"),
+            ["no vocabulary map at absent.safetensors", "python -m ivl_jax.vocabulary build"],
+        ),
         (("--base", "./absent", "--data", "x.jsonl"), ["./absent: no such folder"]),
         (
             ("--base", "BASE", "--data", "x.jsonl", "--value", "./absent"),
@@ -144,9 +152,9 @@ def test_bad_input_is_said_before_a_model_is_loaded(
 
     monkeypatch.setattr("ivl_jax.evaluation.loading.load_language_model", fail)
     (tmp_path / "ivl.json").write_text('{"format_version": 99}')
-    places = {"BASE": str(stories260k_dir), "FUTURE": str(tmp_path)}
+    places = {"BASE": stories260k_dir, "FUTURE": tmp_path, "FAMILY": family_folder("S")}
     stored = ("--data-dir", str(tmp_path / "stored"))
-    assert main(["likelihood", *(places.get(flag, flag) for flag in flags), *stored]) == 2
+    assert main(["likelihood", *(str(places.get(flag, flag)) for flag in flags), *stored]) == 2
     messages = capsys.readouterr().err
     for part in said:
         assert part in messages

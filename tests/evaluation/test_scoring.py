@@ -4,8 +4,10 @@ import jax
 import numpy as np
 import pytest
 
+from ivl_jax.decoding.compose import compose
 from ivl_jax.evaluation import scoring
 from ivl_jax.evaluation.scoring import Row, score_rows
+from ivl_jax.sharding import make_mesh
 from tests.decoding.tiny import VOCAB, plain_logits, tiny_composition
 
 CONTEXT = 96
@@ -145,3 +147,11 @@ def test_impossible_rows_are_named_before_anything_is_computed(model, monkeypatc
     monkeypatch.setattr(scoring, "_program", fail)
     with pytest.raises(ValueError, match=rf"row 1: .*{said}"):
         list(score_rows(model, [Row([4, 5]), Row(token_ids)], batch_size=4))
+
+
+def test_a_mesh_gives_the_scores_of_one_device(stories, value, composed):
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    spread = compose(stories, value, strengths=[0.3], mesh=mesh)
+    rows = [Row([1, *range(5, 5 + length)]) for length in (15, 9, 4)]  # 3 rows on 4 ways
+    alone, found = (scored(model, rows, with_base=True) for model in (composed, spread))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), alone, found)
