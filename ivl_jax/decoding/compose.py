@@ -188,7 +188,7 @@ def _own_vocabularies(
         else make_own_vocabulary(
             base_codec,
             TextCodec(value.tokenizer, value.tokenizer_info),
-            one_map.metadata,
+            one_map.metadata.special_pairs,
             name=name,
             context=value.arch.max_position_embeddings,
             tokenizer=value.tokenizer,

@@ -1,7 +1,7 @@
 """How a value network with a vocabulary of its own reads what the base reads and writes.
 
-In: the tokenizers of both, the special tokens paired by role, a map's metadata. Out: prompts in
-both sides' tokens; then, step by step, what each value network has to read (`Reading`).
+In: the tokenizers of both, and special tokens paired by role. Out: prompts in both sides' tokens;
+then, step by step, what each value network has to read (`Reading`).
 """
 
 import functools
@@ -18,7 +18,6 @@ from ivl_jax.data.templates import NAMED_TEMPLATES
 from ivl_jax.decoding.requests import bucket
 from ivl_jax.decoding.state import Reading
 from ivl_jax.text_codec import TextCodec
-from ivl_jax.vocabulary.mapping import MapMetadata
 from ivl_jax.vocabulary.retokenize import (
     RetokenizedText,
     Retokenizer,
@@ -86,7 +85,7 @@ class OwnVocabulary:
 def make_own_vocabulary(
     base: TextCodec,
     value: TextCodec,
-    metadata: MapMetadata,
+    special_pairs: SpecialPairs,
     *,
     name: str,
     context: int,
@@ -99,7 +98,7 @@ def make_own_vocabulary(
     Args:
         base: the base's tokenizer.
         value: the value network's.
-        metadata: of the map between them.
+        special_pairs: special tokens paired by role, of the map between them.
         name: what messages call the value network.
         context: tokens of its own that a row may hold.
         tokenizer: its tokenizer.
@@ -109,18 +108,17 @@ def make_own_vocabulary(
     Returns:
         The text side.
     """
-    pairs = metadata.special_pairs
     return OwnVocabulary(
         name=name,
         context=context,
-        retokenizer=Retokenizer(base, value, forward_pairs(pairs)),
+        retokenizer=Retokenizer(base, value, forward_pairs(special_pairs)),
         tokenizer=tokenizer,
         chat_template=chat_template,
-        special_pairs=pairs,
+        special_pairs=special_pairs,
         # What begins a text may be the very token that ends one; beginning is no end.
         stop_ids=tuple(
             base_id
-            for role, base_id, value_id in pairs
+            for role, base_id, value_id in special_pairs
             if value_id in value_stop_ids and role != "begin"
         ),
     )

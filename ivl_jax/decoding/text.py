@@ -223,7 +223,8 @@ class ComposedModel:
         Args:
             prompts: what `prepare` returned, or a part of it.
             batch_size: prompts decoded together.
-            chunk_tokens: tokens between two looks of the host at the texts (for stop strings).
+            chunk_tokens: tokens between two looks of the host at the texts (for stop strings); 1 in
+                any case where a value network has its own vocabulary: the host reads for it.
 
         Yields:
             One batch of generations at a time, in order.

@@ -124,7 +124,7 @@ def check_sources(base_name: str, base_folder: Path, sources: Sequence[ValueSour
         info = _tokenizer_info(source, base_info)
         check_fit(
             base,
-            Side(f"the value {source.path}", source.path, info),
+            Side(source.path, source.path, info),
             connection=source.connection,
             described_map=source.described_map,
         )

@@ -8,7 +8,7 @@ import numpy as np
 
 from ivl_jax.data.chat import make_chat_format
 from ivl_jax.data.pieces import PieceEncoder
-from ivl_jax.model.decoder import build_decoder, forward
+from ivl_jax.model.decoder import build_decoder, hidden_states, logits_from_hidden
 from ivl_jax.vocabulary.mapping import DescribedMap, MapMetadata, VocabularyMap
 from ivl_jax.vocabulary.special_tokens import pair_special_tokens
 
@@ -44,7 +44,10 @@ def random_map(base, value, *, seed=0, centred=False):
 @functools.partial(jax.jit, static_argnums=0)
 def _last_logits(arch, params, tokens, length):
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    return forward(build_decoder(arch), params, tokens, positions=positions)[0, length - 1]
+    decoder = build_decoder(arch)
+    hidden, _ = hidden_states(decoder, params, tokens, positions=positions)
+    last = jax.lax.dynamic_slice_in_dim(hidden, length - 1, 1, axis=1)
+    return logits_from_hidden(decoder, params, last)[0, 0]
 
 
 def last_logits(network, ids):
