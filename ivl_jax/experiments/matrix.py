@@ -196,6 +196,8 @@ def _all(seeds: tuple[int, ...]) -> Iterator[Measurement]:
             for training in (*penalties(seed), *initialisations(seed), *base_choices(seed)):
                 yield on("S", Term(training))
                 yield on("L", Term(training))
+            for training in base_choices(seed):
+                yield on("L-continued", Term(training))
             for strength in STRENGTHS:
                 yield on("S", Term(recipe(seed), strength))
                 yield on("L", Term(recipe(seed), strength))
@@ -207,3 +209,5 @@ def _all(seeds: tuple[int, ...]) -> Iterator[Measurement]:
     for seed in seeds[1:]:
         for training in (*penalties(seed), *initialisations(seed), *base_choices(seed)):
             yield on("L", Term(training))
+        for training in base_choices(seed):
+            yield on("L-continued", Term(training))

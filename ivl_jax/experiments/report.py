@@ -121,7 +121,7 @@ def write_report(figures: Figures, docs: Path, *, seeds: Sequence[int]) -> None:
         ),
         "![Penalty](penalties.png)",
         _trainings(table, "Initialisation of the value network", matrix.initialisations),
-        _trainings(table, "Training bases", matrix.base_choices),
+        _trainings(table, "Training bases", matrix.base_choices, bases=("S", "L", "L-continued")),
         _large_value(table),
         _maps(table),
         "## Strength\n\n![Strength](strengths.png)",
@@ -206,25 +206,34 @@ def _transfer(table: Table) -> str:
 
 
 def _trainings(
-    table: Table, title: str, make: Callable[[int], list[Training]], *, note: str = ""
+    table: Table,
+    title: str,
+    make: Callable[[int], list[Training]],
+    *,
+    bases: Sequence[Base] = ("S", "L"),
+    note: str = "",
 ) -> str:
     rows = []
     for index, training in enumerate(make(0)):
         row = [training.label]
-        for base in ("S", "L"):
+        for base in bases:
 
             def at(seed: int, index: int = index, base: Base = base) -> Measurement:
                 return on(base, Term(make(seed)[index]))
 
             row.append(table.spread(at).show())
-            if base == "L":
-                row.append(table.ratio("L", at).show("{:.2f}"))
+            if base != "S":
+                row.append(table.ratio(base, at).show("{:.2f}"))
             row.append(table.spread(at, "exact_match").show("{:.1%}"))
             if base == "L":
                 row.append(table.spread(at, "validation_nll").show())
         rows.append(row)
-    headings = ["", "NLL on S", "facts on S", "NLL on L", "ratio on L", "facts on L"]
-    headings.append("validation NLL on L")
+    headings = [""]
+    for base in bases:
+        headings.append(f"NLL on {base}")
+        headings += [] if base == "S" else [f"ratio on {base}"]
+        headings.append(f"facts on {base}")
+        headings += [f"validation NLL on {base}"] if base == "L" else []
     return "\n\n".join(part for part in (f"## {title}", note, _markdown(headings, rows)) if part)
 
 
