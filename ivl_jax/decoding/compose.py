@@ -4,6 +4,7 @@ In: a loaded base, loaded value networks, a mesh. Out: a `ComposedModel` that ge
 model may take a value network's place: its logits are added like theirs (proxy-tuning).
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,13 +16,13 @@ from jax.sharding import Mesh
 from ivl_jax.checkpoint import ValueNetwork
 from ivl_jax.config import Connection
 from ivl_jax.decoding.compatibility import Side, check_fit
+from ivl_jax.decoding.layout import lay_out_network, output_rows
 from ivl_jax.decoding.own_vocabulary import OwnVocabulary, make_own_vocabulary
 from ivl_jax.decoding.programs import build_programs
 from ivl_jax.decoding.state import ComposedParams, Composition, Layout, Network
 from ivl_jax.decoding.text import ComposedModel
-from ivl_jax.model.decoder import Params, untie_head
-from ivl_jax.model.network import Architecture, build_network
-from ivl_jax.sharding import DEFAULT_RULES, ShardingRules, parameter_shardings
+from ivl_jax.model.decoder import Params
+from ivl_jax.sharding import DEFAULT_RULES, ShardingRules
 from ivl_jax.text_codec import TextCodec, spoken_bytes
 from ivl_jax.tokenizer import TokenizerInfo
 from ivl_jax.vocabulary.mapping import DescribedMap, read_map
@@ -84,15 +85,12 @@ def compose(
     ]
     layout = None if mesh is None else Layout(mesh, base_rules)
     value_layout = None if mesh is None else Layout(mesh, value_rules)
-    base_params = decode_layout(base.params, base.arch, layout)
-    value_params = [decode_layout(value.params, value.arch, value_layout) for value in values]
-    composition = Composition(
-        base=_network(base.arch, base_params, base.tokenizer_info, layout),
-        values=tuple(
-            _network(value.arch, params, value.tokenizer_info, value_layout, value, one_map)
-            for value, params, one_map in zip(values, value_params, described, strict=True)
-        ),
-    )
+    base_network, base_params = _network(base, None, layout)
+    laid_out = [
+        _network(value, connection_of(value), value_layout, one_map)
+        for value, one_map in zip(values, described, strict=True)
+    ]
+    composition = Composition(base_network, tuple(network for network, _ in laid_out))
     own = _own_vocabularies(base, values, names, described)
     contexts = [(base.arch.max_position_embeddings, base_name)] + [
         (value.arch.max_position_embeddings, name)
@@ -104,7 +102,7 @@ def compose(
         composition=composition,
         params=ComposedParams(
             base_params,
-            tuple(value_params),
+            tuple(params for _, params in laid_out),
             tuple(jnp.asarray(ids, jnp.int32) for ids in unknown),
             tuple(one_map.vocabulary_map for one_map in described if one_map),
         ),
@@ -113,57 +111,41 @@ def compose(
         stop_ids=_stop_ids(base, values, own),
         context=context,
         context_of=context_of,
-        base=base,
-        values=tuple(values),
+        # The arrays they came with are theirs no longer: kept, every weight would be held twice.
+        base=dataclasses.replace(base, params=base_params),
+        values=tuple(
+            dataclasses.replace(value, params=params)
+            for value, (_, params) in zip(values, laid_out, strict=True)
+        ),
         token_bytes=spoken_bytes(base.tokenizer, base.tokenizer_info),
         strips_leading_space=_strips_leading_space(base.tokenizer, base.tokenizer_info),
         own_vocabularies=own,
     )
 
 
-def decode_layout(params: Params, arch: Architecture, layout: Layout | None) -> Params:
-    """Arrange parameters for decoding, once.
-
-    Args:
-        params: layers unstacked.
-        arch: their architecture.
-        layout: where they are to lie; None: where they are.
-
-    Returns:
-        The parameters with a head stored (D, V) also where it is tied: as a matrix × vector the
-        embedding (V, D) reads at 2.8 GB/s on CPU, its transposed copy at 41–47 GB/s.
-    """
-    params = untie_head(params)
-    if layout is None:
-        return params
-    units = {"heads": arch.num_attention_heads, "kv_heads": arch.num_key_value_heads}
-    return jax.device_put(
-        params, parameter_shardings(params, layout.mesh, layout.rules, units=units)
-    )
-
-
 def _network(
-    arch: Architecture,
-    params: Params,
-    info: TokenizerInfo,
+    model: LanguageModel | ValueNetwork,
+    connection: Connection | None,
     layout: Layout | None,
-    value: ValueNetwork | LanguageModel | None = None,
     described_map: DescribedMap | None = None,
-) -> Network:
-    head = params["lm_head"]["kernel"]
+) -> tuple[Network, Params]:
+    """A network's static half, and its parameters as they lie for decoding."""
+    info = model.tokenizer_info
+    graphdef, params = lay_out_network(model.params, model.arch, layout)
     # A value reads its unknown token where the text has one it never saw, else a text's beginning.
     readable = (info.unk_id, info.bos_id, *info.eos_ids, 0)
-    return Network(
-        graphdef=build_network(arch, compute_dtype=head.dtype),
-        arch=arch,
-        vocab_size=min(info.vocab_size, head.shape[1]),
-        cache_dtype=str(head.dtype),
-        connection=None if value is None else connection_of(value),
+    network = Network(
+        graphdef=graphdef,
+        arch=model.arch,
+        vocab_size=min(info.vocab_size, output_rows(model.params)),
+        cache_dtype=str(jax.tree.leaves(params)[0].dtype),
+        connection=connection,
         replacement_id=next(i for i in readable if i is not None),
         layout=layout,
         mapped=described_map is not None,
         centred=described_map is not None and described_map.metadata.centred,
     )
+    return network, params
 
 
 def _described(given: epath.PathLike | DescribedMap | None) -> DescribedMap | None:

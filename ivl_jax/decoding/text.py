@@ -8,21 +8,17 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
-
-import jax
-import numpy as np
+from typing import TYPE_CHECKING, Any, cast
 
 from ivl_jax.checkpoint import ValueNetwork
 from ivl_jax.data.chat import ChatFormat, make_chat_format
 from ivl_jax.data.formats import Message
-from ivl_jax.decoding.own_vocabulary import OwnVocabulary, TextReader, base_chat_format
+from ivl_jax.decoding.own_vocabulary import OwnVocabulary, base_chat_format
 from ivl_jax.decoding.programs import Programs
-from ivl_jax.decoding.requests import GenerationOptions, PromptTooLongError, lay_out
-from ivl_jax.decoding.state import ComposedParams, Composition, DecodeState, Requests
+from ivl_jax.decoding.requests import EncodedPrompt, GenerationOptions, PromptTooLongError
+from ivl_jax.decoding.rows import Decoder, Progress, decode_rows
+from ivl_jax.decoding.state import ComposedParams, Composition
 from ivl_jax.decoding.streaming import Detokenizer, FinishReason, RowText
-from ivl_jax.sharding import batch_ways
-from ivl_jax.vocabulary.retokenize import RetokenizedText
 from ivl_jax.weights.language_model import LanguageModel
 
 if TYPE_CHECKING:
@@ -56,17 +52,6 @@ class Generation:
     prompt_tokens: int
 
 
-class EncodedPrompt(NamedTuple):
-    """A prompt that has passed every check."""
-
-    token_ids: list[int]
-    options: GenerationOptions
-    row: int
-    """Index in the request it belongs to; its sampling seed depends on it."""
-    own_texts: tuple[RetokenizedText, ...] = ()
-    """The prompt as each value network with its own vocabulary reads it."""
-
-
 @dataclass(frozen=True, eq=False)
 class ComposedModel:
     """A base model and any number of value networks, each with its strength.
@@ -79,8 +64,8 @@ class ComposedModel:
         composition: The static half.
         params: The arrays.
         programs: The compiled programs.
-        base: The loaded base model.
-        values: The loaded value networks, or language models in their place.
+        base: The base model, its parameters laid out for decoding.
+        values: The value networks, or language models in their place, likewise.
         strengths: α of each value network, where a request names none.
         stop_ids: Ids that end a row: those of the base and of every value network.
         context: Tokens a row may hold: the smallest context of all networks.
@@ -175,8 +160,7 @@ class ComposedModel:
             ValueError: a prompt without tokens or with ids outside the vocabulary, or strengths
                 that do not match the value networks.
         """
-        batches = self.generate_batches(self.prepare(prompts, options), batch_size=batch_size)
-        return [generation for batch in batches for generation in batch]
+        return list(self.generate_prepared(self.prepare(prompts, options), batch_size=batch_size))
 
     def prepare(
         self,
@@ -215,26 +199,30 @@ class ComposedModel:
             raise (PromptTooLongError if too_long else ValueError)(_listed(problems))
         return encoded
 
-    def generate_batches(
-        self, prompts: Sequence[EncodedPrompt], *, batch_size: int = 8, chunk_tokens: int = 32
-    ) -> Iterator[list[Generation]]:
-        """Continue prepared prompts, batch by batch.
+    def generate_prepared(
+        self, prompts: Sequence[EncodedPrompt], *, batch_size: int = 8, chunk_tokens: int = 16
+    ) -> Iterator[Generation]:
+        """Continue prepared prompts; when one ends, the next takes its row.
 
         Args:
             prompts: what `prepare` returned, or a part of it.
             batch_size: prompts decoded together.
-            chunk_tokens: tokens between two looks of the host at the texts (for stop strings); 1 in
-                any case where a value network has its own vocabulary: the host reads for it.
+            chunk_tokens: tokens between two looks of the host at the texts, at most: how late a
+                stop string is seen. 1 in any case where a value network has its own vocabulary:
+                the host reads for it.
 
         Yields:
-            One batch of generations at a time, in order.
+            One generation a prompt, in order, as soon as it and those before it are done.
         """
-        for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
-            texts = [self._row_text(prompt) for prompt in batch]
-            for _ in self._decode(batch, texts, chunk_tokens):
-                pass
-            yield [_generation(*pair) for pair in zip(batch, texts, strict=True)]
+        done: dict[int, Generation] = {}
+        following = 0
+        for progress in self._decode(prompts, batch_size=batch_size, chunk_tokens=chunk_tokens):
+            for index, _, text in progress:
+                if text.finish != FinishReason.RUNNING:
+                    done[index] = _generation(prompts[index], text)
+            while following in done:
+                yield done.pop(following)
+                following += 1
 
     def stream(
         self, prompt: Prompt, options: GenerationOptions = GREEDY, *, chunk_tokens: int = 4
@@ -270,71 +258,31 @@ class ComposedModel:
         Yields:
             As `stream`.
         """
-        text = self._row_text(prompt)
-        for (piece,) in self._decode([prompt], [text], chunk_tokens):
+        for ((_, piece, text),) in self._decode([prompt], batch_size=1, chunk_tokens=chunk_tokens):
             if piece:
                 yield piece
-        yield _generation(prompt, text)
+            if text.finish != FinishReason.RUNNING:
+                yield _generation(prompt, text)
 
     def _decode(
-        self, batch: Sequence[EncodedPrompt], texts: Sequence[RowText], chunk_tokens: int
-    ) -> Iterator[list[str]]:
-        """Decode one batch; after each chunk, yield the piece of text that each row gained."""
-        layout = self.composition.base.layout
-        arrays = lay_out(
-            [prompt.token_ids for prompt in batch],
-            [prompt.options for prompt in batch],
-            rows=[prompt.row for prompt in batch],
-            context=self.context,
-            stop_ids=self.stop_ids,
-            strengths=self.strengths,
-            row_multiple=1 if layout is None else batch_ways(layout.mesh),
-        )
-        # NumPy arrays: each becomes a device array as the program is called.
-        fields: dict[str, Any] = {
-            "prompt_lengths": arrays.prompt_lengths,
-            "limits": arrays.limits,
-            "stop_ids": arrays.stop_ids,
-            "strengths": arrays.strengths,
-            "keys": self.programs.row_keys(arrays.seeds, arrays.rows),
-            "sampling": arrays.sampling,
-        }
-        reader = TextReader(
-            [own for own in self.own_vocabularies if own],
-            [prompt.own_texts for prompt in batch],
-            batch=len(arrays.prompts),
-            new_tokens=int((arrays.limits - arrays.prompt_lengths).max()),
-        )
-        state: DecodeState = self.programs.prefill(
+        self, prompts: Sequence[EncodedPrompt], *, batch_size: int, chunk_tokens: int
+    ) -> Iterator[list[Progress]]:
+        decoder = Decoder(
+            self.composition,
             self.params,
-            arrays.prompts,
-            Requests(**fields),
-            reader.readings(),
-            capacity=arrays.capacity,
-            mapped_capacity=reader.capacity,
+            self.programs,
+            tuple(own for own in self.own_vocabularies if own),
+            self.context,
+            self.stop_ids,
+            self.strengths,
         )
-        seen = arrays.prompt_lengths
-        stopped = np.zeros(seen.shape, bool)
-        while True:
-            room = reader.capacity
-            tokens, lengths, finish = jax.device_get((state.tokens, state.lengths, state.finish))
-            new_ids = [tokens[i, seen[i] : lengths[i]].tolist() for i in range(len(texts))]
-            full = reader.push(new_ids)
-            yield [
-                text.push(new_ids[i], _finish(int(finish[i]), full=full[i]))
-                for i, text in enumerate(texts)
-            ]
-            if all(text.finish != FinishReason.RUNNING for text in texts):
-                return
-            seen = lengths
-            stopped[: len(texts)] = [text.finish != FinishReason.RUNNING for text in texts]
-            if not self.composition.mapped:
-                count = np.int32(chunk_tokens)
-                state = self.programs.decode_chunk(self.params, state, count, stopped)
-                continue
-            if reader.capacity > room:
-                state = self.programs.grow_mapped(state, mapped_capacity=reader.capacity)
-            state = self.programs.decode_step(self.params, state, reader.readings(), stopped)
+        return decode_rows(
+            decoder,
+            prompts,
+            new_text=self._row_text,
+            batch_size=batch_size,
+            chunk_tokens=chunk_tokens,
+        )
 
     def _encode(self, prompt: Prompt, option: GenerationOptions, row: int) -> EncodedPrompt:
         token_ids, messages = self.encode(prompt), None
@@ -376,12 +324,6 @@ class ComposedModel:
 
 def _is_dialogue(prompt: Sequence[Any]) -> bool:
     return len(prompt) > 0 and isinstance(prompt[0], Message)
-
-
-def _finish(code: int, *, full: bool) -> FinishReason:
-    """Why a row ends; one whose value network can read no more ends by its length."""
-    reason = FinishReason(code)
-    return FinishReason.LENGTH if full and reason == FinishReason.RUNNING else reason
 
 
 def _generation(prompt: EncodedPrompt, text: RowText) -> Generation:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32, Int, Key
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.kv_cache import KVCache
 from ivl_jax.model.layer_stack import run_layers
-from ivl_jax.model.layers import Constrain, Decoder, soft_cap
+from ivl_jax.model.layers import Constrain, Decoder, multiply_rows, soft_cap
 
 Params = dict[str, Any]
 
@@ -28,6 +28,7 @@ def build_decoder(
     compute_dtype: DTypeLike = jnp.float32,
     remat: bool = False,
     scan_layers: bool = False,
+    decode_layout: bool = False,
 ) -> nnx.GraphDef:
     """The static half of a decoder: hashable, made once per argument set, free of arrays.
 
@@ -38,6 +39,7 @@ def build_decoder(
             CPU this saves memory only together with `scan_layers`: XLA merges the unrolled forms.
         scan_layers: Run the layers as one `lax.scan`; params then hold them stacked
             (`stack_layers`) and so does the cache.
+        decode_layout: Params have the form that `to_decode_layout` gives them.
 
     Returns:
         The graphdef every function of this module takes beside params.
@@ -47,6 +49,7 @@ def build_decoder(
         compute_dtype=compute_dtype,
         remat=remat,
         scan_layers=scan_layers,
+        decode_layout=decode_layout,
         vocab_rows=arch.vocab_size,
     )
     return nnx.split(decoder)[0]
@@ -58,6 +61,7 @@ def abstract_params(
     param_dtype: DTypeLike = jnp.float32,
     vocab_rows: int | None = None,
     scan_layers: bool = False,
+    decode_layout: bool = False,
 ) -> Params:
     """Shapes and dtypes of a decoder's parameters, as `jax.ShapeDtypeStruct`s; allocates nothing.
 
@@ -66,15 +70,17 @@ def abstract_params(
         param_dtype: Dtype the parameters are stored in.
         vocab_rows: Rows of embedding and head; None: `arch.vocab_size`. More pads for a mesh.
         scan_layers: Stack the layers.
+        decode_layout: The form that `to_decode_layout` makes.
 
     Returns:
-        A nested dict whose paths mirror Hugging Face's names.
+        A nested dict whose paths mirror Hugging Face's names, fused kernels apart.
     """
     decoder = Decoder(
         arch,
         compute_dtype=jnp.float32,
         remat=False,
         scan_layers=scan_layers,
+        decode_layout=decode_layout,
         vocab_rows=arch.vocab_size if vocab_rows is None else vocab_rows,
     )
     params = nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
@@ -258,16 +264,17 @@ def logits_from_hidden(
         Logits in fp32, one column a row of the head.
     """
     arch, dtype = _static(graphdef, "arch"), _static(graphdef, "compute_dtype")
-    if "lm_head" in params:
-        kernel, contraction = params["lm_head"]["kernel"], "btd,dv->btv"
+    untied, hidden = "lm_head" in params, hidden.astype(dtype)
+    kernel = params["lm_head"]["kernel"] if untied else params["embed_tokens"]["embedding"]
+    if _static(graphdef, "decode_layout"):
+        logits = multiply_rows(hidden, kernel, dtype=jnp.float32)
     else:
-        kernel, contraction = params["embed_tokens"]["embedding"], "btd,vd->btv"
-    logits = jnp.einsum(
-        contraction,
-        hidden.astype(dtype),
-        kernel.astype(dtype),
-        preferred_element_type=jnp.float32,
-    )
+        logits = jnp.einsum(
+            "btd,dv->btv" if untied else "btd,vd->btv",
+            hidden,
+            kernel.astype(dtype),
+            preferred_element_type=jnp.float32,
+        )
     return soft_cap(logits, arch.final_logit_softcapping)
 
 
@@ -301,20 +308,26 @@ def _assemble(graphdef: nnx.GraphDef, params: Params) -> Decoder:
 
     `nnx.merge` matches leaves by their order alone, so the paths are compared here.
     """
-    arch, scan_layers = _static(graphdef, "arch"), _static(graphdef, "scan_layers")
+    arch = _static(graphdef, "arch")
+    form = (_static(graphdef, "scan_layers"), _static(graphdef, "decode_layout"))
     extra_head = arch.tie_word_embeddings and "lm_head" in params
     trunk = {name: part for name, part in params.items() if not (extra_head and name == "lm_head")}
-    if jax.tree.structure(trunk) != _expected_structure(arch, scan_layers):
-        raise ValueError(_structure_problem(trunk, arch, scan_layers))
+    if jax.tree.structure(trunk) != _expected_structure(arch, *form):
+        raise ValueError(_structure_problem(trunk, arch, *form))
     return nnx.merge(graphdef, trunk)
 
 
 @functools.cache
-def _expected_structure(arch: ArchConfig, scan_layers: bool) -> jax.tree_util.PyTreeDef:
-    return jax.tree.structure(abstract_params(arch, scan_layers=scan_layers))
+def _expected_structure(
+    arch: ArchConfig, scan_layers: bool, decode_layout: bool
+) -> jax.tree_util.PyTreeDef:
+    expected = abstract_params(arch, scan_layers=scan_layers, decode_layout=decode_layout)
+    return jax.tree.structure(expected)
 
 
-def _structure_problem(params: Params, arch: ArchConfig, scan_layers: bool) -> str:
+def _structure_problem(
+    params: Params, arch: ArchConfig, scan_layers: bool, decode_layout: bool
+) -> str:
     """Which paths are missing or unexpected, at most 20."""
 
     def paths(tree: Params) -> set[str]:
@@ -323,11 +336,14 @@ def _structure_problem(params: Params, arch: ArchConfig, scan_layers: bool) -> s
             for path, _ in jax.tree_util.tree_leaves_with_path(tree)
         }
 
-    expected, found = paths(abstract_params(arch, scan_layers=scan_layers)), paths(params)
+    fitting = abstract_params(arch, scan_layers=scan_layers, decode_layout=decode_layout)
+    expected, found = paths(fitting), paths(params)
     lines = [f"missing {path}" for path in sorted(expected - found)]
     lines += [f"unexpected {path}" for path in sorted(found - expected)]
-    form = "scanned (stack_layers)" if scan_layers else "unstacked (unstack_layers)"
-    return "\n  ".join([f"params do not fit this decoder, layers {form}:", *lines[:20]])
+    said = "scanned (stack_layers)" if scan_layers else "unstacked (unstack_layers)"
+    if decode_layout:
+        said += ", laid out for decoding (to_decode_layout)"
+    return "\n  ".join([f"params do not fit this decoder, layers {said}:", *lines[:20]])
 
 
 def _embed(decoder: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:

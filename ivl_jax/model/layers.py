@@ -6,7 +6,8 @@ In: activations `[B T D]` in the compute dtype. Out: the same. Norms, scores and
 in fp32; parameters may be stored in any float dtype and are cast where they are used.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +43,11 @@ def declare(*shape: int) -> nnx.Param:
     return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
+def split_features(y: Float[Array, "B T _"], sizes: Sequence[int]) -> tuple[Array, ...]:
+    """Parts of the last axis, of these sizes."""
+    return tuple(jnp.split(y, list(itertools.accumulate(sizes))[:-1], axis=-1))
+
+
 class RMSNorm(nnx.Module):
     """Root-mean-square norm over the last axis, in fp32."""
 
@@ -61,18 +67,45 @@ class RMSNorm(nnx.Module):
         return (wide * normal * scale).astype(x.dtype)
 
 
-class Projection(nnx.Module):
-    """x @ kernel (+ bias), the kernel stored (in, out)."""
+def multiply_rows(
+    x: Float[Array, "B T I"], kernel: Float[Array, "O I"], *, dtype: DTypeLike
+) -> Float[Array, "B T O"]:
+    """Multiply x @ kernelᵀ with the kernel on the left of the product, its rows read in order.
 
-    def __init__(self, size_in: int, size_out: int, *, use_bias: bool):
-        self.kernel = declare(size_in, size_out)
+    For few tokens on CPU this is the fastest form there is: the kernels of twelve 768-wide layers
+    take one token in 0.7 × the time of `x @ kernel`, 8 and 32 tokens in 0.7 ×, 512 in the same.
+
+    Args:
+        x: Activations.
+        kernel: One row an output feature.
+        dtype: Of the result.
+
+    Returns:
+        The product.
+    """
+    # Without the barriers XLA folds the transpositions into the product, and 8 tokens take five
+    # times as long; beside the kernel they cost nothing.
+    columns = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
+    y = jnp.dot(kernel.astype(x.dtype), columns, preferred_element_type=dtype)
+    return jax.lax.optimization_barrier(y).T.reshape((*x.shape[:2], kernel.shape[0]))
+
+
+class Projection(nnx.Module):
+    """x @ kernel (+ bias), the kernel stored (in, out), or (out, in) for decoding."""
+
+    def __init__(self, size_in: int, size_out: int, *, use_bias: bool, decode_layout: bool = False):
+        self.kernel = declare(*((size_out, size_in) if decode_layout else (size_in, size_out)))
         if use_bias:
             self.bias = declare(size_out)
         self.use_bias = use_bias
+        self.decode_layout = decode_layout
 
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
         """The projection in x's dtype."""
-        y = jnp.dot(x, self.kernel[...].astype(x.dtype))
+        if self.decode_layout:
+            y = multiply_rows(x, self.kernel[...], dtype=x.dtype)
+        else:
+            y = jnp.dot(x, self.kernel[...].astype(x.dtype))
         return y + self.bias[...].astype(x.dtype)[None, None, :] if self.use_bias else y
 
 
@@ -119,7 +152,7 @@ def attend(
 class Attention(nnx.Module):
     """Grouped-query self-attention with rotary positions."""
 
-    def __init__(self, arch: ArchConfig):
+    def __init__(self, arch: ArchConfig, *, decode_layout: bool):
         queries = arch.num_attention_heads * arch.head_dim
         keys = arch.num_key_value_heads * arch.head_dim
         self.head_dim = arch.head_dim
@@ -128,10 +161,19 @@ class Attention(nnx.Module):
         self.softcap = arch.attn_logit_softcapping
 
         width, bias = arch.hidden_size, arch.attention_bias
-        self.q_proj = Projection(width, queries, use_bias=bias)
-        self.k_proj = Projection(width, keys, use_bias=bias)
-        self.v_proj = Projection(width, keys, use_bias=bias)
-        self.o_proj = Projection(queries, width, use_bias=arch.attention_output_bias)
+        self.projected_sizes = (queries, keys, keys)
+        self.decode_layout = decode_layout
+        if decode_layout:
+            self.qkv_proj = Projection(
+                width, sum(self.projected_sizes), use_bias=bias, decode_layout=True
+            )
+        else:
+            self.q_proj = Projection(width, queries, use_bias=bias)
+            self.k_proj = Projection(width, keys, use_bias=bias)
+            self.v_proj = Projection(width, keys, use_bias=bias)
+        self.o_proj = Projection(
+            queries, width, use_bias=arch.attention_output_bias, decode_layout=decode_layout
+        )
         if arch.qk_norm:
             self.q_norm = norm_of(arch, arch.head_dim)
             self.k_norm = norm_of(arch, arch.head_dim)
@@ -149,9 +191,7 @@ class Attention(nnx.Module):
         """Attends over what `write` makes of the memory and this call's keys and values."""
         names = ("batch", "length", "heads", "head_dim")
         heads = (*x.shape[:2], -1, self.head_dim)
-        query = constrain(self.q_proj(x).reshape(heads), names)
-        key = constrain(self.k_proj(x).reshape(heads), names)
-        value = constrain(self.v_proj(x).reshape(heads), names)
+        query, key, value = (constrain(y.reshape(heads), names) for y in self._projected(x))
         if self.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, angles), rotate(key, angles)
@@ -166,30 +206,45 @@ class Attention(nnx.Module):
         )
         return self.o_proj(constrain(mixed, names).reshape((*x.shape[:2], -1))), memory
 
+    def _projected(self, x: Float[Array, "B T D"]) -> tuple[Array, ...]:
+        """Queries, keys and values, heads side by side."""
+        if not self.decode_layout:
+            return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return split_features(self.qkv_proj(x), self.projected_sizes)
+
 
 class MLP(nnx.Module):
     """down(act(gate(x)) · up(x))."""
 
-    def __init__(self, arch: ArchConfig):
+    def __init__(self, arch: ArchConfig, *, decode_layout: bool):
         width, inner = arch.hidden_size, arch.intermediate_size
         self.hidden_act = arch.hidden_act
-        self.gate_proj = Projection(width, inner, use_bias=False)
-        self.up_proj = Projection(width, inner, use_bias=False)
-        self.down_proj = Projection(inner, width, use_bias=False)
+        self.inner = inner
+        self.decode_layout = decode_layout
+        if decode_layout:
+            self.gate_up_proj = Projection(width, 2 * inner, use_bias=False, decode_layout=True)
+        else:
+            self.gate_proj = Projection(width, inner, use_bias=False)
+            self.up_proj = Projection(width, inner, use_bias=False)
+        self.down_proj = Projection(inner, width, use_bias=False, decode_layout=decode_layout)
 
     def __call__(self, x: Float[Array, "B T D"], *, constrain: Constrain) -> Float[Array, "B T D"]:
         """The gated MLP of x."""
-        gate = _ACTIVATIONS[self.hidden_act](self.gate_proj(x))
-        return self.down_proj(constrain(gate * self.up_proj(x), ("batch", "length", "mlp")))
+        if self.decode_layout:
+            gate, up = split_features(self.gate_up_proj(x), (self.inner, self.inner))
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        inner = _ACTIVATIONS[self.hidden_act](gate) * up
+        return self.down_proj(constrain(inner, ("batch", "length", "mlp")))
 
 
 class DecoderLayer(nnx.Module):
     """Attention and MLP around the residual stream; one structure for every layer of a decoder."""
 
-    def __init__(self, arch: ArchConfig):
+    def __init__(self, arch: ArchConfig, *, decode_layout: bool):
         self.sandwich_norms = arch.sandwich_norms
-        self.self_attn = Attention(arch)
-        self.mlp = MLP(arch)
+        self.self_attn = Attention(arch, decode_layout=decode_layout)
+        self.mlp = MLP(arch, decode_layout=decode_layout)
         width = arch.hidden_size
         self.input_layernorm = norm_of(arch, width)
         self.post_attention_layernorm = norm_of(arch, width)
@@ -243,20 +298,27 @@ class Decoder(nnx.Module):
         compute_dtype: DTypeLike,
         remat: bool,
         scan_layers: bool,
+        decode_layout: bool,
         vocab_rows: int,
     ):
         self.arch = arch
         self.compute_dtype = jnp.dtype(compute_dtype)
         self.remat = remat
         self.scan_layers = scan_layers
+        self.decode_layout = decode_layout
         width = arch.hidden_size
         self.embed_tokens = Table(vocab_rows, width)
         # Every layer has one structure, so the stacked form is a single layer of longer arrays.
-        layers = [DecoderLayer(arch) for _ in range(1 if scan_layers else arch.num_hidden_layers)]
+        layers = [
+            DecoderLayer(arch, decode_layout=decode_layout)
+            for _ in range(1 if scan_layers else arch.num_hidden_layers)
+        ]
         self.layers: Any = layers[0] if scan_layers else nnx.List(layers)
         self.norm = norm_of(arch, width)
         if not arch.tie_word_embeddings:
-            self.lm_head = Projection(width, vocab_rows, use_bias=False)
+            self.lm_head = Projection(
+                width, vocab_rows, use_bias=False, decode_layout=decode_layout
+            )
 
 
 def norm_of(arch: ArchConfig, size: int) -> RMSNorm:

@@ -78,6 +78,7 @@ class LinearMap(nnx.Module):
     def __init__(self, arch: LinearMapConfig, *, compute_dtype: DTypeLike, vocab_rows: int):
         self.arch = arch
         self.compute_dtype = jnp.dtype(compute_dtype)
+        self.decode_layout = False
         if arch.rank:
             self.down_proj = Projection(vocab_rows, arch.rank, use_bias=False)
         self.lm_head = Projection(arch.rank or vocab_rows, vocab_rows, use_bias=False)

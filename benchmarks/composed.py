@@ -1,0 +1,141 @@
+"""Ours in decoding: a base and value networks of random weights, through the real programs.
+
+In: shapes. Out: `Composed`, with the same two methods as a peer, and the bytes a step has to read.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ivl_jax.decoding.layout import lay_out_network
+from ivl_jax.decoding.programs import Programs, build_programs
+from ivl_jax.decoding.requests import GenerationOptions, lay_out
+from ivl_jax.decoding.state import ComposedParams, Composition, DecodeState, Network, Requests
+from ivl_jax.model.architecture import ArchConfig
+from ivl_jax.model.decoder import Params, init_params
+
+_NEVER = ()  # no stop ids: every row is as long as it was asked to be
+
+
+class Weights(NamedTuple):
+    """One network: its shape, and parameters as they are trained."""
+
+    arch: ArchConfig
+    params: Params
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A base with value networks, ready to decode greedily.
+
+    Attributes:
+        composition: The static half.
+        params: The arrays, laid out for decoding.
+        strengths: α of each value network.
+    """
+
+    composition: Composition
+    params: ComposedParams
+    strengths: tuple[float, ...]
+
+    def prefill(self, prompts: np.ndarray, new_tokens: int) -> DecodeState:
+        """Read prompts [B T] and generate the first of `new_tokens` tokens."""
+        batch = len(prompts)
+        rows = lay_out(
+            prompts.tolist(),
+            [GenerationOptions(max_new_tokens=new_tokens)] * batch,
+            rows=range(batch),
+            context=self.composition.base.arch.max_position_embeddings,
+            stop_ids=_NEVER,
+            strengths=self.strengths,
+            row_multiple=1,
+        )
+        programs = self._programs
+        keys = programs.row_keys(rows.seeds, rows.rows)
+        requests = Requests(
+            prompt_lengths=jnp.asarray(rows.prompt_lengths),
+            limits=jnp.asarray(rows.limits),
+            stop_ids=jnp.asarray(rows.stop_ids),
+            strengths=jnp.asarray(rows.strengths),
+            keys=keys,
+            sampling=rows.sampling,
+        )
+        return programs.prefill(self.params, rows.prompts, requests, capacity=rows.capacity)
+
+    def decode(self, state: DecodeState) -> np.ndarray:
+        """Generate what is left in one chunk; all tokens [B T] come back."""
+        nothing = np.zeros(len(state.tokens), bool)
+        state = self._programs.decode_chunk(self.params, state, np.int32(2**31 - 1), nothing)
+        return np.asarray(state.tokens)[:, : int(state.lengths[0])]
+
+    @property
+    def _programs(self) -> Programs:
+        return build_programs(self.composition)
+
+
+def random_weights(arch: ArchConfig, seed: int) -> Weights:
+    """Weights of a network, drawn in one program."""
+    return Weights(arch, jax.jit(lambda key: init_params(arch, key))(jax.random.key(seed)))
+
+
+def composed(base: Weights, *values: Weights, strengths: Sequence[float] = ()) -> Composed:
+    """Put value networks on a base, all of one vocabulary, as `ivl_jax.compose` lays them out.
+
+    Args:
+        base: the base.
+        values: the value networks.
+        strengths: α of each; empty: 1 each.
+
+    Returns:
+        The composed model.
+    """
+    base_network, base_params = _network(base, is_value=False)
+    laid_out = [_network(value, is_value=True) for value in values]
+    nothing_unknown = jnp.zeros(0, jnp.int32)
+    return Composed(
+        Composition(base_network, tuple(network for network, _ in laid_out)),
+        ComposedParams(
+            base_params,
+            tuple(params for _, params in laid_out),
+            (nothing_unknown,) * len(values),
+        ),
+        tuple(strengths) or (1.0,) * len(values),
+    )
+
+
+def bytes_a_step(networks: Sequence[Weights], *, batch: int, slots: float) -> int:
+    """Bytes that one step of decoding has to read: every weight once, and the caches.
+
+    Args:
+        networks: all networks of the composition.
+        batch: rows.
+        slots: tokens in each row's caches, on average over the steps.
+
+    Returns:
+        Bytes; of an embedding that is not the head too, only the rows' own entries are read: none
+        are counted.
+    """
+    total = 0.0
+    for arch, params in networks:
+        total += sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        if not arch.tie_word_embeddings:
+            total -= params["embed_tokens"]["embedding"].nbytes
+        width = arch.num_key_value_heads * arch.head_dim * arch.num_hidden_layers
+        total += batch * slots * 2 * width * 4
+    return round(total)
+
+
+def _network(weights: Weights, *, is_value: bool) -> tuple[Network, Params]:
+    graphdef, params = lay_out_network(weights.params, weights.arch, None)
+    network = Network(
+        graphdef=graphdef,
+        arch=weights.arch,
+        vocab_size=weights.arch.vocab_size,
+        cache_dtype="float32",
+        connection="residual" if is_value else None,
+    )
+    return network, params

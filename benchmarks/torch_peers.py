@@ -1,0 +1,102 @@
+"""The peers in decoding: PyTorch with transformers, holding the same weights as ours.
+
+In: architectures and our parameters. Out: `Peer`s, which read prompts and generate greedily. Each
+keeps transformers' own defaults: scaled-dot-product attention and a cache that grows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from flax import traverse_util
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from benchmarks.setting import thread_count
+from ivl_jax.model.architecture import ArchConfig
+from ivl_jax.model.decoder import Params
+from ivl_jax.weights.hf_names import hf_tensor
+
+
+class Term(NamedTuple):
+    """One summand of the composed logits."""
+
+    model: LlamaForCausalLM
+    strength: float
+
+
+class _State(NamedTuple):
+    """A batch that has read its prompts."""
+
+    tokens: torch.Tensor
+    """[B T] prompt and what was generated."""
+    caches: tuple[DynamicCache, ...]
+    """What each model has read, all tokens but the last; none for a peer without caches."""
+
+
+@dataclass(frozen=True)
+class TorchPeer:
+    """Several models whose weighted logits are added, as the method prescribes.
+
+    Attributes:
+        terms: The models.
+        cached: False is what the authors' released code does: every step reads the whole text.
+    """
+
+    terms: tuple[Term, ...]
+    cached: bool = True
+
+    @torch.inference_mode()
+    def prefill(self, prompts: np.ndarray) -> _State:
+        """Read prompts [B T] and generate the first token."""
+        tokens = torch.from_numpy(prompts).long()
+        caches = tuple(DynamicCache() for _ in self.terms) if self.cached else ()
+        return _State(self._append(tokens, tokens, caches), caches)
+
+    @torch.inference_mode()
+    def decode(self, state: _State, new_tokens: int) -> np.ndarray:
+        """Generate so many tokens more; all tokens [B T] come back."""
+        tokens = state.tokens
+        for _ in range(new_tokens):
+            unread = tokens[:, -1:] if self.cached else tokens
+            tokens = self._append(tokens, unread, state.caches)
+        return tokens.numpy().astype(np.int32)
+
+    def _append(
+        self, tokens: torch.Tensor, unread: torch.Tensor, caches: Sequence[DynamicCache]
+    ) -> torch.Tensor:
+        total = torch.zeros(())
+        for index, (model, strength) in enumerate(self.terms):
+            cache = caches[index] if caches else None
+            out = model(
+                unread, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1
+            )
+            total = total + strength * out.logits[:, -1].float()
+        return torch.cat([tokens, total.argmax(-1, keepdim=True)], dim=1)
+
+
+def llama(arch: ArchConfig, params: Params, *, dtype: torch.dtype) -> LlamaForCausalLM:
+    """Make a model of transformers with our parameters.
+
+    Args:
+        arch: the shape, of a Llama.
+        params: as they are trained, layers unstacked.
+        dtype: of the weights and of the computation.
+
+    Returns:
+        The model, in inference mode.
+    """
+    torch.set_num_threads(thread_count())
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**arch.to_hf()))
+    weights = {}
+    leaves: dict[Any, Any] = traverse_util.flatten_dict(dict(params))
+    for path, leaf in leaves.items():
+        name, transposed = hf_tensor(path)
+        array = torch.from_numpy(np.array(leaf))
+        weights[name] = (array.T if transposed else array).to(dtype).contiguous()
+    model.load_state_dict(weights, assign=True, strict=True)
+    # Not a weight: the table of rotary frequencies, which the meta device left empty.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+    return model.eval()

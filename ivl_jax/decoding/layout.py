@@ -1,0 +1,61 @@
+"""How a network's parameters lie while it decodes, decided once, when it is loaded.
+
+In: parameters as they were loaded, layers unstacked. Out: a graphdef and parameters in the form
+that this device reads fastest a token at a time, or split over a mesh.
+
+    one CPU device   (out, in) kernels, q·k·v and gate·up fused; a tied head is the embedding
+    anything else    (in, out) kernels as in training, which shard by one table; head untied
+"""
+
+import jax
+from flax import nnx
+from jaxtyping import Array
+
+from ivl_jax.decoding.state import Layout
+from ivl_jax.model.architecture import ArchConfig
+from ivl_jax.model.decode_layout import to_decode_layout
+from ivl_jax.model.decoder import Params, build_decoder, untie_head
+from ivl_jax.model.network import Architecture, build_network
+from ivl_jax.sharding import parameter_shardings
+
+
+def lay_out_network(
+    params: Params, arch: Architecture, layout: Layout | None
+) -> tuple[nnx.GraphDef, Params]:
+    """Arrange a network for decoding.
+
+    Args:
+        params: layers unstacked; left as they are.
+        arch: their architecture.
+        layout: where they are to lie on a mesh; None: where they are, on one device.
+
+    Returns:
+        The static half of the network, which computes in the parameters' dtype, and parameters for
+        it. Layers stay unstacked everywhere: scanned, a step of 134 M + 24 M parameters takes 1.6
+        times as long on CPU.
+    """
+    head = params["lm_head"]["kernel"] if "lm_head" in params else _embedding(params)
+    if layout is None and isinstance(arch, ArchConfig) and _on_cpu(head):
+        graphdef = build_decoder(arch, compute_dtype=head.dtype, decode_layout=True)
+        return graphdef, to_decode_layout(params)
+    graphdef, params = build_network(arch, compute_dtype=head.dtype), untie_head(params)
+    if layout is None:
+        return graphdef, params
+    units = {"heads": arch.num_attention_heads, "kv_heads": arch.num_key_value_heads}
+    shardings = parameter_shardings(params, layout.mesh, layout.rules, units=units)
+    return graphdef, jax.device_put(params, shardings)
+
+
+def output_rows(params: Params) -> int:
+    """Columns of the logits, padding included, of parameters as they were loaded."""
+    if "lm_head" in params:
+        return params["lm_head"]["kernel"].shape[1]
+    return _embedding(params).shape[0]
+
+
+def _embedding(params: Params) -> Array:
+    return params["embed_tokens"]["embedding"]
+
+
+def _on_cpu(array: Array) -> bool:
+    return all(device.platform == "cpu" for device in array.devices())
