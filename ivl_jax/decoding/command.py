@@ -29,8 +29,8 @@ from ivl_jax.decoding.prompt_files import (
     folder_fingerprint,
     read_prompts,
 )
-from ivl_jax.decoding.requests import GenerationOptions, PromptTooLongError
-from ivl_jax.decoding.text import ComposedModel, EncodedPrompt, Generation, Prompt
+from ivl_jax.decoding.requests import EncodedPrompt, GenerationOptions, PromptTooLongError
+from ivl_jax.decoding.text import ComposedModel, Generation, Prompt
 from ivl_jax.decoding.value_sources import ValueSource, check_sources, find_values, load_source
 from ivl_jax.sharding import LAYOUTS, make_mesh
 from ivl_jax.weights.language_model import find_model, load_language_model
@@ -182,15 +182,16 @@ def _write_file(work: Work, output: GenerationFile) -> None:
     )
     with output, Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=len(work.prompts), completed=output.done)
-        for batch in work.model.generate_batches(left, batch_size=work.config.batch_size):
+        for generation in work.model.generate_prepared(left, batch_size=work.config.batch_size):
             output.append(
-                {
-                    "text": generation.text,
-                    "finish_reason": generation.finish_reason,
-                    "prompt_tokens": generation.prompt_tokens,
-                    "generated_tokens": len(generation.token_ids),
-                }
-                for generation in batch
+                [
+                    {
+                        "text": generation.text,
+                        "finish_reason": generation.finish_reason,
+                        "prompt_tokens": generation.prompt_tokens,
+                        "generated_tokens": len(generation.token_ids),
+                    }
+                ]
             )
             progress.update(task, completed=output.done)
 

@@ -94,8 +94,9 @@ def decode_chunk(
     *,
     max_tokens: Int[Array, ""],
     stopped: Bool[Array, " B"],
+    enough_done: Int[Array, ""],
 ) -> DecodeState:
-    """Generate until every row is done, or every running row has `max_tokens` more.
+    """Generate until enough rows are done, or every running row has `max_tokens` more.
 
     For compositions of one vocabulary.
 
@@ -105,6 +106,8 @@ def decode_chunk(
         state: where the rows are.
         max_tokens: tokens a row, at most.
         stopped: [B], rows that the host has ended since the last chunk (a stop string).
+        enough_done: rows that are done when it ends, those that were done before included: B, or
+            fewer where prompts wait for the rows that they leave.
 
     Returns:
         The state afterwards.
@@ -112,7 +115,8 @@ def decode_chunk(
 
     def unfinished(carry: tuple[Int[Array, ""], DecodeState]) -> Bool[Array, ""]:
         count, state = carry
-        return (count < max_tokens) & jnp.any(state.finish == FinishReason.RUNNING)
+        done = jnp.sum(state.finish != FinishReason.RUNNING)
+        return (count < max_tokens) & (done < enough_done)
 
     def one_token(
         carry: tuple[Int[Array, ""], DecodeState],

@@ -6,7 +6,7 @@ then, step by step, what each value network has to read (`Reading`).
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -159,51 +159,69 @@ class TextReader:
 
     Args:
         values: these value networks.
-        rows: for each row, its prompt as each of them reads it; copies grow here.
-        batch: rows on device; those beyond `rows` only fill the batch.
-        new_tokens: base tokens that may be generated, at most.
+        batch: rows on device; none of them has a text yet.
 
     Attributes:
         capacity: Slots a row needs in the networks' caches so far (tokens).
     """
 
-    def __init__(
-        self,
-        values: Sequence[OwnVocabulary],
-        rows: Sequence[Sequence[RetokenizedText]],
-        *,
-        batch: int,
-        new_tokens: int,
-    ) -> None:
+    def __init__(self, values: Sequence[OwnVocabulary], *, batch: int) -> None:
         self._contexts = [own.context for own in values]
-        self._texts = [[row[index].fork() for row in rows] for index in range(len(values))]
+        # Of each network, each row's text; None: the row has had none.
+        self._texts: list[list[RetokenizedText | None]] = [[None] * batch for _ in values]
         # Tokens that a network's cache still holds of each row.
-        self._read = [[0] * len(rows) for _ in values]
-        self._batch = batch
-        self._full = [False] * len(rows)
+        self._read = [[0] * batch for _ in values]
+        self._full = [False] * batch
         self.capacity = 0
-        # Two tokenizers rarely differ by more than a quarter; where they do, the caches grow.
-        self._make_room(new_tokens + new_tokens // 4)
 
-    def push(self, new_ids: Sequence[Sequence[int]]) -> list[bool]:
+    def reserve(self, texts: Sequence[RetokenizedText], *, new_tokens: int) -> None:
+        """Make room for a prompt before its turn, so that caches need not grow then.
+
+        Args:
+            texts: the prompt as each network reads it.
+            new_tokens: base tokens that may be generated after it, at most.
+        """
+        # Two tokenizers rarely differ by more than a quarter; where they do, the caches grow.
+        more = new_tokens + new_tokens // 4
+        for text, context in zip(texts, self._contexts, strict=True):
+            self._make_room(min(len(text.tokens) + more, context))
+
+    def admit(self, row: int, texts: Sequence[RetokenizedText]) -> None:
+        """Begin a prompt in a row, in place of what was there.
+
+        Args:
+            row: the row.
+            texts: the prompt as each network reads it; copies grow here.
+        """
+        for own_texts, read, text in zip(self._texts, self._read, texts, strict=True):
+            own_texts[row], read[row] = text.fork(), 0
+            self._make_room(len(text.tokens))
+        self._full[row] = False
+
+    def push(self, new_ids: Mapping[int, Sequence[int]]) -> set[int]:
         """Take newly generated base tokens.
 
         Args:
-            new_ids: for each row, in order; perhaps none.
+            new_ids: by row, in order; perhaps none.
 
         Returns:
-            For each row, whether a network's context is full: the row has to end.
+            The rows that have to end: a network's context is full.
         """
         for texts, read, context in zip(self._texts, self._read, self._contexts, strict=True):
-            for row, ids in enumerate(new_ids):
-                if ids and not self._full[row]:
-                    read[row] = min(read[row], texts[row].push(ids))
-                    self._full[row] = len(texts[row].tokens) > context
-        self._make_room(0)
-        return list(self._full)
+            for row, ids in new_ids.items():
+                text = texts[row]
+                if ids and text is not None and not self._full[row]:
+                    read[row] = min(read[row], text.push(ids))
+                    self._full[row] = len(text.tokens) > context
+                    self._make_room(min(len(text.tokens), context))
+        return {row for row, full in enumerate(self._full) if full}
 
-    def readings(self) -> tuple[Reading, ...]:
-        """Give what each network has to read now; the caches will then hold it.
+    def readings(self, rows: Sequence[int], *, size: int) -> tuple[Reading, ...]:
+        """Give what each network has to read now in some rows; its cache will then hold it.
+
+        Args:
+            rows: which rows.
+            size: rows of the result, whose first ones these are; the rest only fill it.
 
         Returns:
             NumPy arrays of one width, which comes from a small set; one `Reading` a network.
@@ -211,36 +229,35 @@ class TextReader:
         if not self._texts:
             return ()
         pieces = [
-            [self._piece(texts[row], read, row) for row in range(len(texts))]
+            [self._piece(texts[row], read, row) for row in rows]
             for texts, read in zip(self._texts, self._read, strict=True)
         ]
         longest = max(len(piece) for each in pieces for _, piece in each)
         width = next((w for w in _WIDTHS if w >= longest), bucket(longest, smallest=_WIDTHS[-1]))
-        return tuple(self._laid_out(each, width) for each in pieces)
+        return tuple(_laid_out(each, size=size, width=width) for each in pieces)
 
-    def _piece(self, text: RetokenizedText, read: list[int], row: int) -> tuple[int, list[int]]:
+    def _piece(
+        self, text: RetokenizedText | None, read: list[int], row: int
+    ) -> tuple[int, list[int]]:
         """Where a row's unread tokens begin, and what they are; at least the last one is read."""
+        if text is None:
+            return 0, [0]
         if self._full[row]:
             return 0, text.tokens[:1]
         start = min(read[row], len(text.tokens) - 1)
         read[row] = len(text.tokens)
         return start, text.tokens[start:]
 
-    def _laid_out(self, pieces: Sequence[tuple[int, list[int]]], width: int) -> Reading:
-        tokens = np.zeros((self._batch, width), np.int32)
-        starts, counts = np.zeros(self._batch, np.int32), np.ones(self._batch, np.int32)
-        for row, (start, piece) in enumerate(pieces):
-            tokens[row, : len(piece)] = piece
-            starts[row], counts[row] = start, len(piece)
-        return Reading(tokens, starts, counts)  # pyright: ignore[reportArgumentType]
+    def _make_room(self, length: int) -> None:
+        if length > self.capacity:
+            largest = max(self._contexts)
+            self.capacity = bucket(length, smallest=_SMALLEST_CAPACITY, largest=largest)
 
-    def _make_room(self, more: int) -> None:
-        longest = [
-            min(len(text.tokens) + more, context)
-            for texts, context in zip(self._texts, self._contexts, strict=True)
-            for text in texts
-        ]
-        if max(longest, default=0) > self.capacity:
-            self.capacity = bucket(
-                max(longest), smallest=_SMALLEST_CAPACITY, largest=max(self._contexts)
-            )
+
+def _laid_out(pieces: Sequence[tuple[int, list[int]]], *, size: int, width: int) -> Reading:
+    tokens = np.zeros((size, width), np.int32)
+    starts, counts = np.zeros(size, np.int32), np.ones(size, np.int32)
+    for row, (start, piece) in enumerate(pieces):
+        tokens[row, : len(piece)] = piece
+        starts[row], counts[row] = start, len(piece)
+    return Reading(tokens, starts, counts)  # pyright: ignore[reportArgumentType]

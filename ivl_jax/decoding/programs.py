@@ -8,9 +8,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int
 
+from ivl_jax.decoding.admission import admit, shrink
 from ivl_jax.decoding.generate import decode_chunk, decode_step, grow_mapped, halt, prefill
 from ivl_jax.decoding.sampling import row_keys
 from ivl_jax.decoding.state import (
@@ -31,11 +33,17 @@ class Programs(NamedTuple):
     """(params, prompts [B P], requests, readings, capacity, mapped_capacity) → state whose rows
     have one generated token; the capacities are static."""
     decode_chunk: Callable[..., DecodeState]
-    """(params, state, max_tokens, stopped [B]) → state; the state's buffers are donated."""
+    """(params, state, max_tokens, stopped [B], enough_done = B) → state; the state's buffers are
+    donated."""
     decode_step: Callable[..., DecodeState]
     """(params, state, readings, stopped [B]) → state with one token more a row, donated too."""
     grow_mapped: Callable[..., DecodeState]
     """(state, mapped_capacity) → state with more slots for the readings; the number is static."""
+    admit: Callable[..., DecodeState]
+    """(params, state, prompts [A P], requests, rows [A], readings) → state with these prompts in
+    these rows, donated too."""
+    shrink: Callable[..., DecodeState]
+    """(state, capacity) → state with fewer slots a row; the number is static."""
     row_keys: Callable[..., Array]
     """(seeds [B], rows [B]) → keys [B]."""
 
@@ -50,8 +58,8 @@ def build_programs(composition: Composition) -> Programs:
         composition: the static half.
 
     Returns:
-        `prefill` and `decode_chunk` under jit, shardings and donation said. Each compiles once a
-        shape: batch, prompt bucket and capacity.
+        The programs under jit, shardings and donation said. Each compiles once a shape: batch,
+        prompt bucket and capacity.
     """
     shardings = _state_shardings(composition)
 
@@ -79,8 +87,17 @@ def build_programs(composition: Composition) -> Programs:
         state: DecodeState,
         max_tokens: Int[Array, ""],
         stopped: Bool[Array, " B"],
+        enough_done: Int[Array, ""] | None = None,
     ) -> DecodeState:
-        return decode_chunk(composition, params, state, max_tokens=max_tokens, stopped=stopped)
+        rows = jnp.int32(stopped.shape[0])
+        return decode_chunk(
+            composition,
+            params,
+            state,
+            max_tokens=max_tokens,
+            stopped=stopped,
+            enough_done=rows if enough_done is None else enough_done,
+        )
 
     def step_program(
         params: ComposedParams,
@@ -93,6 +110,19 @@ def build_programs(composition: Composition) -> Programs:
     def grow_program(state: DecodeState, *, mapped_capacity: int) -> DecodeState:
         return grow_mapped(composition, state, mapped_capacity=mapped_capacity)
 
+    def admit_program(
+        params: ComposedParams,
+        state: DecodeState,
+        prompts: Int[Array, "A P"],
+        requests: Requests,
+        rows: Int[Array, " A"],
+        readings: tuple[Reading, ...] = (),
+    ) -> DecodeState:
+        return admit(composition, params, state, prompts, requests, rows, readings=readings)
+
+    def shrink_program(state: DecodeState, *, capacity: int) -> DecodeState:
+        return shrink(composition, state, capacity=capacity)
+
     return Programs(
         prefill=jax.jit(
             prefill_program,
@@ -104,6 +134,8 @@ def build_programs(composition: Composition) -> Programs:
         grow_mapped=jax.jit(
             grow_program, static_argnames="mapped_capacity", out_shardings=shardings
         ),
+        admit=jax.jit(admit_program, donate_argnames="state", out_shardings=shardings),
+        shrink=jax.jit(shrink_program, static_argnames="capacity", out_shardings=shardings),
         row_keys=jax.jit(row_keys),
     )
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ivl_jax.decoding.sampling import Sampling
+from ivl_jax.vocabulary.retokenize import RetokenizedText
 
 # Buckets are 2ᵏ and 3·2ᵏ⁻¹: at most a third of a bucket is padding, and a context of 4,096 has 17.
 _SMALLEST_PROMPT = 16
@@ -69,6 +70,17 @@ class GenerationOptions:
             raise ValueError("generation options: " + "; ".join(problems))
 
 
+class EncodedPrompt(NamedTuple):
+    """A prompt that has passed every check."""
+
+    token_ids: list[int]
+    options: GenerationOptions
+    row: int
+    """Index in the request it belongs to; its sampling seed depends on it."""
+    own_texts: tuple[RetokenizedText, ...] = ()
+    """The prompt as each value network with its own vocabulary reads it."""
+
+
 class RowArrays(NamedTuple):
     """A batch of requests as NumPy arrays; B rows, of which the first ones are real."""
 
@@ -124,6 +136,8 @@ def lay_out(
     stop_ids: Sequence[int],
     strengths: Sequence[float],
     row_multiple: int,
+    least_rows: int = 1,
+    least_stop_ids: int = _SMALLEST_STOP_IDS,
 ) -> RowArrays:
     """Lay a batch of prompts out in bucketed shapes.
 
@@ -135,12 +149,15 @@ def lay_out(
         stop_ids: ids that end every row.
         strengths: α of each value network, for options that name none.
         row_multiple: the number of rows is made a multiple of this (for a mesh).
+        least_rows: no fewer rows than this.
+        least_stop_ids: room for stop ids in a row, at least; a bucket.
 
     Returns:
         The arrays.
     """
     filled = len(prompts)
-    batch = -(-bucket(filled, smallest=1) // row_multiple) * row_multiple
+    batch = max(bucket(filled, smallest=1), least_rows)
+    batch = -(-batch // row_multiple) * row_multiple
     each = [*options, *[GenerationOptions()] * (batch - filled)]
 
     def column(values: Sequence[Any], dtype: type, *, fill: int = 0) -> np.ndarray:
@@ -151,15 +168,15 @@ def lay_out(
 
     lengths = column([len(prompt) for prompt in prompts], np.int32, fill=1)
     ends = [
-        min(len(prompt) + option.max_new_tokens, context)
+        row_end(prompt, option, context=context)
         for prompt, option in zip(prompts, options, strict=True)
     ]
-    width = bucket(int(lengths.max()), smallest=_SMALLEST_PROMPT, largest=context)
+    width = _prompt_width(int(lengths.max()), context=context)
     tokens = np.zeros((batch, width), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
-    row_stops = [tuple(dict.fromkeys((*stop_ids, *option.stop_ids))) for option in each]
-    most = bucket(max(map(len, row_stops)), smallest=_SMALLEST_STOP_IDS)
+    row_stops = [_row_stops(option, stop_ids) for option in each]
+    most = bucket(max(map(len, row_stops)), smallest=least_stop_ids)
     alphas = [strengths if option.strengths is None else option.strengths for option in each]
     return RowArrays(
         prompts=tokens,
@@ -175,5 +192,36 @@ def lay_out(
             top_p=asked("top_p", np.float32),
             min_p=asked("min_p", np.float32),
         ),
-        capacity=bucket(max(*ends, width), smallest=_SMALLEST_CAPACITY, largest=context),
+        capacity=bucket_capacity(max(*ends, width), context=context),
     )
+
+
+def row_end(prompt: Sequence[int], option: GenerationOptions, *, context: int) -> int:
+    """The length, prompt included, at which a row ends (tokens)."""
+    return min(len(prompt) + option.max_new_tokens, context)
+
+
+def needed_slots(prompt: Sequence[int], option: GenerationOptions, *, context: int) -> int:
+    """Slots that a row needs: for its tokens, and for its prompt with padding."""
+    end = row_end(prompt, option, context=context)
+    return max(end, _prompt_width(len(prompt), context=context))
+
+
+def bucket_capacity(length: int, *, context: int) -> int:
+    """Slots of rows that hold `length` tokens, of a context of `context`."""
+    return bucket(length, smallest=_SMALLEST_CAPACITY, largest=context)
+
+
+def bucket_stop_ids(options: Sequence[GenerationOptions], stop_ids: Sequence[int]) -> int:
+    """Stop ids of a row of a batch into which prompts with any of these options may come."""
+    most = max(len(_row_stops(option, stop_ids)) for option in options)
+    return bucket(most, smallest=_SMALLEST_STOP_IDS)
+
+
+def _prompt_width(length: int, *, context: int) -> int:
+    return bucket(length, smallest=_SMALLEST_PROMPT, largest=context)
+
+
+def _row_stops(option: GenerationOptions, stop_ids: Sequence[int]) -> tuple[int, ...]:
+    """A row's stop ids: everybody's, then its own."""
+    return tuple(dict.fromkeys((*stop_ids, *option.stop_ids)))

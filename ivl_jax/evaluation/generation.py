@@ -14,7 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ivl_jax.config import ConfigError
 from ivl_jax.decoding.prompt_files import GenerationFile
-from ivl_jax.decoding.text import ComposedModel, EncodedPrompt, Generation
+from ivl_jax.decoding.requests import EncodedPrompt
+from ivl_jax.decoding.text import ComposedModel, Generation
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +44,10 @@ def generate_to_file(
         logger.info("%d of %d items are done already", output.done, len(prompts))
     with output, progress_bar("generating") as progress:
         task = progress.add_task("", total=len(prompts), completed=output.done)
-        for batch in model.generate_batches(prompts[output.done :], batch_size=batch_size):
-            results = [
-                describe(generation) | dict(judge(index, generation.text))
-                for index, generation in enumerate(batch, output.done)
-            ]
-            output.append(results)
+        left = prompts[output.done :]
+        for generation in model.generate_prepared(left, batch_size=batch_size):
+            judged = judge(output.done, generation.text)
+            output.append([describe(generation) | dict(judged)])
             progress.update(task, completed=output.done)
 
 

@@ -256,11 +256,10 @@ class IvlLM(TemplateLM):
         order = sorted(range(len(prompts)), key=lambda index: -len(contexts[index]))
         texts = [""] * len(requests)
         bar = tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm)
-        batches = self.model.generate_batches(
+        generations = self.model.generate_prepared(
             [prompts[index] for index in order], batch_size=self.batch_size
         )
-        done = (generation for batch in batches for generation in batch)
-        for index, generation in zip(order, done, strict=True):
+        for index, generation in zip(order, generations, strict=True):
             # The harness' models decode a continuation by itself: no space at its beginning where
             # the tokenizer drops it.
             text = str(self.tokenizer.decode([*generation.token_ids], skip_special_tokens=True))

@@ -14,8 +14,8 @@ from typing import Any
 from ivl_jax.data.chat import ChatFormat
 from ivl_jax.data.formats import Message
 from ivl_jax.decoding.prompt_files import GenerationFile, PromptRow
-from ivl_jax.decoding.requests import GenerationOptions, PromptTooLongError
-from ivl_jax.decoding.text import ComposedModel, EncodedPrompt
+from ivl_jax.decoding.requests import EncodedPrompt, GenerationOptions, PromptTooLongError
+from ivl_jax.decoding.text import ComposedModel
 from ivl_jax.evaluation.flags import MtBenchFlags, check_model_flags, require
 from ivl_jax.evaluation.generation import progress_bar, read_json_lines
 from ivl_jax.evaluation.loading import chat_format_of, find_sources, load_model
@@ -135,8 +135,7 @@ class _Answerer:
                     logger.warning("%s; its answer is %s", error, _NO_ANSWER)
                     answers[place].append(_NO_ANSWER)
                     dialogues[place].append(Message("assistant", _NO_ANSWER))
-            batches = self._model.generate_batches(prompts, batch_size=len(batch))
-            generations = [generation for one in batches for generation in one]
+            generations = self._model.generate_prepared(prompts, batch_size=len(batch))
             for place, generation in zip(asked, generations, strict=True):
                 text = generation.text.strip()
                 answers[place].append(text)

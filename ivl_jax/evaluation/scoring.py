@@ -19,9 +19,9 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from ivl_jax.composition import ValueTerm, compose_logits, value_hidden
 from ivl_jax.decoding.prefix_reading import PrefixReading, lay_out_prefixes, read_prefixes
-from ivl_jax.decoding.requests import bucket
+from ivl_jax.decoding.requests import EncodedPrompt, bucket
 from ivl_jax.decoding.state import ComposedParams, Composition, Network
-from ivl_jax.decoding.text import ComposedModel, EncodedPrompt
+from ivl_jax.decoding.text import ComposedModel
 from ivl_jax.model.decoder import Constrain, hidden_states, logits_from_hidden
 from ivl_jax.sharding import activation_constraint, batch_ways
 from ivl_jax.vocabulary.retokenize import RetokenizedText

@@ -209,11 +209,14 @@ def test_readings_hold_what_changed_and_at_least_the_last_token(swapped):
     (own,) = model.own_vocabularies
     prompts = ["One", "水と火"]
     rows = [model.prepare([prompt])[0] for prompt in prompts]
-    reader = TextReader([own], [row.own_texts for row in rows], batch=3, new_tokens=10)
+    reader = TextReader([own], batch=3)
+    for place, row in enumerate(rows):
+        reader.reserve(row.own_texts, new_tokens=10)
+        reader.admit(place, row.own_texts)
     caches = [[], []]
     pushed = [rows[0].token_ids + rows[1].token_ids, rows[1].token_ids + rows[0].token_ids]
     for step in range(len(pushed[0]) + 1):
-        (reading,) = reader.readings()
+        (reading,) = reader.readings(range(2), size=3)
         assert reading.tokens.shape[0] == 3
         assert reading.counts.min() == 1
         for row in range(2):
@@ -223,7 +226,7 @@ def test_readings_hold_what_changed_and_at_least_the_last_token(swapped):
             text.push(pushed[row][:step])
             assert caches[row] == text.tokens
             assert len(text.tokens) <= reader.capacity
-        assert reader.push([ids[step : step + 1] for ids in pushed]) == [False, False]
+        assert reader.push({row: pushed[row][step : step + 1] for row in range(2)}) == set()
 
 
 def test_caches_grow_and_keep_what_they_hold(swapped):

@@ -118,7 +118,7 @@ def test_a_prompt_longer_than_the_context_says_by_how_much_before_computing(comp
     def fail(*_, **__):
         pytest.fail("something was computed")
 
-    broken = dataclasses.replace(composed, programs=Programs(fail, fail, fail, fail, fail))
+    broken = dataclasses.replace(composed, programs=Programs(*[fail] * len(Programs._fields)))
     with pytest.raises(PromptTooLongError, match="8 more than the context of 512 tokens") as caught:
         broken.generate(prompts)
     assert "prompt 1" in str(caught.value)
@@ -155,7 +155,7 @@ def test_a_stop_string_that_spans_tokens_and_chunks_cuts_exactly(base_alone, chu
     stop = free.text[41:58]
     assert len(base_alone.tokenizer(stop)["input_ids"]) > 4
     prepared = base_alone.prepare([""], greedy(60, stop=("never", stop)))
-    ((ended,),) = base_alone.generate_batches(prepared, chunk_tokens=chunk)
+    (ended,) = base_alone.generate_prepared(prepared, chunk_tokens=chunk)
     assert ended.text == free.text[: free.text.index(stop)]
     assert ended.finish_reason == "stop_string"
     # The ids end with the token that completes the stop string.
@@ -170,14 +170,14 @@ def test_a_row_whose_stop_string_was_found_is_ended_on_device(composed):
     (free,) = composed.generate([""], greedy(40))
     told = []
 
-    def recording(params, state, max_tokens, stopped):
+    def recording(params, state, max_tokens, stopped, enough_done):
         told.append(stopped.tolist())
-        return composed.programs.decode_chunk(params, state, max_tokens, stopped)
+        return composed.programs.decode_chunk(params, state, max_tokens, stopped, enough_done)
 
     programs = composed.programs._replace(decode_chunk=recording)
     model = dataclasses.replace(composed, programs=programs)
     prepared = model.prepare(["", ""], [greedy(40, stop=(free.text[:9],)), greedy(40)])
-    ((first, _),) = model.generate_batches(prepared, chunk_tokens=8)
+    first, _ = model.generate_prepared(prepared, chunk_tokens=8)
     assert first.text == ""
     assert told[0] == [False, False]
     assert told[-1] == [True, False]

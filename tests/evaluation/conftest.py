@@ -37,19 +37,17 @@ def read_prompts(monkeypatch):
     """
     read = []
 
-    def generate_batches(self, prompts, *, batch_size):
+    def generate_prepared(self, prompts, *, batch_size):
         for start in range(0, len(prompts), batch_size):
             batch = list(prompts[start : start + batch_size])
             read.append(batch)
-            yield [
-                Generation(
+            for prompt in batch:
+                yield Generation(
                     text=f" It is {hashlib.sha256(repr(prompt[:3]).encode()).hexdigest()[:6]}.",
                     token_ids=(5, 2),
                     finish_reason="eos",
                     prompt_tokens=len(prompt.token_ids),
                 )
-                for prompt in batch
-            ]
 
-    monkeypatch.setattr(ComposedModel, "generate_batches", generate_batches)
+    monkeypatch.setattr(ComposedModel, "generate_prepared", generate_prepared)
     return read
