@@ -188,7 +188,9 @@ def test_a_file_of_prompts_goes_on_where_a_killed_run_stopped(infer, base_flags,
     assert output.read_bytes() == whole
 
 
-def test_lines_are_written_as_their_batch_is_done(infer, base_flags, tmp_path, monkeypatch):
+def test_lines_are_written_as_they_are_done_and_an_interrupt_loses_none(
+    infer, base_flags, tmp_path, monkeypatch
+):
     from ivl_jax.decoding.text import ComposedModel
 
     source, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
@@ -196,14 +198,22 @@ def test_lines_are_written_as_their_batch_is_done(infer, base_flags, tmp_path, m
     seen = []
     decode = ComposedModel._decode
 
-    def counting(self, *arguments):
-        seen.append(len(output.read_bytes().splitlines()))
-        return decode(self, *arguments)
+    def watched(self, *arguments, **named):
+        for progress in decode(self, *arguments, **named):
+            seen.append(len(output.read_bytes().splitlines()))
+            if seen[-1] == 4 and len(set(seen)) == 3:
+                raise KeyboardInterrupt
+            yield progress
 
-    monkeypatch.setattr(ComposedModel, "_decode", counting)
+    monkeypatch.setattr(ComposedModel, "_decode", watched)
     flags = ("--input", source, "--output", output, "--batch-size", 2, "--max-new-tokens", 12)
+    assert infer(*base_flags, *flags)[0] == 130
+    assert list(dict.fromkeys(seen)) == [0, 2, 4]
+    monkeypatch.setattr(ComposedModel, "_decode", decode)
     assert infer(*base_flags, *flags)[0] == 0
-    assert seen == [0, 2, 4]
+    lines = output.read_bytes().splitlines()
+    assert len(lines) == 5
+    assert len(set(lines)) == 1
 
 
 def test_a_chat_prompt_goes_through_the_values_template(infer, base_flags):

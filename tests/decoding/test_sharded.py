@@ -1,3 +1,5 @@
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from tests.decoding.tiny import make_requests, tiny_arch
 
 PROMPTS = ["Once upon a time", "", "The big dog ran to the park and it was"]
 GREEDY = GenerationOptions(max_new_tokens=24)
+# More prompts than rows; where some of them wait, rows are refilled on every layout.
+RAGGED = [GenerationOptions(max_new_tokens=tokens) for tokens in (24, 5, 12, 1, 18, 9, 14, 3, 7)]
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +72,19 @@ def test_every_layout_gives_the_single_device_text_and_holds_its_share(
     for params, share in zip(networks, parameter_shares, strict=True):
         held = set(bytes_per_device(params).values())
         assert max(held) == pytest.approx(total_bytes(params) * share, rel=0.03)
+
+
+def test_rows_of_a_mesh_are_refilled_where_they_are(stories, value):
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    sharded = compose(stories, value, strengths=[0.3], mesh=mesh)
+    prompts = [PROMPTS[index % 3] for index in range(len(RAGGED))]
+    alone = compose(stories, value, strengths=[0.3]).generate(prompts, RAGGED, batch_size=3)
+    assert sharded.generate(prompts, RAGGED, batch_size=4) == alone
+    # What is read anew goes to the devices that hold its rows; no cache of 64 slots ever moves.
+    asked = [make_requests([[1, 2]] * 4, new_tokens=3, strengths=(0.3,), width=16)] * 2
+    programs, params = sharded.programs, sharded.params
+    state = programs.prefill(params, *asked[0], capacity=64)
+    lowered = programs.admit.lower(params, state, *asked[1], np.arange(4, dtype=np.int32))
+    moved = re.findall(r"= f32\[([\d,]+)\]\S* all-(?:gather|to-all)\(", lowered.compile().as_text())
+    assert any(shape.split(",")[2] == "17" for shape in moved if shape.count(",") == 3)
+    assert not any(shape.split(",")[2] == "64" for shape in moved if shape.count(",") == 3)
