@@ -17,6 +17,7 @@ from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.kv_cache import KVCache
 from ivl_jax.model.layer_stack import run_layers
 from ivl_jax.model.layers import Constrain, Decoder, multiply_rows, soft_cap
+from ivl_jax.model.product import multiply
 
 Params = dict[str, Any]
 
@@ -186,7 +187,7 @@ def embed_probabilities(
     rows = decoder.embed_tokens.embedding[...]
     width = min(rows.shape[0], probabilities.shape[-1])
     weights = probabilities[..., :width].astype(decoder.compute_dtype)
-    mixed = jnp.einsum("btv,vd->btd", weights, rows[:width].astype(decoder.compute_dtype))
+    mixed = multiply("btv,vd->btd", weights, rows[:width], dtype=decoder.compute_dtype)
     return _scale_embeddings(decoder, mixed)
 
 
@@ -269,12 +270,8 @@ def logits_from_hidden(
     if _static(graphdef, "decode_layout"):
         logits = multiply_rows(hidden, kernel, dtype=jnp.float32)
     else:
-        logits = jnp.einsum(
-            "btd,dv->btv" if untied else "btd,vd->btv",
-            hidden,
-            kernel.astype(dtype),
-            preferred_element_type=jnp.float32,
-        )
+        contraction = "btd,dv->btv" if untied else "btd,vd->btv"
+        logits = multiply(contraction, hidden, kernel, dtype=jnp.float32)
     return soft_cap(logits, arch.final_logit_softcapping)
 
 

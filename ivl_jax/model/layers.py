@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from ivl_jax.model.architecture import ArchConfig
+from ivl_jax.model.product import multiply
 from ivl_jax.model.rope import rotate
 
 Constrain = Callable[[Array, tuple[str, ...]], Array]
@@ -105,7 +106,7 @@ class Projection(nnx.Module):
         if self.decode_layout:
             y = multiply_rows(x, self.kernel[...], dtype=x.dtype)
         else:
-            y = jnp.dot(x, self.kernel[...].astype(x.dtype))
+            y = multiply("bti,io->bto", x, self.kernel[...], dtype=x.dtype)
         return y + self.bias[...].astype(x.dtype)[None, None, :] if self.use_bias else y
 
 
@@ -139,12 +140,12 @@ def attend(
     groups = heads // kv_heads
     grouped = query.reshape(batch, length, kv_heads, groups, width).transpose(0, 2, 3, 1, 4)
     grouped = grouped.reshape(batch, kv_heads, groups * length, width)
-    scores = jnp.einsum("bkmh,bksh->bkms", grouped, keys, preferred_element_type=jnp.float32)
+    scores = multiply("bkmh,bksh->bkms", grouped, keys, dtype=jnp.float32)
     scores = soft_cap(scores * scale, softcap).reshape(batch, kv_heads, groups, length, slots)
     scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     weights = weights.reshape(batch, kv_heads, groups * length, slots)
-    mixed = jnp.einsum("bkms,bksh->bkmh", weights, values)
+    mixed = multiply("bkms,bksh->bkmh", weights, values, dtype=values.dtype)
     mixed = mixed.reshape(batch, kv_heads, groups, length, width).transpose(0, 3, 1, 2, 4)
     return mixed.reshape(query.shape)
 
