@@ -17,6 +17,9 @@ from benchmarks.setting import describe_setting
 
 BENCHMARKS = {
     "vocabulary": "building vocabulary maps: time, coverage, size; the peer is a loop over cells",
+    "train": "the training step of pair A beside PyTorch in float32 and bfloat16",
+    "memory": "peak temporaries of the step at a vocabulary of 128,256: logits in chunks and whole",
+    "cached_states": "epochs from cached base states beside epochs that run the base",
     "load": "loading safetensors: speed and peak memory; the peer is safetensors with torch",
     "startup": "weights loaded until the first text, compile cache cold and warm; --help",
 }

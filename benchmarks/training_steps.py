@@ -1,0 +1,234 @@
+"""One training step of ours and of the peer in PyTorch, on random weights and random tokens.
+
+In: shapes. Out: functions that take one step when called. Every position is real and a target, as
+in a batch packed full of answers.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from ivl_jax.config import PenaltyKind
+from ivl_jax.data.batching import Batch
+from ivl_jax.model.architecture import ArchConfig
+from ivl_jax.model.decoder import abstract_params, build_decoder, init_params
+from ivl_jax.sharding import parameter_shardings, place_batch, single_device_mesh
+from ivl_jax.training.objective import Objective
+from ivl_jax.training.optimizer import make_optimizer, make_schedule
+from ivl_jax.training.programs import default_chunk_length
+from ivl_jax.training.step import (
+    init_state,
+    make_train_step,
+    split_micro_batches,
+    state_shardings,
+)
+
+LEARNING_RATE = 1e-4
+WEIGHT_DECAY = 0.01
+
+
+class Sizes(NamedTuple):
+    """Sizes of a batch."""
+
+    rows: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        """Positions of a batch."""
+        return self.rows * self.length
+
+
+class OurStep:
+    """The compiled step of a value network beside a frozen base, with its state.
+
+    Attributes:
+        chunk_length: Positions whose logits exist at once.
+    """
+
+    def __init__(
+        self,
+        base: ArchConfig,
+        value: ArchConfig,
+        sizes: Sizes,
+        *,
+        penalty: PenaltyKind = "none",
+        chunk_length: int | None = None,
+        bfloat16: bool = False,
+    ):
+        """Build it.
+
+        Args:
+            base: the frozen base's shape.
+            value: the value network's.
+            sizes: of the batch.
+            penalty: on the value logits, with λ = 1.
+            chunk_length: positions whose logits exist at once; None: as train.py chooses.
+            bfloat16: hold the base in bfloat16 and multiply in it; master weights stay float32.
+        """
+        mesh = single_device_mesh()
+        vocabulary, dtype = value.vocab_size, jnp.bfloat16 if bfloat16 else jnp.float32
+        if chunk_length is None:
+            chunk_length = default_chunk_length(sizes.rows, sizes.length, vocabulary)
+        self.chunk_length = chunk_length
+        objective = Objective(
+            build_decoder(value, compute_dtype=dtype),
+            build_decoder(base, compute_dtype=dtype),
+            vocab_size=vocabulary,
+            value_vocab_size=vocabulary,
+            penalty_kind=penalty,
+            penalty_weight=0.0 if penalty == "none" else 1.0,
+            chunk_length=chunk_length,
+        )
+        schedule = make_schedule(
+            learning_rate=LEARNING_RATE,
+            schedule="constant",
+            warmup_fraction=0.0,
+            final_fraction=0.0,
+            total_steps=1000,
+        )
+        optimizer = make_optimizer(
+            schedule,
+            weight_decay=WEIGHT_DECAY,
+            beta1=0.9,
+            beta2=0.999,
+            epsilon=1e-8,
+            max_gradient_norm=0.0,
+        )
+        places = [parameter_shardings(abstract_params(arch), mesh) for arch in (base, value)]
+        shardings = state_shardings(abstract_params(value), places[1], optimizer, mesh)
+        step: Any = make_train_step(
+            objective,
+            optimizer,
+            schedule,
+            shardings=shardings,
+            base_shardings=places[0],
+            mesh=mesh,
+        )
+        batch = split_micro_batches(random_batch(vocabulary, sizes), 1)
+        self._batch = place_batch(batch, mesh, micro_batched=True)
+        self._base_params = random_params(base, 0, dtype=dtype)
+        self._state = init_state(random_params(value, 1), optimizer, jax.random.key(0), shardings)
+        self._compiled = step.lower(self._state, self._base_params, self._batch).compile()
+
+    def temporary_bytes(self) -> int:
+        """The compiled step's temporaries at their peak, bytes."""
+        return self._compiled.memory_analysis().temp_size_in_bytes
+
+    def __call__(self) -> Any:
+        """Take one step and give its loss."""
+        self._state, metrics = self._compiled(self._state, self._base_params, self._batch)
+        return metrics.loss
+
+
+def random_params(arch: ArchConfig, seed: int, *, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
+    """Fresh parameters of a shape."""
+    make = functools.partial(init_params, arch, param_dtype=dtype)
+    return jax.jit(make)(jax.random.key(seed))
+
+
+def random_batch(vocabulary: int, sizes: Sizes) -> Batch:
+    """One segment a row, every target counted."""
+    tokens = random_tokens(vocabulary, sizes)
+    shape = (sizes.rows, sizes.length)
+    return Batch(
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        loss_mask=np.ones(shape, bool),
+        positions=np.broadcast_to(np.arange(sizes.length, dtype=np.int32), shape),
+        segment_ids=np.ones(shape, np.int32),
+    )
+
+
+def random_tokens(vocabulary: int, sizes: Sizes) -> np.ndarray:
+    """Token ids, one more a row than it has positions."""
+    rng = np.random.default_rng(0)
+    return rng.integers(0, vocabulary, (sizes.rows, sizes.length + 1)).astype(np.int32)
+
+
+def torch_train(
+    base: ArchConfig, value: ArchConfig, sizes: Sizes, *, bfloat16: bool, threads: int
+) -> Callable[[], float]:
+    """The peer: two models of transformers, logits added, cross-entropy, AdamW.
+
+    Args:
+        base: the frozen base's shape.
+        value: the value network's.
+        sizes: of the batch.
+        bfloat16: hold the base in bfloat16 and run the value under autocast; master weights stay
+            float32. Else everything is float32.
+        threads: of PyTorch.
+
+    Returns:
+        A function that takes one step and gives its loss.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    models = [LlamaForCausalLM(LlamaConfig(**arch.to_hf())) for arch in (base, value)]
+    frozen, trained = models[0].eval().requires_grad_(False), models[1].train()
+    if bfloat16:
+        frozen = frozen.bfloat16()
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    tokens = torch.from_numpy(random_tokens(value.vocab_size, sizes)).long()
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
+            with torch.no_grad():
+                base_logits = frozen(inputs, use_cache=False).logits
+            logits = trained(inputs, use_cache=False).logits + base_logits
+        loss = torch.nn.functional.cross_entropy(
+            logits.float().reshape(-1, logits.shape[-1]), targets.reshape(-1)
+        )
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def model_flops(base: ArchConfig, value: ArchConfig, sizes: Sizes, *, base_runs: bool) -> float:
+    """Arithmetic of one step: forward of the base, forward and backward of the value network.
+
+    Multiplications with matrices and attention; each multiply-add counts as two. Nothing is counted
+    twice for being computed twice.
+
+    Args:
+        base: the frozen base's shape.
+        value: the value network's.
+        sizes: of the batch.
+        base_runs: False counts of the base only its head, as with cached states.
+
+    Returns:
+        Floating-point operations.
+    """
+
+    def layers(arch: ArchConfig) -> float:
+        width, inner = arch.hidden_size, arch.intermediate_size
+        queries = arch.num_attention_heads * arch.head_dim
+        keys = arch.num_key_value_heads * arch.head_dim
+        matrices = 2 * width * queries + 2 * width * keys + 3 * width * inner
+        attention = 2 * sizes.length * queries
+        return 2 * arch.num_hidden_layers * (matrices + attention)
+
+    def head(arch: ArchConfig) -> float:
+        return 2 * arch.hidden_size * arch.vocab_size
+
+    forward = head(base) + (layers(base) if base_runs else 0)
+    return sizes.tokens * (forward + 3 * (layers(value) + head(value)))
+
+
+def matrix_product(size: int) -> Callable[[], Any]:
+    """A square float32 product, as the machine's limit is measured by."""
+    matrix = jnp.ones((size, size), jnp.float32)
+    multiply = jax.jit(jnp.matmul)
+    return lambda: multiply(matrix, matrix)
