@@ -77,6 +77,7 @@ def shrink(composition: Composition, state: DecodeState, *, capacity: int) -> De
     def cut(cache: KVCache) -> KVCache:
         return jax.tree.map(lambda array: array[:, :, :capacity], cache)
 
+    draft = state.draft
     return state._replace(
         tokens=state.tokens[:, :capacity],
         base_cache=cut(state.base_cache),
@@ -84,6 +85,7 @@ def shrink(composition: Composition, state: DecodeState, *, capacity: int) -> De
             cache if network.mapped else cut(cache)
             for network, cache in zip(composition.values, state.value_caches, strict=True)
         ),
+        draft=None if draft is None else draft._replace(cache=cut(draft.cache)),
     )
 
 

@@ -31,7 +31,13 @@ from ivl_jax.decoding.prompt_files import (
 )
 from ivl_jax.decoding.requests import EncodedPrompt, GenerationOptions, PromptTooLongError
 from ivl_jax.decoding.text import ComposedModel, Generation, Prompt
-from ivl_jax.decoding.value_sources import ValueSource, check_sources, find_values, load_source
+from ivl_jax.decoding.value_sources import (
+    ValueSource,
+    check_draft,
+    check_sources,
+    find_values,
+    load_source,
+)
 from ivl_jax.sharding import LAYOUTS, make_mesh
 from ivl_jax.weights.language_model import find_model, load_language_model
 
@@ -83,9 +89,12 @@ def prepare(config: InferConfig) -> Work:
     base_folder = find_model(config.base)
     sources = find_values(config.value, config.map)
     check_sources(config.base, base_folder, sources)
+    draft_folder = find_model(config.draft) if config.draft else None
+    if draft_folder is not None:
+        check_draft(config.base, base_folder, config.draft, draft_folder, sources)
     output = None
     if config.output is not None:
-        settings = _settings(config, base_folder, sources)
+        settings = _settings(config, base_folder, draft_folder, sources)
         output = GenerationFile(Path(config.output), settings=settings, rows=rows)
     model = _load(config, sources, mesh)
     texts = [_prompt_of(row, chat=config.chat) for row in rows]
@@ -117,7 +126,13 @@ def _load(config: InferConfig, sources: Sequence[ValueSource], mesh: Mesh | None
     start = time.perf_counter()
     base = load_language_model(config.base, param_dtype=dtype, mesh=mesh, sharding_rules=base_rules)
     values = [load_source(source, dtype=dtype, mesh=mesh, rules=value_rules) for source in sources]
-    names = " and ".join([config.base, *(source.path for source in sources)])
+    draft = None
+    if config.draft:
+        draft = load_language_model(
+            config.draft, param_dtype=dtype, mesh=mesh, sharding_rules=value_rules
+        )
+    drafts = [config.draft] if config.draft else []
+    names = " and ".join([config.base, *(source.path for source in sources), *drafts])
     logger.info("loaded %s in %.1f s", names, time.perf_counter() - start)
     return compose(
         base,
@@ -127,6 +142,8 @@ def _load(config: InferConfig, sources: Sequence[ValueSource], mesh: Mesh | None
         mesh=mesh,
         base_rules=base_rules,
         value_rules=value_rules,
+        draft=draft,
+        draft_length=config.draft_length,
     )
 
 
@@ -144,12 +161,16 @@ def _options(config: InferConfig) -> GenerationOptions:
 
 
 def _settings(
-    config: InferConfig, base_folder: Path, sources: Sequence[ValueSource]
+    config: InferConfig,
+    base_folder: Path,
+    draft_folder: Path | None,
+    sources: Sequence[ValueSource],
 ) -> dict[str, Any]:
     """What decides the texts of an output file."""
     flags = dataclasses.asdict(config)
     settings = {name: value for name, value in flags.items() if name not in _FREE_FLAGS}
     settings["base_fingerprint"] = folder_fingerprint(base_folder)
+    settings["draft_fingerprint"] = draft_folder and folder_fingerprint(draft_folder)
     settings["value_fingerprints"] = [folder_fingerprint(source.folder) for source in sources]
     settings["map_fingerprints"] = [
         hashlib.sha256(epath.Path(path).read_bytes()).hexdigest()
@@ -181,6 +202,7 @@ def _write_file(work: Work, output: GenerationFile) -> None:
         TimeRemainingColumn(),
     )
     with output, Progress(*columns, console=Console(stderr=True)) as progress:
+        judged = accepted = 0
         task = progress.add_task("", total=len(work.prompts), completed=output.done)
         for generation in work.model.generate_prepared(left, batch_size=work.config.batch_size):
             output.append(
@@ -193,7 +215,10 @@ def _write_file(work: Work, output: GenerationFile) -> None:
                     }
                 ]
             )
+            judged += generation.judged_proposals
+            accepted += generation.accepted_proposals
             progress.update(task, completed=output.done)
+    _log_acceptance(judged, accepted)
 
 
 def _show(pieces: Any) -> str:
@@ -219,7 +244,19 @@ def _show(pieces: Any) -> str:
         first,
         max(len(generation.token_ids) - 1, 0) / rest,
     )
+    _log_acceptance(generation.judged_proposals, generation.accepted_proposals)
     return generation.text
+
+
+def _log_acceptance(judged: int, accepted: int) -> None:
+    """Say how much of what a draft proposed was kept; nothing where nothing was proposed."""
+    if judged:
+        logger.info(
+            "the draft: %d of %d proposals kept (%.0f %%)",
+            accepted,
+            judged,
+            100 * accepted / judged,
+        )
 
 
 def _talk(work: Work) -> None:

@@ -2,8 +2,10 @@
 
 In: what identifies two tokenizers, the connection scheme, perhaps a map. Out: the base's ids that
 the value network does not know, or an error that names both sides and the remedy. Reads no weights.
+A draft, which proposes tokens for a base, is checked here too.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from etils import epath
@@ -74,6 +76,49 @@ def check_fit(
             "scheme is defined; train the value network with it, or use a base of its own family"
         )
     return ()
+
+
+def check_draft_fit(
+    base: Side, draft: Side, values: Sequence[tuple[str, str, DescribedMap | None]]
+) -> tuple[int, ...]:
+    """Check that a model can propose tokens for a base under its value networks.
+
+    Args:
+        base: the base.
+        draft: the model that proposes.
+        values: name, connection scheme and vocabulary map (or None) of each value network.
+
+    Returns:
+        Base ids that mean something else to the draft; it never proposes those beyond its own.
+
+    Raises:
+        TokenizerMismatchError: base and draft disagree on tokens both have.
+        ValueError: a value network reads base logits, or has its own vocabulary.
+    """
+    for name, connection, described_map in values:
+        if connection != "residual":
+            raise ValueError(
+                f"{name} reads base logits (connection {connection}): what it says under the draft "
+                f"{draft.path} is not what it says under the base {base.path}, and only value "
+                "networks that read no more than the text (residual) can be drafted for; leave the "
+                "draft out, or train a residual one"
+            )
+        if described_map is not None:
+            raise ValueError(
+                f"{name} has its own vocabulary (the map {described_map.path}) and is read token "
+                f"by token on the host: the draft {draft.path} cannot propose for it; leave the "
+                "draft out"
+            )
+    try:
+        return check_compatible(
+            base.info, draft.info, base_name=base.path, value_name=draft.name
+        ).ids
+    except TokenizerMismatchError as error:
+        raise TokenizerMismatchError(
+            f"the draft {draft.path} ({draft.info.vocab_size} ids) does not have the tokenizer of "
+            f"{base.name} ({base.info.vocab_size} ids), so it cannot propose tokens for it: name a "
+            f"smaller model of the base's own family. In detail: {error}"
+        ) from error
 
 
 def tokenizer_folder(value_path: str) -> str:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from ivl_jax.checkpoint import ValueNetwork
 from ivl_jax.config import Connection
-from ivl_jax.decoding.compatibility import Side, check_fit
+from ivl_jax.decoding.compatibility import Side, check_draft_fit, check_fit
 from ivl_jax.decoding.layout import lay_out_network, output_rows
 from ivl_jax.decoding.own_vocabulary import OwnVocabulary, make_own_vocabulary
 from ivl_jax.decoding.programs import build_programs
@@ -42,6 +42,8 @@ def compose(
     mesh: Mesh | None = None,
     base_rules: ShardingRules = DEFAULT_RULES,
     value_rules: ShardingRules = DEFAULT_RULES,
+    draft: LanguageModel | None = None,
+    draft_length: int = 0,
 ) -> ComposedModel:
     """Put value networks on a base model: z = z_base + Σ α · z_value.
 
@@ -56,6 +58,9 @@ def compose(
             not lie as the rules say are moved there.
         base_rules: the base's layout on the mesh.
         value_rules: the value networks' layout on the mesh; it may differ from the base's.
+        draft: a small base of the same family that proposes tokens under the same value networks.
+            Greedy text stays the same but for near-ties, samples keep their distribution.
+        draft_length: tokens it proposes at a time; 0: as many as pay, none where it slows down.
 
     Returns:
         A model that generates. Computation runs in the dtype each network's parameters are held in.
@@ -65,7 +70,8 @@ def compose(
             command that builds a map between them.
         VocabularyMapError: a map that cannot be read, or that was built for other tokenizers.
         ValueError: as many strengths, and maps, as value networks, or none, are needed; or a value
-            network with a map reads base logits (only the residual scheme reads no more than text).
+            network with a map reads base logits (only the residual scheme reads no more than text);
+            or a draft beside a value network that reads base logits or has a map.
     """
     for what, given in (("strengths", strengths), ("maps", maps)):
         if given and len(given) != len(values):
@@ -83,6 +89,13 @@ def compose(
         )
         for name, value, one_map in zip(names, values, described, strict=True)
     ]
+    draft_unknown: tuple[int, ...] = ()
+    if draft is not None:
+        draft_unknown = check_draft_fit(
+            base_side,
+            Side(f"the draft {draft.path}", draft.path, draft.tokenizer_info),
+            list(zip(names, map(connection_of, values), described, strict=True)),
+        )
     layout = None if mesh is None else Layout(mesh, base_rules)
     value_layout = None if mesh is None else Layout(mesh, value_rules)
     base_network, base_params = _network(base, None, layout)
@@ -90,13 +103,24 @@ def compose(
         _network(value, connection_of(value), value_layout, one_map)
         for value, one_map in zip(values, described, strict=True)
     ]
-    composition = Composition(base_network, tuple(network for network, _ in laid_out))
+    # As small as the values, and read as often: it lies where they do.
+    draft_network, draft_params = (None, None)
+    if draft is not None:
+        draft_network, draft_params = _network(draft, None, value_layout)
+    composition = Composition(
+        base_network,
+        tuple(network for network, _ in laid_out),
+        draft_network,
+        draft_length if draft is not None else 0,
+    )
     own = _own_vocabularies(base, values, names, described)
     contexts = [(base.arch.max_position_embeddings, base_name)] + [
         (value.arch.max_position_embeddings, name)
         for name, value, one_map in zip(names, values, described, strict=True)
         if one_map is None
     ]
+    if draft is not None:
+        contexts.append((draft.arch.max_position_embeddings, f"the draft {draft.path}"))
     context, context_of = min(contexts, key=lambda pair: pair[0])
     return ComposedModel(
         composition=composition,
@@ -105,6 +129,8 @@ def compose(
             tuple(params for _, params in laid_out),
             tuple(jnp.asarray(ids, jnp.int32) for ids in unknown),
             tuple(one_map.vocabulary_map for one_map in described if one_map),
+            draft_params,
+            None if draft is None else jnp.asarray(draft_unknown, jnp.int32),
         ),
         programs=build_programs(composition),
         strengths=tuple(float(alpha) for alpha in strengths) or (1.0,) * len(values),

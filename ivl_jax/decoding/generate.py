@@ -16,20 +16,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ivl_jax.composition import ValueTerm, compose_logits, value_hidden
+from ivl_jax.decoding.forward import read_draft, read_tokens
 from ivl_jax.decoding.sampling import sample_tokens
 from ivl_jax.decoding.state import (
     ComposedParams,
     Composition,
     DecodeState,
+    DraftState,
     Network,
     Reading,
     Requests,
 )
 from ivl_jax.decoding.streaming import FinishReason
-from ivl_jax.model.decoder import Constrain, hidden_states, logits_from_hidden
 from ivl_jax.model.kv_cache import KVCache, init_cache
-from ivl_jax.sharding import activation_constraint
 
 
 def prefill(
@@ -84,6 +83,13 @@ def prefill(
         wanted=lengths[:, None] - 1,
         readings=readings,
     )
+    if composition.draft is not None:
+        cache = empty_cache(composition.draft)
+        cache = read_draft(composition, params, cache, prompts, positions=positions)[1]
+        nothing = jnp.zeros(batch, jnp.int32)
+        recent = jnp.zeros(batch, jnp.float32)
+        draft = DraftState(cache, lengths, nothing, nothing, recent, recent)
+        state = state._replace(draft=draft)
     return _append(state, logits[:, 0])
 
 
@@ -201,85 +207,6 @@ def grow_mapped(
     return state._replace(value_caches=tuple(caches))
 
 
-def read_tokens(
-    composition: Composition,
-    params: ComposedParams,
-    state: DecodeState,
-    tokens: Int[Array, "B T"],
-    *,
-    positions: Int[Array, "B T"],
-    wanted: Int[Array, "B C"],
-    readings: tuple[Reading, ...] = (),
-) -> tuple[Float[Array, "B C V"], DecodeState]:
-    """Run base and value networks over tokens, and compose the logits where they are wanted.
-
-    Args:
-        composition: the static half.
-        params: the arrays of all networks.
-        state: its caches are read and written; tokens and lengths are left alone.
-        tokens: [B T] token ids.
-        positions: [B T] position of each token, and its slot in every cache.
-        wanted: [B C] which of the T tokens' predictions are composed (index into T).
-        readings: what the value networks with their own vocabulary read, in their order; C is then
-            1, for theirs is the prediction after the last of a row's tokens.
-
-    Returns:
-        Composed logits [B C V] in float32, and the state with new caches.
-    """
-    base = composition.base
-    hidden, base_cache = hidden_states(
-        base.graphdef,
-        params.base,
-        tokens,
-        positions=positions,
-        cache=state.base_cache,
-        constrain=_constraint(base),
-    )
-    base_logits = logits_from_hidden(base.graphdef, params.base, _pick(hidden, wanted))
-    read_logits = None
-    if any(network.connection != "residual" for network in composition.values):
-        read_logits = logits_from_hidden(base.graphdef, params.base, hidden)
-    terms, value_caches = [], []
-    own = zip(readings, params.vocabulary_maps, strict=True)
-    for index, network in enumerate(composition.values):
-        value_params, unknown_ids = params.values[index], params.unknown_ids[index]
-        assert network.connection is not None
-        reading, vocabulary_map = next(own) if network.mapped else (None, None)
-        if reading is None:
-            value_tokens = _known_tokens(network, tokens, unknown_ids)
-            value_positions, value_wanted = positions, wanted
-        else:
-            value_tokens = reading.tokens
-            steps = jnp.arange(value_tokens.shape[1], dtype=jnp.int32)[None, :]
-            value_positions = reading.starts[:, None] + steps
-            value_wanted = reading.counts[:, None] - 1
-        hidden, cache = value_hidden(
-            network.connection,
-            network.graphdef,
-            value_params,
-            value_tokens,
-            base_logits=read_logits,
-            vocab_size=base.vocab_size,
-            positions=value_positions,
-            cache=state.value_caches[index],
-            constrain=_constraint(network),
-        )
-        logits = logits_from_hidden(network.graphdef, value_params, _pick(hidden, value_wanted))
-        terms.append(
-            ValueTerm(
-                logits,
-                state.requests.strengths[:, index],
-                network.vocab_size,
-                None if network.mapped else unknown_ids,
-                vocabulary_map,
-                network.centred,
-            )
-        )
-        value_caches.append(cache)
-    composed = compose_logits(base_logits, terms, vocab_size=base.vocab_size)
-    return composed, state._replace(base_cache=base_cache, value_caches=tuple(value_caches))
-
-
 def _append(state: DecodeState, logits: Float[Array, "B V"]) -> DecodeState:
     """Sample one token for each running row and update its length and finish reason."""
     requests = state.requests
@@ -301,20 +228,3 @@ def _append(state: DecodeState, logits: Float[Array, "B V"]) -> DecodeState:
         lengths=lengths,
         finish=jnp.where(running, reason, state.finish),
     )
-
-
-def _pick(hidden: Float[Array, "B T D"], wanted: Int[Array, "B C"]) -> Float[Array, "B C D"]:
-    return jnp.take_along_axis(hidden, wanted[:, :, None], axis=1)
-
-
-def _known_tokens(
-    network: Network, tokens: Int[Array, "B T"], unknown_ids: Int[Array, " U"]
-) -> Int[Array, "B T"]:
-    """The tokens as a value network can read them: those it does not know are replaced."""
-    unknown = (tokens >= network.vocab_size) | jnp.isin(tokens, unknown_ids)
-    return jnp.where(unknown, jnp.int32(network.replacement_id), tokens)
-
-
-def _constraint(network: Network) -> Constrain | None:
-    layout = network.layout
-    return None if layout is None else activation_constraint(layout.mesh, layout.rules)

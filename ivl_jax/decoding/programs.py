@@ -15,10 +15,12 @@ from jaxtyping import Array, Bool, Int
 from ivl_jax.decoding.admission import admit, shrink
 from ivl_jax.decoding.generate import decode_chunk, decode_step, grow_mapped, halt, prefill
 from ivl_jax.decoding.sampling import row_keys
+from ivl_jax.decoding.speculative import speculate_chunk
 from ivl_jax.decoding.state import (
     ComposedParams,
     Composition,
     DecodeState,
+    DraftState,
     Network,
     Reading,
     Requests,
@@ -90,7 +92,8 @@ def build_programs(composition: Composition) -> Programs:
         enough_done: Int[Array, ""] | None = None,
     ) -> DecodeState:
         rows = jnp.int32(stopped.shape[0])
-        return decode_chunk(
+        decode = decode_chunk if composition.draft is None else speculate_chunk
+        return decode(
             composition,
             params,
             state,
@@ -148,6 +151,11 @@ def _state_shardings(composition: Composition) -> DecodeState | None:
     shardings: dict[str, Any] = dict.fromkeys(DecodeState._fields, whole)
     shardings["base_cache"] = _cache_sharding(composition.base)
     shardings["value_caches"] = tuple(map(_cache_sharding, composition.values))
+    shardings["draft"] = None
+    if composition.draft is not None:
+        of_draft: dict[str, Any] = dict.fromkeys(DraftState._fields, whole)
+        of_draft["cache"] = _cache_sharding(composition.draft)
+        shardings["draft"] = DraftState(**of_draft)
     return DecodeState(**shardings)
 
 

@@ -63,6 +63,10 @@ class Progress(NamedTuple):
     """Text that has become final, perhaps none."""
     text: RowText
     """All that the row has said; its `finish` says whether that was the last."""
+    judged: int = 0
+    """Tokens that a draft has proposed for it, up to each first one that was not kept."""
+    accepted: int = 0
+    """Those that were kept."""
 
 
 def decode_rows(
@@ -163,6 +167,9 @@ class _Batch:
         """Take what the rows have generated since the last look; rows that ended are free."""
         state = self._state
         tokens, lengths, finish = jax.device_get((state.tokens, state.lengths, state.finish))
+        judged = accepted = np.zeros_like(lengths)
+        if state.draft is not None:
+            judged, accepted = jax.device_get((state.draft.judged, state.draft.accepted))
         new_ids = {
             place: tokens[place, row.seen : lengths[place]].tolist()
             for place, row in enumerate(self._rows)
@@ -175,7 +182,8 @@ class _Batch:
             assert row is not None
             piece = row.text.push(ids, _finish(int(finish[place]), full=place in full))
             row.seen = int(lengths[place])
-            progress.append(Progress(row.index, piece, row.text))
+            counts = int(judged[place]), int(accepted[place])
+            progress.append(Progress(row.index, piece, row.text, *counts))
             if row.text.finish != FinishReason.RUNNING:
                 self._rows[place] = None
         return progress

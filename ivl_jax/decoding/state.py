@@ -55,6 +55,10 @@ class Composition:
 
     base: Network
     values: tuple[Network, ...] = ()
+    draft: Network | None = None
+    """A small base that proposes tokens; None: one token a step."""
+    draft_length: int = 0
+    """Tokens proposed at a time; 0: as many as pay."""
 
     @property
     def mapped(self) -> tuple[Network, ...]:
@@ -73,6 +77,10 @@ class ComposedParams(NamedTuple):
     """For each value network: base ids that mean something else to it."""
     vocabulary_maps: tuple[VocabularyMap, ...] = ()
     """For each value network with its own vocabulary: how the base reads its logits."""
+    draft: Params | None = None
+    """Parameters of the draft, if there is one."""
+    draft_unknown_ids: Int[Array, " U"] | None = None
+    """Base ids that mean something else to the draft."""
 
 
 class Reading(NamedTuple):
@@ -103,6 +111,23 @@ class Requests(NamedTuple):
     """How the next token is chosen; four arrays [B]."""
 
 
+class DraftState(NamedTuple):
+    """What a draft has read of each row, and how much of what it proposed was kept."""
+
+    cache: KVCache
+    """Its keys and values of each row's first lengths[b] tokens, [B K S H] a layer."""
+    lengths: Int[Array, " B"]
+    """Tokens it has read; it falls behind where nothing is proposed."""
+    judged: Int[Array, " B"]
+    """Proposals decided upon so far: those kept, and each first one that was not."""
+    accepted: Int[Array, " B"]
+    """Those that were kept."""
+    recent_judged: Float[Array, " B"]
+    """As `judged`, older ones weighing less; these two decide how many come next."""
+    recent_accepted: Float[Array, " B"]
+    """As `accepted`, likewise."""
+
+
 class DecodeState(NamedTuple):
     """A batch of rows being decoded; row b's next token is sampled from its first lengths[b]."""
 
@@ -118,3 +143,5 @@ class DecodeState(NamedTuple):
     """The base's keys and values of each row's first lengths[b] − 1 tokens, [B K S H] a layer."""
     value_caches: tuple[KVCache, ...]
     """The same for each value network; of its own tokens where it has its own vocabulary."""
+    draft: DraftState | None = None
+    """The draft's part, where there is one."""

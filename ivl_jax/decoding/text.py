@@ -44,12 +44,17 @@ class Generation:
         finish_reason: `eos` (a stop id), `stop_string`, or `length` (the limit asked for, or the
             end of the context).
         prompt_tokens: Tokens of the prompt.
+        judged_proposals: Tokens that a draft proposed, up to each first one that was not kept; 0
+            without a draft. Not compared.
+        accepted_proposals: Those that were kept. Not compared.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str
     prompt_tokens: int
+    judged_proposals: int = field(default=0, compare=False)
+    accepted_proposals: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,9 +222,9 @@ class ComposedModel:
         done: dict[int, Generation] = {}
         following = 0
         for progress in self._decode(prompts, batch_size=batch_size, chunk_tokens=chunk_tokens):
-            for index, _, text in progress:
-                if text.finish != FinishReason.RUNNING:
-                    done[index] = _generation(prompts[index], text)
+            for row in progress:
+                if row.text.finish != FinishReason.RUNNING:
+                    done[row.index] = _generation(prompts[row.index], row)
             while following in done:
                 yield done.pop(following)
                 following += 1
@@ -258,11 +263,11 @@ class ComposedModel:
         Yields:
             As `stream`.
         """
-        for ((_, piece, text),) in self._decode([prompt], batch_size=1, chunk_tokens=chunk_tokens):
-            if piece:
-                yield piece
-            if text.finish != FinishReason.RUNNING:
-                yield _generation(prompt, text)
+        for (row,) in self._decode([prompt], batch_size=1, chunk_tokens=chunk_tokens):
+            if row.piece:
+                yield row.piece
+            if row.text.finish != FinishReason.RUNNING:
+                yield _generation(prompt, row)
 
     def _decode(
         self, prompts: Sequence[EncodedPrompt], *, batch_size: int, chunk_tokens: int
@@ -326,12 +331,15 @@ def _is_dialogue(prompt: Sequence[Any]) -> bool:
     return len(prompt) > 0 and isinstance(prompt[0], Message)
 
 
-def _generation(prompt: EncodedPrompt, text: RowText) -> Generation:
+def _generation(prompt: EncodedPrompt, row: Progress) -> Generation:
+    text = row.text
     return Generation(
         text=text.text,
         token_ids=tuple(text.token_ids),
         finish_reason=text.finish.name.lower(),
         prompt_tokens=len(prompt.token_ids),
+        judged_proposals=row.judged,
+        accepted_proposals=row.accepted,
     )
 
 

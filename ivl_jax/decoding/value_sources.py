@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from ivl_jax.checkpoint import ValueMetadata, ValueNetwork, load_value, read_value_metadata
 from ivl_jax.checkpoint.value_folder import TOKENIZER_FOLDER
 from ivl_jax.checkpoint.value_metadata import METADATA_NAME
-from ivl_jax.decoding.compatibility import Side, check_fit
+from ivl_jax.decoding.compatibility import Side, check_draft_fit, check_fit
 from ivl_jax.sharding import ShardingRules
 from ivl_jax.tokenizer import TokenizerInfo, describe_tokenizer, load_tokenizer
 from ivl_jax.vocabulary.mapping import DescribedMap, read_map
@@ -128,6 +128,37 @@ def check_sources(base_name: str, base_folder: Path, sources: Sequence[ValueSour
             connection=source.connection,
             described_map=source.described_map,
         )
+
+
+def check_draft(
+    base_name: str,
+    base_folder: Path,
+    draft_name: str,
+    draft_folder: Path,
+    sources: Sequence[ValueSource],
+) -> None:
+    """Check that a draft can propose tokens for the base; no weights are read.
+
+    Args:
+        base_name: the base, as the user named it.
+        base_folder: where it is.
+        draft_name: the draft, as the user named it.
+        draft_folder: where it is.
+        sources: the value networks.
+
+    Raises:
+        ValueError: as `ivl_jax.decoding.compatibility.check_draft_fit`.
+    """
+    read_arch(draft_folder)
+    base, draft = (
+        Side(f"{role} {name}", name, describe_tokenizer(load_tokenizer(folder), folder))
+        for role, name, folder in (
+            ("the base", base_name, base_folder),
+            ("the draft", draft_name, draft_folder),
+        )
+    )
+    values = [(source.path, source.connection, source.described_map) for source in sources]
+    check_draft_fit(base, draft, values)
 
 
 def load_source(

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ivl_jax.decoding.generate import read_tokens
+from ivl_jax.decoding.forward import read_tokens
 from ivl_jax.decoding.programs import build_programs
 from ivl_jax.decoding.sampling import sample_tokens
 from ivl_jax.decoding.streaming import FinishReason

@@ -1,0 +1,199 @@
+"""What a draft proposes: tokens one after the other, each read by the value networks too.
+
+In: a state with a draft's part, and how many tokens to propose. Out: a `Block` of them, and the
+state with what draft and values have read.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from ivl_jax.composition import ValueTerm, compose_logits
+from ivl_jax.decoding.acceptance import propose
+from ivl_jax.decoding.draft_length import LONGEST
+from ivl_jax.decoding.forward import read_draft, read_values
+from ivl_jax.decoding.state import ComposedParams, Composition, DecodeState, DraftState
+from ivl_jax.decoding.streaming import FinishReason
+from ivl_jax.model.architecture import ArchConfig
+from ivl_jax.model.decoder import logits_from_hidden
+from ivl_jax.model.kv_cache import KVCache
+
+# Tokens that the draft reads at once where it has fallen behind.
+_CATCH_UP = 16
+
+
+class Block(NamedTuple):
+    """What a round proposes; the places from the round's length on are empty."""
+
+    tokens: Int[Array, "B K"]
+    """Token ids."""
+    q_logits: Float[Array, "B K V"]
+    """Of `propose`."""
+    value_logits: tuple[Float[Array, "B K Vv"], ...]
+    """What each value network adds to the prediction that each proposal is judged by."""
+
+
+def propose_block(
+    composition: Composition, params: ComposedParams, state: DecodeState, count: Int[Array, ""]
+) -> tuple[Block, DecodeState]:
+    """Let the draft propose tokens; the values read all but the last of them.
+
+    Args:
+        composition: the static half, with a draft.
+        params: the arrays of all networks.
+        state: where the rows are.
+        count: how many tokens are proposed.
+
+    Returns:
+        The proposals, and the state with the caches of draft and values.
+    """
+    network, base = composition.draft, composition.base
+    assert network is not None
+    draft_params = params.draft
+    assert draft_params is not None
+    requests, draft = state.requests, draft_of(state)
+    known_to_both = min(network.vocab_size, base.vocab_size)
+    last = jnp.maximum(state.lengths - 1, 0)
+    ends = jnp.stack([jnp.maximum(last - 1, 0), last], axis=1)
+
+    def propose_one(
+        index: Int[Array, ""], carry: tuple[Block, Array, KVCache, tuple[KVCache, ...]]
+    ) -> tuple[Block, Array, KVCache, tuple[KVCache, ...]]:
+        block, pair, draft_cache, value_caches = carry
+        # The token before is read again: after a block kept whole the draft has not read it yet.
+        hidden, draft_cache = read_draft(
+            composition, params, draft_cache, pair, positions=ends + index
+        )
+        draft_logits = logits_from_hidden(network.graphdef, draft_params, hidden[:, 1:])
+        terms, value_caches = read_values_ahead(
+            composition, params, state, value_caches, pair[:, 1], index
+        )
+        composed = compose_logits(draft_logits, terms, vocab_size=known_to_both)
+        token, q_logits = propose(
+            _fit(composed[:, 0], block.q_logits.shape[-1]),
+            requests.sampling,
+            requests.keys,
+            state.lengths - requests.prompt_lengths + index,
+        )
+        new = Block(token, q_logits, tuple(term.logits[:, 0] for term in terms))
+        block = jax.tree.map(
+            lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, index, axis=1),
+            block,
+            new,
+        )
+        return block, jnp.stack([pair[:, 1], token], axis=1), draft_cache, value_caches
+
+    block = _empty_block(composition, params, state)
+    pair = jnp.take_along_axis(state.tokens, ends, axis=1)
+    carry = (block, pair, draft.cache, state.value_caches)
+    block, _, cache, value_caches = jax.lax.fori_loop(0, count, propose_one, carry)
+    return block, state._replace(value_caches=value_caches, draft=draft._replace(cache=cache))
+
+
+def catch_up(
+    composition: Composition, params: ComposedParams, state: DecodeState, count: Int[Array, ""]
+) -> DecodeState:
+    """Let the draft read what was generated without it, but for the last two tokens.
+
+    Args:
+        composition: the static half, with a draft.
+        params: the arrays of all networks.
+        state: where the rows are.
+        count: how many tokens are to be proposed; with none the draft may stay behind.
+
+    Returns:
+        The state with the draft's cache.
+    """
+    tokens, lengths, draft = state.tokens, state.lengths, draft_of(state)
+
+    def behind(carry: tuple[KVCache, Int[Array, " B"]]) -> Bool[Array, ""]:
+        return (count > 0) & jnp.any(is_running(state) & (carry[1] < lengths - 2))
+
+    def read(carry: tuple[KVCache, Int[Array, " B"]]) -> tuple[KVCache, Int[Array, " B"]]:
+        cache, done = carry
+        positions = done[:, None] + jnp.arange(_CATCH_UP, dtype=jnp.int32)[None, :]
+        # What is read beyond a row's end lies where later tokens will be written.
+        text = jnp.take_along_axis(tokens, positions, axis=1, mode="clip")
+        cache = read_draft(composition, params, cache, text, positions=positions)[1]
+        return cache, jnp.minimum(done + _CATCH_UP, lengths - 1)
+
+    cache, done = jax.lax.while_loop(behind, read, (draft.cache, draft.lengths))
+    return state._replace(draft=draft._replace(cache=cache, lengths=done))
+
+
+def read_values_ahead(
+    composition: Composition,
+    params: ComposedParams,
+    state: DecodeState,
+    caches: tuple[KVCache, ...],
+    tokens: Int[Array, " B"],
+    index: Int[Array, ""],
+) -> tuple[tuple[ValueTerm, ...], tuple[KVCache, ...]]:
+    """Let the value networks read one token a row, at its last place or beyond.
+
+    Args:
+        composition: the static half.
+        params: the arrays of all networks.
+        state: where the rows are.
+        caches: what the value networks have read.
+        tokens: [B] what they read.
+        index: places after each row's last one.
+
+    Returns:
+        One summand a value network, its logits [B 1 Vv], and the new caches.
+    """
+    return read_values(
+        composition,
+        params,
+        caches,
+        tokens[:, None],
+        strengths=state.requests.strengths,
+        positions=(jnp.maximum(state.lengths - 1, 0) + index)[:, None],
+        wanted=jnp.zeros_like(tokens)[:, None],
+    )
+
+
+def draft_of(state: DecodeState) -> DraftState:
+    """The draft's part of a state that has one."""
+    assert state.draft is not None
+    return state.draft
+
+
+def is_running(state: DecodeState) -> Bool[Array, " B"]:
+    """The rows that generate."""
+    return state.finish == FinishReason.RUNNING
+
+
+def _empty_block(composition: Composition, params: ComposedParams, state: DecodeState) -> Block:
+    """Room for the longest block."""
+    longest = composition.draft_length or LONGEST
+    last, index = state.lengths, jnp.int32(0)
+    terms, _ = jax.eval_shape(
+        functools.partial(read_values_ahead, composition),
+        params,
+        state,
+        state.value_caches,
+        last,
+        index,
+    )
+    base = composition.base
+    assert isinstance(base.arch, ArchConfig)
+    hidden = jnp.zeros((1, 1, base.arch.hidden_size), jnp.float32)
+    logits = jax.eval_shape(
+        functools.partial(logits_from_hidden, base.graphdef), params.base, hidden
+    )
+    places = (state.lengths.shape[0], longest)
+    return Block(
+        jnp.zeros(places, jnp.int32),
+        jnp.zeros((*places, logits.shape[-1]), jnp.float32),
+        tuple(jnp.zeros((*places, term.logits.shape[-1]), jnp.float32) for term in terms),
+    )
+
+
+def _fit(logits: Float[Array, "B V"], width: int) -> Float[Array, "B W"]:
+    """The draft's logits in the base's columns; both have the same tokens, then padding."""
+    more = max(width - logits.shape[1], 0)
+    return jnp.pad(logits, ((0, 0), (0, more)), constant_values=-jnp.inf)[:, :width]

@@ -1,0 +1,299 @@
+"""Lossless speculative decoding: a small draft proposes tokens, base and values judge them at once.
+
+In: a composition with a draft, and a `DecodeState` that has a draft's part. Out: the state with
+more tokens: those of plain decoding, or samples from the same distribution.
+
+The draft is a small base under the same value networks. They read only text (the residual scheme),
+so what they say while tokens are proposed also counts when these are judged: a round costs a pass
+of the base over the block, a pass of draft and values a proposal, and a last one of the values
+where all proposals were kept.
+
+    proposing   token t, then for each proposal: z_draft + Σ α z_value → the next one; z_value kept
+    judging     z_base over (t, proposals) + Σ α z_value → how many are kept, and what follows them
+
+Greedy tokens can differ from plain decoding's only at a near-tie: a block of tokens is summed in
+another order than one token, which moves float32 logits by about 1e-5. The block's arg-max is then
+what counts, the lowest id among equals.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from ivl_jax.composition import ValueTerm, compose_logits
+from ivl_jax.decoding.acceptance import judge
+from ivl_jax.decoding.draft_length import (
+    BLOCK_WIDTHS,
+    LONGEST,
+    block_width,
+    choose_length,
+    remember,
+    round_costs,
+)
+from ivl_jax.decoding.forward import read_hidden
+from ivl_jax.decoding.generate import halt
+from ivl_jax.decoding.proposing import (
+    Block,
+    catch_up,
+    draft_of,
+    is_running,
+    propose_block,
+    read_values_ahead,
+)
+from ivl_jax.decoding.sampling import sample_tokens
+from ivl_jax.decoding.state import ComposedParams, Composition, DecodeState, DraftState
+from ivl_jax.decoding.streaming import FinishReason
+from ivl_jax.model.decoder import logits_from_hidden
+from ivl_jax.model.kv_cache import KVCache
+
+# The width of the block for each number of proposals.
+_WIDTHS = tuple(block_width(count) for count in range(LONGEST + 1))
+
+_Carry = TypeVar("_Carry")
+
+
+class _Verdict(NamedTuple):
+    """What becomes of the proposals."""
+
+    accepted: Int[Array, " B"]
+    """How many are kept, from the first on."""
+    following: Int[Array, " B"]
+    """The composition's own token after them."""
+
+
+def speculate_chunk(
+    composition: Composition,
+    params: ComposedParams,
+    state: DecodeState,
+    *,
+    max_tokens: Int[Array, ""],
+    stopped: Bool[Array, " B"],
+    enough_done: Int[Array, ""],
+) -> DecodeState:
+    """Generate as `generate.decode_chunk` does; a row may get a few tokens more than it asks.
+
+    Args:
+        composition: the static half, with a draft.
+        params: the arrays of all networks.
+        state: where the rows are.
+        max_tokens: tokens a row, before the last round.
+        stopped: [B], rows that the host has ended since the last chunk (a stop string).
+        enough_done: rows that are done when it ends, those that were done before included.
+
+    Returns:
+        The state afterwards.
+    """
+    before = state.lengths
+
+    def unfinished(state: DecodeState) -> Bool[Array, ""]:
+        behind = is_running(state) & (state.lengths - before < max_tokens)
+        return jnp.any(behind) & (jnp.sum(~is_running(state)) < enough_done)
+
+    def one_round(state: DecodeState) -> DecodeState:
+        return speculate(composition, params, state)
+
+    return jax.lax.while_loop(unfinished, one_round, halt(state, stopped))
+
+
+def speculate(composition: Composition, params: ComposedParams, state: DecodeState) -> DecodeState:
+    """One round: propose some tokens, judge them, append those kept and the one that follows.
+
+    Args:
+        composition: the static half, with a draft.
+        params: the arrays of all networks.
+        state: where the rows are.
+
+    Returns:
+        The state with one token more a running row, or up to as many as were proposed and one.
+    """
+    count = _count(composition, params, state)
+    state = catch_up(composition, params, state, count)
+    block, state = propose_block(composition, params, state, count)
+    base_logits, state = _read_block(composition, params, state, block, count)
+    verdict, state = _judge_block(composition, params, state, block, base_logits, count)
+    return _append(state, block.tokens, verdict, count)
+
+
+def _count(composition: Composition, params: ComposedParams, state: DecodeState) -> Int[Array, ""]:
+    """How many tokens are proposed, the same for all rows."""
+    count, draft = jnp.int32(composition.draft_length), draft_of(state)
+    if not composition.draft_length:
+        count = choose_length(
+            round_costs(composition, params, batch=state.lengths.shape[0]),
+            judged=draft.recent_judged,
+            accepted=draft.recent_accepted,
+            running=is_running(state),
+        )
+    # The last token of a row needs no proposal before it.
+    room = jnp.where(is_running(state), state.requests.limits - state.lengths - 1, 0)
+    return jnp.minimum(count, jnp.max(room))
+
+
+def _read_block(
+    composition: Composition,
+    params: ComposedParams,
+    state: DecodeState,
+    block: Block,
+    count: Int[Array, ""],
+) -> tuple[Float[Array, "B L V"], DecodeState]:
+    """Let the base read the last token and the proposals at once; L = K + 1."""
+    base = composition.base
+    last = jnp.maximum(state.lengths - 1, 0)[:, None]
+    last_tokens = jnp.take_along_axis(state.tokens, last, axis=1)
+    tokens = jnp.concatenate([last_tokens, block.tokens], axis=1)
+
+    def of_width(
+        width: int, carry: tuple[Float[Array, "B L V"], KVCache]
+    ) -> tuple[Float[Array, "B L V"], KVCache]:
+        positions = last + jnp.arange(width, dtype=jnp.int32)[None, :]
+        hidden, cache = read_hidden(
+            base, params.base, carry[1], tokens[:, :width], positions=positions
+        )
+        logits = logits_from_hidden(base.graphdef, params.base, hidden)
+        return jax.lax.dynamic_update_slice(carry[0], logits, (0, 0, 0)), cache
+
+    widths, chosen = BLOCK_WIDTHS, jnp.asarray(_WIDTHS, jnp.int32)[count]
+    if composition.draft_length:
+        widths = (composition.draft_length + 1,)
+        chosen = jnp.int32(widths[0])
+    batch, _, columns = block.q_logits.shape
+    carry = (jnp.zeros((batch, widths[-1], columns), jnp.float32), state.base_cache)
+    for width in widths:
+        carry = _when(chosen == width, functools.partial(of_width, width), carry)
+    return carry[0], state._replace(base_cache=carry[1])
+
+
+def _judge_block(
+    composition: Composition,
+    params: ComposedParams,
+    state: DecodeState,
+    block: Block,
+    base_logits: Float[Array, "B L V"],
+    count: Int[Array, ""],
+) -> tuple[_Verdict, DecodeState]:
+    """Judge the proposals from the first on, and choose the token that follows those kept.
+
+    Only where a row's proposals were all kept do the values read the last one, as they would in
+    plain decoding.
+    """
+    requests = state.requests
+    indices = state.lengths - requests.prompt_lengths
+
+    def composed(place: Int[Array, ""], terms: Sequence[ValueTerm]) -> Float[Array, "B V"]:
+        at = jax.lax.dynamic_slice_in_dim(base_logits, place, 1, axis=1)
+        return compose_logits(at, terms, vocab_size=composition.base.vocab_size)[:, 0]
+
+    def some_left(carry: tuple[Int[Array, ""], Bool[Array, " B"], _Verdict]) -> Bool[Array, ""]:
+        return (carry[0] < count) & jnp.any(carry[1])
+
+    def judge_one(
+        carry: tuple[Int[Array, ""], Bool[Array, " B"], _Verdict],
+    ) -> tuple[Int[Array, ""], Bool[Array, " B"], _Verdict]:
+        place, left, verdict = carry
+        at = jax.tree.map(
+            lambda all_: jax.lax.dynamic_index_in_dim(all_, place, axis=1, keepdims=False), block
+        )
+        terms = [
+            ValueTerm(
+                at.value_logits[index][:, None],
+                requests.strengths[:, index],
+                network.vocab_size,
+                params.unknown_ids[index],
+            )
+            for index, network in enumerate(composition.values)
+        ]
+        kept, replacement = judge(
+            at.tokens,
+            at.q_logits,
+            composed(place, terms),
+            requests.sampling,
+            requests.keys,
+            indices + place,
+        )
+        accepted = verdict.accepted + (left & kept).astype(jnp.int32)
+        following = jnp.where(left & ~kept, replacement, verdict.following)
+        return place + 1, left & kept, _Verdict(accepted, following)
+
+    def go_on(
+        carry: tuple[Int[Array, " B"], tuple[KVCache, ...]],
+    ) -> tuple[Int[Array, " B"], tuple[KVCache, ...]]:
+        following, caches = carry
+        tokens = jnp.where(count > 0, last_proposals, last_tokens)
+        terms, caches = read_values_ahead(composition, params, state, caches, tokens, count)
+        chosen = sample_tokens(
+            composed(count, terms), requests.sampling, requests.keys, indices + count
+        )
+        return jnp.where(left, chosen, following), caches
+
+    nothing = jnp.zeros_like(state.lengths)
+    begin = (jnp.int32(0), is_running(state), _Verdict(nothing, nothing))
+    _, left, verdict = jax.lax.while_loop(some_left, judge_one, begin)
+    last = jnp.maximum(state.lengths - 1, 0)[:, None]
+    last_tokens = jnp.take_along_axis(state.tokens, last, axis=1)[:, 0]
+    last_proposals = jax.lax.dynamic_index_in_dim(
+        block.tokens, jnp.maximum(count - 1, 0), axis=1, keepdims=False
+    )
+    following, caches = _when(jnp.any(left), go_on, (verdict.following, state.value_caches))
+    verdict = verdict._replace(following=following)
+    return verdict, state._replace(value_caches=caches)
+
+
+def _when(condition: Bool[Array, ""], change: Callable[[_Carry], _Carry], carry: _Carry) -> _Carry:
+    """`change(carry)` under a condition, else `carry`; caches in it are changed in place.
+
+    A loop of one turn: through `lax.cond` and `lax.switch` XLA copies a cache twice on CPU.
+    """
+
+    def once(loop: tuple[Array, _Carry]) -> tuple[Array, _Carry]:
+        return jnp.asarray(False), change(loop[1])
+
+    return jax.lax.while_loop(lambda loop: loop[0], once, (condition, carry))[1]
+
+
+def _append(
+    state: DecodeState,
+    proposals: Int[Array, "B K"],
+    verdict: _Verdict,
+    count: Int[Array, ""],
+) -> DecodeState:
+    """Append to each running row what was kept, up to its first stop id and its limit."""
+    requests, draft, running = state.requests, draft_of(state), is_running(state)
+    batch, capacity = state.tokens.shape
+    accepted, places = verdict.accepted[:, None], jnp.arange(proposals.shape[1] + 1)[None, :]
+    new = jnp.pad(proposals, ((0, 0), (0, 1)))
+    new = jnp.where(places == accepted, verdict.following[:, None], new)
+    is_stop = jnp.any(new[:, :, None] == requests.stop_ids[:, None, :], axis=2)
+    ends_here = is_stop & (places <= accepted)
+    until_stop = jnp.argmax(ends_here, axis=1).astype(jnp.int32) + 1
+    room = jnp.minimum(verdict.accepted + 1, requests.limits - state.lengths)
+    ended = jnp.any(ends_here, axis=1) & (until_stop <= room)
+    gained = jnp.where(running, jnp.where(ended, until_stop, room), 0)
+    lengths = state.lengths + gained
+    reason = jnp.where(
+        ended,
+        jnp.int32(FinishReason.EOS),
+        jnp.where(lengths >= requests.limits, jnp.int32(FinishReason.LENGTH), state.finish),
+    )
+    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
+    slots = jnp.where(places < gained[:, None], state.lengths[:, None] + places, capacity)
+    # Proposals beyond a row's end were not decided upon, as far as the row is concerned.
+    kept = jnp.minimum(verdict.accepted, gained)
+    judged = jnp.minimum(jnp.minimum(verdict.accepted + 1, count), gained)
+    read = jnp.minimum(state.lengths + count, lengths) - 1
+    return state._replace(
+        tokens=state.tokens.at[rows, slots].set(new, mode="drop"),
+        lengths=lengths,
+        finish=jnp.where(running, reason, state.finish),
+        draft=DraftState(
+            cache=draft.cache,
+            lengths=jnp.where(running & (count > 0), read, draft.lengths),
+            judged=draft.judged + judged,
+            accepted=draft.accepted + kept,
+            recent_judged=remember(draft.recent_judged, judged),
+            recent_accepted=remember(draft.recent_accepted, kept),
+        ),
+    )
