@@ -1,0 +1,154 @@
+"""256 ragged requests: rows refilled as they end, beside batches that wait for their longest row.
+
+In: nothing; weights and prompts are random, lengths are drawn as GSM8K's are distributed. Out: rows
+in generated tokens a second, prompts included in the time. The limit is what the same decoder does
+with as many tokens where no row ever waits: all requests are as long as the mean one.
+
+How long each row will be, neither side knows: requests come in random order and are not sorted.
+"""
+
+import itertools
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from benchmarks.composed import Composed, composed, random_weights
+from benchmarks.report import Options, Peer, Report, Row
+from benchmarks.shapes import BASE_C, VALUE_C, parameter_count
+from benchmarks.timing import time_in_turn
+from ivl_jax.decoding.programs import build_programs
+from ivl_jax.decoding.requests import EncodedPrompt, GenerationOptions
+from ivl_jax.decoding.rows import Decoder, decode_rows
+from ivl_jax.decoding.streaming import Detokenizer, RowText
+
+# GSM8K's test questions and answers in Llama-2 tokens: median, and deviation of the logarithm.
+_QUESTIONS, _ANSWERS = (64, 0.35), (123, 0.42)
+_REFILLED, _STATIC, _ALIKE = "refilled", "static batches of the same size", "all alike"
+
+
+class Plan(NamedTuple):
+    """How much is decoded."""
+
+    requests: int
+    shorter: int
+    """Lengths are GSM8K's divided by it."""
+    batches: tuple[int, ...]
+    repeats: int
+
+
+class Work(NamedTuple):
+    """Requests, and how many of them are given to the decoder at once."""
+
+    requests: Sequence[EncodedPrompt]
+    at_once: int
+    batch: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens to generate."""
+        return sum(request.options.max_new_tokens for request in self.requests)
+
+
+def run(options: Options) -> Report:
+    """Decode the same requests both ways, in turn.
+
+    Args:
+        options: quick: 32 requests, an eighth as long as GSM8K's, at batch 8.
+
+    Returns:
+        The report.
+    """
+    plan = Plan(32, 8, (8,), 2) if options.quick else Plan(256, 2, (8, 32), 2)
+    decoder = _decoder(composed(random_weights(BASE_C, seed=0), random_weights(VALUE_C, seed=1)))
+    rng = np.random.default_rng(0)
+    prompts, answers = (_draw(rng, plan, *lengths) for lengths in (_QUESTIONS, _ANSWERS))
+    ragged = _requests(rng, prompts, answers)
+    alike = _requests(rng, [_mean(prompts)] * plan.requests, [_mean(answers)])
+    rows = []
+    for batch in plan.batches:
+        works = {
+            _REFILLED: Work(ragged, len(ragged), batch),
+            _STATIC: Work(ragged, batch, batch),
+            _ALIKE: Work(alike, batch, batch),
+        }
+        timings = time_in_turn(
+            {name: partial(_decode, decoder, work) for name, work in works.items()},
+            repeats=plan.repeats,
+        )
+        rates = {name: timings[name].rate(work.tokens) for name, work in works.items()}
+        rows.append(
+            Row(
+                f"batch {batch}: {plan.requests} ragged requests, rows refilled",
+                rates[_REFILLED],
+                "tokens/s",
+                "higher",
+                peer=Peer(_STATIC, rates[_STATIC].median),
+                limit=rates[_ALIKE].median,
+            )
+        )
+    shapes = {
+        "base": parameter_count(BASE_C),
+        "value": parameter_count(VALUE_C),
+        "requests": plan.requests,
+        "prompts": _described(prompts),
+        "new tokens": _described(answers),
+    }
+    return Report(rows, dtype="float32", shapes=shapes)
+
+
+def _draw(rng: np.random.Generator, plan: Plan, median: float, deviation: float) -> list[int]:
+    """One length a request (tokens)."""
+    drawn = median / plan.shorter * np.exp(deviation * rng.standard_normal(plan.requests))
+    return np.maximum(drawn.round().astype(int), 1).tolist()
+
+
+def _requests(
+    rng: np.random.Generator, prompts: Sequence[int], answers: Sequence[int]
+) -> list[EncodedPrompt]:
+    """Requests of these lengths; the answers' are repeated where there are fewer."""
+    return [
+        EncodedPrompt(
+            rng.integers(BASE_C.vocab_size, size=length).tolist(),
+            GenerationOptions(max_new_tokens=int(answer)),
+            row,
+        )
+        for row, (length, answer) in enumerate(zip(prompts, itertools.cycle(answers), strict=False))
+    ]
+
+
+def _decoder(model: Composed) -> Decoder:
+    return Decoder(
+        model.composition,
+        model.params,
+        build_programs(model.composition),
+        own_vocabularies=(),
+        context=BASE_C.max_position_embeddings,
+        stop_ids=(),
+        strengths=model.strengths,
+    )
+
+
+def _decode(decoder: Decoder, work: Work) -> None:
+    """Generate everything; texts are not spelled, so that nothing but decoding is timed."""
+    generated = 0
+    for start in range(0, len(work.requests), work.at_once):
+        for progress in decode_rows(
+            decoder,
+            work.requests[start : start + work.at_once],
+            new_text=lambda _: RowText(Detokenizer((), strip_leading_space=False), ()),
+            batch_size=work.batch,
+            chunk_tokens=16,
+        ):
+            generated += sum(len(one.text.token_ids) for one in progress if one.text.finish.value)
+    if generated != work.tokens:
+        raise RuntimeError(f"{generated} tokens came out, {work.tokens} were asked for")
+
+
+def _mean(lengths: Sequence[int]) -> int:
+    return round(sum(lengths) / len(lengths))
+
+
+def _described(lengths: Sequence[int]) -> str:
+    return f"{min(lengths)} to {max(lengths)} tokens, {_mean(lengths)} on average"
