@@ -22,6 +22,7 @@ from ivl_jax.decoding.programs import build_programs
 from ivl_jax.decoding.requests import EncodedPrompt, GenerationOptions
 from ivl_jax.decoding.rows import Decoder, decode_rows
 from ivl_jax.decoding.streaming import Detokenizer, RowText
+from ivl_jax.profiling import NO_PROFILE
 
 # GSM8K's test questions and answers in Llama-2 tokens: median, and deviation of the logarithm.
 _QUESTIONS, _ANSWERS = (64, 0.35), (123, 0.42)
@@ -140,6 +141,7 @@ def _decode(decoder: Decoder, work: Work) -> None:
             new_text=lambda _: RowText(Detokenizer((), strip_leading_space=False), ()),
             batch_size=work.batch,
             chunk_tokens=16,
+            profile=NO_PROFILE,
         ):
             generated += sum(len(one.text.token_ids) for one in progress if one.text.finish.value)
     if generated != work.tokens:

@@ -183,7 +183,10 @@ class InferConfig:
     stop: tuple[str, ...] = ()
     """String that ends the generation and is cut off; repeat the flag for several."""
     batch_size: int = 8
-    """Prompts decoded together, with --input."""
+    """Prompts decoded together, with --input; where one ends, the next takes its place."""
+    profile: str = ""
+    """Write a trace of the third to seventh step, of up to 16 tokens a row each (4 of a single
+    prompt), to this folder, for TensorBoard or xprof."""
     dtype: DType = "float32"
     """Parameters and computation; logits are always composed in float32."""
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(fsdp=1, tensor=-1))

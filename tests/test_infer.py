@@ -216,6 +216,27 @@ def test_lines_are_written_as_they_are_done_and_an_interrupt_loses_none(
     assert len(set(lines)) == 1
 
 
+def test_a_profile_holds_marked_steps_and_names_the_programs(infer, base_flags, tmp_path):
+    flags = (*base_flags, "--max-new-tokens", 40, "--profile", tmp_path / "trace")
+    status, text, messages = infer(*flags, "--prompt", "Once")
+    assert status == 0
+    assert text == infer(*flags[:-2], "--prompt", "Once")[1]
+    (trace,) = (tmp_path / "trace").rglob("*.xplane.pb")
+    content = trace.read_bytes()
+    for name in (b"decode", b"step_num", b"chunk_program"):
+        assert name in content
+    assert "trace of decode steps 3–7" in messages
+    # Of a file the programs that refill rows too; a text that is too short says so.
+    source, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "Once"}\n' * 6)
+    flags = (*flags[:-1], tmp_path / "file", "--input", source, "--output", output)
+    assert infer(*flags, "--batch-size", 2)[0] == 0
+    (trace,) = (tmp_path / "file").rglob("*.xplane.pb")
+    assert b"admit_program" in trace.read_bytes()
+    flags = (*base_flags, "--prompt", "Once", "--max-new-tokens", 4)
+    assert "no trace in" in infer(*flags, "--profile", tmp_path / "none")[2]
+
+
 def test_a_chat_prompt_goes_through_the_values_template(infer, base_flags):
     flags = (*base_flags, "--max-new-tokens", 10)
     _, talked, _ = infer(*flags, "--chat", "--prompt", "Hello")

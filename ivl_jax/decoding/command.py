@@ -38,6 +38,7 @@ from ivl_jax.decoding.value_sources import (
     find_values,
     load_source,
 )
+from ivl_jax.profiling import StepProfile
 from ivl_jax.sharding import LAYOUTS, make_mesh
 from ivl_jax.weights.language_model import find_model, load_language_model
 
@@ -45,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 # Flags that cannot change a text beyond near-ties; all others are compared when a run goes on.
 _FREE_FLAGS = frozenset(
-    {"prompt", "input", "output", "batch_size", "mesh", "base_layout", "value_layout"}
+    {"prompt", "input", "output", "batch_size", "mesh", "base_layout", "value_layout", "profile"}
 )
 
 
@@ -112,12 +113,13 @@ def decode(work: Work) -> None:
     Args:
         work: what `prepare` returned.
     """
-    if work.output is not None:
-        _write_file(work, work.output)
-    elif work.prompts:
-        _show(work.model.stream_prepared(work.prompts[0]))
-    else:
-        _talk(work)
+    with StepProfile(work.config.profile, first_step=0, name="decode") as profile:
+        if work.output is not None:
+            _write_file(work, work.output, profile)
+        elif work.prompts:
+            _show(work.model.stream_prepared(work.prompts[0], profile=profile))
+        else:
+            _talk(work, profile)
 
 
 def _load(config: InferConfig, sources: Sequence[ValueSource], mesh: Mesh | None) -> ComposedModel:
@@ -190,7 +192,7 @@ def _prompt_of(row: PromptRow, *, chat: bool) -> Prompt:
     return _dialogue(row.text) if chat else row.text
 
 
-def _write_file(work: Work, output: GenerationFile) -> None:
+def _write_file(work: Work, output: GenerationFile, profile: StepProfile) -> None:
     left = work.prompts[output.done :]
     if output.done:
         logger.info("%d of %d prompts are done already", output.done, len(work.prompts))
@@ -204,7 +206,10 @@ def _write_file(work: Work, output: GenerationFile) -> None:
     with output, Progress(*columns, console=Console(stderr=True)) as progress:
         judged = accepted = 0
         task = progress.add_task("", total=len(work.prompts), completed=output.done)
-        for generation in work.model.generate_prepared(left, batch_size=work.config.batch_size):
+        generations = work.model.generate_prepared(
+            left, batch_size=work.config.batch_size, profile=profile
+        )
+        for generation in generations:
             output.append(
                 [
                     {
@@ -259,7 +264,7 @@ def _log_acceptance(judged: int, accepted: int) -> None:
         )
 
 
-def _talk(work: Work) -> None:
+def _talk(work: Work, profile: StepProfile) -> None:
     """Talk until the end of input; Ctrl-C stops an answer."""
     sys.stdout.write("/reset starts a new conversation, /exit (or Ctrl-D) ends it\n")
     messages: list[Message] = []
@@ -282,7 +287,7 @@ def _talk(work: Work) -> None:
             logger.error("%s; /reset starts a new conversation", error)
             continue
         try:
-            answer = _show(work.model.stream_prepared(prompt))
+            answer = _show(work.model.stream_prepared(prompt, profile=profile))
         except KeyboardInterrupt:
             sys.stdout.write("\n")
             continue

@@ -30,6 +30,7 @@ from ivl_jax.decoding.requests import (
 )
 from ivl_jax.decoding.state import ComposedParams, Composition, DecodeState, Requests
 from ivl_jax.decoding.streaming import FinishReason, RowText
+from ivl_jax.profiling import StepProfile
 from ivl_jax.sharding import batch_ways
 
 # Rows that end before prompts are admitted, as a share of the batch. Reading the weights for one
@@ -76,6 +77,7 @@ def decode_rows(
     new_text: Callable[[EncodedPrompt], RowText],
     batch_size: int,
     chunk_tokens: int,
+    profile: StepProfile,
 ) -> Iterator[list[Progress]]:
     """Decode prompts in as many rows as there are, refilled as they end.
 
@@ -86,6 +88,7 @@ def decode_rows(
         batch_size: prompts decoded together.
         chunk_tokens: tokens between two looks, at most; 1 in any case where a value network has its
             own vocabulary: the host reads for it.
+        profile: traces some steps, each from one look to the next.
 
     Yields:
         After each look, one entry a row that was decoded; the last one of a prompt has a text that
@@ -94,12 +97,15 @@ def decode_rows(
     if not prompts:
         return
     batch = _Batch(decoder, prompts, new_text=new_text, batch_size=batch_size)
-    while True:
-        yield batch.look()
+    yield batch.look()
+    for step in itertools.count():
         if batch.done:
             return
-        batch.refill()
-        batch.advance(chunk_tokens)
+        with profile.step(step, None):
+            batch.refill()
+            batch.advance(chunk_tokens)
+            progress = batch.look()
+        yield progress
 
 
 @dataclass

@@ -19,6 +19,7 @@ from ivl_jax.decoding.requests import EncodedPrompt, GenerationOptions, PromptTo
 from ivl_jax.decoding.rows import Decoder, Progress, decode_rows
 from ivl_jax.decoding.state import ComposedParams, Composition
 from ivl_jax.decoding.streaming import Detokenizer, FinishReason, RowText
+from ivl_jax.profiling import NO_PROFILE, StepProfile
 from ivl_jax.weights.language_model import LanguageModel
 
 if TYPE_CHECKING:
@@ -205,7 +206,12 @@ class ComposedModel:
         return encoded
 
     def generate_prepared(
-        self, prompts: Sequence[EncodedPrompt], *, batch_size: int = 8, chunk_tokens: int = 16
+        self,
+        prompts: Sequence[EncodedPrompt],
+        *,
+        batch_size: int = 8,
+        chunk_tokens: int = 16,
+        profile: StepProfile = NO_PROFILE,
     ) -> Iterator[Generation]:
         """Continue prepared prompts; when one ends, the next takes its row.
 
@@ -215,13 +221,17 @@ class ComposedModel:
             chunk_tokens: tokens between two looks of the host at the texts, at most: how late a
                 stop string is seen. 1 in any case where a value network has its own vocabulary:
                 the host reads for it.
+            profile: traces some of the steps between two looks.
 
         Yields:
             One generation a prompt, in order, as soon as it and those before it are done.
         """
         done: dict[int, Generation] = {}
         following = 0
-        for progress in self._decode(prompts, batch_size=batch_size, chunk_tokens=chunk_tokens):
+        looks = self._decode(
+            prompts, batch_size=batch_size, chunk_tokens=chunk_tokens, profile=profile
+        )
+        for progress in looks:
             for row in progress:
                 if row.text.finish != FinishReason.RUNNING:
                     done[row.index] = _generation(prompts[row.index], row)
@@ -252,25 +262,32 @@ class ComposedModel:
         return self.stream_prepared(prepared, chunk_tokens=chunk_tokens)
 
     def stream_prepared(
-        self, prompt: EncodedPrompt, *, chunk_tokens: int = 4
+        self, prompt: EncodedPrompt, *, chunk_tokens: int = 4, profile: StepProfile = NO_PROFILE
     ) -> Iterator[str | Generation]:
         """Continue one prepared prompt; as `stream`.
 
         Args:
             prompt: of `prepare`.
             chunk_tokens: tokens computed between two pieces.
+            profile: traces some of the steps between two pieces.
 
         Yields:
             As `stream`.
         """
-        for (row,) in self._decode([prompt], batch_size=1, chunk_tokens=chunk_tokens):
+        looks = self._decode([prompt], batch_size=1, chunk_tokens=chunk_tokens, profile=profile)
+        for (row,) in looks:
             if row.piece:
                 yield row.piece
             if row.text.finish != FinishReason.RUNNING:
                 yield _generation(prompt, row)
 
     def _decode(
-        self, prompts: Sequence[EncodedPrompt], *, batch_size: int, chunk_tokens: int
+        self,
+        prompts: Sequence[EncodedPrompt],
+        *,
+        batch_size: int,
+        chunk_tokens: int,
+        profile: StepProfile = NO_PROFILE,
     ) -> Iterator[list[Progress]]:
         decoder = Decoder(
             self.composition,
@@ -287,6 +304,7 @@ class ComposedModel:
             new_text=self._row_text,
             batch_size=batch_size,
             chunk_tokens=chunk_tokens,
+            profile=profile,
         )
 
     def _encode(self, prompt: Prompt, option: GenerationOptions, row: int) -> EncodedPrompt:

@@ -26,11 +26,11 @@ from ivl_jax.config import ConfigError, TrainConfig, check_train_config
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import unstack_layers
 from ivl_jax.model.network import architecture_to_json
+from ivl_jax.profiling import StepProfile
 from ivl_jax.sharding import place_batch, unused_accelerator
 from ivl_jax.training.evaluation import Evaluation
 from ivl_jax.training.interrupts import Interrupts
 from ivl_jax.training.models import Models, choose_models
-from ivl_jax.training.profiling import StepProfile
 from ivl_jax.training.reporting import Reporter
 from ivl_jax.training.run_directory import RunDirectory, RunDirectoryError
 from ivl_jax.training.setup import (
@@ -161,7 +161,7 @@ class _Training:
         step = int(state.step)
         with (
             Reporter(self._directory, first_step=step, total_steps=self._total) as report,
-            StepProfile(self._config.profile, first_step=step) as profile,
+            StepProfile(self._config.profile, first_step=step, name="train") as profile,
         ):
             if self._fresh:
                 self._start(state, report)

@@ -1,4 +1,4 @@
-"""A trace of a few training steps for TensorBoard or xprof.
+"""A trace of a few steps for TensorBoard or xprof, whatever a step is to the caller.
 
 In: a folder, and the steps as they begin. Out: trace files in that folder.
 """
@@ -19,25 +19,28 @@ _TRACED = 5
 class StepProfile:
     """Traces the third to seventh step of a start; a context manager around the loop."""
 
-    def __init__(self, folder: str, *, first_step: int) -> None:
+    def __init__(self, folder: str, *, first_step: int, name: str) -> None:
         """Say where the trace goes.
 
         Args:
             folder: where; empty: nothing is traced.
             first_step: steps taken before this start.
+            name: what the steps are called in the trace.
         """
         self._folder = folder
         self._begin = first_step + _SKIPPED
         self._end = self._begin + _TRACED
+        self._name = name
         self._running = False
+        self._written = False
 
-    def step(self, step: int, last_metrics: Any) -> AbstractContextManager[Any]:
+    def step(self, step: int, last_results: Any) -> AbstractContextManager[Any]:
         """Mark a step in the trace; starts and stops it where it is due.
 
         Args:
             step: steps taken before this one.
-            last_metrics: of the step before, waited for where the trace begins or ends, so that it
-                holds whole steps.
+            last_results: arrays of the step before, waited for where the trace begins or ends, so
+                that it holds whole steps.
 
         Returns:
             The context in which the step is dispatched.
@@ -45,13 +48,13 @@ class StepProfile:
         if not self._folder:
             return nullcontext()
         if step in (self._begin, self._end):
-            jax.block_until_ready(last_metrics)
-        if step == self._begin:
+            jax.block_until_ready(last_results)
+        if step == self._begin and not self._written:
             jax.profiler.start_trace(self._folder)
             self._running = True
         elif step == self._end:
             self._stop()
-        return jax.profiler.StepTraceAnnotation("train", step_num=step)
+        return jax.profiler.StepTraceAnnotation(self._name, step_num=step)
 
     def __enter__(self) -> "StepProfile":
         return self
@@ -63,9 +66,21 @@ class StepProfile:
         traceback: TracebackType | None,
     ) -> None:
         self._stop()
+        if self._folder and not self._written:
+            logger.warning(
+                "no trace in %s: there were no more than %d %s steps, which a start needs",
+                self._folder,
+                _SKIPPED,
+                self._name,
+            )
 
     def _stop(self) -> None:
         if self._running:
             jax.profiler.stop_trace()
-            self._running = False
-            logger.info("trace of steps %d–%d: %s", self._begin + 1, self._end, self._folder)
+            self._running, self._written = False, True
+            first, last = self._begin + 1, self._end
+            logger.info("trace of %s steps %d–%d: %s", self._name, first, last, self._folder)
+
+
+NO_PROFILE = StepProfile("", first_step=0, name="")
+"""Traces nothing."""
