@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
 
 from ivl_jax.model.product import multiply
+from tests.jaxprs import multiplied_dtypes
 
 CONTRACTIONS = {
     "bti,io->bto": ((2, 5, 8), (8, 6)),
@@ -22,15 +22,6 @@ def factors(contraction, x_dtype=jnp.float32):
         for seed, shape in enumerate(CONTRACTIONS[contraction])
     )
     return x.astype(x_dtype), y
-
-
-def products_in(jaxpr):
-    """Every dot_general of a jaxpr and of those inside it."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            yield equation
-        for inner in jaxprs_in_params(equation.params):
-            yield from products_in(inner)
 
 
 @pytest.mark.parametrize("contraction", CONTRACTIONS)
@@ -59,9 +50,9 @@ def test_bfloat16_activations_are_multiplied_in_bfloat16_both_ways(contraction, 
 
     x, y = factors(contraction, jnp.bfloat16)
     jaxpr = jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(x, y).jaxpr
-    found = [operand.aval.dtype for product in products_in(jaxpr) for operand in product.invars]
+    found = multiplied_dtypes(jaxpr)
     assert len(found) >= 4
-    assert set(found) == {jnp.dtype(jnp.bfloat16)}
+    assert set(found) == {"bfloat16"}
 
 
 def test_gradient_of_a_float32_parameter_is_not_rounded():

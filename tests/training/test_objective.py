@@ -1,5 +1,6 @@
 """The loss: exact means over a global batch, no gradient where nothing counts, none to the base."""
 
+import dataclasses
 import functools
 import math
 
@@ -11,6 +12,7 @@ import pytest
 from ivl_jax.composition import value_forward
 from ivl_jax.model.decoder import build_decoder, forward, zero_head
 from ivl_jax.training.objective import choose_chunk_length, count_tokens, loss_sum
+from tests.jaxprs import multiplied_dtypes
 from tests.training.tiny import (
     VOCAB,
     make_arch,
@@ -233,6 +235,24 @@ def test_tokens_the_value_does_not_have_keep_the_logit_of_the_base():
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
     np.testing.assert_array_equal(gradient["lm_head"]["kernel"][:, 50:], 0.0)
     np.testing.assert_array_equal(gradient["lm_head"]["kernel"][:, 7], 0.0)
+
+
+@pytest.mark.parametrize("connection", ["residual", "cascade"])
+def test_in_bfloat16_nothing_is_multiplied_in_float32_forward_or_backward(connection):
+    graphdef = build_decoder(ARCH, compute_dtype=jnp.bfloat16)
+    objective = dataclasses.replace(
+        make_objective(ARCH, connection=connection, chunk_length=4),
+        graphdef=graphdef,
+        base_graphdef=graphdef,
+    )
+    counts = count_tokens(objective, BATCH)
+
+    def total(params):
+        return loss_sum(objective, params, BASE, BATCH, counts=counts)[0]
+
+    factors = multiplied_dtypes(jax.make_jaxpr(jax.grad(total))(VALUE).jaxpr)
+    assert len(factors) > 2 * 3 * 7  # two factors, forward and two gradients, seven kernels a layer
+    assert set(factors) == {"bfloat16"}
 
 
 def test_a_penalty_without_a_base_is_an_error():
