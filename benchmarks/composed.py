@@ -3,6 +3,7 @@
 In: shapes. Out: `Composed`, with the same two methods as a peer, and the bytes a step has to read.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -68,9 +69,13 @@ class Composed:
 
     def decode(self, state: DecodeState) -> np.ndarray:
         """Generate what is left in one chunk; all tokens [B T] come back."""
+        return self.decode_to_end(state)[0]
+
+    def decode_to_end(self, state: DecodeState) -> tuple[np.ndarray, DecodeState]:
+        """As `decode`, with the last state."""
         nothing = np.zeros(len(state.tokens), bool)
         state = self._programs.decode_chunk(self.params, state, np.int32(2**31 - 1), nothing)
-        return np.asarray(state.tokens)[:, : int(state.lengths[0])]
+        return np.asarray(state.tokens)[:, : int(state.lengths[0])], state
 
     @property
     def _programs(self) -> Programs:
@@ -104,6 +109,25 @@ def composed(base: Weights, *values: Weights, strengths: Sequence[float] = ()) -
             (nothing_unknown,) * len(values),
         ),
         tuple(strengths) or (1.0,) * len(values),
+    )
+
+
+def with_draft(model: Composed, draft: Weights, *, length: int = 0) -> Composed:
+    """Let a draft propose tokens for a composed model.
+
+    Args:
+        model: without one.
+        draft: of the same vocabulary.
+        length: tokens it proposes at a time; 0: as many as pay.
+
+    Returns:
+        The same model with the draft.
+    """
+    network, params = _network(draft, is_value=False)
+    return dataclasses.replace(
+        model,
+        composition=dataclasses.replace(model.composition, draft=network, draft_length=length),
+        params=model.params._replace(draft=params, draft_unknown_ids=jnp.zeros(0, jnp.int32)),
     )
 
 

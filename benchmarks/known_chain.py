@@ -1,0 +1,72 @@
+"""Weights whose greedy text is known before they run, at any shape and at full cost.
+
+In: a shape, and which token is to follow each. Out: parameters. What attention and MLP add to the
+residual stream is multiplied by zero kernels, so the last hidden state is the token's own
+embedding, and the head has that embedding in the column of the token that follows.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.composed import Weights, random_weights
+from ivl_jax.model.architecture import ArchConfig
+
+# The logit of the token that follows; the others' lie within ±8 at a width of 192 or more.
+_LOGIT = 20.0
+# Proposals agree in exactly the share asked for within each stretch of this many tokens.
+_STRETCH = 20
+
+
+def cycle(vocab_size: int, *, seed: int = 0) -> np.ndarray:
+    """All tokens in the order in which they follow one another, [V]; the first follows the last."""
+    return np.random.default_rng(seed).permutation(vocab_size)
+
+
+def followers(order: np.ndarray, *, agreement: float = 1.0, seed: int = 1) -> np.ndarray:
+    """The token that follows each token.
+
+    Args:
+        order: of `cycle`.
+        agreement: share of the tokens that are followed by what follows them in the cycle; the
+            others are followed by something else.
+        seed: decides which.
+
+    Returns:
+        [V], by token.
+    """
+    rng, count = np.random.default_rng(seed), len(order)
+    after = np.roll(order, -1)
+    wrong = round((1 - agreement) * _STRETCH)
+    starts = np.arange(0, count, _STRETCH)
+    places = np.concatenate([start + rng.permutation(_STRETCH)[:wrong] for start in starts])
+    places = places[places < count]
+    after[places] = np.roll(after[places], 1)
+    following = np.empty_like(order)
+    following[order] = after
+    return following
+
+
+def chain_weights(arch: ArchConfig, following: np.ndarray, *, seed: int) -> Weights:
+    """Weights of this shape that let the given token follow each token.
+
+    Args:
+        arch: the shape, with a head of its own.
+        following: of `followers`.
+        seed: of everything else.
+
+    Returns:
+        The weights; greedy decoding from token t goes on with following[t].
+    """
+    params = random_weights(arch, seed).params
+    for layer in params["layers"].values():
+        for part, name in (("self_attn", "o_proj"), ("mlp", "down_proj")):
+            kernel = layer[part][name]["kernel"]
+            layer[part][name] = {"kernel": jnp.zeros_like(kernel)}
+    rows = np.random.default_rng(seed).standard_normal(
+        (arch.vocab_size, arch.hidden_size), np.float32
+    )
+    head = np.empty_like(rows)
+    head[following] = rows * (_LOGIT / arch.hidden_size)
+    params["embed_tokens"] = {"embedding": jnp.asarray(rows)}
+    params["lm_head"] = {"kernel": jnp.asarray(head.T)}
+    return Weights(arch, params)
