@@ -31,7 +31,7 @@ from ivl_jax.training.setup import cache_base_states, make_run_mesh, prepare, pr
 from ivl_jax.training.step import split_micro_batches
 
 SIZES = Sizes(rows=4, length=256)
-DIALOGUES = 64  # about 12,000 tokens, a dozen batches
+DIALOGUES = 32  # about 6,000 tokens, half a dozen batches
 QUICK_DIALOGUES = 16
 
 
