@@ -102,8 +102,10 @@ def decode_rows(
         if batch.done:
             return
         with profile.step(step, None):
-            batch.refill()
-            batch.advance(chunk_tokens)
+            # The host reads a first token before the next one is decoded: value networks with
+            # their own vocabulary read what it says.
+            if not batch.refill():
+                batch.advance(chunk_tokens)
             progress = batch.look()
         yield progress
 
@@ -194,14 +196,16 @@ class _Batch:
                 self._rows[place] = None
         return progress
 
-    def refill(self) -> None:
-        """Begin waiting prompts in free rows, if enough of these are free."""
+    def refill(self) -> bool:
+        """Begin waiting prompts in free rows, if enough of these are free; was any begun?"""
+        begun = self._begun
         self._shrink()  # first, so that fewer capacities are compiled for
         free = [place for place, row in enumerate(self._rows) if row is None]
         while self._waiting and len(free) >= self._enough_free:
             count = self._enough_free
             self._admit(free[:count])
             free = free[count:]
+        return self._begun > begun
 
     def advance(self, chunk_tokens: int) -> None:
         """Generate until there is something to look at."""

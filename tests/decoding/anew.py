@@ -1,5 +1,6 @@
 """Composition across vocabularies, plainly: at each step all text is read and run from scratch."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 
 from ivl_jax.data.chat import make_chat_format
 from ivl_jax.data.pieces import PieceEncoder
+from ivl_jax.decoding.compose import compose
 from ivl_jax.model.decoder import build_decoder, hidden_states, logits_from_hidden
 from ivl_jax.vocabulary.mapping import DescribedMap, MapMetadata, VocabularyMap
 from ivl_jax.vocabulary.special_tokens import pair_special_tokens
@@ -39,6 +41,12 @@ def random_map(base, value, *, seed=0, centred=False):
         special_pairs=pairs,
     )
     return DescribedMap(VocabularyMap(jnp.asarray(index), jnp.asarray(weight)), metadata, "MAP")
+
+
+def compose_beside(base, *values, **options):
+    """A composed model that keeps base and values as they were loaded, to be read anew from."""
+    model = compose(base, *values, **options)
+    return dataclasses.replace(model, base=base, values=values)
 
 
 @functools.partial(jax.jit, static_argnums=0)

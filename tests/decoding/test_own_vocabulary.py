@@ -27,7 +27,7 @@ from ivl_jax.text_codec import TextCodec
 from ivl_jax.tokenizer import TokenizerMismatchError, describe_tokenizer
 from ivl_jax.vocabulary.mapping import VocabularyMapError
 from ivl_jax.vocabulary.special_tokens import pair_special_tokens
-from tests.decoding.anew import random_map, read_anew, step_anew
+from tests.decoding.anew import compose_beside, random_map, read_anew, step_anew
 from tests.decoding.tiny import NEAR_TIE, language_model
 
 PROMPTS = ["Once upon a ti", "", "naïve 水", "def add(a, b):\n    return"]
@@ -84,7 +84,7 @@ def mixed(stories260k_dir):
     values = [language_model(family_folder(name), seed=2 + i) for i, name in enumerate("SX")]
     maps = [random_map(base, values[0]), None, random_map(base, values[1], seed=1, centred=True)]
     values.insert(1, shared)
-    return compose(base, *values, strengths=[1.0, -0.5, 0.7], maps=maps), maps
+    return compose_beside(base, *values, strengths=[1.0, -0.5, 0.7], maps=maps), maps
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def swapped(gpt2_tokenizer_dir, llama2_tokenizer_dir):
     base = language_model(gpt2_tokenizer_dir, seed=5, width=16)
     value = language_model(llama2_tokenizer_dir, seed=6, width=16, context=64)
     maps = [random_map(base, value)]
-    return compose(base, value, strengths=[1.5], maps=maps), maps
+    return compose_beside(base, value, strengths=[1.5], maps=maps), maps
 
 
 @pytest.mark.parametrize("which", ["mixed", "swapped"])
@@ -102,8 +102,10 @@ def test_tokens_equal_reading_and_running_everything_anew_at_each_step(request, 
     model, maps = request.getfixturevalue(which)
     options = GenerationOptions(max_new_tokens=24, temperature=temperature, seed=3)
     own = dataclasses.replace(options, strengths=[-2.0 * alpha for alpha in model.strengths])
-    each = [options, options, own, options]
-    together = model.generate(PROMPTS, each)
+    short = dataclasses.replace(options, max_new_tokens=9)
+    each = [options, short, own, options]
+    # The last prompt begins where the second ends, beside the two others.
+    together = model.generate(PROMPTS, each, batch_size=3)
     for row, (prompt, generation) in enumerate(zip(PROMPTS, together, strict=True)):
         anew = decode_anew(model, maps, prompt, each[row], row=row)
         assert_same(generation, anew, greedy=temperature == 0)
@@ -151,7 +153,7 @@ def test_generation_stops_at_the_values_end_of_turn_even_if_the_base_knows_no_en
     vocabulary_map = described.vocabulary_map._replace(weight=jnp.asarray(only_end))
     maps = [described._replace(vocabulary_map=vocabulary_map)]
     endless = dataclasses.replace(base, stop_ids=())
-    stopping = compose(endless, value, strengths=[1000.0], maps=maps)
+    stopping = compose_beside(endless, value, strengths=[1000.0], maps=maps)
     assert stopping.stop_ids == (end_id,)
     options = GenerationOptions(max_new_tokens=24)
     together = stopping.generate(PROMPTS, options)

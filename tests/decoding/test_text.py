@@ -1,8 +1,6 @@
 import dataclasses
 import logging
 
-import jax
-import jax.monitoring
 import numpy as np
 import pytest
 
@@ -71,45 +69,6 @@ def test_each_prompt_may_have_its_own_options(composed):
     options = [greedy(5), greedy(9, strengths=(0.0,)), greedy(20, stop=("e",)), greedy(7)]
     together = composed.generate([PROMPTS[0]] * 4, options)
     assert together == [composed.generate([PROMPTS[0]], own)[0] for own in options]
-
-
-@pytest.fixture
-def compilations():
-    """Names of what was compiled since the fixture or the last `clear`."""
-    names = []
-
-    def listen(event, duration, **details):
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(details)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield names
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
-def test_a_prompt_of_another_length_in_the_bucket_compiles_nothing(composed, compilations):
-    composed.generate(["One"], greedy(20))
-    compilations.clear()
-    composed.generate(["A girl named Lily liked it"], greedy(31))
-    assert compilations == []
-
-
-def test_other_settings_compile_nothing(composed, compilations):
-    composed.generate(["One"], greedy(20))
-    compilations.clear()
-    composed.generate(
-        ["Two"],
-        greedy(20, temperature=0.7, top_k=3, top_p=0.9, min_p=0.1, seed=9, strengths=(-1.0,)),
-    )
-    list(composed.stream("Three", greedy(9, stop=("x", "yy")), chunk_tokens=7))
-    compose(composed.base, *composed.values, strengths=[5.0]).generate(["Four"], greedy(20))
-    assert compilations == []
-
-
-def test_a_longer_prompt_does_compile(composed, compilations):
-    """The counter of the two tests above counts."""
-    composed.generate([[5] * 65], greedy(2))
-    assert compilations
 
 
 def test_a_prompt_longer_than_the_context_says_by_how_much_before_computing(composed):
@@ -302,7 +261,9 @@ def test_several_values_and_strengths_add_up(stories, value):
         compose(stories, value, other, strengths=[0.3])
 
 
-def test_tied_heads_are_decoded_from_a_transposed_copy(composed, stories):
+def test_tied_heads_are_decoded_from_the_embedding_itself(composed, stories):
+    """On one CPU device rows are what is read fastest; `test_sharded` has heads of their own."""
     assert "lm_head" not in stories.params
-    kernel = composed.params.base["lm_head"]["kernel"]
-    np.testing.assert_array_equal(kernel.T, stories.params["embed_tokens"]["embedding"])
+    assert "lm_head" not in composed.params.base
+    held = composed.params.base["embed_tokens"]["embedding"]
+    np.testing.assert_array_equal(held, stories.params["embed_tokens"]["embedding"])
