@@ -21,6 +21,7 @@ BENCHMARKS = {
     "batch": "composed decoding of 8 and 32 prompts at once beside PyTorch",
     "refill": "256 ragged requests: rows refilled as they end, beside static batches",
     "speculative": "speed with a draft against the share of its proposals kept; the peer is ours",
+    "int8": "a base in int8 beside float32: speed, memory, and the change of NLL",
     "train": "the training step of pair A beside PyTorch in float32 and bfloat16",
     "memory": "peak temporaries of the step at a vocabulary of 128,256: logits in chunks and whole",
     "cached_states": "epochs from cached base states beside epochs that run the base",

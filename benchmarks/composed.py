@@ -87,18 +87,21 @@ def random_weights(arch: ArchConfig, seed: int) -> Weights:
     return Weights(arch, jax.jit(lambda key: init_params(arch, key))(jax.random.key(seed)))
 
 
-def composed(base: Weights, *values: Weights, strengths: Sequence[float] = ()) -> Composed:
+def composed(
+    base: Weights, *values: Weights, strengths: Sequence[float] = (), int8_base: bool = False
+) -> Composed:
     """Put value networks on a base, all of one vocabulary, as `ivl_jax.compose` lays them out.
 
     Args:
         base: the base.
         values: the value networks.
         strengths: α of each; empty: 1 each.
+        int8_base: the base's kernels in int8.
 
     Returns:
         The composed model.
     """
-    base_network, base_params = _network(base, is_value=False)
+    base_network, base_params = _network(base, is_value=False, int8=int8_base)
     laid_out = [_network(value, is_value=True) for value in values]
     nothing_unknown = jnp.zeros(0, jnp.int32)
     return Composed(
@@ -153,8 +156,8 @@ def bytes_a_step(networks: Sequence[Weights], *, batch: int, slots: float) -> in
     return round(total)
 
 
-def _network(weights: Weights, *, is_value: bool) -> tuple[Network, Params]:
-    graphdef, params = lay_out_network(weights.params, weights.arch, None)
+def _network(weights: Weights, *, is_value: bool, int8: bool = False) -> tuple[Network, Params]:
+    graphdef, params = lay_out_network(weights.params, weights.arch, None, int8=int8)
     network = Network(
         graphdef=graphdef,
         arch=weights.arch,

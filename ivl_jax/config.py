@@ -189,6 +189,8 @@ class InferConfig:
     prompt), to this folder, for TensorBoard or xprof."""
     dtype: DType = "float32"
     """Parameters and computation; logits are always composed in float32."""
+    int8_base: bool = False
+    """Round the base's kernels to int8: a quarter of their float32 memory, and faster on CPU."""
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(fsdp=1, tensor=-1))
     base_layout: LayoutName = "full"
     """How the base's parameters are split on the mesh; `full`: over fsdp and tensor."""

@@ -34,8 +34,9 @@ class BaseConfig:
     """Hugging Face folder or hub id of the base model."""
     revision: str | None = None
     """Hub revision; only for hub ids."""
-    param_dtype: DType = "float32"
-    """How the frozen parameters are held; bfloat16 halves memory on accelerators."""
+    param_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """How the frozen parameters are held; bfloat16 halves memory on accelerators, int8 (kernels
+    alone, a scale for each output feature) nearly halves it again."""
     layout: LayoutName = "full"
     """Mesh axes that split its parameters: `full` is fsdp and tensor, `replicated` is none."""
     cache_states: bool = False

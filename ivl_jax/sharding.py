@@ -58,6 +58,12 @@ _LOGICAL_AXES: dict[str, tuple[str | None, ...]] = {
     "pre_feedforward_layernorm.scale": (None,),
     "post_feedforward_layernorm.scale": (None,),
 }
+# Of an int8 kernel: one scale an output feature.
+_LOGICAL_AXES |= {
+    path.replace("kernel", "scale"): axes[-1:]
+    for path, axes in _LOGICAL_AXES.items()
+    if path.endswith(".kernel")
+}
 # Device files of accelerators: CUDA driver, TPU driver (VFIO groups are numbered).
 _DEVICE_FILES = {
     "GPU": ("/dev/nvidia0", "/dev/nvidiactl"),

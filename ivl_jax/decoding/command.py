@@ -144,6 +144,7 @@ def _load(config: InferConfig, sources: Sequence[ValueSource], mesh: Mesh | None
         mesh=mesh,
         base_rules=base_rules,
         value_rules=value_rules,
+        int8_base=config.int8_base,
         draft=draft,
         draft_length=config.draft_length,
     )

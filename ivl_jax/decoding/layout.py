@@ -14,13 +14,15 @@ from jaxtyping import Array
 from ivl_jax.decoding.state import Layout
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decode_layout import to_decode_layout
-from ivl_jax.model.decoder import Params, build_decoder, untie_head
+from ivl_jax.model.decoder import Params, untie_head
+from ivl_jax.model.int8 import quantize
 from ivl_jax.model.network import Architecture, build_network
+from ivl_jax.model.projection import KernelForm
 from ivl_jax.sharding import parameter_shardings
 
 
 def lay_out_network(
-    params: Params, arch: Architecture, layout: Layout | None
+    params: Params, arch: Architecture, layout: Layout | None, *, int8: bool = False
 ) -> tuple[nnx.GraphDef, Params]:
     """Arrange a network for decoding.
 
@@ -28,6 +30,7 @@ def lay_out_network(
         params: layers unstacked; left as they are.
         arch: their architecture.
         layout: where they are to lie on a mesh; None: where they are, on one device.
+        int8: round the kernels to int8, the head among them.
 
     Returns:
         The static half of the network, which computes in the parameters' dtype, and parameters for
@@ -35,10 +38,14 @@ def lay_out_network(
         times as long on CPU.
     """
     head = params["lm_head"]["kernel"] if "lm_head" in params else _embedding(params)
-    if layout is None and isinstance(arch, ArchConfig) and _on_cpu(head):
-        graphdef = build_decoder(arch, compute_dtype=head.dtype, decode_layout=True)
-        return graphdef, to_decode_layout(params)
-    graphdef, params = build_network(arch, compute_dtype=head.dtype), untie_head(params)
+    rows = layout is None and isinstance(arch, ArchConfig) and _on_cpu(head)
+    form = KernelForm(rows=rows, int8=int8)
+    graphdef = build_network(arch, compute_dtype=head.dtype, form=form)
+    params = to_decode_layout(params) if rows else untie_head(params)
+    if int8:
+        if "lm_head" not in params:
+            params = params | {"lm_head": {"kernel": _embedding(params)}}
+        params = quantize(params, rows=rows)
     if layout is None:
         return graphdef, params
     units = {"heads": arch.num_attention_heads, "kv_heads": arch.num_key_value_heads}

@@ -29,6 +29,8 @@ class ModelFlags:
     """Empty: the first value network's own, else the base's; or `llama-2`, `chatml`, `plain`, …"""
     dtype: DType = "float32"
     """Parameters and computation; logits are always composed in float32."""
+    int8_base: bool = False
+    """Round the base's kernels to int8: a quarter of their float32 memory, and faster on CPU."""
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(fsdp=1, tensor=-1))
     base_layout: LayoutName = "full"
     """How the base's parameters are split on the mesh."""

@@ -115,6 +115,7 @@ def load_model(sources: ModelSources) -> ComposedModel:
         mesh=mesh,
         base_rules=base_rules,
         value_rules=value_rules,
+        int8_base=flags.int8_base,
     )
 
 

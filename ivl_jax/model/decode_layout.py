@@ -1,8 +1,8 @@
 """The form of a decoder's parameters that is read fastest for a few tokens at a time on CPU.
 
 In: parameters as they are trained, kernels (in, out). Out: the same decoder with kernels (out, in),
-and one kernel where several projections have one input. `build_decoder(…, decode_layout=True)`
-computes with it.
+and one kernel where several projections have one input; `build_decoder(…, form=KernelForm(rows=
+True))` computes with it.
 """
 
 import jax.numpy as jnp

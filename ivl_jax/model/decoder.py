@@ -16,8 +16,9 @@ from jaxtyping import Array, Float, Float32, Int, Key
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.kv_cache import KVCache
 from ivl_jax.model.layer_stack import run_layers
-from ivl_jax.model.layers import Constrain, Decoder, multiply_rows, soft_cap
+from ivl_jax.model.layers import Constrain, Decoder, soft_cap
 from ivl_jax.model.product import multiply
+from ivl_jax.model.projection import AS_TRAINED, KernelForm, project
 
 Params = dict[str, Any]
 
@@ -29,7 +30,7 @@ def build_decoder(
     compute_dtype: DTypeLike = jnp.float32,
     remat: bool = False,
     scan_layers: bool = False,
-    decode_layout: bool = False,
+    form: KernelForm = AS_TRAINED,
 ) -> nnx.GraphDef:
     """The static half of a decoder: hashable, made once per argument set, free of arrays.
 
@@ -40,7 +41,7 @@ def build_decoder(
             CPU this saves memory only together with `scan_layers`: XLA merges the unrolled forms.
         scan_layers: Run the layers as one `lax.scan`; params then hold them stacked
             (`stack_layers`) and so does the cache.
-        decode_layout: Params have the form that `to_decode_layout` gives them.
+        form: How kernels are stored.
 
     Returns:
         The graphdef every function of this module takes beside params.
@@ -50,7 +51,7 @@ def build_decoder(
         compute_dtype=compute_dtype,
         remat=remat,
         scan_layers=scan_layers,
-        decode_layout=decode_layout,
+        form=form,
         vocab_rows=arch.vocab_size,
     )
     return nnx.split(decoder)[0]
@@ -62,7 +63,7 @@ def abstract_params(
     param_dtype: DTypeLike = jnp.float32,
     vocab_rows: int | None = None,
     scan_layers: bool = False,
-    decode_layout: bool = False,
+    form: KernelForm = AS_TRAINED,
 ) -> Params:
     """Shapes and dtypes of a decoder's parameters, as `jax.ShapeDtypeStruct`s; allocates nothing.
 
@@ -71,7 +72,7 @@ def abstract_params(
         param_dtype: Dtype the parameters are stored in.
         vocab_rows: Rows of embedding and head; None: `arch.vocab_size`. More pads for a mesh.
         scan_layers: Stack the layers.
-        decode_layout: The form that `to_decode_layout` makes.
+        form: How kernels are stored.
 
     Returns:
         A nested dict whose paths mirror Hugging Face's names, fused kernels apart.
@@ -81,16 +82,21 @@ def abstract_params(
         compute_dtype=jnp.float32,
         remat=False,
         scan_layers=scan_layers,
-        decode_layout=decode_layout,
+        form=form,
         vocab_rows=arch.vocab_size if vocab_rows is None else vocab_rows,
     )
     params = nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
-    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, param_dtype), params)
+
+    def stored(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        is_int8 = form.int8 and path[-1].key == "kernel"
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.int8 if is_int8 else param_dtype)
+
+    params = jax.tree_util.tree_map_with_path(stored, params)
     if not scan_layers:
         return params
 
     def stacked(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((arch.num_hidden_layers, *leaf.shape), param_dtype)
+        return jax.ShapeDtypeStruct((arch.num_hidden_layers, *leaf.shape), leaf.dtype)
 
     return params | {"layers": jax.tree.map(stacked, params["layers"])}
 
@@ -265,13 +271,16 @@ def logits_from_hidden(
         Logits in fp32, one column a row of the head.
     """
     arch, dtype = _static(graphdef, "arch"), _static(graphdef, "compute_dtype")
-    untied, hidden = "lm_head" in params, hidden.astype(dtype)
-    kernel = params["lm_head"]["kernel"] if untied else params["embed_tokens"]["embedding"]
-    if _static(graphdef, "decode_layout"):
-        logits = multiply_rows(hidden, kernel, dtype=jnp.float32)
+    rows, hidden = _static(graphdef, "form").rows, hidden.astype(dtype)
+    if "lm_head" in params:
+        head = params["lm_head"]
+        logits = project(hidden, head["kernel"], head.get("scale"), rows=rows, dtype=jnp.float32)
     else:
-        contraction = "btd,dv->btv" if untied else "btd,vd->btv"
-        logits = multiply(contraction, hidden, kernel, dtype=jnp.float32)
+        embedding = params["embed_tokens"]["embedding"]
+        if rows:
+            logits = project(hidden, embedding, rows=True, dtype=jnp.float32)
+        else:
+            logits = multiply("btd,vd->btv", hidden, embedding, dtype=jnp.float32)
     return soft_cap(logits, arch.final_logit_softcapping)
 
 
@@ -306,7 +315,7 @@ def _assemble(graphdef: nnx.GraphDef, params: Params) -> Decoder:
     `nnx.merge` matches leaves by their order alone, so the paths are compared here.
     """
     arch = _static(graphdef, "arch")
-    form = (_static(graphdef, "scan_layers"), _static(graphdef, "decode_layout"))
+    form = (_static(graphdef, "scan_layers"), _static(graphdef, "form"))
     extra_head = arch.tie_word_embeddings and "lm_head" in params
     trunk = {name: part for name, part in params.items() if not (extra_head and name == "lm_head")}
     if jax.tree.structure(trunk) != _expected_structure(arch, *form):
@@ -316,14 +325,14 @@ def _assemble(graphdef: nnx.GraphDef, params: Params) -> Decoder:
 
 @functools.cache
 def _expected_structure(
-    arch: ArchConfig, scan_layers: bool, decode_layout: bool
+    arch: ArchConfig, scan_layers: bool, form: KernelForm
 ) -> jax.tree_util.PyTreeDef:
-    expected = abstract_params(arch, scan_layers=scan_layers, decode_layout=decode_layout)
+    expected = abstract_params(arch, scan_layers=scan_layers, form=form)
     return jax.tree.structure(expected)
 
 
 def _structure_problem(
-    params: Params, arch: ArchConfig, scan_layers: bool, decode_layout: bool
+    params: Params, arch: ArchConfig, scan_layers: bool, form: KernelForm
 ) -> str:
     """Which paths are missing or unexpected, at most 20."""
 
@@ -333,13 +342,13 @@ def _structure_problem(
             for path, _ in jax.tree_util.tree_leaves_with_path(tree)
         }
 
-    fitting = abstract_params(arch, scan_layers=scan_layers, decode_layout=decode_layout)
+    fitting = abstract_params(arch, scan_layers=scan_layers, form=form)
     expected, found = paths(fitting), paths(params)
     lines = [f"missing {path}" for path in sorted(expected - found)]
     lines += [f"unexpected {path}" for path in sorted(found - expected)]
     said = "scanned (stack_layers)" if scan_layers else "unstacked (unstack_layers)"
-    if decode_layout:
-        said += ", laid out for decoding (to_decode_layout)"
+    said += ", laid out for decoding (to_decode_layout)" if form.rows else ""
+    said += ", in int8 (quantize)" if form.int8 else ""
     return "\n  ".join([f"params do not fit this decoder, layers {said}:", *lines[:20]])
 
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.product import multiply
+from ivl_jax.model.projection import KernelForm, Projection, declare
 from ivl_jax.model.rope import rotate
 
 Constrain = Callable[[Array, tuple[str, ...]], Array]
@@ -37,11 +38,6 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 def soft_cap(x: Array, cap: float | None) -> Array:
     """c·tanh(x / c), or x itself where there is no cap."""
     return x if cap is None else jnp.tanh(x / cap) * cap
-
-
-def declare(*shape: int) -> nnx.Param:
-    """A parameter of this shape; its numbers come with `nnx.merge`."""
-    return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
 def split_features(y: Float[Array, "B T _"], sizes: Sequence[int]) -> tuple[Array, ...]:
@@ -66,48 +62,6 @@ class RMSNorm(nnx.Module):
         normal = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         scale = scale.reshape((1,) * (x.ndim - 1) + scale.shape)
         return (wide * normal * scale).astype(x.dtype)
-
-
-def multiply_rows(
-    x: Float[Array, "B T I"], kernel: Float[Array, "O I"], *, dtype: DTypeLike
-) -> Float[Array, "B T O"]:
-    """Multiply x @ kernelᵀ with the kernel on the left of the product, its rows read in order.
-
-    For few tokens on CPU this is the fastest form there is: the kernels of twelve 768-wide layers
-    take one token in 0.7 × the time of `x @ kernel`, 8 and 32 tokens in 0.7 ×, 512 in the same.
-
-    Args:
-        x: Activations.
-        kernel: One row an output feature.
-        dtype: Of the result.
-
-    Returns:
-        The product.
-    """
-    # Without the barriers XLA folds the transpositions into the product, and 8 tokens take five
-    # times as long; beside the kernel they cost nothing.
-    columns = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
-    y = jnp.dot(kernel.astype(x.dtype), columns, preferred_element_type=dtype)
-    return jax.lax.optimization_barrier(y).T.reshape((*x.shape[:2], kernel.shape[0]))
-
-
-class Projection(nnx.Module):
-    """x @ kernel (+ bias), the kernel stored (in, out), or (out, in) for decoding."""
-
-    def __init__(self, size_in: int, size_out: int, *, use_bias: bool, decode_layout: bool = False):
-        self.kernel = declare(*((size_out, size_in) if decode_layout else (size_in, size_out)))
-        if use_bias:
-            self.bias = declare(size_out)
-        self.use_bias = use_bias
-        self.decode_layout = decode_layout
-
-    def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
-        """The projection in x's dtype."""
-        if self.decode_layout:
-            y = multiply_rows(x, self.kernel[...], dtype=x.dtype)
-        else:
-            y = multiply("bti,io->bto", x, self.kernel[...], dtype=x.dtype)
-        return y + self.bias[...].astype(x.dtype)[None, None, :] if self.use_bias else y
 
 
 def attend(
@@ -153,7 +107,7 @@ def attend(
 class Attention(nnx.Module):
     """Grouped-query self-attention with rotary positions."""
 
-    def __init__(self, arch: ArchConfig, *, decode_layout: bool):
+    def __init__(self, arch: ArchConfig, *, form: KernelForm):
         queries = arch.num_attention_heads * arch.head_dim
         keys = arch.num_key_value_heads * arch.head_dim
         self.head_dim = arch.head_dim
@@ -163,18 +117,14 @@ class Attention(nnx.Module):
 
         width, bias = arch.hidden_size, arch.attention_bias
         self.projected_sizes = (queries, keys, keys)
-        self.decode_layout = decode_layout
-        if decode_layout:
-            self.qkv_proj = Projection(
-                width, sum(self.projected_sizes), use_bias=bias, decode_layout=True
-            )
+        self.form = form
+        if form.rows:
+            self.qkv_proj = Projection(width, sum(self.projected_sizes), use_bias=bias, form=form)
         else:
-            self.q_proj = Projection(width, queries, use_bias=bias)
-            self.k_proj = Projection(width, keys, use_bias=bias)
-            self.v_proj = Projection(width, keys, use_bias=bias)
-        self.o_proj = Projection(
-            queries, width, use_bias=arch.attention_output_bias, decode_layout=decode_layout
-        )
+            self.q_proj = Projection(width, queries, use_bias=bias, form=form)
+            self.k_proj = Projection(width, keys, use_bias=bias, form=form)
+            self.v_proj = Projection(width, keys, use_bias=bias, form=form)
+        self.o_proj = Projection(queries, width, use_bias=arch.attention_output_bias, form=form)
         if arch.qk_norm:
             self.q_norm = norm_of(arch, arch.head_dim)
             self.k_norm = norm_of(arch, arch.head_dim)
@@ -209,7 +159,7 @@ class Attention(nnx.Module):
 
     def _projected(self, x: Float[Array, "B T D"]) -> tuple[Array, ...]:
         """Queries, keys and values, heads side by side."""
-        if not self.decode_layout:
+        if not self.form.rows:
             return self.q_proj(x), self.k_proj(x), self.v_proj(x)
         return split_features(self.qkv_proj(x), self.projected_sizes)
 
@@ -217,21 +167,21 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """down(act(gate(x)) · up(x))."""
 
-    def __init__(self, arch: ArchConfig, *, decode_layout: bool):
+    def __init__(self, arch: ArchConfig, *, form: KernelForm):
         width, inner = arch.hidden_size, arch.intermediate_size
         self.hidden_act = arch.hidden_act
         self.inner = inner
-        self.decode_layout = decode_layout
-        if decode_layout:
-            self.gate_up_proj = Projection(width, 2 * inner, use_bias=False, decode_layout=True)
+        self.form = form
+        if form.rows:
+            self.gate_up_proj = Projection(width, 2 * inner, use_bias=False, form=form)
         else:
-            self.gate_proj = Projection(width, inner, use_bias=False)
-            self.up_proj = Projection(width, inner, use_bias=False)
-        self.down_proj = Projection(inner, width, use_bias=False, decode_layout=decode_layout)
+            self.gate_proj = Projection(width, inner, use_bias=False, form=form)
+            self.up_proj = Projection(width, inner, use_bias=False, form=form)
+        self.down_proj = Projection(inner, width, use_bias=False, form=form)
 
     def __call__(self, x: Float[Array, "B T D"], *, constrain: Constrain) -> Float[Array, "B T D"]:
         """The gated MLP of x."""
-        if self.decode_layout:
+        if self.form.rows:
             gate, up = split_features(self.gate_up_proj(x), (self.inner, self.inner))
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
@@ -242,10 +192,10 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Attention and MLP around the residual stream; one structure for every layer of a decoder."""
 
-    def __init__(self, arch: ArchConfig, *, decode_layout: bool):
+    def __init__(self, arch: ArchConfig, *, form: KernelForm):
         self.sandwich_norms = arch.sandwich_norms
-        self.self_attn = Attention(arch, decode_layout=decode_layout)
-        self.mlp = MLP(arch, decode_layout=decode_layout)
+        self.self_attn = Attention(arch, form=form)
+        self.mlp = MLP(arch, form=form)
         width = arch.hidden_size
         self.input_layernorm = norm_of(arch, width)
         self.post_attention_layernorm = norm_of(arch, width)
@@ -299,27 +249,25 @@ class Decoder(nnx.Module):
         compute_dtype: DTypeLike,
         remat: bool,
         scan_layers: bool,
-        decode_layout: bool,
+        form: KernelForm,
         vocab_rows: int,
     ):
         self.arch = arch
         self.compute_dtype = jnp.dtype(compute_dtype)
         self.remat = remat
         self.scan_layers = scan_layers
-        self.decode_layout = decode_layout
+        self.form = form
         width = arch.hidden_size
         self.embed_tokens = Table(vocab_rows, width)
         # Every layer has one structure, so the stacked form is a single layer of longer arrays.
         layers = [
-            DecoderLayer(arch, decode_layout=decode_layout)
+            DecoderLayer(arch, form=form)
             for _ in range(1 if scan_layers else arch.num_hidden_layers)
         ]
         self.layers: Any = layers[0] if scan_layers else nnx.List(layers)
         self.norm = norm_of(arch, width)
         if not arch.tie_word_embeddings:
-            self.lm_head = Projection(
-                width, vocab_rows, use_bias=False, decode_layout=decode_layout
-            )
+            self.lm_head = Projection(width, vocab_rows, use_bias=False, form=form)
 
 
 def norm_of(arch: ArchConfig, size: int) -> RMSNorm:

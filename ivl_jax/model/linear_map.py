@@ -19,7 +19,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from ivl_jax.model.layers import Projection
+from ivl_jax.model.projection import AS_TRAINED, Projection
 
 MODEL_TYPE = "linear_map"
 
@@ -78,7 +78,7 @@ class LinearMap(nnx.Module):
     def __init__(self, arch: LinearMapConfig, *, compute_dtype: DTypeLike, vocab_rows: int):
         self.arch = arch
         self.compute_dtype = jnp.dtype(compute_dtype)
-        self.decode_layout = False
+        self.form = AS_TRAINED
         if arch.rank:
             self.down_proj = Projection(vocab_rows, arch.rank, use_bias=False)
         self.lm_head = Projection(arch.rank or vocab_rows, vocab_rows, use_bias=False)

@@ -15,6 +15,7 @@ from ivl_jax.model import decoder, linear_map
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import Params
 from ivl_jax.model.linear_map import MODEL_TYPE, LinearMapConfig
+from ivl_jax.model.projection import AS_TRAINED, KernelForm
 
 Architecture = ArchConfig | LinearMapConfig
 
@@ -41,12 +42,13 @@ def build_network(
     compute_dtype: DTypeLike = jnp.float32,
     remat: bool = False,
     scan_layers: bool = False,
+    form: KernelForm = AS_TRAINED,
 ) -> nnx.GraphDef:
-    """The static half of a network; see `decoder.build_decoder`. A linear map has no layers."""
+    """The static half of a network; see `decoder.build_decoder`. A linear map has one form only."""
     if isinstance(arch, LinearMapConfig):
         return linear_map.build_linear_map(arch, compute_dtype=compute_dtype)
     return decoder.build_decoder(
-        arch, compute_dtype=compute_dtype, remat=remat, scan_layers=scan_layers
+        arch, compute_dtype=compute_dtype, remat=remat, scan_layers=scan_layers, form=form
     )
 
 
@@ -56,12 +58,17 @@ def abstract_network(
     param_dtype: DTypeLike = jnp.float32,
     vocab_rows: int | None = None,
     scan_layers: bool = False,
+    form: KernelForm = AS_TRAINED,
 ) -> Params:
     """Shapes and dtypes of a network's parameters; see `decoder.abstract_params`."""
     if isinstance(arch, LinearMapConfig):
         return linear_map.abstract_linear_map(arch, param_dtype=param_dtype, vocab_rows=vocab_rows)
     return decoder.abstract_params(
-        arch, param_dtype=param_dtype, vocab_rows=vocab_rows, scan_layers=scan_layers
+        arch,
+        param_dtype=param_dtype,
+        vocab_rows=vocab_rows,
+        scan_layers=scan_layers,
+        form=form,
     )
 
 

@@ -33,7 +33,7 @@ from ivl_jax.data.packing import pack
 from ivl_jax.data.tokenized import TokenizedDemonstrations
 from ivl_jax.model.decoder import Params, build_decoder, hidden_states
 from ivl_jax.sharding import LAYOUTS, activation_constraint, batch_sharding, place_batch
-from ivl_jax.training.models import FrozenBase, Placement, load_base, place_base
+from ivl_jax.training.models import FrozenBase, Placement, kernel_form, load_base, place_base
 
 logger = logging.getLogger(__name__)
 
@@ -199,6 +199,7 @@ def _make_program(
         base.model.arch,
         compute_dtype=jnp.dtype(config.step.compute_dtype),
         scan_layers=config.step.scan_layers,
+        form=kernel_form(base.config),
     )
     constrain = activation_constraint(mesh, LAYOUTS[base.config.layout])
 

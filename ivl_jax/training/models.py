@@ -20,8 +20,10 @@ from jaxtyping import Array, DTypeLike, Key
 from ivl_jax.config import BaseConfig, ConfigError, LayoutName, TrainConfig
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import Params
+from ivl_jax.model.int8 import quantize, without_scales
 from ivl_jax.model.linear_map import LinearMapConfig
 from ivl_jax.model.network import Architecture, abstract_network, init_network
+from ivl_jax.model.projection import AS_TRAINED, KernelForm
 from ivl_jax.sharding import LAYOUTS, device_memory, padded_vocab_rows, parameter_shardings
 from ivl_jax.tokenizer import TokenizerInfo, check_compatible, describe_tokenizer, load_tokenizer
 from ivl_jax.weights.hf_checkpoint import load_params
@@ -160,6 +162,7 @@ def place_model(
     param_dtype: DTypeLike,
     scan_layers: bool,
     mesh: Mesh,
+    form: KernelForm = AS_TRAINED,
 ) -> Placement:
     """Decide where a model's parameters live.
 
@@ -169,13 +172,16 @@ def place_model(
         param_dtype: how parameters are held.
         scan_layers: layers stacked; a linear map has none.
         mesh: the device mesh.
+        form: how kernels are stored.
 
     Returns:
         Shapes and shardings.
     """
     rules = LAYOUTS[layout]
     rows = padded_vocab_rows(arch.vocab_size, mesh, rules)
-    shapes = functools.partial(abstract_network, arch, param_dtype=param_dtype, vocab_rows=rows)
+    shapes = functools.partial(
+        abstract_network, arch, param_dtype=param_dtype, vocab_rows=rows, form=form
+    )
     units = {"heads": arch.num_attention_heads, "kv_heads": arch.num_key_value_heads}
     unstacked = parameter_shardings(shapes(), mesh, rules, units=units)
     if not scan_layers or isinstance(arch, LinearMapConfig):
@@ -190,10 +196,21 @@ def place_base(config: TrainConfig, base: FrozenBase, mesh: Mesh) -> Placement:
     return place_model(
         base.model.arch,
         layout=base.config.layout,
-        param_dtype=jnp.dtype(base.config.param_dtype),
+        param_dtype=float_dtype(base.config),
         scan_layers=config.step.scan_layers,
         mesh=mesh,
+        form=kernel_form(base.config),
     )
+
+
+def kernel_form(config: BaseConfig) -> KernelForm:
+    """How a base's kernels are stored."""
+    return KernelForm(int8=config.param_dtype == "int8")
+
+
+def float_dtype(config: BaseConfig) -> DTypeLike:
+    """The dtype of a base's parameters, of an int8 one of those that are not kernels."""
+    return jnp.dtype("float32" if config.param_dtype == "int8" else config.param_dtype)
 
 
 def head_only(arch: ArchConfig, place: Placement) -> Placement:
@@ -208,7 +225,16 @@ def load_base(base: ModelFolder, config: BaseConfig, place: Placement) -> Params
     """Load the frozen base's parameters onto the mesh, those that the placement has."""
     what = "the base" if "layers" in place.shardings else "the head of the base"
     logger.info("loading %s %s", what, base.name)
-    return _load(base, jnp.dtype(config.param_dtype), place)
+    if not kernel_form(config).int8:
+        return _load(base, float_dtype(config), place)
+    floats = dataclasses.replace(
+        place,
+        shardings=without_scales(place.shardings),
+        unstacked_shardings=without_scales(place.unstacked_shardings),
+    )
+    params = _load(base, float_dtype(config), floats)
+    rounded = jax.jit(functools.partial(quantize, rows=False), out_shardings=place.shardings)
+    return rounded(params)
 
 
 def make_trained_params(

@@ -23,6 +23,7 @@ from ivl_jax.training.models import (
     Models,
     Placement,
     head_only,
+    kernel_form,
     load_base,
     place_base,
 )
@@ -154,7 +155,10 @@ def make_objective(
     return Objective(
         graphdef=graphdef,
         base_graphdef=build_network(
-            base.model.arch, compute_dtype=dtype, scan_layers=step.scan_layers
+            base.model.arch,
+            compute_dtype=dtype,
+            scan_layers=step.scan_layers,
+            form=kernel_form(base.config),
         ),
         vocab_size=base.model.info.vocab_size,
         value_vocab_size=size,

@@ -14,6 +14,7 @@ from ivl_jax.model.decoder import (
     logits_from_hidden,
 )
 from ivl_jax.model.kv_cache import init_cache
+from ivl_jax.model.projection import KernelForm
 from tests.model.families import NAMES, random_params, tiny_arch, tokens
 
 LENGTH = 12
@@ -26,7 +27,7 @@ def test_logits_equal_those_of_the_trained_form_with_and_without_a_cache(name):
     ids = jnp.asarray(tokens(2, LENGTH))
     at = jnp.tile(jnp.arange(LENGTH, dtype=jnp.int32)[None], (2, 1))
     expected = forward(build_decoder(arch), params, ids, positions=at)
-    laid_out, decoder = to_decode_layout(params), build_decoder(arch, decode_layout=True)
+    laid_out, decoder = to_decode_layout(params), build_decoder(arch, form=KernelForm(rows=True))
     found = forward(decoder, laid_out, ids, positions=at)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
     cache = init_cache(arch, batch_size=2, capacity=LENGTH, dtype=jnp.float32)
@@ -44,7 +45,7 @@ def test_it_holds_the_same_numbers_in_the_shapes_that_are_announced(name):
     arch = tiny_arch(name)
     params = random_params(arch)
     laid_out = to_decode_layout(params)
-    announced = abstract_params(arch, decode_layout=True)
+    announced = abstract_params(arch, form=KernelForm(rows=True))
     assert shapes(laid_out) == shapes(announced)
     assert laid_out["embed_tokens"]["embedding"] is params["embed_tokens"]["embedding"]
     assert ("lm_head" in laid_out) == ("lm_head" in params)
@@ -57,7 +58,7 @@ def test_parameters_of_the_other_form_are_refused_by_name():
     ids = jnp.asarray(tokens(1, 2))
     at = jnp.asarray([[0, 1]], jnp.int32)
     with pytest.raises(ValueError, match=r"laid out for decoding(.|\n)*missing .*gate_up_proj"):
-        forward(build_decoder(arch, decode_layout=True), params, ids, positions=at)
+        forward(build_decoder(arch, form=KernelForm(rows=True)), params, ids, positions=at)
     with pytest.raises(ValueError, match=r"unexpected .*qkv_proj"):
         forward(build_decoder(arch), to_decode_layout(params), ids, positions=at)
 

@@ -1,0 +1,51 @@
+"""Int8 kernels: a quarter of the memory of a frozen network, and of what decoding has to read.
+
+In: parameters in float. Out: the same with int8 kernels and a float32 scale an output feature, for
+`build_decoder(…, form=KernelForm(int8=True))`. Embeddings, norms and biases stay.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ivl_jax.model.decoder import Params
+
+_LARGEST = 127.0
+
+
+def quantize(params: dict[Any, Any], *, rows: bool) -> dict[Any, Any]:
+    """Round every kernel to int8, symmetrically, each output feature by its largest weight.
+
+    Args:
+        params: Of a decoder, layers unstacked or stacked; they are left as they are. A tied head
+            is the embedding and stays a float.
+        rows: Kernels are (out, in), as `to_decode_layout` leaves them.
+
+    Returns:
+        The parameters, `{"kernel": int8, "scale": float32}` in place of each `{"kernel": float}`.
+        A kernel's error is at most half its scale a weight.
+    """
+    if "kernel" in params:
+        return params | _quantized(params["kernel"], axis=-1 if rows else -2)
+    return {
+        name: quantize(part, rows=rows) if isinstance(part, dict) else part
+        for name, part in params.items()
+    }
+
+
+def without_scales(tree: dict[Any, Any]) -> dict[Any, Any]:
+    """Take the scales off: the tree that the parameters had before `quantize`."""
+    return {
+        name: without_scales(part) if isinstance(part, dict) else part
+        for name, part in tree.items()
+        if not (name == "scale" and "kernel" in tree)
+    }
+
+
+def _quantized(kernel: Float[Array, "*L _ _"], *, axis: int) -> Params:
+    wide = kernel.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(wide), axis=axis, keepdims=True)
+    scale = jnp.where(largest > 0, largest / _LARGEST, 1.0)
+    rounded = jnp.round(wide / scale).astype(jnp.int8)
+    return {"kernel": rounded, "scale": jnp.squeeze(scale, axis)}
