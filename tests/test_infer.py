@@ -99,6 +99,16 @@ def test_a_language_model_counts_as_a_value_and_two_opposed_ones_cancel(
     assert infer(*flags, *tuned, "--strength", -4.5)[1] != expected
 
 
+def test_a_draft_changes_no_text_and_how_much_is_kept_is_said(infer, base_flags, stories260k_dir):
+    flags = (*base_flags, "--prompt", "Once", "--max-new-tokens", 20)
+    _, expected, messages = infer(*flags)
+    assert "proposals" not in messages
+    status, found, messages = infer(*flags, "--draft", stories260k_dir, "--draft-length", 3)
+    assert (status, found) == (0, expected)
+    # The draft is the base itself. After the first token: four rounds of 3 + 1 tokens, one of 2 + 1.
+    assert "the draft: 14 of 14 proposals kept (100 %)" in messages
+
+
 def test_each_line_of_a_file_may_have_its_own_strengths(infer, base_flags, tmp_path):
     source, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     strengths = [[0.3], None, [0.0], [-3.0]]
@@ -300,6 +310,14 @@ def test_the_end_of_input_ends_a_conversation(infer, base_flags, monkeypatch):
             ("--base", "BASE", "--value", "GPT2", "--prompt", "a"),
             ["GPT2 (50257 ids) differ", "--value-tokenizer GPT2 --text TEXT", "--map"],
         ),
+        (
+            ("--base", "BASE", "--value", "none", "--draft", "GPT2", "--prompt", "a"),
+            ["the draft GPT2 (50257 ids) does not have the tokenizer of the base BASE (512 ids)"],
+        ),
+        (
+            ("--base", "BASE", "--value", "none", "--draft-length", "3", "--prompt", "a"),
+            ["--draft-length 3 has no use without --draft"],
+        ),
         (("--base", "BASE", "--value", "none", "--chat"), ["terminal"]),
         (("--base", "BASE", "--value", "none", "--prompt", "a", "--top-p", "0"), ["--top-p must"]),
         (("--base", "BASE", "--value", "none", "--prompt", "a", "--mesh.tensor", "9"), ["9"]),
@@ -317,7 +335,8 @@ def test_bad_flags_and_files_are_said_before_a_model_is_loaded(
     folders = {"BASE": str(stories260k_dir), "GPT2": str(gpt2_model_dir)}
     status, output, messages = infer(*[folders.get(flag, flag) for flag in flags])
     assert (status, output) == (2, "")
-    messages = messages.replace(folders["GPT2"], "GPT2")
+    for name, folder in folders.items():
+        messages = messages.replace(folder, name)
     for part in said:
         assert part in messages
 
