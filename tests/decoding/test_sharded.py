@@ -88,3 +88,19 @@ def test_rows_of_a_mesh_are_refilled_where_they_are(stories, value):
     moved = re.findall(r"= f32\[([\d,]+)\]\S* all-(?:gather|to-all)\(", lowered.compile().as_text())
     assert any(shape.split(",")[2] == "17" for shape in moved if shape.count(",") == 3)
     assert not any(shape.split(",")[2] == "64" for shape in moved if shape.count(",") == 3)
+
+
+def test_a_draft_on_a_mesh_lies_with_the_values_and_changes_no_text(stories, value, expected):
+    model = compose(
+        stories,
+        value,
+        strengths=[0.3],
+        mesh=make_mesh(data=2, fsdp=2, tensor=2),
+        draft=stories,
+        draft_length=2,
+    )
+    texts = model.generate(PROMPTS, GREEDY)
+    assert texts == expected
+    assert all(text.accepted_proposals > 10 for text in texts)
+    held = set(bytes_per_device(model.params.draft).values())
+    assert max(held) == pytest.approx(total_bytes(model.params.draft) / 4, rel=0.03)
