@@ -156,7 +156,8 @@ class InferConfig:
     `python -m ivl_jax.vocabulary build`; one a value in their order, `none` for those without."""
     draft: str = ""
     """A small model of the base's family that proposes tokens, which base and values then check
-    several at a time: faster, the same text."""
+    several at a time. Greedy text stays the same (but for near-ties), and samples are drawn from
+    the same distribution."""
     draft_length: int = 0
     """Tokens that the draft proposes at a time; 0: as many as pay."""
     prompt: str | None = None

@@ -64,9 +64,9 @@ class ComposedModel:
 
     Greedy text depends neither on the batch and its padding nor on the mesh, but for near-ties:
     where two logits differ by less than the rounding of a differently shaped sum (about 1e-5 in
-    float32), either may win. With a draft a base reads several tokens at once, whose sums are shaped
-    differently too; samples then keep their distribution, but which ones a seed gives also depends
-    on how many tokens were proposed, and so on the batch.
+    float32), either may win. With a draft the base reads several tokens at once, whose sums are
+    shaped differently too; samples then keep their distribution, but which ones a seed gives also
+    depends on how many tokens were proposed, and so on the batch.
 
     Attributes:
         composition: The static half.
