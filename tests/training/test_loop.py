@@ -162,6 +162,21 @@ def test_a_zeroed_head_starts_as_the_base_on_eight_devices_with_stacked_layers(t
     assert sorted(value.params["layers"]) == [0, 1]
 
 
+def test_a_base_in_int8_is_nearly_the_base_itself(tiny_config, tmp_path):
+    """Split over a mesh, layers stacked; a value network learns nearly the same beside it."""
+    step = StepConfig(max_steps=2, batch_size=4, scan_layers=True)
+    exact = replace(tiny_config, step=step, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    near = replace(
+        exact, run_dir=str(tmp_path / "int8"), base=replace(exact.base, param_dtype="int8")
+    )
+    losses = [
+        [line["loss"] for line in records(run(config).run_dir) if "loss" in line]
+        for config in (exact, near)
+    ]
+    assert losses[0] != losses[1]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.01)
+
+
 def test_fine_tuning_alone_takes_the_same_loop_and_leaves_a_model_folder(
     tiny_config, tmp_path, monkeypatch
 ):

@@ -1,0 +1,46 @@
+"""A base whose kernels are int8: near the float base, the same on every layout."""
+
+import jax
+import numpy as np
+import pytest
+
+from ivl_jax.decoding.compose import compose
+from ivl_jax.decoding.requests import GenerationOptions
+from ivl_jax.evaluation.scoring import Row, score_rows
+from ivl_jax.sharding import bytes_per_device, make_mesh
+from tests.decoding.conftest import make_value
+from tests.decoding.tiny import tiny_arch
+
+TEXT = "Once upon a time there was a little girl named Lily. She liked to play in the park."
+
+
+@pytest.fixture(scope="module")
+def value(stories):
+    return make_value(stories, arch=tiny_arch(width=16, heads=2, kv_heads=1, rows=512, context=512))
+
+
+def log_probs(model):
+    ((_, scores),) = score_rows(model, [Row(model.encode(TEXT))], batch_size=1)
+    return scores.tokens.log_prob
+
+
+def test_the_text_is_nearly_as_likely_and_the_value_network_stays_a_float(stories, value):
+    exact = compose(stories, value, strengths=[0.1])
+    near = compose(stories, value, strengths=[0.1], int8_base=True)
+    gap = np.abs(log_probs(near) - log_probs(exact))
+    assert 0 < gap.mean() < 0.02
+    dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(near.params.base["layers"])}
+    assert dtypes == {"int8", "float32"}
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(near.params.values)} == {"float32"}
+    kernels = [m.params.base["layers"][0]["mlp"]["down_proj"]["kernel"] for m in (exact, near)]
+    assert kernels[1].nbytes * 4 == kernels[0].nbytes
+
+
+def test_a_mesh_splits_kernels_and_scales_and_says_the_same(stories, value):
+    options = GenerationOptions(max_new_tokens=16)
+    alone = compose(stories, value, strengths=[0.1], int8_base=True)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    split = compose(stories, value, strengths=[0.1], mesh=mesh, int8_base=True)
+    assert split.generate([TEXT], options) == alone.generate([TEXT], options)
+    kernel = split.params.base["layers"][0]["mlp"]["down_proj"]["kernel"]
+    assert set(bytes_per_device(kernel).values()) == {kernel.nbytes // 4}
