@@ -21,7 +21,6 @@ PACKAGES = (
     "tokenizers",
     "safetensors",
     "rapidfuzz",
-    "qwix",
     "torch",
 )
 
