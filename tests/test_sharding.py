@@ -1,7 +1,6 @@
 """Meshes, the path table, padding of the vocabulary, and where the bytes are."""
 
 import logging
-import os
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,6 @@ from ivl_jax.sharding import (
     parameter_shardings,
     place_batch,
     single_device_mesh,
-    unused_accelerator,
 )
 
 UNTIED_SHAPES = {
@@ -186,13 +184,3 @@ def test_activations_are_split_by_rows_and_heads_where_they_divide():
     assert spec((4, 5, 3, 8), names) == P(("data", "fsdp"))
     assert spec((1, 5, 2, 8), names) == P(None, None, "tensor")
     assert spec((4, 5, 8), ("batch", "length", "embed")) == P(("data", "fsdp"))
-
-
-def test_an_accelerator_that_jax_does_not_use_is_said_loudly(monkeypatch):
-    monkeypatch.setattr(os.path, "exists", lambda path: path == "/dev/nvidia0")
-    assert "JAX_PLATFORMS=cpu says so" in unused_accelerator()
-    monkeypatch.delenv("JAX_PLATFORMS")
-    assert "GPU is present, but JAX RUNS ON THE CPU" in unused_accelerator()
-    assert "'jax[cuda12]'" in unused_accelerator()
-    monkeypatch.setattr(os.path, "exists", lambda path: False)
-    assert unused_accelerator() is None

@@ -23,11 +23,12 @@ from ivl_jax.checkpoint import (
     write_value_description,
 )
 from ivl_jax.config import ConfigError, TrainConfig, check_train_config
+from ivl_jax.devices import unused_accelerator
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import unstack_layers
 from ivl_jax.model.network import architecture_to_json
 from ivl_jax.profiling import StepProfile
-from ivl_jax.sharding import place_batch, unused_accelerator
+from ivl_jax.sharding import place_batch
 from ivl_jax.training.evaluation import Evaluation
 from ivl_jax.training.interrupts import Interrupts
 from ivl_jax.training.models import Models, choose_models

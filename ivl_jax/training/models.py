@@ -18,13 +18,14 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, DTypeLike, Key
 
 from ivl_jax.config import BaseConfig, ConfigError, LayoutName, TrainConfig
+from ivl_jax.devices import device_memory
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import Params
 from ivl_jax.model.int8 import quantize, without_scales
 from ivl_jax.model.linear_map import LinearMapConfig
 from ivl_jax.model.network import Architecture, abstract_network, init_network
 from ivl_jax.model.projection import AS_TRAINED, KernelForm
-from ivl_jax.sharding import LAYOUTS, device_memory, padded_vocab_rows, parameter_shardings
+from ivl_jax.sharding import LAYOUTS, padded_vocab_rows, parameter_shardings
 from ivl_jax.tokenizer import TokenizerInfo, check_compatible, describe_tokenizer, load_tokenizer
 from ivl_jax.weights.hf_checkpoint import load_params
 from ivl_jax.weights.language_model import find_model, read_arch

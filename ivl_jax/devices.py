@@ -1,0 +1,51 @@
+"""What this machine offers: memory of a device, and accelerators that are left unused.
+
+In: a mesh, or nothing. Out: bytes, or a sentence for the user.
+"""
+
+import os
+
+import jax
+from jax.sharding import Mesh
+
+# Device files of accelerators: CUDA driver, TPU driver (VFIO groups are numbered).
+_DEVICE_FILES = {
+    "GPU": ("/dev/nvidia0", "/dev/nvidiactl"),
+    "TPU": ("/dev/accel0", "/dev/vfio/0"),
+}
+_EXTRAS = {"GPU": "cuda12", "TPU": "tpu"}
+
+
+def device_memory(mesh: Mesh) -> int | None:
+    """Say how many bytes one device of a mesh can hold; None where that is not known.
+
+    Virtual CPU devices share the machine's memory.
+    """
+    device = mesh.devices.flat[0]
+    if device.platform == "cpu":
+        if not hasattr(os, "sysconf"):
+            return None
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return total // mesh.devices.size
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def unused_accelerator() -> str | None:
+    """Say that the machine has an accelerator that JAX does not use.
+
+    Returns:
+        A sentence with the remedy when JAX runs on CPU beside a GPU or TPU; else None.
+    """
+    if jax.default_backend() != "cpu":
+        return None
+    present = [kind for kind, paths in _DEVICE_FILES.items() if any(map(os.path.exists, paths))]
+    if not present:
+        return None
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    why = (
+        f"JAX_PLATFORMS={asked} says so: unset it"
+        if asked
+        else "install the build of JAX for it: pip install -U "
+        + " or ".join(f"'jax[{_EXTRAS[kind]}]'" for kind in present)
+    )
+    return f"a {' and a '.join(present)} is present, but JAX RUNS ON THE CPU; {why}"
