@@ -25,7 +25,7 @@ def run(options: Options) -> Report:
     Returns:
         The report; the figures for batch 1 are `decode`'s.
     """
-    plan = Plan(32, 3, 0) if options.quick else Plan(NEW_TOKENS, 5, 0)
+    plan = Plan(32, 3, 0) if options.quick else Plan(NEW_TOKENS, 3, 0)
     rows = [row for batch in TARGETS for row in _rows(batch, plan)]
     shapes = {
         "base A": parameter_count(BASE_A),

@@ -61,8 +61,8 @@ def run(options: Options) -> Report:
     if not options.quick:
         needed = _COPIES * 4 * parameter_count(BASE_B)
         if available_memory() > needed:
-            rows += _pair_rows("pair B", BASE_B, Plan(NEW_TOKENS, 3, 0), with_targets=False)
-            shapes["base B"] = parameter_count(BASE_B)
+            rows += _pair_rows("pair B", BASE_B, Plan(32, 2, 0), with_targets=False)
+            shapes["base B, 32 new tokens"] = parameter_count(BASE_B)
         else:
             shapes["base B"] = f"left out: it needs {needed / 1e9:.0f} GB of memory"
     return Report(rows, dtype="float32, and bfloat16 where the peer says so", shapes=shapes)
