@@ -51,6 +51,22 @@ def test_requests_are_laid_out_row_by_row_and_filled_up():
     np.testing.assert_array_equal(arrays.sampling.temperature, np.float32([0, 0.5, 0, 0]))
 
 
+def test_rows_that_the_caller_has_already_are_not_made_more():
+    # 8 rows over 3 devices are 9; the state on device has as many rows as the host thinks.
+    prompts, options = [[1]] * 9, [GenerationOptions()] * 9
+    arrays = lay_out(
+        prompts,
+        options,
+        rows=range(9),
+        context=9,
+        stop_ids=(),
+        strengths=(),
+        row_multiple=3,
+        least_rows=9,
+    )
+    assert arrays.prompts.shape[0] == 9
+
+
 def test_generation_never_passes_the_context():
     assert lay_out_three(context=25).limits.tolist() == [25, 25, 2]
 
