@@ -3,6 +3,7 @@
 In: the command line. Out: frozen dataclasses. Imports no JAX, so that `--help` stays fast.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -142,6 +143,8 @@ def check_model_flags(flags: ModelFlags) -> list[str]:
         problems.append(
             f"--value none is the base alone, and --value {values[0]} is not: remove one"
         )
+    if strange := [alpha for alpha in flags.strength if not math.isfinite(alpha)]:
+        problems.append(f"--strength must be finite, got {', '.join(map(str, strange))}")
     for name, given in (("strength", flags.strength), ("map", flags.map)):
         if given and len(given) != len(values):
             problems.append(

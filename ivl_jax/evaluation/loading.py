@@ -51,6 +51,7 @@ class ModelSources:
             "map": [source.described_map and source.described_map.path for source in self.values],
             "chat_template": self.flags.chat_template,
             "dtype": self.flags.dtype,
+            "int8_base": self.flags.int8_base,
             "base_fingerprint": folder_fingerprint(self.base_folder),
             "value_fingerprints": [folder_fingerprint(source.folder) for source in self.values],
             "map_fingerprints": [
