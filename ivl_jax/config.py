@@ -4,6 +4,7 @@ In: values from a TOML file (config_files.py) or the command line. Out: frozen d
 cross-field checks have passed. Imports no JAX, so that `--help` stays fast.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -203,7 +204,15 @@ class InferConfig:
         require(
             self.max_new_tokens >= 1, f"--max-new-tokens must be ≥ 1, got {self.max_new_tokens}"
         )
-        require(self.temperature >= 0, f"--temperature must be ≥ 0, got {self.temperature}")
+        require(
+            0 <= self.temperature < math.inf,
+            f"--temperature must be ≥ 0 and finite, got {self.temperature}",
+        )
+        require(
+            all(map(math.isfinite, self.strength)),
+            f"--strength must be finite, got {', '.join(map(str, self.strength))}",
+        )
+        require(0 <= self.seed < 2**32, f"--seed must be in [0, 2³²), got {self.seed}")
         require(self.top_k >= 0, f"--top-k must be ≥ 0, got {self.top_k}")
         require(0 < self.top_p <= 1, f"--top-p must be in (0, 1], got {self.top_p}")
         require(0 <= self.min_p < 1, f"--min-p must be in [0, 1), got {self.min_p}")
