@@ -115,9 +115,9 @@ def check_draft_fit(
         ).ids
     except TokenizerMismatchError as error:
         raise TokenizerMismatchError(
-            f"the draft {draft.path} ({draft.info.vocab_size} ids) does not have the tokenizer of "
-            f"{base.name} ({base.info.vocab_size} ids), so it cannot propose tokens for it: name a "
-            f"smaller model of the base's own family. In detail: {error}"
+            f"the draft {draft.path} ({_identity(draft)}) does not have the tokenizer of "
+            f"{base.name} ({_identity(base)}), so it cannot propose tokens for it: name a smaller "
+            "model of the base's own family"
         ) from error
 
 
@@ -138,6 +138,10 @@ def _unknown_ids(base: Side, value: Side) -> tuple[int, ...]:
             f"{error}. This builds the map:\n  {_build_command(base, value)}\n"
             "and its file goes with the value network (infer.py: --map MAP.safetensors)"
         ) from error
+
+
+def _identity(side: Side) -> str:
+    return f"{side.info.vocab_size} ids, fingerprint {side.info.fingerprint[:12]}"
 
 
 def _build_command(base: Side, value: Side) -> str:
