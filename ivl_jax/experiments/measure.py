@@ -107,13 +107,20 @@ def family_map(
         centred: Whether value logits are centred before they are mapped.
     """
     built = build_vocabulary_map(
-        named_tokenizer("base", base.tokenizer, str(base.path)),
-        named_tokenizer("value", value.tokenizer, str(value.path)),
+        named_tokenizer(_family_name(base), base.tokenizer, str(base.path)),
+        named_tokenizer(_family_name(value), value.tokenizer, str(value.path)),
         texts,
         method=method,
         centred=centred,
     )
     save_vocabulary_map(path, built.vocabulary_map, built.metadata)
+
+
+def _family_name(model: LanguageModel | ValueNetwork) -> str:
+    """What the map's file calls a side: the model's folder, or that of a value's training base."""
+    if isinstance(model, LanguageModel):
+        return Path(model.path).name
+    return f"value trained on {Path(model.metadata.training_base['name']).name}"
 
 
 def _messages(item: Item) -> tuple[Message, ...]:
