@@ -1,8 +1,11 @@
 """Decode with a base model and a value network: flags in, text out.
 
 python infer.py --base BASE --value VALUE --prompt "Once upon a time"
+
 python infer.py --base BASE --value VALUE --input prompts.jsonl --output out.jsonl
+
 python infer.py --base BASE --value VALUE --chat
+
 python infer.py --base BASE --value A --value B --strength 1 --strength -0.5 --prompt "Once"
 """
 
