@@ -5,11 +5,14 @@ residual stream is multiplied by zero kernels, so the last hidden state is the t
 embedding, and the head has that embedding in the column of the token that follows.
 """
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.composed import Weights, random_weights
 from ivl_jax.model.architecture import ArchConfig
+from ivl_jax.model.decoder import Params
 
 # The logit of the token that follows; the others' lie within ±8 at a width of 192 or more.
 _LOGIT = 20.0
@@ -57,16 +60,24 @@ def chain_weights(arch: ArchConfig, following: np.ndarray, *, seed: int) -> Weig
     Returns:
         The weights; greedy decoding from token t goes on with following[t].
     """
-    params = random_weights(arch, seed).params
-    for layer in params["layers"].values():
-        for part, name in (("self_attn", "o_proj"), ("mlp", "down_proj")):
-            kernel = layer[part][name]["kernel"]
-            layer[part][name] = {"kernel": jnp.zeros_like(kernel)}
     rows = np.random.default_rng(seed).standard_normal(
         (arch.vocab_size, arch.hidden_size), np.float32
     )
     head = np.empty_like(rows)
     head[following] = rows * (_LOGIT / arch.hidden_size)
-    params["embed_tokens"] = {"embedding": jnp.asarray(rows)}
-    params["lm_head"] = {"kernel": jnp.asarray(head.T)}
-    return Weights(arch, params)
+    ends = {
+        "embed_tokens": {"embedding": jnp.asarray(rows)},
+        "lm_head": {"kernel": jnp.asarray(head.T)},
+    }
+    return Weights(arch, _silent_layers(arch, seed) | ends)
+
+
+@functools.lru_cache(maxsize=1)
+def _silent_layers(arch: ArchConfig, seed: int) -> Params:
+    """Random weights whose layers add nothing; kept, since drafts differ in their heads alone."""
+    params = random_weights(arch, seed).params
+    for layer in params["layers"].values():
+        for part, name in (("self_attn", "o_proj"), ("mlp", "down_proj")):
+            kernel = layer[part][name]["kernel"]
+            layer[part][name] = {"kernel": jnp.zeros_like(kernel)}
+    return params
