@@ -88,7 +88,7 @@ def read_hidden(
         tokens,
         positions=positions,
         cache=cache,
-        constrain=_constraint(network),
+        constrain=constraint_of(network),
     )
     assert cache_after is not None
     return hidden, cache_after
@@ -174,7 +174,7 @@ def read_values(
             vocab_size=composition.base.vocab_size,
             positions=value_positions,
             cache=caches[index],
-            constrain=_constraint(network),
+            constrain=constraint_of(network),
         )
         logits = logits_from_hidden(network.graphdef, value_params, _pick(hidden, value_wanted))
         terms.append(
@@ -209,10 +209,11 @@ def known_tokens(
     return jnp.where(unknown, jnp.int32(network.replacement_id), tokens)
 
 
-def _pick(hidden: Float[Array, "B T D"], wanted: Int[Array, "B C"]) -> Float[Array, "B C D"]:
-    return jnp.take_along_axis(hidden, wanted[:, :, None], axis=1)
-
-
-def _constraint(network: Network) -> Constrain | None:
+def constraint_of(network: Network) -> Constrain | None:
+    """The sharding constraint for a network's activations; None on one device."""
     layout = network.layout
     return None if layout is None else activation_constraint(layout.mesh, layout.rules)
+
+
+def _pick(hidden: Float[Array, "B T D"], wanted: Int[Array, "B C"]) -> Float[Array, "B C D"]:
+    return jnp.take_along_axis(hidden, wanted[:, :, None], axis=1)

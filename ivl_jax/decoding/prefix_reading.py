@@ -17,11 +17,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ivl_jax.composition import value_hidden
+from ivl_jax.decoding.forward import constraint_of
 from ivl_jax.decoding.requests import bucket
 from ivl_jax.decoding.state import Network
 from ivl_jax.model.decoder import Params
 from ivl_jax.model.kv_cache import KVCache, init_cache
-from ivl_jax.sharding import activation_constraint, batch_ways
+from ivl_jax.sharding import batch_ways
 from ivl_jax.vocabulary.retokenize import RetokenizedText
 
 _SMALLEST_LENGTH, _SMALLEST_TAIL, _SMALLEST_TAILS = 16, 4, 16
@@ -149,7 +150,6 @@ def _read(
 ) -> tuple[Float[Array, "B U D"], KVCache]:
     """Read each row's tokens from its own position on."""
     assert network.connection is not None
-    layout = network.layout
     steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
     hidden, cache_after = value_hidden(
         network.connection,
@@ -160,7 +160,7 @@ def _read(
         vocab_size=network.vocab_size,
         positions=starts[:, None] + steps,
         cache=cache,
-        constrain=None if layout is None else activation_constraint(layout.mesh, layout.rules),
+        constrain=constraint_of(network),
     )
     assert cache_after is not None
     return hidden, cache_after

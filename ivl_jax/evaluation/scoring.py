@@ -18,12 +18,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from ivl_jax.composition import ValueTerm, compose_logits, value_hidden
+from ivl_jax.decoding.forward import constraint_of, known_tokens
 from ivl_jax.decoding.prefix_reading import PrefixReading, lay_out_prefixes, read_prefixes
 from ivl_jax.decoding.requests import EncodedPrompt, bucket
-from ivl_jax.decoding.state import ComposedParams, Composition, Network
+from ivl_jax.decoding.state import ComposedParams, Composition
 from ivl_jax.decoding.text import ComposedModel
-from ivl_jax.model.decoder import Constrain, hidden_states, logits_from_hidden
-from ivl_jax.sharding import activation_constraint, batch_ways
+from ivl_jax.model.decoder import hidden_states, logits_from_hidden
+from ivl_jax.sharding import batch_ways
 from ivl_jax.vocabulary.retokenize import RetokenizedText
 
 _SMALLEST_LENGTH = 16
@@ -286,7 +287,7 @@ def _read(
     base = composition.base
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     base_hidden, _ = hidden_states(
-        base.graphdef, params.base, tokens, positions=positions, constrain=_constraint(base)
+        base.graphdef, params.base, tokens, positions=positions, constrain=constraint_of(base)
     )
     base_logits = None
     if any(network.connection != "residual" for network in composition.values):
@@ -297,16 +298,15 @@ def _read(
             found.append(read_prefixes(network, params.values[index], next(own)))
             continue
         assert network.connection is not None
-        unknown = (tokens >= network.vocab_size) | jnp.isin(tokens, params.unknown_ids[index])
         hidden, _ = value_hidden(
             network.connection,
             network.graphdef,
             params.values[index],
-            jnp.where(unknown, jnp.int32(network.replacement_id), tokens),
+            known_tokens(network, tokens, params.unknown_ids[index]),
             base_logits=base_logits,
             vocab_size=base.vocab_size,
             positions=positions,
-            constrain=_constraint(network),
+            constrain=constraint_of(network),
         )
         found.append(hidden)
     return base_hidden, tuple(found)
@@ -349,11 +349,6 @@ def _scores(logits: Float32[Array, "*B V"], targets: Int[Array, "*B"]) -> TokenS
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     log_prob = chosen - jax.nn.logsumexp(logits, axis=-1)
     return TokenScores(log_prob, chosen >= jnp.max(logits, axis=-1))
-
-
-def _constraint(network: Network) -> Constrain | None:
-    layout = network.layout
-    return None if layout is None else activation_constraint(layout.mesh, layout.rules)
 
 
 def _count_parts(logits_a_position: int, length: int, max_logits: int) -> int:
