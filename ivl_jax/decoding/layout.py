@@ -8,6 +8,7 @@ that this device reads fastest a token at a time, or split over a mesh.
 """
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
@@ -18,7 +19,7 @@ from ivl_jax.model.decoder import Params, untie_head
 from ivl_jax.model.int8 import quantize
 from ivl_jax.model.network import Architecture, build_network
 from ivl_jax.model.projection import KernelForm
-from ivl_jax.sharding import parameter_shardings
+from ivl_jax.sharding import VOCABULARY_ROW_MULTIPLE, parameter_shardings
 
 
 def lay_out_network(
@@ -45,6 +46,8 @@ def lay_out_network(
     if int8:
         if "lm_head" not in params:
             params = params | {"lm_head": {"kernel": _embedding(params)}}
+        if rows:
+            params = params | {"lm_head": _with_even_rows(params["lm_head"])}
         params = quantize(params, rows=rows)
     if layout is None:
         return graphdef, params
@@ -58,6 +61,16 @@ def output_rows(params: Params) -> int:
     if "lm_head" in params:
         return params["lm_head"]["kernel"].shape[1]
     return _embedding(params).shape[0]
+
+
+def _with_even_rows(head: Params) -> Params:
+    """A head [V D] whose rows make large tiles (`projection`), with empty ones after its own.
+
+    32,001 rows would be 10,667 tiles of 3; composition masks the columns that are no token.
+    """
+    kernel = head["kernel"]
+    more = -kernel.shape[0] % VOCABULARY_ROW_MULTIPLE
+    return head | {"kernel": jnp.pad(kernel, ((0, more), (0, 0)))} if more else head
 
 
 def _embedding(params: Params) -> Array:

@@ -5,8 +5,11 @@ import numpy as np
 import pytest
 
 from ivl_jax.decoding.compose import compose
+from ivl_jax.decoding.layout import lay_out_network
 from ivl_jax.decoding.requests import GenerationOptions
 from ivl_jax.evaluation.scoring import Row, score_rows
+from ivl_jax.model.decoder import logits_from_hidden
+from ivl_jax.model.network import build_network, init_network
 from ivl_jax.sharding import bytes_per_device, make_mesh
 from tests.decoding.conftest import make_value
 from tests.decoding.tiny import tiny_arch
@@ -44,3 +47,17 @@ def test_a_mesh_splits_kernels_and_scales_and_says_the_same(stories, value):
     assert split.generate([TEXT], options) == alone.generate([TEXT], options)
     kernel = split.params.base["layers"][0]["mlp"]["down_proj"]["kernel"]
     assert set(bytes_per_device(kernel).values()) == {kernel.nbytes // 4}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_of_a_prime_number_of_rows_is_multiplied_in_large_tiles(tied):
+    arch = tiny_arch(rows=67, tied=tied)
+    params = init_network(arch, jax.random.key(0))
+    hidden = jax.random.normal(jax.random.key(1), (1, 3, arch.hidden_size))
+    exact = logits_from_hidden(build_network(arch), params, hidden)
+    graphdef, laid_out = lay_out_network(params, arch, None, int8=True)
+    near = logits_from_hidden(graphdef, laid_out, hidden)
+    assert near.shape[-1] == 128
+    gap = np.abs(near[..., :67] - exact)
+    assert 0 < gap.max() < 0.02 * np.abs(exact).max()
+    assert not near[..., 67:].any()
