@@ -18,7 +18,7 @@ from ivl_jax.model.decode_layout import to_decode_layout
 from ivl_jax.model.decoder import Params, untie_head
 from ivl_jax.model.int8 import quantize
 from ivl_jax.model.network import Architecture, build_network
-from ivl_jax.model.projection import KernelForm
+from ivl_jax.model.projection import AS_TRAINED, KernelForm
 from ivl_jax.sharding import VOCABULARY_ROW_MULTIPLE, parameter_shardings
 
 
@@ -28,7 +28,7 @@ def lay_out_network(
     """Arrange a network for decoding.
 
     Args:
-        params: layers unstacked; left as they are.
+        params: layers unstacked, as loaded or as this function has laid them out; left as they are.
         arch: their architecture.
         layout: where they are to lie on a mesh; None: where they are, on one device.
         int8: round the kernels to int8, the head among them.
@@ -37,13 +37,24 @@ def lay_out_network(
         The static half of the network, which computes in the parameters' dtype, and parameters for
         it. Layers stay unstacked everywhere: scanned, a step of 134 M + 24 M parameters takes 1.6
         times as long on CPU.
+
+    Raises:
+        ValueError: laid out for one CPU device already, and wanted on a mesh.
     """
     head = params["lm_head"]["kernel"] if "lm_head" in params else _embedding(params)
+    given = _form_of(params)
+    if given.rows and layout is not None:
+        raise ValueError(
+            "a network that is laid out for decoding on one CPU device cannot go onto a mesh: "
+            "compose the model as it was loaded"
+        )
     rows = layout is None and isinstance(arch, ArchConfig) and _on_cpu(head)
-    form = KernelForm(rows=rows, int8=int8)
-    graphdef = build_network(arch, compute_dtype=head.dtype, form=form)
-    params = to_decode_layout(params) if rows else untie_head(params)
-    if int8:
+    form = KernelForm(rows=rows, int8=int8 or given.int8)
+    dtype = _embedding(params).dtype if given.int8 else head.dtype
+    graphdef = build_network(arch, compute_dtype=dtype, form=form)
+    if not given.rows:
+        params = to_decode_layout(params) if rows else untie_head(params)
+    if int8 and not given.int8:
         if "lm_head" not in params:
             params = params | {"lm_head": {"kernel": _embedding(params)}}
         if rows:
@@ -57,10 +68,20 @@ def lay_out_network(
 
 
 def output_rows(params: Params) -> int:
-    """Columns of the logits, padding included, of parameters as they were loaded."""
+    """Columns of the logits, padding included, of parameters as loaded or as laid out."""
     if "lm_head" in params:
-        return params["lm_head"]["kernel"].shape[1]
+        return params["lm_head"]["kernel"].shape[0 if _form_of(params).rows else 1]
     return _embedding(params).shape[0]
+
+
+def _form_of(params: Params) -> KernelForm:
+    """The form in which parameters come: as loaded, or as a composed model has laid them out."""
+    layers = params.get("layers", {})
+    if 0 not in layers:
+        return AS_TRAINED
+    return KernelForm(
+        rows="qkv_proj" in layers[0]["self_attn"], int8="scale" in layers[0]["mlp"]["down_proj"]
+    )
 
 
 def _with_even_rows(head: Params) -> Params:

@@ -61,3 +61,18 @@ def test_a_head_of_a_prime_number_of_rows_is_multiplied_in_large_tiles(tied):
     gap = np.abs(near[..., :67] - exact)
     assert 0 < gap.max() < 0.02 * np.abs(exact).max()
     assert not near[..., 67:].any()
+
+
+@pytest.mark.parametrize("int8_base", [False, True])
+def test_what_is_composed_can_be_composed_again(stories, value, int8_base):
+    options = GenerationOptions(max_new_tokens=8)
+    model = compose(stories, value, strengths=[0.1], int8_base=int8_base)
+    again = compose(model.base, *model.values, strengths=[0.1])
+    assert again.generate([TEXT], options) == model.generate([TEXT], options)
+    rounded = compose(model.base, strengths=[], int8_base=True)
+    assert (
+        rounded.composition.base.graphdef
+        == compose(stories, int8_base=True).composition.base.graphdef
+    )
+    with pytest.raises(ValueError, match="cannot go onto a mesh: compose the model as it was load"):
+        compose(model.base, mesh=make_mesh(data=2))
