@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 TARGETS: tuple[Literal["L", "X"], ...] = ("L", "X")
 _SHOWN = 4  # questions whose answers are printed
+_MAP, _REPORT, _PLOT = "X-from-S.safetensors", "report.json", "transfer.png"
+_WRITTEN = {"demonstrations", "data", "training", _MAP, _REPORT, _PLOT}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Options:
     config: Path = Path("configs/demo.toml")
     """The training run's settings."""
     run_dir: Path = Path("runs/demo")
-    """Replaced if it is there."""
+    """Replaced if a demo wrote it."""
 
 
 def demo_config(config: TrainConfig, files: dict[str, Path], *, run_dir: Path) -> TrainConfig:
@@ -74,6 +76,23 @@ def demo_config(config: TrainConfig, files: dict[str, Path], *, run_dir: Path) -
             data_dir=str(run_dir / "data"),
         ),
     )
+
+
+def remove_earlier_run(run_dir: Path) -> None:
+    """Removes what an earlier demo left, and nothing else.
+
+    Raises:
+        SystemExit: the folder holds something that no demo wrote.
+    """
+    if not run_dir.exists():
+        return
+    strange = sorted({path.name for path in run_dir.iterdir()} - _WRITTEN)
+    if strange:
+        raise SystemExit(
+            f"--run-dir {run_dir} holds {', '.join(strange[:5])}, which no demo wrote and this one "
+            "would remove: name another folder"
+        )
+    shutil.rmtree(run_dir)
 
 
 def recorded_finetune(model: str, test: list[Item]) -> dict[str, float] | None:
@@ -148,7 +167,7 @@ def main() -> None:
     for chatty in ("absl", "jax"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     started = time.monotonic()
-    shutil.rmtree(options.run_dir, ignore_errors=True)
+    remove_earlier_run(options.run_dir)
 
     items = build_items()
     files = write_demonstrations(options.run_dir / "demonstrations", items)
@@ -158,13 +177,13 @@ def main() -> None:
         raise SystemExit("interrupted; the next `make demo` begins anew")
     value = load_value(result.output)
     test = select(items, "test")
-    report, texts = compare(value, items, map_file=options.run_dir / "X-from-S.safetensors")
+    report, texts = compare(value, items, map_file=options.run_dir / _MAP)
     report["items"] = {
         kind: sum(item.kind == kind for item in test) for kind in ("fact", "docstring")
     }
     report["seconds"] = round(time.monotonic() - started, 1)
-    (options.run_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-    plot_report(report, options.run_dir / "transfer.png")
+    (options.run_dir / _REPORT).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    plot_report(report, options.run_dir / _PLOT)
     print_report(console, report, texts, [item for item in test if item.kind == "fact"])
     console.print(f"Report, plot and value network: {options.run_dir}")
 

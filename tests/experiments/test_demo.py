@@ -36,6 +36,20 @@ def test_the_demo_trains_on_s_inside_its_own_folder(config: TrainConfig, tmp_pat
     assert str(files["test"]) not in (*own.data.train, *own.data.validation)
 
 
+def test_only_what_a_demo_wrote_is_removed_before_the_next(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    demo.remove_earlier_run(run_dir)
+    (run_dir / "training").mkdir(parents=True)
+    (run_dir / "report.json").write_text("{}")
+    (run_dir / "thesis.tex").write_text("years of work")
+    with pytest.raises(SystemExit, match=r"holds thesis.tex, which no demo wrote"):
+        demo.remove_earlier_run(run_dir)
+    assert len(list(run_dir.iterdir())) == 3
+    (run_dir / "thesis.tex").unlink()
+    demo.remove_earlier_run(run_dir)
+    assert not run_dir.exists()
+
+
 def test_the_fine_tune_differs_from_the_demo_in_what_is_trained_only(
     config: TrainConfig, tmp_path: Path
 ) -> None:
