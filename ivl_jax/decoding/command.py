@@ -126,8 +126,9 @@ def _load(config: InferConfig, sources: Sequence[ValueSource], mesh: Mesh | None
     dtype = jnp.dtype(config.dtype)
     base_rules, value_rules = LAYOUTS[config.base_layout], LAYOUTS[config.value_layout]
     start = time.perf_counter()
-    base = load_language_model(config.base, param_dtype=dtype, mesh=mesh, sharding_rules=base_rules)
+    # The values first: they are small, and a damaged one is found before the base is read.
     values = [load_source(source, dtype=dtype, mesh=mesh, rules=value_rules) for source in sources]
+    base = load_language_model(config.base, param_dtype=dtype, mesh=mesh, sharding_rules=base_rules)
     draft = None
     if config.draft:
         draft = load_language_model(

@@ -102,10 +102,11 @@ def load_model(sources: ModelSources) -> ComposedModel:
     mesh, dtype = None if alone else make_mesh(**sizes), jnp.dtype(flags.dtype)
     base_rules, value_rules = LAYOUTS[flags.base_layout], LAYOUTS[flags.value_layout]
     start = time.perf_counter()
-    base = load_language_model(flags.base, param_dtype=dtype, mesh=mesh, sharding_rules=base_rules)
+    # The values first: they are small, and a damaged one is found before the base is read.
     values = [
         load_source(source, dtype=dtype, mesh=mesh, rules=value_rules) for source in sources.values
     ]
+    base = load_language_model(flags.base, param_dtype=dtype, mesh=mesh, sharding_rules=base_rules)
     names = " and ".join([flags.base, *(source.path for source in sources.values)])
     logger.info("loaded %s in %.1f s", names, time.perf_counter() - start)
     return compose(
