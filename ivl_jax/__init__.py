@@ -5,7 +5,7 @@ The public names, loaded when first used (importing them all takes seconds):
     import ivl_jax
 
     base = ivl_jax.load_model("ivl_jax/assets/family/L")
-    value = ivl_jax.load_value("runs/demo/value")
+    value = ivl_jax.load_value("runs/demo/training/value")
     model = ivl_jax.compose(base, value)
     print(model.generate(["Question: …"])[0].text)
 
