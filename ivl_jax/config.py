@@ -136,6 +136,11 @@ def _base_problems(config: TrainConfig) -> list[str]:
             problems.append(
                 'base.cache_states has no use with method = "sft": the states change in every step'
             )
+        if config.base.param_dtype != "float32":
+            problems.append(
+                f'base.param_dtype = "{config.base.param_dtype}" has no use with method = "sft": '
+                "what is trained is held in float32; see step.compute_dtype"
+            )
     return problems
 
 
@@ -186,6 +191,8 @@ class InferConfig:
     """String that ends the generation and is cut off; repeat the flag for several."""
     batch_size: int = 8
     """Prompts decoded together, with --input; where one ends, the next takes its place."""
+    compilation_cache: str = ""
+    """Folder of JAX's persistent compilation cache; empty: none."""
     profile: str = ""
     """Write a trace of the third to seventh step, of up to 16 tokens a row each (4 of a single
     prompt), to this folder, for TensorBoard or xprof."""

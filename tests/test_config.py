@@ -172,6 +172,10 @@ def test_all_missing_fields_are_listed_at_once() -> None:
             {"method": "sft", "bases": (), "base": BaseConfig(path="a", cache_states=True)},
             "base.cache_states has no use",
         ),
+        (
+            {"method": "sft", "bases": (), "base": BaseConfig(path="a", param_dtype="int8")},
+            "base.param_dtype = .int8. has no use",
+        ),
     ],
 )
 def test_several_bases_are_said_in_one_way(change: dict, message: str) -> None:

@@ -2,10 +2,12 @@ import importlib.util
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import types
 
+import jax
 import pytest
 
 from ivl_jax.checkpoint import save_value
@@ -347,6 +349,35 @@ def test_bad_flags_and_files_are_said_before_a_model_is_loaded(
         messages = messages.replace(folder, name)
     for part in said:
         assert part in messages
+
+
+def test_compiled_programs_are_kept_where_the_flag_says(infer, base_flags, tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        status, _, _ = infer(*base_flags, "--prompt", "a", "--compilation-cache", tmp_path / "kept")
+        assert status == 0
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "kept")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_a_damaged_value_folder_is_found_before_the_base_is_read(
+    infer, stories260k_dir, value_folder, tmp_path, monkeypatch
+):
+    damaged = tmp_path / "value"
+    shutil.copytree(value_folder, damaged)
+    files = [path for path in (damaged / "params").rglob("*") if path.is_file()]
+    array = max(files, key=lambda path: path.stat().st_size)
+    array.write_bytes(array.read_bytes()[:-1] + b"?")
+
+    def fail(*_, **__):
+        pytest.fail("the base was loaded")
+
+    monkeypatch.setattr("ivl_jax.decoding.command.load_language_model", fail)
+    flags = ("--base", stories260k_dir, "--value", damaged, "--prompt", "a")
+    status, output, messages = infer(*flags)
+    assert (status, output) == (2, "")
+    assert "is not as it was written" in messages
 
 
 def test_a_prompt_beyond_the_context_says_by_how_much(infer, base_flags, tmp_path):

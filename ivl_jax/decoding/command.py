@@ -46,7 +46,17 @@ logger = logging.getLogger(__name__)
 
 # Flags that cannot change a text beyond near-ties; all others are compared when a run goes on.
 _FREE_FLAGS = frozenset(
-    {"prompt", "input", "output", "batch_size", "mesh", "base_layout", "value_layout", "profile"}
+    {
+        "prompt",
+        "input",
+        "output",
+        "batch_size",
+        "mesh",
+        "base_layout",
+        "value_layout",
+        "profile",
+        "compilation_cache",
+    }
 )
 
 
@@ -86,6 +96,8 @@ def prepare(config: InferConfig) -> Work:
         raise ConfigError("--chat without --prompt talks on a terminal: give --prompt or --input")
     values = sum(path != "none" for path in config.value)
     rows = [] if config.input is None else read_prompts(Path(config.input), values=values)
+    if config.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     mesh = _mesh(config)
     base_folder = find_model(config.base)
     sources = find_values(config.value, config.map)
