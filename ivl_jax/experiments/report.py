@@ -144,8 +144,8 @@ invented people answered word for word. *Ratio*: share of the NLL gain of fully 
 base, (NLL base − NLL with value) / (NLL base − NLL fine-tuned). S has 0.69 M parameters, L 6.2 M, X
 2.0 M and another tokenizer; L-continued is L trained on, on statements about people nobody had
 heard of (*new facts*). Value networks are trained beside S and never see the other bases.
-Mean ± half the range over those of the seeds {", ".join(map(str, seeds))} that were trained; a single
-number is one seed.
+Mean ± half the range over those of the seeds {", ".join(map(str, seeds))} that were trained; a
+single number is one seed.
 Fine-tuned references: learning rate and length chosen on validation
 (`python -m ivl_jax.experiments.finetune_sweep`; L-continued takes L's)."""
 
