@@ -118,7 +118,7 @@ def choose_length(
 
     Example:
         >>> one = jnp.ones(1)
-        >>> costs = np.asarray([1.0, 1.4, 1.6, 1.7], np.float32)
+        >>> costs = np.asarray([1.0, 1.4, 1.9, 2.4], np.float32)
         >>> [
         ...     int(choose_length(costs, judged=99 * one, accepted=kept * one, running=one > 0))
         ...     for kept in (9.0, 60.0, 90.0)

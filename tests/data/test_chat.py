@@ -132,11 +132,12 @@ def test_targets_spell_the_answers_and_prompts_are_exact_prefixes(
 ) -> None:
     tokenizer, chat = named_format(name, template)
     tokens, loss_mask = chat.encode_dialogue(messages)
-    # SentencePiece normalises nothing but spaces, its word mark among them.
-    answers = [
-        message.content.replace("▁", " ") for message in messages if message.role == "assistant"
+    answers = [message.content for message in messages if message.role == "assistant"]
+    # SentencePiece normalises nothing but spaces, its word mark among them; a template that trims
+    # an answer trims it before.
+    expected = [
+        _answer(template, answer, tokenizer.eos_token).replace("▁", " ") for answer in answers
     ]
-    expected = [_answer(template, answer, tokenizer.eos_token) for answer in answers]
     assert _targets(tokenizer, chat, messages) == expected
 
     before = 0

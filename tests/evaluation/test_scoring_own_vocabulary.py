@@ -8,7 +8,7 @@ from ivl_jax.data.formats import Message
 from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.prefix_reading import lay_out_prefixes
 from ivl_jax.evaluation.scoring import Row, score_rows
-from tests.decoding.anew import random_map, step_anew
+from tests.decoding.anew import compose_beside, random_map, step_anew
 from tests.decoding.tiny import language_model
 
 TEXTS = ["Once upon a time, unbelievably", "naïve 水と火 🙂!", "def f(a):\n    return 12345"]
@@ -20,7 +20,7 @@ def mixed(stories260k_dir):
     base, shared = (language_model(family_folder("S"), seed=seed) for seed in (0, 1))
     values = [language_model(stories260k_dir, seed=2), language_model(family_folder("X"), seed=3)]
     maps = [random_map(base, values[0], centred=True), random_map(base, values[1], seed=1), None]
-    return compose(base, *values, shared, strengths=[1.0, -0.7, 0.3], maps=maps), maps
+    return compose_beside(base, *values, shared, strengths=[1.0, -0.7, 0.3], maps=maps), maps
 
 
 def expected(model, maps, prompt, token_ids, position):
