@@ -37,7 +37,9 @@ def main() -> None:
         for name in BENCHMARKS
         if (file := RESULTS / f"{name}.json").exists()
     }
-    sections = [section(name, record) for name, record in records.items()]
+    # The longest table is the last one.
+    by_length = sorted(records, key=lambda name: len(records[name]["rows"]))
+    sections = [section(name, records[name]) for name in by_length]
     PAGE.write_text(replaced(PAGE.read_text(encoding="utf-8"), sections), encoding="utf-8")
     rows = [row for name in ("decode", "batch") for row in records.get(name, {"rows": []})["rows"]]
     draw(curves(rows), PLOT)
