@@ -156,7 +156,7 @@ def test_a_map_of_other_tokenizers_is_refused_before_a_model_is_loaded(
 ):
     from ivl_jax.assets import family_folder
 
-    monkeypatch.setattr("ivl_jax.decoding.command.load_language_model", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("ivl_jax.decoding.loading.load_language_model", lambda *_, **__: 1 / 0)
     other = ("--base", family_folder("X"), *mapped_flags[2:], "--prompt", "a")
     status, _, messages = infer(*other)
     assert status == 2
@@ -340,7 +340,7 @@ def test_bad_flags_and_files_are_said_before_a_model_is_loaded(
     def fail(*_, **__):
         pytest.fail("a model was loaded")
 
-    monkeypatch.setattr("ivl_jax.decoding.command.load_language_model", fail)
+    monkeypatch.setattr("ivl_jax.decoding.loading.load_language_model", fail)
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: False))
     folders = {"BASE": str(stories260k_dir), "GPT2": str(gpt2_model_dir)}
     status, output, messages = infer(*[folders.get(flag, flag) for flag in flags])
@@ -373,7 +373,7 @@ def test_a_damaged_value_folder_is_found_before_the_base_is_read(
     def fail(*_, **__):
         pytest.fail("the base was loaded")
 
-    monkeypatch.setattr("ivl_jax.decoding.command.load_language_model", fail)
+    monkeypatch.setattr("ivl_jax.decoding.loading.load_language_model", fail)
     flags = ("--base", stories260k_dir, "--value", damaged, "--prompt", "a")
     status, output, messages = infer(*flags)
     assert (status, output) == (2, "")

@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from etils import epath
-from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ivl_jax.config import ConfigError, InferConfig, check_infer_config
 from ivl_jax.data.formats import Message
-from ivl_jax.decoding.compose import compose
+from ivl_jax.decoding.loading import decoding_mesh, load_composed
 from ivl_jax.decoding.prompt_files import (
     GenerationFile,
     PromptRow,
@@ -36,11 +34,9 @@ from ivl_jax.decoding.value_sources import (
     check_draft,
     check_sources,
     find_values,
-    load_source,
 )
 from ivl_jax.profiling import StepProfile
-from ivl_jax.sharding import LAYOUTS, make_mesh
-from ivl_jax.weights.language_model import find_model, load_language_model
+from ivl_jax.weights.language_model import find_model
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +94,7 @@ def prepare(config: InferConfig) -> Work:
     rows = [] if config.input is None else read_prompts(Path(config.input), values=values)
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
-    mesh = _mesh(config)
+    mesh = decoding_mesh(config.mesh)
     base_folder = find_model(config.base)
     sources = find_values(config.value, config.map)
     check_sources(config.base, base_folder, sources)
@@ -109,7 +105,18 @@ def prepare(config: InferConfig) -> Work:
     if config.output is not None:
         settings = _settings(config, base_folder, draft_folder, sources)
         output = GenerationFile(Path(config.output), settings=settings, rows=rows)
-    model = _load(config, sources, mesh)
+    model = load_composed(
+        config.base,
+        sources,
+        strengths=config.strength,
+        dtype=config.dtype,
+        mesh=mesh,
+        base_layout=config.base_layout,
+        value_layout=config.value_layout,
+        int8_base=config.int8_base,
+        draft=config.draft,
+        draft_length=config.draft_length,
+    )
     texts = [_prompt_of(row, chat=config.chat) for row in rows]
     names = [row.where for row in rows]
     options = [dataclasses.replace(_options(config), strengths=row.strengths) for row in rows]
@@ -132,42 +139,6 @@ def decode(work: Work) -> None:
             _show(work.model.stream_prepared(work.prompts[0], profile=profile))
         else:
             _talk(work, profile)
-
-
-def _load(config: InferConfig, sources: Sequence[ValueSource], mesh: Mesh | None) -> ComposedModel:
-    dtype = jnp.dtype(config.dtype)
-    base_rules, value_rules = LAYOUTS[config.base_layout], LAYOUTS[config.value_layout]
-    start = time.perf_counter()
-    # The values first: they are small, and a damaged one is found before the base is read.
-    values = [load_source(source, dtype=dtype, mesh=mesh, rules=value_rules) for source in sources]
-    base = load_language_model(config.base, param_dtype=dtype, mesh=mesh, sharding_rules=base_rules)
-    draft = None
-    if config.draft:
-        draft = load_language_model(
-            config.draft, param_dtype=dtype, mesh=mesh, sharding_rules=value_rules
-        )
-    drafts = [config.draft] if config.draft else []
-    names = " and ".join([config.base, *(source.path for source in sources), *drafts])
-    logger.info("loaded %s in %.1f s", names, time.perf_counter() - start)
-    return compose(
-        base,
-        *values,
-        strengths=config.strength,
-        maps=[source.described_map for source in sources],
-        mesh=mesh,
-        base_rules=base_rules,
-        value_rules=value_rules,
-        int8_base=config.int8_base,
-        draft=draft,
-        draft_length=config.draft_length,
-    )
-
-
-def _mesh(config: InferConfig) -> Mesh | None:
-    sizes = dataclasses.asdict(config.mesh)
-    if len(jax.devices()) == 1 and max(sizes.values()) <= 1:
-        return None
-    return make_mesh(**sizes)
 
 
 def _options(config: InferConfig) -> GenerationOptions:

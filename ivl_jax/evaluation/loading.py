@@ -4,26 +4,21 @@ In: `ModelFlags`. Out: `ModelSources`, which identify the models in reports and 
 are written in several runs; then a `ComposedModel`.
 """
 
-import dataclasses
 import hashlib
 import logging
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from etils import epath
 
 from ivl_jax.data.chat import ChatFormat, make_chat_format
-from ivl_jax.decoding.compose import compose
+from ivl_jax.decoding.loading import decoding_mesh, load_composed
 from ivl_jax.decoding.prompt_files import folder_fingerprint
 from ivl_jax.decoding.text import ComposedModel
-from ivl_jax.decoding.value_sources import ValueSource, check_sources, find_values, load_source
+from ivl_jax.decoding.value_sources import ValueSource, check_sources, find_values
 from ivl_jax.evaluation.flags import ModelFlags, check_model_flags, require
-from ivl_jax.sharding import LAYOUTS, make_mesh
-from ivl_jax.weights.language_model import find_model, load_language_model
+from ivl_jax.weights.language_model import find_model
 
 logger = logging.getLogger(__name__)
 
@@ -97,26 +92,14 @@ def load_model(sources: ModelSources) -> ComposedModel:
         ValueError: weights that do not fit, or a mesh that does not fit the devices.
     """
     flags = sources.flags
-    sizes = dataclasses.asdict(flags.mesh)
-    alone = len(jax.devices()) == 1 and max(sizes.values()) <= 1
-    mesh, dtype = None if alone else make_mesh(**sizes), jnp.dtype(flags.dtype)
-    base_rules, value_rules = LAYOUTS[flags.base_layout], LAYOUTS[flags.value_layout]
-    start = time.perf_counter()
-    # The values first: they are small, and a damaged one is found before the base is read.
-    values = [
-        load_source(source, dtype=dtype, mesh=mesh, rules=value_rules) for source in sources.values
-    ]
-    base = load_language_model(flags.base, param_dtype=dtype, mesh=mesh, sharding_rules=base_rules)
-    names = " and ".join([flags.base, *(source.path for source in sources.values)])
-    logger.info("loaded %s in %.1f s", names, time.perf_counter() - start)
-    return compose(
-        base,
-        *values,
+    return load_composed(
+        flags.base,
+        sources.values,
         strengths=flags.strength,
-        maps=[source.described_map for source in sources.values],
-        mesh=mesh,
-        base_rules=base_rules,
-        value_rules=value_rules,
+        dtype=flags.dtype,
+        mesh=decoding_mesh(flags.mesh),
+        base_layout=flags.base_layout,
+        value_layout=flags.value_layout,
         int8_base=flags.int8_base,
     )
 
