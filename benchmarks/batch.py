@@ -40,11 +40,9 @@ def run(options: Options) -> Report:
 def _rows(batch: int, plan: Plan) -> Iterator[Row]:
     base, value = random_weights(BASE_A, seed=0), random_weights(VALUE_A, seed=1)
     contenders = contenders_of(base, value, random_prompts(batch, BASE_A.vocab_size), plan)
-    outcomes, memory = contest(
-        contenders, new_tokens=plan.new_tokens, memory_repeats=plan.repeats + 2
-    )
+    outcomes, memory = contest(contenders, new_tokens=plan.new_tokens, memory_around=OURS)
     slots = PROMPT_TOKENS + plan.new_tokens / 2
-    limit = batch * memory.median / bytes_a_step([base, value], batch=batch, slots=slots)
+    limit = memory.limit(outcomes[OURS], bytes_a_step([base, value], batch=batch, slots=slots))
     # In bfloat16 this processor multiplies matrices at twice our float32 rate: 1.0 is the goal.
     for peer, bound in ((CACHED, TARGETS[batch]), (CACHED_BF16, None)):
         yield Row(

@@ -72,9 +72,7 @@ def _pair_rows(pair: str, arch: ArchConfig, plan: Plan, *, with_targets: bool) -
     base, value = random_weights(arch, seed=0), random_weights(VALUE_A, seed=1)
     prompts = random_prompts(1, arch.vocab_size)
     contenders = contenders_of(base, value, prompts, plan)
-    outcomes, memory = contest(
-        contenders, new_tokens=plan.new_tokens, memory_repeats=plan.repeats + 2
-    )
+    outcomes, memory = contest(contenders, new_tokens=plan.new_tokens, memory_around=OURS)
     yield from _speed_rows(pair, outcomes, with_targets=with_targets)
     slots = PROMPT_TOKENS + plan.new_tokens / 2
     step = {
@@ -86,12 +84,12 @@ def _pair_rows(pair: str, arch: ArchConfig, plan: Plan, *, with_targets: bool) -
         outcomes[OURS].rate,
         "tokens/s",
         "higher",
-        limit=memory.median / step[OURS],
+        limit=memory.limit(outcomes[OURS], step[OURS]),
         target=Target("fraction_of_limit", 0.8) if with_targets else None,
     )
     yield Row(
         f"{pair}: memory, float32 matrix × vector over 1 GiB",
-        Figures(memory.median / 1e9, memory.spread / 1e9),
+        Figures(memory.rate.median / 1e9, memory.rate.spread / 1e9),
         "GB/s",
         "higher",
     )

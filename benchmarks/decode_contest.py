@@ -3,6 +3,7 @@
 In: decoders by name. Out: tokens a second of each, what they generated, and bytes read a second.
 """
 
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -11,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.timing import Figures
+from benchmarks.timing import Figures, time_in_turn, time_work
 
 PROMPT_TOKENS = 64
 NEW_TOKENS = 128
 # Larger than any cache, as a decoder's weights are; 16,384² float32.
 _MATRIX_SIDE = 16_384
+_MEMORY_REPEATS = 5
 
 
 class Contender(NamedTuple):
@@ -35,12 +37,51 @@ class Contender(NamedTuple):
 class Outcome(NamedTuple):
     """What the contest found about one decoder."""
 
-    rate: Figures
-    """Tokens a second, all rows together."""
-    step: Figures
-    """Milliseconds a token, all rows at once."""
+    seconds: tuple[float, ...]
+    """Of a token, all rows at once, in each timed call."""
     tokens: np.ndarray
     """What it generated, [B T], prompt included."""
+
+    @property
+    def rate(self) -> Figures:
+        """Tokens a second, all rows together."""
+        return Figures.of(len(self.tokens) / each for each in self.seconds)
+
+    @property
+    def step(self) -> Figures:
+        """Milliseconds a token, all rows at once."""
+        return Figures.of(1e3 * each for each in self.seconds)
+
+
+class Memory(NamedTuple):
+    """Bytes a second that a float32 matrix × vector product over 1 GiB reads."""
+
+    readings: tuple[float, ...]
+    """Around each timed call of one decoder: the mean of those right before and right after it."""
+
+    @property
+    def rate(self) -> Figures:
+        """Bytes a second."""
+        return Figures.of(self.readings)
+
+    def limit(self, outcome: Outcome, step_bytes: float) -> float:
+        """Tokens a second that memory allows where it is read as fast as around a decoder's calls.
+
+        The share of memory's speed is taken call by call, since that speed changes by half within
+        a minute on a machine with neighbours; the limit is what makes the median share come out.
+
+        Args:
+            outcome: of the decoder around whose calls memory was read.
+            step_bytes: bytes that a token has to read, all rows at once.
+
+        Returns:
+            Tokens a second, all rows together.
+        """
+        shares = [
+            step_bytes / each / reading
+            for each, reading in zip(outcome.seconds, self.readings, strict=True)
+        ]
+        return outcome.rate.median / statistics.median(shares)
 
 
 def random_prompts(batch: int, vocab_size: int) -> np.ndarray:
@@ -49,56 +90,55 @@ def random_prompts(batch: int, vocab_size: int) -> np.ndarray:
 
 
 def contest(
-    contenders: Mapping[str, Contender], *, new_tokens: int, memory_repeats: int
-) -> tuple[dict[str, Outcome], Figures]:
-    """Let each decoder generate, one after the other, again and again; read memory in between.
+    contenders: Mapping[str, Contender], *, new_tokens: int, memory_around: str = ""
+) -> tuple[dict[str, Outcome], Memory]:
+    """Let each decoder generate, one after the other, again and again.
 
     Args:
         contenders: by name.
         new_tokens: tokens each generates a row; the first comes from the prompt and is not timed.
-        memory_repeats: readings of a matrix; 0: none.
+        memory_around: the contender right before and after whose timed calls memory is read; empty:
+            memory is not read.
 
     Returns:
-        By name, what was found; and bytes a second that a float32 matrix × vector product over
-        1 GiB reads, the faster one of the kernel's two orientations.
+        By name, what was found; and how fast memory was, read in the faster one of a kernel's two
+        orientations.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     tokens: dict[str, np.ndarray] = {}
-    readers = _readers() if memory_repeats else {}
-    read: dict[str, list[float]] = {name: [] for name in readers}
-    turns = max([contender.repeats for contender in contenders.values()] + [memory_repeats])
-    for turn in range(-1, turns):
+    readings: list[float] = []
+    read_memory = _memory_reader() if memory_around else None
+    for turn in range(-1, max(contender.repeats for contender in contenders.values())):
         for name, (prefill, decode, repeats, warm_up) in contenders.items():
-            if turn < repeats and (turn >= 0 or warm_up):
-                state = jax.block_until_ready(prefill())
-                started = time.perf_counter()
-                tokens[name] = decode(state)
-                if turn >= 0:
-                    seconds[name].append(time.perf_counter() - started)
-        for name, reader in readers.items():
-            if turn < memory_repeats:
-                started = time.perf_counter()
-                jax.block_until_ready(reader())
-                if turn >= 0:
-                    read[name].append(4 * _MATRIX_SIDE**2 / (time.perf_counter() - started))
-    memory = max(map(Figures.of, read.values()), default=Figures(0.0, 0.0))
-    steps = new_tokens - 1
-    return {
-        name: Outcome(
-            Figures.of(len(tokens[name]) * steps / each for each in seconds[name]),
-            Figures.of(1e3 * each / steps for each in seconds[name]),
-            tokens[name],
-        )
-        for name in contenders
-    }, memory
+            if turn >= repeats or (turn < 0 and not warm_up):
+                continue
+            state = jax.block_until_ready(prefill())
+            reader = read_memory if turn >= 0 and name == memory_around else None
+            before = reader() if reader else 0.0
+            started = time.perf_counter()
+            tokens[name] = decode(state)
+            if turn >= 0:
+                seconds[name].append((time.perf_counter() - started) / (new_tokens - 1))
+            if reader:
+                readings.append((before + reader()) / 2)
+    outcomes = {name: Outcome(tuple(seconds[name]), tokens[name]) for name in contenders}
+    return outcomes, Memory(tuple(readings))
 
 
-def _readers() -> dict[str, Callable[[], jax.Array]]:
-    """A matrix × vector product in each orientation of the kernel."""
+def _memory_reader() -> Callable[[], float]:
+    """A function that measures bytes a second of a matrix × vector product, median of some."""
     kernel = jnp.ones((_MATRIX_SIDE, _MATRIX_SIDE), jnp.float32)
     row, column = jnp.ones((1, _MATRIX_SIDE)), jnp.ones((_MATRIX_SIDE, 1))
     multiply = jax.jit(jnp.dot)
-    return {
+    products = {
         "(in, out)": lambda: multiply(row, kernel),
         "(out, in)": lambda: multiply(kernel, column),
     }
+    found = time_in_turn(products, repeats=_MEMORY_REPEATS)
+    fastest = min(products, key=lambda name: found[name].figures.median)
+
+    def read() -> float:
+        timing = time_work(products[fastest], repeats=_MEMORY_REPEATS, warm_up=0)
+        return timing.rate(kernel.nbytes).median
+
+    return read

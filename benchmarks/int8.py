@@ -84,10 +84,10 @@ def _speed_rows(
     outcomes, memory = contest(
         {"int8": contender(int8=True), "f32": contender(int8=False)},
         new_tokens=new_tokens,
-        memory_repeats=repeats,
+        memory_around="int8",
     )
     slots = PROMPT_TOKENS + new_tokens / 2
-    limit = batch * memory.median / bytes_a_step([base, value], batch=batch, slots=slots)
+    limit = memory.limit(outcomes["int8"], bytes_a_step([base, value], batch=batch, slots=slots))
     rate = outcomes["int8"].rate
     peer = Peer("f32", outcomes["f32"].rate.median)
     name = f"pair A, batch {batch}: composed decoding with an int8 base"

@@ -122,7 +122,7 @@ def _pair_rows(plan: Plan, pair: _Pair, batch: int, lengths: Mapping[float, int]
     for share, one in drafted.items():
         prefill = functools.partial(one.model.prefill, prompts, plan.new_tokens)
         contenders[str(share)] = Contender(prefill, one.decode, plan.repeats)
-    outcomes, _ = contest(contenders, new_tokens=plan.new_tokens, memory_repeats=0)
+    outcomes, _ = contest(contenders, new_tokens=plan.new_tokens)
     alone = outcomes[_PLAIN]
     for share, one in drafted.items():
         outcome, length = outcomes[str(share)], lengths[share]

@@ -121,7 +121,7 @@ def decode_chunk(
 
     def unfinished(carry: tuple[Int[Array, ""], DecodeState]) -> Bool[Array, ""]:
         count, state = carry
-        done = jnp.sum(state.finish != FinishReason.RUNNING)
+        done = jnp.sum(~state.running)
         return (count < max_tokens) & (done < enough_done)
 
     def one_token(
@@ -153,14 +153,13 @@ def decode_step(
         The state afterwards.
     """
     # A row that is done reads its last token again, into the slot where it already is.
-    positions = state.lengths[:, None] - 1
-    tokens = jnp.take_along_axis(state.tokens, positions, axis=1)
+    tokens = state.last_tokens[:, None]
     logits, state = read_tokens(
         composition,
         params,
         state,
         tokens,
-        positions=positions,
+        positions=state.last_positions[:, None],
         wanted=jnp.zeros_like(tokens),
         readings=readings,
     )
@@ -177,7 +176,7 @@ def halt(state: DecodeState, stopped: Bool[Array, " B"]) -> DecodeState:
     Returns:
         The state with these rows' finish reason; why they ended is the host's to know.
     """
-    halted = stopped & (state.finish == FinishReason.RUNNING)
+    halted = stopped & state.running
     reason = jnp.int32(FinishReason.STOP_STRING)
     return state._replace(finish=jnp.where(halted, reason, state.finish))
 
@@ -210,21 +209,7 @@ def grow_mapped(
 def _append(state: DecodeState, logits: Float[Array, "B V"]) -> DecodeState:
     """Sample one token for each running row and update its length and finish reason."""
     requests = state.requests
-    running = state.finish == FinishReason.RUNNING
     token_indices = state.lengths - requests.prompt_lengths
     chosen = sample_tokens(logits, requests.sampling, requests.keys, token_indices)
-    capacity = state.tokens.shape[1]
-    rows = jnp.arange(state.tokens.shape[0], dtype=jnp.int32)
-    slots = jnp.where(running, state.lengths, capacity)
-    lengths = state.lengths + running.astype(jnp.int32)
-    ended = jnp.any(chosen[:, None] == requests.stop_ids, axis=1)
-    reason = jnp.where(
-        ended,
-        jnp.int32(FinishReason.EOS),
-        jnp.where(lengths >= requests.limits, jnp.int32(FinishReason.LENGTH), state.finish),
-    )
-    return state._replace(
-        tokens=state.tokens.at[rows, slots].set(chosen, mode="drop"),
-        lengths=lengths,
-        finish=jnp.where(running, reason, state.finish),
-    )
+    stopped = jnp.any(chosen[:, None] == requests.stop_ids, axis=1)
+    return state.extended(chosen[:, None], state.running.astype(jnp.int32), stopped=stopped)

@@ -16,7 +16,6 @@ from ivl_jax.decoding.acceptance import propose
 from ivl_jax.decoding.draft_length import LONGEST
 from ivl_jax.decoding.forward import read_draft, read_values
 from ivl_jax.decoding.state import ComposedParams, Composition, DecodeState, DraftState
-from ivl_jax.decoding.streaming import FinishReason
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import logits_from_hidden
 from ivl_jax.model.kv_cache import KVCache
@@ -56,7 +55,7 @@ def propose_block(
     assert draft_params is not None
     requests, draft = state.requests, draft_of(state)
     known_to_both = min(network.vocab_size, base.vocab_size)
-    last = jnp.maximum(state.lengths - 1, 0)
+    last = state.last_positions
     ends = jnp.stack([jnp.maximum(last - 1, 0), last], axis=1)
 
     def propose_one(
@@ -110,7 +109,7 @@ def catch_up(
     tokens, lengths, draft = state.tokens, state.lengths, draft_of(state)
 
     def behind(carry: tuple[KVCache, Int[Array, " B"]]) -> Bool[Array, ""]:
-        return (count > 0) & jnp.any(is_running(state) & (carry[1] < lengths - 2))
+        return (count > 0) & jnp.any(state.running & (carry[1] < lengths - 2))
 
     def read(carry: tuple[KVCache, Int[Array, " B"]]) -> tuple[KVCache, Int[Array, " B"]]:
         cache, done = carry
@@ -151,7 +150,7 @@ def read_values_ahead(
         caches,
         tokens[:, None],
         strengths=state.requests.strengths,
-        positions=(jnp.maximum(state.lengths - 1, 0) + index)[:, None],
+        positions=(state.last_positions + index)[:, None],
         wanted=jnp.zeros_like(tokens)[:, None],
     )
 
@@ -160,11 +159,6 @@ def draft_of(state: DecodeState) -> DraftState:
     """The draft's part of a state that has one."""
     assert state.draft is not None
     return state.draft
-
-
-def is_running(state: DecodeState) -> Bool[Array, " B"]:
-    """The rows that generate."""
-    return state.finish == FinishReason.RUNNING
 
 
 def _empty_block(composition: Composition, params: ComposedParams, state: DecodeState) -> Block:

@@ -40,13 +40,11 @@ from ivl_jax.decoding.proposing import (
     Block,
     catch_up,
     draft_of,
-    is_running,
     propose_block,
     read_values_ahead,
 )
 from ivl_jax.decoding.sampling import sample_tokens
 from ivl_jax.decoding.state import ComposedParams, Composition, DecodeState, DraftState
-from ivl_jax.decoding.streaming import FinishReason
 from ivl_jax.model.decoder import logits_from_hidden
 from ivl_jax.model.kv_cache import KVCache
 
@@ -90,8 +88,8 @@ def speculate_chunk(
     before = state.lengths
 
     def unfinished(state: DecodeState) -> Bool[Array, ""]:
-        behind = is_running(state) & (state.lengths - before < max_tokens)
-        return jnp.any(behind) & (jnp.sum(~is_running(state)) < enough_done)
+        behind = state.running & (state.lengths - before < max_tokens)
+        return jnp.any(behind) & (jnp.sum(~state.running) < enough_done)
 
     def one_round(state: DecodeState) -> DecodeState:
         return speculate(composition, params, state)
@@ -126,10 +124,10 @@ def _count(composition: Composition, params: ComposedParams, state: DecodeState)
             round_costs(composition, params, batch=state.lengths.shape[0]),
             judged=draft.recent_judged,
             accepted=draft.recent_accepted,
-            running=is_running(state),
+            running=state.running,
         )
     # The last token of a row needs no proposal before it.
-    room = jnp.where(is_running(state), state.requests.limits - state.lengths - 1, 0)
+    room = jnp.where(state.running, state.requests.limits - state.lengths - 1, 0)
     return jnp.minimum(count, jnp.max(room))
 
 
@@ -142,14 +140,12 @@ def _read_block(
 ) -> tuple[Float[Array, "B L V"], DecodeState]:
     """Let the base read the last token and the proposals at once; L = K + 1."""
     base = composition.base
-    last = jnp.maximum(state.lengths - 1, 0)[:, None]
-    last_tokens = jnp.take_along_axis(state.tokens, last, axis=1)
-    tokens = jnp.concatenate([last_tokens, block.tokens], axis=1)
+    tokens = jnp.concatenate([state.last_tokens[:, None], block.tokens], axis=1)
 
     def of_width(
         width: int, carry: tuple[Float[Array, "B L V"], KVCache]
     ) -> tuple[Float[Array, "B L V"], KVCache]:
-        positions = last + jnp.arange(width, dtype=jnp.int32)[None, :]
+        positions = state.last_positions[:, None] + jnp.arange(width, dtype=jnp.int32)[None, :]
         hidden, cache = read_hidden(
             base, params.base, carry[1], tokens[:, :width], positions=positions
         )
@@ -222,7 +218,7 @@ def _judge_block(
         carry: tuple[Int[Array, " B"], tuple[KVCache, ...]],
     ) -> tuple[Int[Array, " B"], tuple[KVCache, ...]]:
         following, caches = carry
-        tokens = jnp.where(count > 0, last_proposals, last_tokens)
+        tokens = jnp.where(count > 0, last_proposals, state.last_tokens)
         terms, caches = read_values_ahead(composition, params, state, caches, tokens, count)
         chosen = sample_tokens(
             composed(count, terms), requests.sampling, requests.keys, indices + count
@@ -230,10 +226,8 @@ def _judge_block(
         return jnp.where(left, chosen, following), caches
 
     nothing = jnp.zeros_like(state.lengths)
-    begin = (jnp.int32(0), is_running(state), _Verdict(nothing, nothing))
+    begin = (jnp.int32(0), state.running, _Verdict(nothing, nothing))
     _, left, verdict = jax.lax.while_loop(some_left, judge_one, begin)
-    last = jnp.maximum(state.lengths - 1, 0)[:, None]
-    last_tokens = jnp.take_along_axis(state.tokens, last, axis=1)[:, 0]
     last_proposals = jax.lax.dynamic_index_in_dim(
         block.tokens, jnp.maximum(count - 1, 0), axis=1, keepdims=False
     )
@@ -261,8 +255,7 @@ def _append(
     count: Int[Array, ""],
 ) -> DecodeState:
     """Append to each running row what was kept, up to its first stop id and its limit."""
-    requests, draft, running = state.requests, draft_of(state), is_running(state)
-    batch, capacity = state.tokens.shape
+    requests, draft, running = state.requests, draft_of(state), state.running
     accepted, places = verdict.accepted[:, None], jnp.arange(proposals.shape[1] + 1)[None, :]
     new = jnp.pad(proposals, ((0, 0), (0, 1)))
     new = jnp.where(places == accepted, verdict.following[:, None], new)
@@ -272,22 +265,11 @@ def _append(
     room = jnp.minimum(verdict.accepted + 1, requests.limits - state.lengths)
     ended = jnp.any(ends_here, axis=1) & (until_stop <= room)
     gained = jnp.where(running, jnp.where(ended, until_stop, room), 0)
-    lengths = state.lengths + gained
-    reason = jnp.where(
-        ended,
-        jnp.int32(FinishReason.EOS),
-        jnp.where(lengths >= requests.limits, jnp.int32(FinishReason.LENGTH), state.finish),
-    )
-    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
-    slots = jnp.where(places < gained[:, None], state.lengths[:, None] + places, capacity)
     # Proposals beyond a row's end were not decided upon, as far as the row is concerned.
     kept = jnp.minimum(verdict.accepted, gained)
     judged = jnp.minimum(jnp.minimum(verdict.accepted + 1, count), gained)
-    read = jnp.minimum(state.lengths + count, lengths) - 1
-    return state._replace(
-        tokens=state.tokens.at[rows, slots].set(new, mode="drop"),
-        lengths=lengths,
-        finish=jnp.where(running, reason, state.finish),
+    read = state.lengths + jnp.minimum(count, gained) - 1
+    return state.extended(new, gained, stopped=ended)._replace(
         draft=DraftState(
             cache=draft.cache,
             lengths=jnp.where(running & (count > 0), read, draft.lengths),

@@ -7,12 +7,14 @@ are pytrees of arrays. `ivl_jax.decoding.generate` has the functions over them.
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from ivl_jax.config import Connection
 from ivl_jax.decoding.sampling import Sampling
+from ivl_jax.decoding.streaming import FinishReason
 from ivl_jax.model.decoder import Params
 from ivl_jax.model.kv_cache import KVCache
 from ivl_jax.model.network import Architecture
@@ -145,3 +147,44 @@ class DecodeState(NamedTuple):
     """The same for each value network; of its own tokens where it has its own vocabulary."""
     draft: DraftState | None = None
     """The draft's part, where there is one."""
+
+    @property
+    def running(self) -> Bool[Array, " B"]:
+        """The rows that generate."""
+        return self.finish == FinishReason.RUNNING
+
+    @property
+    def last_positions(self) -> Int[Array, " B"]:
+        """Position of each row's last token; 0 in a row that only fills the batch."""
+        return jnp.maximum(self.lengths - 1, 0)
+
+    @property
+    def last_tokens(self) -> Int[Array, " B"]:
+        """Each row's last token, which no cache holds yet while the row runs."""
+        return jnp.take_along_axis(self.tokens, self.last_positions[:, None], axis=1)[:, 0]
+
+    def extended(
+        self, tokens: Int[Array, "B N"], gained: Int[Array, " B"], *, stopped: Bool[Array, " B"]
+    ) -> "DecodeState":
+        """Append tokens to rows.
+
+        Args:
+            tokens: [B N] what follows each row.
+            gained: [B] how many of them the row gets, at most N; 0 for a row that is done.
+            stopped: [B] whether the last of those is one of the row's stop ids.
+
+        Returns:
+            The state with their tokens, lengths and finish reasons; caches are left alone.
+        """
+        batch, capacity = self.tokens.shape
+        rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
+        places = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+        slots = jnp.where(places < gained[:, None], self.lengths[:, None] + places, capacity)
+        lengths = self.lengths + gained
+        full = jnp.where(lengths >= self.requests.limits, int(FinishReason.LENGTH), self.finish)
+        reason = jnp.where(stopped, jnp.int32(FinishReason.EOS), full.astype(jnp.int32))
+        return self._replace(
+            tokens=self.tokens.at[rows, slots].set(tokens, mode="drop"),
+            lengths=lengths,
+            finish=jnp.where(self.running, reason, self.finish),
+        )

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from ivl_jax.model.architecture import ArchConfig
+from ivl_jax.model.fused_attention import fused_attention, has_fused_attention
 from ivl_jax.model.product import multiply
 from ivl_jax.model.projection import KernelForm, Projection, declare
 from ivl_jax.model.rope import rotate
@@ -77,9 +78,8 @@ def attend(
 
     Written out because `jax.nn.dot_product_attention` takes keys as [B S K H], which costs a
     transposed copy of the cache in every decode step, and has no soft cap. It computes what that
-    function's `xla` implementation does; in JAX 0.10 that one is taken wherever none is named, on
-    GPUs too. `cudnn`, never chosen by itself, takes 16-bit floats only and head widths that are
-    multiples of 8 up to 128, from Hopper on 256.
+    function's `xla` implementation does. Without a cache, cuDNN's takes its place where there is
+    one (`fused_attention`).
 
     Args:
         query: Rotated queries.
@@ -149,15 +149,19 @@ class Attention(nnx.Module):
         if self.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, angles), rotate(key, angles)
-        memory, keys, values = write(memory, key.swapaxes(1, 2), value.swapaxes(1, 2))
-        mixed = attend(
-            query,
-            keys.astype(x.dtype),
-            values.astype(x.dtype),
-            mask=mask,
-            scale=self.scale,
-            softcap=self.softcap,
-        )
+        shape = {"head_dim": self.head_dim, "length": x.shape[1]}
+        if memory is None and self.softcap is None and has_fused_attention(dtype=x.dtype, **shape):
+            mixed = fused_attention(query, key, value, mask=mask, scale=self.scale)
+        else:
+            memory, keys, values = write(memory, key.swapaxes(1, 2), value.swapaxes(1, 2))
+            mixed = attend(
+                query,
+                keys.astype(x.dtype),
+                values.astype(x.dtype),
+                mask=mask,
+                scale=self.scale,
+                softcap=self.softcap,
+            )
         return self.o_proj(constrain(mixed, names).reshape((*x.shape[:2], -1))), memory
 
     def _projected(self, x: Float[Array, "B T D"]) -> tuple[Array, ...]:
