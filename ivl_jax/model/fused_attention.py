@@ -42,9 +42,10 @@ def fused_attention(
     Returns:
         The attended values in the query's dtype.
     """
-    return jax.nn.dot_product_attention(
-        query, key, value, mask=mask, scale=scale, implementation="cudnn"
-    )
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.nn.dot_product_attention(
+            query, key, value, mask=mask, scale=scale, implementation="cudnn"
+        )
 
 
 def has_fused_attention(*, dtype: DTypeLike, head_dim: int, length: int) -> bool:
@@ -88,8 +89,9 @@ def _passes_trial(dtype: str, head_dim: int) -> bool:
         return [np.asarray(each, np.float32) for each in (mixed, *found)]
 
     try:
-        # The caller may be in the middle of tracing a program; this is none of its operations.
-        with jax.ensure_compile_time_eval():
+        # The caller may be in the middle of tracing a program; this is none of its operations. And
+        # JAX's function mixes dtypes, which a strict caller forbids.
+        with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
             pairs = list(zip(gradients("cudnn"), gradients("xla"), strict=True))
     except Exception as error:  # whatever cuDNN, its loader or its checks raise on a machine
         logger.info("attention stays XLA's: cuDNN's does not run here (%s)", error)
