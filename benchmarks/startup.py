@@ -81,11 +81,14 @@ def start(base_folder: str, value_folder: str) -> Start:
     import transformers
 
     from ivl_jax import GenerationOptions, compose, load_model
+    from ivl_jax.decoding.loading import loading_form, spare_the_collector
 
     _ = transformers.AutoTokenizer  # imported when first named
     jax.block_until_ready(jax.device_put(0.0))  # the backend starts
+    spare_the_collector()  # from here on as infer.py does it
     started = time.perf_counter()
-    base, value = (load_model(folder) for folder in (base_folder, value_folder))
+    form = loading_form(None)
+    base, value = (load_model(folder, form=form) for folder in (base_folder, value_folder))
     jax.block_until_ready((base.params, value.params))
     loaded = time.perf_counter()
     model = compose(base, value)

@@ -2,10 +2,15 @@
 
 import os
 
-# Before jax is imported anywhere: eight virtual CPU devices, never an accelerator, never a hub. What
-# LLVM makes of a program is left as it comes: half of the suite's time would be its optimisation.
-_XLA_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_XLA_FLAGS}".strip()
+# Before jax is imported anywhere: eight virtual CPU devices, never an accelerator, never a hub.
+# Level 0, because half of the suite's time would be LLVM's optimisation.
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+    )
+).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

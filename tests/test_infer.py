@@ -380,7 +380,14 @@ def test_a_damaged_value_folder_is_found_before_the_base_is_read(
     assert "is not as it was written" in messages
 
 
-def test_a_prompt_beyond_the_context_says_by_how_much(infer, base_flags, tmp_path):
+def test_a_prompt_beyond_the_context_says_by_how_much_before_a_model_is_loaded(
+    infer, base_flags, tmp_path, monkeypatch
+):
+    def fail(*_, **__):
+        pytest.fail("weights were read")
+
+    for loader in ("load_language_model", "load_source"):
+        monkeypatch.setattr(f"ivl_jax.decoding.loading.{loader}", fail)
     status, _, messages = infer(*base_flags, "--prompt", "word " * 700)
     assert status == 2
     assert "--prompt: " in messages
@@ -390,6 +397,7 @@ def test_a_prompt_beyond_the_context_says_by_how_much(infer, base_flags, tmp_pat
     status, _, messages = infer(*base_flags, "--input", source, "--output", tmp_path / "o.jsonl")
     assert status == 2
     assert f"{source}:3: " in messages
+    assert not (tmp_path / "o.jsonl").exists()
 
 
 def test_help_imports_no_jax(project_root):

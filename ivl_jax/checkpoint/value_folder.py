@@ -210,7 +210,7 @@ def read_description(
             "copy the folder again, or export the value network again"
         )
     recorded = TokenizerInfo.from_json(metadata.tokenizer)
-    tokenizer = _load_tokenizer(folder / TOKENIZER_FOLDER)
+    tokenizer = load_value_tokenizer(folder)
     found = describe_tokenizer(tokenizer)
     _check_tokenizer(found, metadata, _architecture(metadata, folder), f"{folder}/tokenizer")
     info = dataclasses.replace(found, eos_ids=recorded.eos_ids, pad_id=recorded.pad_id)
@@ -341,7 +341,9 @@ def _copy_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: epath.Path) -> N
             (folder / path.name).write_bytes(path.read_bytes())
 
 
-def _load_tokenizer(folder: epath.Path) -> PreTrainedTokenizerBase:
+def load_value_tokenizer(value_folder: epath.PathLike) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a value folder, which transformers does only locally, from anywhere."""
+    folder = absolute_path(value_folder) / TOKENIZER_FOLDER
     if is_local(folder):
         return load_tokenizer(folder)
     with tempfile.TemporaryDirectory() as local:

@@ -27,14 +27,10 @@ from ivl_jax.decoding.prompt_files import (
     folder_fingerprint,
     read_prompts,
 )
+from ivl_jax.decoding.prompts import Prompt, PromptReader
 from ivl_jax.decoding.requests import EncodedPrompt, GenerationOptions, PromptTooLongError
-from ivl_jax.decoding.text import ComposedModel, Generation, Prompt
-from ivl_jax.decoding.value_sources import (
-    ValueSource,
-    check_draft,
-    check_sources,
-    find_values,
-)
+from ivl_jax.decoding.text import ComposedModel, Generation
+from ivl_jax.decoding.value_sources import ValueSource, check_sources, find_values, read_base
 from ivl_jax.profiling import StepProfile
 from ivl_jax.weights.language_model import find_model
 
@@ -74,7 +70,7 @@ class Work:
 
 
 def prepare(config: InferConfig) -> Work:
-    """Check flags and files, then load the models and encode the prompts.
+    """Check flags and files and encode the prompts, then load the models.
 
     Args:
         config: the flags.
@@ -83,9 +79,9 @@ def prepare(config: InferConfig) -> Work:
         Work that only decoding can still fail.
 
     Raises:
-        ConfigError: flags, prompts or an output file that do not fit; before any weight is read.
+        ConfigError: flags or an output file that do not fit; before any weight is read.
         FileNotFoundError: no such base model or value folder.
-        ValueError: weights, tokenizers or prompts that do not fit.
+        ValueError: tokenizers or prompts that do not fit, also before; or weights.
     """
     check_infer_config(config)
     if config.input is None and config.prompt is None and not sys.stdin.isatty():
@@ -97,10 +93,10 @@ def prepare(config: InferConfig) -> Work:
     mesh = decoding_mesh(config.mesh)
     base_folder = find_model(config.base)
     sources = find_values(config.value, config.map)
-    check_sources(config.base, base_folder, sources)
     draft_folder = find_model(config.draft) if config.draft else None
-    if draft_folder is not None:
-        check_draft(config.base, base_folder, config.draft, draft_folder, sources)
+    draft = draft_folder and read_base(config.draft, draft_folder, role="the draft")
+    reader = check_sources(read_base(config.base, base_folder), sources, draft=draft)
+    prompts = _encode(config, rows, reader)
     output = None
     if config.output is not None:
         settings = _settings(config, base_folder, draft_folder, sources)
@@ -117,13 +113,23 @@ def prepare(config: InferConfig) -> Work:
         draft=config.draft,
         draft_length=config.draft_length,
     )
-    texts = [_prompt_of(row, chat=config.chat) for row in rows]
-    names = [row.where for row in rows]
-    options = [dataclasses.replace(_options(config), strengths=row.strengths) for row in rows]
+    return Work(config, model, prompts, output)
+
+
+def _encode(
+    config: InferConfig, rows: Sequence[PromptRow], reader: PromptReader
+) -> list[EncodedPrompt]:
+    """Encode and check what is to be decoded; nothing in a conversation but its format."""
     if config.prompt is not None:
-        texts, names = [_dialogue(config.prompt) if config.chat else config.prompt], ["--prompt"]
-        options = [_options(config)]
-    return Work(config, model, model.prepare(texts, options, names=names), output)
+        text = _dialogue(config.prompt) if config.chat else config.prompt
+        return reader.prepare([text], _options(config), names=["--prompt"])
+    if config.input is None:
+        _ = reader.chat_format
+    return reader.prepare(
+        [_prompt_of(row, chat=config.chat) for row in rows],
+        [dataclasses.replace(_options(config), strengths=row.strengths) for row in rows],
+        names=[row.where for row in rows],
+    )
 
 
 def decode(work: Work) -> None:

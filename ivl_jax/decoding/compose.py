@@ -15,15 +15,15 @@ from jax.sharding import Mesh
 
 from ivl_jax.checkpoint import ValueNetwork
 from ivl_jax.config import Connection
-from ivl_jax.decoding.compatibility import Side, check_draft_fit, check_fit
+from ivl_jax.decoding.compatibility import check_draft_fit, check_fit
 from ivl_jax.decoding.layout import lay_out_network, output_rows
-from ivl_jax.decoding.own_vocabulary import OwnVocabulary, make_own_vocabulary
 from ivl_jax.decoding.programs import build_programs
+from ivl_jax.decoding.prompts import make_prompt_reader, text_side
 from ivl_jax.decoding.state import ComposedParams, Composition, Layout, Network
 from ivl_jax.decoding.text import ComposedModel
 from ivl_jax.model.decoder import Params
 from ivl_jax.sharding import DEFAULT_RULES, ShardingRules
-from ivl_jax.text_codec import TextCodec, spoken_bytes
+from ivl_jax.text_codec import spoken_bytes
 from ivl_jax.tokenizer import TokenizerInfo
 from ivl_jax.vocabulary.mapping import DescribedMap, read_map
 from ivl_jax.weights.language_model import LanguageModel
@@ -79,32 +79,26 @@ def compose(
     for what, given in (("strengths", strengths), ("maps", maps)):
         if given and len(given) != len(values):
             raise ValueError(f"{len(given)} {what} for {len(values)} value network(s)")
-    base_name = f"the base {base.path}"
-    names = [_value_name(value, index) for index, value in enumerate(values)]
-    base_side = Side(base_name, base.path, base.tokenizer_info)
+    base_side = text_side(base, f"the base {base.path}")
+    sides = [text_side(value, _value_name(value, index)) for index, value in enumerate(values)]
     described = [_described(given) for given in maps] or [None] * len(values)
+    connections: list[Connection] = [connection_of(value) for value in values]
     unknown = [
-        check_fit(
-            base_side,
-            Side(name, value.path, value.tokenizer_info),
-            connection=connection_of(value),
-            described_map=one_map,
-        )
-        for name, value, one_map in zip(names, values, described, strict=True)
+        check_fit(base_side.side, each.side, connection=connection, described_map=one_map)
+        for each, connection, one_map in zip(sides, connections, described, strict=True)
     ]
-    draft_unknown: tuple[int, ...] = ()
+    draft_side, draft_unknown = None, ()
     if draft is not None:
-        draft_unknown = check_draft_fit(
-            base_side,
-            Side(f"the draft {draft.path}", draft.path, draft.tokenizer_info),
-            list(zip(names, map(connection_of, values), described, strict=True)),
-        )
+        draft_side = text_side(draft, f"the draft {draft.path}")
+        names = [each.side.name for each in sides]
+        facts = list(zip(names, connections, described, strict=True))
+        draft_unknown = check_draft_fit(base_side.side, draft_side.side, facts)
     layout = None if mesh is None else Layout(mesh, base_rules)
     value_layout = None if mesh is None else Layout(mesh, value_rules)
     base_network, base_params = _network(base, None, layout, int8=int8_base)
     laid_out = [
-        _network(value, connection_of(value), value_layout, one_map)
-        for value, one_map in zip(values, described, strict=True)
+        _network(value, connection, value_layout, one_map)
+        for value, connection, one_map in zip(values, connections, described, strict=True)
     ]
     # As small as the values, and read as often: it lies where they do.
     draft_network, draft_params = (None, None)
@@ -116,15 +110,6 @@ def compose(
         draft_network,
         draft_length if draft is not None else 0,
     )
-    own = _own_vocabularies(base, values, names, described)
-    contexts = [(base.arch.max_position_embeddings, base_name)] + [
-        (value.arch.max_position_embeddings, name)
-        for name, value, one_map in zip(names, values, described, strict=True)
-        if one_map is None
-    ]
-    if draft is not None:
-        contexts.append((draft.arch.max_position_embeddings, f"the draft {draft.path}"))
-    context, context_of = min(contexts, key=lambda pair: pair[0])
     return ComposedModel(
         composition=composition,
         params=ComposedParams(
@@ -137,9 +122,7 @@ def compose(
         ),
         programs=build_programs(composition),
         strengths=tuple(float(alpha) for alpha in strengths) or (1.0,) * len(values),
-        stop_ids=_stop_ids(base, values, own),
-        context=context,
-        context_of=context_of,
+        prompts=make_prompt_reader(base_side, sides, described, draft=draft_side),
         # The arrays they came with are theirs no longer: kept, every weight would be held twice.
         base=dataclasses.replace(base, params=base_params),
         values=tuple(
@@ -148,7 +131,6 @@ def compose(
         ),
         token_bytes=spoken_bytes(base.tokenizer, base.tokenizer_info),
         strips_leading_space=_strips_leading_space(base.tokenizer, base.tokenizer_info),
-        own_vocabularies=own,
     )
 
 
@@ -183,45 +165,6 @@ def _described(given: epath.PathLike | DescribedMap | None) -> DescribedMap | No
     if given is None or isinstance(given, DescribedMap):
         return given
     return read_map(given)
-
-
-def _own_vocabularies(
-    base: LanguageModel,
-    values: Sequence[ValueNetwork | LanguageModel],
-    names: Sequence[str],
-    described: Sequence[DescribedMap | None],
-) -> tuple[OwnVocabulary | None, ...]:
-    """The text side of each value network with a map."""
-    if not any(described):
-        return (None,) * len(values)
-    base_codec = TextCodec(base.tokenizer, base.tokenizer_info)
-    return tuple(
-        None
-        if one_map is None
-        else make_own_vocabulary(
-            base_codec,
-            TextCodec(value.tokenizer, value.tokenizer_info),
-            one_map.metadata.special_pairs,
-            name=name,
-            context=value.arch.max_position_embeddings,
-            tokenizer=value.tokenizer,
-            chat_template=value.chat_template if isinstance(value, ValueNetwork) else "auto",
-            value_stop_ids=value.stop_ids,
-        )
-        for value, name, one_map in zip(values, names, described, strict=True)
-    )
-
-
-def _stop_ids(
-    base: LanguageModel,
-    values: Sequence[ValueNetwork | LanguageModel],
-    own_vocabularies: Sequence[OwnVocabulary | None],
-) -> tuple[int, ...]:
-    """Base ids that end a row: those of the base and, as the base says them, of every value."""
-    ends = list(base.stop_ids)
-    for value, own in zip(values, own_vocabularies, strict=True):
-        ends += value.stop_ids if own is None else own.stop_ids
-    return tuple(dict.fromkeys(ends))
 
 
 def connection_of(value: ValueNetwork | LanguageModel) -> Connection:

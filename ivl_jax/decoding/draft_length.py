@@ -42,6 +42,10 @@ class _Device:
     """Bytes of weights a second that one row reads."""
     layer_seconds: float
     """Seconds a layer takes whatever its size."""
+    pass_seconds: float
+    """Seconds a pass takes beside its layers: logits are composed, a token is chosen."""
+    round_seconds: float
+    """Seconds a round takes beside its passes where something is proposed."""
     rows: tuple[int, ...]
     """Rows multiplied at once…"""
     times: tuple[float, ...]
@@ -54,13 +58,14 @@ class _Device:
         slower = float(np.interp(rows, self.rows, self.times))
         if rows > self.rows[-1]:
             slower *= rows / self.rows[-1]
-        return _bytes_read(params) * slower / self.bandwidth + layers * self.layer_seconds
+        fixed = layers * self.layer_seconds + self.pass_seconds
+        return _bytes_read(params) * slower / self.bandwidth + fixed
 
 
 # CPU: two cores, kernels (out, in), `python -m benchmarks speculative`; five to seven rows take as
 # long as eight there. Accelerators: memory decides until some 200 rows.
-_CPU = _Device(20e9, 50e-6, (1, 2, 4, 8, 16, 32), (1.0, 1.25, 1.4, 1.65, 2.3, 3.6))
-_ACCELERATOR = _Device(1.5e12, 20e-6, (1, 256), (1.0, 1.3))
+_CPU = _Device(20e9, 50e-6, 120e-6, 450e-6, (1, 2, 4, 8, 16, 32), (1.0, 1.25, 1.4, 1.65, 2.3, 3.6))
+_ACCELERATOR = _Device(1.5e12, 20e-6, 20e-6, 50e-6, (1, 256), (1.0, 1.3))
 
 
 def round_costs(
@@ -88,6 +93,7 @@ def round_costs(
         count * draft
         + (count + 1) * values
         + device.seconds(composition.base, params.base, batch * block_width(count))
+        + (device.round_seconds if count else 0.0)
         for count in range(LONGEST + 1)
     ]
     return np.asarray(costs, np.float32) / np.float32(costs[0])

@@ -10,6 +10,7 @@ that this device reads fastest a token at a time, or split over a mesh.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from ivl_jax.decoding.state import Layout
@@ -54,7 +55,7 @@ def lay_out_network(
     graphdef = build_network(arch, compute_dtype=dtype, form=form)
     if not given.rows:
         params = to_decode_layout(params) if rows else untie_head(params)
-    if int8 and not given.int8:
+    if form.int8:
         if "lm_head" not in params:
             params = params | {"lm_head": {"kernel": _embedding(params)}}
         if rows:
@@ -65,6 +66,19 @@ def lay_out_network(
     units = {"heads": arch.num_attention_heads, "kv_heads": arch.num_key_value_heads}
     shardings = parameter_shardings(params, layout.mesh, layout.rules, units=units)
     return graphdef, jax.device_put(params, shardings)
+
+
+def loading_form(mesh: Mesh | None, *, int8: bool = False) -> KernelForm:
+    """The form in which to load a network that is only to decode: then each weight is held once.
+
+    Args:
+        mesh: where it will decode; None: one device.
+        int8: its kernels are to be in int8.
+
+    Returns:
+        The form, for `load_language_model`; `lay_out_network` leaves such kernels as they are.
+    """
+    return KernelForm(rows=mesh is None and jax.default_backend() == "cpu", int8=int8)
 
 
 def output_rows(params: Params) -> int:
@@ -89,9 +103,12 @@ def _with_even_rows(head: Params) -> Params:
 
     32,001 rows would be 10,667 tiles of 3; composition masks the columns that are no token.
     """
-    kernel = head["kernel"]
-    more = -kernel.shape[0] % VOCABULARY_ROW_MULTIPLE
-    return head | {"kernel": jnp.pad(kernel, ((0, more), (0, 0)))} if more else head
+    more = -head["kernel"].shape[0] % VOCABULARY_ROW_MULTIPLE
+    if not more:
+        return head
+    return {
+        name: jnp.pad(part, ((0, more), *[(0, 0)] * (part.ndim - 1))) for name, part in head.items()
+    }
 
 
 def _embedding(params: Params) -> Array:

@@ -4,18 +4,16 @@ In: prompts as texts, dialogues or token ids. Out: `Generation`s, or pieces of t
 final. `ivl_jax.decoding.compose` makes the model.
 """
 
-import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from ivl_jax.checkpoint import ValueNetwork
-from ivl_jax.data.chat import ChatFormat, make_chat_format
-from ivl_jax.data.formats import Message
-from ivl_jax.decoding.own_vocabulary import OwnVocabulary, base_chat_format
+from ivl_jax.data.chat import ChatFormat
+from ivl_jax.decoding.own_vocabulary import OwnVocabulary
 from ivl_jax.decoding.programs import Programs
-from ivl_jax.decoding.requests import EncodedPrompt, GenerationOptions, PromptTooLongError
+from ivl_jax.decoding.prompts import GREEDY, Prompt, PromptReader
+from ivl_jax.decoding.requests import EncodedPrompt, GenerationOptions
 from ivl_jax.decoding.rows import Decoder, Progress, decode_rows
 from ivl_jax.decoding.state import ComposedParams, Composition
 from ivl_jax.decoding.streaming import Detokenizer, FinishReason, RowText
@@ -26,12 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 else:
     PreTrainedTokenizerBase = Any
-
-Prompt = str | Sequence[int] | Sequence[Message]
-"""A text, token ids, or a dialogue whose last message is the user's."""
-
-GREEDY = GenerationOptions()
-_MOST_PROBLEMS_NAMED = 20
 
 
 @dataclass(frozen=True)
@@ -75,13 +67,9 @@ class ComposedModel:
         base: The base model, its parameters laid out for decoding.
         values: The value networks, or language models in their place, likewise.
         strengths: α of each value network, where a request names none.
-        stop_ids: Ids that end a row: those of the base and of every value network.
-        context: Tokens a row may hold: the smallest context of all networks.
-        context_of: The name of the network with that context.
+        prompts: How prompts become tokens, without the weights.
         token_bytes: Bytes of each id; empty for special tokens.
         strips_leading_space: Whether the tokenizer drops the space at the start of a text.
-        own_vocabularies: The text side of each value network that has its own vocabulary; None for
-            those that share the base's.
     """
 
     composition: Composition = field(repr=False)
@@ -90,29 +78,39 @@ class ComposedModel:
     base: LanguageModel = field(repr=False)
     values: tuple[ValueNetwork | LanguageModel, ...]
     strengths: tuple[float, ...]
-    stop_ids: tuple[int, ...]
-    context: int
-    context_of: str
+    prompts: PromptReader = field(repr=False)
     token_bytes: tuple[bytes, ...] = field(repr=False)
     strips_leading_space: bool
-    own_vocabularies: tuple[OwnVocabulary | None, ...] = field(default=(), repr=False)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base's tokenizer, in which everything is generated."""
         return self.base.tokenizer
 
-    @functools.cached_property
+    @property
     def chat_format(self) -> ChatFormat:
-        """How dialogues become tokens: the first value network's format, else the base's own.
+        """How dialogues become tokens: the first value network's format, else the base's own."""
+        return self.prompts.chat_format
 
-        A value network with its own vocabulary has its template read in the base's tokens.
-        """
-        if self.own_vocabularies and (own := self.own_vocabularies[0]) is not None:
-            return base_chat_format(self.tokenizer, own)
-        first = self.values[0] if self.values else self.base
-        template = first.chat_template if isinstance(first, ValueNetwork) else "auto"
-        return make_chat_format(first.tokenizer, template=template)
+    @property
+    def context(self) -> int:
+        """Tokens a row may hold: the smallest context of all networks."""
+        return self.prompts.context
+
+    @property
+    def context_of(self) -> str:
+        """The name of the network with that context."""
+        return self.prompts.context_of
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a row: those of the base and of every value network."""
+        return self.prompts.stop_ids
+
+    @property
+    def own_vocabularies(self) -> tuple[OwnVocabulary | None, ...]:
+        """The text side of each value network; None for those that share the base's vocabulary."""
+        return self.prompts.own_vocabularies
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Turn a prompt into token ids.
@@ -129,21 +127,7 @@ class ComposedModel:
             ValueError: no tokens: "" and a tokenizer without a beginning-of-sequence token, or an
                 empty list.
         """
-        if isinstance(prompt, str):
-            token_ids = list(self.tokenizer(prompt, verbose=False)["input_ids"])
-        elif _is_dialogue(prompt):
-            token_ids = self.chat_format.encode_prompt(cast(Sequence[Message], prompt)).tolist()
-        else:
-            token_ids = [int(token_id) for token_id in cast(Sequence[int], prompt)]
-        if token_ids:
-            return token_ids
-        bos_id = self.base.tokenizer_info.bos_id
-        if not isinstance(prompt, str) or bos_id is None:
-            raise ValueError(
-                f"{prompt!r} has no tokens, and the tokenizer of {self.base.path} has "
-                f"{'no' if bos_id is None else 'a'} beginning-of-sequence token: give some text"
-            )
-        return [bos_id]
+        return self.prompts.encode(prompt)
 
     def generate(
         self,
@@ -191,21 +175,7 @@ class ComposedModel:
             PromptTooLongError: as `generate`.
             ValueError: as `generate`.
         """
-        each = [options] * len(prompts) if isinstance(options, GenerationOptions) else list(options)
-        if len(each) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts, but {len(each)} options: give one a prompt")
-        encoded, problems = [], []
-        too_long = False
-        for row, (prompt, option) in enumerate(zip(prompts, each, strict=True)):
-            try:
-                encoded.append(self._encode(prompt, option, row))
-                self._check(encoded[-1])
-            except ValueError as error:
-                too_long |= isinstance(error, PromptTooLongError)
-                problems.append(f"{names[row] if names else f'prompt {row}'}: {error}")
-        if problems:
-            raise (PromptTooLongError if too_long else ValueError)(_listed(problems))
-        return encoded
+        return self.prompts.prepare(prompts, options, names=names)
 
     def generate_prepared(
         self,
@@ -309,46 +279,11 @@ class ComposedModel:
             profile=profile,
         )
 
-    def _encode(self, prompt: Prompt, option: GenerationOptions, row: int) -> EncodedPrompt:
-        token_ids, messages = self.encode(prompt), None
-        if not isinstance(prompt, str) and _is_dialogue(prompt):
-            messages = cast(Sequence[Message], prompt)
-            ends = (*option.stop_ids, *self.chat_format.stop_ids)
-            option = dataclasses.replace(option, stop_ids=ends)
-        texts = [own.read_prompt(token_ids, messages) for own in self.own_vocabularies if own]
-        return EncodedPrompt(token_ids, option, row, tuple(texts))
-
     def _row_text(self, prompt: EncodedPrompt) -> RowText:
         starts_text = not any(self.token_bytes[token_id] for token_id in prompt.token_ids)
         strip = self.strips_leading_space and starts_text
         detokenizer = Detokenizer(self.token_bytes, strip_leading_space=strip)
         return RowText(detokenizer, prompt.options.stop)
-
-    def _check(self, prompt: EncodedPrompt) -> None:
-        """Raise unless this prompt can be decoded."""
-        length, known = len(prompt.token_ids), self.composition.base.vocab_size
-        if length > self.context:
-            raise PromptTooLongError(
-                f"{length} tokens are {length - self.context} more than the context of "
-                f"{self.context} tokens (that of {self.context_of}): shorten the prompt"
-            )
-        own_names = [own for own in self.own_vocabularies if own]
-        for own, text in zip(own_names, prompt.own_texts, strict=True):
-            if len(text.tokens) > own.context:
-                raise PromptTooLongError(
-                    f"{len(text.tokens)} tokens are {len(text.tokens) - own.context} more than the "
-                    f"context of {own.context} tokens of {own.name}, in its own vocabulary: "
-                    "shorten the prompt"
-                )
-        if strange := [i for i in prompt.token_ids if not 0 <= i < known]:
-            raise ValueError(f"token ids outside [0, {known}): {strange[:5]}")
-        strengths = prompt.options.strengths
-        if strengths is not None and len(strengths) != len(self.values):
-            raise ValueError(f"{len(strengths)} strengths for {len(self.values)} value network(s)")
-
-
-def _is_dialogue(prompt: Sequence[Any]) -> bool:
-    return len(prompt) > 0 and isinstance(prompt[0], Message)
 
 
 def _generation(prompt: EncodedPrompt, row: Progress) -> Generation:
@@ -361,8 +296,3 @@ def _generation(prompt: EncodedPrompt, row: Progress) -> Generation:
         judged_proposals=row.judged,
         accepted_proposals=row.accepted,
     )
-
-
-def _listed(problems: list[str]) -> str:
-    more = len(problems) - _MOST_PROBLEMS_NAMED
-    return "; ".join(problems[:_MOST_PROBLEMS_NAMED]) + (f"; and {more} more" if more > 0 else "")

@@ -14,9 +14,12 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from ivl_jax.checkpoint import ValueMetadata, ValueNetwork, load_value, read_value_metadata
-from ivl_jax.checkpoint.value_folder import TOKENIZER_FOLDER
+from ivl_jax.checkpoint.value_folder import load_value_tokenizer
 from ivl_jax.checkpoint.value_metadata import METADATA_NAME
 from ivl_jax.decoding.compatibility import Side, check_draft_fit, check_fit
+from ivl_jax.decoding.layout import loading_form
+from ivl_jax.decoding.prompts import PromptReader, TextSide, make_prompt_reader
+from ivl_jax.model.network import architecture_from_json
 from ivl_jax.sharding import ShardingRules
 from ivl_jax.tokenizer import TokenizerInfo, describe_tokenizer, load_tokenizer
 from ivl_jax.vocabulary.mapping import DescribedMap, read_map
@@ -105,60 +108,54 @@ def find_value(path: str) -> ValueSource:
     return ValueSource(path, found, None)
 
 
-def check_sources(base_name: str, base_folder: Path, sources: Sequence[ValueSource]) -> None:
-    """Check tokenizers and schemes against the base; no weights are read.
+def read_base(name: str, folder: Path, *, role: str = "the base") -> TextSide:
+    """Read the text side of a language model's folder.
 
     Args:
-        base_name: the base, as the user named it.
-        base_folder: where it is.
-        sources: the value networks.
+        name: as the user named it.
+        folder: where it is.
+        role: what messages call it before its name.
+
+    Returns:
+        The text side.
 
     Raises:
-        ValueError: as `ivl_jax.decoding.compatibility.check_fit`.
+        FileNotFoundError: the folder lacks its `config.json`.
+        ValueError: its architecture or its tokenizer cannot be used.
     """
-    if not sources:
-        return
-    base_info = describe_tokenizer(load_tokenizer(base_folder), base_folder)
-    base = Side(f"the base {base_name}", base_name, base_info)
-    for source in sources:
-        info = _tokenizer_info(source, base_info)
-        check_fit(
-            base,
-            Side(source.path, source.path, info),
-            connection=source.connection,
-            described_map=source.described_map,
-        )
+    context = read_arch(folder).max_position_embeddings
+    tokenizer = load_tokenizer(folder)
+    info = describe_tokenizer(tokenizer, folder)
+    side = Side(f"{role} {name}".strip(), name, info)
+    return TextSide(side, lambda: tokenizer, "auto", info.eos_ids, context)
 
 
-def check_draft(
-    base_name: str,
-    base_folder: Path,
-    draft_name: str,
-    draft_folder: Path,
-    sources: Sequence[ValueSource],
-) -> None:
-    """Check that a draft can propose tokens for the base; no weights are read.
+def check_sources(
+    base: TextSide, sources: Sequence[ValueSource], *, draft: TextSide | None = None
+) -> PromptReader:
+    """Check tokenizers and schemes against each other; no weights are read.
 
     Args:
-        base_name: the base, as the user named it.
-        base_folder: where it is.
-        draft_name: the draft, as the user named it.
-        draft_folder: where it is.
+        base: of `read_base`.
         sources: the value networks.
+        draft: of `read_base`, a base that is to propose tokens; or None.
+
+    Returns:
+        How prompts become tokens for them.
 
     Raises:
-        ValueError: as `ivl_jax.decoding.compatibility.check_draft_fit`.
+        ValueError: as `ivl_jax.decoding.compatibility.check_fit` and `check_draft_fit`.
     """
-    read_arch(draft_folder)
-    base, draft = (
-        Side(f"{role} {name}", name, describe_tokenizer(load_tokenizer(folder), folder))
-        for role, name, folder in (
-            ("the base", base_name, base_folder),
-            ("the draft", draft_name, draft_folder),
-        )
-    )
-    values = [(source.path, source.connection, source.described_map) for source in sources]
-    check_draft_fit(base, draft, values)
+    values = [_read_value(source, base.side.info) for source in sources]
+    maps = [source.described_map for source in sources]
+    connections = [source.connection for source in sources]
+    for value, connection, one_map in zip(values, connections, maps, strict=True):
+        check_fit(base.side, value.side, connection=connection, described_map=one_map)
+    if draft is not None:
+        names = [source.path for source in sources]
+        facts = list(zip(names, connections, maps, strict=True))
+        check_draft_fit(base.side, draft.side, facts)
+    return make_prompt_reader(base, values, maps, draft=draft)
 
 
 def load_source(
@@ -176,18 +173,32 @@ def load_source(
         The value network, or the language model in its place.
     """
     if source.metadata is None:
-        return load_language_model(source.path, param_dtype=dtype, mesh=mesh, sharding_rules=rules)
+        return load_language_model(
+            source.path,
+            param_dtype=dtype,
+            form=loading_form(mesh),
+            mesh=mesh,
+            sharding_rules=rules,
+        )
     return load_value(source.folder, param_dtype=dtype, mesh=mesh, sharding_rules=rules)
 
 
-def _tokenizer_info(source: ValueSource, base: TokenizerInfo) -> TokenizerInfo:
-    """What identifies the value's tokenizer; its files are read only where that can matter."""
+def _read_value(source: ValueSource, base: TokenizerInfo) -> TextSide:
+    """A value network's text side; its tokenizer is read only where that can matter."""
     if source.metadata is None:
-        return describe_tokenizer(load_tokenizer(source.folder), source.folder)
+        return read_base(source.path, Path(source.folder), role="")
     recorded = TokenizerInfo.from_json(source.metadata.tokenizer)
     if recorded.fingerprint == base.fingerprint:
         # The same ordinary tokens, by definition; what the two may differ in is on record.
         size = recorded.vocab_size
         ordinary = (*base.ordinary_tokens[:size], *[None] * (size - base.vocab_size))
-        return dataclasses.replace(recorded, ordinary_tokens=ordinary)
-    return describe_tokenizer(load_tokenizer(epath.Path(source.folder) / TOKENIZER_FOLDER))
+        info = dataclasses.replace(recorded, ordinary_tokens=ordinary)
+    else:
+        info = describe_tokenizer(load_value_tokenizer(source.folder))
+    return TextSide(
+        Side(source.path, source.path, info),
+        lambda: load_value_tokenizer(source.folder),
+        source.metadata.chat_template,
+        source.metadata.stop_ids,
+        architecture_from_json(source.metadata.architecture).max_position_embeddings,
+    )

@@ -100,8 +100,7 @@ def run(flags: Gsm8kFlags) -> dict[str, Any]:
         "limit": flags.limit,
     }
     output = GenerationFile(Path(flags.output), settings=settings, rows=rows)
-    model = load_model(sources)
-    chat = chat_format_of(model, flags.model)
+    chat = chat_format_of(sources)
     prompts = [
         _chat_prompt(chat, row) if flags.prompt == "chat" else f"{question(row)}\n{_ANSWER}"
         for _, row in items
@@ -111,9 +110,9 @@ def run(flags: Gsm8kFlags) -> dict[str, Any]:
         stop=_ENDS,
         stop_ids=chat.stop_ids if flags.prompt == "chat" else (),
     )
-    prepared = model.prepare(prompts, options, names=[where for where, _ in items])
+    prepared = sources.prompts.prepare(prompts, options, names=[where for where, _ in items])
     generate_to_file(
-        model,
+        load_model(sources),
         prepared,
         output,
         batch_size=flags.batch_size,

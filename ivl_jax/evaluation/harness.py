@@ -107,7 +107,7 @@ class IvlLM(TemplateLM):
         except (OSError, ValueError) as error:
             raise ModelArgumentsError(str(error)) from error
         model = load_model(sources)
-        return cls(model, **options, chat_format=chat_format_of(model, flags), sources=sources)
+        return cls(model, **options, chat_format=chat_format_of(sources), sources=sources)
 
     @classmethod
     def create_from_arg_string(

@@ -167,20 +167,20 @@ def run(flags: LikelihoodFlags) -> LikelihoodReport:
     output = _writable(Path(flags.output)) if flags.output else None
     sources = find_sources(flags.model)
     demonstrations = _read(flags)
-    model = load_model(sources)
-    if model.composition.mapped and flags.model.chat_template:
+    if any(sources.prompts.own_vocabularies) and flags.model.chat_template:
         raise ConfigError(
             f"--chat-template {flags.model.chat_template}: a value network with its own vocabulary "
             "reads dialogues by its own template only: leave the flag out"
         )
-    chat = chat_format_of(model, flags.model)
+    chat = chat_format_of(sources)
     dialogues = tokenize_demonstrations(
         demonstrations,
         chat,
-        sequence_length=min(flags.max_length, model.context),
+        sequence_length=min(flags.max_length, sources.prompts.context),
         cache_dir=None,
         max_malformed_share=flags.max_malformed_fraction,
     )
+    model = load_model(sources)
     report = likelihood_report(model, dialogues, batch_size=flags.batch_size)
     show(report, model, Console())
     if output is not None:

@@ -6,7 +6,7 @@ are written in several runs; then a `ComposedModel`.
 
 import hashlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from etils import epath
 from ivl_jax.data.chat import ChatFormat, make_chat_format
 from ivl_jax.decoding.loading import decoding_mesh, load_composed
 from ivl_jax.decoding.prompt_files import folder_fingerprint
+from ivl_jax.decoding.prompts import PromptReader
 from ivl_jax.decoding.text import ComposedModel
-from ivl_jax.decoding.value_sources import ValueSource, check_sources, find_values
+from ivl_jax.decoding.value_sources import ValueSource, check_sources, find_values, read_base
 from ivl_jax.evaluation.flags import ModelFlags, check_model_flags, require
 from ivl_jax.weights.language_model import find_model
 
@@ -31,11 +32,13 @@ class ModelSources:
         flags: What was asked for.
         base_folder: Where the base is.
         values: Where the value networks are.
+        prompts: How prompts become tokens for them.
     """
 
     flags: ModelFlags
     base_folder: Path
     values: tuple[ValueSource, ...]
+    prompts: PromptReader = field(repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """What decides the figures of a run: folders by name and content, strengths, dtype."""
@@ -75,8 +78,8 @@ def find_sources(flags: ModelFlags) -> ModelSources:
     require(check_model_flags(flags))
     base_folder = find_model(flags.base)
     values = tuple(find_values(flags.value, flags.map))
-    check_sources(flags.base, base_folder, values)
-    return ModelSources(flags, base_folder, values)
+    prompts = check_sources(read_base(flags.base, base_folder), values)
+    return ModelSources(flags, base_folder, values, prompts)
 
 
 def load_model(sources: ModelSources) -> ComposedModel:
@@ -104,12 +107,13 @@ def load_model(sources: ModelSources) -> ComposedModel:
     )
 
 
-def chat_format_of(model: ComposedModel, flags: ModelFlags) -> ChatFormat:
-    """Give the chat format of an evaluation: the one the flags name, else the model's own.
+def chat_format_of(sources: ModelSources) -> ChatFormat:
+    """Give the chat format of an evaluation: the one the flags name, else the models' own.
 
     Raises:
         ValueError: no such template.
     """
-    if not flags.chat_template:
-        return model.chat_format
-    return make_chat_format(model.tokenizer, template=flags.chat_template)
+    template, prompts = sources.flags.chat_template, sources.prompts
+    if not template:
+        return prompts.chat_format
+    return make_chat_format(prompts.base.tokenizer, template=template)

@@ -77,7 +77,7 @@ def run(flags: MtBenchFlags) -> None:
     }
     output = GenerationFile(Path(flags.output), settings=settings, rows=rows, added=_ADDED_FIELDS)
     model = load_model(sources)
-    answerer = _Answerer(model, chat_format_of(model, flags.model), flags)
+    answerer = _Answerer(model, chat_format_of(sources), flags)
     for index, (where, question) in enumerate(questions):
         answerer.prompt(index, [Message("user", question["turns"][0])], question, name=where)
     if output.done:

@@ -50,8 +50,7 @@ def run(flags: ToxigenFlags) -> None:
         name: getattr(flags, name) for name in ("prompt", "per_group", "seed", "max_new_tokens")
     }
     output = GenerationFile(Path(flags.output), settings=settings, rows=rows)
-    model = load_model(sources)
-    chat = chat_format_of(model, flags.model)
+    chat = chat_format_of(sources)
     chats = flags.prompt == "chat"
     options = GenerationOptions(
         max_new_tokens=flags.max_new_tokens, stop=(_END,), stop_ids=chat.stop_ids if chats else ()
@@ -60,8 +59,8 @@ def run(flags: ToxigenFlags) -> None:
     if chats:
         dialogues = [[Message("user", _INSTRUCTION + prompt)] for prompt in prompts]
         prompts = [chat.encode_prompt(dialogue).tolist() for dialogue in dialogues]
-    prepared = model.prepare(prompts, options, names=[row.where for row in rows])
-    generate_to_file(model, prepared, output, batch_size=flags.batch_size)
+    prepared = sources.prompts.prepare(prompts, options, names=[row.where for row in rows])
+    generate_to_file(load_model(sources), prepared, output, batch_size=flags.batch_size)
     Console().print(f"ToxiGen: {len(rows)} continuations in {flags.output}; classify their `text`")
 
 

@@ -28,7 +28,7 @@ from ivl_jax.experiments.corpus import Corpus, Windows, held_out_windows
 from ivl_jax.experiments.family_tokenizers import CONTEXT, save_wrapped_tokenizer
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import Params, build_decoder, forward
-from ivl_jax.weights.hf_checkpoint import save_params
+from ivl_jax.weights.hf_saving import save_params
 
 logger = logging.getLogger(__name__)
 

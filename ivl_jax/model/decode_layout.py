@@ -9,12 +9,15 @@ import jax.numpy as jnp
 
 from ivl_jax.model.decoder import Params
 
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Projections of one input, which decoding fuses: name → those whose rows it has, in order."""
+
 
 def to_decode_layout(params: Params) -> Params:
     """Lay a decoder's parameters out for decoding, once.
 
     Args:
-        params: Layers unstacked; they are left as they are.
+        params: Layers unstacked, kernels (in, out), in float or int8; they are left as they are.
 
     Returns:
         Each layer's `qkv_proj` and `gate_up_proj` in place of q, k, v, gate and up; every kernel
@@ -27,19 +30,27 @@ def to_decode_layout(params: Params) -> Params:
 
 
 def _layer(layer: Params) -> Params:
-    attention, mlp = dict(layer["self_attn"]), layer["mlp"]
-    parts = [attention.pop(name) for name in ("q_proj", "k_proj", "v_proj")]
-    attention |= {"qkv_proj": _as_rows(*parts), "o_proj": _as_rows(attention["o_proj"])}
-    mlp = {
-        "gate_up_proj": _as_rows(mlp["gate_proj"], mlp["up_proj"]),
-        "down_proj": _as_rows(mlp["down_proj"]),
+    return {name: part if "layernorm" in name else _fuse(part) for name, part in layer.items()}
+
+
+def _fuse(module: Params) -> Params:
+    """A module's projections, those of one input fused; norms stay."""
+    parts = {part for fused in FUSED.values() for part in fused}
+    alone = {
+        name: _as_rows(part) if "kernel" in part else part
+        for name, part in module.items()
+        if name not in parts
     }
-    return layer | {"self_attn": attention, "mlp": mlp}
+    fused = {
+        name: _as_rows(*(module[part] for part in parts))
+        for name, parts in FUSED.items()
+        if parts[0] in module
+    }
+    return alone | fused
 
 
 def _as_rows(*projections: Params) -> Params:
     """One projection whose kernel has the output features of all as rows."""
-    fused = {"kernel": jnp.concatenate([part["kernel"].T for part in projections])}
-    if "bias" in projections[0]:
-        fused["bias"] = jnp.concatenate([part["bias"] for part in projections])
-    return fused
+    parts = {name: [part[name] for part in projections] for name in projections[0]}
+    parts["kernel"] = [kernel.T for kernel in parts["kernel"]]
+    return {name: jnp.concatenate(arrays) for name, arrays in parts.items()}

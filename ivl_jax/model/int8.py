@@ -18,14 +18,16 @@ def quantize(params: dict[Any, Any], *, rows: bool) -> dict[Any, Any]:
     """Round every kernel to int8, symmetrically, each output feature by its largest weight.
 
     Args:
-        params: Of a decoder, layers unstacked or stacked; they are left as they are. A tied head
-            is the embedding and stays a float.
+        params: Of a decoder, layers unstacked or stacked; they are left as they are, and so are
+            kernels in int8. A tied head is the embedding and stays a float.
         rows: Kernels are (out, in), as `to_decode_layout` leaves them.
 
     Returns:
         The parameters, `{"kernel": int8, "scale": float32}` in place of each `{"kernel": float}`.
         A kernel's error is at most half its scale a weight.
     """
+    if "kernel" in params and "scale" in params:
+        return params
     if "kernel" in params:
         return params | _quantized(params["kernel"], axis=-1 if rows else -2)
     return {

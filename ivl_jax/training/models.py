@@ -21,7 +21,6 @@ from ivl_jax.config import BaseConfig, ConfigError, LayoutName, TrainConfig
 from ivl_jax.devices import device_memory
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import Params
-from ivl_jax.model.int8 import quantize, without_scales
 from ivl_jax.model.linear_map import LinearMapConfig
 from ivl_jax.model.network import Architecture, abstract_network, init_network
 from ivl_jax.model.projection import AS_TRAINED, KernelForm
@@ -226,16 +225,7 @@ def load_base(base: ModelFolder, config: BaseConfig, place: Placement) -> Params
     """Load the frozen base's parameters onto the mesh, those that the placement has."""
     what = "the base" if "layers" in place.shardings else "the head of the base"
     logger.info("loading %s %s", what, base.name)
-    if not kernel_form(config).int8:
-        return _load(base, float_dtype(config), place)
-    floats = dataclasses.replace(
-        place,
-        shardings=without_scales(place.shardings),
-        unstacked_shardings=without_scales(place.unstacked_shardings),
-    )
-    params = _load(base, float_dtype(config), floats)
-    rounded = jax.jit(functools.partial(quantize, rows=False), out_shardings=place.shardings)
-    return rounded(params)
+    return _load(base, float_dtype(config), place, form=kernel_form(config))
 
 
 def make_trained_params(
@@ -275,7 +265,9 @@ def make_trained_params(
     return params | {"lm_head": {"kernel": head}}
 
 
-def _load(model: ModelFolder, param_dtype: DTypeLike, place: Placement) -> Params:
+def _load(
+    model: ModelFolder, param_dtype: DTypeLike, place: Placement, form: KernelForm = AS_TRAINED
+) -> Params:
     shardings = place.unstacked_shardings
     if model.arch.tie_word_embeddings:
         shardings = {name: leaf for name, leaf in shardings.items() if name != "lm_head"}
@@ -283,6 +275,7 @@ def _load(model: ModelFolder, param_dtype: DTypeLike, place: Placement) -> Param
         model.folder,
         model.arch,
         param_dtype=param_dtype,
+        form=form,
         vocab_rows=place.vocab_rows,
         shardings=shardings,
         entries=tuple(shardings),

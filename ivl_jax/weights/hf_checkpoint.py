@@ -1,18 +1,17 @@
-"""Parameters from a Hugging Face folder and back: streamed, sharded, strict both ways.
+"""Parameters from a Hugging Face folder: streamed, sharded, strict, in the form they are used in.
 
 In: a folder and an architecture. Out: the nested dict of parameters, each device holding only its
-slice; or a folder that transformers loads.
+slice.
 """
 
 import collections
 import functools
-import json
 import logging
 import math
 import mmap
 import os
-from collections.abc import Collection, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,25 +20,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 from jaxtyping import Array, DTypeLike
 from rich.console import Console
 from rich.progress import Progress
 
 from ivl_jax.model.architecture import ArchConfig
+from ivl_jax.model.decode_layout import FUSED
 from ivl_jax.model.decoder import Params, abstract_params
-from ivl_jax.tree_compare import check_same_tree, mismatch_error, named_leaves, tree_mismatches
-from ivl_jax.weights.hf_folder import INDEX_FILE, SINGLE_FILE, find_tensors, new_folder
-from ivl_jax.weights.hf_names import EMBEDDING, LM_HEAD, HfTensor, hf_tensor, is_derived, is_vision
-from ivl_jax.weights.safetensors_file import (
-    DTYPES,
-    Target,
-    TensorRecord,
-    read_slices,
-    same_bytes,
-    write_file,
+from ivl_jax.model.int8 import quantize, without_scales
+from ivl_jax.model.projection import AS_TRAINED, KernelForm
+from ivl_jax.tree_compare import mismatch_error, tree_mismatches
+from ivl_jax.weights.hf_folder import find_tensors
+from ivl_jax.weights.hf_names import (
+    EMBEDDING,
+    LM_HEAD,
+    ParamPath,
+    flat_paths,
+    hf_tensor,
+    is_derived,
+    is_vision,
+    shape_in_file,
 )
+from ivl_jax.weights.safetensors_file import DTYPES, Target, TensorRecord, read_slices, same_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -47,21 +50,21 @@ _PARAM_DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 _READERS = 4  # threads; each holds at most one tensor's slices beyond what is loaded
 _SHOW_PROGRESS_FROM = 2_000_000_000  # bytes
 
-ParamPath = tuple[str | int, ...]
 Bounds = tuple[tuple[int, int], ...]  # start and stop of a slice along each dimension
-
-
-def _flat(tree: Mapping[Any, Any]) -> dict[ParamPath, Any]:
-    return traverse_util.flatten_dict(dict(tree))  # type: ignore[return-value]
 
 
 class _Source(NamedTuple):
     """Where one parameter comes from and what it becomes."""
 
-    record: TensorRecord
+    records: tuple[TensorRecord, ...]  # more than one: on top of one another, a fused projection
     transposed: bool
     shape: tuple[int, ...]  # of the parameter, vocabulary padding included
     sharding: Sharding | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the files."""
+        return sum(record.nbytes for record in self.records)
 
 
 def load_params(
@@ -69,6 +72,7 @@ def load_params(
     arch: ArchConfig,
     *,
     param_dtype: DTypeLike = jnp.float32,
+    form: KernelForm = AS_TRAINED,
     vocab_rows: int | None = None,
     shardings: Mapping[Any, Any] | None = None,
     entries: Collection[str] = (),
@@ -76,26 +80,30 @@ def load_params(
     """Load the parameters of a Hugging Face folder.
 
     Every process reads the rows its own devices need, once; on CPU the arrays read become the
-    parameters without a copy. Rows beyond the vocabulary are zero.
+    parameters without a copy. Rows beyond the vocabulary are zero. Of kernels in int8 few are
+    floats at a time.
 
     Args:
         folder: with `model.safetensors`, or `model.safetensors.index.json` and its shards; float32,
             bfloat16 or float16.
         arch: the architecture, from the folder's `config.json`.
-        param_dtype: float32 or bfloat16, of every parameter.
+        param_dtype: float32 or bfloat16, of every parameter that is not in int8.
+        form: how kernels are stored. A tied head in int8 is left to who needs one: the embedding
+            stays a float.
         vocab_rows: rows of embedding and head; None: `arch.vocab_size`. More pads for a mesh.
         shardings: a sharding for each parameter; None: everything on the default device.
         entries: read only these top-level entries, for example `lm_head`; empty: all. The folder is
             checked as a whole.
 
     Returns:
-        The parameters, layers unstacked, in the paths of `abstract_params(arch)`.
+        The parameters, layers unstacked, in the paths of `abstract_params(arch, form=form)`.
 
     Raises:
         FileNotFoundError: the folder has no safetensors files.
         TreeMismatchError: a tensor is unknown, missing, set twice, or has another shape or dtype;
             or a shard is damaged or misplaced. All of them are listed, at most 20.
-        ValueError: `param_dtype` is not supported, or `vocab_rows` is below the vocabulary.
+        ValueError: `param_dtype` is not supported, `vocab_rows` is below the vocabulary, or
+            shardings for the form of one device (`form.rows`).
     """
     folder = Path(folder)
     dtype = jnp.dtype(param_dtype)
@@ -105,26 +113,48 @@ def load_params(
         raise ValueError(
             f"vocab_rows: expected at least the vocabulary, {arch.vocab_size}, got {vocab_rows}"
         )
-    target = _flat(abstract_params(arch, vocab_rows=vocab_rows))
-    records = _match(folder, arch, target)
+    if form.rows and shardings is not None:
+        raise ValueError("kernels (out, in) are for one device: expected no shardings")
+    records = _match(folder, arch, flat_paths(abstract_params(arch, vocab_rows=vocab_rows)))
+    target = flat_paths(abstract_params(arch, vocab_rows=vocab_rows, form=form))
     if entries:
         target = {path: leaf for path, leaf in target.items() if path[0] in entries}
-    placed = {} if shardings is None else _flat(shardings)
+    placed = {} if shardings is None else flat_paths(shardings)
     if shardings is not None and set(placed) != set(target):
         raise ValueError(
             f"shardings: expected one for each of {len(target)} parameters, got "
             f"{len(placed)}, {len(set(placed) ^ set(target))} of them in only one of the trees"
         )
+    in_files = flat_paths(without_scales(traverse_util.unflatten_dict(target)))
     sources = {
         path: _Source(
-            record=records[hf_tensor(path).name],
-            transposed=hf_tensor(path).transposed,
+            records=tuple(records[hf_tensor(part).name] for part in _parts(path)),
+            transposed=hf_tensor(path).transposed and not form.rows,
             shape=leaf.shape,
             sharding=placed.get(path),
         )
-        for path, leaf in target.items()
+        for path, leaf in in_files.items()
     }
-    return traverse_util.unflatten_dict(_read_all(sources, dtype, folder.name))
+    params: dict[ParamPath, Array] = {}
+    for path, array in _read_all(sources, dtype, folder.name):
+        if form.int8 and path[-1] == "kernel":
+            for name, part in _rounded(array, rows=form.rows).items():
+                key = (*path[:-1], name)
+                params[key] = jax.device_put(part, placed[key]) if placed else part
+        else:
+            params[path] = array
+    return traverse_util.unflatten_dict({path: params[path] for path in target})
+
+
+def _parts(path: ParamPath) -> list[ParamPath]:
+    """The parameters as trained that lie on top of one another in a parameter of some form."""
+    *modules, name, leaf = path
+    return [(*modules, part, leaf) for part in FUSED.get(str(name), (name,))]
+
+
+@functools.partial(jax.jit, static_argnames="rows")
+def _rounded(kernel: Array, *, rows: bool) -> Params:
+    return quantize({"kernel": kernel}, rows=rows)
 
 
 def _match(
@@ -151,7 +181,7 @@ def _match(
         del found[LM_HEAD]
     expected = {
         (tensor := hf_tensor(path)).name: jax.ShapeDtypeStruct(
-            _shape_in_file(tensor, leaf.shape, arch), leaf.dtype
+            shape_in_file(tensor, leaf.shape, arch), leaf.dtype
         )
         for path, leaf in target.items()
     }
@@ -174,14 +204,17 @@ def _match(
 
 def _read_all(
     sources: Mapping[ParamPath, _Source], dtype: np.dtype, name: str
-) -> dict[ParamPath, Array]:
-    """Reads with a few threads, largest first: little is loaded while much is in flight."""
-    order = sorted(sources, key=lambda path: -sources[path].record.nbytes)
-    total = sum(source.record.nbytes for source in sources.values())
+) -> Iterator[tuple[ParamPath, Array]]:
+    """Read with a few threads, largest first: little is loaded while much is in flight.
+
+    They come one after the other, in the same order in every process, and few are read ahead.
+    """
+    order = sorted(sources, key=lambda path: -sources[path].nbytes)
+    total = sum(source.nbytes for source in sources.values())
     console = Console(stderr=True)
     hidden = total < _SHOW_PROGRESS_FROM or not console.is_terminal or jax.process_index() > 0
     with ExitStack() as stack:
-        files = {source.record.file for source in sources.values()}
+        files = {record.file for source in sources.values() for record in source.records}
         descriptors = {}
         for file in files:
             descriptors[file] = os.open(file, os.O_RDONLY)
@@ -192,28 +225,32 @@ def _read_all(
         device = jax.config.jax_default_device  # type: ignore[attr-defined] # of the calling thread
 
         def read(path: ParamPath) -> Array:
-            source = sources[path]
             with jax.default_device(device):
-                array = _read_one(descriptors[source.record.file], source, dtype)
-            progress.advance(task, source.record.nbytes)
+                array = _read_one(descriptors, sources[path], dtype)
+            progress.advance(task, sources[path].nbytes)
             return array
 
-        arrays = dict(zip(order, pool.map(read, order), strict=True))
-    return {path: arrays[path] for path in sources}
+        reading: collections.deque[tuple[ParamPath, Future[Array]]] = collections.deque()
+        for path in order:
+            reading.append((path, pool.submit(read, path)))
+            if len(reading) > _READERS:
+                first, array = reading.popleft()
+                yield first, array.result()
+        yield from ((path, array.result()) for path, array in reading)
 
 
-def _read_one(descriptor: int, source: _Source, dtype: np.dtype) -> Array:
+def _read_one(descriptors: Mapping[Path, int], source: _Source, dtype: np.dtype) -> Array:
     """One parameter, each of this process's devices holding its slice only."""
     if source.sharding is None:
         whole = tuple((0, size) for size in source.shape)
-        return _convert(jax.device_put(_read_parts(descriptor, source, [whole])[whole]), dtype)
+        return _convert(jax.device_put(_read_parts(descriptors, source, [whole])[whole]), dtype)
     places: dict[jax.Device, Bounds] = {}
     for device, index in source.sharding.addressable_devices_indices_map(source.shape).items():
         assert index is not None  # every device of a NamedSharding holds a part
         places[device] = tuple(
             cut.indices(size)[:2] for cut, size in zip(index, source.shape, strict=True)
         )
-    parts = _read_parts(descriptor, source, set(places.values()))
+    parts = _read_parts(descriptors, source, set(places.values()))
     shards = [
         _convert(jax.device_put(parts[bounds], device), dtype) for device, bounds in places.items()
     ]
@@ -226,10 +263,12 @@ def _convert(array: Array, dtype: np.dtype) -> Array:
 
 
 def _read_parts(
-    descriptor: int, source: _Source, parts: Iterable[Bounds]
+    descriptors: Mapping[Path, int], source: _Source, parts: Iterable[Bounds]
 ) -> dict[Bounds, np.ndarray]:
     """Slices of a parameter, in the file's dtype; the file's rows are read once for all of them."""
-    record = source.record
+    record, *more = source.records
+    if more:
+        return {whole: _read_stacked(descriptors, source.records) for whole in parts}
     buffers: dict[Bounds, np.ndarray] = {}
     targets = []
     for part in parts:
@@ -246,8 +285,28 @@ def _read_parts(
                 columns=slice(*columns[0]) if columns else slice(0, 1),
             )
         )
-    read_slices(descriptor, record, targets)
+    read_slices(descriptors[record.file], record, targets)
     return buffers
+
+
+def _read_stacked(descriptors: Mapping[Path, int], records: tuple[TensorRecord, ...]) -> np.ndarray:
+    """Whole tensors on top of one another, in the widest dtype of theirs."""
+    height, width = sum(record.shape[0] for record in records), records[0].shape[1:]
+    dtype = functools.reduce(np.promote_types, (DTYPES[record.dtype] for record in records))
+    stacked, start = _new_pages((height, *width), dtype), 0
+    for record in records:
+        rows = stacked[start : start + record.shape[0]]
+        alone = (
+            rows if dtype == DTYPES[record.dtype] else np.empty(rows.shape, DTYPES[record.dtype])
+        )
+        columns = slice(0, math.prod(width))
+        read_slices(
+            descriptors[record.file], record, [Target(alone, slice(0, record.shape[0]), columns)]
+        )
+        if alone is not rows:
+            rows[:] = alone
+        start += record.shape[0]
+    return stacked
 
 
 def _new_pages(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -259,129 +318,3 @@ def _new_pages(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     size = math.prod(shape) * dtype.itemsize
     pages = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return np.frombuffer(pages, np.uint8, count=size).view(dtype).reshape(shape)
-
-
-def save_params(
-    folder: Path | str,
-    arch: ArchConfig,
-    params: Params,
-    *,
-    dtype: DTypeLike,
-    shard_bytes: int = 5_000_000_000,
-    overwrite: bool = False,
-) -> None:
-    """Write parameters and `config.json` as a folder that transformers loads.
-
-    The folder appears when it is complete. Rows beyond the vocabulary are left out.
-
-    Args:
-        folder: the folder to make.
-        arch: the architecture.
-        params: its parameters, layers unstacked, on any devices.
-        dtype: float32 or bfloat16, of every tensor written.
-        shard_bytes: larger models are split into files of at most this many bytes (or one tensor).
-        overwrite: replace a model folder of that name.
-
-    Raises:
-        FileExistsError: the folder exists and holds files, and may not be replaced.
-        TreeMismatchError: the parameters are not those of the architecture.
-        ValueError: `dtype` is not supported.
-    """
-    with new_folder(Path(folder), overwrite=overwrite) as staging:
-        write_params(staging, arch, params, dtype=dtype, shard_bytes=shard_bytes)
-
-
-def write_params(
-    folder: Path,
-    arch: ArchConfig,
-    params: Params,
-    *,
-    dtype: DTypeLike,
-    shard_bytes: int = 5_000_000_000,
-) -> None:
-    """Write what `save_params` writes into a folder that exists; every process must call it."""
-    dtype = jnp.dtype(dtype)
-    if dtype not in _PARAM_DTYPES:
-        raise ValueError(f"dtype: expected float32 or bfloat16, got {dtype}")
-    rows = params["embed_tokens"]["embedding"].shape[0]
-    check_same_tree(
-        named_leaves(abstract_params(arch, vocab_rows=max(rows, arch.vocab_size))),
-        named_leaves(params),
-        what=f"parameters to be saved as {arch.model_type}",
-        remedy="Save unstacked layers (unstack_layers) with the architecture they belong to; one "
-        "whose head was untied has tie_word_embeddings=False.",
-        with_dtype=False,
-    )
-    sinks = [
-        _Sink(tensor := hf_tensor(path), leaf, _shape_in_file(tensor, leaf.shape, arch))
-        for path, leaf in _flat(params).items()
-    ]
-    shards = _split(sinks, dtype.itemsize, shard_bytes)
-    for file, group in shards.items():
-        shapes = {sink.tensor.name: sink.shape for sink in group}
-        arrays = (_array_in_file(sink, dtype) for sink in group)
-        if jax.process_index() == 0:
-            write_file(folder / file, shapes, arrays, dtype=dtype)
-        else:
-            collections.deque(arrays, maxlen=0)  # gathering takes every process
-    if jax.process_index() > 0:
-        return
-    if len(shards) > 1:
-        total = sum(dtype.itemsize * math.prod(sink.shape) for sink in sinks)
-        file_of = {sink.tensor.name: file for file, group in shards.items() for sink in group}
-        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": file_of})
-    _write_json(folder / "config.json", arch.to_hf() | {"dtype": str(dtype)})
-
-
-class _Sink(NamedTuple):
-    """What one parameter becomes in a file."""
-
-    tensor: HfTensor
-    leaf: Array
-    shape: tuple[int, ...]  # in the file, without vocabulary padding
-
-
-def _shape_in_file(
-    tensor: HfTensor, param_shape: tuple[int, ...], arch: ArchConfig
-) -> tuple[int, ...]:
-    shape = param_shape[::-1] if tensor.transposed else param_shape
-    return (arch.vocab_size, *shape[1:]) if tensor.name in (EMBEDDING, LM_HEAD) else shape
-
-
-def _split(sinks: list[_Sink], item_bytes: int, shard_bytes: int) -> dict[str, list[_Sink]]:
-    """File name → what goes into it, in order."""
-    groups: list[list[_Sink]] = [[]]
-    used = 0
-    for sink in sinks:
-        size = item_bytes * math.prod(sink.shape)
-        if groups[-1] and used + size > shard_bytes:
-            groups.append([])
-            used = 0
-        groups[-1].append(sink)
-        used += size
-    if len(groups) == 1:
-        return {SINGLE_FILE: groups[0]}
-    return {
-        f"model-{number:05d}-of-{len(groups):05d}.safetensors": group
-        for number, group in enumerate(groups, start=1)
-    }
-
-
-def _array_in_file(sink: _Sink, dtype: np.dtype) -> np.ndarray:
-    """The whole tensor on the host; every process must call it."""
-    array = _oriented(sink.leaf, transposed=sink.tensor.transposed, dtype=dtype)
-    if array.is_fully_addressable:
-        whole = np.asarray(array)
-    else:
-        whole = multihost_utils.process_allgather(array, tiled=True)
-    return whole[: sink.shape[0]]
-
-
-def _write_json(path: Path, record: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-@functools.partial(jax.jit, static_argnames=("transposed", "dtype"))
-def _oriented(leaf: Array, *, transposed: bool, dtype: np.dtype) -> Array:
-    """As the file has it; a copy, because an array keeps the host copy that is made of it."""
-    return jnp.copy((leaf.T if transposed else leaf).astype(dtype))

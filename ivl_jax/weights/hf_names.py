@@ -6,8 +6,14 @@ no parameter.
 """
 
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from flax import traverse_util
+
+from ivl_jax.model.architecture import ArchConfig
+
+ParamPath = tuple[str | int, ...]
 
 
 class HfTensor(NamedTuple):
@@ -69,6 +75,28 @@ def hf_tensor(path: Sequence[str | int]) -> HfTensor:
     suffix, transposed = _LEAVES[str(leaf)]
     root = () if modules[0] == "lm_head" else ("model",)
     return HfTensor(".".join(map(str, (*root, *modules, suffix))), transposed)
+
+
+def flat_paths(tree: Mapping[Any, Any]) -> dict[ParamPath, Any]:
+    """The leaves of a tree of parameters by their paths."""
+    return traverse_util.flatten_dict(dict(tree))  # type: ignore[return-value]
+
+
+def shape_in_file(
+    tensor: HfTensor, param_shape: tuple[int, ...], arch: ArchConfig
+) -> tuple[int, ...]:
+    """The shape that the tensor of a parameter has in a file: no vocabulary padding there.
+
+    Args:
+        tensor: of `hf_tensor`.
+        param_shape: of the parameter as it is trained.
+        arch: the architecture.
+
+    Returns:
+        Its shape.
+    """
+    shape = param_shape[::-1] if tensor.transposed else param_shape
+    return (arch.vocab_size, *shape[1:]) if tensor.name in (EMBEDDING, LM_HEAD) else shape
 
 
 def causal_name(name: str) -> str:

@@ -24,6 +24,7 @@ from jaxtyping import DTypeLike
 
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import Params, abstract_params
+from ivl_jax.model.projection import AS_TRAINED, KernelForm
 from ivl_jax.sharding import (
     DEFAULT_RULES,
     ShardingRules,
@@ -31,8 +32,9 @@ from ivl_jax.sharding import (
     parameter_shardings,
 )
 from ivl_jax.tokenizer import TokenizerInfo, describe_tokenizer, load_tokenizer, save_tokenizer
-from ivl_jax.weights.hf_checkpoint import load_params, write_params
+from ivl_jax.weights.hf_checkpoint import load_params
 from ivl_jax.weights.hf_folder import new_folder
+from ivl_jax.weights.hf_saving import write_params
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,6 +73,7 @@ def load_language_model(
     *,
     revision: str | None = None,
     param_dtype: DTypeLike = jnp.float32,
+    form: KernelForm = AS_TRAINED,
     mesh: Mesh | None = None,
     sharding_rules: ShardingRules = DEFAULT_RULES,
 ) -> LanguageModel:
@@ -79,7 +82,9 @@ def load_language_model(
     Args:
         path_or_hub_id: a folder (looked at first), or an id such as `TinyLlama/TinyLlama_v1.1`.
         revision: branch, tag or commit on the hub; None: its main branch, or a local folder.
-        param_dtype: float32 or bfloat16, of every parameter.
+        param_dtype: float32 or bfloat16, of every parameter that is not in int8.
+        form: how kernels are stored; for a model that is only to decode, that of
+            `ivl_jax.decoding.layout.loading_form`.
         mesh: where the parameters live, split by `sharding_rules`, vocabulary rows padded to
             divide; None: the default device, no padding.
         sharding_rules: which mesh axis splits which dimension.
@@ -104,13 +109,18 @@ def load_language_model(
     if mesh is not None:
         vocab_rows = padded_vocab_rows(arch.vocab_size, mesh, sharding_rules)
         shardings = parameter_shardings(
-            abstract_params(arch, vocab_rows=vocab_rows),
+            abstract_params(arch, vocab_rows=vocab_rows, form=form),
             mesh,
             sharding_rules,
             units={"heads": arch.num_attention_heads, "kv_heads": arch.num_key_value_heads},
         )
     params = load_params(
-        folder, arch, param_dtype=param_dtype, vocab_rows=vocab_rows, shardings=shardings
+        folder,
+        arch,
+        param_dtype=param_dtype,
+        form=form,
+        vocab_rows=vocab_rows,
+        shardings=shardings,
     )
     return LanguageModel(
         path=str(path_or_hub_id),

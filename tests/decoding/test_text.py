@@ -185,8 +185,8 @@ def test_an_empty_prompt_without_a_beginning_of_sequence_token_is_refused(storie
     model = compose(dataclasses.replace(stories, tokenizer_info=info))
     with pytest.raises(ValueError, match="no tokens"):
         model.generate([[]])
-    silent = property(lambda model: lambda text, verbose: {"input_ids": []})
-    monkeypatch.setattr(type(model), "tokenizer", silent)
+    silent = property(lambda side: lambda text, verbose: {"input_ids": []})
+    monkeypatch.setattr(type(model.prompts.base), "tokenizer", silent)
     with pytest.raises(ValueError, match="no beginning-of-sequence token"):
         model.generate([""])
 

@@ -4,14 +4,14 @@ import pytest
 
 from ivl_jax.config import ConfigError
 from ivl_jax.evaluation.flags import ModelFlags
-from ivl_jax.evaluation.loading import ModelSources, find_sources
+from ivl_jax.evaluation.loading import find_sources
 
 # Where arrays lie changes no figure.
 LAYOUT = {"mesh", "base_layout", "value_layout"}
 
 
-def test_every_flag_that_decides_figures_is_recorded_with_them(tmp_path):
-    recorded = ModelSources(ModelFlags(base="b", int8_base=True), tmp_path, ()).to_json()
+def test_every_flag_that_decides_figures_is_recorded_with_them(stories260k_dir):
+    recorded = find_sources(ModelFlags(base=str(stories260k_dir), int8_base=True)).to_json()
     flags = {field.name for field in dataclasses.fields(ModelFlags)}
     assert flags - LAYOUT <= recorded.keys()
     assert recorded["int8_base"] is True

@@ -24,7 +24,7 @@ def tiny_model(base_alone):
             composition=composition,
             params=params,
             strengths=strengths[: len(connections)],
-            context=CONTEXT,
+            prompts=dataclasses.replace(base_alone.prompts, context=CONTEXT),
         )
 
     return make

@@ -19,7 +19,7 @@ from ivl_jax.config import (
     ValueConfig,
 )
 from ivl_jax.model.decoder import init_params
-from ivl_jax.weights.hf_checkpoint import save_params
+from ivl_jax.weights.hf_saving import save_params
 from tests.training.tiny import make_arch
 
 

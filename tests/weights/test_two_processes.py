@@ -8,7 +8,7 @@ import pytest
 
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import init_params
-from ivl_jax.weights.hf_checkpoint import save_params
+from ivl_jax.weights.hf_saving import save_params
 from tests.run_two_processes import run_two_processes
 
 

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import abstract_params
 from ivl_jax.sharding import make_mesh, parameter_shardings
-from ivl_jax.weights.hf_checkpoint import load_params, save_params
+from ivl_jax.weights.hf_checkpoint import load_params
+from ivl_jax.weights.hf_saving import save_params
 
 
 def main(index: int, port: str, folder: Path) -> None:

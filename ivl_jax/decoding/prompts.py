@@ -1,0 +1,235 @@
+"""How prompts become tokens for a base under value networks; no weight is needed for it.
+
+In: the text sides of all networks. Out: `EncodedPrompt`s that have passed every check.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+from ivl_jax.checkpoint import ValueNetwork
+from ivl_jax.data.chat import ChatFormat, make_chat_format
+from ivl_jax.data.formats import Message
+from ivl_jax.decoding.compatibility import Side
+from ivl_jax.decoding.own_vocabulary import OwnVocabulary, base_chat_format, make_own_vocabulary
+from ivl_jax.decoding.requests import EncodedPrompt, GenerationOptions, PromptTooLongError
+from ivl_jax.text_codec import TextCodec
+from ivl_jax.vocabulary.mapping import DescribedMap
+from ivl_jax.weights.language_model import LanguageModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+else:
+    PreTrainedTokenizerBase = Any
+
+Prompt = str | Sequence[int] | Sequence[Message]
+"""A text, token ids, or a dialogue whose last message is the user's."""
+
+GREEDY = GenerationOptions()
+_MOST_PROBLEMS_NAMED = 20
+
+
+@dataclass(frozen=True, eq=False)
+class TextSide:
+    """What of a network concerns texts.
+
+    Attributes:
+        side: Its name, folder and tokenizer, as the checks know them.
+        load_tokenizer: Gives the tokenizer.
+        chat_template: A named format, `auto` or a template's text.
+        stop_ids: Ids of its own that end a text.
+        context: Tokens it reads at most.
+    """
+
+    side: Side
+    load_tokenizer: Callable[[], PreTrainedTokenizerBase] = field(repr=False)
+    chat_template: str
+    stop_ids: tuple[int, ...]
+    context: int
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded when first asked for."""
+        return self.load_tokenizer()
+
+
+def text_side(model: LanguageModel | ValueNetwork, name: str) -> TextSide:
+    """Describe the text side of a loaded network; messages call it `name`."""
+    tokenizer = model.tokenizer  # not the model, whose arrays would be kept
+    return TextSide(
+        Side(name, model.path, model.tokenizer_info),
+        lambda: tokenizer,
+        model.chat_template if isinstance(model, ValueNetwork) else "auto",
+        model.stop_ids,
+        model.arch.max_position_embeddings,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class PromptReader:
+    """Reads prompts for a base under value networks, and checks them.
+
+    Attributes:
+        base: The base.
+        values: The value networks.
+        context: Tokens a row may hold: the smallest context of all networks.
+        context_of: The name of the network with that context.
+        own_vocabularies: The text side of each value network that has its own vocabulary; None for
+            those that share the base's.
+    """
+
+    base: TextSide
+    values: tuple[TextSide, ...]
+    context: int
+    context_of: str
+    own_vocabularies: tuple[OwnVocabulary | None, ...]
+
+    @functools.cached_property
+    def chat_format(self) -> ChatFormat:
+        """How dialogues become tokens: the first value network's format, else the base's own.
+
+        A value network with its own vocabulary has its template read in the base's tokens.
+        """
+        if self.own_vocabularies and (own := self.own_vocabularies[0]) is not None:
+            return base_chat_format(self.base.tokenizer, own)
+        first = self.values[0] if self.values else self.base
+        return make_chat_format(first.tokenizer, template=first.chat_template)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Base ids that end a row: those of the base and, as the base says them, of every value."""
+        ends = list(self.base.stop_ids)
+        for value, own in zip(self.values, self.own_vocabularies, strict=True):
+            ends += value.stop_ids if own is None else own.stop_ids
+        return tuple(dict.fromkeys(ends))
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """As `ComposedModel.encode`."""
+        if isinstance(prompt, str):
+            token_ids = list(self.base.tokenizer(prompt, verbose=False)["input_ids"])
+        elif _is_dialogue(prompt):
+            token_ids = self.chat_format.encode_prompt(cast(Sequence[Message], prompt)).tolist()
+        else:
+            token_ids = [int(token_id) for token_id in cast(Sequence[int], prompt)]
+        if token_ids:
+            return token_ids
+        bos_id = self.base.side.info.bos_id
+        if not isinstance(prompt, str) or bos_id is None:
+            raise ValueError(
+                f"{prompt!r} has no tokens, and the tokenizer of {self.base.side.path} has "
+                f"{'no' if bos_id is None else 'a'} beginning-of-sequence token: give some text"
+            )
+        return [bos_id]
+
+    def prepare(
+        self,
+        prompts: Sequence[Prompt],
+        options: GenerationOptions | Sequence[GenerationOptions] = GREEDY,
+        *,
+        names: Sequence[str] = (),
+    ) -> list[EncodedPrompt]:
+        """As `ComposedModel.prepare`."""
+        each = [options] * len(prompts) if isinstance(options, GenerationOptions) else list(options)
+        if len(each) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts, but {len(each)} options: give one a prompt")
+        encoded, problems = [], []
+        too_long = False
+        for row, (prompt, option) in enumerate(zip(prompts, each, strict=True)):
+            try:
+                encoded.append(self._encode(prompt, option, row))
+                self._check(encoded[-1])
+            except ValueError as error:
+                too_long |= isinstance(error, PromptTooLongError)
+                problems.append(f"{names[row] if names else f'prompt {row}'}: {error}")
+        if problems:
+            raise (PromptTooLongError if too_long else ValueError)(_listed(problems))
+        return encoded
+
+    def _encode(self, prompt: Prompt, option: GenerationOptions, row: int) -> EncodedPrompt:
+        token_ids, messages = self.encode(prompt), None
+        if not isinstance(prompt, str) and _is_dialogue(prompt):
+            messages = cast(Sequence[Message], prompt)
+            ends = (*option.stop_ids, *self.chat_format.stop_ids)
+            option = dataclasses.replace(option, stop_ids=ends)
+        texts = [own.read_prompt(token_ids, messages) for own in self.own_vocabularies if own]
+        return EncodedPrompt(token_ids, option, row, tuple(texts))
+
+    def _check(self, prompt: EncodedPrompt) -> None:
+        """Raise unless this prompt can be decoded."""
+        length, known = len(prompt.token_ids), self.base.side.info.vocab_size
+        if length > self.context:
+            raise PromptTooLongError(
+                f"{length} tokens are {length - self.context} more than the context of "
+                f"{self.context} tokens (that of {self.context_of}): shorten the prompt"
+            )
+        own_names = [own for own in self.own_vocabularies if own]
+        for own, text in zip(own_names, prompt.own_texts, strict=True):
+            if len(text.tokens) > own.context:
+                raise PromptTooLongError(
+                    f"{len(text.tokens)} tokens are {len(text.tokens) - own.context} more than the "
+                    f"context of {own.context} tokens of {own.name}, in its own vocabulary: "
+                    "shorten the prompt"
+                )
+        if strange := [i for i in prompt.token_ids if not 0 <= i < known]:
+            raise ValueError(f"token ids outside [0, {known}): {strange[:5]}")
+        strengths = prompt.options.strengths
+        if strengths is not None and len(strengths) != len(self.values):
+            raise ValueError(f"{len(strengths)} strengths for {len(self.values)} value network(s)")
+
+
+def make_prompt_reader(
+    base: TextSide,
+    values: Sequence[TextSide],
+    maps: Sequence[DescribedMap | None],
+    *,
+    draft: TextSide | None = None,
+) -> PromptReader:
+    """Put the text sides of a composition together; they have been checked against each other.
+
+    Args:
+        base: the base.
+        values: the value networks.
+        maps: for each of them the map from the base's vocabulary; None where they share it.
+        draft: a base that proposes tokens, or None.
+
+    Returns:
+        The reader.
+    """
+    own: list[OwnVocabulary | None] = [None] * len(values)
+    if any(maps):
+        base_codec = TextCodec(base.tokenizer, base.side.info)
+        own = [
+            None if one_map is None else _own_vocabulary(base_codec, value, one_map)
+            for value, one_map in zip(values, maps, strict=True)
+        ]
+    bounding = [base, *(v for v, one_map in zip(values, maps, strict=True) if one_map is None)]
+    if draft is not None:
+        bounding.append(draft)
+    smallest = min(bounding, key=lambda each: each.context)
+    return PromptReader(base, tuple(values), smallest.context, smallest.side.name, tuple(own))
+
+
+def _own_vocabulary(
+    base_codec: TextCodec, value: TextSide, described_map: DescribedMap
+) -> OwnVocabulary:
+    return make_own_vocabulary(
+        base_codec,
+        TextCodec(value.tokenizer, value.side.info),
+        described_map.metadata.special_pairs,
+        name=value.side.name,
+        context=value.context,
+        tokenizer=value.tokenizer,
+        chat_template=value.chat_template,
+        value_stop_ids=value.stop_ids,
+    )
+
+
+def _is_dialogue(prompt: Sequence[Any]) -> bool:
+    return len(prompt) > 0 and isinstance(prompt[0], Message)
+
+
+def _listed(problems: list[str]) -> str:
+    more = len(problems) - _MOST_PROBLEMS_NAMED
+    return "; ".join(problems[:_MOST_PROBLEMS_NAMED]) + (f"; and {more} more" if more > 0 else "")

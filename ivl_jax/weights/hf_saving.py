@@ -1,0 +1,146 @@
+"""Parameters to a Hugging Face folder that transformers loads: one file, or shards with an index.
+
+In: an architecture and its parameters, on any devices. Out: the folder, whole or not at all.
+"""
+
+import collections
+import functools
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Array, DTypeLike
+
+from ivl_jax.model.architecture import ArchConfig
+from ivl_jax.model.decoder import Params, abstract_params
+from ivl_jax.tree_compare import check_same_tree, named_leaves
+from ivl_jax.weights.hf_folder import INDEX_FILE, SINGLE_FILE, new_folder
+from ivl_jax.weights.hf_names import HfTensor, flat_paths, hf_tensor, shape_in_file
+from ivl_jax.weights.safetensors_file import write_file
+
+_PARAM_DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
+
+
+def save_params(
+    folder: Path | str,
+    arch: ArchConfig,
+    params: Params,
+    *,
+    dtype: DTypeLike,
+    shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+) -> None:
+    """Write parameters and `config.json` as a folder that transformers loads.
+
+    The folder appears when it is complete. Rows beyond the vocabulary are left out.
+
+    Args:
+        folder: the folder to make.
+        arch: the architecture.
+        params: its parameters, layers unstacked, on any devices.
+        dtype: float32 or bfloat16, of every tensor written.
+        shard_bytes: larger models are split into files of at most this many bytes (or one tensor).
+        overwrite: replace a model folder of that name.
+
+    Raises:
+        FileExistsError: the folder exists and holds files, and may not be replaced.
+        TreeMismatchError: the parameters are not those of the architecture.
+        ValueError: `dtype` is not supported.
+    """
+    with new_folder(Path(folder), overwrite=overwrite) as staging:
+        write_params(staging, arch, params, dtype=dtype, shard_bytes=shard_bytes)
+
+
+def write_params(
+    folder: Path,
+    arch: ArchConfig,
+    params: Params,
+    *,
+    dtype: DTypeLike,
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write what `save_params` writes into a folder that exists; every process must call it."""
+    dtype = jnp.dtype(dtype)
+    if dtype not in _PARAM_DTYPES:
+        raise ValueError(f"dtype: expected float32 or bfloat16, got {dtype}")
+    rows = params["embed_tokens"]["embedding"].shape[0]
+    check_same_tree(
+        named_leaves(abstract_params(arch, vocab_rows=max(rows, arch.vocab_size))),
+        named_leaves(params),
+        what=f"parameters to be saved as {arch.model_type}",
+        remedy="Save unstacked layers (unstack_layers) with the architecture they belong to; one "
+        "whose head was untied has tie_word_embeddings=False.",
+        with_dtype=False,
+    )
+    sinks = [
+        _Sink(tensor := hf_tensor(path), leaf, shape_in_file(tensor, leaf.shape, arch))
+        for path, leaf in flat_paths(params).items()
+    ]
+    shards = _split(sinks, dtype.itemsize, shard_bytes)
+    for file, group in shards.items():
+        shapes = {sink.tensor.name: sink.shape for sink in group}
+        arrays = (_array_in_file(sink, dtype) for sink in group)
+        if jax.process_index() == 0:
+            write_file(folder / file, shapes, arrays, dtype=dtype)
+        else:
+            collections.deque(arrays, maxlen=0)  # gathering takes every process
+    if jax.process_index() > 0:
+        return
+    if len(shards) > 1:
+        total = sum(dtype.itemsize * math.prod(sink.shape) for sink in sinks)
+        file_of = {sink.tensor.name: file for file, group in shards.items() for sink in group}
+        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": file_of})
+    _write_json(folder / "config.json", arch.to_hf() | {"dtype": str(dtype)})
+
+
+class _Sink(NamedTuple):
+    """What one parameter becomes in a file."""
+
+    tensor: HfTensor
+    leaf: Array
+    shape: tuple[int, ...]  # in the file, without vocabulary padding
+
+
+def _split(sinks: list[_Sink], item_bytes: int, shard_bytes: int) -> dict[str, list[_Sink]]:
+    """File name → what goes into it, in order."""
+    groups: list[list[_Sink]] = [[]]
+    used = 0
+    for sink in sinks:
+        size = item_bytes * math.prod(sink.shape)
+        if groups[-1] and used + size > shard_bytes:
+            groups.append([])
+            used = 0
+        groups[-1].append(sink)
+        used += size
+    if len(groups) == 1:
+        return {SINGLE_FILE: groups[0]}
+    return {
+        f"model-{number:05d}-of-{len(groups):05d}.safetensors": group
+        for number, group in enumerate(groups, start=1)
+    }
+
+
+def _array_in_file(sink: _Sink, dtype: np.dtype) -> np.ndarray:
+    """The whole tensor on the host; every process must call it."""
+    array = _oriented(sink.leaf, transposed=sink.tensor.transposed, dtype=dtype)
+    if array.is_fully_addressable:
+        whole = np.asarray(array)
+    else:
+        whole = multihost_utils.process_allgather(array, tiled=True)
+    return whole[: sink.shape[0]]
+
+
+def _write_json(path: Path, record: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+@functools.partial(jax.jit, static_argnames=("transposed", "dtype"))
+def _oriented(leaf: Array, *, transposed: bool, dtype: np.dtype) -> Array:
+    """As the file has it; a copy, because an array keeps the host copy that is made of it."""
+    return jnp.copy((leaf.T if transposed else leaf).astype(dtype))
