@@ -92,16 +92,13 @@ def propose_block(
     return block, state._replace(value_caches=value_caches, draft=draft._replace(cache=cache))
 
 
-def catch_up(
-    composition: Composition, params: ComposedParams, state: DecodeState, count: Int[Array, ""]
-) -> DecodeState:
+def catch_up(composition: Composition, params: ComposedParams, state: DecodeState) -> DecodeState:
     """Let the draft read what was generated without it, but for the last two tokens.
 
     Args:
         composition: the static half, with a draft.
         params: the arrays of all networks.
         state: where the rows are.
-        count: how many tokens are to be proposed; with none the draft may stay behind.
 
     Returns:
         The state with the draft's cache.
@@ -109,7 +106,7 @@ def catch_up(
     tokens, lengths, draft = state.tokens, state.lengths, draft_of(state)
 
     def behind(carry: tuple[KVCache, Int[Array, " B"]]) -> Bool[Array, ""]:
-        return (count > 0) & jnp.any(state.running & (carry[1] < lengths - 2))
+        return jnp.any(state.running & (carry[1] < lengths - 2))
 
     def read(carry: tuple[KVCache, Int[Array, " B"]]) -> tuple[KVCache, Int[Array, " B"]]:
         cache, done = carry

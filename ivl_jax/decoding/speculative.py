@@ -35,7 +35,7 @@ from ivl_jax.decoding.draft_length import (
     round_costs,
 )
 from ivl_jax.decoding.forward import read_hidden
-from ivl_jax.decoding.generate import halt
+from ivl_jax.decoding.generate import decode_step, halt
 from ivl_jax.decoding.proposing import (
     Block,
     catch_up,
@@ -100,6 +100,8 @@ def speculate_chunk(
 def speculate(composition: Composition, params: ComposedParams, state: DecodeState) -> DecodeState:
     """One round: propose some tokens, judge them, append those kept and the one that follows.
 
+    Where proposing does not pay, or a row has room for one token only, it is a plain step.
+
     Args:
         composition: the static half, with a draft.
         params: the arrays of all networks.
@@ -109,7 +111,28 @@ def speculate(composition: Composition, params: ComposedParams, state: DecodeSta
         The state with one token more a running row, or up to as many as were proposed and one.
     """
     count = _count(composition, params, state)
-    state = catch_up(composition, params, state, count)
+    state = _when(count == 0, functools.partial(_step, composition, params), state)
+    return _when(count > 0, functools.partial(_round, composition, params, count), state)
+
+
+def _step(composition: Composition, params: ComposedParams, state: DecodeState) -> DecodeState:
+    """One plain step, where proposing does not pay; what was learned of the draft fades."""
+    state = decode_step(composition, params, state)
+    draft = draft_of(state)
+    nothing = jnp.zeros_like(draft.judged)
+    return state._replace(
+        draft=draft._replace(
+            recent_judged=remember(draft.recent_judged, nothing),
+            recent_accepted=remember(draft.recent_accepted, nothing),
+        )
+    )
+
+
+def _round(
+    composition: Composition, params: ComposedParams, count: Int[Array, ""], state: DecodeState
+) -> DecodeState:
+    """Propose `count` tokens, at least one, and judge them."""
+    state = catch_up(composition, params, state)
     block, state = propose_block(composition, params, state, count)
     base_logits, state = _read_block(composition, params, state, block, count)
     verdict, state = _judge_block(composition, params, state, block, base_logits, count)
@@ -152,7 +175,7 @@ def _read_block(
         logits = logits_from_hidden(base.graphdef, params.base, hidden)
         return jax.lax.dynamic_update_slice(carry[0], logits, (0, 0, 0)), cache
 
-    widths, chosen = BLOCK_WIDTHS, jnp.asarray(_WIDTHS, jnp.int32)[count]
+    widths, chosen = BLOCK_WIDTHS[1:], jnp.asarray(_WIDTHS, jnp.int32)[count]
     if composition.draft_length:
         widths = (composition.draft_length + 1,)
         chosen = jnp.int32(widths[0])
@@ -218,8 +241,7 @@ def _judge_block(
         carry: tuple[Int[Array, " B"], tuple[KVCache, ...]],
     ) -> tuple[Int[Array, " B"], tuple[KVCache, ...]]:
         following, caches = carry
-        tokens = jnp.where(count > 0, last_proposals, state.last_tokens)
-        terms, caches = read_values_ahead(composition, params, state, caches, tokens, count)
+        terms, caches = read_values_ahead(composition, params, state, caches, last_proposals, count)
         chosen = sample_tokens(
             composed(count, terms), requests.sampling, requests.keys, indices + count
         )
@@ -228,9 +250,7 @@ def _judge_block(
     nothing = jnp.zeros_like(state.lengths)
     begin = (jnp.int32(0), state.running, _Verdict(nothing, nothing))
     _, left, verdict = jax.lax.while_loop(some_left, judge_one, begin)
-    last_proposals = jax.lax.dynamic_index_in_dim(
-        block.tokens, jnp.maximum(count - 1, 0), axis=1, keepdims=False
-    )
+    last_proposals = jax.lax.dynamic_index_in_dim(block.tokens, count - 1, axis=1, keepdims=False)
     following, caches = _when(jnp.any(left), go_on, (verdict.following, state.value_caches))
     verdict = verdict._replace(following=following)
     return verdict, state._replace(value_caches=caches)
@@ -272,7 +292,7 @@ def _append(
     return state.extended(new, gained, stopped=ended)._replace(
         draft=DraftState(
             cache=draft.cache,
-            lengths=jnp.where(running & (count > 0), read, draft.lengths),
+            lengths=jnp.where(running, read, draft.lengths),
             judged=draft.judged + judged,
             accepted=draft.accepted + kept,
             recent_judged=remember(draft.recent_judged, judged),
