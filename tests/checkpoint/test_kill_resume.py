@@ -18,14 +18,14 @@ SEED = int(os.environ.get("IVL_JAX_KILL_SEED", "0"))
 
 def kill(command: Command, workplace: Path, project_root: Path, *, few: int) -> None:
     """Kill and resume a command, with the transcript on stdout."""
-    inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    one_device = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
     during_save = kill_and_resume(
         command,
         workplace,
         kills=KILLS or few,
         seed=SEED,
         cwd=project_root,
-        environment=inherited | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(project_root)},
+        environment=os.environ | one_device | {"PYTHONPATH": str(project_root)},
         say=say,
     )
     assert during_save or KILLS < 10, "no kill fell into a save: this did not test what it is for"
