@@ -18,7 +18,7 @@ def run(options: Options) -> Report:
     """Time ours, the peers and the matrix products; both sides in float32 and in bfloat16.
 
     Args:
-        options: quick: two repeats instead of seven, no step with the penalty, one matrix product.
+        options: quick: one repeat instead of seven, no step with the penalty, one matrix product.
 
     Returns:
         The report.
@@ -39,7 +39,7 @@ def run(options: Options) -> Report:
         works["ivl_jax, float32, L1 penalty"] = OurStep(BASE_A, VALUE_A, SIZES, penalty="l1")
     matrices = _MATRICES[1:2] if options.quick else _MATRICES
     products = {f"matmul {size}": matrix_product(size) for size in matrices}
-    timings = time_in_turn({**works, **products}, repeats=2 if options.quick else 7)
+    timings = time_in_turn({**works, **products}, repeats=1 if options.quick else 7)
     rates = {name: timings[name].rate(SIZES.tokens) for name in works}
     speeds = {size: timings[f"matmul {size}"].rate(2 * size**3) for size in matrices}
     limit_size, largest = max(speeds.items(), key=lambda item: item[1].median)
