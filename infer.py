@@ -28,9 +28,14 @@ def main() -> int:
         from ivl_jax.decoding import command
 
         work = command.prepare(config)
+        if work is None:
+            return 0
     except (ConfigError, OSError, ValueError) as error:
         sys.stderr.write(f"infer.py: {error}\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("infer.py: stopped before anything was decoded\n")
+        return 130
     try:
         command.decode(work)
     except KeyboardInterrupt:

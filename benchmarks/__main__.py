@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setting = describe_setting()
     record = {}
     for name in names:
+        console.print(f"{name}: {BENCHMARKS[name]} …", soft_wrap=True)
         try:
             reports[name] = importlib.import_module(f"benchmarks.{name}").run(options)
             show(name, reports[name], console)

@@ -170,7 +170,9 @@ def test_a_map_of_other_tokenizers_is_refused_before_a_model_is_loaded(
     assert "--map is given 2 time(s)" in messages
 
 
-def test_a_file_of_prompts_goes_on_where_a_killed_run_stopped(infer, base_flags, tmp_path):
+def test_a_file_of_prompts_goes_on_where_a_killed_run_stopped(
+    infer, base_flags, tmp_path, monkeypatch
+):
     source, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     records = [{"prompt": "Once " * (1 + i % 3), "id": i} for i in range(5)]
     records.append({"messages": [{"role": "user", "content": "Hi"}], "id": 5})
@@ -193,6 +195,13 @@ def test_a_file_of_prompts_goes_on_where_a_killed_run_stopped(infer, base_flags,
     assert output.read_bytes() == whole
     assert "half-written last line" in messages
     assert "3 of 6 prompts are done" in messages
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ivl_jax.decoding.loading.load_language_model", None)  # nothing is left
+        status, _, messages = infer(*flags)
+    assert status == 0
+    assert "all 6 prompts are done already" in messages
+    assert output.read_bytes() == whole
 
     status, _, messages = infer(*flags, "--temperature", 0.9)
     assert status == 2
@@ -414,3 +423,13 @@ def test_help_imports_no_jax(project_root):
     )
     assert finished.returncode == 0, finished.stderr.decode()
     assert b"--max-new-tokens" in finished.stdout
+
+
+def test_an_interrupt_while_loading_is_one_line(infer, base_flags, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ivl_jax.decoding.loading.load_language_model", interrupted)
+    status, _, messages = infer(*base_flags, "--prompt", "a")
+    assert status == 130
+    assert messages.startswith("infer.py: stopped before anything was decoded\n")

@@ -69,14 +69,14 @@ class Work:
     output: GenerationFile | None
 
 
-def prepare(config: InferConfig) -> Work:
+def prepare(config: InferConfig) -> Work | None:
     """Check flags and files and encode the prompts, then load the models.
 
     Args:
         config: the flags.
 
     Returns:
-        Work that only decoding can still fail.
+        Work that only decoding can still fail; None where an output file has all its lines.
 
     Raises:
         ConfigError: flags or an output file that do not fit; before any weight is read.
@@ -101,6 +101,10 @@ def prepare(config: InferConfig) -> Work:
     if config.output is not None:
         settings = _settings(config, base_folder, draft_folder, sources)
         output = GenerationFile(Path(config.output), settings=settings, rows=rows)
+        if output.done == len(rows):
+            output.close()
+            logger.info("all %d prompts are done already", len(rows))
+            return None
     model = load_composed(
         config.base,
         sources,
@@ -142,7 +146,9 @@ def decode(work: Work) -> None:
         if work.output is not None:
             _write_file(work, work.output, profile)
         elif work.prompts:
-            _show(work.model.stream_prepared(work.prompts[0], profile=profile))
+            generation = _show(work.model.stream_prepared(work.prompts[0], profile=profile))
+            if work.config.draft:
+                _log_acceptance(generation.judged_proposals, generation.accepted_proposals)
         else:
             _talk(work, profile)
 
@@ -214,11 +220,12 @@ def _write_file(work: Work, output: GenerationFile, profile: StepProfile) -> Non
             judged += generation.judged_proposals
             accepted += generation.accepted_proposals
             progress.update(task, completed=output.done)
-    _log_acceptance(judged, accepted)
+    if work.config.draft:
+        _log_acceptance(judged, accepted)
 
 
-def _show(pieces: Any) -> str:
-    """Print pieces of text as they come; return the whole text."""
+def _show(pieces: Any) -> Generation:
+    """Print pieces of text as they come; return what they are."""
     start = time.perf_counter()
     first, generation = 0.0, None
     for piece in pieces:
@@ -234,25 +241,22 @@ def _show(pieces: Any) -> str:
     assert generation is not None
     rest = max(time.perf_counter() - start - first, 1e-9)
     logger.info(
-        "%d tokens (%s): the first after %.2f s, then %.1f tokens/s",
+        "%d tokens (%s): the first after %.2f s, then %.1f tokens/s, compiling included",
         len(generation.token_ids),
         generation.finish_reason,
         first,
         max(len(generation.token_ids) - 1, 0) / rest,
     )
-    _log_acceptance(generation.judged_proposals, generation.accepted_proposals)
-    return generation.text
+    return generation
 
 
 def _log_acceptance(judged: int, accepted: int) -> None:
-    """Say how much of what a draft proposed was kept; nothing where nothing was proposed."""
-    if judged:
-        logger.info(
-            "the draft: %d of %d proposals kept (%.0f %%)",
-            accepted,
-            judged,
-            100 * accepted / judged,
-        )
+    """Say how much of what a draft proposed was kept."""
+    if not judged:
+        logger.info("the draft: nothing was proposed, since it would not have paid")
+        return
+    share = 100 * accepted / judged
+    logger.info("the draft: %d of %d proposals kept (%.0f %%)", accepted, judged, share)
 
 
 def _talk(work: Work, profile: StepProfile) -> None:
@@ -282,4 +286,4 @@ def _talk(work: Work, profile: StepProfile) -> None:
         except KeyboardInterrupt:
             sys.stdout.write("\n")
             continue
-        messages = [*asked, Message("assistant", answer.strip())]
+        messages = [*asked, Message("assistant", answer.text.strip())]

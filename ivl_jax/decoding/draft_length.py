@@ -4,9 +4,9 @@ In: the networks' sizes, and how many of the latest proposals were kept. Out: th
 block, chosen on device; 0 is plain decoding. Only speed depends on it, never what greedy decoding
 generates nor the distribution that sampling draws from.
 
-A round of k proposals costs k passes of the draft and k + 1 of the value networks over one token a
-row, and one pass of the base over a block of k + 1. With every proposal kept with probability a, it
-brings 1 + a + … + aᵏ tokens.
+A round of k proposals costs k passes of the draft over two tokens a row and k + 1 of the value
+networks over one, and one pass of the base over a block of k + 1. With every proposal kept with
+probability a, it brings 1 + a + … + aᵏ tokens.
 """
 
 from dataclasses import dataclass
@@ -40,6 +40,8 @@ class _Device:
 
     bandwidth: float
     """Bytes of weights a second that one row reads."""
+    int8_byte: float
+    """How many times as long a byte of an int8 kernel takes: it is made a float first."""
     layer_seconds: float
     """Seconds a layer takes whatever its size."""
     pass_seconds: float
@@ -59,13 +61,42 @@ class _Device:
         if rows > self.rows[-1]:
             slower *= rows / self.rows[-1]
         fixed = layers * self.layer_seconds + self.pass_seconds
-        return _bytes_read(params) * slower / self.bandwidth + fixed
+        return self._bytes_read(params) * slower / self.bandwidth + fixed
+
+    def _bytes_read(self, params: Params) -> float:
+        """Bytes that every pass reads, as if of floats; of an untied embedding few rows."""
+        parts = {name: part for name, part in params.items() if name != "embed_tokens"}
+        leaves = jax.tree.leaves(parts if "lm_head" in params else params)
+        return sum(
+            (
+                leaf.size * (self.int8_byte if leaf.dtype == jnp.int8 else leaf.dtype.itemsize)
+                for leaf in leaves
+            ),
+            0.0,
+        )
 
 
 # CPU: two cores, kernels (out, in), `python -m benchmarks speculative`; five to seven rows take as
-# long as eight there. Accelerators: memory decides until some 200 rows.
-_CPU = _Device(20e9, 50e-6, 120e-6, 450e-6, (1, 2, 4, 8, 16, 32), (1.0, 1.25, 1.4, 1.65, 2.3, 3.6))
-_ACCELERATOR = _Device(1.5e12, 20e-6, 20e-6, 50e-6, (1, 256), (1.0, 1.3))
+# long as eight there; a step of a base in int8 takes 1 / 1.45 of the float32 one, `… int8`.
+# Accelerators: memory decides until some 200 rows.
+_CPU = _Device(
+    bandwidth=20e9,
+    int8_byte=2.7,
+    layer_seconds=50e-6,
+    pass_seconds=120e-6,
+    round_seconds=450e-6,
+    rows=(1, 2, 4, 8, 16, 32),
+    times=(1.0, 1.25, 1.4, 1.65, 2.3, 3.6),
+)
+_ACCELERATOR = _Device(
+    bandwidth=1.5e12,
+    int8_byte=1.0,
+    layer_seconds=20e-6,
+    pass_seconds=20e-6,
+    round_seconds=50e-6,
+    rows=(1, 256),
+    times=(1.0, 1.3),
+)
 
 
 def round_costs(
@@ -88,7 +119,7 @@ def round_costs(
         device.seconds(network, own, batch)
         for network, own in zip(composition.values, params.values, strict=True)
     )
-    draft = device.seconds(composition.draft, params.draft, batch)
+    draft = device.seconds(composition.draft, params.draft, 2 * batch)
     costs = [
         count * draft
         + (count + 1) * values
@@ -145,11 +176,3 @@ def remember(before: Float[Array, " B"], latest: Int[Array, " B"]) -> Float[Arra
     While nothing is proposed both counts of `choose_length` fade, until it tries the draft again.
     """
     return _MEMORY * before + latest.astype(jnp.float32)
-
-
-def _bytes_read(params: Params) -> int:
-    """Bytes of the parameters that every pass reads; of an untied embedding it reads a few rows."""
-    parts = {name: part for name, part in params.items() if name != "embed_tokens"}
-    if "lm_head" not in params:
-        parts = params
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(parts))

@@ -164,8 +164,8 @@ class PromptReader:
                 f"{length} tokens are {length - self.context} more than the context of "
                 f"{self.context} tokens (that of {self.context_of}): shorten the prompt"
             )
-        own_names = [own for own in self.own_vocabularies if own]
-        for own, text in zip(own_names, prompt.own_texts, strict=True):
+        mapped = [own for own in self.own_vocabularies if own]
+        for own, text in zip(mapped, prompt.own_texts, strict=True):
             if len(text.tokens) > own.context:
                 raise PromptTooLongError(
                     f"{len(text.tokens)} tokens are {len(text.tokens) - own.context} more than the "

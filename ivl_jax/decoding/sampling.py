@@ -45,11 +45,14 @@ def row_keys(seeds: Integer[Array, " B"], rows: Int[Array, " B"]) -> Key[Array, 
 def likeliest(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
     """The token with the largest logit in each row, the lowest id among equals, [B] int32.
 
-    Two reductions that XLA vectorises on CPU; its arg-max takes three times as long.
+    Two reductions that XLA vectorises on CPU; its arg-max takes three times as long. A row with a
+    NaN has no largest logit: 0.
     """
-    columns = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, :]
+    width = logits.shape[-1]
+    columns = jnp.arange(width, dtype=jnp.int32)[None, :]
     is_largest = logits == jnp.max(logits, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(is_largest, columns, columns[0, -1]), axis=-1)
+    first = jnp.min(jnp.where(is_largest, columns, width), axis=-1)
+    return jnp.where(first < width, first, 0)
 
 
 def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:

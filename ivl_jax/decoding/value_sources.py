@@ -17,7 +17,7 @@ from ivl_jax.checkpoint import ValueMetadata, ValueNetwork, load_value, read_val
 from ivl_jax.checkpoint.value_folder import load_value_tokenizer
 from ivl_jax.checkpoint.value_metadata import METADATA_NAME
 from ivl_jax.decoding.compatibility import Side, check_draft_fit, check_fit
-from ivl_jax.decoding.layout import loading_form
+from ivl_jax.decoding.layout import lay_out_network, loading_form
 from ivl_jax.decoding.prompts import PromptReader, TextSide, make_prompt_reader
 from ivl_jax.model.network import architecture_from_json
 from ivl_jax.sharding import ShardingRules
@@ -180,7 +180,12 @@ def load_source(
             mesh=mesh,
             sharding_rules=rules,
         )
-    return load_value(source.folder, param_dtype=dtype, mesh=mesh, sharding_rules=rules)
+    value = load_value(source.folder, param_dtype=dtype, mesh=mesh, sharding_rules=rules)
+    if mesh is not None:
+        return value
+    # Here, so that only one value network at a time is held in both forms.
+    _, params = lay_out_network(value.params, value.arch, None)
+    return dataclasses.replace(value, params=params)
 
 
 def _read_value(source: ValueSource, base: TokenizerInfo) -> TextSide:

@@ -99,7 +99,6 @@ def run(flags: Gsm8kFlags) -> dict[str, Any]:
         "max_new_tokens": flags.max_new_tokens,
         "limit": flags.limit,
     }
-    output = GenerationFile(Path(flags.output), settings=settings, rows=rows)
     chat = chat_format_of(sources)
     prompts = [
         _chat_prompt(chat, row) if flags.prompt == "chat" else f"{question(row)}\n{_ANSWER}"
@@ -111,6 +110,7 @@ def run(flags: Gsm8kFlags) -> dict[str, Any]:
         stop_ids=chat.stop_ids if flags.prompt == "chat" else (),
     )
     prepared = sources.prompts.prepare(prompts, options, names=[where for where, _ in items])
+    output = GenerationFile(Path(flags.output), settings=settings, rows=rows)
     generate_to_file(
         load_model(sources),
         prepared,

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ivl_jax.data.chat import ChatFormat
 from ivl_jax.data.formats import Message
+from ivl_jax.decoding.prompts import PromptReader
 from ivl_jax.decoding.requests import GenerationOptions
 from ivl_jax.decoding.text import ComposedModel
 from ivl_jax.evaluation.harness_arguments import DEFAULT_BATCH_SIZE, read_arguments
@@ -71,11 +72,7 @@ class IvlLM(TemplateLM):
         sources: ModelSources | None = None,
     ) -> None:
         super().__init__()
-        if max_length is not None and not 1 <= max_length <= model.context:
-            raise ValueError(
-                f"max_length = {max_length}: expected 1 to {model.context} tokens, the context of "
-                f"{model.context_of}"
-            )
+        _check_max_length(max_length, model.prompts)
         self.model = model
         self.batch_size = batch_size
         self.max_length = max_length or model.context
@@ -104,10 +101,11 @@ class IvlLM(TemplateLM):
         try:
             flags, options = read_arguments({k: v for k, v in given.items() if v is not None})
             sources = find_sources(flags)
+            chat_format = chat_format_of(sources)
+            _check_max_length(options.get("max_length"), sources.prompts)
         except (OSError, ValueError) as error:
             raise ModelArgumentsError(str(error)) from error
-        model = load_model(sources)
-        return cls(model, **options, chat_format=chat_format_of(sources), sources=sources)
+        return cls(load_model(sources), **options, chat_format=chat_format, sources=sources)
 
     @classmethod
     def create_from_arg_string(
@@ -310,3 +308,11 @@ def _answer(scores: RowScores, length: int, choice: int) -> tuple[float, bool]:
     log_likelihood = scores.tokens.log_prob[before].sum() + scores.choices.log_prob[choice]
     greedy = scores.tokens.largest[before].all() and scores.choices.largest[choice]
     return float(log_likelihood), bool(greedy)
+
+
+def _check_max_length(max_length: int | None, prompts: PromptReader) -> None:
+    if max_length is not None and not 1 <= max_length <= prompts.context:
+        raise ValueError(
+            f"max_length = {max_length}: expected 1 to {prompts.context} tokens, the context of "
+            f"{prompts.context_of}"
+        )

@@ -166,13 +166,13 @@ def run(flags: LikelihoodFlags) -> LikelihoodReport:
     require(problems)
     output = _writable(Path(flags.output)) if flags.output else None
     sources = find_sources(flags.model)
-    demonstrations = _read(flags)
     if any(sources.prompts.own_vocabularies) and flags.model.chat_template:
         raise ConfigError(
             f"--chat-template {flags.model.chat_template}: a value network with its own vocabulary "
             "reads dialogues by its own template only: leave the flag out"
         )
     chat = chat_format_of(sources)
+    demonstrations = _read(flags)
     dialogues = tokenize_demonstrations(
         demonstrations,
         chat,

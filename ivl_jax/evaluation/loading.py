@@ -5,7 +5,6 @@ are written in several runs; then a `ComposedModel`.
 """
 
 import hashlib
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,6 @@ from ivl_jax.decoding.text import ComposedModel
 from ivl_jax.decoding.value_sources import ValueSource, check_sources, find_values, read_base
 from ivl_jax.evaluation.flags import ModelFlags, check_model_flags, require
 from ivl_jax.weights.language_model import find_model
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,6 +75,7 @@ def find_sources(flags: ModelFlags) -> ModelSources:
     require(check_model_flags(flags))
     base_folder = find_model(flags.base)
     values = tuple(find_values(flags.value, flags.map))
+    decoding_mesh(flags.mesh)
     prompts = check_sources(read_base(flags.base, base_folder), values)
     return ModelSources(flags, base_folder, values, prompts)
 

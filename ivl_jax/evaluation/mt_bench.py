@@ -75,11 +75,14 @@ def run(flags: MtBenchFlags) -> None:
         "seed": flags.seed,
         "turns": [question["turns"] for _, question in questions],
     }
+    chat = chat_format_of(sources)
+    begun = [[Message("user", question["turns"][0])] for _, question in questions]
+    sources.prompts.prepare(
+        [chat.encode_prompt(messages).tolist() for messages in begun],
+        names=[where for where, _ in questions],
+    )
     output = GenerationFile(Path(flags.output), settings=settings, rows=rows, added=_ADDED_FIELDS)
-    model = load_model(sources)
-    answerer = _Answerer(model, chat_format_of(sources), flags)
-    for index, (where, question) in enumerate(questions):
-        answerer.prompt(index, [Message("user", question["turns"][0])], question, name=where)
+    answerer = _Answerer(load_model(sources), chat, flags)
     if output.done:
         logger.info("%d of %d questions are answered already", output.done, len(questions))
     left = list(enumerate(question for _, question in questions))[output.done :]

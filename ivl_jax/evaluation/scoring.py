@@ -371,4 +371,5 @@ def _split(tree: Any, parts: int) -> Any:
 def _joined(array: Array, length: int) -> Array:
     """[parts B t …] back to [B T …]."""
     together = jnp.moveaxis(array, 0, 1)
-    return together.reshape(together.shape[0], -1, *together.shape[3:])[:, :length]
+    rows, parts, size, *rest = together.shape
+    return together.reshape(rows, parts * size, *rest)[:, :length]

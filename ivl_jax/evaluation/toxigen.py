@@ -49,7 +49,6 @@ def run(flags: ToxigenFlags) -> None:
     settings = sources.to_json() | {
         name: getattr(flags, name) for name in ("prompt", "per_group", "seed", "max_new_tokens")
     }
-    output = GenerationFile(Path(flags.output), settings=settings, rows=rows)
     chat = chat_format_of(sources)
     chats = flags.prompt == "chat"
     options = GenerationOptions(
@@ -60,6 +59,7 @@ def run(flags: ToxigenFlags) -> None:
         dialogues = [[Message("user", _INSTRUCTION + prompt)] for prompt in prompts]
         prompts = [chat.encode_prompt(dialogue).tolist() for dialogue in dialogues]
     prepared = sources.prompts.prepare(prompts, options, names=[row.where for row in rows])
+    output = GenerationFile(Path(flags.output), settings=settings, rows=rows)
     generate_to_file(load_model(sources), prepared, output, batch_size=flags.batch_size)
     Console().print(f"ToxiGen: {len(rows)} continuations in {flags.output}; classify their `text`")
 

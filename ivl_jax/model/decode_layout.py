@@ -35,11 +35,11 @@ def _layer(layer: Params) -> Params:
 
 def _fuse(module: Params) -> Params:
     """A module's projections, those of one input fused; norms stay."""
-    parts = {part for fused in FUSED.values() for part in fused}
+    fused_parts = {part for parts in FUSED.values() for part in parts}
     alone = {
         name: _as_rows(part) if "kernel" in part else part
         for name, part in module.items()
-        if name not in parts
+        if name not in fused_parts
     }
     fused = {
         name: _as_rows(*(module[part] for part in parts))

@@ -75,7 +75,9 @@ def _passes_trial(dtype: str, head_dim: int) -> bool:
     rng = np.random.default_rng(0)
     shapes = [(2, _TRIAL_TOKENS, heads, head_dim) for heads in (4, 2, 2)]
     arrays = [rng.standard_normal(shape).astype(dtype) for shape in shapes]
-    mask = np.tril(np.ones((1, 1, _TRIAL_TOKENS, _TRIAL_TOKENS), bool))
+    # Each row holds two segments, of other lengths in the other row.
+    segments = np.arange(_TRIAL_TOKENS)[None, :] >= np.array([[20], [33]])
+    mask = np.tril(segments[:, None, :, None] == segments[:, None, None, :])
 
     def gradients(implementation: Literal["cudnn", "xla"]) -> list[np.ndarray]:
         def total(query: Array, key: Array, value: Array) -> tuple[Array, Array]:

@@ -138,7 +138,8 @@ def load_params(
     params: dict[ParamPath, Array] = {}
     for path, array in _read_all(sources, dtype, folder.name):
         if form.int8 and path[-1] == "kernel":
-            for name, part in _rounded(array, rows=form.rows).items():
+            # Waits, as reading does: the floats are gone before the next ones come.
+            for name, part in jax.block_until_ready(_rounded(array, rows=form.rows)).items():
                 key = (*path[:-1], name)
                 params[key] = jax.device_put(part, placed[key]) if placed else part
         else:

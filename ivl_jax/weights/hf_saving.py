@@ -69,6 +69,13 @@ def write_params(
     dtype = jnp.dtype(dtype)
     if dtype not in _PARAM_DTYPES:
         raise ValueError(f"dtype: expected float32 or bfloat16, got {dtype}")
+    if "qkv_proj" in params["layers"][0]["self_attn"] or any(
+        leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(params)
+    ):
+        raise ValueError(
+            "parameters laid out for decoding, or in int8, cannot be saved: save the model as it "
+            "was loaded, before it was composed"
+        )
     rows = params["embed_tokens"]["embedding"].shape[0]
     check_same_tree(
         named_leaves(abstract_params(arch, vocab_rows=max(rows, arch.vocab_size))),

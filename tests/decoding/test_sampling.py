@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ivl_jax.decoding import sampling as sampling_module
-from ivl_jax.decoding.sampling import Sampling, row_keys
+from ivl_jax.decoding.sampling import Sampling, likeliest, row_keys
 
 filter_logits = jax.jit(sampling_module.filter_logits)
 sample_tokens = jax.jit(sampling_module.sample_tokens)
@@ -191,3 +191,8 @@ def test_samples_follow_the_filtered_distribution():
     assert counts[4] == 0
     chi_square = ((counts[:4] - rows * expected[:4]) ** 2 / (rows * expected[:4])).sum()
     assert chi_square < 16.27  # 3 degrees of freedom, p = 0.001
+
+
+def test_a_row_without_a_largest_logit_gives_a_real_token():
+    logits = jnp.stack([jnp.full(7, jnp.nan), jnp.full(7, -jnp.inf), jnp.arange(7.0)])
+    np.testing.assert_array_equal(likeliest(logits), [0, 0, 6])

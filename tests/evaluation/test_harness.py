@@ -289,6 +289,9 @@ def test_model_arguments_name_values_with_their_strengths(lm_eval, stories260k_d
         ({"base": "BASE", "batch_size": "many"}, "batch_size: expected a number ≥ 1 or auto"),
         ({"base": "BASE", "value": "FUTURE"}, "format_version 99, this version of ivl_jax reads 1"),
         ({"base": "BASE", "value": ["a", "b"], "strength": 1}, "strength is given 1 time"),
+        ({"base": "BASE", "chat_template": "nonsense"}, "nonsense"),
+        ({"base": "BASE", "max_length": 9999}, "max_length = 9999: expected 1 to 512 tokens"),
+        ({"base": "BASE", "tensor": 9}, "9"),
     ],
     ids=lambda case: str(case)[:60],
 )

@@ -178,3 +178,10 @@ def test_a_value_of_another_vocabulary_is_reported_where_it_predicts(stories260k
     assert np.isfinite(found.nll)
     assert found.nll != pytest.approx(found.base_nll, rel=1e-3)
     assert found.mean_abs_value[0] > 0
+
+
+def test_a_base_alone_has_a_report_too(base_alone, composed, dialogues):
+    alone = likelihood_report(base_alone, dialogues, batch_size=4).overall
+    beside = likelihood_report(composed, dialogues, batch_size=4).overall
+    assert alone.mean_abs_value == ()
+    assert alone.nll == pytest.approx(beside.base_nll, rel=1e-5)

@@ -82,13 +82,17 @@ def test_a_dialogue_that_outgrows_the_context_costs_one_answer_not_the_run(run, 
     assert line["choices"][0]["turns"][0] != "ERROR"
 
 
-def test_questions_that_cannot_be_asked_are_named_first(run, tmp_path, read_prompts):
+def test_questions_that_cannot_be_asked_are_named_first(run, tmp_path, read_prompts, monkeypatch):
     bad = tmp_path / "bad.jsonl"
     row = {"question_id": 1, "category": "math", "turns": ["word " * 400]}
-    bad.write_text(json.dumps(row) + "\n")
-    status, messages = run("--questions", str(bad))
+    bad.write_text((json.dumps(row) + "\n") * 2)
+    with monkeypatch.context() as patched:
+        patched.setattr("ivl_jax.decoding.loading.load_language_model", None)  # not yet
+        status, messages = run("--questions", str(bad))
     assert status == 2
     assert f"{bad}:1: " in messages
+    assert f"{bad}:2: " in messages
+    assert not (tmp_path / "out.jsonl").exists()
     assert "more than the context of 512 tokens" in messages
     bad.write_text('{"question_id": 1, "category": "math", "turns": []}\n{"turns": ["a"]}\n')
     messages = run("--questions", str(bad))[1]

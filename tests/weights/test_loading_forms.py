@@ -99,7 +99,7 @@ def test_int8_kernels_on_a_mesh_are_split_with_their_scales(tmp_path):
 
 
 @pytest.mark.parametrize("int8", [False, True])
-def test_a_model_loaded_for_decoding_says_what_the_other_says(stories260k_dir, int8):
+def test_a_model_loaded_for_decoding_says_what_the_other_says(stories260k_dir, int8, tmp_path):
     plain = load_language_model(stories260k_dir)
     ready = load_language_model(stories260k_dir, form=loading_form(None, int8=int8))
     options = GenerationOptions(max_new_tokens=24)
@@ -108,6 +108,8 @@ def test_a_model_loaded_for_decoding_says_what_the_other_says(stories260k_dir, i
     assert texts[0] == texts[1]
     # What lies as it decodes is not moved.
     kernel = models[1].params.base["layers"][0]["mlp"]["down_proj"]["kernel"]
+    with pytest.raises(ValueError, match="save the model as it was loaded"):
+        save_params(tmp_path / "again", ready.arch, models[1].params.base, dtype=jnp.float32)
     assert kernel is ready.params["layers"][0]["mlp"]["down_proj"]["kernel"]
 
 
@@ -159,5 +161,6 @@ def test_loading_for_decoding_holds_one_copy(kernels, tmp_path: Path, project_ro
     )
     measured = json.loads(done.stdout)
     assert measured["size"] < (0.35 if kernels == "int8" else 1.01) * whole
-    # Beside the result: some tensors on their way, and the programs that round them.
-    assert measured["grown"] < measured["size"] + (0.45 if kernels == "int8" else 0.3) * whole
+    # Beside the result: some tensors on their way, and the programs that round them; the floats
+    # are never there as a whole.
+    assert measured["grown"] < (0.9 if kernels == "int8" else 1.3) * whole
