@@ -69,8 +69,8 @@ def write_params(
     dtype = jnp.dtype(dtype)
     if dtype not in _PARAM_DTYPES:
         raise ValueError(f"dtype: expected float32 or bfloat16, got {dtype}")
-    if "qkv_proj" in params["layers"][0]["self_attn"] or any(
-        leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(params)
+    if any(
+        "qkv_proj" in path or leaf.dtype == jnp.int8 for path, leaf in flat_paths(params).items()
     ):
         raise ValueError(
             "parameters laid out for decoding, or in int8, cannot be saved: save the model as it "
