@@ -146,9 +146,7 @@ def decode(work: Work) -> None:
         if work.output is not None:
             _write_file(work, work.output, profile)
         elif work.prompts:
-            generation = _show(work.model.stream_prepared(work.prompts[0], profile=profile))
-            if work.config.draft:
-                _log_acceptance(generation.judged_proposals, generation.accepted_proposals)
+            _show(work, work.prompts[0], profile)
         else:
             _talk(work, profile)
 
@@ -220,15 +218,14 @@ def _write_file(work: Work, output: GenerationFile, profile: StepProfile) -> Non
             judged += generation.judged_proposals
             accepted += generation.accepted_proposals
             progress.update(task, completed=output.done)
-    if work.config.draft:
-        _log_acceptance(judged, accepted)
+    _log_acceptance(work, judged, accepted)
 
 
-def _show(pieces: Any) -> Generation:
-    """Print pieces of text as they come; return what they are."""
+def _show(work: Work, prompt: EncodedPrompt, profile: StepProfile) -> str:
+    """Print pieces of text as they come; return the whole text."""
     start = time.perf_counter()
     first, generation = 0.0, None
-    for piece in pieces:
+    for piece in work.model.stream_prepared(prompt, profile=profile):
         first = first or time.perf_counter() - start
         if isinstance(piece, Generation):
             generation = piece
@@ -247,11 +244,14 @@ def _show(pieces: Any) -> Generation:
         first,
         max(len(generation.token_ids) - 1, 0) / rest,
     )
-    return generation
+    _log_acceptance(work, generation.judged_proposals, generation.accepted_proposals)
+    return generation.text
 
 
-def _log_acceptance(judged: int, accepted: int) -> None:
-    """Say how much of what a draft proposed was kept."""
+def _log_acceptance(work: Work, judged: int, accepted: int) -> None:
+    """Say how much of what a draft proposed was kept; nothing without a draft."""
+    if not work.config.draft:
+        return
     if not judged:
         logger.info("the draft: nothing was proposed, since it would not have paid")
         return
@@ -282,8 +282,8 @@ def _talk(work: Work, profile: StepProfile) -> None:
             logger.error("%s; /reset starts a new conversation", error)
             continue
         try:
-            answer = _show(work.model.stream_prepared(prompt, profile=profile))
+            answer = _show(work, prompt, profile)
         except KeyboardInterrupt:
             sys.stdout.write("\n")
             continue
-        messages = [*asked, Message("assistant", answer.text.strip())]
+        messages = [*asked, Message("assistant", answer.strip())]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from etils import epath
+from jax.sharding import Mesh
 
 from ivl_jax.data.chat import ChatFormat, make_chat_format
 from ivl_jax.decoding.loading import decoding_mesh, load_composed
@@ -30,12 +31,14 @@ class ModelSources:
         base_folder: Where the base is.
         values: Where the value networks are.
         prompts: How prompts become tokens for them.
+        mesh: Where they will live; None: one device.
     """
 
     flags: ModelFlags
     base_folder: Path
     values: tuple[ValueSource, ...]
     prompts: PromptReader = field(repr=False)
+    mesh: Mesh | None
 
     def to_json(self) -> dict[str, Any]:
         """What decides the figures of a run: folders by name and content, strengths, dtype."""
@@ -70,14 +73,15 @@ def find_sources(flags: ModelFlags) -> ModelSources:
         ConfigError: flags that are missing or do not belong together.
         FileNotFoundError: no such base model or value folder.
         ValueError: a value folder or a map of an unknown format version, or one that does not fit
-            the base; without a map where one is needed, it gives the command that builds it.
+            the base; without a map where one is needed, it gives the command that builds it; or a
+            mesh that does not fit the devices.
     """
     require(check_model_flags(flags))
     base_folder = find_model(flags.base)
     values = tuple(find_values(flags.value, flags.map))
-    decoding_mesh(flags.mesh)
+    mesh = decoding_mesh(flags.mesh)
     prompts = check_sources(read_base(flags.base, base_folder), values)
-    return ModelSources(flags, base_folder, values, prompts)
+    return ModelSources(flags, base_folder, values, prompts, mesh)
 
 
 def load_model(sources: ModelSources) -> ComposedModel:
@@ -90,7 +94,7 @@ def load_model(sources: ModelSources) -> ComposedModel:
         The composed model, on the mesh of the flags.
 
     Raises:
-        ValueError: weights that do not fit, or a mesh that does not fit the devices.
+        ValueError: weights that do not fit.
     """
     flags = sources.flags
     return load_composed(
@@ -98,7 +102,7 @@ def load_model(sources: ModelSources) -> ComposedModel:
         sources.values,
         strengths=flags.strength,
         dtype=flags.dtype,
-        mesh=decoding_mesh(flags.mesh),
+        mesh=sources.mesh,
         base_layout=flags.base_layout,
         value_layout=flags.value_layout,
         int8_base=flags.int8_base,

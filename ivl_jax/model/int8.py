@@ -26,10 +26,9 @@ def quantize(params: dict[Any, Any], *, rows: bool) -> dict[Any, Any]:
         The parameters, `{"kernel": int8, "scale": float32}` in place of each `{"kernel": float}`.
         A kernel's error is at most half its scale a weight.
     """
-    if "kernel" in params and "scale" in params:
-        return params
     if "kernel" in params:
-        return params | _quantized(params["kernel"], axis=-1 if rows else -2)
+        given = "scale" in params
+        return params if given else params | _quantized(params["kernel"], axis=-1 if rows else -2)
     return {
         name: quantize(part, rows=rows) if isinstance(part, dict) else part
         for name, part in params.items()

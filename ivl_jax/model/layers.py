@@ -149,8 +149,8 @@ class Attention(nnx.Module):
         if self.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, angles), rotate(key, angles)
-        shape = {"head_dim": self.head_dim, "length": x.shape[1]}
-        if memory is None and self.softcap is None and has_fused_attention(dtype=x.dtype, **shape):
+        plain = memory is None and self.softcap is None
+        if plain and has_fused_attention(dtype=x.dtype, head_dim=self.head_dim, length=x.shape[1]):
             mixed = fused_attention(query, key, value, mask=mask, scale=self.scale)
         else:
             memory, keys, values = write(memory, key.swapaxes(1, 2), value.swapaxes(1, 2))

@@ -35,6 +35,7 @@ from ivl_jax.weights.hf_folder import find_tensors
 from ivl_jax.weights.hf_names import (
     EMBEDDING,
     LM_HEAD,
+    PARAM_DTYPES,
     ParamPath,
     flat_paths,
     hf_tensor,
@@ -46,7 +47,6 @@ from ivl_jax.weights.safetensors_file import DTYPES, Target, TensorRecord, read_
 
 logger = logging.getLogger(__name__)
 
-_PARAM_DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 _READERS = 4  # threads; each holds at most one tensor's slices beyond what is loaded
 _SHOW_PROGRESS_FROM = 2_000_000_000  # bytes
 
@@ -107,7 +107,7 @@ def load_params(
     """
     folder = Path(folder)
     dtype = jnp.dtype(param_dtype)
-    if dtype not in _PARAM_DTYPES:
+    if dtype not in PARAM_DTYPES:
         raise ValueError(f"param_dtype: expected float32 or bfloat16, got {dtype}")
     if vocab_rows is not None and vocab_rows < arch.vocab_size:
         raise ValueError(

@@ -9,11 +9,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from flax import traverse_util
 
 from ivl_jax.model.architecture import ArchConfig
 
 ParamPath = tuple[str | int, ...]
+PARAM_DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
+"""Of parameters, in memory and in files that we write."""
 
 
 class HfTensor(NamedTuple):

@@ -21,10 +21,8 @@ from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import Params, abstract_params
 from ivl_jax.tree_compare import check_same_tree, named_leaves
 from ivl_jax.weights.hf_folder import INDEX_FILE, SINGLE_FILE, new_folder
-from ivl_jax.weights.hf_names import HfTensor, flat_paths, hf_tensor, shape_in_file
+from ivl_jax.weights.hf_names import PARAM_DTYPES, HfTensor, flat_paths, hf_tensor, shape_in_file
 from ivl_jax.weights.safetensors_file import write_file
-
-_PARAM_DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
 
 def save_params(
@@ -67,7 +65,7 @@ def write_params(
 ) -> None:
     """Write what `save_params` writes into a folder that exists; every process must call it."""
     dtype = jnp.dtype(dtype)
-    if dtype not in _PARAM_DTYPES:
+    if dtype not in PARAM_DTYPES:
         raise ValueError(f"dtype: expected float32 or bfloat16, got {dtype}")
     if any(
         "qkv_proj" in path or leaf.dtype == jnp.int8 for path, leaf in flat_paths(params).items()
