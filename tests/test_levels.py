@@ -5,6 +5,10 @@ from pathlib import Path
 
 # First match decides; the number is the level.
 LEVELS = {
+    "ivl_jax.paths": -1,
+    "ivl_jax.text_files": -1,
+    "ivl_jax.json_files": 0,
+    "ivl_jax.toml_files": 0,
     "ivl_jax.config": 0,
     "ivl_jax.config_parts": -1,
     "ivl_jax.token_bytes": 0,

@@ -11,7 +11,6 @@ from typing import Any, Literal
 from etils import epath
 
 from ivl_jax.checkpoint.arrays import read_host_arrays
-from ivl_jax.checkpoint.paths import absolute_path
 from ivl_jax.checkpoint.steps import (
     NoUsableCheckpointError,
     best_step,
@@ -27,6 +26,7 @@ from ivl_jax.checkpoint.value_folder import (
     write_value_folder,
 )
 from ivl_jax.checkpoint.value_metadata import METADATA_NAME, ValueFolderError, ValueMetadata
+from ivl_jax.paths import absolute_path
 
 logger = logging.getLogger(__name__)
 

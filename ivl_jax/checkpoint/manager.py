@@ -25,7 +25,6 @@ from jax.experimental import multihost_utils
 
 from ivl_jax.checkpoint.arrays import restore_arrays, to_storable
 from ivl_jax.checkpoint.manifest import MANIFEST_NAME, replace_about, write_manifest
-from ivl_jax.checkpoint.paths import absolute_path
 from ivl_jax.checkpoint.steps import (
     NoUsableCheckpointError,
     RejectedStep,
@@ -37,6 +36,7 @@ from ivl_jax.checkpoint.steps import (
     recorded_metrics,
     set_aside,
 )
+from ivl_jax.paths import absolute_path
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from etils import epath
 
-from ivl_jax.checkpoint.paths import flush_folder, is_local, write_atomically
+from ivl_jax.paths import flush_folder, is_local, write_atomically
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = 1

@@ -29,7 +29,6 @@ from jax.typing import DTypeLike
 
 from ivl_jax.checkpoint.arrays import restore_arrays, to_storable
 from ivl_jax.checkpoint.manifest import ManifestError, file_problems, read_manifest, write_manifest
-from ivl_jax.checkpoint.paths import absolute_path, is_local
 from ivl_jax.checkpoint.value_metadata import (
     METADATA_NAME,
     ValueFolderError,
@@ -43,6 +42,7 @@ from ivl_jax.model.network import (
     architecture_from_json,
     vocabulary_dimensions,
 )
+from ivl_jax.paths import absolute_path, is_local
 from ivl_jax.sharding import DEFAULT_RULES, ShardingRules, padded_vocab_rows, parameter_shardings
 from ivl_jax.tokenizer import TokenizerInfo, describe_tokenizer, load_tokenizer, save_tokenizer
 from ivl_jax.tree_compare import check_same_tree, named_leaves

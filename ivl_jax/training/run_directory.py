@@ -23,10 +23,10 @@ from typing import Any
 import jax
 from etils import epath
 
-from ivl_jax.checkpoint.paths import write_atomically
 from ivl_jax.checkpoint.value_metadata import library_versions
 from ivl_jax.config import ConfigError, TrainConfig
 from ivl_jax.config_files import config_from_mapping, config_to_mapping, config_to_toml
+from ivl_jax.paths import write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from ivl_jax.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
-from ivl_jax.checkpoint.paths import absolute_path, write_atomically
+from ivl_jax.paths import absolute_path, write_atomically
 
 
 @pytest.fixture

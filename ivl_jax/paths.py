@@ -4,7 +4,9 @@ In: anything a path can be given as. Out: `etils.epath` paths that Orbax takes, 
 their old content or their new one, never a part. Imports no JAX.
 """
 
+import contextlib
 import os
+import uuid
 
 from etils import epath
 
@@ -22,13 +24,15 @@ def absolute_path(path: epath.PathLike) -> epath.Path:
     return epath.Path(os.path.abspath(path.expanduser())) if is_local(path) else path
 
 
-def is_local(path: epath.Path) -> bool:
+def is_local(path: epath.PathLike) -> bool:
     """Say whether a path is in the local file system, not on an object store."""
     return "://" not in os.fspath(path)
 
 
 def write_atomically(path: epath.PathLike, content: bytes) -> None:
     """Write a file such that it holds, at every moment, the old content or the new, never a part.
+
+    A local file is on the disk, its name included, when this returns: a power failure keeps it.
 
     Args:
         path: the file; on object stores, where one write is atomic already, it is written directly.
@@ -39,12 +43,17 @@ def write_atomically(path: epath.PathLike, content: bytes) -> None:
         path.write_bytes(content)
         return
     name = os.fspath(path)
-    temporary = f"{name}.tmp-{os.getpid()}"
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, name)
+    temporary = f"{name}.tmp-{uuid.uuid4().hex}"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, name)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
     flush_folder(os.path.dirname(name) or ".")
 
 
