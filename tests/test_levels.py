@@ -9,6 +9,7 @@ LEVELS = {
     "ivl_jax.text_files": -1,
     "ivl_jax.json_files": 0,
     "ivl_jax.toml_files": 0,
+    "ivl_jax.manifest": 1,
     "ivl_jax.config": 0,
     "ivl_jax.config_parts": -1,
     "ivl_jax.token_bytes": 0,

@@ -24,7 +24,6 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from ivl_jax.checkpoint.arrays import restore_arrays, to_storable
-from ivl_jax.checkpoint.manifest import MANIFEST_NAME, replace_about, write_manifest
 from ivl_jax.checkpoint.steps import (
     NoUsableCheckpointError,
     RejectedStep,
@@ -36,6 +35,7 @@ from ivl_jax.checkpoint.steps import (
     recorded_metrics,
     set_aside,
 )
+from ivl_jax.manifest import MANIFEST_NAME, replace_about, write_manifest
 from ivl_jax.paths import absolute_path
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from ivl_jax.checkpoint.manifest import (
+from ivl_jax.manifest import (
     MANIFEST_NAME,
     Manifest,
     ManifestError,

@@ -28,13 +28,13 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from ivl_jax.checkpoint.arrays import restore_arrays, to_storable
-from ivl_jax.checkpoint.manifest import ManifestError, file_problems, read_manifest, write_manifest
 from ivl_jax.checkpoint.value_metadata import (
     METADATA_NAME,
     ValueFolderError,
     ValueMetadata,
     read_value_metadata,
 )
+from ivl_jax.manifest import ManifestError, file_problems, read_manifest, write_manifest
 from ivl_jax.model.decoder import Params, unstack_layers
 from ivl_jax.model.network import (
     Architecture,

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from ivl_jax.checkpoint.arrays import read_host_arrays, stored_leaves
-from ivl_jax.checkpoint.manifest import MANIFEST_NAME
 from ivl_jax.checkpoint.steps import find_usable_step
+from ivl_jax.manifest import MANIFEST_NAME
 from ivl_jax.tree_compare import named_leaves
 
 Command = Callable[[Path, bool], list[str]]  # (run directory, resume) → command line

@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from ivl_jax.checkpoint import NoUsableCheckpointError, TrainCheckpointer
-from ivl_jax.checkpoint.manifest import MANIFEST_NAME, write_manifest
+from ivl_jax.manifest import MANIFEST_NAME, write_manifest
 from tests.checkpoint.saved_runs import assert_same, folders, make_state, save, saved_run
 
 

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ivl_jax.checkpoint import NoUsableCheckpointError, TrainCheckpointer
-from ivl_jax.checkpoint.manifest import MANIFEST_NAME
+from ivl_jax.manifest import MANIFEST_NAME
 from ivl_jax.sharding import make_mesh
 from ivl_jax.tree_compare import TreeMismatchError
 from tests.checkpoint.saved_runs import (

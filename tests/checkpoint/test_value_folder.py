@@ -20,7 +20,7 @@ from ivl_jax.checkpoint import (
     read_value_metadata,
     save_value,
 )
-from ivl_jax.checkpoint.manifest import MANIFEST_NAME, write_manifest
+from ivl_jax.manifest import MANIFEST_NAME, write_manifest
 from ivl_jax.model.decoder import build_decoder, forward, init_params, stack_layers
 from ivl_jax.sharding import bytes_per_device, make_mesh
 from ivl_jax.tree_compare import TreeMismatchError

@@ -1,16 +1,19 @@
 """The hash manifest names every file that is not as it was written."""
 
+import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ivl_jax.checkpoint.manifest import (
+from ivl_jax.manifest import (
     MANIFEST_NAME,
     ManifestError,
     file_problems,
@@ -99,7 +102,7 @@ def test_a_folder_without_manifest_says_that_it_is_incomplete(folder: Path) -> N
 
 
 def test_a_manifest_of_an_unknown_format_is_refused(folder: Path, monkeypatch) -> None:
-    monkeypatch.setattr("ivl_jax.checkpoint.manifest.MANIFEST_FORMAT", 2)
+    monkeypatch.setattr("ivl_jax.manifest.MANIFEST_FORMAT", 2)
     write_manifest(folder, {})
     monkeypatch.undo()
     with pytest.raises(ManifestError, match="has format 2, this version of ivl_jax reads 1"):
@@ -111,6 +114,29 @@ def test_a_forged_value_in_the_manifest_is_found(folder: Path) -> None:
     content["about"]["step"] = 4
     (folder / MANIFEST_NAME).write_text(json.dumps(content))
     with pytest.raises(ManifestError, match="altered: expected SHA-256"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"files": None}, "field 'files': expected an object, got null"),
+        ({"about": [1]}, "field 'about': expected an object, got a list"),
+        ({"files": {"top.bin": {"bytes": 1}}}, "'top.bin': expected 'bytes' and 'sha256'"),
+        ({"files": {"top.bin": 3}}, "'top.bin': expected 'bytes' and 'sha256'"),
+        ({"files": {"../a": {"bytes": 1, "sha256": ""}}}, "'../a' leads out of the folder"),
+        ({"format": None}, "has format None"),
+    ],
+)
+def test_a_manifest_with_a_right_checksum_and_wrong_fields_is_refused(
+    folder: Path, change: dict[str, Any], message: str
+) -> None:
+    content = json.loads((folder / MANIFEST_NAME).read_text()) | change
+    del content["checksum"]
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    content["checksum"] = hashlib.sha256(canonical.encode()).hexdigest()
+    (folder / MANIFEST_NAME).write_text(json.dumps(content))
+    with pytest.raises(ManifestError, match=re.escape(message)):
         read_manifest(folder)
 
 

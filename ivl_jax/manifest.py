@@ -15,6 +15,7 @@ from typing import Any
 
 from etils import epath
 
+from ivl_jax.json_files import json_kind, parse_json
 from ivl_jax.paths import flush_folder, is_local, write_atomically
 
 MANIFEST_NAME = "manifest.json"
@@ -98,7 +99,7 @@ def read_manifest(folder: epath.PathLike) -> Manifest:
     """
     path = epath.Path(folder) / MANIFEST_NAME
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes(), MANIFEST_NAME)
     except FileNotFoundError:
         raise ManifestError(
             f"{MANIFEST_NAME} is missing: the folder was never completed, or not copied whole"
@@ -112,11 +113,12 @@ def read_manifest(folder: epath.PathLike) -> Manifest:
         raise ManifestError(
             f"{MANIFEST_NAME} was altered: expected SHA-256 {expected}, found {found}"
         )
-    if content["format"] != MANIFEST_FORMAT:
+    if content.get("format") != MANIFEST_FORMAT:
         raise ManifestError(
-            f"{MANIFEST_NAME} has format {content['format']}, this version of ivl_jax reads "
+            f"{MANIFEST_NAME} has format {content.get('format')}, this version of ivl_jax reads "
             f"{MANIFEST_FORMAT}: install the version of ivl_jax that wrote it"
         )
+    _check_shape(content)
     return Manifest(files=content["files"], about=content["about"])
 
 
@@ -169,6 +171,25 @@ def _write(folder: epath.Path, manifest: Manifest) -> None:
     content = {"format": MANIFEST_FORMAT, "about": manifest.about, "files": manifest.files}
     content["checksum"] = _checksum(content)
     write_atomically(folder / MANIFEST_NAME, json.dumps(content, indent=1).encode())
+
+
+def _check_shape(content: Mapping[str, Any]) -> None:
+    """Whether a manifest lists files with sizes and hashes: a matching checksum is no proof."""
+    for field in ("files", "about"):
+        if not isinstance(content.get(field), dict):
+            raise ManifestError(
+                f"{MANIFEST_NAME}: field {field!r}: expected an object, got "
+                f"{json_kind(content[field]) if field in content else 'nothing'}"
+            )
+    for name, record in content["files"].items():
+        found = record if isinstance(record, dict) else {}
+        inside = not name.startswith("/") and ".." not in name.split("/")
+        if type(found.get("bytes")) is not int or not isinstance(found.get("sha256"), str):
+            raise ManifestError(
+                f"{MANIFEST_NAME}: field 'files', {name!r}: expected 'bytes' and 'sha256'"
+            )
+        if not name or not inside:
+            raise ManifestError(f"{MANIFEST_NAME}: field 'files': {name!r} leads out of the folder")
 
 
 def _checksum(content: Mapping[str, Any]) -> str:
