@@ -1,6 +1,9 @@
 """Shared test set-up: eight virtual CPU devices, strict numerics, shape checks, shared data."""
 
 import os
+from pathlib import Path
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 # Before jax is imported anywhere: eight virtual CPU devices, never an accelerator, never a hub.
 # Level 0, because half of the suite's time would be LLVM's optimisation.
@@ -15,13 +18,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # A second run of the same tests finds their programs compiled.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", ".pytest_cache/jax")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(PROJECT_ROOT / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
-from pathlib import Path
-
-from jaxtyping import install_import_hook
+from jaxtyping import install_import_hook  # noqa: E402
 
 # Every annotation with a shape is checked while tests run, and only then.
 install_import_hook("ivl_jax", "beartype.beartype")
@@ -32,8 +33,6 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
-
-PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
 def _shared(relative: str) -> Path:
