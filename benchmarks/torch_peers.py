@@ -4,6 +4,7 @@ In: architectures and our parameters. Out: `Peer`s, which read prompts and gener
 keeps transformers' own defaults: scaled-dot-product attention and a cache that grows.
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,6 +18,10 @@ from benchmarks.setting import thread_count
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import Params
 from ivl_jax.weights.hf_names import hf_tensor
+
+# transformers 5.24 renamed the argument; the old name costs a warning a call.
+_FORWARD_ARGUMENTS = inspect.signature(LlamaForCausalLM.forward).parameters
+_CACHE = "cache" if "cache" in _FORWARD_ARGUMENTS else "past_key_values"
 
 
 class Term(NamedTuple):
@@ -69,9 +74,7 @@ class TorchPeer:
         total = torch.zeros(())
         for index, (model, strength) in enumerate(self.terms):
             cache = caches[index] if caches else None
-            out = model(
-                unread, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1
-            )
+            out = model(unread, **{_CACHE: cache}, use_cache=cache is not None, logits_to_keep=1)
             total = total + strength * out.logits[:, -1].float()
         return torch.cat([tokens, total.argmax(-1, keepdim=True)], dim=1)
 

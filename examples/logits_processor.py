@@ -7,6 +7,7 @@ Needs PyTorch and transformers, and nothing of ivl_jax. Greedy text is that of i
 """
 
 import argparse
+import inspect
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LogitsProcessor
@@ -22,11 +23,15 @@ class ValueLogits(LogitsProcessor):
     def __init__(self, value, strength=1.0):
         self.value, self.strength = value, strength
         self.cache, self.read = DynamicCache(config=value.config), 0
+        # transformers 5.24 renamed `past_key_values` to `cache`; both spellings are about.
+        spelled = inspect.signature(value.forward).parameters
+        self.cache_argument = "cache" if "cache" in spelled else "past_key_values"
 
     @torch.no_grad()
     def __call__(self, input_ids, scores):
         unread, self.read = input_ids[:, self.read :], input_ids.shape[1]
-        value_logits = self.value(unread, past_key_values=self.cache).logits[:, -1].float()
+        output = self.value(unread, **{self.cache_argument: self.cache})
+        value_logits = output.logits[:, -1].float()
         width = min(scores.shape[-1], value_logits.shape[-1])  # rows beyond the tokenizer differ
         scores[:, :width] += self.strength * value_logits[:, :width]
         return scores

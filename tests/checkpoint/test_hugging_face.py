@@ -1,6 +1,7 @@
 """A value folder becomes a Hugging Face folder, and PyTorch decodes with it what we decode."""
 
 import importlib.util
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,20 @@ def example(project_root: Path) -> Any:
     return module
 
 
+class _OldSpelling:
+    """A model whose forward names its cache as transformers did before 5.24."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, self.config = model, model.config
+        names = inspect.signature(model.forward).parameters
+        self._name = "cache" if "cache" in names else "past_key_values"
+
+    def forward(self, input_ids: torch.Tensor, past_key_values: Any = None) -> Any:
+        return self._model(input_ids, **{self._name: past_key_values})
+
+    __call__ = forward
+
+
 def test_pytorch_with_the_logits_processor_writes_our_greedy_text(
     stories: LanguageModel, stories260k_dir: Path, folders, example
 ) -> None:
@@ -70,7 +85,9 @@ def test_pytorch_with_the_logits_processor_writes_our_greedy_text(
         output = base.generate(prompt, do_sample=False, max_new_tokens=TOKENS, **options)
         return output[0, prompt.shape[1] :].tolist()
 
-    assert generate(logits_processor=[example.ValueLogits(value, 0.3)]) == list(ours.token_ids)
+    for spelled in (value, _OldSpelling(value)):
+        processor = example.ValueLogits(spelled, 0.3)
+        assert generate(logits_processor=[processor]) == list(ours.token_ids)
     assert generate() != list(ours.token_ids), "the value network changes the text"
 
 
