@@ -8,16 +8,13 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from flax import traverse_util
 
 from benchmarks.setting import PROJECT_ROOT
 from ivl_jax.model.architecture import ArchConfig
-from ivl_jax.model.decoder import abstract_params
 from ivl_jax.weights.hf_folder import SINGLE_FILE
-from ivl_jax.weights.hf_names import hf_tensor
+from ivl_jax.weights.hf_names import file_shapes
 from ivl_jax.weights.safetensors_file import write_file
 
 SHARED = PROJECT_ROOT.parent / "shared"
@@ -55,7 +52,7 @@ VALUE_C = _llama(hidden=128, layers=2, heads=4, kv_heads=4, intermediate=352)
 
 def parameter_count(arch: ArchConfig) -> int:
     """Number of parameters of a shape."""
-    return sum(math.prod(shape) for shape in _tensor_shapes(arch).values())
+    return sum(math.prod(shape) for shape in file_shapes(arch).values())
 
 
 def write_checkpoint(folder: Path, arch: ArchConfig, *, tokenizer: bool = False) -> int:
@@ -73,7 +70,7 @@ def write_checkpoint(folder: Path, arch: ArchConfig, *, tokenizer: bool = False)
         FileNotFoundError: the tokenizer is asked for, and ../shared is not there.
         OSError: the file does not fit on the disk.
     """
-    shapes = _tensor_shapes(arch)
+    shapes = file_shapes(arch)
     needed = 4 * parameter_count(arch)
     free = shutil.disk_usage(folder).free
     if free < 1.1 * needed:
@@ -87,15 +84,6 @@ def write_checkpoint(folder: Path, arch: ArchConfig, *, tokenizer: bool = False)
         if not (folder / "tokenizer.json").exists():
             raise FileNotFoundError(f"this benchmark needs the Llama-2 tokenizer in {_LLAMA_2}")
     return (folder / SINGLE_FILE).stat().st_size
-
-
-def _tensor_shapes(arch: ArchConfig) -> dict[str, tuple[int, ...]]:
-    """Tensor name → shape in a file."""
-    params: Any = traverse_util.flatten_dict(dict(abstract_params(arch)))
-    tensors = {hf_tensor(path): leaf.shape for path, leaf in params.items()}
-    return {
-        name: shape[::-1] if transposed else shape for (name, transposed), shape in tensors.items()
-    }
 
 
 def _random(shapes: dict[str, tuple[int, ...]]) -> Iterator[np.ndarray]:

@@ -17,7 +17,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from benchmarks.setting import thread_count
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import Params
-from ivl_jax.weights.hf_names import hf_tensor
+from ivl_jax.weights.hf_names import hf_tensors
 
 # transformers 5.24 renamed the argument; the old name costs a warning a call.
 _FORWARD_ARGUMENTS = inspect.signature(LlamaForCausalLM.forward).parameters
@@ -93,10 +93,10 @@ def llama(arch: ArchConfig, params: Params, *, dtype: torch.dtype) -> LlamaForCa
     torch.set_num_threads(thread_count())
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**arch.to_hf()))
-    weights = {}
+    weights, tensors = {}, hf_tensors(arch)
     leaves: dict[Any, Any] = traverse_util.flatten_dict(dict(params))
     for path, leaf in leaves.items():
-        name, transposed = hf_tensor(path)
+        name, transposed = tensors[path]
         array = torch.from_numpy(np.array(leaf))
         weights[name] = (array.T if transposed else array).to(dtype).contiguous()
     model.load_state_dict(weights, assign=True, strict=True)

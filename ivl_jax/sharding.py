@@ -1,4 +1,4 @@
-"""Where every array lives: the device mesh, and the one table from parameter path to mesh axes.
+"""Where every array lives: the device mesh, and which mesh axes split each logical axis.
 
 In: shapes and parameter paths. Out: meshes, `NamedSharding`s for parameters and batches, and the
 constraint callables that the models take. Modules never name a mesh axis themselves.
@@ -17,6 +17,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from ivl_jax.model.network import declared_axes
+
 logger = logging.getLogger(__name__)
 
 Tree = TypeVar("Tree")
@@ -29,40 +31,6 @@ BATCH_AXES = ("data", "fsdp")
 # (32,000; 128,256; 151,936; 256,000); GPT-2's 50,257 gains 47 rows.
 VOCABULARY_ROW_MULTIPLE = 64
 
-# Parameter path (without the layer number) → logical name of each dimension. Norm scales and the
-# bias of an output projection act on the whole residual stream: they are small and stay whole.
-_LOGICAL_AXES: dict[str, tuple[str | None, ...]] = {
-    "embed_tokens.embedding": ("vocabulary", "embed"),
-    "lm_head.kernel": ("embed", "vocabulary"),
-    "down_proj.kernel": ("vocabulary", "embed"),
-    "norm.scale": (None,),
-    "self_attn.q_proj.kernel": ("embed", "heads"),
-    "self_attn.k_proj.kernel": ("embed", "kv_heads"),
-    "self_attn.v_proj.kernel": ("embed", "kv_heads"),
-    "self_attn.o_proj.kernel": ("heads", "embed"),
-    "self_attn.q_proj.bias": ("heads",),
-    "self_attn.k_proj.bias": ("kv_heads",),
-    "self_attn.v_proj.bias": ("kv_heads",),
-    "self_attn.o_proj.bias": (None,),
-    "self_attn.q_norm.scale": (None,),
-    "self_attn.k_norm.scale": (None,),
-    "mlp.gate_proj.kernel": ("embed", "mlp"),
-    "mlp.up_proj.kernel": ("embed", "mlp"),
-    "mlp.down_proj.kernel": ("mlp", "embed"),
-    "mlp.gate_proj.bias": ("mlp",),
-    "mlp.up_proj.bias": ("mlp",),
-    "mlp.down_proj.bias": (None,),
-    "input_layernorm.scale": (None,),
-    "post_attention_layernorm.scale": (None,),
-    "pre_feedforward_layernorm.scale": (None,),
-    "post_feedforward_layernorm.scale": (None,),
-}
-# Of an int8 kernel: one scale an output feature.
-_LOGICAL_AXES |= {
-    path.replace("kernel", "scale"): axes[-1:]
-    for path, axes in _LOGICAL_AXES.items()
-    if path.endswith(".kernel")
-}
 _LAYER_PREFIX = re.compile(r"^layers\.(?:(\d+)\.)?")
 
 
@@ -185,17 +153,17 @@ def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:
         One logical axis name, or None, a dimension.
 
     Raises:
-        ValueError: the path is not in the table, or has another number of dimensions there.
+        ValueError: no module declares the path, or with another number of dimensions.
     """
     prefix = _LAYER_PREFIX.match(path)
-    axes = _LOGICAL_AXES.get(path[prefix.end() :] if prefix else path)
+    axes = declared_axes().get(path[prefix.end() :] if prefix else path)
     if axes is not None and prefix and prefix.group(1) is None:
         axes = (None, *axes)
     if axes is None or len(axes) != ndim:
+        expected = "the path of a declared parameter" if axes is None else f"{len(axes)} dimensions"
         raise ValueError(
-            f"no sharding is known for parameter {path} with {ndim} dimension(s); expected "
-            f"{'a path of the table' if axes is None else f'{len(axes)} dimensions'} in "
-            "ivl_jax/sharding.py: add its logical axes there"
+            f"no sharding is known for parameter {path} with {ndim} dimension(s): expected "
+            f"{expected}; a module of ivl_jax/model declares a parameter and its logical axes"
         )
     return axes
 
@@ -222,7 +190,7 @@ def parameter_shardings(
         does not divide is replicated, with one warning for all of them.
 
     Raises:
-        ValueError: a path is not in the table.
+        ValueError: no module declares a path.
     """
     notices: list[str] = []
 

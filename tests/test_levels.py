@@ -18,7 +18,7 @@ LEVELS = {
     "ivl_jax.config_files": 1,
     "ivl_jax.model": 1,
     "ivl_jax.tokenizer": 1,
-    "ivl_jax.sharding": 1,
+    "ivl_jax.sharding": 1.5,
     "ivl_jax.tree_compare": 1,
     "ivl_jax.vocabulary.mapping": 1,
     "ivl_jax.vocabulary": 2,

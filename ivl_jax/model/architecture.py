@@ -123,6 +123,9 @@ class ArchConfig:
     """Logits become c·tanh(logit / c); None: they stay."""
     initializer_range: float = 0.02
     """Standard deviation of freshly made kernels and embeddings."""
+    base_hidden_size: int = 0
+    """Width of the base hidden states the network also reads (ours, in no published file); 0: it
+    reads only text."""
 
     def __post_init__(self):
         sizes = (
@@ -134,6 +137,8 @@ class ArchConfig:
             for name in sizes
             if getattr(self, name) < 1
         ]
+        if self.base_hidden_size < 0:
+            problems.append(f"base_hidden_size: got {self.base_hidden_size}, expected at least 0")
         positive = ("rms_norm_eps", "query_pre_attn_scalar", "initializer_range")
         caps = ("attn_logit_softcapping", "final_logit_softcapping")
         present = [name for name in caps if getattr(self, name) is not None]

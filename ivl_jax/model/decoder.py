@@ -4,8 +4,8 @@ In: an `ArchConfig`; then a static graphdef, a nested dict of arrays, tokens and
 hidden states, logits and the next cache. Base model and value network are two calls of these.
 """
 
+import dataclasses
 import functools
-from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,19 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Key
 
 from ivl_jax.model.architecture import ArchConfig
+from ivl_jax.model.assembly import (
+    Params,
+    abstract_params,
+    assemble,
+    parameter_declarations,
+    static_attribute,
+)
 from ivl_jax.model.kv_cache import KVCache
 from ivl_jax.model.layer_stack import run_layers
 from ivl_jax.model.layers import Constrain, Decoder, soft_cap
+from ivl_jax.model.parameter import static_half
 from ivl_jax.model.product import multiply
 from ivl_jax.model.projection import AS_TRAINED, KernelForm, project
-
-Params = dict[str, Any]
 
 
 @functools.cache
@@ -46,59 +52,16 @@ def build_decoder(
     Returns:
         The graphdef every function of this module takes beside params.
     """
-    decoder = Decoder(
-        arch,
-        compute_dtype=compute_dtype,
-        remat=remat,
-        scan_layers=scan_layers,
-        form=form,
-        vocab_rows=arch.vocab_size,
+    return static_half(
+        Decoder(
+            arch,
+            compute_dtype=compute_dtype,
+            remat=remat,
+            scan_layers=scan_layers,
+            form=form,
+            vocab_rows=arch.vocab_size,
+        )
     )
-    return nnx.split(decoder)[0]
-
-
-def abstract_params(
-    arch: ArchConfig,
-    *,
-    param_dtype: DTypeLike = jnp.float32,
-    vocab_rows: int | None = None,
-    scan_layers: bool = False,
-    form: KernelForm = AS_TRAINED,
-) -> Params:
-    """Shapes and dtypes of a decoder's parameters, as `jax.ShapeDtypeStruct`s; allocates nothing.
-
-    Args:
-        arch: The architecture.
-        param_dtype: Dtype the parameters are stored in.
-        vocab_rows: Rows of embedding and head; None: `arch.vocab_size`. More pads for a mesh.
-        scan_layers: Stack the layers.
-        form: How kernels are stored.
-
-    Returns:
-        A nested dict whose paths mirror Hugging Face's names, fused kernels apart.
-    """
-    decoder = Decoder(
-        arch,
-        compute_dtype=jnp.float32,
-        remat=False,
-        scan_layers=scan_layers,
-        form=form,
-        vocab_rows=arch.vocab_size if vocab_rows is None else vocab_rows,
-    )
-    params = nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
-
-    def stored(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        is_int8 = form.int8 and path[-1].key == "kernel"
-        return jax.ShapeDtypeStruct(leaf.shape, jnp.int8 if is_int8 else param_dtype)
-
-    params = jax.tree_util.tree_map_with_path(stored, params)
-    if not scan_layers:
-        return params
-
-    def stacked(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((arch.num_hidden_layers, *leaf.shape), leaf.dtype)
-
-    return params | {"layers": jax.tree.map(stacked, params["layers"])}
 
 
 def init_params(
@@ -113,28 +76,46 @@ def init_params(
 
     Args:
         arch: The architecture; its `initializer_range` is the standard deviation.
-        key: A typed PRNG key; equal keys give equal parameters whatever `scan_layers` is.
+        key: A typed PRNG key; equal keys give equal parameters whatever `scan_layers` and
+            `base_hidden_size` are.
         param_dtype: See `abstract_params`, as for the rest.
         vocab_rows: Rows of embedding and head.
         scan_layers: Stack the layers.
 
     Returns:
-        Arrays in the shapes of `abstract_params`.
+        Arrays in the shapes of `abstract_params`; `base_projection` is zero.
     """
-    shapes = abstract_params(arch, param_dtype=param_dtype, vocab_rows=vocab_rows)
+    text_only = dataclasses.replace(arch, base_hidden_size=0)
+    shapes = abstract_params(text_only, param_dtype=param_dtype, vocab_rows=vocab_rows)
+    declared = parameter_declarations(text_only)
     leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
 
     def fill(path: tuple, leaf: jax.ShapeDtypeStruct, key: Key[Array, ""]) -> Array:
-        if path[-1].key == "bias":
-            return jnp.zeros(leaf.shape, leaf.dtype)
-        if path[-1].key == "scale":
-            return jnp.full(leaf.shape, 0.0 if arch.unit_offset_norms else 1.0, leaf.dtype)
-        return arch.initializer_range * jax.random.normal(key, leaf.shape, leaf.dtype)
+        initial = declared[tuple(part.key for part in path)].initial
+        if initial == "normal":
+            return arch.initializer_range * jax.random.normal(key, leaf.shape, leaf.dtype)
+        return jnp.full(leaf.shape, 0.0 if initial == "zeros" else 1.0, leaf.dtype)
 
     keys = jax.random.split(key, len(leaves))
     filled = [fill(path, leaf, keys[index]) for index, (path, leaf) in enumerate(leaves)]
-    params = jax.tree.unflatten(structure, filled)
+    params = jax.tree.unflatten(structure, filled) | zero_base_projection(arch, param_dtype)
     return stack_layers(params) if scan_layers else params
+
+
+def zero_base_projection(arch: ArchConfig, param_dtype: DTypeLike) -> Params:
+    """`base_projection`, all zero: beside the other parameters, a network that reads only text.
+
+    Args:
+        arch: The architecture; without a `base_hidden_size` there is nothing to add.
+        param_dtype: Dtype the parameters are stored in.
+
+    Returns:
+        The entry to add to parameters of the same architecture with `base_hidden_size` 0.
+    """
+    if not arch.base_hidden_size:
+        return {}
+    shapes = {"base_projection": abstract_params(arch, param_dtype=param_dtype)["base_projection"]}
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 def stack_layers(params: Params) -> Params:
@@ -173,7 +154,7 @@ def embed(
 
     A token outside the embedding's rows gives NaN, never another token's row.
     """
-    return _embed(_assemble(graphdef, params), tokens)
+    return _embed(assemble(graphdef, params), tokens)
 
 
 def embed_probabilities(
@@ -189,12 +170,39 @@ def embed_probabilities(
     Returns:
         Embeddings in the compute dtype.
     """
-    decoder = _assemble(graphdef, params)
+    decoder = assemble(graphdef, params)
     rows = decoder.embed_tokens.embedding[...]
     width = min(rows.shape[0], probabilities.shape[-1])
     weights = probabilities[..., :width].astype(decoder.compute_dtype)
     mixed = multiply("btv,vd->btd", weights, rows[:width], dtype=decoder.compute_dtype)
     return _scale_embeddings(decoder, mixed)
+
+
+def project_base_hidden(
+    graphdef: nnx.GraphDef, params: Params, base_hidden: Float[Array, "B T Db"]
+) -> Float[Array, "B T D"]:
+    """A base's final hidden states as input embeddings of this network, scaled like `embed`.
+
+    Args:
+        graphdef: From `build_decoder`, of an architecture with a `base_hidden_size`.
+        params: Nested dict of arrays.
+        base_hidden: The base's hidden states after its final norm.
+
+    Returns:
+        Embeddings in the compute dtype, to be added to or to take the place of those of tokens.
+
+    Raises:
+        ValueError: The architecture reads no hidden states, or those of a base of another width.
+    """
+    decoder = assemble(graphdef, params)
+    expected, found = decoder.arch.base_hidden_size, base_hidden.shape[-1]
+    if not expected or expected != found:
+        raise ValueError(
+            f"base_hidden_size: this network reads hidden states of a base of width "
+            f"{expected or 'none'}, got {found}; use a base of that width"
+        )
+    projected = decoder.base_projection(base_hidden.astype(decoder.compute_dtype))
+    return _scale_embeddings(decoder, projected)
 
 
 def hidden_states(
@@ -238,7 +246,7 @@ def hidden_states(
         raise ValueError(
             "hidden_states: segment_ids have no meaning with a cache (one row, one text)"
         )
-    decoder = _assemble(graphdef, params)
+    decoder = assemble(graphdef, params)
     constrain = _unconstrained if constrain is None else constrain
     x = input_embeddings if tokens is None else _embed(decoder, tokens)
     assert x is not None
@@ -270,8 +278,8 @@ def logits_from_hidden(
     Returns:
         Logits in fp32, one column a row of the head.
     """
-    arch, dtype = _static(graphdef, "arch"), _static(graphdef, "compute_dtype")
-    rows, hidden = _static(graphdef, "form").rows, hidden.astype(dtype)
+    arch, dtype = static_attribute(graphdef, "arch"), static_attribute(graphdef, "compute_dtype")
+    rows, hidden = static_attribute(graphdef, "form").rows, hidden.astype(dtype)
     if "lm_head" in params:
         head = params["lm_head"]
         logits = project(hidden, head["kernel"], head.get("scale"), rows=rows, dtype=jnp.float32)
@@ -302,54 +310,6 @@ def forward(
 def _unconstrained(x: Array, axes: tuple[str, ...]) -> Array:
     del axes
     return x
-
-
-def _static(graphdef: nnx.GraphDef, name: str) -> Any:
-    """A static attribute of the module that a graphdef describes."""
-    return cast(Any, dict(graphdef.attributes)[name]).value
-
-
-def _assemble(graphdef: nnx.GraphDef, params: Params) -> Decoder:
-    """The module again; a head that params carry beyond the architecture's is left out.
-
-    `nnx.merge` matches leaves by their order alone, so the paths are compared here.
-    """
-    arch = _static(graphdef, "arch")
-    form = (_static(graphdef, "scan_layers"), _static(graphdef, "form"))
-    extra_head = arch.tie_word_embeddings and "lm_head" in params
-    trunk = {name: part for name, part in params.items() if not (extra_head and name == "lm_head")}
-    if jax.tree.structure(trunk) != _expected_structure(arch, *form):
-        raise ValueError(_structure_problem(trunk, arch, *form))
-    return nnx.merge(graphdef, trunk)
-
-
-@functools.cache
-def _expected_structure(
-    arch: ArchConfig, scan_layers: bool, form: KernelForm
-) -> jax.tree_util.PyTreeDef:
-    expected = abstract_params(arch, scan_layers=scan_layers, form=form)
-    return jax.tree.structure(expected)
-
-
-def _structure_problem(
-    params: Params, arch: ArchConfig, scan_layers: bool, form: KernelForm
-) -> str:
-    """Which paths are missing or unexpected, at most 20."""
-
-    def paths(tree: Params) -> set[str]:
-        return {
-            jax.tree_util.keystr(path, simple=True, separator=".")
-            for path, _ in jax.tree_util.tree_leaves_with_path(tree)
-        }
-
-    fitting = abstract_params(arch, scan_layers=scan_layers, form=form)
-    expected, found = paths(fitting), paths(params)
-    lines = [f"missing {path}" for path in sorted(expected - found)]
-    lines += [f"unexpected {path}" for path in sorted(found - expected)]
-    said = "scanned (stack_layers)" if scan_layers else "unstacked (unstack_layers)"
-    said += ", laid out for decoding (to_decode_layout)" if form.rows else ""
-    said += ", in int8 (quantize)" if form.int8 else ""
-    return "\n  ".join([f"params do not fit this decoder, layers {said}:", *lines[:20]])
 
 
 def _embed(decoder: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:

@@ -123,6 +123,7 @@ def read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     fields["max_position_embeddings"] = reader.size(
         "max_position_embeddings", family.max_position_embeddings
     )
+    fields["base_hidden_size"] = reader.take("base_hidden_size", 0, kinds=(int,))
     for name, default in (("rms_norm_eps", 1e-6), ("initializer_range", 0.02)):
         fields[name] = float(reader.take(name, default, kinds=(int, float)))
     fields["tie_word_embeddings"] = reader.take(
@@ -291,6 +292,8 @@ def write_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     )
     config: dict[str, Any] = {"architectures": [family.architecture]}
     config |= {name: fields[name] for name in same}
+    if fields["base_hidden_size"]:
+        config["base_hidden_size"] = fields["base_hidden_size"]
     config |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     config[family.activation_field] = fields["hidden_act"]
     if family.attention_bias is None:

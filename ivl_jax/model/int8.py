@@ -19,7 +19,7 @@ def quantize(params: dict[Any, Any], *, rows: bool) -> dict[Any, Any]:
 
     Args:
         params: Of a decoder, layers unstacked or stacked; they are left as they are, and so are
-            kernels in int8. A tied head is the embedding and stays a float.
+            kernels in int8 and `base_projection`. A tied head is the embedding and stays a float.
         rows: Kernels are (out, in), as `to_decode_layout` leaves them.
 
     Returns:
@@ -30,7 +30,9 @@ def quantize(params: dict[Any, Any], *, rows: bool) -> dict[Any, Any]:
         given = "scale" in params
         return params if given else params | _quantized(params["kernel"], axis=-1 if rows else -2)
     return {
-        name: quantize(part, rows=rows) if isinstance(part, dict) else part
+        name: quantize(part, rows=rows)
+        if isinstance(part, dict) and name != "base_projection"
+        else part
         for name, part in params.items()
     }
 

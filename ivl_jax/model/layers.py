@@ -1,6 +1,6 @@
 """The decoder's modules: norm, projection, attention, gated MLP, layer, and the tree of them.
 
-Modules declare the shapes of their parameters; `decoder` fills them.
+Modules declare their parameters (`parameter.declare`); `decoder` fills them.
 
 In: activations `[B T D]` in the compute dtype. Out: the same. Norms, scores and softmax run
 in fp32; parameters may be stored in any float dtype and are cast where they are used.
@@ -18,8 +18,9 @@ from jaxtyping import Array, Bool, Float
 
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.fused_attention import fused_attention, has_fused_attention
+from ivl_jax.model.parameter import declare
 from ivl_jax.model.product import multiply
-from ivl_jax.model.projection import KernelForm, Projection, declare
+from ivl_jax.model.projection import KernelForm, Projection
 from ivl_jax.model.rope import rotate
 
 Constrain = Callable[[Array, tuple[str, ...]], Array]
@@ -50,7 +51,7 @@ class RMSNorm(nnx.Module):
     """Root-mean-square norm over the last axis, in fp32."""
 
     def __init__(self, size: int, *, eps: float, unit_offset: bool):
-        self.scale = declare(size)
+        self.scale = declare((None, size), initial="zeros" if unit_offset else "ones")
         self.eps = eps
         self.unit_offset = unit_offset
 
@@ -111,23 +112,25 @@ class Attention(nnx.Module):
     """Grouped-query self-attention with rotary positions."""
 
     def __init__(self, arch: ArchConfig, *, form: KernelForm):
-        queries = arch.num_attention_heads * arch.head_dim
-        keys = arch.num_key_value_heads * arch.head_dim
+        embed = ("embed", arch.hidden_size)
+        queries = ("heads", arch.num_attention_heads * arch.head_dim)
+        keys = ("kv_heads", arch.num_key_value_heads * arch.head_dim)
         self.head_dim = arch.head_dim
         self.qk_norm = arch.qk_norm
         self.scale = arch.query_pre_attn_scalar**-0.5
         self.softcap = arch.attn_logit_softcapping
 
-        width, bias = arch.hidden_size, arch.attention_bias
-        self.projected_sizes = (queries, keys, keys)
+        bias = arch.attention_bias
+        self.projected_sizes = (queries[1], keys[1], keys[1])
         self.form = form
         if form.rows:
-            self.qkv_proj = Projection(width, sum(self.projected_sizes), use_bias=bias, form=form)
+            fused = (None, sum(self.projected_sizes))
+            self.qkv_proj = Projection(embed, fused, use_bias=bias, form=form)
         else:
-            self.q_proj = Projection(width, queries, use_bias=bias, form=form)
-            self.k_proj = Projection(width, keys, use_bias=bias, form=form)
-            self.v_proj = Projection(width, keys, use_bias=bias, form=form)
-        self.o_proj = Projection(queries, width, use_bias=arch.attention_output_bias, form=form)
+            self.q_proj = Projection(embed, queries, use_bias=bias, form=form)
+            self.k_proj = Projection(embed, keys, use_bias=bias, form=form)
+            self.v_proj = Projection(embed, keys, use_bias=bias, form=form)
+        self.o_proj = Projection(queries, embed, use_bias=arch.attention_output_bias, form=form)
         if arch.qk_norm:
             self.q_norm = norm_of(arch, arch.head_dim)
             self.k_norm = norm_of(arch, arch.head_dim)
@@ -175,16 +178,17 @@ class MLP(nnx.Module):
     """down(act(gate(x)) · up(x))."""
 
     def __init__(self, arch: ArchConfig, *, form: KernelForm):
-        width, inner = arch.hidden_size, arch.intermediate_size
+        embed, inner = ("embed", arch.hidden_size), ("mlp", arch.intermediate_size)
         self.hidden_act = arch.hidden_act
-        self.inner = inner
+        self.inner = arch.intermediate_size
         self.form = form
         if form.rows:
-            self.gate_up_proj = Projection(width, 2 * inner, use_bias=False, form=form)
+            fused = (None, 2 * self.inner)
+            self.gate_up_proj = Projection(embed, fused, use_bias=False, form=form)
         else:
-            self.gate_proj = Projection(width, inner, use_bias=False, form=form)
-            self.up_proj = Projection(width, inner, use_bias=False, form=form)
-        self.down_proj = Projection(inner, width, use_bias=False, form=form)
+            self.gate_proj = Projection(embed, inner, use_bias=False, form=form)
+            self.up_proj = Projection(embed, inner, use_bias=False, form=form)
+        self.down_proj = Projection(inner, embed, use_bias=False, form=form)
 
     def __call__(self, x: Float[Array, "B T D"], *, constrain: Constrain) -> Float[Array, "B T D"]:
         """The gated MLP of x."""
@@ -243,7 +247,7 @@ class Table(nnx.Module):
     """Token embeddings, one row a vocabulary entry."""
 
     def __init__(self, rows: int, size: int):
-        self.embedding = declare(rows, size)
+        self.embedding = declare(("vocabulary", rows), ("embed", size))
 
 
 class Decoder(nnx.Module):
@@ -266,6 +270,11 @@ class Decoder(nnx.Module):
         self.form = form
         width = arch.hidden_size
         self.embed_tokens = Table(vocab_rows, width)
+        if arch.base_hidden_size:
+            # As trained in every form: it is small, and starts as nothing read of the base.
+            self.base_projection = Projection(
+                (None, arch.base_hidden_size), ("embed", width), use_bias=False, initial="zeros"
+            )
         # Every layer has one structure, so the stacked form is a single layer of longer arrays.
         layers = [
             DecoderLayer(arch, form=form)
@@ -274,7 +283,9 @@ class Decoder(nnx.Module):
         self.layers: Any = layers[0] if scan_layers else nnx.List(layers)
         self.norm = norm_of(arch, width)
         if not arch.tie_word_embeddings:
-            self.lm_head = Projection(width, vocab_rows, use_bias=False, form=form)
+            self.lm_head = Projection(
+                ("embed", width), ("vocabulary", vocab_rows), use_bias=False, form=form
+            )
 
 
 def norm_of(arch: ArchConfig, size: int) -> RMSNorm:

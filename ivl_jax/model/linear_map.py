@@ -19,6 +19,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
+from ivl_jax.model.parameter import (
+    Declaration,
+    ParamPath,
+    abstract_tree,
+    declarations,
+    static_half,
+)
 from ivl_jax.model.projection import AS_TRAINED, Projection
 
 MODEL_TYPE = "linear_map"
@@ -42,6 +49,7 @@ class LinearMapConfig:
     num_attention_heads: ClassVar[int] = 0
     num_key_value_heads: ClassVar[int] = 0
     head_dim: ClassVar[int] = 0
+    base_hidden_size: ClassVar[int] = 0
     max_position_embeddings: ClassVar[int] = sys.maxsize
     """It reads no positions, so it limits no context."""
     tie_word_embeddings: ClassVar[bool] = False
@@ -80,8 +88,17 @@ class LinearMap(nnx.Module):
         self.compute_dtype = jnp.dtype(compute_dtype)
         self.form = AS_TRAINED
         if arch.rank:
-            self.down_proj = Projection(vocab_rows, arch.rank, use_bias=False)
-        self.lm_head = Projection(arch.rank or vocab_rows, vocab_rows, use_bias=False)
+            self.down_proj = Projection(
+                ("vocabulary", vocab_rows), ("embed", arch.rank), use_bias=False
+            )
+        # A full matrix has the vocabulary on both sides; only one of them can be split over the
+        # vocabulary's devices.
+        self.lm_head = Projection(
+            ("embed", arch.rank or vocab_rows),
+            ("vocabulary", vocab_rows),
+            use_bias=False,
+            initial="zeros",
+        )
 
 
 @functools.cache
@@ -89,7 +106,7 @@ def build_linear_map(
     arch: LinearMapConfig, *, compute_dtype: DTypeLike = jnp.float32
 ) -> nnx.GraphDef:
     """The static half of a linear map, as `build_decoder` gives that of a decoder."""
-    return nnx.split(LinearMap(arch, compute_dtype=compute_dtype, vocab_rows=arch.vocab_size))[0]
+    return static_half(LinearMap(arch, compute_dtype=compute_dtype, vocab_rows=arch.vocab_size))
 
 
 def abstract_linear_map(
@@ -111,8 +128,12 @@ def abstract_linear_map(
     """
     rows = arch.vocab_size if vocab_rows is None else vocab_rows
     module = LinearMap(arch, compute_dtype=jnp.float32, vocab_rows=rows)
-    params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, param_dtype), params)
+    return abstract_tree(module, param_dtype)
+
+
+def parameter_declarations(arch: LinearMapConfig) -> dict[ParamPath, Declaration]:
+    """Path → declaration of every parameter."""
+    return declarations(LinearMap(arch, compute_dtype=jnp.float32, vocab_rows=arch.vocab_size))
 
 
 def init_linear_map(

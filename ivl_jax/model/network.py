@@ -1,18 +1,23 @@
 """Every kind of network by one name: decoders, and the linear map on base logits.
 
-In: an architecture of either kind. Out: its static half, its parameters' shapes, fresh parameters.
+In: an architecture of either kind. Out: its static half, its parameters' shapes, fresh parameters;
+and the logical axes of the parameters of all kinds.
 """
 
+import dataclasses
+import functools
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Key
 
 from ivl_jax.model import decoder, linear_map
-from ivl_jax.model.architecture import ArchConfig
+from ivl_jax.model.architecture import ArchConfig, RopeParameters
 from ivl_jax.model.decoder import Params
 from ivl_jax.model.linear_map import MODEL_TYPE, LinearMapConfig
 from ivl_jax.model.projection import AS_TRAINED, KernelForm
@@ -90,8 +95,61 @@ def init_network(
 
 def vocabulary_dimensions(arch: Architecture) -> dict[str, tuple[int, ...]]:
     """Dotted path of each parameter with vocabulary rows → the dimensions that have them."""
-    if not isinstance(arch, LinearMapConfig):
-        return {"embed_tokens.embedding": (0,), "lm_head.kernel": (1,)}
-    if arch.rank:
-        return {"down_proj.kernel": (0,), "lm_head.kernel": (1,)}
-    return {"lm_head.kernel": (0, 1)}
+    exact, longer = (
+        jax.tree_util.tree_leaves_with_path(abstract_network(arch, vocab_rows=rows))
+        for rows in (arch.vocab_size, arch.vocab_size + 1)
+    )
+    found = {}
+    for (path, one), (_, other) in zip(exact, longer, strict=True):
+        if one.shape != other.shape:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            found[name] = tuple(
+                index
+                for index, sizes in enumerate(zip(one.shape, other.shape, strict=True))
+                if sizes[0] != sizes[1]
+            )
+    return found
+
+
+@functools.cache
+def declared_axes() -> Mapping[str, tuple[str | None, ...]]:
+    """Logical axes of every parameter that some network has, by dotted path.
+
+    Returns:
+        Path, without the number of its layer → logical name of each dimension, as declared by the
+        parameter's module; int8 kernels and their scales included.
+    """
+    decoders = (
+        decoder.parameter_declarations(_with_every_parameter(), form=form)
+        for form in (AS_TRAINED, KernelForm(int8=True))
+    )
+    found: dict[str, tuple[str | None, ...]] = {}
+    for declared in (linear_map.parameter_declarations(LinearMapConfig(2, rank=1)), *decoders):
+        for path, declaration in declared.items():
+            names = path[2:] if path[0] == "layers" else path
+            found[".".join(map(str, names))] = declaration.axes
+    return MappingProxyType(found)
+
+
+def _with_every_parameter() -> ArchConfig:
+    """An architecture whose switches are all on, so that no optional parameter is missing."""
+    smallest = ArchConfig(
+        model_type="",
+        vocab_size=1,
+        hidden_size=1,
+        intermediate_size=1,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=2,
+        max_position_embeddings=1,
+        rms_norm_eps=1.0,
+        rope_parameters=RopeParameters(1.0),
+        query_pre_attn_scalar=1.0,
+        layer_types=("full_attention",),
+    )
+    switches: dict[str, Any] = {
+        field.name: True for field in dataclasses.fields(ArchConfig) if field.type is bool
+    }
+    switches |= {"tie_word_embeddings": False, "base_hidden_size": 1}
+    return dataclasses.replace(smallest, **switches)

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8
 
+from ivl_jax.model.parameter import Axis, Initial, declare
 from ivl_jax.model.product import multiply
 
 # Rows of an int8 kernel that become floats at a time: 3 MB in float32 at a width of 768, what
@@ -35,22 +36,30 @@ class KernelForm:
 AS_TRAINED = KernelForm()
 
 
-def declare(*shape: int) -> nnx.Param:
-    """A parameter of this shape; its numbers come with `nnx.merge`."""
-    return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32))
-
-
 class Projection(nnx.Module):
     """x @ kernel (+ bias), the kernel stored as `form` says."""
 
     def __init__(
-        self, size_in: int, size_out: int, *, use_bias: bool, form: KernelForm = AS_TRAINED
+        self,
+        size_in: Axis,
+        size_out: Axis,
+        *,
+        use_bias: bool,
+        form: KernelForm = AS_TRAINED,
+        initial: Initial = "normal",
     ):
-        self.kernel = declare(*((size_out, size_in) if form.rows else (size_in, size_out)))
+        self.kernel = declare(
+            *((size_out, size_in) if form.rows else (size_in, size_out)),
+            initial=initial,
+            dtype=jnp.int8 if form.int8 else None,
+            transposed=not form.rows,
+        )
         if form.int8:
-            self.scale = declare(size_out)
+            self.scale = declare(size_out, initial="ones", dtype=jnp.float32, hf_suffix=None)
         if use_bias:
-            self.bias = declare(size_out)
+            # Of the whole residual stream it is small and stays whole, like the norms.
+            axis = (None, size_out[1]) if size_out[0] == "embed" else size_out
+            self.bias = declare(axis, initial="zeros", hf_suffix="bias")
         self.use_bias = use_bias
         self.form = form
 

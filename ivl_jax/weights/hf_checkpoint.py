@@ -26,9 +26,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ivl_jax.model.architecture import ArchConfig
+from ivl_jax.model.assembly import Params, abstract_params, parameter_declarations
 from ivl_jax.model.decode_layout import FUSED
-from ivl_jax.model.decoder import Params, abstract_params
-from ivl_jax.model.int8 import quantize, without_scales
+from ivl_jax.model.int8 import quantize
+from ivl_jax.model.parameter import ParamPath
 from ivl_jax.model.projection import AS_TRAINED, KernelForm
 from ivl_jax.tree_compare import mismatch_error, tree_mismatches
 from ivl_jax.weights.hf_folder import find_tensors
@@ -36,12 +37,11 @@ from ivl_jax.weights.hf_names import (
     EMBEDDING,
     LM_HEAD,
     PARAM_DTYPES,
-    ParamPath,
+    file_shapes,
     flat_paths,
-    hf_tensor,
+    hf_tensors,
     is_derived,
     is_vision,
-    shape_in_file,
 )
 from ivl_jax.weights.safetensors_file import DTYPES, Target, TensorRecord, read_slices, same_bytes
 
@@ -115,7 +115,7 @@ def load_params(
         )
     if form.rows and shardings is not None:
         raise ValueError("kernels (out, in) are for one device: expected no shardings")
-    records = _match(folder, arch, flat_paths(abstract_params(arch, vocab_rows=vocab_rows)))
+    records = _match(folder, arch)
     target = flat_paths(abstract_params(arch, vocab_rows=vocab_rows, form=form))
     if entries:
         target = {path: leaf for path, leaf in target.items() if path[0] in entries}
@@ -125,19 +125,20 @@ def load_params(
             f"shardings: expected one for each of {len(target)} parameters, got "
             f"{len(placed)}, {len(set(placed) ^ set(target))} of them in only one of the trees"
         )
-    in_files = flat_paths(without_scales(traverse_util.unflatten_dict(target)))
+    tensors, declared = hf_tensors(arch), parameter_declarations(arch, form=form)
     sources = {
         path: _Source(
-            records=tuple(records[hf_tensor(part).name] for part in _parts(path)),
-            transposed=hf_tensor(path).transposed and not form.rows,
+            records=tuple(records[tensors[part].name] for part in _parts(path)),
+            transposed=declared[path].transposed,
             shape=leaf.shape,
             sharding=placed.get(path),
         )
-        for path, leaf in in_files.items()
+        for path, leaf in target.items()
+        if declared[path].hf_suffix is not None
     }
     params: dict[ParamPath, Array] = {}
     for path, array in _read_all(sources, dtype, folder.name):
-        if form.int8 and path[-1] == "kernel":
+        if declared[path].dtype == jnp.int8:
             # Waits, as reading does: the floats are gone before the next ones come.
             for name, part in jax.block_until_ready(_rounded(array, rows=form.rows)).items():
                 key = (*path[:-1], name)
@@ -158,9 +159,7 @@ def _rounded(kernel: Array, *, rows: bool) -> Params:
     return quantize({"kernel": kernel}, rows=rows)
 
 
-def _match(
-    folder: Path, arch: ArchConfig, target: Mapping[ParamPath, Any]
-) -> dict[str, TensorRecord]:
+def _match(folder: Path, arch: ArchConfig) -> dict[str, TensorRecord]:
     """Tensor name → record, once the tensors are found to be just what the architecture needs."""
     found = {name: rec for name, rec in find_tensors(folder).items() if not is_derived(name)}
     vision = [name for name in found if is_vision(name)] if arch.model_type == "gemma3_text" else []
@@ -181,10 +180,7 @@ def _match(
             )
         del found[LM_HEAD]
     expected = {
-        (tensor := hf_tensor(path)).name: jax.ShapeDtypeStruct(
-            shape_in_file(tensor, leaf.shape, arch), leaf.dtype
-        )
-        for path, leaf in target.items()
+        name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in file_shapes(arch).items()
     }
     problems += tree_mismatches(expected, found, with_dtype=False)
     problems += [

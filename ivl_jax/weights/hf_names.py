@@ -1,20 +1,21 @@
-"""The one table between parameter paths and Hugging Face tensor names.
+"""Names of tensors in Hugging Face files: of each parameter, and of what other wrappers call it.
 
-In: a parameter path, or a tensor name of a file. Out: the name and orientation of the tensor that
-holds the parameter; the name a tensor has in a plain causal language model, or the reason why it is
-no parameter.
+In: an architecture, or a tensor name of a file. Out: name, orientation and shape of the tensors
+that hold its parameters; the name a tensor has in a plain causal language model, or the reason why
+it is not a parameter.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import traverse_util
 
 from ivl_jax.model.architecture import ArchConfig
+from ivl_jax.model.assembly import abstract_params, parameter_declarations
+from ivl_jax.model.parameter import ParamPath
 
-ParamPath = tuple[str | int, ...]
 PARAM_DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 """Of parameters, in memory and in files that we write."""
 
@@ -30,14 +31,6 @@ class HfTensor(NamedTuple):
     name: str  # as `LlamaForCausalLM` and its relatives call it
     transposed: bool
 
-
-# Last key of a parameter path -> last part of the tensor's name, whether it lies transposed.
-_LEAVES = {
-    "embedding": ("weight", False),
-    "scale": ("weight", False),
-    "bias": ("bias", False),
-    "kernel": ("weight", True),
-}
 
 LM_HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -62,22 +55,27 @@ _VISION = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
 _DERIVED = re.compile(r"^model\.(layers\.\d+\.self_attn\.)?rotary_emb(_local)?\.inv_freq$")
 
 
-def hf_tensor(path: Sequence[str | int]) -> HfTensor:
-    """Name the tensor that holds a parameter.
+def hf_tensors(arch: ArchConfig) -> dict[ParamPath, HfTensor]:
+    """Name the tensor that holds each parameter, as the parameter's module declares it.
 
     Args:
-        path: keys of the parameter: `("layers", 0, "mlp", "up_proj", "kernel")`.
+        arch: the architecture.
 
     Returns:
-        The tensor: `HfTensor("model.layers.0.mlp.up_proj.weight", transposed=True)`.
-
-    Raises:
-        KeyError: no parameter of a decoder ends like this.
+        Path of a parameter as it is trained, layers unstacked → its tensor, for example
+        `("layers", 0, "mlp", "up_proj", "kernel")` →
+        `HfTensor("model.layers.0.mlp.up_proj.weight", transposed=True)`.
     """
-    *modules, leaf = path
-    suffix, transposed = _LEAVES[str(leaf)]
+    return {
+        path: HfTensor(_tensor_name(path[:-1], declared.hf_suffix), declared.transposed)
+        for path, declared in parameter_declarations(arch).items()
+        if declared.hf_suffix is not None
+    }
+
+
+def _tensor_name(modules: ParamPath, suffix: str) -> str:
     root = () if modules[0] == "lm_head" else ("model",)
-    return HfTensor(".".join(map(str, (*root, *modules, suffix))), transposed)
+    return ".".join(map(str, (*root, *modules, suffix)))
 
 
 def flat_paths(tree: Mapping[Any, Any]) -> dict[ParamPath, Any]:
@@ -85,21 +83,13 @@ def flat_paths(tree: Mapping[Any, Any]) -> dict[ParamPath, Any]:
     return traverse_util.flatten_dict(dict(tree))  # type: ignore[return-value]
 
 
-def shape_in_file(
-    tensor: HfTensor, param_shape: tuple[int, ...], arch: ArchConfig
-) -> tuple[int, ...]:
-    """The shape that the tensor of a parameter has in a file: no vocabulary padding there.
-
-    Args:
-        tensor: of `hf_tensor`.
-        param_shape: of the parameter as it is trained.
-        arch: the architecture.
-
-    Returns:
-        Its shape.
-    """
-    shape = param_shape[::-1] if tensor.transposed else param_shape
-    return (arch.vocab_size, *shape[1:]) if tensor.name in (EMBEDDING, LM_HEAD) else shape
+def file_shapes(arch: ArchConfig) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every tensor that a file of this architecture holds."""
+    shapes = flat_paths(abstract_params(arch))
+    return {
+        tensor.name: shapes[path].shape[::-1] if tensor.transposed else shapes[path].shape
+        for path, tensor in hf_tensors(arch).items()
+    }
 
 
 def causal_name(name: str) -> str:

@@ -21,7 +21,7 @@ from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import Params, abstract_params
 from ivl_jax.tree_compare import check_same_tree, named_leaves
 from ivl_jax.weights.hf_folder import INDEX_FILE, SINGLE_FILE, new_folder
-from ivl_jax.weights.hf_names import PARAM_DTYPES, HfTensor, flat_paths, hf_tensor, shape_in_file
+from ivl_jax.weights.hf_names import PARAM_DTYPES, HfTensor, file_shapes, flat_paths, hf_tensors
 from ivl_jax.weights.safetensors_file import write_file
 
 
@@ -83,8 +83,9 @@ def write_params(
         "whose head was untied has tie_word_embeddings=False.",
         with_dtype=False,
     )
+    tensors, in_files = hf_tensors(arch), file_shapes(arch)
     sinks = [
-        _Sink(tensor := hf_tensor(path), leaf, shape_in_file(tensor, leaf.shape, arch))
+        _Sink(tensors[path], leaf, in_files[tensors[path].name])
         for path, leaf in flat_paths(params).items()
     ]
     shards = _split(sinks, dtype.itemsize, shard_bytes)

@@ -1,6 +1,7 @@
 """One tiny model of every supported family, each feature of it large enough to matter."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from ivl_jax.model.architecture import ArchConfig, RopeParameters
 from ivl_jax.model.decoder import Params, abstract_params
-from ivl_jax.weights.hf_names import hf_tensor
+from ivl_jax.weights.hf_names import hf_tensors
 
 VOCAB, LENGTH, WINDOW = 97, 160, 24
 
@@ -190,11 +191,11 @@ def params_for(arch: ArchConfig, source: Params) -> Params:
     return jax.tree_util.tree_map_with_path(pick, fresh)
 
 
-def state_dict(params: Params) -> dict[str, np.ndarray]:
+def state_dict(arch: ArchConfig, params: Params) -> dict[str, np.ndarray]:
     """Hugging Face tensors by name."""
     tensors = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        tensor = hf_tensor(tuple(key.key for key in path))
+    for path, tensor in hf_tensors(arch).items():
+        leaf = functools.reduce(lambda tree, key: tree[key], path, params)
         # A copy: torch refuses arrays that it must not write to.
         tensors[tensor.name] = np.array(leaf.T if tensor.transposed else leaf)
     return tensors

@@ -44,7 +44,9 @@ def reference(name: str) -> transformers.PreTrainedModel:
     arch = tiny_arch(name)
     config = transformers.AutoConfig.for_model(**arch.to_hf())
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    tensors = {key: torch.from_numpy(value) for key, value in state_dict(_params(name)).items()}
+    tensors = {
+        key: torch.from_numpy(value) for key, value in state_dict(arch, _params(name)).items()
+    }
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     assert not unexpected
     assert set(missing) <= ({"lm_head.weight"} if arch.tie_word_embeddings else set())

@@ -1,10 +1,15 @@
 import pytest
-from flax import traverse_util
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ivl_jax.model.architecture import ArchConfig
-from ivl_jax.model.decoder import abstract_params
-from ivl_jax.weights.hf_names import HfTensor, causal_name, hf_tensor, is_derived, is_vision
+from ivl_jax.weights.hf_names import (
+    HfTensor,
+    causal_name,
+    file_shapes,
+    hf_tensors,
+    is_derived,
+    is_vision,
+)
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"]
 
@@ -29,24 +34,19 @@ def test_names_and_shapes_are_those_of_transformers(family: str, tied: bool) -> 
         for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()
         if not (tied and name == "lm_head.weight")
     }
-    ours = {}
-    arch = ArchConfig.from_hf(config.to_dict())
-    for path, leaf in traverse_util.flatten_dict(abstract_params(arch)).items():
-        name, transposed = hf_tensor(path)
-        ours[name] = leaf.shape[::-1] if transposed else leaf.shape
-    assert ours == theirs
+    assert file_shapes(ArchConfig.from_hf(config.to_dict())) == theirs
 
 
-def test_only_kernels_are_transposed() -> None:
-    assert hf_tensor(("layers", 3, "mlp", "up_proj", "kernel")) == HfTensor(
-        "model.layers.3.mlp.up_proj.weight", transposed=True
+def test_only_kernels_are_transposed(arch: ArchConfig) -> None:
+    tensors = hf_tensors(arch)
+    assert tensors["layers", 1, "mlp", "up_proj", "kernel"] == HfTensor(
+        "model.layers.1.mlp.up_proj.weight", transposed=True
     )
-    assert hf_tensor(("lm_head", "kernel")) == HfTensor("lm_head.weight", transposed=True)
-    assert hf_tensor(("embed_tokens", "embedding")) == HfTensor(
+    assert tensors["lm_head", "kernel"] == HfTensor("lm_head.weight", transposed=True)
+    assert tensors["embed_tokens", "embedding"] == HfTensor(
         "model.embed_tokens.weight", transposed=False
     )
-    with pytest.raises(KeyError):
-        hf_tensor(("norm", "offset"))
+    assert tensors["norm", "scale"] == HfTensor("model.norm.weight", transposed=False)
 
 
 @pytest.mark.parametrize(

@@ -193,8 +193,9 @@ def test_a_local_folder_comes_before_the_hub(
 
 @pytest.mark.parametrize("name", ["./model", "../model", "~/model", "/absent/model", Path("a/b")])
 def test_what_can_only_be_a_path_never_asks_the_hub(
-    name: str | Path, monkeypatch: pytest.MonkeyPatch
+    name: str | Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(language_model, "snapshot_download", lambda *_, **__: pytest.fail("asked"))
     with pytest.raises(FileNotFoundError, match="no such folder"):
         find_model(name)
