@@ -11,6 +11,7 @@ python train.py --config runs/mine/config.toml --resume
 
 import argparse
 import logging
+import signal
 import sys
 
 import rich
@@ -58,9 +59,9 @@ def main() -> int:
     except (NonFiniteLossError, ValueError, OSError, RuntimeError) as error:
         sys.stderr.write(f"train.py: {type(error).__name__}: {error}\n")
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         sys.stderr.write("train.py: aborted; --resume goes on from the last checkpoint\n")
-        return 130
+        return 128 + getattr(error, "number", signal.SIGINT)
     return 75 if result.interrupted else 0
 
 

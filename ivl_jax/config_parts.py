@@ -268,7 +268,9 @@ class LoggingConfig:
     checkpoint_every: int = 200
     """Steps between two checkpoints; step 0 and the last step are always saved."""
     keep_checkpoints: int = 3
-    """Newest checkpoints kept, besides the best one (lowest held-out NLL)."""
+    """Newest checkpoints kept, and besides them the best one (lowest held-out NLL). A resume takes
+    the newest and falls back to an older one where that is damaged; 1 keeps none to fall back to,
+    once the newest is on disk and checked."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

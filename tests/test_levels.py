@@ -15,6 +15,7 @@ LEVELS = {
     "ivl_jax.token_bytes": 0,
     "ivl_jax.profiling": 0,
     "ivl_jax.devices": 0,
+    "ivl_jax.file_lock": 1,
     "ivl_jax.config_files": 1,
     "ivl_jax.model": 1,
     "ivl_jax.tokenizer": 1,

@@ -4,16 +4,14 @@ In: the train state, the data position and JSON about the run. Out: a folder a s
 `state.step`, written by Orbax and sealed with a hash manifest; later the newest sound one of them.
 
 A step's folder appears under its name by one rename, when Orbax has written it whole; then a thread
-of ours hashes the files and writes the manifest, which seals it. Orbax deletes old steps between,
-so what is kept counts sealed steps only: at every moment at least one sealed checkpoint exists.
+of ours hashes the files and writes the manifest, which seals it, and only then deletes old steps:
+at every moment at least one sealed checkpoint exists.
 """
 
-import base64
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -24,23 +22,23 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from ivl_jax.checkpoint.arrays import restore_arrays, to_storable
+from ivl_jax.checkpoint.data_position import DataState, pack_data_states, unpack_data_state
 from ivl_jax.checkpoint.steps import (
     NoUsableCheckpointError,
     RejectedStep,
     best_step,
     committed_steps,
     complete_steps,
+    delete_step,
     find_usable_step,
     has_started,
     recorded_metrics,
     set_aside,
 )
-from ivl_jax.manifest import MANIFEST_NAME, replace_about, write_manifest
+from ivl_jax.manifest import MANIFEST_NAME, read_manifest, replace_about, write_manifest
 from ivl_jax.paths import absolute_path
 
 logger = logging.getLogger(__name__)
-
-DataState = bytes | Mapping[str, Any] | None
 
 
 class RestoredRun(NamedTuple):
@@ -51,21 +49,6 @@ class RestoredRun(NamedTuple):
     data_state: Any  # what `data_state` was in this process: bytes, a JSON mapping or None
     run_metadata: dict[str, Any]  # what `run_metadata` was
     rejected: tuple[RejectedStep, ...]  # newer checkpoints that cannot be used
-
-
-@dataclass(frozen=True)
-class _Preservation:
-    """Orbax's PreservationPolicy for a choice among steps."""
-
-    kept: Callable[[Sequence[int]], set[int]]
-
-    def should_preserve(
-        self, checkpoints: Sequence[Any], *, context: ocp.checkpoint_managers.PreservationContext
-    ) -> list[bool]:
-        del context
-        steps = [info.step for info in checkpoints]
-        kept = self.kept(steps)
-        return [step in kept for step in steps]
 
 
 class TrainCheckpointer:
@@ -90,8 +73,8 @@ class TrainCheckpointer:
 
         Args:
             directory: the checkpoint folder, local or a URL that `etils.epath` writes.
-            keep: newest checkpoints kept, at least 1. The one before the newest is always kept
-                too, as what to fall back to, so 1 acts as 2.
+            keep: newest checkpoints kept, at least 1; there is one more while the newest is being
+                written and sealed.
             metric: the best checkpoint by this entry of `metrics` is kept besides.
             lower_is_better: whether a small value of the metric is good.
 
@@ -119,6 +102,7 @@ class TrainCheckpointer:
         data_state: DataState,
         run_metadata: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
+        leave_out: Sequence[str] = (),
     ) -> bool:
         """Save a train state under the label `state.step`, in the background.
 
@@ -130,6 +114,7 @@ class TrainCheckpointer:
             data_state: this process's data position: bytes, JSON or None.
             run_metadata: JSON about the run, equal in every process.
             metrics: held-out figures of this very state, if they were measured.
+            leave_out: fields of the state that `restore` gets again from its `fill`.
 
         Returns:
             False when this step is saved already, by this object or by the run it restored.
@@ -145,17 +130,20 @@ class TrainCheckpointer:
             return False
         run = json.loads(json.dumps(dict(run_metadata)))
         measured = {name: float(value) for name, value in (metrics or {}).items()}
-        data = _pack_data_states(data_state)
+        data = pack_data_states(data_state)
         if self._manager is None:
             self._manager = self._open(step)
+        stored = {name: leaf for name, leaf in to_storable(state).items() if name not in leave_out}
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(to_storable(state)),
+            state=ocp.args.StandardSave(stored),
             data=ocp.args.JsonSave(data),
             run=ocp.args.JsonSave(run),
         )
         self._manager.save(step, args=items, force=True)
         self._newest = step
-        self._pending = self._worker.submit(self._seal, self._manager, step, measured)
+        self._pending = self._worker.submit(
+            self._seal, self._manager, step, measured, tuple(leave_out)
+        )
         return True
 
     def record_metrics(self, metrics: Mapping[str, float]) -> None:
@@ -168,7 +156,9 @@ class TrainCheckpointer:
         assert self._newest is not None
         measured = {name: float(value) for name, value in metrics.items()}
         if jax.process_index() == 0:
-            replace_about(self.directory / str(self._newest), self._about(self._newest, measured))
+            folder = self.directory / str(self._newest)
+            left_out = read_manifest(folder).about.get("left_out", ())
+            replace_about(folder, self._about(self._newest, measured, left_out))
         self._metrics[self._newest] = measured
 
     def wait_until_finished(self) -> None:
@@ -185,7 +175,14 @@ class TrainCheckpointer:
                 self._failed = True
                 raise
 
-    def restore(self, target: Any, *, step: int | None = None) -> RestoredRun:
+    def restore(
+        self,
+        target: Any,
+        *,
+        step: int | None = None,
+        fits: Callable[[dict[str, Any]], str | None] = lambda run_metadata: None,
+        fill: Callable[[Any], Any] | None = None,
+    ) -> RestoredRun:
         """Read the newest sound checkpoint, or a given one.
 
         Args:
@@ -193,6 +190,9 @@ class TrainCheckpointer:
                 devices of its sharding, which may be another mesh than the one that saved.
             step: this step and no other; None: the newest whose every byte is as written. A newer
                 one that is unfinished, truncated or altered is named in a warning.
+            fits: says of a checkpoint's `run_metadata` why it cannot be used, or None; one that
+                does not fit counts as unsound. Asked in process 0 only.
+            fill: makes the whole state out of one whose fields that were left out are None.
 
         Returns:
             The run as it was saved.
@@ -203,7 +203,7 @@ class TrainCheckpointer:
             ValueError: it was saved by another number of processes.
         """
         self.wait_until_finished()
-        found, rejected = self._agree_on_step(step)
+        found, rejected = self._agree_on_step(step, fits)
         for one in rejected:
             logger.warning("a checkpoint in %s cannot be used: %s", self.directory, one)
         folder = self.directory / str(found)
@@ -212,16 +212,21 @@ class TrainCheckpointer:
                 folder,
                 args=ocp.args.Composite(data=ocp.args.JsonRestore(), run=ocp.args.JsonRestore()),
             )
-        data_state = _unpack_data_state(items["data"], folder)
+        data_state = unpack_data_state(items["data"], folder)
+        left_out = read_manifest(folder).about.get("left_out", ())
         state = restore_arrays(
             folder / "state",
-            target,
+            target._replace(**dict.fromkeys(left_out)) if left_out else target,
             what=f"the train state in {folder}",
             remedy="resume with the configuration the run was started with (config.toml in its "
             "run directory), or start a new run",
         )
         if int(state.step) != found:
             raise ValueError(f"{folder} holds state.step = {int(state.step)}, expected {found}")
+        if left_out:
+            if fill is None:
+                raise ValueError(f"{folder} holds no {', '.join(left_out)}: nothing can fill it")
+            state = fill(state)
         self._newest, self._rejected = found, rejected
         if rejected:
             logger.warning("going on from step %d of %s", found, self.directory)
@@ -277,19 +282,16 @@ class TrainCheckpointer:
     ) -> None:
         self.close()
 
-    def _kept(self, steps: Sequence[int]) -> set[int]:
-        """Choose the steps that stay when the newest of them is committed.
-
-        The newest has no manifest yet, so it is never the one that must stay sealed.
-        """
-        newest = max(steps)
-        sealed = sorted(step for step in self._metrics if step < newest)
-        kept = {newest, *sealed[-max(self._keep - 1, 1) :]}
+    def _delete_old(self) -> None:
+        """Delete what need not stay beside the newest, which is sealed."""
+        newest = sorted(self._metrics)[-self._keep :]
         best = best_step(self._metrics, self._metric, lower_is_better=self._lower_is_better)
-        if best is not None:
-            kept.add(best)
+        kept = {*newest, best}
         self._metrics = {step: seen for step, seen in self._metrics.items() if step in kept}
-        return kept
+        if jax.process_index() == 0:
+            for step in committed_steps(self.directory):
+                if step not in kept:
+                    delete_step(self.directory, step)
 
     def _open(self, step: int) -> ocp.CheckpointManager:
         """Clear away what was rejected, check that nothing is in the way, start Orbax's manager."""
@@ -312,10 +314,9 @@ class TrainCheckpointer:
         self._metrics = {seen: recorded_metrics(manifest) for seen, manifest in manifests.items()}
         return ocp.CheckpointManager(
             self.directory,
+            # Without a limit it keeps every step: what is deleted, and when, is ours to say.
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=_Preservation(self._kept),
-                cleanup_tmp_directories=True,
-                lightweight_initialize=True,
+                cleanup_tmp_directories=True, lightweight_initialize=True
             ),
         )
 
@@ -333,26 +334,38 @@ class TrainCheckpointer:
             else:
                 folder.rmtree()
 
-    def _seal(self, manager: ocp.CheckpointManager, step: int, metrics: dict[str, float]) -> None:
+    def _seal(
+        self,
+        manager: ocp.CheckpointManager,
+        step: int,
+        metrics: dict[str, float],
+        left_out: Sequence[str],
+    ) -> None:
         """Wait until a step is committed, then write its manifest; runs in the worker thread."""
         manager.wait_until_finished()
         if jax.process_index() == 0:
-            write_manifest(self.directory / str(step), self._about(step, metrics))
+            write_manifest(self.directory / str(step), self._about(step, metrics, left_out))
         self._metrics[step] = metrics
+        self._delete_old()
 
-    def _about(self, step: int, metrics: dict[str, float]) -> dict[str, Any]:
+    def _about(
+        self, step: int, metrics: dict[str, float], left_out: Sequence[str]
+    ) -> dict[str, Any]:
         """What a step's manifest says beside the hashes."""
         best_by = {"metric": self._metric, "lower_is_better": self._lower_is_better}
-        return {"step": step, "metrics": metrics, "best_by": best_by}
+        about = {"step": step, "metrics": metrics, "best_by": best_by}
+        return about | ({"left_out": list(left_out)} if left_out else {})
 
-    def _agree_on_step(self, step: int | None) -> tuple[int, tuple[RejectedStep, ...]]:
+    def _agree_on_step(
+        self, step: int | None, fits: Callable[[dict[str, Any]], str | None]
+    ) -> tuple[int, tuple[RejectedStep, ...]]:
         """Let process 0 read and check the files, and tell the others what it found."""
         if jax.process_count() == 1:
-            return find_usable_step(self.directory, step)
+            return find_usable_step(self.directory, step, fits)
         found, rejected, error = -1, (), None
         if jax.process_index() == 0:
             try:
-                found, rejected = find_usable_step(self.directory, step)
+                found, rejected = find_usable_step(self.directory, step, fits)
             except NoUsableCheckpointError as raised:
                 error = raised
         found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
@@ -364,32 +377,3 @@ class TrainCheckpointer:
 def _barrier(name: str) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
-
-
-def _pack_data_states(data_state: DataState) -> dict[str, Any]:
-    """Gather every process's data position as one JSON object."""
-    if isinstance(data_state, bytes):
-        own: dict[str, Any] = {"base64": base64.b64encode(data_state).decode()}
-    else:
-        own = {"json": None if data_state is None else dict(data_state)}
-    text = json.dumps(own).encode()
-    if jax.process_count() == 1:
-        return {"processes": [json.loads(text)]}
-    sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(text)))).reshape(-1)
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: len(text)] = np.frombuffer(text, np.uint8)
-    rows = np.asarray(multihost_utils.process_allgather(padded))
-    texts = [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
-    return {"processes": [json.loads(text) for text in texts]}
-
-
-def _unpack_data_state(stored: Mapping[str, Any], folder: epath.Path) -> Any:
-    """Take this process's own data position out of the gathered ones."""
-    states = stored["processes"]
-    if len(states) != jax.process_count():
-        raise ValueError(
-            f"{folder} holds the data positions of {len(states)} process(es), this run has "
-            f"{jax.process_count()}: resume with as many processes as it was saved with"
-        )
-    own = states[jax.process_index()]
-    return base64.b64decode(own["base64"]) if "base64" in own else own["json"]

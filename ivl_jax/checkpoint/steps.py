@@ -4,10 +4,11 @@ In: a folder with one sub-folder a step, each with its hash manifest. Out: the n
 exactly as it was written, and for every newer one what is wrong with it. Imports no JAX.
 """
 
+import json
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -89,13 +90,16 @@ def step_problems(directory: epath.PathLike, step: int) -> tuple[str, ...]:
 
 
 def find_usable_step(
-    directory: epath.PathLike, step: int | None
+    directory: epath.PathLike,
+    step: int | None,
+    fits: Callable[[dict[str, Any]], str | None] = lambda run_metadata: None,
 ) -> tuple[int, tuple[RejectedStep, ...]]:
     """Find the newest sound step, and name each newer one that is not.
 
     Args:
         directory: the checkpoint folder.
         step: this step and no other; None: the newest sound one.
+        fits: says of a step's JSON about the run why it cannot be used, or None.
 
     Returns:
         The step, and the newer ones that cannot be used, newest first. A save that was cut off
@@ -120,6 +124,8 @@ def find_usable_step(
             continue
         if candidate in committed:
             problems = step_problems(directory, candidate)
+            if not problems and (reason := fits(run_metadata(directory, candidate))) is not None:
+                problems = (reason,)
             if not problems:
                 return candidate, tuple(rejected)
         else:
@@ -131,6 +137,11 @@ def find_usable_step(
         "restore the files from a copy, or start a new run in another run_dir; "
         "nothing was changed"
     )
+
+
+def run_metadata(directory: epath.PathLike, step: int) -> dict[str, Any]:
+    """Read the JSON about the run that was saved with a step."""
+    return json.loads((epath.Path(directory) / str(step) / "run" / "metadata").read_bytes())
 
 
 def complete_steps(directory: epath.PathLike) -> dict[int, Manifest]:
@@ -192,6 +203,18 @@ def set_aside(directory: epath.PathLike, step: int) -> str:
     name = next(name for name in names if name not in taken)
     (directory / str(step)).rename(directory / name)
     return name
+
+
+def delete_step(directory: epath.PathLike, step: int) -> None:
+    """Delete a step's folder; one that is half deleted is not sealed any more.
+
+    Args:
+        directory: the checkpoint folder.
+        step: the step's label.
+    """
+    folder = epath.Path(directory) / str(step)
+    (folder / MANIFEST_NAME).unlink(missing_ok=True)
+    folder.rmtree()
 
 
 def _folders(directory: epath.PathLike) -> list[str]:

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C become a request that the loop answers at the next step boundary.
+"""SIGTERM, SIGHUP and Ctrl-C become a request that the loop answers at the next step boundary.
 
 In: signals. Out: the name of the one that came, or None.
 """
@@ -7,34 +7,60 @@ import logging
 import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
-_CAUGHT = (signal.SIGTERM, signal.SIGINT)
+_NAMES: dict[int, str] = {
+    getattr(signal, name): {"SIGINT": "Ctrl-C"}.get(name, name)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP")
+    if hasattr(signal, name)  # Windows has no SIGHUP
+}
+# A closing terminal may send SIGHUP more than once; the others abort when they come again.
+_ABORTING = (signal.SIGTERM, signal.SIGINT)
+# GNU timeout sends SIGTERM to its child and then to the child's group, microseconds apart.
+_SAME_REQUEST_SECONDS = 0.1
 
 logger = logging.getLogger(__name__)
 
 
-class Interrupts:
-    """Context manager that catches SIGTERM and Ctrl-C; a second Ctrl-C aborts at once.
+class AbortedError(KeyboardInterrupt):
+    """A second signal of the same kind: the run ends at once, without another save.
 
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(_NAMES[number])
+        self.number = number
+
+
+class Interrupts:
+    """Context manager that catches SIGTERM, SIGHUP and Ctrl-C; the second of a kind aborts at once.
+
+    A signal that the process was started to ignore, as `nohup` does with SIGHUP, stays ignored.
     Outside the main thread signals cannot be caught, and nothing changes.
     """
 
     def __init__(self) -> None:
         self._came: str | None = None
+        self._last: dict[int, float] = {}
+        """Signal → when it came, seconds of the monotonic clock."""
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():
-            # With several processes JAX's preemption service has SIGTERM: it makes all of them
-            # stop at the same step.
-            numbers = [signal.SIGINT] if jax.process_count() > 1 else _CAUGHT
-            for number in numbers:
-                self._previous[number] = signal.signal(number, self._receive)
+            for number in _NAMES:
+                # With several processes JAX's preemption service has SIGTERM: it makes all of them
+                # stop at the same step.
+                if number == signal.SIGTERM and jax.process_count() > 1:
+                    continue
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(
@@ -63,10 +89,18 @@ class Interrupts:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self._came == "Ctrl-C" and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._came = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        now, last = time.monotonic(), self._last.get(number)
+        if last is not None:
+            if number in _ABORTING and (
+                number == signal.SIGINT or now - last > _SAME_REQUEST_SECONDS
+            ):
+                # Whoever sends a third one will not wait for anything.
+                signal.signal(number, signal.SIG_DFL)
+                raise AbortedError(number)
+            return
+        self._last[number] = now
+        self._came = _NAMES[number]
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        remedy = "; Ctrl-C again aborts without saving" if number == signal.SIGINT else ""
+        remedy = f"; {self._came} again aborts without saving" if number in _ABORTING else ""
         logger.warning("%s: saving at the next step boundary%s", self._came, remedy)

@@ -9,29 +9,21 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from etils import epath
 
-from ivl_jax.checkpoint import (
-    TrainCheckpointer,
-    ValueMetadata,
-    save_value,
-    write_value_description,
-)
+from ivl_jax.checkpoint import TrainCheckpointer, write_value_description
 from ivl_jax.config import ConfigError, TrainConfig, check_train_config
 from ivl_jax.devices import unused_accelerator
-from ivl_jax.model.architecture import ArchConfig
-from ivl_jax.model.decoder import unstack_layers
-from ivl_jax.model.network import architecture_to_json
 from ivl_jax.profiling import StepProfile
 from ivl_jax.sharding import place_batch
 from ivl_jax.training.evaluation import Evaluation
 from ivl_jax.training.interrupts import Interrupts
-from ivl_jax.training.models import Models, choose_models
+from ivl_jax.training.models import choose_models
+from ivl_jax.training.output import save_output, value_metadata
 from ivl_jax.training.reporting import Reporter
 from ivl_jax.training.run_directory import RunDirectory, RunDirectoryError
 from ivl_jax.training.setup import (
@@ -42,7 +34,6 @@ from ivl_jax.training.setup import (
     prepare_data,
 )
 from ivl_jax.training.step import StepMetrics, TrainState, split_micro_batches
-from ivl_jax.weights.language_model import LanguageModel, save_language_model
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +56,7 @@ class TrainResult:
     output: epath.Path | None
     """The value folder, or with `method = "sft"` the model folder; None after an interruption."""
     interrupted: bool
-    """SIGTERM or Ctrl-C came; the state is saved."""
+    """SIGTERM, SIGHUP or Ctrl-C came; the state is saved."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -95,7 +86,12 @@ def run(config: TrainConfig) -> TrainResult:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     if (notice := unused_accelerator()) is not None:
         logger.warning(notice)
-    there = directory.check(config)
+    with directory.claim(config) as there:
+        return _run(config, directory, there=there)
+
+
+def _run(config: TrainConfig, directory: RunDirectory, *, there: bool) -> TrainResult:
+    """Train in a run directory that no other process writes to."""
     mesh = make_run_mesh(config)
     models = choose_models(config, mesh)
     data = prepare_data(config, models, mesh)
@@ -110,7 +106,7 @@ def run(config: TrainConfig) -> TrainResult:
             best = checkpoints.best_step()
         output = None
         if not interrupted:
-            output = _save_output(config, directory, prepared, state)
+            output = save_output(config, directory, prepared, state)
             if config.method == "value" and best not in (None, int(state.step)):
                 logger.info(
                     "the lowest held-out NLL was that of step %d; to export it: "
@@ -208,7 +204,12 @@ class _Training:
         """Restore the newest sound checkpoint, or make the state of step 0."""
         metrics = self._directory.metrics
         if self._config.resume and self._checkpoints.has_started():
-            restored = self._checkpoints.restore(self._prepared.abstract_state)
+            restored = self._checkpoints.restore(
+                self._prepared.abstract_state,
+                # What a power failure took of the records is computed again.
+                fits=lambda run: metrics.missing_records(run["metrics_bytes"]),
+                fill=lambda kept: self._prepared.state_from(kept.params),
+            )
             self._prepared.data.train.set_state(restored.data_state)
             metrics.cut(restored.run_metadata["metrics_bytes"])
             self._evaluation = Evaluation.from_json(restored.run_metadata["evaluation"])
@@ -232,7 +233,7 @@ class _Training:
         if self._config.method == "value":
             write_value_description(
                 self._directory.path,
-                metadata=_value_metadata(self._config, self._prepared, steps=0),
+                metadata=value_metadata(self._config, self._prepared, steps=0),
                 tokenizer=self._prepared.models.trained.tokenizer,
             )
         self._save(state, self._evaluate(0, state, report))
@@ -302,6 +303,8 @@ class _Training:
                 "evaluated": evaluation is not None or not self._is_evaluation(int(state.step)),
             },
             metrics=evaluation and evaluation.mean,
+            # The optimizer's state is a function of the parameters before the first step.
+            leave_out=() if int(state.step) else ("opt_state",),
         )
         self._directory.timings.flush()
 
@@ -310,65 +313,6 @@ class _Training:
 def _all_finite(params: Any) -> jax.Array:
     finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]
     return jnp.all(jnp.stack(finite))
-
-
-def _value_metadata(config: TrainConfig, prepared: Preparation, *, steps: int) -> ValueMetadata:
-    models, chat_format = prepared.models, prepared.data.chat_format
-    bases = [base.model for base in models.bases]
-    info = models.trained.info
-    return ValueMetadata(
-        architecture=architecture_to_json(models.arch),
-        connection=config.value.connection,
-        penalty={
-            "kind": config.penalty.kind,
-            "weight": config.penalty.weight,
-            "positions": config.penalty.positions,
-        },
-        tokenizer=info.to_json(),
-        training_base={
-            "name": " and ".join(base.name for base in bases),
-            "fingerprint": bases[0].info.fingerprint,
-        },
-        chat_template=chat_format.template,
-        stop_ids=_stop_ids(models, prepared),
-        steps=steps,
-    )
-
-
-def _stop_ids(models: Models, prepared: Preparation) -> tuple[int, ...]:
-    """What ends a text: the tokenizer's eos ids and what ends a turn of the chat format."""
-    ids = (*models.trained.info.eos_ids, *prepared.data.chat_format.stop_ids)
-    return tuple(dict.fromkeys(ids))
-
-
-def _save_output(
-    config: TrainConfig, directory: RunDirectory, prepared: Preparation, state: TrainState
-) -> epath.Path:
-    """Write the final value folder, or the fine-tuned model's."""
-    models = prepared.models
-    if config.method == "value":
-        save_value(
-            directory.value,
-            params=state.params,
-            metadata=_value_metadata(config, prepared, steps=int(state.step)),
-            tokenizer=models.trained.tokenizer,
-            overwrite=True,
-        )
-        logger.info("value folder: %s", directory.value)
-        return directory.value
-    assert isinstance(models.arch, ArchConfig)
-    params = unstack_layers(state.params) if config.step.scan_layers else state.params
-    model = LanguageModel(
-        path=str(directory.model),
-        arch=models.arch,
-        params=params,
-        tokenizer=models.trained.tokenizer,
-        tokenizer_info=models.trained.info,
-        stop_ids=_stop_ids(models, prepared),
-    )
-    save_language_model(Path(directory.model), model, dtype=jnp.float32, overwrite=True)
-    logger.info("model folder: %s", directory.model)
-    return directory.model
 
 
 def _initialize_distributed() -> None:

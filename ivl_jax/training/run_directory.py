@@ -9,12 +9,14 @@ writes the same bytes as one that never stopped; wall-clock figures go to timing
 
 import json
 import logging
+import os
 import platform
 import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,11 +28,13 @@ from etils import epath
 from ivl_jax.checkpoint.value_metadata import library_versions
 from ivl_jax.config import ConfigError, TrainConfig
 from ivl_jax.config_files import config_from_mapping, config_to_mapping, config_to_toml
-from ivl_jax.paths import write_atomically
+from ivl_jax.file_lock import FileLock, LockedError
+from ivl_jax.paths import flush_folder, write_atomically
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.toml"
+LOCK_FILE = "run.lock"
 
 # What may differ between the start of a run and its continuation: where and how it is computed and
 # reported, never what is computed.
@@ -69,6 +73,36 @@ class RunDirectory:
         """The command that continues this run."""
         return f"python train.py --config {self.path / CONFIG_FILE} --resume"
 
+    @contextmanager
+    def claim(self, config: TrainConfig) -> Iterator[bool]:
+        """Check that a run may begin or continue here, and keep every other process out meanwhile.
+
+        Args:
+            config: of the run that wants to.
+
+        Yields:
+            Whether there is a run to continue.
+
+        Raises:
+            RunDirectoryError: another process runs here, on this machine or another; or as `check`.
+            ConfigError: as `check`.
+        """
+        self._check_is_run_directory()
+        if jax.process_index() > 0 or not _is_local(self.path):
+            yield self.check(config)
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            stack.callback(_remove_if_empty, Path(self.path))
+            try:
+                stack.enter_context(FileLock(Path(self.path / LOCK_FILE)))
+            except LockedError as error:
+                raise RunDirectoryError(
+                    f"{self.path} is in use: {error}; wait until that run has ended or stop it, or "
+                    "name another run_dir"
+                ) from None
+            yield self.check(config)
+
     def check(self, config: TrainConfig) -> bool:
         """Check that a run may begin or continue here; changes nothing.
 
@@ -83,26 +117,30 @@ class RunDirectory:
                 something else.
             ConfigError: the run there was started with another config; names each difference.
         """
-        # A run killed while it wrote its very first file has not begun.
-        there = self.path.exists() and any(
-            not path.name.startswith(f"{CONFIG_FILE}.tmp") for path in self.path.iterdir()
-        )
-        if not there:
+        if not self._check_is_run_directory():
             if config.resume:
                 logger.warning("%s is empty or absent: nothing to resume, starting", self.path)
             return False
-        stored = self.path / CONFIG_FILE
-        if not stored.exists():
-            raise RunDirectoryError(
-                f"{self.path} exists, is not empty and is no run directory (it has no "
-                f"{CONFIG_FILE}): name another run_dir"
-            )
         if not config.resume:
             raise RunDirectoryError(
                 f"{self.path} holds a run already: continue it with `{self.resume_command}`, or "
                 "name another run_dir"
             )
-        self._check_same(config, stored)
+        self._check_same(config, self.path / CONFIG_FILE)
+        return True
+
+    def _check_is_run_directory(self) -> bool:
+        """Say whether there is anything; what is there must be a run."""
+        # A run killed while it wrote its very first file has not begun.
+        if not self.path.exists() or all(
+            path.name.startswith((f"{CONFIG_FILE}.tmp", LOCK_FILE)) for path in self.path.iterdir()
+        ):
+            return False
+        if not (self.path / CONFIG_FILE).exists():
+            raise RunDirectoryError(
+                f"{self.path} exists, is not empty and is not a run directory (it has no "
+                f"{CONFIG_FILE}): name another run_dir"
+            )
         return True
 
     def open(self, config: TrainConfig, *, there: bool) -> None:
@@ -149,20 +187,28 @@ class RecordFile:
         self._lines: list[bytes] | None = None
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add a record; it survives a kill of the process from here on (local files)."""
+        """Add a record; it survives a kill of the process from here on (local files).
+
+        Raises:
+            OSError: it cannot be written; names the file.
+        """
         if jax.process_index() > 0:
             return
         line = json.dumps(record).encode() + b"\n"
         if _is_local(self.path):
-            with Path(self.path).open("ab") as file:
-                file.write(line)
+            try:
+                with Path(self.path).open("ab") as file:
+                    file.write(line)
+            except OSError as error:
+                # A write that fails, on a full disk say, does not name its file.
+                raise OSError(error.errno, error.strerror, str(self.path)) from None
             return
         if self._lines is None:
             self._lines = [self.path.read_bytes()] if self.path.exists() else []
         self._lines.append(line)
 
     def flush(self) -> int:
-        """Write what is only in memory (object stores).
+        """Make the records durable: they survive a power failure from here on.
 
         Returns:
             The size of the file, bytes.
@@ -171,7 +217,27 @@ class RecordFile:
             return 0
         if self._lines is not None:
             self.path.write_bytes(b"".join(self._lines))
-        return self.path.stat().length if self.path.exists() else 0
+        if not self.path.exists():
+            return 0
+        if _is_local(self.path):
+            with Path(self.path).open("ab") as file:
+                os.fsync(file.fileno())
+            flush_folder(str(self.path.parent))
+        return self.path.stat().length
+
+    def missing_records(self, size: int) -> str | None:
+        """Say whether the file is shorter than `flush` once returned, in bytes.
+
+        Returns:
+            A sentence, or None where the file is long enough.
+        """
+        found = self.path.stat().length if self.path.exists() else 0
+        if found >= size:
+            return None
+        return (
+            f"{self.path} has {found} bytes, this checkpoint was saved when it had {size}: records "
+            "are missing"
+        )
 
     def cut(self, size: int) -> None:
         """Cut the file back to a size that `flush` returned, in bytes.
@@ -181,12 +247,9 @@ class RecordFile:
         """
         if jax.process_index() > 0:
             return
+        if (problem := self.missing_records(size)) is not None:
+            raise RunDirectoryError(f"{problem}; restore the file, or name another run_dir")
         content = self.path.read_bytes() if self.path.exists() else b""
-        if len(content) < size:
-            raise RunDirectoryError(
-                f"{self.path} has {len(content)} bytes, the checkpoint was saved when it had "
-                f"{size}: records are missing; restore the file, or name another run_dir"
-            )
         if len(content) > size:
             write_atomically(self.path, content[:size])
         self._lines = None
@@ -205,6 +268,11 @@ class RecordFile:
 
 def _is_local(path: epath.Path) -> bool:
     return "://" not in str(path)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _this_start() -> dict[str, Any]:

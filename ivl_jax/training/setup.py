@@ -18,6 +18,7 @@ from ivl_jax.data.batching import EvalBatches, TrainIterator, make_eval_batches,
 from ivl_jax.data.chat import ChatFormat, make_chat_format
 from ivl_jax.data.demonstrations import DemonstrationSource, store_demonstrations
 from ivl_jax.data.tokenized import TokenizedDemonstrations, tokenize_demonstrations
+from ivl_jax.model.decoder import Params
 from ivl_jax.sharding import batch_ways, data_shard, make_mesh
 from ivl_jax.training.base_turns import BaseTurns
 from ivl_jax.training.cached_states import CachedSplit, open_cached_splits, write_cached_states
@@ -56,6 +57,8 @@ class Preparation:
     abstract_state: TrainState
     make_state: Callable[[], TrainState]
     """Reads or makes the trained parameters; not called when a checkpoint is restored."""
+    state_from: Callable[[Params], TrainState]
+    """The state of step 0 around given parameters, which are donated."""
 
 
 def make_run_mesh(config: TrainConfig) -> Mesh:
@@ -204,8 +207,7 @@ def prepare(config: TrainConfig, models: Models, data: Data, mesh: Mesh) -> Prep
         mesh=mesh,
     )
 
-    def make_state() -> TrainState:
-        params = make_trained_params(config, models, place, key)
+    def state_from(params: Params) -> TrainState:
         return init_state(params, optimizer, key, shardings)
 
     return Preparation(
@@ -215,7 +217,8 @@ def prepare(config: TrainConfig, models: Models, data: Data, mesh: Mesh) -> Prep
         programs=programs,
         turns=base_turns(config),
         abstract_state=abstract_state(place.shapes, optimizer, key, shardings),
-        make_state=make_state,
+        make_state=lambda: state_from(make_trained_params(config, models, place, key)),
+        state_from=state_from,
     )
 
 

@@ -13,10 +13,10 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ivl_jax.checkpoint import NoUsableCheckpointError, TrainCheckpointer
-from ivl_jax.manifest import MANIFEST_NAME
 from ivl_jax.sharding import make_mesh
 from ivl_jax.tree_compare import TreeMismatchError
 from tests.checkpoint.saved_runs import (
+    OPTIMIZER,
     State,
     abstract,
     assert_same,
@@ -54,6 +54,29 @@ def test_a_given_step_can_be_restored(tmp_path: Path) -> None:
     assert_same(restored.state, make_state(5))
     with pytest.raises(NoUsableCheckpointError, match=r"no step 6; it holds \[0, 5, 9\]"):
         TrainCheckpointer(tmp_path, keep=2).restore(make_state(0), step=6)
+
+
+def test_a_step_without_its_optimizer_state_is_filled_when_it_is_restored(tmp_path: Path) -> None:
+    with TrainCheckpointer(tmp_path / "part", keep=1) as checkpointer:
+        left_out = {"data_state": None, "run_metadata": {}, "leave_out": ["opt_state"]}
+        checkpointer.save(make_state(0), **left_out)
+        checkpointer.record_metrics({"nll": 1.0})
+        checkpointer.wait_until_finished()
+        target = abstract(make_state(0))
+        with pytest.raises(ValueError, match="holds no opt_state"):
+            checkpointer.restore(target)
+
+        def fill(kept: State) -> State:
+            assert kept.opt_state is None
+            return kept._replace(opt_state=OPTIMIZER.init(kept.params))
+
+        assert_same(checkpointer.restore(target, fill=fill).state, make_state(0))
+    saved_run(tmp_path / "whole", 0)
+    sizes = [
+        sum(path.stat().st_size for path in (tmp_path / name).rglob("*") if path.is_file())
+        for name in ("part", "whole")
+    ]
+    assert sizes[0] < 0.7 * sizes[1]
 
 
 def test_relative_paths_are_taken(tmp_path: Path, monkeypatch) -> None:
@@ -121,91 +144,6 @@ def test_saving_six_million_parameters_costs_the_loop_well_under_a_second(tmp_pa
     assert min(durations) < 0.5
 
 
-# What is kept
-
-
-def test_the_newest_the_one_before_and_the_best_are_kept(tmp_path: Path) -> None:
-    with TrainCheckpointer(tmp_path, keep=2) as checkpointer:
-        for step, nll in enumerate([float("nan"), 1.0, 3.0, 5.0, 4.0, 2.0]):
-            save(checkpointer, step, nll=nll)
-        assert checkpointer.steps() == [1, 4, 5]
-        assert checkpointer.best_step() == 1
-        assert checkpointer.latest_step() == 5
-    assert folders(tmp_path) == ["1", "4", "5"]
-
-
-def test_the_best_can_be_the_highest(tmp_path: Path) -> None:
-    with TrainCheckpointer(tmp_path, keep=1, metric="f", lower_is_better=False) as checkpointer:
-        for step, value in enumerate([1.0, 9.0, 2.0, 3.0]):
-            save(checkpointer, step, f=value)
-        assert checkpointer.best_step() == 1
-        assert checkpointer.steps() == [1, 2, 3]
-
-
-def test_without_a_metric_there_is_no_best(tmp_path: Path) -> None:
-    with TrainCheckpointer(tmp_path, keep=1) as checkpointer:
-        for step in range(4):
-            save(checkpointer, step)
-        assert checkpointer.best_step() is None
-        assert checkpointer.steps() == [2, 3]
-
-
-def test_the_best_is_remembered_across_a_restart(tmp_path: Path) -> None:
-    with TrainCheckpointer(tmp_path, keep=2) as checkpointer:
-        for step, nll in enumerate([5.0, 1.0, 3.0]):
-            save(checkpointer, step, nll=nll)
-    with TrainCheckpointer(tmp_path, keep=2) as checkpointer:
-        checkpointer.restore(make_state(0))
-        for step in range(3, 7):
-            save(checkpointer, step, nll=2.0)
-        assert checkpointer.best_step() == 1
-    assert folders(tmp_path) == ["1", "5", "6"]
-
-
-def test_figures_measured_after_a_restart_count_for_the_best(tmp_path: Path) -> None:
-    directory = tmp_path / "checkpoints"
-    with TrainCheckpointer(directory, keep=1) as checkpointer:
-        save(checkpointer, 1, nll=2.0)
-        save(checkpointer, 2)
-    with TrainCheckpointer(directory, keep=1) as checkpointer:
-        assert checkpointer.restore(abstract(make_state(0))).step == 2
-        checkpointer.record_metrics({"nll": 1.0})
-        assert checkpointer.best_step() == 2
-        for step in (3, 4, 5):
-            save(checkpointer, step, nll=3.0)
-        assert checkpointer.steps() == [2, 4, 5]
-        assert not checkpointer.restore(abstract(make_state(0)), step=2).rejected
-
-
-def test_a_sealed_checkpoint_exists_at_every_moment(tmp_path: Path, monkeypatch) -> None:
-    """Orbax deletes old steps before the new one is sealed; one sealed step must be there then."""
-    seen = []
-
-    def sealed() -> set[str]:
-        return {path.parent.name for path in tmp_path.glob(f"*/{MANIFEST_NAME}")}
-
-    import ivl_jax.checkpoint.manager as manager_module
-
-    original = manager_module.write_manifest
-
-    def slow(folder: Path, about: dict) -> None:
-        seen.append((about["step"], sealed(), folders(tmp_path)))
-        original(folder, about)
-
-    monkeypatch.setattr(manager_module, "write_manifest", slow)
-    with TrainCheckpointer(tmp_path, keep=1) as checkpointer:
-        for step in range(4):
-            save(checkpointer, step)
-    assert [(step, have) for step, have, _ in seen] == [
-        (0, set()),
-        (1, {"0"}),
-        (2, {"1"}),
-        (3, {"2"}),
-    ]
-    # When step 3 waits for its manifest, Orbax has already deleted step 1: nothing else to lean on.
-    assert seen[-1][2] == ["2", "3"]
-
-
 def test_a_step_saved_already_is_not_saved_again(tmp_path: Path) -> None:
     with TrainCheckpointer(tmp_path, keep=2) as checkpointer:
         assert save(checkpointer, 4)
@@ -260,10 +198,10 @@ def test_a_failed_write_is_raised_and_leaves_the_older_checkpoints(
     with TrainCheckpointer(tmp_path, keep=1) as checkpointer:
         restored = checkpointer.restore(make_state(0))
         assert restored.step == 1
-        assert folders(tmp_path) == ["0", "1", "2.orbax-checkpoint-tmp"]
+        assert folders(tmp_path) == ["1", "2.orbax-checkpoint-tmp"]
         assert [one.step for one in restored.rejected] == [2]
         save(checkpointer, 2)
-    assert folders(tmp_path) == ["1", "2"]
+    assert folders(tmp_path) == ["2"]
 
 
 def test_metadata_that_is_not_json_is_refused_at_once(tmp_path: Path) -> None:

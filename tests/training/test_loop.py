@@ -3,11 +3,13 @@
 import json
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ivl_jax.checkpoint import TrainCheckpointer, load_value
+from ivl_jax.checkpoint import NoUsableCheckpointError, TrainCheckpointer, load_value
+from ivl_jax.checkpoint.arrays import stored_leaves
 from ivl_jax.config import ConfigError, MeshConfig, StepConfig, ValueConfig
 from ivl_jax.config_files import load_config
 from ivl_jax.training import loop
@@ -78,6 +80,63 @@ def test_dying_with_half_a_record_again_and_again_leaves_the_bytes_of_one_run(
     assert_same_run(run(config), whole)
 
 
+def test_a_second_process_is_turned_away_and_changes_nothing(tiny_config, whole, monkeypatch):
+    refused = []
+
+    def intrude():
+        with pytest.raises(RunDirectoryError, match=r"is in use: process \d+ on ") as raised:
+            run(replace(tiny_config, resume=True))
+        refused.append(raised)
+
+    at_step(monkeypatch, 3, intrude)
+    assert_same_run(run(tiny_config), whole)
+    assert refused
+
+
+@pytest.mark.parametrize("lost", ["a few bytes", "half"])
+def test_lost_records_are_computed_again_from_a_checkpoint_that_fits(
+    tiny_config, whole, monkeypatch, lost, caplog
+):
+    with monkeypatch.context() as patch:
+        at_step(patch, 6, crash)
+        with pytest.raises(Crash):
+            run(tiny_config)
+    metrics = Path(tiny_config.run_dir) / "metrics.jsonl"
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    # Records: 0 held out · 1 · 2 · 3 · 3 held out · 4 · 5 · 6; step 4 was saved after the sixth.
+    assert len(lines) == 8
+    content = b"".join(lines[:6])[:-5] if lost == "a few bytes" else b"".join(lines[:2])
+    metrics.write_bytes(content)
+    resumed = run(replace(tiny_config, resume=True))
+    assert f"step 4: {metrics} has {len(content)} bytes" in caplog.text
+    assert f"going on from step {2 if lost == 'a few bytes' else 0}" in caplog.text
+    assert_same_run(resumed, whole)
+
+
+def test_records_that_no_checkpoint_fits_stop_a_resume(tiny_config, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, crash)
+        with pytest.raises(Crash):
+            run(tiny_config)
+    metrics = Path(tiny_config.run_dir) / "metrics.jsonl"
+    metrics.write_bytes(b"")
+    with pytest.raises(NoUsableCheckpointError, match=r"2: .*has 0 bytes.*\n.*0: .*has 0 by"):
+        run(replace(tiny_config, resume=True))
+
+
+def test_step_0_is_saved_without_optimizer_state_and_resumed_to_the_same_bits(
+    tiny_config, whole, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, crash)
+        with pytest.raises(Crash):
+            run(tiny_config)
+    (folder,) = (Path(tiny_config.run_dir) / "checkpoints").iterdir()
+    stored = {name.split(".")[0] for name in stored_leaves(folder / "state")}
+    assert (folder.name, stored) == ("0", {"step", "params", "key"})
+    assert_same_run(run(replace(tiny_config, resume=True)), whole)
+
+
 def check_what_a_run_leaves(config, result):
     held_out = [record for record in records(result.run_dir) if "held_out" in record]
     assert [record["step"] for record in held_out] == [0, 3, 6]
@@ -116,7 +175,7 @@ def test_an_existing_run_is_an_error_that_says_how_to_go_on(tiny_config, monkeyp
 def test_a_folder_that_is_no_run_is_never_written_to(tiny_config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("mine")
-    with pytest.raises(RunDirectoryError, match="no run directory"):
+    with pytest.raises(RunDirectoryError, match="not a run directory"):
         run(replace(tiny_config, resume=True))
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 

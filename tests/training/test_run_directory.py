@@ -1,6 +1,8 @@
-"""Record files that can be cut back, and what a start writes down."""
+"""Record files that can be cut back, what a start writes down, and who may write."""
 
 import json
+import os
+import socket
 from dataclasses import replace
 
 import pytest
@@ -73,3 +75,41 @@ def test_other_library_versions_are_said(tmp_path, caplog):
     (tmp_path / "run" / "starts.json").write_text(json.dumps(starts))
     directory.open(config, there=True)
     assert "jax was '0.0.1'" in caplog.text
+
+
+def test_two_processes_never_share_a_run_directory(tmp_path):
+    config = TrainConfig(run_dir=str(tmp_path / "run"))
+    directory = RunDirectory(config.run_dir)
+    with directory.claim(config) as there:
+        assert there is False
+        for other in (config, replace(config, resume=True)):
+            with pytest.raises(RunDirectoryError) as raised, directory.claim(other):
+                pass
+            assert f"is in use: process {os.getpid()} on {socket.gethostname()}" in str(
+                raised.value
+            )
+    assert not list(tmp_path.iterdir()), "a run that did not begin leaves nothing"
+
+
+def test_what_a_killed_process_left_of_a_claim_is_no_run(tmp_path):
+    config = TrainConfig(run_dir=str(tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.lock").write_text("{}")
+    with RunDirectory(config.run_dir).claim(config) as there:
+        assert there is False
+
+
+def test_records_are_on_the_disk_before_their_size_is_given(tmp_path, monkeypatch):
+    file, synced = RecordFile(epath.Path(tmp_path / "metrics.jsonl")), []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+    file.append({"step": 1})
+    assert file.flush() == 12
+    assert synced[0] == 12
+    assert len(synced) == 2, "the folder too: the file's name is in it"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_record_that_does_not_fit_on_the_disk_names_its_file(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl'"):
+        RecordFile(epath.Path(tmp_path / "metrics.jsonl")).append({"step": 1})

@@ -1,0 +1,138 @@
+"""One process at a time: a lock file that says who holds it.
+
+In: the path of the lock file. Out: the lock, or an error that names host, process and time. The
+lock is the operating system's, so it ends with its process, `kill -9` included; what a killed
+process leaves is a file that nobody holds.
+"""
+
+import errno
+import json
+import logging
+import os
+import shlex
+import socket
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+
+from ivl_jax.json_files import read_json_object
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None
+
+logger = logging.getLogger(__name__)
+
+# EACCES is how some file systems say that the lock is taken.
+_TAKEN = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES}
+
+
+class LockedError(RuntimeError):
+    """Another process holds the lock: host, process id, since when, its command."""
+
+
+class FileLock:
+    """Context manager that holds a lock file, which disappears when it is released.
+
+    Where the file system cannot lock, a warning says so, with what the file says about its holder.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Name the lock file; touches nothing.
+
+        Args:
+            path: the file, local; its folder must exist when the lock is taken.
+        """
+        self.path = Path(path)
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> "FileLock":
+        """Take the lock.
+
+        Raises:
+            LockedError: another process holds it; says who.
+            OSError: the file cannot be written.
+        """
+        while self._descriptor is None:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                self._lock(descriptor)
+                # Whoever held it may have removed the file after we opened it.
+                if _is_file(descriptor, self.path):
+                    self._descriptor, descriptor = descriptor, -1
+            finally:
+                if descriptor >= 0:
+                    os.close(descriptor)
+        left = _read_holder(self.path)
+        if left is not None and left["host"] != socket.gethostname():
+            # Locks of some shared file systems are known to one host only.
+            logger.warning("%s left its lock behind: make sure that it has ended", _describe(left))
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, json.dumps(_this_process(), indent=1).encode() + b"\n", 0)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            if _is_file(descriptor, self.path):
+                self.path.unlink(missing_ok=True)
+            os.close(descriptor)
+
+    def _lock(self, descriptor: int) -> None:
+        """Take the operating system's lock, or warn that there is none to take."""
+        try:
+            if fcntl is None:
+                raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = _read_holder(self.path)
+            who = _describe(holder) if holder else "another process"
+            if error.errno in _TAKEN:
+                raise LockedError(f"{who} holds {self.path}") from None
+            logger.warning(
+                "%s cannot be locked (%s): make sure that %s does not write to %s",
+                self.path,
+                error.strerror,
+                who,
+                self.path.parent,
+            )
+
+
+def _is_file(descriptor: int, path: Path) -> bool:
+    """Say whether an open file is still the one of this name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _this_process() -> dict[str, str | int]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+    }
+
+
+def _read_holder(path: Path) -> dict[str, str | int] | None:
+    """Read what the last holder wrote; None where there is nothing to be read."""
+    try:
+        holder = read_json_object(path)
+        return {name: holder[name] for name in ("host", "pid", "since", "command")}
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _describe(holder: dict[str, str | int]) -> str:
+    return (
+        f"process {holder['pid']} on {holder['host']}, since {holder['since']} "
+        f"({holder['command']})"
+    )

@@ -1,0 +1,102 @@
+"""What a finished run leaves: the value folder, or the fine-tuned model's folder.
+
+In: the state after the last step, models and data of the run. Out: a folder that stands alone.
+"""
+
+import logging
+from pathlib import Path
+
+import jax.numpy as jnp
+from etils import epath
+
+from ivl_jax.checkpoint import ValueMetadata, save_value
+from ivl_jax.config import TrainConfig
+from ivl_jax.model.architecture import ArchConfig
+from ivl_jax.model.decoder import unstack_layers
+from ivl_jax.model.network import architecture_to_json
+from ivl_jax.training.models import Models
+from ivl_jax.training.run_directory import RunDirectory
+from ivl_jax.training.setup import Preparation
+from ivl_jax.training.step import TrainState
+from ivl_jax.weights.language_model import LanguageModel, save_language_model
+
+logger = logging.getLogger(__name__)
+
+
+def value_metadata(config: TrainConfig, prepared: Preparation, *, steps: int) -> ValueMetadata:
+    """Say what the value folder of a run tells about its network.
+
+    Args:
+        config: of the run.
+        prepared: its models and data.
+        steps: optimizer steps taken.
+
+    Returns:
+        The content of `ivl.json`.
+    """
+    models, chat_format = prepared.models, prepared.data.chat_format
+    bases = [base.model for base in models.bases]
+    info = models.trained.info
+    return ValueMetadata(
+        architecture=architecture_to_json(models.arch),
+        connection=config.value.connection,
+        penalty={
+            "kind": config.penalty.kind,
+            "weight": config.penalty.weight,
+            "positions": config.penalty.positions,
+        },
+        tokenizer=info.to_json(),
+        training_base={
+            "name": " and ".join(base.name for base in bases),
+            "fingerprint": bases[0].info.fingerprint,
+        },
+        chat_template=chat_format.template,
+        stop_ids=_stop_ids(models, prepared),
+        steps=steps,
+    )
+
+
+def save_output(
+    config: TrainConfig, directory: RunDirectory, prepared: Preparation, state: TrainState
+) -> epath.Path:
+    """Write the final value folder, or the fine-tuned model's.
+
+    Args:
+        config: of the run.
+        directory: its run directory.
+        prepared: its models and data.
+        state: after the last step.
+
+    Returns:
+        The folder.
+    """
+    models = prepared.models
+    if config.method == "value":
+        save_value(
+            directory.value,
+            params=state.params,
+            metadata=value_metadata(config, prepared, steps=int(state.step)),
+            tokenizer=models.trained.tokenizer,
+            overwrite=True,
+        )
+        logger.info("value folder: %s", directory.value)
+        return directory.value
+    assert isinstance(models.arch, ArchConfig)
+    params = unstack_layers(state.params) if config.step.scan_layers else state.params
+    model = LanguageModel(
+        path=str(directory.model),
+        arch=models.arch,
+        params=params,
+        tokenizer=models.trained.tokenizer,
+        tokenizer_info=models.trained.info,
+        stop_ids=_stop_ids(models, prepared),
+    )
+    save_language_model(Path(directory.model), model, dtype=jnp.float32, overwrite=True)
+    logger.info("model folder: %s", directory.model)
+    return directory.model
+
+
+def _stop_ids(models: Models, prepared: Preparation) -> tuple[int, ...]:
+    """What ends a text: the tokenizer's eos ids and what ends a turn of the chat format."""
+    ids = (*models.trained.info.eos_ids, *prepared.data.chat_format.stop_ids)
+    return tuple(dict.fromkeys(ids))
