@@ -90,7 +90,7 @@ def main(index: int, port: str, folder: Path) -> None:
 
     checkpoints = folder / "checkpoints"
     position = {"rows": "one" if index == 0 else "a much longer position of the other process"}
-    with TrainCheckpointer(checkpoints, keep=1) as checkpointer:
+    with TrainCheckpointer(checkpoints, keep=2) as checkpointer:
         for step in range(4):
             checkpointer.save(
                 born(step), data_state=position, run_metadata={"step": step}, metrics={"nll": step}
