@@ -147,6 +147,6 @@ def _step(config: TrainConfig) -> Callable[[], Any]:
         nonlocal state
         batch = place_batch(split_micro_batches(next(data.train), 1), mesh, micro_batched=True)
         state, metrics = program.step(state, program.base_params, batch)
-        return metrics.loss
+        return metrics["loss"]
 
     return step

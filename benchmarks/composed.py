@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ivl_jax.decoding.layout import lay_out_network
-from ivl_jax.decoding.programs import Programs, build_programs
+from ivl_jax.composed.kernel_form import lay_out_network
+from ivl_jax.composed.network import ComposedParams, Composition, DraftArrays, Network
+from ivl_jax.composition import SCHEMES
+from ivl_jax.decoding.device.programs import Programs, build_programs
+from ivl_jax.decoding.device.state import DecodeState, Requests
 from ivl_jax.decoding.requests import GenerationOptions, lay_out
-from ivl_jax.decoding.state import ComposedParams, Composition, DecodeState, Network, Requests
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import Params, init_params
 
@@ -108,8 +110,7 @@ def composed(
         Composition(base_network, tuple(network for network, _ in laid_out)),
         ComposedParams(
             base_params,
-            tuple(params for _, params in laid_out),
-            (nothing_unknown,) * len(values),
+            tuple(ValueArrays(params, nothing_unknown) for _, params in laid_out),
         ),
         tuple(strengths) or (1.0,) * len(values),
     )
@@ -130,7 +131,7 @@ def with_draft(model: Composed, draft: Weights, *, length: int = 0) -> Composed:
     return dataclasses.replace(
         model,
         composition=dataclasses.replace(model.composition, draft=network, draft_length=length),
-        params=model.params._replace(draft=params, draft_unknown_ids=jnp.zeros(0, jnp.int32)),
+        params=model.params._replace(draft=DraftArrays(params, jnp.zeros(0, jnp.int32))),
     )
 
 
@@ -163,6 +164,6 @@ def _network(weights: Weights, *, is_value: bool, int8: bool = False) -> tuple[N
         arch=weights.arch,
         vocab_size=weights.arch.vocab_size,
         cache_dtype="float32",
-        connection="residual" if is_value else None,
+        scheme=SCHEMES["residual"] if is_value else None,
     )
     return network, params

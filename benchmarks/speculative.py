@@ -24,7 +24,7 @@ from benchmarks.report import Options, Peer, Report, Row, Target
 from benchmarks.setting import PROJECT_ROOT
 from benchmarks.shapes import BASE_A, DRAFT_A, VALUE_A, parameter_count
 from benchmarks.timing import time_in_turn
-from ivl_jax.decoding.state import DecodeState
+from ivl_jax.decoding.device.state import DecodeState
 
 _PLAIN = "without a draft"
 # Of the family's test questions, one in so many is asked.

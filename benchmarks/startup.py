@@ -81,7 +81,7 @@ def start(base_folder: str, value_folder: str) -> Start:
     import transformers
 
     from ivl_jax import GenerationOptions, compose, load_model
-    from ivl_jax.decoding.layout import loading_form
+    from ivl_jax.composed.kernel_form import loading_form
     from ivl_jax.decoding.loading import spare_the_collector
 
     _ = transformers.AutoTokenizer  # imported when first named

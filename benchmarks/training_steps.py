@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from ivl_jax.composed.network import Composition, Network
+from ivl_jax.composition import SCHEMES
 from ivl_jax.config import PenaltyKind
 from ivl_jax.data.batching import Batch
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import abstract_params, build_decoder, init_params
 from ivl_jax.sharding import parameter_shardings, place_batch, single_device_mesh
-from ivl_jax.training.objective import Objective
+from ivl_jax.training.loss import Loss
 from ivl_jax.training.optimizer import make_optimizer, make_schedule
 from ivl_jax.training.programs import default_chunk_length
 from ivl_jax.training.step import (
@@ -76,11 +78,12 @@ class OurStep:
         if chunk_length is None:
             chunk_length = default_chunk_length(sizes.rows, sizes.length, vocabulary)
         self.chunk_length = chunk_length
-        objective = Objective(
-            build_decoder(value, compute_dtype=dtype),
-            build_decoder(base, compute_dtype=dtype),
-            vocab_size=vocabulary,
-            value_vocab_size=vocabulary,
+        networks = [
+            Network(build_decoder(arch, compute_dtype=dtype), arch, vocabulary, scheme=scheme)
+            for arch, scheme in ((base, None), (value, SCHEMES["residual"]))
+        ]
+        loss = Loss(
+            Composition(networks[0], (networks[1],)),
             penalty_kind=penalty,
             penalty_weight=0.0 if penalty == "none" else 1.0,
             chunk_length=chunk_length,
@@ -103,7 +106,7 @@ class OurStep:
         places = [parameter_shardings(abstract_params(arch), mesh) for arch in (base, value)]
         shardings = state_shardings(abstract_params(value), places[1], optimizer, mesh)
         step: Any = make_train_step(
-            objective,
+            loss,
             optimizer,
             schedule,
             shardings=shardings,
@@ -123,7 +126,7 @@ class OurStep:
     def __call__(self) -> Any:
         """Take one step and give its loss."""
         self._state, metrics = self._compiled(self._state, self._base_params, self._batch)
-        return metrics.loss
+        return metrics["loss"]
 
 
 def random_params(arch: ArchConfig, seed: int, *, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:

@@ -56,6 +56,8 @@ class TrainConfig:
 
     run_dir: str = ""
     """Folder of the run: config, versions, metrics, checkpoints and the final value folder."""
+    objective: str = "sft"
+    """What is minimised: sft, or module:attribute of an objective of your own."""
     method: Literal["value", "sft"] = "value"
     """`value`: train a value network beside the frozen base; `sft`: fine-tune the base itself."""
     seed: int = 0

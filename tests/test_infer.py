@@ -212,7 +212,7 @@ def test_a_file_of_prompts_goes_on_where_a_killed_run_stopped(
 def test_lines_are_written_as_they_are_done_and_an_interrupt_loses_none(
     infer, base_flags, tmp_path, monkeypatch
 ):
-    from ivl_jax.decoding.text import ComposedModel
+    from ivl_jax.decoding.model import ComposedModel
 
     source, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"prompt": "Once"}\n' * 5)

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ivl_jax.config import ConfigError, InferConfig, check_infer_config
 from ivl_jax.data.formats import Message
 from ivl_jax.decoding.loading import decoding_mesh, load_composed
+from ivl_jax.decoding.model import ComposedModel, Generation
 from ivl_jax.decoding.prompt_files import (
     GenerationFile,
     PromptRow,
@@ -29,7 +30,6 @@ from ivl_jax.decoding.prompt_files import (
 )
 from ivl_jax.decoding.prompts import Prompt, PromptReader
 from ivl_jax.decoding.requests import EncodedPrompt, GenerationOptions, PromptTooLongError
-from ivl_jax.decoding.text import ComposedModel, Generation
 from ivl_jax.decoding.value_sources import ValueSource, check_sources, find_values, read_base
 from ivl_jax.profiling import StepProfile
 from ivl_jax.weights.language_model import find_model

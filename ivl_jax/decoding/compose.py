@@ -6,7 +6,7 @@ model may take a value network's place: its logits are added like theirs (proxy-
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,20 @@ from etils import epath
 from jax.sharding import Mesh
 
 from ivl_jax.checkpoint import ValueNetwork
-from ivl_jax.config import Connection
-from ivl_jax.decoding.compatibility import check_draft_fit, check_fit
-from ivl_jax.decoding.layout import lay_out_network, output_rows
-from ivl_jax.decoding.programs import build_programs
+from ivl_jax.composed.compatibility import check_draft_fit, check_fit
+from ivl_jax.composed.kernel_form import lay_out_network, output_rows
+from ivl_jax.composed.network import (
+    ComposedParams,
+    Composition,
+    DraftArrays,
+    Layout,
+    Network,
+    ValueArrays,
+)
+from ivl_jax.composition import SCHEMES, ConnectionScheme
+from ivl_jax.decoding.device.programs import build_programs
+from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.decoding.prompts import make_prompt_reader, text_side
-from ivl_jax.decoding.state import ComposedParams, Composition, Layout, Network
-from ivl_jax.decoding.text import ComposedModel
 from ivl_jax.model.decoder import Params
 from ivl_jax.sharding import DEFAULT_RULES, ShardingRules
 from ivl_jax.text_codec import spoken_bytes
@@ -82,28 +89,29 @@ def compose(
     base_side = text_side(base, f"the base {base.path}")
     sides = [text_side(value, _value_name(value, index)) for index, value in enumerate(values)]
     described = [_described(given) for given in maps] or [None] * len(values)
-    connections: list[Connection] = [connection_of(value) for value in values]
+    schemes = [scheme_of(value) for value in values]
     unknown = [
-        check_fit(base_side.side, each.side, connection=connection, described_map=one_map)
-        for each, connection, one_map in zip(sides, connections, described, strict=True)
+        check_fit(base_side.side, each.side, scheme=scheme, described_map=one_map)
+        for each, scheme, one_map in zip(sides, schemes, described, strict=True)
     ]
     draft_side, draft_unknown = None, ()
     if draft is not None:
         draft_side = text_side(draft, f"the draft {draft.path}")
         names = [each.side.name for each in sides]
-        facts = list(zip(names, connections, described, strict=True))
+        facts = list(zip(names, schemes, described, strict=True))
         draft_unknown = check_draft_fit(base_side.side, draft_side.side, facts)
     layout = None if mesh is None else Layout(mesh, base_rules)
     value_layout = None if mesh is None else Layout(mesh, value_rules)
     base_network, base_params = _network(base, None, layout, int8=int8_base)
     laid_out = [
-        _network(value, connection, value_layout, one_map)
-        for value, connection, one_map in zip(values, connections, described, strict=True)
+        _network(value, scheme, value_layout, one_map)
+        for value, scheme, one_map in zip(values, schemes, described, strict=True)
     ]
     # As small as the values, and read as often: it lies where they do.
-    draft_network, draft_params = (None, None)
+    draft_network, draft_arrays = None, None
     if draft is not None:
         draft_network, draft_params = _network(draft, None, value_layout)
+        draft_arrays = DraftArrays(draft_params, jnp.asarray(draft_unknown, jnp.int32))
     composition = Composition(
         base_network,
         tuple(network for network, _ in laid_out),
@@ -114,11 +122,15 @@ def compose(
         composition=composition,
         params=ComposedParams(
             base_params,
-            tuple(params for _, params in laid_out),
-            tuple(jnp.asarray(ids, jnp.int32) for ids in unknown),
-            tuple(one_map.vocabulary_map for one_map in described if one_map),
-            draft_params,
-            None if draft is None else jnp.asarray(draft_unknown, jnp.int32),
+            tuple(
+                ValueArrays(
+                    params,
+                    jnp.asarray(ids, jnp.int32),
+                    None if one_map is None else one_map.vocabulary_map,
+                )
+                for (_, params), ids, one_map in zip(laid_out, unknown, described, strict=True)
+            ),
+            draft_arrays,
         ),
         programs=build_programs(composition),
         strengths=tuple(float(alpha) for alpha in strengths) or (1.0,) * len(values),
@@ -136,7 +148,7 @@ def compose(
 
 def _network(
     model: LanguageModel | ValueNetwork,
-    connection: Connection | None,
+    scheme: ConnectionScheme | None,
     layout: Layout | None,
     described_map: DescribedMap | None = None,
     *,
@@ -152,7 +164,7 @@ def _network(
         arch=model.arch,
         vocab_size=min(info.vocab_size, output_rows(model.params)),
         cache_dtype=str(jax.tree.leaves(params)[0].dtype),
-        connection=connection,
+        scheme=scheme,
         replacement_id=next(i for i in readable if i is not None),
         layout=layout,
         mapped=described_map is not None,
@@ -167,11 +179,9 @@ def _described(given: epath.PathLike | DescribedMap | None) -> DescribedMap | No
     return read_map(given)
 
 
-def connection_of(value: ValueNetwork | LanguageModel) -> Connection:
+def scheme_of(value: ValueNetwork | LanguageModel) -> ConnectionScheme:
     """A language model reads the text, like a value network of the residual scheme."""
-    if isinstance(value, LanguageModel):
-        return "residual"
-    return cast(Connection, value.connection)
+    return SCHEMES["residual" if isinstance(value, LanguageModel) else value.connection]
 
 
 def _value_name(value: ValueNetwork | LanguageModel, index: int) -> str:

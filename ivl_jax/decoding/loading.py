@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from ivl_jax.composed.kernel_form import loading_form
 from ivl_jax.config import LayoutName, MeshConfig
 from ivl_jax.decoding.compose import compose
-from ivl_jax.decoding.layout import loading_form
-from ivl_jax.decoding.text import ComposedModel
+from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.decoding.value_sources import ValueSource, load_source
 from ivl_jax.sharding import LAYOUTS, make_mesh
 from ivl_jax.weights.language_model import load_language_model

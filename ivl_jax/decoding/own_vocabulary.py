@@ -1,7 +1,7 @@
 """How a value network with a vocabulary of its own reads what the base reads and writes.
 
 In: the tokenizers of both, and special tokens paired by role. Out: prompts in both sides' tokens;
-then, step by step, what each value network has to read (`Reading`).
+then, step by step, what each value network has to read (`OwnTokens`).
 """
 
 import functools
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ivl_jax.buckets import bucket
+from ivl_jax.composed.forward import OwnTokens
 from ivl_jax.data.chat import ChatFormat, make_chat_format
 from ivl_jax.data.formats import Message
 from ivl_jax.data.templates import NAMED_TEMPLATES
-from ivl_jax.decoding.requests import bucket
-from ivl_jax.decoding.state import Reading
 from ivl_jax.text_codec import TextCodec
 from ivl_jax.vocabulary.retokenize import (
     RetokenizedText,
@@ -216,7 +216,7 @@ class TextReader:
                     self._make_room(min(len(text.tokens), context))
         return {row for row, full in enumerate(self._full) if full}
 
-    def readings(self, rows: Sequence[int], *, size: int) -> tuple[Reading, ...]:
+    def own_tokens(self, rows: Sequence[int], *, size: int) -> tuple[OwnTokens, ...]:
         """Give what each network has to read now in some rows; its cache will then hold it.
 
         Args:
@@ -224,7 +224,7 @@ class TextReader:
             size: rows of the result, whose first ones these are; the rest only fill it.
 
         Returns:
-            NumPy arrays of one width, which comes from a small set; one `Reading` a network.
+            NumPy arrays of one width, which comes from a small set; one `OwnTokens` a network.
         """
         if not self._texts:
             return ()
@@ -234,7 +234,7 @@ class TextReader:
         ]
         longest = max(len(piece) for each in pieces for _, piece in each)
         width = next((w for w in _WIDTHS if w >= longest), bucket(longest, smallest=_WIDTHS[-1]))
-        return tuple(_laid_out(each, size=size, width=width) for each in pieces)
+        return tuple(_padded(each, size=size, width=width) for each in pieces)
 
     def _piece(
         self, text: RetokenizedText | None, read: list[int], row: int
@@ -254,10 +254,10 @@ class TextReader:
             self.capacity = bucket(length, smallest=_SMALLEST_CAPACITY, largest=largest)
 
 
-def _laid_out(pieces: Sequence[tuple[int, list[int]]], *, size: int, width: int) -> Reading:
+def _padded(pieces: Sequence[tuple[int, list[int]]], *, size: int, width: int) -> OwnTokens:
     tokens = np.zeros((size, width), np.int32)
     starts, counts = np.zeros(size, np.int32), np.ones(size, np.int32)
     for row, (start, piece) in enumerate(pieces):
         tokens[row, : len(piece)] = piece
         starts[row], counts[row] = start, len(piece)
-    return Reading(tokens, starts, counts)  # pyright: ignore[reportArgumentType]
+    return OwnTokens(tokens, starts, counts)  # pyright: ignore[reportArgumentType]

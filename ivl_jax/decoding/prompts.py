@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from ivl_jax.checkpoint import ValueNetwork
+from ivl_jax.composed.compatibility import Side
 from ivl_jax.data.chat import ChatFormat, make_chat_format
 from ivl_jax.data.formats import Message
-from ivl_jax.decoding.compatibility import Side
 from ivl_jax.decoding.own_vocabulary import OwnVocabulary, base_chat_format, make_own_vocabulary
 from ivl_jax.decoding.requests import EncodedPrompt, GenerationOptions, PromptTooLongError
 from ivl_jax.text_codec import TextCodec

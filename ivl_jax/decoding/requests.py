@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ivl_jax.decoding.sampling import Sampling
+from ivl_jax.buckets import bucket
+from ivl_jax.decoding.device.sampling import Sampling
 from ivl_jax.vocabulary.retokenize import RetokenizedText
 
 # Buckets are 2ᵏ and 3·2ᵏ⁻¹: at most a third of a bucket is padding, and a context of 4,096 has 17.
@@ -102,29 +103,6 @@ class RowArrays(NamedTuple):
     """Four arrays [B]."""
     capacity: int
     """Slots a row needs, S (tokens)."""
-
-
-def bucket(size: int, *, smallest: int, largest: int | None = None) -> int:
-    """Round a size up to 2ᵏ or 3·2ᵏ⁻¹.
-
-    Args:
-        size: what must fit.
-        smallest: the smallest bucket, a power of two.
-        largest: no bucket is larger; None: no limit. `size` itself must not be.
-
-    Returns:
-        The smallest bucket that holds `size`.
-
-    Example:
-        >>> [bucket(n, smallest=16, largest=500) for n in (1, 16, 17, 25, 33, 400)]
-        [16, 16, 24, 32, 48, 500]
-    """
-    found = smallest
-    while found < size:
-        # 1 → 2 → 3 → 4 → 6 → 8 → 12 …
-        is_power = found & (found - 1) == 0
-        found = max(found * 3 // 2, 2) if is_power else found * 4 // 3
-    return found if largest is None else min(found, largest)
 
 
 def lay_out(

@@ -16,8 +16,9 @@ from jax.typing import DTypeLike
 from ivl_jax.checkpoint import ValueMetadata, ValueNetwork, load_value, read_value_metadata
 from ivl_jax.checkpoint.value_folder import load_value_tokenizer
 from ivl_jax.checkpoint.value_metadata import METADATA_NAME
-from ivl_jax.decoding.compatibility import Side, check_draft_fit, check_fit
-from ivl_jax.decoding.layout import lay_out_network, loading_form
+from ivl_jax.composed.compatibility import Side, check_draft_fit, check_fit
+from ivl_jax.composed.kernel_form import lay_out_network, loading_form
+from ivl_jax.composition import SCHEMES, ConnectionScheme
 from ivl_jax.decoding.prompts import PromptReader, TextSide, make_prompt_reader
 from ivl_jax.model.network import architecture_from_json
 from ivl_jax.sharding import ShardingRules
@@ -48,9 +49,9 @@ class ValueSource:
     described_map: DescribedMap | None = None
 
     @property
-    def connection(self) -> str:
+    def scheme(self) -> ConnectionScheme:
         """The connection scheme; a language model reads text only."""
-        return "residual" if self.metadata is None else self.metadata.connection
+        return SCHEMES["residual" if self.metadata is None else self.metadata.connection]
 
 
 def find_values(paths: Sequence[str], maps: Sequence[str]) -> list[ValueSource]:
@@ -144,16 +145,16 @@ def check_sources(
         How prompts become tokens for them.
 
     Raises:
-        ValueError: as `ivl_jax.decoding.compatibility.check_fit` and `check_draft_fit`.
+        ValueError: as `ivl_jax.composed.compatibility.check_fit` and `check_draft_fit`.
     """
     values = [_read_value(source, base.side.info) for source in sources]
     maps = [source.described_map for source in sources]
-    connections = [source.connection for source in sources]
-    for value, connection, one_map in zip(values, connections, maps, strict=True):
-        check_fit(base.side, value.side, connection=connection, described_map=one_map)
+    schemes = [source.scheme for source in sources]
+    for value, scheme, one_map in zip(values, schemes, maps, strict=True):
+        check_fit(base.side, value.side, scheme=scheme, described_map=one_map)
     if draft is not None:
         names = [source.path for source in sources]
-        facts = list(zip(names, connections, maps, strict=True))
+        facts = list(zip(names, schemes, maps, strict=True))
         check_draft_fit(base.side, draft.side, facts)
     return make_prompt_reader(base, values, maps, draft=draft)
 

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ivl_jax.config import ConfigError
+from ivl_jax.decoding.model import ComposedModel, Generation
 from ivl_jax.decoding.prompt_files import GenerationFile
 from ivl_jax.decoding.requests import EncodedPrompt
-from ivl_jax.decoding.text import ComposedModel, Generation
 
 logger = logging.getLogger(__name__)
 

@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from ivl_jax.data.chat import ChatFormat
 from ivl_jax.data.formats import Message
+from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.decoding.prompts import PromptReader
 from ivl_jax.decoding.requests import GenerationOptions
-from ivl_jax.decoding.text import ComposedModel
 from ivl_jax.evaluation.harness_arguments import DEFAULT_BATCH_SIZE, read_arguments
 from ivl_jax.evaluation.loading import ModelSources, chat_format_of, find_sources, load_model
 from ivl_jax.evaluation.scoring import Row, RowScores, score_rows

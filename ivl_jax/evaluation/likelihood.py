@@ -21,8 +21,8 @@ from ivl_jax.config import ConfigError
 from ivl_jax.data.demonstrations import DemonstrationSource, store_demonstrations
 from ivl_jax.data.formats import Demonstration
 from ivl_jax.data.tokenized import TokenizedDemonstrations, tokenize_demonstrations
+from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.decoding.requests import EncodedPrompt
-from ivl_jax.decoding.text import ComposedModel
 from ivl_jax.evaluation.flags import LikelihoodFlags, check_model_flags, require
 from ivl_jax.evaluation.loading import chat_format_of, find_sources, load_model
 from ivl_jax.evaluation.scoring import Row, RowScores, score_rows

@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 
 from ivl_jax.data.chat import ChatFormat, make_chat_format
 from ivl_jax.decoding.loading import decoding_mesh, load_composed
+from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.decoding.prompt_files import folder_fingerprint
 from ivl_jax.decoding.prompts import PromptReader
-from ivl_jax.decoding.text import ComposedModel
 from ivl_jax.decoding.value_sources import ValueSource, check_sources, find_values, read_base
 from ivl_jax.evaluation.flags import ModelFlags, check_model_flags, require
 from ivl_jax.weights.language_model import find_model

@@ -13,9 +13,9 @@ from typing import Any
 
 from ivl_jax.data.chat import ChatFormat
 from ivl_jax.data.formats import Message
+from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.decoding.prompt_files import GenerationFile, PromptRow
 from ivl_jax.decoding.requests import EncodedPrompt, GenerationOptions, PromptTooLongError
-from ivl_jax.decoding.text import ComposedModel
 from ivl_jax.evaluation.flags import MtBenchFlags, check_model_flags, require
 from ivl_jax.evaluation.generation import progress_bar, read_json_lines
 from ivl_jax.evaluation.loading import chat_format_of, find_sources, load_model

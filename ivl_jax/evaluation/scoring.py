@@ -5,7 +5,7 @@ log-probability and whether it is the arg-max; where asked for, the same of the 
 divergence between the two, and the size of the value logits.
 
 A value network with its own vocabulary is conditioned on each prefix as it would read it while
-decoding: re-tokenised (`ivl_jax.decoding.prefix_reading`).
+decoding: re-tokenised (`ivl_jax.composed.own_prefixes`).
 """
 
 import functools
@@ -15,15 +15,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from ivl_jax.composition import ValueTerm, compose_logits, value_hidden
-from ivl_jax.decoding.forward import constraint_of, known_tokens
-from ivl_jax.decoding.prefix_reading import PrefixReading, lay_out_prefixes, read_prefixes
-from ivl_jax.decoding.requests import EncodedPrompt, bucket
-from ivl_jax.decoding.state import ComposedParams, Composition
-from ivl_jax.decoding.text import ComposedModel
-from ivl_jax.model.decoder import hidden_states, logits_from_hidden
+from ivl_jax.buckets import bucket
+from ivl_jax.composed.forward import compose, network_logits, pick, run_networks
+from ivl_jax.composed.network import ComposedParams, Composition
+from ivl_jax.composed.own_prefixes import OwnPrefixes, plan_prefixes
+from ivl_jax.composed.token_scores import (
+    candidate_scores,
+    choose_chunk_length,
+    join_positions,
+    score_positions,
+    split_positions,
+)
+from ivl_jax.decoding.model import ComposedModel
+from ivl_jax.decoding.requests import EncodedPrompt
 from ivl_jax.sharding import batch_ways
 from ivl_jax.vocabulary.retokenize import RetokenizedText
 
@@ -32,6 +38,11 @@ _SMALLEST_LENGTH = 16
 # accelerator's matmuls.
 _MAX_LOGITS = {"cpu": 1 << 23}
 _MAX_LOGITS_ACCELERATOR = 1 << 27
+_TOKEN_NAMES = ("log_prob", "top1")
+_NAMES = {
+    False: _TOKEN_NAMES,
+    True: (*_TOKEN_NAMES, "base_log_prob", "base_top1", "base_kl", "value_l1"),
+}
 
 
 class TokenScores(NamedTuple):
@@ -119,7 +130,7 @@ def score_tokens(
     strengths: Float[Array, "B M"],
     max_logits: int,
     with_base: bool,
-    prefixes: tuple[PrefixReading, ...] = (),
+    prefixes: tuple[OwnPrefixes, ...] = (),
 ) -> tuple[TokenScores, TokenScores, BaseScores | None]:
     """Read rows and score each next token; pure.
 
@@ -138,34 +149,34 @@ def score_tokens(
         Scores [B T] of the token after each (the last real one's is the first candidate's); scores
         [B C] of the candidates; the comparison [B T], or None.
     """
-    hidden = _read(composition, params, tokens, prefixes)
     rows, length = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
+    hidden, _ = run_networks(composition, params, tokens, positions=positions, own_texts=prefixes)
     at_end = lengths[:, None] - 1
     following = jnp.concatenate([tokens[:, 1:], tokens[:, :1]], axis=1)
     is_end = jnp.arange(length, dtype=jnp.int32)[None, :] == at_end
     targets = jnp.where(is_end, candidates[:, :1], following)
 
-    last = jax.tree.map(lambda h: jnp.take_along_axis(h, at_end[:, :, None], axis=1), hidden)
-    composed, _, _ = _logits(composition, params, last, strengths)
-    choices = jax.vmap(_scores, in_axes=(None, 1), out_axes=1)(composed[:, 0], candidates)
+    last = network_logits(composition, params, pick(composition, hidden, at_end))
+    composed = compose(composition, params.values, last, strengths=strengths)[:, 0]
+    choices = TokenScores(*candidate_scores(composed, candidates))
 
-    def one_part(part: Any) -> tuple[TokenScores, BaseScores | None]:
-        hidden, targets = part
-        composed, base, magnitude = _logits(composition, params, hidden, strengths)
-        scores = _scores(composed, targets)
-        if not with_base:
-            return scores, None
-        alone = _scores(base, targets)
-        kept = jax.nn.log_softmax(composed)
-        # 0 · (−inf − −inf) at padding columns counts as 0.
-        gap = jnp.where(jnp.isfinite(kept), kept - jax.nn.log_softmax(base), 0.0)
-        divergence = jnp.sum(jnp.exp(kept) * gap, axis=-1)
-        return scores, BaseScores(alone.log_prob, alone.largest, divergence, magnitude)
+    def one_chunk(chunk: Any) -> dict[str, Array]:
+        return score_positions(
+            composition, params, *chunk, strengths=strengths, names=_NAMES[with_base]
+        )
 
-    parts = _count_parts(rows * composition.base.arch.vocab_size, length, max_logits)
-    scored = jax.lax.map(one_part, _split((hidden, targets), parts))
-    scores, base = jax.tree.map(lambda array: _joined(array, length), scored)
-    return scores, choices, base
+    size = choose_chunk_length(
+        rows, length, composition.base.arch.vocab_size, max_logits=max_logits
+    )
+    scored = jax.lax.map(one_chunk, split_positions(size, (hidden, targets)))
+    found = join_positions(length, scored)
+    base = None
+    if with_base:
+        base = BaseScores(
+            found["base_log_prob"], found["base_top1"], found["base_kl"], found["value_l1"]
+        )
+    return TokenScores(found["log_prob"], found["top1"]), choices, base
 
 
 @functools.cache
@@ -222,11 +233,11 @@ def _own_text(model: ComposedModel, row: Row, index: int) -> RetokenizedText:
 
 def _prefixes(
     beginnings: Sequence[RetokenizedText], rows: Sequence[Row], shape: tuple[int, ...]
-) -> PrefixReading:
+) -> OwnPrefixes:
     starts = [_first_scored(row) for row in rows]
     following = [row.token_ids[at + 1 : -1] for at, row in zip(starts, rows, strict=True)]
     batch, length = shape
-    return lay_out_prefixes(beginnings, following, starts=starts, batch=batch, length=length)
+    return plan_prefixes(beginnings, following, starts=starts, batch=batch, length=length)
 
 
 def _apart(
@@ -275,101 +286,3 @@ def _check_row(model: ComposedModel, index: int, row: Row) -> None:
     strange = [i for i in (*row.token_ids, *row.other_last) if not 0 <= i < known]
     if strange:
         raise ValueError(f"row {index}: token ids outside [0, {known}): {strange[:5]}")
-
-
-def _read(
-    composition: Composition,
-    params: ComposedParams,
-    tokens: Int[Array, "B T"],
-    prefixes: tuple[PrefixReading, ...],
-) -> tuple[Array, tuple[Array, ...]]:
-    """Final hidden states [B T D] of the base and of each value network."""
-    base = composition.base
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    base_hidden, _ = hidden_states(
-        base.graphdef, params.base, tokens, positions=positions, constrain=constraint_of(base)
-    )
-    base_logits = None
-    if any(network.connection != "residual" for network in composition.values):
-        base_logits = logits_from_hidden(base.graphdef, params.base, base_hidden)
-    found, own = [], iter(prefixes)
-    for index, network in enumerate(composition.values):
-        if network.mapped:
-            found.append(read_prefixes(network, params.values[index], next(own)))
-            continue
-        assert network.connection is not None
-        hidden, _ = value_hidden(
-            network.connection,
-            network.graphdef,
-            params.values[index],
-            known_tokens(network, tokens, params.unknown_ids[index]),
-            base_logits=base_logits,
-            vocab_size=base.vocab_size,
-            positions=positions,
-            constrain=constraint_of(network),
-        )
-        found.append(hidden)
-    return base_hidden, tuple(found)
-
-
-def _logits(
-    composition: Composition,
-    params: ComposedParams,
-    hidden: tuple[Array, tuple[Array, ...]],
-    strengths: Float[Array, "B M"],
-) -> tuple[Float32[Array, "B T V"], Float32[Array, "B T V"], Float32[Array, "B T M"]]:
-    """Composed logits, the base's alone, and mean |z_value| of each value network."""
-    base = composition.base
-    base_logits = logits_from_hidden(base.graphdef, params.base, hidden[0])
-    terms, magnitudes, maps = [], [], iter(params.vocabulary_maps)
-    for index, network in enumerate(composition.values):
-        logits = logits_from_hidden(network.graphdef, params.values[index], hidden[1][index])
-        terms.append(
-            ValueTerm(
-                logits,
-                strengths[:, index],
-                network.vocab_size,
-                None if network.mapped else params.unknown_ids[index],
-                next(maps) if network.mapped else None,
-                network.centred,
-            )
-        )
-        real = jnp.arange(logits.shape[-1]) < network.vocab_size
-        total = jnp.sum(jnp.where(real[None, None, :], jnp.abs(logits), 0.0), axis=-1)
-        magnitudes.append(total / network.vocab_size)
-    empty = jnp.zeros((*base_logits.shape[:2], 0), jnp.float32)
-    return (
-        compose_logits(base_logits, terms, vocab_size=base.vocab_size),
-        compose_logits(base_logits, (), vocab_size=base.vocab_size),
-        jnp.stack(magnitudes, axis=-1) if magnitudes else empty,
-    )
-
-
-def _scores(logits: Float32[Array, "*B V"], targets: Int[Array, "*B"]) -> TokenScores:
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    log_prob = chosen - jax.nn.logsumexp(logits, axis=-1)
-    return TokenScores(log_prob, chosen >= jnp.max(logits, axis=-1))
-
-
-def _count_parts(logits_a_position: int, length: int, max_logits: int) -> int:
-    return -(-length // max(1, max_logits // logits_a_position))
-
-
-def _split(tree: Any, parts: int) -> Any:
-    """[B T …] to [parts B t …]; T is padded with zeros to a multiple."""
-
-    def one(array: Array) -> Array:
-        rows, length = array.shape[:2]
-        size = -(-length // parts)
-        padding = [(0, 0), (0, parts * size - length), *[(0, 0)] * (array.ndim - 2)]
-        padded = jnp.pad(array, padding)
-        return jnp.moveaxis(padded.reshape(rows, parts, size, *array.shape[2:]), 1, 0)
-
-    return jax.tree.map(one, tree)
-
-
-def _joined(array: Array, length: int) -> Array:
-    """[parts B t …] back to [B T …]."""
-    together = jnp.moveaxis(array, 0, 1)
-    rows, parts, size, *rest = together.shape
-    return together.reshape(rows, parts * size, *rest)[:, :length]

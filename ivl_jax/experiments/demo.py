@@ -23,7 +23,7 @@ from ivl_jax.checkpoint import ValueNetwork, load_value
 from ivl_jax.config import TrainConfig
 from ivl_jax.config_files import load_config
 from ivl_jax.decoding.compose import compose
-from ivl_jax.decoding.text import ComposedModel
+from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.experiments.demo_plot import plot_report
 from ivl_jax.experiments.demonstrations import (
     Item,

@@ -16,7 +16,7 @@ from ivl_jax.assets import family_folder
 from ivl_jax.checkpoint import ValueNetwork, load_value
 from ivl_jax.config import TrainConfig
 from ivl_jax.decoding.compose import compose
-from ivl_jax.decoding.text import ComposedModel
+from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.experiments.continued import continue_pretraining, new_items
 from ivl_jax.experiments.demonstrations import Item, items_hash, select, write_demonstrations
 from ivl_jax.experiments.finetune_sweep import Setting, finetune_config, record_file

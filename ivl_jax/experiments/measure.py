@@ -12,8 +12,8 @@ import numpy as np
 from ivl_jax.checkpoint import ValueNetwork
 from ivl_jax.data.chat import make_chat_format
 from ivl_jax.data.formats import Message
+from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.decoding.requests import GenerationOptions
-from ivl_jax.decoding.text import ComposedModel
 from ivl_jax.evaluation.scoring import Row, score_rows
 from ivl_jax.experiments.demonstrations import Item, select
 from ivl_jax.vocabulary.alignment import Method, build_vocabulary_map, named_tokenizer

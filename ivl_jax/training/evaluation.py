@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ivl_jax.data.batching import Batch
 from ivl_jax.model.decoder import Params
 from ivl_jax.sharding import place_batch
-from ivl_jax.training.objective import LossAux
+from ivl_jax.training.loss import Sums
 from ivl_jax.training.step import EvalStep
 
 
@@ -67,6 +67,7 @@ class HeldOut:
         *,
         count: int,
         base_params: Params | None,
+        figures: Mapping[str, tuple[str, str]],
         mesh: Mesh,
     ) -> None:
         """Keep what an evaluation needs beside the parameters.
@@ -76,11 +77,13 @@ class HeldOut:
             batches: this process's rows, one pass an iteration.
             count: batches in a pass.
             base_params: of the frozen base; None without one.
+            figures: name of a figure → the sums whose quotient it is.
             mesh: where batches are placed.
         """
         self._step = step
         self._batches = batches
         self._base_params = base_params
+        self._figures = figures
         self._mesh = mesh
         self.count = count
 
@@ -94,13 +97,14 @@ class HeldOut:
             advance: called after each batch.
 
         Returns:
-            `nll` (nats per counted token), `accuracy` (top-1) and `tokens` (counted); beside a base
-            also `base_nll`, `base_accuracy` and `mean_abs_value`. Sums are added in float64.
+            The objective's figures, such as `nll` (nats per counted token) and `accuracy` (top-1),
+            and `tokens` (counted); beside a base also `base_nll`, `base_accuracy` and
+            `mean_abs_value`. Sums are added in float64.
 
         Raises:
             ValueError: no batch holds a counted token.
         """
-        totals = dict.fromkeys(LossAux._fields, 0.0)
+        totals: dict[str, float] = {}
         waiting: Any = None
         for batch in self._batches:
             sums = self._step(params, self._base_params, place_batch(batch, self._mesh))
@@ -108,18 +112,19 @@ class HeldOut:
             waiting = sums
             advance()
         self._add(totals, waiting)
-        tokens = totals["loss_tokens"]
-        if not tokens:
+        if not totals.get("loss_tokens"):
             raise ValueError("the held-out demonstrations hold no token that counts")
-        figures = {"nll": totals["nll"] / tokens, "accuracy": totals["correct"] / tokens}
-        if self._base_params is not None:
-            figures["base_nll"] = totals["base_nll"] / tokens
-            figures["base_accuracy"] = totals["base_correct"] / tokens
-            figures["mean_abs_value"] = totals["magnitude"] / totals["real_tokens"]
-        return figures | {"tokens": tokens}
+        figures = {
+            name: totals[total] / max(totals[count], 1.0)
+            for name, (total, count) in self._figures.items()
+            if total in totals and count in totals
+        }
+        if self._base_params is None:
+            figures.pop("mean_abs_value")
+        return figures | {"tokens": totals["loss_tokens"]}
 
     @staticmethod
-    def _add(totals: dict[str, float], sums: LossAux | None) -> None:
+    def _add(totals: dict[str, float], sums: Sums | None) -> None:
         if sums is not None:
-            for name, value in jax.device_get(sums)._asdict().items():
-                totals[name] += float(value)
+            for name, value in jax.device_get(sums).items():
+                totals[name] = totals.get(name, 0.0) + float(value)

@@ -244,7 +244,7 @@ class _Training:
         if waiting is None:
             return
         step, metrics = waiting
-        figures = {name: float(x) for name, x in jax.device_get(metrics)._asdict().items()}
+        figures = {name: float(x) for name, x in jax.device_get(metrics).items()}
         bad = [name for name, value in figures.items() if not math.isfinite(value)]
         if bad:
             self._stop_at_non_finite(step, figures, bad)

@@ -17,8 +17,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, DTypeLike, Key
 
+from ivl_jax.composition import SCHEMES, ConnectionScheme
 from ivl_jax.config import BaseConfig, ConfigError, LayoutName, TrainConfig
 from ivl_jax.devices import device_memory
+from ivl_jax.extensions import load_extension
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import Params
 from ivl_jax.model.linear_map import LinearMapConfig
@@ -67,6 +69,8 @@ class Models:
     of base logits."""
     bases: tuple[FrozenBase, ...]
     """The frozen bases; none when a model is fine-tuned alone."""
+    scheme: ConnectionScheme | None = None
+    """How the trained model is connected to a base; None where it is fine-tuned alone."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,10 @@ def choose_models(config: TrainConfig, mesh: Mesh) -> Models:
         _check_context(config, found)
         return Models(trained=first, arch=first.arch, bases=())
     trained, arch = first, first.arch
-    if config.value.connection == "linear":
+    scheme = load_extension(
+        config.value.connection, SCHEMES, ConnectionScheme, where="value.connection"
+    )
+    if not scheme.has_layers:
         arch = LinearMapConfig(first.info.vocab_size, config.value.rank)
         _check_linear_map_fits(arch, config.value.layout, mesh)
     elif config.value.init == "base":
@@ -125,7 +132,7 @@ def choose_models(config: TrainConfig, mesh: Mesh) -> Models:
                 model.info, trained.info, base_name=model.name, value_name=trained.name
             ).ids
         bases.append(FrozenBase(model, base, unknown))
-    return Models(trained=trained, arch=arch, bases=tuple(bases))
+    return Models(trained=trained, arch=arch, bases=tuple(bases), scheme=scheme)
 
 
 def read_model(path: str, revision: str | None, where: str) -> ModelFolder:

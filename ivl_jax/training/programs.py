@@ -12,12 +12,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from ivl_jax.composed.network import Composition, Layout, Network
+from ivl_jax.composed.token_scores import choose_chunk_length
 from ivl_jax.config import TrainConfig
 from ivl_jax.data.batching import EvalBatches
 from ivl_jax.model.decoder import Params
 from ivl_jax.model.network import build_network
-from ivl_jax.sharding import LAYOUTS, activation_constraint, batch_ways
+from ivl_jax.sharding import LAYOUTS, batch_ways
 from ivl_jax.training.evaluation import HeldOut
+from ivl_jax.training.loss import Loss
 from ivl_jax.training.models import (
     FrozenBase,
     Models,
@@ -27,7 +30,7 @@ from ivl_jax.training.models import (
     load_base,
     place_base,
 )
-from ivl_jax.training.objective import Objective, choose_chunk_length
+from ivl_jax.training.objectives import find_objective
 from ivl_jax.training.step import EvalStep, TrainState, TrainStep, make_eval_step, make_train_step
 
 # Logits of one model that exist at once on one device. On CPU a chunk that stays near the caches is
@@ -78,7 +81,7 @@ def build_programs(
     Returns:
         One a base in the config's order; without a base, one.
     """
-    compiled: dict[Hashable, tuple[TrainStep, EvalStep]] = {}
+    compiled: dict[Hashable, tuple[Loss, TrainStep, EvalStep]] = {}
     programs = []
     bases: Sequence[FrozenBase | None] = models.bases or (None,)
     for index, base in enumerate(bases):
@@ -88,10 +91,11 @@ def build_programs(
         base_shardings = None if base_place is None else base_place.shardings
         kind = None if base is None else _kind(base)
         if kind not in compiled:
-            objective = make_objective(config, models, base, place, mesh)
+            loss = make_loss(config, models, base, place, mesh)
             compiled[kind] = (
+                loss,
                 make_train_step(
-                    objective,
+                    loss,
                     optimizer,
                     schedule,
                     shardings=shardings,
@@ -99,10 +103,10 @@ def build_programs(
                     mesh=mesh,
                 ),
                 make_eval_step(
-                    objective, shardings=place.shardings, base_shardings=base_shardings, mesh=mesh
+                    loss, shardings=place.shardings, base_shardings=base_shardings, mesh=mesh
                 ),
             )
-        step, evaluate = compiled[kind]
+        loss, step, evaluate = compiled[kind]
         base_params = None
         if base is not None and base_place is not None:
             base_params = load_base(base.model, base.config, base_place)
@@ -110,16 +114,21 @@ def build_programs(
         if held_out:
             batches = held_out[index]
             evaluation = HeldOut(
-                evaluate, batches, count=len(batches), base_params=base_params, mesh=mesh
+                evaluate,
+                batches,
+                count=len(batches),
+                base_params=base_params,
+                figures=loss.figures,
+                mesh=mesh,
             )
         name = models.trained.name if base is None else base.model.name
         programs.append(BaseProgram(name, base_params, step, evaluation))
     return tuple(programs)
 
 
-def make_objective(
+def make_loss(
     config: TrainConfig, models: Models, base: FrozenBase | None, place: Placement, mesh: Mesh
-) -> Objective:
+) -> Loss:
     """Put the static half of the loss together.
 
     Args:
@@ -130,7 +139,7 @@ def make_objective(
         mesh: the device mesh.
 
     Returns:
-        The objective.
+        The loss.
     """
     step, size = config.step, models.trained.info.vocab_size
     dtype = jnp.dtype(step.compute_dtype)
@@ -139,37 +148,39 @@ def make_objective(
         config.data.max_length,
         place.vocab_rows,
     )
-    graphdef = build_network(
-        models.arch, compute_dtype=dtype, scan_layers=step.scan_layers, remat=step.remat
+    layout = config.base.layout if base is None else config.value.layout
+    trained = Network(
+        build_network(
+            models.arch, compute_dtype=dtype, scan_layers=step.scan_layers, remat=step.remat
+        ),
+        models.arch,
+        size,
+        scheme=None if base is None else models.scheme,
+        layout=Layout(mesh, LAYOUTS[layout]),
     )
+    objective = find_objective(config.objective)
     if base is None:
-        return Objective(
-            graphdef=graphdef,
-            base_graphdef=None,
-            vocab_size=size,
-            value_vocab_size=size,
-            chunk_length=chunk_length,
-            constrain=activation_constraint(mesh, LAYOUTS[config.base.layout]),
-        )
-    penalty = config.penalty
-    return Objective(
-        graphdef=graphdef,
-        base_graphdef=build_network(
+        return Loss(Composition(trained), objective, chunk_length=chunk_length)
+    frozen = Network(
+        build_network(
             base.model.arch,
             compute_dtype=dtype,
             scan_layers=step.scan_layers,
             form=kernel_form(base.config),
         ),
-        vocab_size=base.model.info.vocab_size,
-        value_vocab_size=size,
+        base.model.arch,
+        base.model.info.vocab_size,
+        layout=Layout(mesh, LAYOUTS[base.config.layout]),
+    )
+    penalty = config.penalty
+    return Loss(
+        Composition(frozen, (trained,)),
+        objective,
         unknown_ids=base.unknown_ids,
-        connection=config.value.connection,
         penalty_kind=penalty.kind,
         penalty_weight=0.0 if penalty.kind == "none" else penalty.weight,
         penalty_positions=penalty.positions,
         chunk_length=chunk_length,
-        constrain=activation_constraint(mesh, LAYOUTS[config.value.layout]),
-        base_constrain=activation_constraint(mesh, LAYOUTS[base.config.layout]),
     )
 
 

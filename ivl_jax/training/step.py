@@ -1,11 +1,10 @@
 """One optimizer step and one evaluation step, each a single compiled program.
 
 In: the train state, the frozen base's parameters, a batch. Out: the next state and metrics. The
-same program trains a value network beside its base and, where the objective has no base, a model
-alone.
+same program trains a value network beside its base and, where the loss has no base, a model alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +16,7 @@ from jaxtyping import Array, Float32, Int32, Key
 from ivl_jax.data.batching import Batch
 from ivl_jax.model.decoder import Params
 from ivl_jax.sharding import batch_sharding, replicated
-from ivl_jax.training.objective import LossAux, Objective, count_tokens, loss_sum
+from ivl_jax.training.loss import Loss, Sums, count_tokens, loss_sum
 
 
 class TrainState(NamedTuple):
@@ -29,22 +28,13 @@ class TrainState(NamedTuple):
     key: Key[Array, ""]  # the run's key; whatever draws folds the step into it
 
 
-class StepMetrics(NamedTuple):
-    """Means over the global batch of one step, float32 scalars."""
-
-    loss: Float32[Array, ""]  # nll + λ·penalty
-    nll: Float32[Array, ""]  # nats per counted token, of the composed logits
-    accuracy: Float32[Array, ""]  # share of counted tokens with the largest composed logit
-    penalty: Float32[Array, ""]  # mean |z| or z² over penalised positions; 0 without a penalty
-    mean_abs_value: Float32[Array, ""]  # mean |z_value| over real tokens and vocabulary
-    gradient_norm: Float32[Array, ""]  # global norm before clipping
-    learning_rate: Float32[Array, ""]  # used in this step
-    loss_tokens: Float32[Array, ""]  # counted tokens of the global batch
-    real_tokens: Float32[Array, ""]  # tokens of the global batch that are not padding
-
-
+StepMetrics = dict[str, Float32[Array, ""]]
+"""Figures of one step over its global batch: `loss` (penalty included), the objective's figures
+(`nll` in nats per counted token, `accuracy`, …), `penalty` (mean |z| or z² over penalised
+positions), `mean_abs_value` (over real tokens and vocabulary), `gradient_norm` (global, before
+clipping), `learning_rate`, `loss_tokens` and `real_tokens` (counted, and not padding)."""
 TrainStep = Callable[[TrainState, Params | None, Batch], tuple[TrainState, StepMetrics]]
-EvalStep = Callable[[Params, Params | None, Batch], LossAux]
+EvalStep = Callable[[Params, Params | None, Batch], Sums]
 
 
 def state_shardings(
@@ -131,7 +121,7 @@ def abstract_state(
 
 
 def make_train_step(
-    objective: Objective,
+    loss: Loss,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,
@@ -142,7 +132,7 @@ def make_train_step(
     """Compile one optimizer step; the only place where training is jitted.
 
     Args:
-        objective: the static half of the loss.
+        loss: its static half.
         optimizer: the optax chain.
         schedule: the learning rate the chain follows, reported in the metrics.
         shardings: of the state.
@@ -158,8 +148,8 @@ def make_train_step(
     def step(
         state: TrainState, base_params: Params | None, batch: Batch
     ) -> tuple[TrainState, StepMetrics]:
-        gradient, denominator, aux, counts = _summed_gradient(
-            objective, state.params, base_params, batch, shardings.params
+        gradient, denominator, sums, counts = _summed_gradient(
+            loss, state.params, base_params, batch, shardings.params
         )
         gradient = jax.tree.map(lambda leaf: leaf / denominator.astype(leaf.dtype), gradient)
         # optax mixes dtypes and ranks by design; ours stay strict where a test asks for it.
@@ -168,19 +158,16 @@ def make_train_step(
             rate = jnp.asarray(schedule(state.step), jnp.float32)
             changes, opt_state = optimizer.update(gradient, state.opt_state, state.params)
             params: Any = optax.apply_updates(state.params, changes)
-        penalty = aux.penalty / jnp.maximum(counts.penalty_tokens, 1.0)
-        nll = aux.nll / denominator
-        metrics = StepMetrics(
-            loss=nll + objective.penalty_weight * penalty,
-            nll=nll,
-            accuracy=aux.correct / denominator,
-            penalty=penalty,
-            mean_abs_value=aux.magnitude / jnp.maximum(aux.real_tokens, 1.0),
-            gradient_norm=norm,
-            learning_rate=rate,
-            loss_tokens=aux.loss_tokens,
-            real_tokens=aux.real_tokens,
-        )
+        penalty = sums["penalty"] / jnp.maximum(counts.penalty_tokens, 1.0)
+        metrics = {
+            "loss": sums["loss"] / denominator + loss.penalty_weight * penalty,
+            **quotients(loss, sums),
+            "penalty": penalty,
+            "gradient_norm": norm,
+            "learning_rate": rate,
+            "loss_tokens": sums["loss_tokens"],
+            "real_tokens": sums["real_tokens"],
+        }
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
     return jax.jit(
@@ -192,12 +179,12 @@ def make_train_step(
 
 
 def make_eval_step(
-    objective: Objective, *, shardings: Params, base_shardings: Params | None, mesh: Mesh
+    loss: Loss, *, shardings: Params, base_shardings: Params | None, mesh: Mesh
 ) -> EvalStep:
     """Compile one evaluation step: base alone and base + value on the same batch.
 
     Args:
-        objective: the static half of the loss.
+        loss: its static half.
         shardings: of the trained parameters.
         base_shardings: of the base's parameters; None without a base.
         mesh: all of them live on it.
@@ -206,12 +193,12 @@ def make_eval_step(
         A function (parameters, base parameters or None, batch [B T]) → sums; nothing is donated.
     """
 
-    def evaluate(params: Params, base_params: Params | None, batch: Batch) -> LossAux:
-        counts = count_tokens(objective, batch)
-        _, _, aux = loss_sum(
-            objective, params, base_params, batch, counts=counts, with_base=base_params is not None
+    def evaluate(params: Params, base_params: Params | None, batch: Batch) -> Sums:
+        counts = count_tokens(loss, batch)
+        _, _, sums = loss_sum(
+            loss, params, base_params, batch, counts=counts, with_base=base_params is not None
         )
-        return aux
+        return sums
 
     return jax.jit(
         evaluate,
@@ -220,39 +207,49 @@ def make_eval_step(
     )
 
 
+def quotients(loss: Loss, sums: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of a loss from its sums; those whose sums are missing are left out."""
+    return {
+        name: sums[total] / jnp.maximum(sums[count], 1.0)
+        for name, (total, count) in loss.figures.items()
+        if total in sums and count in sums
+    }
+
+
 def split_micro_batches(batch: Batch, count: int) -> Batch:
     """Reshape a batch [B T] to `count` micro-batches [A B/A T] (NumPy: no copy)."""
     return jax.tree.map(lambda rows: rows.reshape(count, -1, *rows.shape[1:]), batch)
 
 
 def _summed_gradient(
-    objective: Objective,
+    loss: Loss,
     params: Params,
     base_params: Params | None,
     batch: Batch,
     shardings: Params,
-) -> tuple[Params, Array, LossAux, Any]:
-    """Σ over micro-batches of the gradient of loss_sum, the one denominator, and the aux sums."""
-    counts = count_tokens(objective, batch)
+) -> tuple[Params, Array, Sums, Any]:
+    """Σ over micro-batches of the gradient of loss_sum, the one denominator, and the sums."""
+    counts = count_tokens(loss, batch)
 
-    def loss(params: Params, micro: Batch) -> tuple[Array, tuple[Array, LossAux]]:
-        total, denominator, aux = loss_sum(objective, params, base_params, micro, counts=counts)
-        return total, (denominator, aux)
+    def of_micro(params: Params, micro: Batch) -> tuple[Array, tuple[Array, Sums]]:
+        total, denominator, sums = loss_sum(loss, params, base_params, micro, counts=counts)
+        return total, (denominator, sums)
 
-    def one(micro: Batch) -> tuple[Params, Array, LossAux]:
-        (_, (denominator, aux)), gradient = jax.value_and_grad(loss, has_aux=True)(params, micro)
+    def one(micro: Batch) -> tuple[Params, Array, Sums]:
+        gradient_of = jax.value_and_grad(of_micro, has_aux=True)
+        (_, (denominator, sums)), gradient = gradient_of(params, micro)
         # Where the parameters are split, so are their gradients: reduce-scatter, not all-reduce.
-        return jax.lax.with_sharding_constraint(gradient, shardings), denominator, aux
+        return jax.lax.with_sharding_constraint(gradient, shardings), denominator, sums
 
     first = jax.tree.map(lambda rows: rows[0], batch)
     if batch.tokens.shape[0] == 1:
         return *one(first), counts
 
-    def body(total: tuple[Params, LossAux], micro: Batch) -> tuple[Any, Array]:
-        gradient, denominator, aux = one(micro)
-        return jax.tree.map(jnp.add, total, (gradient, aux)), denominator
+    def body(total: tuple[Params, Sums], micro: Batch) -> tuple[Any, Array]:
+        gradient, denominator, sums = one(micro)
+        return jax.tree.map(jnp.add, total, (gradient, sums)), denominator
 
     shapes = jax.eval_shape(one, first)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes[0], shapes[2]))
-    (gradient, aux), denominators = jax.lax.scan(body, zeros, batch)
-    return gradient, denominators[0], aux, counts
+    (gradient, sums), denominators = jax.lax.scan(body, zeros, batch)
+    return gradient, denominators[0], sums, counts

@@ -84,7 +84,7 @@ def load_language_model(
         revision: branch, tag or commit on the hub; None: its main branch, or a local folder.
         param_dtype: float32 or bfloat16, of every parameter that is not in int8.
         form: how kernels are stored; for a model that is only to decode, that of
-            `ivl_jax.decoding.layout.loading_form`.
+            `ivl_jax.composed.kernel_form.loading_form`.
         mesh: where the parameters live, split by `sharding_rules`, vocabulary rows padded to
             divide; None: the default device, no padding.
         sharding_rules: which mesh axis splits which dimension.

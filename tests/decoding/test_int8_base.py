@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
+from ivl_jax.composed.kernel_form import lay_out_network
 from ivl_jax.decoding.compose import compose
-from ivl_jax.decoding.layout import lay_out_network
 from ivl_jax.decoding.requests import GenerationOptions
 from ivl_jax.evaluation.scoring import Row, score_rows
 from ivl_jax.model.decoder import logits_from_hidden

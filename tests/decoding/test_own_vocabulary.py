@@ -11,17 +11,18 @@ from transformers import PreTrainedTokenizerFast
 
 from ivl_jax.assets import family_folder
 from ivl_jax.checkpoint import ValueMetadata, ValueNetwork
+from ivl_jax.composed.forward import Caches
 from ivl_jax.data.formats import Message
 from ivl_jax.decoding.compose import compose
-from ivl_jax.decoding.generate import grow_mapped
+from ivl_jax.decoding.device.generate import grow_mapped
+from ivl_jax.decoding.device.sampling import Sampling, row_keys, sample_tokens
+from ivl_jax.decoding.device.state import DecodeState
 from ivl_jax.decoding.own_vocabulary import (
     TextReader,
     base_chat_format,
     make_own_vocabulary,
 )
 from ivl_jax.decoding.requests import GenerationOptions, PromptTooLongError
-from ivl_jax.decoding.sampling import Sampling, row_keys, sample_tokens
-from ivl_jax.decoding.state import DecodeState
 from ivl_jax.model.kv_cache import KVCache
 from ivl_jax.text_codec import TextCodec
 from ivl_jax.tokenizer import TokenizerMismatchError, describe_tokenizer
@@ -218,7 +219,7 @@ def test_readings_hold_what_changed_and_at_least_the_last_token(swapped):
     caches = [[], []]
     pushed = [rows[0].token_ids + rows[1].token_ids, rows[1].token_ids + rows[0].token_ids]
     for step in range(len(pushed[0]) + 1):
-        (reading,) = reader.readings(range(2), size=3)
+        (reading,) = reader.own_tokens(range(2), size=3)
         assert reading.tokens.shape[0] == 3
         assert reading.counts.min() == 1
         for row in range(2):
@@ -235,8 +236,8 @@ def test_caches_grow_and_keep_what_they_hold(swapped):
     model, _ = swapped
     composition = model.composition
     cache = KVCache((jnp.ones((2, 1, 4, 8)),), (jnp.ones((2, 1, 4, 8)),))
-    state = DecodeState(*[jnp.zeros(2)] * 5, value_caches=(cache,))
-    (grown,) = grow_mapped(composition, state, mapped_capacity=6).value_caches
+    state = DecodeState(*[jnp.zeros(2)] * 4, caches=Caches(cache, (cache,)))
+    (grown,) = grow_mapped(composition, state, mapped_capacity=6).caches.values
     np.testing.assert_array_equal(grown.keys[0][:, :, :4], cache.keys[0])
     np.testing.assert_array_equal(grown.values[0][:, :, 4:], 0)
     assert grown.keys[0].shape == (2, 1, 6, 8)

@@ -2,7 +2,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ivl_jax.decoding.requests import GenerationOptions, bucket, lay_out
+from ivl_jax.buckets import bucket
+from ivl_jax.decoding.requests import GenerationOptions, lay_out
 
 
 @given(size=st.integers(1, 5000), smallest=st.sampled_from([1, 16, 64]))

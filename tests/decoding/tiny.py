@@ -7,14 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ivl_jax.composition import ValueTerm, compose_logits, value_forward
-from ivl_jax.decoding.sampling import Sampling, row_keys
-from ivl_jax.decoding.state import ComposedParams, Composition, Network, Requests
+from ivl_jax.composed.network import ComposedParams, Composition, Network, ValueArrays
+from ivl_jax.composition import SCHEMES, SchemeInputs, compose_logits, value_forward
+from ivl_jax.decoding.device.sampling import Sampling, row_keys
+from ivl_jax.decoding.device.state import Requests
 from ivl_jax.model.architecture import ArchConfig
-from ivl_jax.model.decoder import forward
+from ivl_jax.model.decoder import hidden_states, logits_from_hidden
 from ivl_jax.model.linear_map import LinearMapConfig
 from ivl_jax.model.network import build_network, init_network
 from ivl_jax.tokenizer import describe_tokenizer, load_tokenizer
+from ivl_jax.vocabulary.value_term import ValueTerm
 from ivl_jax.weights.language_model import LanguageModel
 
 VOCAB = 40
@@ -50,7 +52,7 @@ def tiny_network(arch, seed, *, vocab_size=VOCAB, connection=None, layout=None, 
         arch=arch,
         vocab_size=vocab_size,
         cache_dtype=dtype,
-        connection=connection,
+        scheme=None if connection is None else SCHEMES[connection],
         layout=layout,
     )
     init = jax.jit(lambda key: init_network(arch, key, param_dtype=jnp.dtype(dtype)))
@@ -77,7 +79,7 @@ def tiny_composition(
     composition = Composition(base, tuple(network for network, _ in values))
     unknown = jnp.asarray([7], jnp.int32)
     params = ComposedParams(
-        base_params, tuple(params for _, params in values), (unknown,) * len(values)
+        base_params, tuple(ValueArrays(params, unknown) for _, params in values)
     )
     return composition, params
 
@@ -130,10 +132,11 @@ def make_requests(
 def _plain_logits(composition, params, tokens, strengths):
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     base = composition.base
-    base_logits = forward(base.graphdef, params.base, tokens, positions=positions)
+    base_hidden, _ = hidden_states(base.graphdef, params.base, tokens, positions=positions)
+    base_logits = logits_from_hidden(base.graphdef, params.base, base_hidden)
     terms = []
     for index, network in enumerate(composition.values):
-        unknown = params.unknown_ids[index]
+        value_params, unknown, _ = params.values[index]
         readable = jnp.where(
             (tokens >= network.vocab_size) | jnp.isin(tokens, unknown),
             network.replacement_id,
@@ -142,10 +145,8 @@ def _plain_logits(composition, params, tokens, strengths):
         logits, _ = value_forward(
             network.connection,
             network.graphdef,
-            params.values[index],
-            readable,
-            base_logits=base_logits,
-            vocab_size=base.vocab_size,
+            value_params,
+            SchemeInputs(readable, base_logits, base_hidden, base.vocab_size),
             positions=positions,
         )
         strength = strengths[index][None]

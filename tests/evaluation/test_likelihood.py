@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 from ivl_jax.assets import family_folder
+from ivl_jax.composed.network import Composition, Network
+from ivl_jax.composition import SCHEMES
 from ivl_jax.data.batching import make_eval_batches
 from ivl_jax.data.formats import Demonstration, Message
 from ivl_jax.data.tokenized import tokenize_demonstrations
@@ -13,7 +15,7 @@ from ivl_jax.evaluation.__main__ import main
 from ivl_jax.evaluation.likelihood import likelihood_report
 from ivl_jax.evaluation.scoring import Row, score_rows
 from ivl_jax.model.decoder import build_decoder
-from ivl_jax.training.objective import Objective, count_tokens, loss_sum
+from ivl_jax.training.loss import Loss, count_tokens, loss_sum
 from tests.decoding.anew import random_map
 from tests.decoding.tiny import language_model
 
@@ -41,28 +43,30 @@ def report(composed, dialogues):
 def test_the_report_agrees_with_the_held_out_evaluation_of_training(
     composed, value, dialogues, stories, report
 ):
-    objective = Objective(
-        build_decoder(value.arch), build_decoder(stories.arch), vocab_size=512, value_vocab_size=512
-    )
+    networks = [
+        Network(build_decoder(model.arch), model.arch, 512, scheme=scheme)
+        for model, scheme in ((stories, None), (value, SCHEMES["residual"]))
+    ]
+    loss = Loss(Composition(networks[0], (networks[1],)))
     (batch,) = make_eval_batches(dialogues, batch_size=4, pad_id=0, packing=False)
     # Training composes with strength 1; the report's model has 0.3: scale the value's own head.
     head = {"kernel": 0.3 * value.params["lm_head"]["kernel"]}
 
     @jax.jit
     def held_out(params, base_params, batch):
-        counts = count_tokens(objective, batch)
-        return loss_sum(objective, params, base_params, batch, counts=counts, with_base=True)[2]
+        counts = count_tokens(loss, batch)
+        return loss_sum(loss, params, base_params, batch, counts=counts, with_base=True)[2]
 
     sums = jax.device_get(held_out(value.params | {"lm_head": head}, stories.params, batch))
     overall = report.overall
-    assert overall.targets == sums.loss_tokens == dialogues.report.targets
-    assert overall.tokens == sums.real_tokens
-    np.testing.assert_allclose(overall.nll, sums.nll / sums.loss_tokens, rtol=1e-5)
-    np.testing.assert_allclose(overall.base_nll, sums.base_nll / sums.loss_tokens, rtol=1e-5)
-    assert overall.top1 * overall.targets == pytest.approx(float(sums.correct))
-    assert overall.base_top1 * overall.targets == pytest.approx(float(sums.base_correct))
+    assert overall.targets == sums["loss_tokens"] == dialogues.report.targets
+    assert overall.tokens == sums["real_tokens"]
+    np.testing.assert_allclose(overall.nll, sums["nll"] / sums["loss_tokens"], rtol=1e-5)
+    np.testing.assert_allclose(overall.base_nll, sums["base_nll"] / sums["loss_tokens"], rtol=1e-5)
+    assert overall.top1 * overall.targets == pytest.approx(float(sums["correct"]))
+    assert overall.base_top1 * overall.targets == pytest.approx(float(sums["base_correct"]))
     (magnitude,) = overall.mean_abs_value
-    np.testing.assert_allclose(0.3 * magnitude, sums.magnitude / sums.real_tokens, rtol=1e-4)
+    np.testing.assert_allclose(0.3 * magnitude, sums["magnitude"] / sums["real_tokens"], rtol=1e-4)
     assert overall.kl_from_base > 0
 
 

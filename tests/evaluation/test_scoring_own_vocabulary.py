@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from ivl_jax.assets import family_folder
+from ivl_jax.composed.own_prefixes import plan_prefixes
 from ivl_jax.data.formats import Message
 from ivl_jax.decoding.compose import compose
-from ivl_jax.decoding.prefix_reading import lay_out_prefixes
 from ivl_jax.evaluation.scoring import Row, score_rows
 from tests.decoding.anew import compose_beside, random_map, step_anew
 from tests.decoding.tiny import language_model
@@ -74,7 +74,7 @@ def test_each_token_is_read_about_once(mixed, gsm8k_dir):
     ids = model.encode(text)
     for own in filter(None, model.own_vocabularies):
         beginning = own.retokenizer.begin(ids[:1])
-        reading = lay_out_prefixes([beginning], [ids[1:]], starts=[0], batch=1, length=len(ids))
+        reading = plan_prefixes([beginning], [ids[1:]], starts=[0], batch=1, length=len(ids))
         whole = beginning.fork()
         whole.push(ids[1:])
         assert reading.tokens[0, : len(whole.tokens)].tolist() == whole.tokens

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ivl_jax.composition import value_forward
+from ivl_jax.composition import SCHEMES, SchemeInputs, value_forward
 from ivl_jax.model.decoder import logits_from_hidden
 from ivl_jax.model.linear_map import (
     LinearMapConfig,
@@ -31,12 +31,10 @@ def filled(rank, vocab_rows=ROWS):
 def value_logits(arch, params, base_logits=LOGITS):
     tokens = jnp.zeros(base_logits.shape[:2], jnp.int32)
     logits, cache = value_forward(
-        "linear",
+        SCHEMES["linear"],
         build_linear_map(arch),
         params,
-        tokens,
-        base_logits=base_logits,
-        vocab_size=REAL,
+        SchemeInputs(tokens, base_logits, vocab_size=REAL),
         positions=tokens,
     )
     assert cache is None

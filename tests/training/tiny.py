@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ivl_jax.composed.network import Composition, Network
+from ivl_jax.composition import SCHEMES
 from ivl_jax.data.batching import Batch
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import build_decoder, init_params
-from ivl_jax.training.objective import Objective
+from ivl_jax.training.loss import Loss
 
 VOCAB = 61
 VOCAB_ROWS = 64
@@ -61,9 +63,21 @@ def on_device(batch: Batch) -> Batch:
     return jax.tree.map(jnp.asarray, batch)
 
 
-def make_objective(arch, *, alone=False, **overrides) -> Objective:
-    graphdef = build_decoder(arch)
-    fields = {"vocab_size": VOCAB, "value_vocab_size": VOCAB}
-    if not alone:
-        fields |= {"penalty_kind": "l1", "penalty_weight": 0.7}
-    return Objective(graphdef, None if alone else graphdef, **(fields | overrides))
+def make_loss(
+    arch,
+    *,
+    alone=False,
+    connection="residual",
+    value_vocab_size=VOCAB,
+    layout=None,
+    base_layout=None,
+    compute_dtype=jnp.float32,
+    **overrides,
+) -> Loss:
+    graphdef = build_decoder(arch, compute_dtype=compute_dtype)
+    if alone:
+        return Loss(Composition(Network(graphdef, arch, VOCAB, layout=layout)), **overrides)
+    base = Network(graphdef, arch, VOCAB, layout=base_layout)
+    value = Network(graphdef, arch, value_vocab_size, scheme=SCHEMES[connection], layout=layout)
+    penalty = {"penalty_kind": "l1", "penalty_weight": 0.7}
+    return Loss(Composition(base, (value,)), **(penalty | overrides))

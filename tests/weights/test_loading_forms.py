@@ -12,8 +12,8 @@ import pytest
 from ml_dtypes import bfloat16
 from safetensors.numpy import load_file, save_file
 
+from ivl_jax.composed.kernel_form import loading_form
 from ivl_jax.decoding.compose import compose
-from ivl_jax.decoding.layout import loading_form
 from ivl_jax.decoding.requests import GenerationOptions
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decode_layout import to_decode_layout
@@ -116,7 +116,7 @@ def test_a_model_loaded_for_decoding_says_what_the_other_says(stories260k_dir, i
 MEASURE = """
 import json, sys
 from pathlib import Path
-from ivl_jax.decoding.layout import lay_out_network, loading_form
+from ivl_jax.composed.kernel_form import lay_out_network, loading_form
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import abstract_params
 from ivl_jax.weights.hf_checkpoint import load_params

@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ivl_jax.decoding.forward import read_tokens
-from ivl_jax.decoding.programs import build_programs
-from ivl_jax.decoding.sampling import sample_tokens
+from ivl_jax.decoding.device.generate import read_tokens
+from ivl_jax.decoding.device.programs import build_programs
+from ivl_jax.decoding.device.sampling import sample_tokens
 from ivl_jax.decoding.streaming import FinishReason
 from tests.decoding.tiny import (
     VOCAB,
@@ -63,8 +63,8 @@ def test_a_bfloat16_base_composes_with_a_float32_value_in_float32():
     programs = build_programs(composition)
     padded, requests = make_requests(random_prompts([5, 9]), new_tokens=10)
     state = programs.prefill(params, padded, requests, capacity=CAPACITY)
-    assert state.base_cache.keys[0].dtype == jnp.bfloat16
-    assert state.value_caches[0].keys[0].dtype == jnp.float32
+    assert state.caches.base.keys[0].dtype == jnp.bfloat16
+    assert state.caches.values[0].keys[0].dtype == jnp.float32
     state = programs.decode_chunk(params, state, np.int32(20), jnp.zeros(2, bool))
     assert state.lengths.tolist() == [15, 19]
     read = jax.jit(read_tokens, static_argnums=0)
@@ -223,14 +223,12 @@ def test_decoding_donates_the_caches_and_updates_them_in_place():
     programs = build_programs(composition)
     padded, requests = make_requests(random_prompts([4] * 4), new_tokens=1000)
     state = programs.prefill(params, padded, requests, capacity=4096)
-    cache_bytes = sum(
-        leaf.nbytes for leaf in jax.tree.leaves((state.base_cache, state.value_caches))
-    )
+    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.caches))
     nothing = jnp.zeros(4, bool)
     compiled = programs.decode_chunk.lower(params, state, np.int32(4), nothing).compile()
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= cache_bytes
     assert memory.temp_size_in_bytes < cache_bytes / 4
-    old = state.base_cache.keys[0]
+    old = state.caches.base.keys[0]
     programs.decode_chunk(params, state, np.int32(4), nothing)
     assert old.is_deleted()

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from etils import epath
 
 from ivl_jax.checkpoint.value_folder import TOKENIZER_FOLDER
+from ivl_jax.composition import ConnectionScheme
 from ivl_jax.tokenizer import TokenizerInfo, TokenizerMismatchError, check_compatible
 from ivl_jax.vocabulary.mapping import (
     BUILD_COMMAND,
@@ -32,14 +33,14 @@ class Side(NamedTuple):
 
 
 def check_fit(
-    base: Side, value: Side, *, connection: str, described_map: DescribedMap | None
+    base: Side, value: Side, *, scheme: ConnectionScheme, described_map: DescribedMap | None
 ) -> tuple[int, ...]:
     """Check that a value network can be added to a base.
 
     Args:
         base: the base.
         value: the value network.
-        connection: its connection scheme.
+        scheme: its connection scheme.
         described_map: the map between their vocabularies; None where they share one.
 
     Returns:
@@ -68,9 +69,9 @@ def check_fit(
             f"{value.info.vocab_size}: its tokenizer lacks appended tokens that the map knows; "
             f"build the map again: {_build_command(base, value)}"
         )
-    if connection != "residual":
+    if scheme.reads_base:
         raise ValueError(
-            f"{value.name} reads base logits (connection {connection}) over its own vocabulary of "
+            f"{value.name} reads base logits (connection {scheme.name}) over its own vocabulary of "
             f"{value.info.vocab_size} ids, and a vocabulary map cannot give it those of "
             f"{base.name} ({base.info.vocab_size} ids): across vocabularies only the residual "
             "scheme is defined; train the value network with it, or use a base of its own family"
@@ -79,7 +80,7 @@ def check_fit(
 
 
 def check_draft_fit(
-    base: Side, draft: Side, values: Sequence[tuple[str, str, DescribedMap | None]]
+    base: Side, draft: Side, values: Sequence[tuple[str, ConnectionScheme, DescribedMap | None]]
 ) -> tuple[int, ...]:
     """Check that a model can propose tokens for a base under its value networks.
 
@@ -95,13 +96,13 @@ def check_draft_fit(
         TokenizerMismatchError: base and draft disagree on tokens both have.
         ValueError: a value network reads base logits, or has its own vocabulary.
     """
-    for name, connection, described_map in values:
-        if connection != "residual":
+    for name, scheme, described_map in values:
+        if scheme.reads_base:
             raise ValueError(
-                f"{name} reads base logits (connection {connection}): what it says under the draft "
-                f"{draft.path} is not what it says under the base {base.path}, and only value "
-                "networks that read no more than the text (residual) can be drafted for; leave the "
-                "draft out, or train a residual one"
+                f"{name} reads base logits (connection {scheme.name}): what it says under the "
+                f"draft {draft.path} is not what it says under the base {base.path}, and only "
+                "value networks that read no more than the text (residual) can be drafted for; "
+                "leave the draft out, or train a residual one"
             )
         if described_map is not None:
             raise ValueError(

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ivl_jax.decoding.sampling import Sampling, filter_logits, likeliest
+from ivl_jax.decoding.device.sampling import Sampling, filter_logits, likeliest
 
 
 class _Draw(enum.IntEnum):

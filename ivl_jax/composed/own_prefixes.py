@@ -16,10 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ivl_jax.composition import value_hidden
-from ivl_jax.decoding.forward import constraint_of
-from ivl_jax.decoding.requests import bucket
-from ivl_jax.decoding.state import Network
+from ivl_jax.buckets import bucket
+from ivl_jax.composed.network import Network
+from ivl_jax.composition import SchemeInputs, value_hidden
 from ivl_jax.model.decoder import Params
 from ivl_jax.model.kv_cache import KVCache, init_cache
 from ivl_jax.sharding import batch_ways
@@ -30,8 +29,8 @@ _SMALLEST_LENGTH, _SMALLEST_TAIL, _SMALLEST_TAILS = 16, 4, 16
 _CACHE_BYTES = 1 << 27
 
 
-class PrefixReading(NamedTuple):
-    """What a value network reads so that it has read every prefix of a batch's texts."""
+class OwnPrefixes(NamedTuple):
+    """What a value network reads so that it has read every prefix of the texts in a batch."""
 
     tokens: Int[Array | np.ndarray, "B U"]
     """The whole texts in its own tokens, right-padded."""
@@ -46,14 +45,14 @@ class PrefixReading(NamedTuple):
     tokens, then N × K tails' tokens."""
 
 
-def lay_out_prefixes(
+def plan_prefixes(
     beginnings: Sequence[RetokenizedText],
     following: Sequence[Sequence[int]],
     *,
     starts: Sequence[int],
     batch: int,
     length: int,
-) -> PrefixReading:
+) -> OwnPrefixes:
     """Find what a value network has to read.
 
     Args:
@@ -81,7 +80,7 @@ def lay_out_prefixes(
     width = bucket(max(map(len, whole)), smallest=_SMALLEST_LENGTH)
     tail_width = bucket(max((len(tail) for *_, tail in tails), default=1), smallest=_SMALLEST_TAIL)
     tail_count = bucket(len(tails), smallest=_SMALLEST_TAILS) if tails else 0
-    reading = PrefixReading(
+    prefixes = OwnPrefixes(
         tokens=np.zeros((batch, width), np.int32),
         tails=np.zeros((tail_count, tail_width), np.int32),
         tail_rows=np.zeros(tail_count, np.int32),
@@ -89,38 +88,36 @@ def lay_out_prefixes(
         places=np.zeros((batch, length), np.int32),
     )
     for index, (row, start, tail) in enumerate(tails):
-        reading.tails[index, : len(tail)] = tail
-        reading.tail_rows[index], reading.tail_starts[index] = row, start
+        prefixes.tails[index, : len(tail)] = tail
+        prefixes.tail_rows[index], prefixes.tail_starts[index] = row, start
     for row, tokens in enumerate(whole):
-        reading.tokens[row, : len(tokens)] = tokens
-        reading.places[row] = row * width
+        prefixes.tokens[row, : len(tokens)] = tokens
+        prefixes.places[row] = row * width
         for position, (tail, place) in enumerate(found[row], starts[row]):
             at = row * width if tail < 0 else batch * width + tail * tail_width
-            reading.places[row, position] = at + place
-    return reading
+            prefixes.places[row, position] = at + place
+    return prefixes
 
 
-def read_prefixes(
-    network: Network, params: Params, reading: PrefixReading
-) -> Float[Array, "B T D"]:
+def run_prefixes(network: Network, params: Params, prefixes: OwnPrefixes) -> Float[Array, "B T D"]:
     """Run a value network over every prefix.
 
     Args:
         network: its static half; it reads text only.
         params: its parameters.
-        reading: from `lay_out_prefixes`.
+        prefixes: from `plan_prefixes`.
 
     Returns:
         Its final hidden state after the prefix that ends at each base position.
     """
-    batch, width = reading.tokens.shape
-    tails, tail_width = reading.tails.shape
+    batch, width = prefixes.tokens.shape
+    tails, tail_width = prefixes.tails.shape
     # A tail may end beyond the whole text, which is shorter where tokens have joined.
     capacity = width + tail_width
     dtype = jnp.dtype(network.cache_dtype)
     empty = init_cache(network.arch, batch_size=batch, capacity=capacity, dtype=dtype)
     starts = jnp.zeros(batch, jnp.int32)
-    whole, cache = _read(network, params, jnp.asarray(reading.tokens), starts, empty)
+    whole, cache = _read(network, params, jnp.asarray(prefixes.tokens), starts, empty)
     flat = whole.reshape(-1, whole.shape[-1])
     if tails:
         at_once = _tails_at_once(network, tails, capacity)
@@ -128,7 +125,7 @@ def read_prefixes(
             lambda array: jnp.pad(
                 array, ((0, -tails % at_once), *[(0, 0)] * (array.ndim - 1))
             ).reshape(-1, at_once, *array.shape[1:]),
-            (reading.tails, reading.tail_rows, reading.tail_starts),
+            (prefixes.tails, prefixes.tail_rows, prefixes.tail_starts),
         )
 
         def one_part(part: tuple[Array, Array, Array]) -> Array:
@@ -138,7 +135,7 @@ def read_prefixes(
 
         ends = jax.lax.map(one_part, parts).reshape(-1, whole.shape[-1])
         flat = jnp.concatenate([flat, ends])
-    return jnp.take(flat, reading.places, axis=0)
+    return jnp.take(flat, prefixes.places, axis=0)
 
 
 def _read(
@@ -149,18 +146,15 @@ def _read(
     cache: KVCache,
 ) -> tuple[Float[Array, "B U D"], KVCache]:
     """Read each row's tokens from its own position on."""
-    assert network.connection is not None
     steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
     hidden, cache_after = value_hidden(
         network.connection,
         network.graphdef,
         params,
-        tokens,
-        base_logits=None,
-        vocab_size=network.vocab_size,
+        SchemeInputs(tokens),
         positions=starts[:, None] + steps,
         cache=cache,
-        constrain=constraint_of(network),
+        constrain=network.constrain,
     )
     assert cache_after is not None
     return hidden, cache_after

@@ -1,6 +1,5 @@
 """The loss: exact means over a global batch, no gradient where nothing counts, none to the base."""
 
-import dataclasses
 import functools
 import math
 
@@ -9,15 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ivl_jax.composition import value_forward
+from ivl_jax.composed.token_scores import choose_chunk_length
+from ivl_jax.composition import SCHEMES, SchemeInputs, value_forward
 from ivl_jax.model.decoder import build_decoder, forward, zero_head
-from ivl_jax.training.objective import choose_chunk_length, count_tokens, loss_sum
+from ivl_jax.training.loss import count_tokens, loss_sum
 from tests.jaxprs import multiplied_dtypes
 from tests.training.tiny import (
     VOCAB,
     make_arch,
     make_batch,
-    make_objective,
+    make_loss,
     make_params,
     on_device,
 )
@@ -28,16 +28,16 @@ BATCH = on_device(make_batch())
 
 
 @functools.partial(jax.jit, static_argnums=(0,))
-def loss_and_gradient(objective, params, base_params, batch, counts):
+def loss_and_gradient(static, params, base_params, batch, counts):
     def mean(params):
-        total, denominator, aux = loss_sum(objective, params, base_params, batch, counts=counts)
+        total, denominator, aux = loss_sum(static, params, base_params, batch, counts=counts)
         return total / denominator, aux
 
     return jax.value_and_grad(mean, has_aux=True)(params)
 
 
-def run(objective, params=VALUE, base=BASE, batch=BATCH):
-    return loss_and_gradient(objective, params, base, batch, count_tokens(objective, batch))
+def run(static, params=VALUE, base=BASE, batch=BATCH):
+    return loss_and_gradient(static, params, base, batch, count_tokens(static, batch))
 
 
 @functools.cache
@@ -49,7 +49,11 @@ def whole_logits(connection):
     def both(tokens, value_tokens):
         base = forward(graphdef, BASE, tokens, **where)
         value, _ = value_forward(
-            connection, graphdef, VALUE, value_tokens, base_logits=base, vocab_size=VOCAB, **where
+            SCHEMES[connection],
+            graphdef,
+            VALUE,
+            SchemeInputs(value_tokens, base, vocab_size=VOCAB),
+            **where,
         )
         return base, value
 
@@ -76,14 +80,14 @@ def numpy_loss(batch, *, kind="l1", weight=0.7, positions="real", connection="re
     ("kind", "positions"), [("none", "real"), ("l1", "real"), ("l1", "all"), ("l2", "real")]
 )
 def test_loss_is_its_definition(kind, positions):
-    objective = make_objective(ARCH, penalty_kind=kind, penalty_positions=positions)
-    (loss, _), _ = run(objective)
+    static = make_loss(ARCH, penalty_kind=kind, penalty_positions=positions)
+    (loss, _), _ = run(static)
     assert float(loss) == pytest.approx(numpy_loss(BATCH, kind=kind, positions=positions), rel=1e-5)
 
 
 @pytest.mark.parametrize("connection", ["cascade", "cascade_no_text"])
 def test_loss_is_its_definition_in_a_cascade(connection):
-    (loss, _), _ = run(make_objective(ARCH, connection=connection))
+    (loss, _), _ = run(make_loss(ARCH, connection=connection))
     assert float(loss) == pytest.approx(numpy_loss(BATCH, connection=connection), rel=1e-5)
 
 
@@ -91,11 +95,11 @@ def test_loss_is_its_definition_in_a_cascade(connection):
 def test_the_base_prediction_reaches_every_embedding(connection):
     """Where softmax(z_base) enters, each token's embedding gets gradient, not only those read."""
     few = BATCH._replace(tokens=jnp.where(BATCH.token_mask, 5, BATCH.tokens))
-    _, gradient = run(make_objective(ARCH, connection=connection), batch=few)
+    _, gradient = run(make_loss(ARCH, connection=connection), batch=few)
     embedding = np.abs(np.asarray(gradient["embed_tokens"]["embedding"])).max(axis=1)
     assert embedding[:VOCAB].min() > 1e-6
     np.testing.assert_array_equal(embedding[VOCAB:], 0.0)
-    _, residual = run(make_objective(ARCH), batch=few)
+    _, residual = run(make_loss(ARCH), batch=few)
     unread = np.delete(np.asarray(residual["embed_tokens"]["embedding"]), [2, 5], axis=0)
     np.testing.assert_array_equal(unread, 0.0)
 
@@ -104,14 +108,13 @@ def test_the_base_prediction_reaches_every_embedding(connection):
     ("chunk_length", "connection"), [(5, "residual"), (4, "cascade"), (7, "cascade_no_text")]
 )
 def test_chunks_change_neither_loss_nor_gradient(chunk_length, connection):
-    whole = make_objective(ARCH, connection=connection, unknown_ids=(7,))
-    chunked = make_objective(
-        ARCH, connection=connection, unknown_ids=(7,), chunk_length=chunk_length
-    )
+    whole = make_loss(ARCH, connection=connection, unknown_ids=(7,))
+    chunked = make_loss(ARCH, connection=connection, unknown_ids=(7,), chunk_length=chunk_length)
     (loss, aux), gradient = run(whole)
     (chunked_loss, chunked_aux), chunked_gradient = run(chunked)
     assert float(chunked_loss) == pytest.approx(float(loss), rel=1e-6)
-    np.testing.assert_allclose(np.asarray(chunked_aux), np.asarray(aux), rtol=1e-5)
+    for name, total in aux.items():
+        assert float(chunked_aux[name]) == pytest.approx(float(total), rel=1e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
         chunked_gradient,
@@ -120,7 +123,7 @@ def test_chunks_change_neither_loss_nor_gradient(chunk_length, connection):
 
 
 def test_gradient_taken_in_the_forward_pass_is_that_of_the_definition():
-    objective = make_objective(ARCH, chunk_length=5)
+    static = make_loss(ARCH, chunk_length=5)
 
     @jax.jit
     def definition(params):
@@ -136,7 +139,7 @@ def test_gradient_taken_in_the_forward_pass_is_that_of_the_definition():
 
     with jax.numpy_dtype_promotion("standard"):
         expected = jax.grad(definition)(VALUE)
-    _, gradient = run(objective)
+    _, gradient = run(static)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradient, expected
     )
@@ -144,13 +147,13 @@ def test_gradient_taken_in_the_forward_pass_is_that_of_the_definition():
 
 def test_masked_targets_and_padding_give_exactly_zero_gradient_even_when_pad_is_eos():
     """Without a penalty, what is not counted may be anything: loss and gradient keep every bit."""
-    objective = make_objective(ARCH, penalty_kind="none", chunk_length=5)
+    static = make_loss(ARCH, penalty_kind="none", chunk_length=5)
     scrambled = jnp.where(BATCH.loss_mask, BATCH.targets, (BATCH.targets + 17) % VOCAB)
     padding = (BATCH.segment_ids == 0) & (BATCH.tokens == 2)
     assert bool(jnp.any(padding))
     tokens = jnp.where(padding, 5, BATCH.tokens)
-    (loss, _), gradient = run(objective)
-    (other_loss, _), other = run(objective, batch=BATCH._replace(targets=scrambled, tokens=tokens))
+    (loss, _), gradient = run(static)
+    (other_loss, _), other = run(static, batch=BATCH._replace(targets=scrambled, tokens=tokens))
     assert float(loss) == float(other_loss)
     embedding = other["embed_tokens"]["embedding"] - gradient["embed_tokens"]["embedding"]
     np.testing.assert_array_equal(np.asarray(embedding)[[2, 5]], 0.0)
@@ -159,55 +162,55 @@ def test_masked_targets_and_padding_give_exactly_zero_gradient_even_when_pad_is_
 
 def test_an_eos_that_counts_does_get_gradient():
     """The mask comes from roles: a counted target with the padding's id is learned."""
-    objective = make_objective(ARCH, penalty_kind="none")
+    static = make_loss(ARCH, penalty_kind="none")
     real_only = BATCH.loss_mask & BATCH.token_mask
     as_eos = BATCH._replace(targets=jnp.where(real_only, 2, BATCH.targets))
-    (_, aux), gradient = run(objective, batch=as_eos)
-    assert float(aux.loss_tokens) == float(jnp.sum(BATCH.loss_mask))
+    (_, aux), gradient = run(static, batch=as_eos)
+    assert float(aux["loss_tokens"]) == float(jnp.sum(BATCH.loss_mask))
     column = gradient["lm_head"]["kernel"][:, 2]
     assert float(jnp.max(jnp.abs(column))) > 1e-3
 
 
 def test_no_counted_token_gives_zero_cross_entropy_and_a_finite_gradient():
     nothing = BATCH._replace(loss_mask=jnp.zeros_like(BATCH.loss_mask))
-    (loss, _), gradient = run(make_objective(ARCH, penalty_kind="none"), batch=nothing)
+    (loss, _), gradient = run(make_loss(ARCH, penalty_kind="none"), batch=nothing)
     assert float(loss) == 0.0
     jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf, 0.0), gradient)
 
 
 def test_base_gets_no_gradient_by_construction():
-    objective = make_objective(ARCH)
-    counts = count_tokens(objective, BATCH)
+    static = make_loss(ARCH)
+    counts = count_tokens(static, BATCH)
 
     @jax.jit
     @jax.grad
     def to_base(base):
-        return loss_sum(objective, VALUE, base, BATCH, counts=counts)[0]
+        return loss_sum(static, VALUE, base, BATCH, counts=counts)[0]
 
     gradient = to_base(BASE)
     jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf, 0.0), gradient)
 
 
 def test_a_zeroed_head_gives_the_loss_of_the_base_alone():
-    objective = make_objective(ARCH, penalty_kind="none")
-    alone = make_objective(ARCH, alone=True)
-    (loss, aux), _ = run(objective, params=zero_head(BASE))
+    static = make_loss(ARCH, penalty_kind="none")
+    alone = make_loss(ARCH, alone=True)
+    (loss, aux), _ = run(static, params=zero_head(BASE))
     (base_loss, _), _ = run(alone, params=BASE, base=None)
     assert float(loss) == float(base_loss)
-    assert float(aux.magnitude) == 0.0
+    assert float(aux["magnitude"]) == 0.0
 
 
 def test_evaluation_sums_give_base_and_composition_at_once():
-    objective = make_objective(ARCH)
-    counts = count_tokens(objective, BATCH)
+    static = make_loss(ARCH)
+    counts = count_tokens(static, BATCH)
     evaluate = jax.jit(
-        lambda: loss_sum(objective, VALUE, BASE, BATCH, counts=counts, with_base=True)[2]
+        lambda: loss_sum(static, VALUE, BASE, BATCH, counts=counts, with_base=True)[2]
     )
     aux = evaluate()
-    (base_loss, base_aux), _ = run(make_objective(ARCH, alone=True), params=BASE, base=None)
-    assert float(aux.base_nll / counts.loss_tokens) == pytest.approx(float(base_loss), rel=1e-6)
-    assert float(aux.base_correct) == float(base_aux.correct)
-    assert float(aux.base_nll) != float(aux.nll)
+    (base_loss, base_aux), _ = run(make_loss(ARCH, alone=True), params=BASE, base=None)
+    assert float(aux["base_nll"] / counts.objective) == pytest.approx(float(base_loss), rel=1e-6)
+    assert float(aux["base_correct"]) == float(base_aux["correct"])
+    assert float(aux["base_nll"]) != float(aux["nll"])
 
 
 def test_accuracy_counts_targets_with_the_largest_logit():
@@ -215,23 +218,24 @@ def test_accuracy_counts_targets_with_the_largest_logit():
     best = jnp.argmax(logits[..., :VOCAB], axis=-1).astype(jnp.int32)
     half = jnp.where(jnp.arange(12)[None, :] % 2 == 0, best, (best + 1) % VOCAB)
     (_, aux), _ = run(
-        make_objective(ARCH, alone=True), params=BASE, base=None, batch=BATCH._replace(targets=half)
+        make_loss(ARCH, alone=True), params=BASE, base=None, batch=BATCH._replace(targets=half)
     )
     even = jnp.sum(BATCH.loss_mask[:, ::2])
-    assert float(aux.correct) == float(even)
+    assert float(aux["correct"]) == float(even)
 
 
 def test_tokens_the_value_does_not_have_keep_the_logit_of_the_base():
     """A base that appended tokens: the value adds nothing to them, and learns nothing from them."""
-    objective = make_objective(ARCH, value_vocab_size=50, unknown_ids=(7,), penalty_kind="none")
-    base, value = whole_logits("residual")(BATCH.tokens, BATCH.tokens)
+    static = make_loss(ARCH, value_vocab_size=50, unknown_ids=(7,), penalty_kind="none")
+    unread = (BATCH.tokens >= 50) | (BATCH.tokens == 7)
+    base, value = whole_logits("residual")(BATCH.tokens, jnp.where(unread, 0, BATCH.tokens))
     known = (jnp.arange(64) < 50) & (jnp.arange(64) != 7)
     z = (base + jnp.where(known[None, None, :], value, 0.0))[..., :VOCAB]
     nll = -jnp.take_along_axis(jax.nn.log_softmax(z), BATCH.targets[..., None], axis=-1)[..., 0]
     expected = jnp.sum(jnp.where(BATCH.loss_mask, nll, 0.0)) / jnp.sum(
         BATCH.loss_mask, dtype=jnp.float32
     )
-    (loss, _), gradient = run(objective)
+    (loss, _), gradient = run(static)
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
     np.testing.assert_array_equal(gradient["lm_head"]["kernel"][:, 50:], 0.0)
     np.testing.assert_array_equal(gradient["lm_head"]["kernel"][:, 7], 0.0)
@@ -239,16 +243,11 @@ def test_tokens_the_value_does_not_have_keep_the_logit_of_the_base():
 
 @pytest.mark.parametrize("connection", ["residual", "cascade"])
 def test_in_bfloat16_nothing_is_multiplied_in_float32_forward_or_backward(connection):
-    graphdef = build_decoder(ARCH, compute_dtype=jnp.bfloat16)
-    objective = dataclasses.replace(
-        make_objective(ARCH, connection=connection, chunk_length=4),
-        graphdef=graphdef,
-        base_graphdef=graphdef,
-    )
-    counts = count_tokens(objective, BATCH)
+    static = make_loss(ARCH, connection=connection, chunk_length=4, compute_dtype=jnp.bfloat16)
+    counts = count_tokens(static, BATCH)
 
     def total(params):
-        return loss_sum(objective, params, BASE, BATCH, counts=counts)[0]
+        return loss_sum(static, params, BASE, BATCH, counts=counts)[0]
 
     factors = multiplied_dtypes(jax.make_jaxpr(jax.grad(total))(VALUE).jaxpr)
     assert len(factors) > 2 * 3 * 7  # two factors, forward and two gradients, seven kernels a layer
@@ -257,9 +256,9 @@ def test_in_bfloat16_nothing_is_multiplied_in_float32_forward_or_backward(connec
 
 def test_a_penalty_without_a_base_is_an_error():
     with pytest.raises(ValueError, match="without a base"):
-        make_objective(ARCH, alone=True, penalty_kind="l1")
+        make_loss(ARCH, alone=True, penalty_kind="l1")
     with pytest.raises(ValueError, match="base_params"):
-        run(make_objective(ARCH), base=None)
+        run(make_loss(ARCH), base=None)
 
 
 def test_chunks_are_even_and_within_the_budget():

@@ -7,9 +7,9 @@ import pytest
 from ivl_jax.data.chat import make_chat_format
 from ivl_jax.data.formats import Message
 from ivl_jax.decoding.compose import compose
-from ivl_jax.decoding.programs import Programs
+from ivl_jax.decoding.device.programs import Programs
+from ivl_jax.decoding.model import Generation
 from ivl_jax.decoding.requests import GenerationOptions, PromptTooLongError
-from ivl_jax.decoding.text import Generation
 from ivl_jax.tokenizer import TokenizerMismatchError, describe_tokenizer, load_tokenizer
 from tests.decoding.conftest import make_value
 from tests.decoding.tiny import assert_is_teacher_forced_arg_max, language_model, tiny_arch
@@ -226,7 +226,7 @@ def test_ids_unknown_to_the_value_keep_the_bases_logit_with_a_warning(stories, c
     with caplog.at_level(logging.WARNING):
         model = compose(stories, value)
     assert "511" in caplog.text
-    assert np.asarray(model.params.unknown_ids[0]).tolist() == [511]
+    assert np.asarray(model.params.values[0].unknown_ids).tolist() == [511]
     # The value reads the unknown token without NaN, and the text goes on.
     (generation,) = model.generate([[1, 511]], greedy(10))
     assert isinstance(generation, Generation)

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ivl_jax.checkpoint import ValueNetwork
+from ivl_jax.composed.network import ComposedParams, Composition
 from ivl_jax.data.chat import ChatFormat
+from ivl_jax.decoding.device.programs import Programs
+from ivl_jax.decoding.engine import Decoder, Progress, decode_rows
 from ivl_jax.decoding.own_vocabulary import OwnVocabulary
-from ivl_jax.decoding.programs import Programs
 from ivl_jax.decoding.prompts import GREEDY, Prompt, PromptReader
 from ivl_jax.decoding.requests import EncodedPrompt, GenerationOptions
-from ivl_jax.decoding.rows import Decoder, Progress, decode_rows
-from ivl_jax.decoding.state import ComposedParams, Composition
 from ivl_jax.decoding.streaming import Detokenizer, FinishReason, RowText
 from ivl_jax.profiling import NO_PROFILE, StepProfile
 from ivl_jax.weights.language_model import LanguageModel

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ivl_jax.decoding import sampling as sampling_module
-from ivl_jax.decoding.sampling import Sampling, likeliest, row_keys
+from ivl_jax.decoding.device import sampling as sampling_module
+from ivl_jax.decoding.device.sampling import Sampling, likeliest, row_keys
 
 filter_logits = jax.jit(sampling_module.filter_logits)
 sample_tokens = jax.jit(sampling_module.sample_tokens)

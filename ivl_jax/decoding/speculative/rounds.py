@@ -17,16 +17,20 @@ what counts, the lowest id among equals.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ivl_jax.composition import ValueTerm, compose_logits
-from ivl_jax.decoding.acceptance import judge
-from ivl_jax.decoding.draft_length import (
+from ivl_jax.composed.forward import NetworkLogits, compose, head_logits
+from ivl_jax.composed.network import ComposedParams, Composition
+from ivl_jax.decoding.device.generate import decode_step, halt, run_cached
+from ivl_jax.decoding.device.sampling import sample_tokens
+from ivl_jax.decoding.device.state import DecodeState, DraftState
+from ivl_jax.decoding.speculative.acceptance import judge
+from ivl_jax.decoding.speculative.draft_length import (
     BLOCK_WIDTHS,
     LONGEST,
     block_width,
@@ -34,18 +38,13 @@ from ivl_jax.decoding.draft_length import (
     remember,
     round_costs,
 )
-from ivl_jax.decoding.forward import read_hidden
-from ivl_jax.decoding.generate import decode_step, halt
-from ivl_jax.decoding.proposing import (
+from ivl_jax.decoding.speculative.proposals import (
     Block,
     catch_up,
     draft_of,
     propose_block,
-    read_values_ahead,
+    run_values_ahead,
 )
-from ivl_jax.decoding.sampling import sample_tokens
-from ivl_jax.decoding.state import ComposedParams, Composition, DecodeState, DraftState
-from ivl_jax.model.decoder import logits_from_hidden
 from ivl_jax.model.kv_cache import KVCache
 
 # The width of the block for each number of proposals.
@@ -169,10 +168,10 @@ def _read_block(
         width: int, carry: tuple[Float[Array, "B L V"], KVCache]
     ) -> tuple[Float[Array, "B L V"], KVCache]:
         positions = state.last_positions[:, None] + jnp.arange(width, dtype=jnp.int32)[None, :]
-        hidden, cache = read_hidden(
+        hidden, cache = run_cached(
             base, params.base, carry[1], tokens[:, :width], positions=positions
         )
-        logits = logits_from_hidden(base.graphdef, params.base, hidden)
+        logits = head_logits(base, params.base, hidden)
         return jax.lax.dynamic_update_slice(carry[0], logits, (0, 0, 0)), cache
 
     widths, chosen = BLOCK_WIDTHS[1:], jnp.asarray(_WIDTHS, jnp.int32)[count]
@@ -180,10 +179,10 @@ def _read_block(
         widths = (composition.draft_length + 1,)
         chosen = jnp.int32(widths[0])
     batch, _, columns = block.q_logits.shape
-    carry = (jnp.zeros((batch, widths[-1], columns), jnp.float32), state.base_cache)
+    carry = (jnp.zeros((batch, widths[-1], columns), jnp.float32), state.caches.base)
     for width in widths:
         carry = _when(chosen == width, functools.partial(of_width, width), carry)
-    return carry[0], state._replace(base_cache=carry[1])
+    return carry[0], state._replace(caches=state.caches._replace(base=carry[1]))
 
 
 def _judge_block(
@@ -202,9 +201,11 @@ def _judge_block(
     requests = state.requests
     indices = state.lengths - requests.prompt_lengths
 
-    def composed(place: Int[Array, ""], terms: Sequence[ValueTerm]) -> Float[Array, "B V"]:
+    def composed(place: Int[Array, ""], values: tuple[Array, ...]) -> Float[Array, "B V"]:
         at = jax.lax.dynamic_slice_in_dim(base_logits, place, 1, axis=1)
-        return compose_logits(at, terms, vocab_size=composition.base.vocab_size)[:, 0]
+        logits = NetworkLogits(at, values)
+        strengths = requests.strengths
+        return compose(composition, params.values, logits, strengths=strengths)[:, 0]
 
     def some_left(carry: tuple[Int[Array, ""], Bool[Array, " B"], _Verdict]) -> Bool[Array, ""]:
         return (carry[0] < count) & jnp.any(carry[1])
@@ -216,19 +217,10 @@ def _judge_block(
         at = jax.tree.map(
             lambda all_: jax.lax.dynamic_index_in_dim(all_, place, axis=1, keepdims=False), block
         )
-        terms = [
-            ValueTerm(
-                at.value_logits[index][:, None],
-                requests.strengths[:, index],
-                network.vocab_size,
-                params.unknown_ids[index],
-            )
-            for index, network in enumerate(composition.values)
-        ]
         kept, replacement = judge(
             at.tokens,
             at.q_logits,
-            composed(place, terms),
+            composed(place, tuple(logits[:, None] for logits in at.value_logits)),
             requests.sampling,
             requests.keys,
             indices + place,
@@ -241,9 +233,9 @@ def _judge_block(
         carry: tuple[Int[Array, " B"], tuple[KVCache, ...]],
     ) -> tuple[Int[Array, " B"], tuple[KVCache, ...]]:
         following, caches = carry
-        terms, caches = read_values_ahead(composition, params, state, caches, last_proposals, count)
+        values, caches = run_values_ahead(composition, params, state, caches, last_proposals, count)
         chosen = sample_tokens(
-            composed(count, terms), requests.sampling, requests.keys, indices + count
+            composed(count, values), requests.sampling, requests.keys, indices + count
         )
         return jnp.where(left, chosen, following), caches
 
@@ -251,9 +243,9 @@ def _judge_block(
     begin = (jnp.int32(0), state.running, _Verdict(nothing, nothing))
     _, left, verdict = jax.lax.while_loop(some_left, judge_one, begin)
     last_proposals = jax.lax.dynamic_index_in_dim(block.tokens, count - 1, axis=1, keepdims=False)
-    following, caches = _when(jnp.any(left), go_on, (verdict.following, state.value_caches))
+    following, caches = _when(jnp.any(left), go_on, (verdict.following, state.caches.values))
     verdict = verdict._replace(following=following)
-    return verdict, state._replace(value_caches=caches)
+    return verdict, state._replace(caches=state.caches._replace(values=caches))
 
 
 def _when(condition: Bool[Array, ""], change: Callable[[_Carry], _Carry], carry: _Carry) -> _Carry:

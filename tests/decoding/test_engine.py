@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
-from ivl_jax.decoding import rows
+from ivl_jax.decoding import engine
+from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.decoding.requests import GenerationOptions
 from ivl_jax.decoding.streaming import FinishReason
-from ivl_jax.decoding.text import ComposedModel
 
 PROMPTS = ["Once upon a time", "", "The big dog ran to the park and it was", "Lily said", "A"] * 2
 LIMITS = (30, 3, 7, 1, 12, 25, 4, 18, 2, 9)
@@ -96,7 +96,7 @@ def test_rows_give_up_slots_once_no_prompt_needs_them(recorded, limits, capaciti
 
 
 def test_a_large_batch_waits_until_several_rows_are_free(recorded, monkeypatch):
-    monkeypatch.setattr(rows, "_ROWS_A_REFILL", 2)  # half of the batch
+    monkeypatch.setattr(engine, "_ROWS_A_REFILL", 2)  # half of the batch
     model, calls = recorded
     prompts = [[1, 6 + i] for i in range(7)]
     each = [GenerationOptions(max_new_tokens=3 + 2 * i) for i in range(7)]

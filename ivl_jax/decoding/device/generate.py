@@ -8,26 +8,27 @@ Every network keeps slot = position in its cache, and a row of length n has its 
 in every cache. So rolling a row back is setting a smaller length, and right padding needs no mask.
 
 A value network with a vocabulary of its own reads the row's text in its own tokens, at its own
-positions. Which those are the host says before each step (`Reading`): such a composition goes token
-by token.
+positions. The host says before each step which those are (`OwnTokens`): such a composition is
+decoded token by token.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ivl_jax.decoding.forward import read_draft, read_tokens
-from ivl_jax.decoding.sampling import sample_tokens
-from ivl_jax.decoding.state import (
-    ComposedParams,
-    Composition,
-    DecodeState,
-    DraftState,
-    Network,
-    Reading,
-    Requests,
+from ivl_jax.composed.forward import (
+    Caches,
+    OwnTokens,
+    compose,
+    network_logits,
+    pick,
+    run_networks,
 )
+from ivl_jax.composed.network import ComposedParams, Composition, Network, known_tokens
+from ivl_jax.decoding.device.sampling import sample_tokens
+from ivl_jax.decoding.device.state import DecodeState, DraftState, Requests
 from ivl_jax.decoding.streaming import FinishReason
+from ivl_jax.model.decoder import Params, hidden_states
 from ivl_jax.model.kv_cache import KVCache, init_cache
 
 
@@ -38,7 +39,7 @@ def prefill(
     requests: Requests,
     *,
     capacity: int,
-    readings: tuple[Reading, ...] = (),
+    own_tokens: tuple[OwnTokens, ...] = (),
     mapped_capacity: int = 0,
 ) -> DecodeState:
     """Read the prompts into fresh caches and generate the first token of every row.
@@ -49,7 +50,7 @@ def prefill(
         prompts: [B P] int32 token ids, right-padded with any id.
         requests: what each row asks for.
         capacity: slots a row has, S ≥ P (tokens).
-        readings: the prompts as each value network with its own vocabulary reads them.
+        own_tokens: the prompts as each value network with its own vocabulary reads them.
         mapped_capacity: slots a row has in their caches (tokens).
 
     Returns:
@@ -70,8 +71,10 @@ def prefill(
             lengths < requests.limits, int(FinishReason.RUNNING), int(FinishReason.LENGTH)
         ).astype(jnp.int32),
         requests=requests,
-        base_cache=empty_cache(composition.base),
-        value_caches=tuple(empty_cache(network) for network in composition.values),
+        caches=Caches(
+            empty_cache(composition.base),
+            tuple(empty_cache(network) for network in composition.values),
+        ),
     )
     positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (batch, width))
     logits, state = read_tokens(
@@ -81,11 +84,11 @@ def prefill(
         prompts,
         positions=positions,
         wanted=lengths[:, None] - 1,
-        readings=readings,
+        own_tokens=own_tokens,
     )
     if composition.draft is not None:
         cache = empty_cache(composition.draft)
-        cache = read_draft(composition, params, cache, prompts, positions=positions)[1]
+        cache = run_draft(composition, params, cache, prompts, positions=positions)[1]
         nothing = jnp.zeros(batch, jnp.int32)
         recent = jnp.zeros(batch, jnp.float32)
         draft = DraftState(cache, lengths, nothing, nothing, recent, recent)
@@ -138,7 +141,7 @@ def decode_step(
     params: ComposedParams,
     state: DecodeState,
     *,
-    readings: tuple[Reading, ...] = (),
+    own_tokens: tuple[OwnTokens, ...] = (),
 ) -> DecodeState:
     """Generate one token a running row.
 
@@ -146,7 +149,7 @@ def decode_step(
         composition: the static half.
         params: the arrays of all networks.
         state: where the rows are.
-        readings: what each value network with its own vocabulary has to read, so that it has read
+        own_tokens: what each value network with its own vocabulary has to read, so that it has read
             the row's text so far.
 
     Returns:
@@ -161,7 +164,7 @@ def decode_step(
         tokens,
         positions=state.last_positions[:, None],
         wanted=jnp.zeros_like(tokens),
-        readings=readings,
+        own_tokens=own_tokens,
     )
     return _append(state, logits[:, 0])
 
@@ -199,11 +202,98 @@ def grow_mapped(
         more = mapped_capacity - array.shape[-2]
         return jnp.pad(array, ((0, 0), (0, 0), (0, more), (0, 0)))
 
-    caches = [
+    values = tuple(
         jax.tree.map(grown, cache) if network.mapped else cache
-        for network, cache in zip(composition.values, state.value_caches, strict=True)
-    ]
-    return state._replace(value_caches=tuple(caches))
+        for network, cache in zip(composition.values, state.caches.values, strict=True)
+    )
+    return state._replace(caches=state.caches._replace(values=values))
+
+
+def read_tokens(
+    composition: Composition,
+    params: ComposedParams,
+    state: DecodeState,
+    tokens: Int[Array, "B T"],
+    *,
+    positions: Int[Array, "B T"],
+    wanted: Int[Array, "B C"],
+    own_tokens: tuple[OwnTokens, ...] = (),
+) -> tuple[Float[Array, "B C V"], DecodeState]:
+    """Run base and value networks over tokens, and compose the logits where they are wanted.
+
+    Args:
+        composition: the static half.
+        params: the arrays of all networks.
+        state: its caches are read and written; tokens and lengths are left alone.
+        tokens: [B T] token ids.
+        positions: [B T] position of each token, and its slot in every cache.
+        wanted: [B C] which of the T tokens' predictions are composed (index into T).
+        own_tokens: what each value network with its own vocabulary reads; C is then 1.
+
+    Returns:
+        Composed logits [B C V] in float32, and the state with new caches.
+    """
+    hidden, caches = run_networks(
+        composition,
+        params,
+        tokens,
+        positions=positions,
+        caches=state.caches,
+        own_texts=own_tokens,
+    )
+    assert caches is not None
+    picked = pick(composition, hidden, wanted, own_tokens)
+    logits = network_logits(composition, params, picked)
+    composed = compose(composition, params.values, logits, strengths=state.requests.strengths)
+    return composed, state._replace(caches=caches)
+
+
+def run_draft(
+    composition: Composition,
+    params: ComposedParams,
+    cache: KVCache,
+    tokens: Int[Array, "B T"],
+    *,
+    positions: Int[Array, "B T"],
+) -> tuple[Float[Array, "B T D"], KVCache]:
+    """Run the draft over tokens, up to its head.
+
+    Args:
+        composition: the static half, with a draft.
+        params: the arrays of all networks.
+        cache: what the draft has read.
+        tokens: [B T] ids of the base.
+        positions: [B T] position of each token, and its slot in the cache.
+
+    Returns:
+        Hidden states [B T D] for its head, and the new cache.
+    """
+    draft, arrays = composition.draft, params.draft
+    assert draft is not None
+    assert arrays is not None
+    known = known_tokens(draft, tokens, arrays.unknown_ids)
+    return run_cached(draft, arrays.params, cache, known, positions=positions)
+
+
+def run_cached(
+    network: Network,
+    params: Params,
+    cache: KVCache,
+    tokens: Int[Array, "B T"],
+    *,
+    positions: Int[Array, "B T"],
+) -> tuple[Float[Array, "B T D"], KVCache]:
+    """Run a base, or its draft, over tokens, up to its head; as `run_draft`."""
+    hidden, cache_after = hidden_states(
+        network.graphdef,
+        params,
+        tokens,
+        positions=positions,
+        cache=cache,
+        constrain=network.constrain,
+    )
+    assert cache_after is not None
+    return hidden, cache_after
 
 
 def _append(state: DecodeState, logits: Float[Array, "B V"]) -> DecodeState:

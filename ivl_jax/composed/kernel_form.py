@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from ivl_jax.decoding.state import Layout
+from ivl_jax.composed.network import Layout
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decode_layout import to_decode_layout
 from ivl_jax.model.decoder import Params, untie_head

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ivl_jax.decoding.state import ComposedParams, Composition, Network
+from ivl_jax.composed.network import ComposedParams, Composition, Network
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import Params
 
@@ -116,10 +116,10 @@ def round_costs(
     assert params.draft is not None
     device = _CPU if jax.default_backend() == "cpu" else _ACCELERATOR
     values = sum(
-        device.seconds(network, own, batch)
+        device.seconds(network, own.params, batch)
         for network, own in zip(composition.values, params.values, strict=True)
     )
-    draft = device.seconds(composition.draft, params.draft, 2 * batch)
+    draft = device.seconds(composition.draft, params.draft.params, 2 * batch)
     costs = [
         count * draft
         + (count + 1) * values

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from ivl_jax.decoding.programs import build_programs
+from ivl_jax.decoding.device.programs import build_programs
 from ivl_jax.decoding.streaming import FinishReason
 from tests.decoding.tiny import make_requests, random_prompts, tiny_composition
 
@@ -75,7 +75,7 @@ def test_caches_are_overwritten_in_place():
     late, asked = make_requests(random_prompts([8]), new_tokens=20)
     rows = np.asarray([7], np.int32)
     memory = programs.admit.lower(params, state, late, asked, rows).compile().memory_analysis()
-    caches = jax.tree.leaves((state.base_cache, state.value_caches))
+    caches = jax.tree.leaves(state.caches)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in caches)
     assert memory.alias_size_in_bytes >= size
     assert memory.temp_size_in_bytes < size / 4

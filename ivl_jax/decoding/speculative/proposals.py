@@ -4,6 +4,7 @@ In: a state with a draft's part, and how many tokens to propose. Out: a `Block` 
 state with what draft and values have read.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -11,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ivl_jax.composition import ValueTerm, compose_logits
-from ivl_jax.decoding.acceptance import propose
-from ivl_jax.decoding.draft_length import LONGEST
-from ivl_jax.decoding.forward import read_draft, read_values
-from ivl_jax.decoding.state import ComposedParams, Composition, DecodeState, DraftState
+from ivl_jax.composed.forward import NetworkLogits, compose, head_logits, run_values
+from ivl_jax.composed.network import ComposedParams, Composition
+from ivl_jax.decoding.device.generate import run_draft
+from ivl_jax.decoding.device.state import DecodeState, DraftState
+from ivl_jax.decoding.speculative.acceptance import propose
+from ivl_jax.decoding.speculative.draft_length import LONGEST
 from ivl_jax.model.architecture import ArchConfig
-from ivl_jax.model.decoder import logits_from_hidden
 from ivl_jax.model.kv_cache import KVCache
 
 # Tokens that the draft reads at once where it has fallen behind.
@@ -51,10 +52,14 @@ def propose_block(
     """
     network, base = composition.draft, composition.base
     assert network is not None
-    draft_params = params.draft
-    assert draft_params is not None
+    arrays = params.draft
+    assert arrays is not None
     requests, draft = state.requests, draft_of(state)
+    # The same value networks on the draft, over the tokens that base and draft both have.
     known_to_both = min(network.vocab_size, base.vocab_size)
+    on_draft = Composition(
+        dataclasses.replace(network, vocab_size=known_to_both), composition.values
+    )
     last = state.last_positions
     ends = jnp.stack([jnp.maximum(last - 1, 0), last], axis=1)
 
@@ -63,21 +68,26 @@ def propose_block(
     ) -> tuple[Block, Array, KVCache, tuple[KVCache, ...]]:
         block, pair, draft_cache, value_caches = carry
         # The token before is read again: after a block kept whole the draft has not read it yet.
-        hidden, draft_cache = read_draft(
+        hidden, draft_cache = run_draft(
             composition, params, draft_cache, pair, positions=ends + index
         )
-        draft_logits = logits_from_hidden(network.graphdef, draft_params, hidden[:, 1:])
-        terms, value_caches = read_values_ahead(
+        draft_logits = head_logits(network, arrays.params, hidden[:, 1:])
+        values, value_caches = run_values_ahead(
             composition, params, state, value_caches, pair[:, 1], index
         )
-        composed = compose_logits(draft_logits, terms, vocab_size=known_to_both)
+        composed = compose(
+            on_draft,
+            params.values,
+            NetworkLogits(draft_logits, values),
+            strengths=requests.strengths,
+        )
         token, q_logits = propose(
             _fit(composed[:, 0], block.q_logits.shape[-1]),
             requests.sampling,
             requests.keys,
             state.lengths - requests.prompt_lengths + index,
         )
-        new = Block(token, q_logits, tuple(term.logits[:, 0] for term in terms))
+        new = Block(token, q_logits, tuple(logits[:, 0] for logits in values))
         block = jax.tree.map(
             lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, index, axis=1),
             block,
@@ -87,9 +97,11 @@ def propose_block(
 
     block = _empty_block(composition, params, state)
     pair = jnp.take_along_axis(state.tokens, ends, axis=1)
-    carry = (block, pair, draft.cache, state.value_caches)
+    carry = (block, pair, draft.cache, state.caches.values)
     block, _, cache, value_caches = jax.lax.fori_loop(0, count, propose_one, carry)
-    return block, state._replace(value_caches=value_caches, draft=draft._replace(cache=cache))
+    return block, state._replace(
+        caches=state.caches._replace(values=value_caches), draft=draft._replace(cache=cache)
+    )
 
 
 def catch_up(composition: Composition, params: ComposedParams, state: DecodeState) -> DecodeState:
@@ -113,21 +125,21 @@ def catch_up(composition: Composition, params: ComposedParams, state: DecodeStat
         positions = done[:, None] + jnp.arange(_CATCH_UP, dtype=jnp.int32)[None, :]
         # What is read beyond a row's end lies where later tokens will be written.
         text = jnp.take_along_axis(tokens, positions, axis=1, mode="clip")
-        cache = read_draft(composition, params, cache, text, positions=positions)[1]
+        cache = run_draft(composition, params, cache, text, positions=positions)[1]
         return cache, jnp.minimum(done + _CATCH_UP, lengths - 1)
 
     cache, done = jax.lax.while_loop(behind, read, (draft.cache, draft.lengths))
     return state._replace(draft=draft._replace(cache=cache, lengths=done))
 
 
-def read_values_ahead(
+def run_values_ahead(
     composition: Composition,
     params: ComposedParams,
     state: DecodeState,
     caches: tuple[KVCache, ...],
     tokens: Int[Array, " B"],
     index: Int[Array, ""],
-) -> tuple[tuple[ValueTerm, ...], tuple[KVCache, ...]]:
+) -> tuple[tuple[Array, ...], tuple[KVCache, ...]]:
     """Let the value networks read one token a row, at its last place or beyond.
 
     Args:
@@ -139,17 +151,19 @@ def read_values_ahead(
         index: places after each row's last one.
 
     Returns:
-        One summand a value network, its logits [B 1 Vv], and the new caches.
+        Logits [B 1 Vv] of each value network, and the new caches.
     """
-    return read_values(
+    hidden, caches_after = run_values(
         composition,
-        params,
-        caches,
+        params.values,
         tokens[:, None],
-        strengths=state.requests.strengths,
         positions=(state.last_positions + index)[:, None],
-        wanted=jnp.zeros_like(tokens)[:, None],
+        caches=caches,
     )
+    assert caches_after is not None
+    each = zip(composition.values, params.values, hidden, strict=True)
+    logits = tuple(head_logits(network, value.params, states) for network, value, states in each)
+    return logits, caches_after
 
 
 def draft_of(state: DecodeState) -> DraftState:
@@ -162,25 +176,23 @@ def _empty_block(composition: Composition, params: ComposedParams, state: Decode
     """Room for the longest block."""
     longest = composition.draft_length or LONGEST
     last, index = state.lengths, jnp.int32(0)
-    terms, _ = jax.eval_shape(
-        functools.partial(read_values_ahead, composition),
+    values, _ = jax.eval_shape(
+        functools.partial(run_values_ahead, composition),
         params,
         state,
-        state.value_caches,
+        state.caches.values,
         last,
         index,
     )
     base = composition.base
     assert isinstance(base.arch, ArchConfig)
     hidden = jnp.zeros((1, 1, base.arch.hidden_size), jnp.float32)
-    logits = jax.eval_shape(
-        functools.partial(logits_from_hidden, base.graphdef), params.base, hidden
-    )
+    base_logits = jax.eval_shape(functools.partial(head_logits, base), params.base, hidden)
     places = (state.lengths.shape[0], longest)
     return Block(
         jnp.zeros(places, jnp.int32),
-        jnp.zeros((*places, logits.shape[-1]), jnp.float32),
-        tuple(jnp.zeros((*places, term.logits.shape[-1]), jnp.float32) for term in terms),
+        jnp.zeros((*places, base_logits.shape[-1]), jnp.float32),
+        tuple(jnp.zeros((*places, logits.shape[-1]), jnp.float32) for logits in values),
     )
 
 

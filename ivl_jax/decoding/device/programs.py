@@ -12,19 +12,13 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int
 
-from ivl_jax.decoding.admission import admit, shrink
-from ivl_jax.decoding.generate import decode_chunk, decode_step, grow_mapped, halt, prefill
-from ivl_jax.decoding.sampling import row_keys
-from ivl_jax.decoding.speculative import speculate_chunk
-from ivl_jax.decoding.state import (
-    ComposedParams,
-    Composition,
-    DecodeState,
-    DraftState,
-    Network,
-    Reading,
-    Requests,
-)
+from ivl_jax.composed.forward import Caches, OwnTokens
+from ivl_jax.composed.network import ComposedParams, Composition, Network
+from ivl_jax.decoding.device.admission import admit, shrink
+from ivl_jax.decoding.device.generate import decode_chunk, decode_step, grow_mapped, halt, prefill
+from ivl_jax.decoding.device.sampling import row_keys
+from ivl_jax.decoding.device.state import DecodeState, DraftState, Requests
+from ivl_jax.decoding.speculative.rounds import speculate_chunk
 from ivl_jax.sharding import BATCH_AXES, replicated
 
 
@@ -32,17 +26,17 @@ class Programs(NamedTuple):
     """The compiled programs of a composition."""
 
     prefill: Callable[..., DecodeState]
-    """(params, prompts [B P], requests, readings, capacity, mapped_capacity) → state whose rows
+    """(params, prompts [B P], requests, own_tokens, capacity, mapped_capacity) → state whose rows
     have one generated token; the capacities are static."""
     decode_chunk: Callable[..., DecodeState]
     """(params, state, max_tokens, stopped [B], enough_done = B) → state; the state's buffers are
     donated."""
     decode_step: Callable[..., DecodeState]
-    """(params, state, readings, stopped [B]) → state with one token more a row, donated too."""
+    """(params, state, own_tokens, stopped [B]) → state with one token more a row, donated too."""
     grow_mapped: Callable[..., DecodeState]
-    """(state, mapped_capacity) → state with more slots for the readings; the number is static."""
+    """(state, mapped_capacity) → state with more slots for own tokens; the number is static."""
     admit: Callable[..., DecodeState]
-    """(params, state, prompts [A P], requests, rows [A], readings) → state with these prompts in
+    """(params, state, prompts [A P], requests, rows [A], own_tokens) → state with these prompts in
     these rows, donated too."""
     shrink: Callable[..., DecodeState]
     """(state, capacity) → state with fewer slots a row; the number is static."""
@@ -69,7 +63,7 @@ def build_programs(composition: Composition) -> Programs:
         params: ComposedParams,
         prompts: Int[Array, "B P"],
         requests: Requests,
-        readings: tuple[Reading, ...] = (),
+        own_tokens: tuple[OwnTokens, ...] = (),
         *,
         capacity: int,
         mapped_capacity: int = 0,
@@ -79,7 +73,7 @@ def build_programs(composition: Composition) -> Programs:
             params,
             prompts,
             requests,
-            readings=readings,
+            own_tokens=own_tokens,
             capacity=capacity,
             mapped_capacity=mapped_capacity,
         )
@@ -105,10 +99,10 @@ def build_programs(composition: Composition) -> Programs:
     def step_program(
         params: ComposedParams,
         state: DecodeState,
-        readings: tuple[Reading, ...],
+        own_tokens: tuple[OwnTokens, ...],
         stopped: Bool[Array, " B"],
     ) -> DecodeState:
-        return decode_step(composition, params, halt(state, stopped), readings=readings)
+        return decode_step(composition, params, halt(state, stopped), own_tokens=own_tokens)
 
     def grow_program(state: DecodeState, *, mapped_capacity: int) -> DecodeState:
         return grow_mapped(composition, state, mapped_capacity=mapped_capacity)
@@ -119,9 +113,9 @@ def build_programs(composition: Composition) -> Programs:
         prompts: Int[Array, "A P"],
         requests: Requests,
         rows: Int[Array, " A"],
-        readings: tuple[Reading, ...] = (),
+        own_tokens: tuple[OwnTokens, ...] = (),
     ) -> DecodeState:
-        return admit(composition, params, state, prompts, requests, rows, readings=readings)
+        return admit(composition, params, state, prompts, requests, rows, own_tokens=own_tokens)
 
     def shrink_program(state: DecodeState, *, capacity: int) -> DecodeState:
         return shrink(composition, state, capacity=capacity)
@@ -149,8 +143,9 @@ def _state_shardings(composition: Composition) -> DecodeState | None:
         return None
     whole = replicated(composition.base.layout.mesh)
     shardings: dict[str, Any] = dict.fromkeys(DecodeState._fields, whole)
-    shardings["base_cache"] = _cache_sharding(composition.base)
-    shardings["value_caches"] = tuple(map(_cache_sharding, composition.values))
+    values: Any = tuple(map(_cache_sharding, composition.values))
+    base: Any = _cache_sharding(composition.base)
+    shardings["caches"] = Caches(base, values)
     shardings["draft"] = None
     if composition.draft is not None:
         of_draft: dict[str, Any] = dict.fromkeys(DraftState._fields, whole)

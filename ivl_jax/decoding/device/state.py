@@ -1,99 +1,17 @@
-"""What composed decoding works on: the networks, their arrays, and a batch of rows.
+"""A batch of rows being decoded, as pytrees of arrays.
 
-In: nothing; these are records. Static ones are hashable and key the compiled programs, the others
-are pytrees of arrays. `ivl_jax.decoding.generate` has the functions over them.
+In: nothing; these are records. `ivl_jax.decoding.device.generate` has the functions over them.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ivl_jax.config import Connection
-from ivl_jax.decoding.sampling import Sampling
+from ivl_jax.composed.forward import Caches
+from ivl_jax.decoding.device.sampling import Sampling
 from ivl_jax.decoding.streaming import FinishReason
-from ivl_jax.model.decoder import Params
 from ivl_jax.model.kv_cache import KVCache
-from ivl_jax.model.network import Architecture
-from ivl_jax.sharding import ShardingRules
-from ivl_jax.vocabulary.mapping import VocabularyMap
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where one network's arrays live."""
-
-    mesh: Mesh
-    rules: ShardingRules
-
-
-@dataclass(frozen=True)
-class Network:
-    """The static half of one network of a composition."""
-
-    graphdef: nnx.GraphDef
-    arch: Architecture
-    vocab_size: int
-    """Real tokens that the network knows; output columns after them are padding."""
-    cache_dtype: str
-    connection: Connection | None = None
-    """None for the base."""
-    replacement_id: int = 0
-    """What a value network reads in place of a token it does not know."""
-    mapped: bool = False
-    """A value network that reads and speaks its own vocabulary, through a vocabulary map."""
-    centred: bool = False
-    """Its value logits are centred before they are mapped."""
-    layout: Layout | None = None
-    """None: one device."""
-
-
-@dataclass(frozen=True)
-class Composition:
-    """The static half of a composed decoder: hashable, the key of its compiled programs."""
-
-    base: Network
-    values: tuple[Network, ...] = ()
-    draft: Network | None = None
-    """A small base that proposes tokens; None: one token a step."""
-    draft_length: int = 0
-    """Tokens proposed at a time; 0: as many as pay."""
-
-    @property
-    def mapped(self) -> tuple[Network, ...]:
-        """The value networks that have their own vocabulary."""
-        return tuple(network for network in self.values if network.mapped)
-
-
-class ComposedParams(NamedTuple):
-    """The arrays of a composed decoder; read by every step, never donated."""
-
-    base: Params
-    """Parameters of the base model."""
-    values: tuple[Params, ...]
-    """Parameters of each value network."""
-    unknown_ids: tuple[Int[Array, " U"], ...]
-    """For each value network: base ids that mean something else to it."""
-    vocabulary_maps: tuple[VocabularyMap, ...] = ()
-    """For each value network with its own vocabulary: how the base reads its logits."""
-    draft: Params | None = None
-    """Parameters of the draft, if there is one."""
-    draft_unknown_ids: Int[Array, " U"] | None = None
-    """Base ids that mean something else to the draft."""
-
-
-class Reading(NamedTuple):
-    """What one value network with its own vocabulary reads in a call."""
-
-    tokens: Int[Array, "B K"]
-    """Its own tokens, right-padded with any id."""
-    starts: Int[Array, " B"]
-    """Position of each row's first one; what its cache has from there on is forgotten."""
-    counts: Int[Array, " B"]
-    """Real tokens of each row, at least 1; the last one's prediction is composed."""
 
 
 class Requests(NamedTuple):
@@ -141,10 +59,9 @@ class DecodeState(NamedTuple):
     """A `FinishReason`; a row that is done keeps its tokens and its length."""
     requests: Requests
     """What each row asks for."""
-    base_cache: KVCache
-    """The base's keys and values of each row's first lengths[b] − 1 tokens, [B K S H] a layer."""
-    value_caches: tuple[KVCache, ...]
-    """The same for each value network; of its own tokens where it has its own vocabulary."""
+    caches: Caches
+    """Keys and values of each row's first lengths[b] − 1 tokens, [B K S H] per layer; of a value
+    network with its own vocabulary, those of its own tokens."""
     draft: DraftState | None = None
     """The draft's part, where there is one."""
 

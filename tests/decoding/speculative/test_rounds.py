@@ -7,16 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tests.decoding.test_acceptance import assert_drawn_from
 
-from ivl_jax.decoding import speculative
+from ivl_jax.composed.network import DraftArrays
 from ivl_jax.decoding.compose import compose
-from ivl_jax.decoding.draft_length import LONGEST, block_width, choose_length, round_costs
-from ivl_jax.decoding.programs import build_programs
+from ivl_jax.decoding.device.programs import build_programs
 from ivl_jax.decoding.requests import GenerationOptions, PromptTooLongError
+from ivl_jax.decoding.speculative import rounds
+from ivl_jax.decoding.speculative.draft_length import (
+    LONGEST,
+    block_width,
+    choose_length,
+    round_costs,
+)
 from ivl_jax.decoding.streaming import FinishReason
 from ivl_jax.tokenizer import TokenizerMismatchError, describe_tokenizer, load_tokenizer
 from tests.decoding.conftest import make_value
-from tests.decoding.test_acceptance import assert_drawn_from
 from tests.decoding.tiny import (
     VOCAB,
     assert_is_teacher_forced_arg_max,
@@ -52,7 +58,7 @@ def drafted(length, *, likeness):
         )
     return (
         dataclasses.replace(composition, draft=network, draft_length=length),
-        params._replace(draft=draft, draft_unknown_ids=jnp.zeros(0, jnp.int32)),
+        params._replace(draft=DraftArrays(draft, jnp.zeros(0, jnp.int32))),
     )
 
 
@@ -85,7 +91,7 @@ def eager(*_, **__):
 
 @pytest.mark.parametrize(("length", "likeness"), [(4, 0.02), (0, None)], ids=str)
 def test_greedy_tokens_and_ends_are_those_of_plain_decoding(plain, length, likeness, monkeypatch):
-    monkeypatch.setattr(speculative, "round_costs", eager)
+    monkeypatch.setattr(rounds, "round_costs", eager)
     composition, params = drafted(length, likeness=likeness)
     generated, reasons, state = run(composition, params)
     for prompt, own in zip(PROMPTS, generated, strict=True):
@@ -190,7 +196,7 @@ def test_caches_are_donated_and_updated_in_place_at_every_block_width():
     programs = build_programs(composition)
     padded, requests = make_requests(PROMPTS, new_tokens=NEW_TOKENS, width=20)
     state = programs.prefill(params, padded, requests, capacity=4096)
-    caches = (state.base_cache, state.value_caches, state.draft.cache)
+    caches = (state.caches.base, state.caches.values, state.draft.cache)
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
     nothing = np.zeros(3, bool)
     memory = programs.decode_chunk.lower(params, state, np.int32(4), nothing).compile()

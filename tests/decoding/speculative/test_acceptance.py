@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ivl_jax.decoding.acceptance import judge, propose
-from ivl_jax.decoding.sampling import Sampling, filter_logits, row_keys
+from ivl_jax.decoding.device.sampling import Sampling, filter_logits, row_keys
+from ivl_jax.decoding.speculative.acceptance import judge, propose
 
 ROWS, VOCAB = 20_000, 9
 # The 1 − 1e-4 quantile of χ² with 1 … 8 degrees of freedom. Seeds are fixed: no test is flaky.

@@ -7,14 +7,10 @@ those rows, each with its first generated token; the other rows are as they were
 import jax
 from jaxtyping import Array, Int
 
-from ivl_jax.decoding.generate import prefill
-from ivl_jax.decoding.state import (
-    ComposedParams,
-    Composition,
-    DecodeState,
-    Reading,
-    Requests,
-)
+from ivl_jax.composed.forward import Caches, OwnTokens
+from ivl_jax.composed.network import ComposedParams, Composition
+from ivl_jax.decoding.device.generate import prefill
+from ivl_jax.decoding.device.state import DecodeState, Requests
 from ivl_jax.model.kv_cache import KVCache
 
 
@@ -26,7 +22,7 @@ def admit(
     requests: Requests,
     rows: Int[Array, " A"],
     *,
-    readings: tuple[Reading, ...] = (),
+    own_tokens: tuple[OwnTokens, ...] = (),
 ) -> DecodeState:
     """Read prompts into rows that are free, and generate the first token of each.
 
@@ -41,7 +37,7 @@ def admit(
         prompts: [A P] int32 token ids, right-padded with any id; P ≤ the state's capacity.
         requests: what each of them asks for.
         rows: [A] the row each goes to, no two the same; B, the number of rows: nowhere.
-        readings: the prompts as each value network with its own vocabulary reads them.
+        own_tokens: the prompts as each value network with its own vocabulary reads them.
 
     Returns:
         The state, these rows one token after their prompts.
@@ -53,8 +49,8 @@ def admit(
         requests,
         # One slot for the first token; a prompt that fills its row's last slot gets none.
         capacity=prompts.shape[1] + 1,
-        readings=readings,
-        mapped_capacity=max((reading.tokens.shape[1] for reading in readings), default=0),
+        own_tokens=own_tokens,
+        mapped_capacity=max((own.tokens.shape[1] for own in own_tokens), default=0),
     )
     put = jax.tree.map(lambda old, new: _put(old, new, rows), state, admitted)
     assert isinstance(put, DecodeState)
@@ -78,13 +74,13 @@ def shrink(composition: Composition, state: DecodeState, *, capacity: int) -> De
         return jax.tree.map(lambda array: array[:, :, :capacity], cache)
 
     draft = state.draft
+    values = tuple(
+        cache if network.mapped else cut(cache)
+        for network, cache in zip(composition.values, state.caches.values, strict=True)
+    )
     return state._replace(
         tokens=state.tokens[:, :capacity],
-        base_cache=cut(state.base_cache),
-        value_caches=tuple(
-            cache if network.mapped else cut(cache)
-            for network, cache in zip(composition.values, state.value_caches, strict=True)
-        ),
+        caches=Caches(cut(state.caches.base), values),
         draft=None if draft is None else draft._replace(cache=cut(draft.cache)),
     )
 

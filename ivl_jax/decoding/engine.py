@@ -16,19 +16,20 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from ivl_jax.buckets import bucket
+from ivl_jax.composed.network import ComposedParams, Composition
+from ivl_jax.decoding.device.programs import Programs
+from ivl_jax.decoding.device.state import DecodeState, Requests
 from ivl_jax.decoding.own_vocabulary import OwnVocabulary, TextReader
-from ivl_jax.decoding.programs import Programs
 from ivl_jax.decoding.requests import (
     EncodedPrompt,
     RowArrays,
-    bucket,
     bucket_capacity,
     bucket_stop_ids,
     lay_out,
     needed_slots,
     row_end,
 )
-from ivl_jax.decoding.state import ComposedParams, Composition, DecodeState, Requests
 from ivl_jax.decoding.streaming import FinishReason, RowText
 from ivl_jax.profiling import StepProfile
 from ivl_jax.sharding import batch_ways
@@ -157,7 +158,7 @@ class _Batch:
             decoder.params,
             arrays.prompts,
             self._requests(arrays),
-            self._reader.readings(rows, size=batch),
+            self._reader.own_tokens(rows, size=batch),
             capacity=self._capacity,
             mapped_capacity=self._mapped_capacity,
         )
@@ -221,8 +222,8 @@ class _Batch:
             )
             return
         self._grow_mapped()
-        readings = self._reader.readings(range(len(free)), size=len(free))
-        self._state = decoder.programs.decode_step(decoder.params, self._state, readings, free)
+        own_tokens = self._reader.own_tokens(range(len(free)), size=len(free))
+        self._state = decoder.programs.decode_step(decoder.params, self._state, own_tokens, free)
 
     @property
     def _enough_free(self) -> int:
@@ -236,10 +237,10 @@ class _Batch:
         size = len(arrays.prompts)
         rows = np.full(size, len(self._rows), np.int32)  # beyond the batch: nowhere
         rows[: len(places)] = places
-        readings = self._reader.readings(places, size=size)
+        own_tokens = self._reader.own_tokens(places, size=size)
         self._grow_mapped()
         self._state = decoder.programs.admit(
-            decoder.params, self._state, arrays.prompts, self._requests(arrays), rows, readings
+            decoder.params, self._state, arrays.prompts, self._requests(arrays), rows, own_tokens
         )
 
     def _begin(self, places: Sequence[int], *, least_rows: int) -> RowArrays:

@@ -36,7 +36,7 @@ def cache_bytes(model):
     padded, requests = make_requests([[1, 2]] * 8, new_tokens=3, strengths=model.strengths)
     state = model.programs.prefill(model.params, padded, requests, capacity=64)
     state = model.programs.decode_chunk(model.params, state, np.int32(2), np.zeros(8, bool))
-    caches = (state.base_cache, state.value_caches[0])
+    caches = (state.caches.base, state.caches.values[0])
     return [(set(bytes_per_device(cache).values()), total_bytes(cache)) for cache in caches]
 
 
@@ -68,7 +68,7 @@ def test_every_layout_gives_the_single_device_text_and_holds_its_share(
     assert model.generate(PROMPTS, GREEDY) == expected
     for (per_device, total), share in zip(cache_bytes(model), cache_shares, strict=True):
         assert per_device == {total * share}
-    networks = (model.params.base, model.params.values[0])
+    networks = (model.params.base, model.params.values[0].params)
     for params, share in zip(networks, parameter_shares, strict=True):
         held = set(bytes_per_device(params).values())
         assert max(held) == pytest.approx(total_bytes(params) * share, rel=0.03)

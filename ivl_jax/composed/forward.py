@@ -1,0 +1,281 @@
+"""The forward pass of a composed model: the only one, for training, decoding and scoring.
+
+In: the networks' arrays, tokens and their positions, caches if there are any. Out: each network's
+final hidden states; then, for as many positions at a time as the caller likes, each network's
+logits and the composed ones. All functions are pure.
+
+    run_networks   tokens  → HiddenStates, one for each network
+    network_logits HiddenStates → NetworkLogits, one for each network
+    compose        NetworkLogits → composed logits
+
+The logits [B T V] are by far the largest arrays, so they are computed only where the caller asks.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
+
+from ivl_jax.composed.network import (
+    ComposedParams,
+    Composition,
+    Network,
+    ValueArrays,
+    known_tokens,
+)
+from ivl_jax.composed.own_prefixes import OwnPrefixes, run_prefixes
+from ivl_jax.composition import SchemeInputs, compose_logits, value_hidden
+from ivl_jax.model.decoder import Params, hidden_states, logits_from_hidden
+from ivl_jax.model.kv_cache import KVCache
+from ivl_jax.vocabulary.value_term import ValueTerm
+
+
+class OwnTokens(NamedTuple):
+    """What one value network with its own vocabulary reads in a call."""
+
+    tokens: Int[Array, "B K"]
+    """Its own tokens, right-padded with any id."""
+    starts: Int[Array, " B"]
+    """Position of each row's first one; what its cache has from there on is forgotten."""
+    counts: Int[Array, " B"]
+    """Real tokens of each row, at least 1; the last one's prediction is composed."""
+
+
+class Caches(NamedTuple):
+    """The keys and values of every network but the draft."""
+
+    base: KVCache
+    values: tuple[KVCache, ...]
+
+
+class HiddenStates(NamedTuple):
+    """Final hidden states of every network, for the heads."""
+
+    base: Float[Array, "B T D"]
+    values: tuple[Float[Array, "B T2 D2"], ...]
+    """One for each value network, at the base's positions; of one that was given `OwnTokens`, at
+    its own."""
+    base_logits: Float[Array, "B T V"] | None = None
+    """The base's logits, where a value network had to read them at every position."""
+
+
+class NetworkLogits(NamedTuple):
+    """Logits of every network at the same positions, padding columns included."""
+
+    base: Float32[Array, "B T V"]
+    values: tuple[Float32[Array, "B T V2"], ...]
+
+
+def run_networks(
+    composition: Composition,
+    params: ComposedParams,
+    tokens: Int[Array, "B T"],
+    *,
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None = None,
+    caches: Caches | None = None,
+    base_hidden: Float[Array, "B T D"] | None = None,
+    own_texts: Sequence[OwnTokens | OwnPrefixes] = (),
+) -> tuple[HiddenStates, Caches | None]:
+    """Run base and value networks over tokens, up to their heads.
+
+    Args:
+        composition: the static half.
+        params: the arrays of all networks.
+        tokens: [B T] token ids of the base.
+        positions: [B T] position of each token, and its slot in every cache.
+        segment_ids: [B T], 0 is padding; None: one text per row. Not with caches.
+        caches: what the networks have read; None: nothing is remembered.
+        base_hidden: the base's final hidden states, where they are known already; it is not run.
+        own_texts: what each value network with its own vocabulary reads, in their order: its tokens
+            in this call, or (without caches) every prefix of the text.
+
+    Returns:
+        The states, and the caches with what this call read (None without caches).
+    """
+    base = composition.base
+    base_cache = None
+    if base_hidden is None:
+        base_hidden, base_cache = hidden_states(
+            base.graphdef,
+            params.base,
+            tokens,
+            positions=positions,
+            segment_ids=segment_ids,
+            cache=None if caches is None else caches.base,
+            constrain=base.constrain,
+        )
+    base_logits = None
+    if composition.reads_base_logits:
+        base_logits = head_logits(base, params.base, base_hidden)
+    values, value_caches = run_values(
+        composition,
+        params.values,
+        tokens,
+        positions=positions,
+        segment_ids=segment_ids,
+        caches=None if caches is None else caches.values,
+        base_hidden=base_hidden,
+        base_logits=base_logits,
+        own_texts=own_texts,
+    )
+    hidden = HiddenStates(base_hidden, values, base_logits)
+    if base_cache is None or value_caches is None:
+        return hidden, None
+    return hidden, Caches(base_cache, value_caches)
+
+
+def run_values(
+    composition: Composition,
+    arrays: Sequence[ValueArrays],
+    tokens: Int[Array, "B T"],
+    *,
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None = None,
+    caches: Sequence[KVCache] | None = None,
+    base_hidden: Float[Array, "B T D"] | None = None,
+    base_logits: Float[Array, "B T V"] | None = None,
+    own_texts: Sequence[OwnTokens | OwnPrefixes] = (),
+) -> tuple[tuple[Array, ...], tuple[KVCache, ...] | None]:
+    """Run the value networks alone; arguments as `run_networks` takes them.
+
+    Args:
+        composition: the static half.
+        arrays: of each value network.
+        tokens: [B T] token ids of the base.
+        positions: [B T] position of each token.
+        segment_ids: [B T], or None.
+        caches: of each value network, or None.
+        base_hidden: the base's final hidden states; None where no scheme reads them.
+        base_logits: the base's logits; None where no scheme reads them.
+        own_texts: as `run_networks` takes them.
+
+    Returns:
+        Hidden states of each value network, and the new caches (None without caches).
+    """
+    states, new_caches = [], []
+    following = iter(own_texts)
+    for index, (network, value) in enumerate(zip(composition.values, arrays, strict=True)):
+        own = next(following) if network.mapped else None
+        if isinstance(own, OwnPrefixes):
+            states.append(run_prefixes(network, value.params, own))
+            continue
+        if own is None:
+            read, where = known_tokens(network, tokens, value.unknown_ids), positions
+        else:
+            steps = jnp.arange(own.tokens.shape[1], dtype=jnp.int32)[None, :]
+            read, where = own.tokens, own.starts[:, None] + steps
+        scheme = network.connection
+        hidden, cache = value_hidden(
+            scheme,
+            network.graphdef,
+            value.params,
+            SchemeInputs(
+                read,
+                base_logits if scheme.reads_base_logits else None,
+                base_hidden if scheme.reads_base_hidden else None,
+                composition.base.vocab_size,
+            ),
+            positions=where,
+            segment_ids=segment_ids,
+            cache=None if caches is None else caches[index],
+            constrain=network.constrain,
+        )
+        states.append(hidden)
+        if cache is not None:
+            new_caches.append(cache)
+    return tuple(states), None if caches is None else tuple(new_caches)
+
+
+def pick(
+    composition: Composition,
+    hidden: HiddenStates,
+    wanted: Int[Array, "B C"],
+    own_tokens: Sequence[OwnTokens] = (),
+) -> HiddenStates:
+    """Pick positions.
+
+    Args:
+        composition: the static half.
+        hidden: of `run_networks`.
+        wanted: [B C] which of its T positions.
+        own_tokens: what `run_networks` was given of this kind: of these networks the state of each
+            row's last token is picked, and C is 1.
+
+    Returns:
+        The states there, [B C D].
+    """
+    following, values = iter(own_tokens), []
+    for network, states in zip(composition.values, hidden.values, strict=True):
+        own = next(following, None) if network.mapped else None
+        values.append(_pick(states, wanted if own is None else own.counts[:, None] - 1))
+    logits = None if hidden.base_logits is None else _pick(hidden.base_logits, wanted)
+    return HiddenStates(_pick(hidden.base, wanted), tuple(values), logits)
+
+
+def network_logits(
+    composition: Composition, params: ComposedParams, hidden: HiddenStates
+) -> NetworkLogits:
+    """Run the heads.
+
+    Args:
+        composition: the static half.
+        params: the arrays of all networks; only their heads are read.
+        hidden: of `run_networks`, all positions or a part of them.
+
+    Returns:
+        Logits of every network at these positions.
+    """
+    base = hidden.base_logits
+    if base is None:
+        base = head_logits(composition.base, params.base, hidden.base)
+    each = zip(composition.values, params.values, hidden.values, strict=True)
+    values = tuple(head_logits(network, value.params, states) for network, value, states in each)
+    return NetworkLogits(base, values)
+
+
+def compose(
+    composition: Composition,
+    arrays: Sequence[ValueArrays],
+    logits: NetworkLogits,
+    *,
+    strengths: Float[Array, "#B M"],
+) -> Float32[Array, "B T V"]:
+    """Add what the value networks say to what the base says.
+
+    Args:
+        composition: the static half.
+        arrays: of each value network: its unknown ids and its map are read.
+        logits: of `network_logits`; the base's may be those of a draft in its columns.
+        strengths: [B M] α of each value network, or one row for all.
+
+    Returns:
+        Composed logits in float32, −inf in the padding columns.
+    """
+    each = zip(composition.values, arrays, logits.values, strict=True)
+    terms = [
+        ValueTerm(
+            value_logits,
+            strengths[:, index],
+            network.vocab_size,
+            unknown_ids=None if network.mapped else value.unknown_ids,
+            vocabulary_map=value.vocabulary_map,
+            centred=network.centred,
+        )
+        for index, (network, value, value_logits) in enumerate(each)
+    ]
+    return compose_logits(logits.base, terms, vocab_size=composition.base.vocab_size)
+
+
+def head_logits(
+    network: Network, params: Params, hidden: Float[Array, "B T D"]
+) -> Float32[Array, "B T V"]:
+    """Logits of one network's final hidden states, split over the mesh like its head."""
+    logits = logits_from_hidden(network.graphdef, params, hidden)
+    constrain = network.constrain
+    return logits if constrain is None else constrain(logits, ("batch", "length", "vocabulary"))
+
+
+def _pick(states: Float[Array, "B T D"], wanted: Int[Array, "B C"]) -> Float[Array, "B C D"]:
+    return jnp.take_along_axis(states, wanted[:, :, None], axis=1)

@@ -1,0 +1,193 @@
+"""What a composed model says of each token: the per-token scores that losses and evaluations share.
+
+In: final hidden states and the tokens that follow. Out: for each position, named scores, such as
+the log-probability of the token that follows, the entropy, the KL divergence from the base.
+
+`score_positions` makes the logits [B T V] of the positions it is given; long texts go through it
+in chunks of positions (`split_positions`), so that no array of that size exists for a whole text.
+All functions are pure, and differentiable where that makes sense.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from ivl_jax.composed.forward import HiddenStates, NetworkLogits, compose, network_logits
+from ivl_jax.composed.network import ComposedParams, Composition
+from ivl_jax.composition import compose_logits, value_penalty
+
+
+class PositionLogits(NamedTuple):
+    """All that a score may look at."""
+
+    composition: Composition
+    composed: Float32[Array, "B T V"]
+    networks: NetworkLogits
+    targets: Int[Array, "B T"]
+    """The token that follows each position."""
+
+    @property
+    def base(self) -> Float32[Array, "B T V"]:
+        """Logits of the base alone, −inf in the padding columns."""
+        size = self.composition.base.vocab_size
+        return compose_logits(self.networks.base, (), vocab_size=size)
+
+
+Score = Callable[[PositionLogits], Array]
+
+
+def _value_size(logits: PositionLogits, kind: Any) -> Float32[Array, "B T M"]:
+    sizes = [
+        value_penalty(each, kind=kind, vocab_size=network.vocab_size)
+        for network, each in zip(logits.composition.values, logits.networks.values, strict=True)
+    ]
+    return jnp.stack(sizes, axis=-1)
+
+
+SCORES: Mapping[str, Score] = {
+    # log p(target), nats
+    "log_prob": lambda at: log_probs(at.composed, at.targets),
+    # whether the target has the largest logit, ties included
+    "top1": lambda at: is_largest(at.composed, at.targets),
+    # entropy of the next token, nats
+    "entropy": lambda at: entropy(at.composed),
+    # the same of the base alone
+    "base_log_prob": lambda at: log_probs(at.base, at.targets),
+    "base_top1": lambda at: is_largest(at.base, at.targets),
+    # KL(composed ‖ base) of the next token, nats
+    "base_kl": lambda at: kl_divergence(at.composed, at.base),
+    # mean over the vocabulary of |z_value| and z_value², [B T M]: one for each value network
+    "value_l1": lambda at: _value_size(at, "l1"),
+    "value_l2": lambda at: _value_size(at, "l2"),
+}
+
+
+def score_positions(
+    composition: Composition,
+    params: ComposedParams,
+    hidden: HiddenStates,
+    targets: Int[Array, "B T"],
+    *,
+    strengths: Float[Array, "#B M"],
+    names: Sequence[str],
+) -> dict[str, Array]:
+    """Score positions.
+
+    Args:
+        composition: the static half.
+        params: the arrays of all networks; only their heads are read.
+        hidden: final hidden states at these positions.
+        targets: [B T] the token that follows each.
+        strengths: [B M] α of each value network, or one row for all.
+        names: of `SCORES`; only these are computed.
+
+    Returns:
+        Name → scores [B T]; of `value_l1` and `value_l2`, [B T M].
+    """
+    logits = network_logits(composition, params, hidden)
+    composed = compose(composition, params.values, logits, strengths=strengths)
+    at = PositionLogits(composition, composed, logits, targets)
+    return {name: SCORES[name](at) for name in names}
+
+
+def log_probs(logits: Float32[Array, "*B V"], targets: Int[Array, "*B"]) -> Float32[Array, "*B"]:
+    """Log softmax(logits)[target], in nats.
+
+    A comparison with a column index fuses with what is around it; a gather of [B T V] would not,
+    and its gradient would be a scatter.
+    """
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+    log_sum = largest + jnp.log(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1))
+    return _chosen(logits, targets) - log_sum
+
+
+def is_largest(logits: Float32[Array, "*B V"], targets: Int[Array, "*B"]) -> Bool[Array, "*B"]:
+    """Whether the target has the largest logit, ties included: an arg-max is slow on CPU."""
+    return _chosen(logits, targets) >= jnp.max(logits, axis=-1)
+
+
+def candidate_scores(
+    logits: Float32[Array, "B V"], candidates: Int[Array, "B C"]
+) -> tuple[Float32[Array, "B C"], Bool[Array, "B C"]]:
+    """Log p of several tokens that may follow, and which of them have the largest logit."""
+    chosen = jnp.take_along_axis(logits, candidates, axis=-1)
+    log_sum = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    return chosen - log_sum, chosen >= jnp.max(logits, axis=-1, keepdims=True)
+
+
+def entropy(logits: Float32[Array, "*B V"]) -> Float32[Array, "*B"]:
+    """−Σ p log p in nats; columns of −inf count as 0."""
+    log_p = jax.nn.log_softmax(logits)
+    real = jnp.isfinite(log_p)
+    return -jnp.sum(_masked_exp(log_p, real) * jnp.where(real, log_p, 0.0), axis=-1)
+
+
+def kl_divergence(
+    logits: Float32[Array, "*B V"], other: Float32[Array, "*B V"]
+) -> Float32[Array, "*B"]:
+    """KL(softmax(logits) ‖ softmax(other)) in nats; columns of −inf in both count as 0."""
+    log_p, log_q = jax.nn.log_softmax(logits), jax.nn.log_softmax(other)
+    real = jnp.isfinite(log_p)
+    gap = jnp.where(real, log_p, 0.0) - jnp.where(real, log_q, 0.0)
+    return jnp.sum(_masked_exp(log_p, real) * gap, axis=-1)
+
+
+def choose_chunk_length(
+    rows: int, length: int, vocab_rows: int, *, max_logits: int, min_tokens: int = 1
+) -> int:
+    """Choose how many positions' logits exist at once.
+
+    Args:
+        rows: rows of a batch on one device.
+        length: positions per row, T.
+        vocab_rows: output rows of the widest head, V.
+        max_logits: logits of one network that one device should hold at once.
+        min_tokens: tokens of a chunk, over all rows, below which it does not pay, whatever the
+            vocabulary: each chunk reads all heads.
+
+    Returns:
+        Positions per chunk, so that the chunks of T are even and hold at most `max_logits` each, or
+        `min_tokens` if that is more (but at least one position).
+    """
+    positions = max(1, max(max_logits // vocab_rows, min_tokens) // rows)
+    return math.ceil(length / math.ceil(length / positions))
+
+
+def split_positions(chunk_length: int, tree: Any) -> Any:
+    """[B T …] to [C B t …]; T is padded with zeros (masks with False) to a multiple of t."""
+
+    def one(array: Array) -> Array:
+        rows, length = array.shape[:2]
+        size = min(chunk_length, length)
+        count = math.ceil(length / size)
+        padding = [(0, 0), (0, count * size - length), *[(0, 0)] * (array.ndim - 2)]
+        array = jnp.pad(array, padding) if count * size > length else array
+        return jnp.moveaxis(array.reshape(rows, count, size, *array.shape[2:]), 1, 0)
+
+    return jax.tree.map(one, tree)
+
+
+def join_positions(length: int, tree: Any) -> Any:
+    """[C B t …] back to [B T …], the padding cut off."""
+
+    def one(array: Array) -> Array:
+        together = jnp.moveaxis(array, 0, 1)
+        rows, parts, size, *rest = together.shape
+        return together.reshape(rows, parts * size, *rest)[:, :length]
+
+    return jax.tree.map(one, tree)
+
+
+def _chosen(logits: Float32[Array, "*B V"], targets: Int[Array, "*B"]) -> Float32[Array, "*B"]:
+    columns = jnp.arange(logits.shape[-1], dtype=targets.dtype)
+    columns = columns.reshape((1,) * (logits.ndim - 1) + (-1,))
+    return jnp.sum(jnp.where(columns == targets[..., None], logits, 0.0), axis=-1)
+
+
+def _masked_exp(log_p: Array, real: Array) -> Array:
+    """exp, 0 where not real; also its gradient, which 0 · −inf would make NaN."""
+    return jnp.where(real, jnp.exp(jnp.where(real, log_p, 0.0)), 0.0)

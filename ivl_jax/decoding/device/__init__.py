@@ -1,0 +1,1 @@
+"""What decoding runs on the devices: pure functions over a batch of rows, and their programs."""

@@ -1,0 +1,1 @@
+"""Speculative decoding: a draft proposes tokens, the composition accepts or replaces them."""
