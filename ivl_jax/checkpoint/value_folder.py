@@ -142,8 +142,42 @@ def load_value(
         TreeMismatchError: the arrays are not those of the architecture.
     """
     folder = absolute_path(folder)
-    metadata, tokenizer, info = read_description(folder)
-    arch = _architecture(metadata, folder)
+    described = read_description(folder)
+    return load_described_value(
+        folder, *described, param_dtype=param_dtype, mesh=mesh, sharding_rules=sharding_rules
+    )
+
+
+def load_described_value(
+    folder: epath.PathLike,
+    metadata: ValueMetadata,
+    tokenizer: PreTrainedTokenizerBase,
+    info: TokenizerInfo,
+    *,
+    param_dtype: DTypeLike,
+    mesh: Mesh | None,
+    sharding_rules: ShardingRules,
+) -> ValueNetwork:
+    """Read the arrays of a value folder of which all else has been read and checked.
+
+    Args:
+        folder: the value folder.
+        metadata: of `read_description`, like the next two.
+        tokenizer: its tokenizer.
+        info: what identifies the tokenizer.
+        param_dtype: as `load_value` takes it, like the rest.
+        mesh: where the parameters live, or None.
+        sharding_rules: how they are split over the mesh.
+
+    Returns:
+        The value network.
+
+    Raises:
+        ValueFolderError: it holds no arrays.
+        TreeMismatchError: the arrays are not those of the architecture.
+    """
+    folder = absolute_path(folder)
+    arch = value_architecture(metadata, folder)
     if not (folder / PARAMS_FOLDER).exists():
         raise ValueFolderError(
             f"{folder} holds no arrays: it only describes a run; its value network is in "
@@ -212,7 +246,7 @@ def read_description(
     recorded = TokenizerInfo.from_json(metadata.tokenizer)
     tokenizer = load_value_tokenizer(folder)
     found = describe_tokenizer(tokenizer)
-    _check_tokenizer(found, metadata, _architecture(metadata, folder), f"{folder}/tokenizer")
+    _check_tokenizer(found, metadata, value_architecture(metadata, folder), f"{folder}/tokenizer")
     info = dataclasses.replace(found, eos_ids=recorded.eos_ids, pad_id=recorded.pad_id)
     return metadata, tokenizer, info
 
@@ -304,11 +338,16 @@ def _canonical(params: Params, arch: Architecture) -> dict[str, Any]:
     return stored
 
 
-def _architecture(metadata: ValueMetadata, folder: epath.Path) -> Architecture:
+def value_architecture(metadata: ValueMetadata, folder: epath.PathLike) -> Architecture:
+    """The architecture of a value network.
+
+    Raises:
+        ValueFolderError: its `ivl.json` describes none that is known.
+    """
     try:
         return architecture_from_json(metadata.architecture)
     except ValueError as error:
-        raise ValueFolderError(f"{folder / METADATA_NAME}: architecture: {error}") from error
+        raise ValueFolderError(f"{folder}/{METADATA_NAME}: architecture: {error}") from error
 
 
 def _check_tokenizer(

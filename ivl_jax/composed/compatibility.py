@@ -6,42 +6,67 @@ A draft, which proposes tokens for a base, is checked here too.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from etils import epath
 
 from ivl_jax.checkpoint.value_folder import TOKENIZER_FOLDER
+from ivl_jax.composed.sources import ModelSource
 from ivl_jax.composition import ConnectionScheme
-from ivl_jax.tokenizer import TokenizerInfo, TokenizerMismatchError, check_compatible
+from ivl_jax.tokenizer import TokenizerMismatchError, check_compatible
 from ivl_jax.vocabulary.mapping import (
     BUILD_COMMAND,
-    DescribedMap,
     VocabularyMapError,
     check_vocabulary_map,
 )
 
 
-class Side(NamedTuple):
-    """One of the two networks, as the checks need to know it."""
+@dataclass(frozen=True, eq=False)
+class ComposedSources:
+    """Models that fit each other, before their weights: what every composed model begins with.
 
-    name: str
-    """What messages call it."""
-    path: str
-    """Its folder; empty where it was made in memory."""
-    info: TokenizerInfo
-    """What identifies its tokenizer."""
+    Attributes:
+        base: The base.
+        values: The value networks.
+        draft: A base that proposes tokens, or None.
+        unknown_ids: For each value network, base ids that mean something else to it.
+        draft_unknown_ids: The same for the draft.
+    """
+
+    base: ModelSource
+    values: tuple[ModelSource, ...]
+    draft: ModelSource | None
+    unknown_ids: tuple[tuple[int, ...], ...]
+    draft_unknown_ids: tuple[int, ...] = ()
 
 
-def check_fit(
-    base: Side, value: Side, *, scheme: ConnectionScheme, described_map: DescribedMap | None
-) -> tuple[int, ...]:
+def check_sources(
+    base: ModelSource, values: Sequence[ModelSource], *, draft: ModelSource | None = None
+) -> ComposedSources:
+    """Check tokenizers, vocabulary maps and connection schemes against each other.
+
+    Args:
+        base: the base.
+        values: the value networks.
+        draft: a base that is to propose tokens, or None.
+
+    Returns:
+        The models, with what each value network does not know of the base's tokens.
+
+    Raises:
+        ValueError: as `check_fit` and `check_draft_fit`.
+    """
+    unknown = tuple(check_fit(base, value) for value in values)
+    draft_unknown = () if draft is None else check_draft_fit(base, draft, values)
+    return ComposedSources(base, tuple(values), draft, unknown, draft_unknown)
+
+
+def check_fit(base: ModelSource, value: ModelSource) -> tuple[int, ...]:
     """Check that a value network can be added to a base.
 
     Args:
         base: the base.
-        value: the value network.
-        scheme: its connection scheme.
-        described_map: the map between their vocabularies; None where they share one.
+        value: the value network, with its connection scheme and its vocabulary map, if it has one.
 
     Returns:
         Base ids that mean something else to the value network, or nothing; none with a map.
@@ -50,8 +75,11 @@ def check_fit(
         TokenizerMismatchError: without a map, the two vocabularies disagree; the message gives the
             command that builds one.
         VocabularyMapError: the map was built for other tokenizers.
-        ValueError: a scheme that reads the base's logits, across vocabularies.
+        ValueError: a scheme that reads the base's logits or hidden states, across vocabularies or
+            from a base of another width.
     """
+    described_map, scheme = value.described_map, value.scheme
+    _check_width(base, value)
     if described_map is None:
         return _unknown_ids(base, value)
     check_vocabulary_map(
@@ -65,29 +93,29 @@ def check_fit(
     if described_map.metadata.value_vocab_size > value.info.vocab_size:
         raise VocabularyMapError(
             f"the vocabulary map {described_map.path} points at value ids up to "
-            f"{described_map.metadata.value_vocab_size - 1}, but {value.name} has only "
+            f"{described_map.metadata.value_vocab_size - 1}, but {value.label} has only "
             f"{value.info.vocab_size}: its tokenizer lacks appended tokens that the map knows; "
             f"build the map again: {_build_command(base, value)}"
         )
     if scheme.reads_base:
         raise ValueError(
-            f"{value.name} reads base logits (connection {scheme.name}) over its own vocabulary of "
-            f"{value.info.vocab_size} ids, and a vocabulary map cannot give it those of "
-            f"{base.name} ({base.info.vocab_size} ids): across vocabularies only the residual "
+            f"{value.label} reads {_reads(scheme)} (connection {scheme.name}) over its own "
+            f"vocabulary of {value.info.vocab_size} ids, and a vocabulary map cannot give it those "
+            f"of {base.label} ({base.info.vocab_size} ids): across vocabularies only the residual "
             "scheme is defined; train the value network with it, or use a base of its own family"
         )
     return ()
 
 
 def check_draft_fit(
-    base: Side, draft: Side, values: Sequence[tuple[str, ConnectionScheme, DescribedMap | None]]
+    base: ModelSource, draft: ModelSource, values: Sequence[ModelSource]
 ) -> tuple[int, ...]:
     """Check that a model can propose tokens for a base under its value networks.
 
     Args:
         base: the base.
         draft: the model that proposes.
-        values: name, connection scheme and vocabulary map (or None) of each value network.
+        values: the value networks.
 
     Returns:
         Base ids that mean something else to the draft; it never proposes those beyond its own.
@@ -96,28 +124,29 @@ def check_draft_fit(
         TokenizerMismatchError: base and draft disagree on tokens both have.
         ValueError: a value network reads base logits, or has its own vocabulary.
     """
-    for name, scheme, described_map in values:
+    for value in values:
+        scheme, described_map = value.scheme, value.described_map
         if scheme.reads_base:
             raise ValueError(
-                f"{name} reads base logits (connection {scheme.name}): what it says under the "
-                f"draft {draft.path} is not what it says under the base {base.path}, and only "
-                "value networks that read no more than the text (residual) can be drafted for; "
-                "leave the draft out, or train a residual one"
+                f"{value.label} reads {_reads(scheme)} (connection {scheme.name}): what it says "
+                f"under the draft {draft.path} is not what it says under the base {base.path}, and "
+                "only value networks that read no more than the text (residual) can be drafted "
+                "for; leave the draft out, or train a residual one"
             )
         if described_map is not None:
             raise ValueError(
-                f"{name} has its own vocabulary (the map {described_map.path}) and is read token "
-                f"by token on the host: the draft {draft.path} cannot propose for it; leave the "
-                "draft out"
+                f"{value.label} has its own vocabulary (the map {described_map.path}) and is read "
+                f"token by token on the host: the draft {draft.path} cannot propose for it; leave "
+                "the draft out"
             )
     try:
         return check_compatible(
-            base.info, draft.info, base_name=base.path, value_name=draft.name
+            base.info, draft.info, base_name=base.path, value_name=draft.label
         ).ids
     except TokenizerMismatchError as error:
         raise TokenizerMismatchError(
             f"the draft {draft.path} ({_identity(draft)}) does not have the tokenizer of "
-            f"{base.name} ({_identity(base)}), so it cannot propose tokens for it: name a smaller "
+            f"{base.label} ({_identity(base)}), so it cannot propose tokens for it: name a smaller "
             "model of the base's own family"
         ) from error
 
@@ -129,10 +158,27 @@ def tokenizer_folder(value_path: str) -> str:
     return str(inside if not value_path or inside.exists() else folder)
 
 
-def _unknown_ids(base: Side, value: Side) -> tuple[int, ...]:
+def _reads(scheme: ConnectionScheme) -> str:
+    return "base logits" if scheme.reads_base_logits else "the base's hidden states"
+
+
+def _check_width(base: ModelSource, value: ModelSource) -> None:
+    """A value network that reads hidden states reads those of one width only."""
+    if not value.scheme.reads_base_hidden:
+        return
+    expected, found = value.decoder.base_hidden_size, base.decoder.hidden_size
+    if expected != found:
+        raise ValueError(
+            f"{value.label} reads the base's final hidden states (connection {value.scheme.name}) "
+            f"of width {expected}, and those of {base.label} have width {found}: use a base of "
+            "that width, or train a value network with a scheme that reads text (residual)"
+        )
+
+
+def _unknown_ids(base: ModelSource, value: ModelSource) -> tuple[int, ...]:
     try:
         return check_compatible(
-            base.info, value.info, base_name=base.path, value_name=value.name
+            base.info, value.info, base_name=base.path, value_name=value.label
         ).ids
     except TokenizerMismatchError as error:
         raise TokenizerMismatchError(
@@ -141,11 +187,11 @@ def _unknown_ids(base: Side, value: Side) -> tuple[int, ...]:
         ) from error
 
 
-def _identity(side: Side) -> str:
+def _identity(side: ModelSource) -> str:
     return f"{side.info.vocab_size} ids, fingerprint {side.info.fingerprint[:12]}"
 
 
-def _build_command(base: Side, value: Side) -> str:
+def _build_command(base: ModelSource, value: ModelSource) -> str:
     return BUILD_COMMAND.format(
         base=base.path, value=tokenizer_folder(value.path), output="MAP.safetensors"
     )

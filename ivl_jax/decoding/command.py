@@ -18,6 +18,8 @@ from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ivl_jax.composed.compatibility import ComposedSources, check_sources
+from ivl_jax.composed.sources import read_language_model, read_values
 from ivl_jax.config import ConfigError, InferConfig, check_infer_config
 from ivl_jax.data.formats import Message
 from ivl_jax.decoding.loading import decoding_mesh, load_composed
@@ -28,11 +30,9 @@ from ivl_jax.decoding.prompt_files import (
     folder_fingerprint,
     read_prompts,
 )
-from ivl_jax.decoding.prompts import Prompt, PromptReader
+from ivl_jax.decoding.prompts import Prompt, PromptReader, make_prompt_reader
 from ivl_jax.decoding.requests import EncodedPrompt, GenerationOptions, PromptTooLongError
-from ivl_jax.decoding.value_sources import ValueSource, check_sources, find_values, read_base
 from ivl_jax.profiling import StepProfile
-from ivl_jax.weights.language_model import find_model
 
 logger = logging.getLogger(__name__)
 
@@ -91,22 +91,20 @@ def prepare(config: InferConfig) -> Work | None:
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     mesh = decoding_mesh(config.mesh)
-    base_folder = find_model(config.base)
-    sources = find_values(config.value, config.map)
-    draft_folder = find_model(config.draft) if config.draft else None
-    draft = draft_folder and read_base(config.draft, draft_folder, role="the draft")
-    reader = check_sources(read_base(config.base, base_folder), sources, draft=draft)
-    prompts = _encode(config, rows, reader)
+    base = read_language_model(config.base, role="the base")
+    networks = read_values(config.value, config.map)
+    draft = read_language_model(config.draft, role="the draft") if config.draft else None
+    sources = check_sources(base, networks, draft=draft)
+    prompts = _encode(config, rows, make_prompt_reader(sources))
     output = None
     if config.output is not None:
-        settings = _settings(config, base_folder, draft_folder, sources)
+        settings = _settings(config, sources)
         output = GenerationFile(Path(config.output), settings=settings, rows=rows)
         if output.done == len(rows):
             output.close()
             logger.info("all %d prompts are done already", len(rows))
             return None
     model = load_composed(
-        config.base,
         sources,
         strengths=config.strength,
         dtype=config.dtype,
@@ -114,7 +112,6 @@ def prepare(config: InferConfig) -> Work | None:
         base_layout=config.base_layout,
         value_layout=config.value_layout,
         int8_base=config.int8_base,
-        draft=config.draft,
         draft_length=config.draft_length,
     )
     return Work(config, model, prompts, output)
@@ -157,18 +154,14 @@ def _options(config: InferConfig) -> GenerationOptions:
     return GenerationOptions(**flags)
 
 
-def _settings(
-    config: InferConfig,
-    base_folder: Path,
-    draft_folder: Path | None,
-    sources: Sequence[ValueSource],
-) -> dict[str, Any]:
+def _settings(config: InferConfig, sources: ComposedSources) -> dict[str, Any]:
     """What decides the texts of an output file."""
     flags = dataclasses.asdict(config)
     settings = {name: value for name, value in flags.items() if name not in _FREE_FLAGS}
-    settings["base_fingerprint"] = folder_fingerprint(base_folder)
-    settings["draft_fingerprint"] = draft_folder and folder_fingerprint(draft_folder)
-    settings["value_fingerprints"] = [folder_fingerprint(source.folder) for source in sources]
+    draft, values = sources.draft, sources.values
+    settings["base_fingerprint"] = folder_fingerprint(sources.base.folder)
+    settings["draft_fingerprint"] = draft and folder_fingerprint(draft.folder)
+    settings["value_fingerprints"] = [folder_fingerprint(value.folder) for value in values]
     settings["map_fingerprints"] = [
         hashlib.sha256(epath.Path(path).read_bytes()).hexdigest()
         for path in config.map

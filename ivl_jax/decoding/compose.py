@@ -14,7 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from ivl_jax.checkpoint import ValueNetwork
-from ivl_jax.composed.compatibility import check_draft_fit, check_fit
+from ivl_jax.composed.compatibility import ComposedSources, check_sources
 from ivl_jax.composed.kernel_form import lay_out_network, output_rows
 from ivl_jax.composed.network import (
     ComposedParams,
@@ -24,10 +24,10 @@ from ivl_jax.composed.network import (
     Network,
     ValueArrays,
 )
-from ivl_jax.composition import SCHEMES, ConnectionScheme
+from ivl_jax.composed.sources import NO_SCHEMES, ModelSource, Schemes, source_of
 from ivl_jax.decoding.device.programs import build_programs
 from ivl_jax.decoding.model import ComposedModel
-from ivl_jax.decoding.prompts import make_prompt_reader, text_side
+from ivl_jax.decoding.prompts import make_prompt_reader
 from ivl_jax.model.decoder import Params
 from ivl_jax.sharding import DEFAULT_RULES, ShardingRules
 from ivl_jax.text_codec import spoken_bytes
@@ -46,6 +46,7 @@ def compose(
     *values: ValueNetwork | LanguageModel,
     strengths: Sequence[float] = (),
     maps: Sequence[epath.PathLike | DescribedMap | None] = (),
+    schemes: Schemes = NO_SCHEMES,
     mesh: Mesh | None = None,
     base_rules: ShardingRules = DEFAULT_RULES,
     value_rules: ShardingRules = DEFAULT_RULES,
@@ -62,6 +63,8 @@ def compose(
         strengths: α of each value network; empty: 1 each.
         maps: for each value network, the vocabulary map between the base's tokenizer and its own,
             as a file or read already; None for those that share the base's. Empty: all do.
+        schemes: connection schemes of your own that value folders name, by the name they have
+            there.
         mesh: devices to decode on; None: the device where the parameters are. Parameters that do
             not lie as the rules say are moved there.
         base_rules: the base's layout on the mesh.
@@ -83,38 +86,83 @@ def compose(
             network with a map reads base logits (only the residual scheme reads no more than text);
             or a draft beside a value network that reads base logits or has a map.
     """
-    for what, given in (("strengths", strengths), ("maps", maps)):
-        if given and len(given) != len(values):
-            raise ValueError(f"{len(given)} {what} for {len(values)} value network(s)")
-    base_side = text_side(base, f"the base {base.path}")
-    sides = [text_side(value, _value_name(value, index)) for index, value in enumerate(values)]
+    if maps and len(maps) != len(values):
+        raise ValueError(f"{len(maps)} maps for {len(values)} value network(s)")
     described = [_described(given) for given in maps] or [None] * len(values)
-    schemes = [scheme_of(value) for value in values]
-    unknown = [
-        check_fit(base_side.side, each.side, scheme=scheme, described_map=one_map)
-        for each, scheme, one_map in zip(sides, schemes, described, strict=True)
-    ]
-    draft_side, draft_unknown = None, ()
-    if draft is not None:
-        draft_side = text_side(draft, f"the draft {draft.path}")
-        names = [each.side.name for each in sides]
-        facts = list(zip(names, schemes, described, strict=True))
-        draft_unknown = check_draft_fit(base_side.side, draft_side.side, facts)
+    sources = check_sources(
+        source_of(base, f"the base {base.path}"),
+        [
+            source_of(value, _value_label(value, index), described_map=one_map, schemes=schemes)
+            for index, (value, one_map) in enumerate(zip(values, described, strict=True))
+        ],
+        draft=None if draft is None else source_of(draft, f"the draft {draft.path}"),
+    )
+    return compose_loaded(
+        sources,
+        base,
+        values,
+        draft,
+        strengths=strengths,
+        mesh=mesh,
+        base_rules=base_rules,
+        value_rules=value_rules,
+        draft_length=draft_length,
+        int8_base=int8_base,
+    )
+
+
+def compose_loaded(
+    sources: ComposedSources,
+    base: LanguageModel,
+    values: Sequence[ValueNetwork | LanguageModel],
+    draft: LanguageModel | None,
+    *,
+    strengths: Sequence[float],
+    mesh: Mesh | None,
+    base_rules: ShardingRules,
+    value_rules: ShardingRules,
+    draft_length: int,
+    int8_base: bool,
+) -> ComposedModel:
+    """Put loaded value networks on a loaded base; they have been checked against each other.
+
+    Args:
+        sources: the models before their weights.
+        base: the base, loaded.
+        values: the value networks, loaded, in the order of the sources.
+        draft: the draft, loaded, or None.
+        strengths: as `compose` takes them, like the rest.
+        mesh: devices to decode on.
+        base_rules: the base's layout on the mesh.
+        value_rules: the value networks' layout on the mesh.
+        draft_length: tokens that the draft proposes at a time.
+        int8_base: round the base's kernels to int8.
+
+    Returns:
+        A model that generates.
+
+    Raises:
+        ValueError: as many strengths as value networks, or none, are needed.
+    """
+    if strengths and len(strengths) != len(values):
+        raise ValueError(f"{len(strengths)} strengths for {len(values)} value network(s)")
     layout = None if mesh is None else Layout(mesh, base_rules)
     value_layout = None if mesh is None else Layout(mesh, value_rules)
-    base_network, base_params = _network(base, None, layout, int8=int8_base)
-    laid_out = [
-        _network(value, scheme, value_layout, one_map)
-        for value, scheme, one_map in zip(values, schemes, described, strict=True)
+    base_network, base_params = _network(base, sources.base, layout, int8=int8_base)
+    arranged = [
+        _value_network(value, source, value_layout)
+        for value, source in zip(values, sources.values, strict=True)
     ]
     # As small as the values, and read as often: it lies where they do.
     draft_network, draft_arrays = None, None
     if draft is not None:
-        draft_network, draft_params = _network(draft, None, value_layout)
-        draft_arrays = DraftArrays(draft_params, jnp.asarray(draft_unknown, jnp.int32))
+        assert sources.draft is not None
+        draft_network, draft_params = _network(draft, sources.draft, value_layout)
+        unknown = jnp.asarray(sources.draft_unknown_ids, jnp.int32)
+        draft_arrays = DraftArrays(draft_params, unknown)
     composition = Composition(
         base_network,
-        tuple(network for network, _ in laid_out),
+        tuple(network for network, _ in arranged),
         draft_network,
         draft_length if draft is not None else 0,
     )
@@ -126,20 +174,22 @@ def compose(
                 ValueArrays(
                     params,
                     jnp.asarray(ids, jnp.int32),
-                    None if one_map is None else one_map.vocabulary_map,
+                    source.described_map and source.described_map.vocabulary_map,
                 )
-                for (_, params), ids, one_map in zip(laid_out, unknown, described, strict=True)
+                for (_, params), ids, source in zip(
+                    arranged, sources.unknown_ids, sources.values, strict=True
+                )
             ),
             draft_arrays,
         ),
         programs=build_programs(composition),
         strengths=tuple(float(alpha) for alpha in strengths) or (1.0,) * len(values),
-        prompts=make_prompt_reader(base_side, sides, described, draft=draft_side),
+        prompts=make_prompt_reader(sources),
         # The arrays they came with are theirs no longer: kept, every weight would be held twice.
         base=dataclasses.replace(base, params=base_params),
         values=tuple(
             dataclasses.replace(value, params=params)
-            for value, (_, params) in zip(values, laid_out, strict=True)
+            for value, (_, params) in zip(values, arranged, strict=True)
         ),
         token_bytes=spoken_bytes(base.tokenizer, base.tokenizer_info),
         strips_leading_space=_strips_leading_space(base.tokenizer, base.tokenizer_info),
@@ -148,29 +198,40 @@ def compose(
 
 def _network(
     model: LanguageModel | ValueNetwork,
-    scheme: ConnectionScheme | None,
+    source: ModelSource,
     layout: Layout | None,
-    described_map: DescribedMap | None = None,
     *,
     int8: bool = False,
 ) -> tuple[Network, Params]:
-    """A network's static half, and its parameters as they lie for decoding."""
-    info = model.tokenizer_info
+    """A network's static half, and its parameters as they are held for decoding."""
+    info = source.info
     graphdef, params = lay_out_network(model.params, model.arch, layout, int8=int8)
-    # A value reads its unknown token where the text has one it never saw, else a text's beginning.
+    # Where a text has a token that a network never saw, it reads its unknown token, or else a
+    # token that begins or ends texts.
     readable = (info.unk_id, info.bos_id, *info.eos_ids, 0)
     network = Network(
         graphdef=graphdef,
         arch=model.arch,
         vocab_size=min(info.vocab_size, output_rows(model.params)),
         cache_dtype=str(jax.tree.leaves(params)[0].dtype),
-        scheme=scheme,
         replacement_id=next(i for i in readable if i is not None),
         layout=layout,
+    )
+    return network, params
+
+
+def _value_network(
+    value: LanguageModel | ValueNetwork, source: ModelSource, layout: Layout | None
+) -> tuple[Network, Params]:
+    network, params = _network(value, source, layout)
+    described_map = source.described_map
+    connected = dataclasses.replace(
+        network,
+        scheme=source.scheme,
         mapped=described_map is not None,
         centred=described_map is not None and described_map.metadata.centred,
     )
-    return network, params
+    return connected, params
 
 
 def _described(given: epath.PathLike | DescribedMap | None) -> DescribedMap | None:
@@ -179,12 +240,7 @@ def _described(given: epath.PathLike | DescribedMap | None) -> DescribedMap | No
     return read_map(given)
 
 
-def scheme_of(value: ValueNetwork | LanguageModel) -> ConnectionScheme:
-    """A language model reads the text, like a value network of the residual scheme."""
-    return SCHEMES["residual" if isinstance(value, LanguageModel) else value.connection]
-
-
-def _value_name(value: ValueNetwork | LanguageModel, index: int) -> str:
+def _value_label(value: ValueNetwork | LanguageModel, index: int) -> str:
     if isinstance(value, LanguageModel):
         return f"value network {index + 1} (the language model {value.path})"
     trained_on = value.metadata.training_base.get("name", "an unnamed base")

@@ -1,6 +1,6 @@
 """From checked names to a composed model: every command line that decodes loads it here.
 
-In: the base's name, value sources, where arrays live. Out: a `ComposedModel`.
+In: checked sources, and where arrays live. Out: a `ComposedModel`.
 """
 
 import dataclasses
@@ -8,18 +8,21 @@ import gc
 import logging
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ivl_jax.composed.kernel_form import loading_form
+from ivl_jax.checkpoint import ValueNetwork
+from ivl_jax.composed.compatibility import ComposedSources
+from ivl_jax.composed.kernel_form import lay_out_network, loading_form
+from ivl_jax.composed.sources import ModelSource
 from ivl_jax.config import LayoutName, MeshConfig
-from ivl_jax.decoding.compose import compose
+from ivl_jax.decoding.compose import compose_loaded
 from ivl_jax.decoding.model import ComposedModel
-from ivl_jax.decoding.value_sources import ValueSource, load_source
-from ivl_jax.sharding import LAYOUTS, make_mesh
-from ivl_jax.weights.language_model import load_language_model
+from ivl_jax.sharding import LAYOUTS, ShardingRules, make_mesh
+from ivl_jax.weights.language_model import LanguageModel
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +50,7 @@ def spare_the_collector() -> None:
 
 
 def load_composed(
-    base: str,
-    sources: Sequence[ValueSource],
+    sources: ComposedSources,
     *,
     strengths: Sequence[float],
     dtype: str,
@@ -56,22 +58,19 @@ def load_composed(
     base_layout: LayoutName,
     value_layout: LayoutName,
     int8_base: bool,
-    draft: str = "",
     draft_length: int = 0,
 ) -> ComposedModel:
     """Load base, value networks and draft, and compose them.
 
     Args:
-        base: folder or hub id.
-        sources: the value networks, checked against the base.
+        sources: the models, checked against each other.
         strengths: as `compose` takes them, like `int8_base` and `draft_length`.
         dtype: of parameters and computation.
         mesh: of `decoding_mesh`.
         base_layout: how the base's parameters are split on it.
         value_layout: how the value networks' and the draft's are.
         int8_base: round the base's kernels to int8.
-        draft: folder or hub id of a base that proposes tokens; empty: none.
-        draft_length: tokens it proposes at a time.
+        draft_length: tokens that the draft proposes at a time.
 
     Returns:
         The composed model.
@@ -83,37 +82,40 @@ def load_composed(
     base_rules, value_rules = LAYOUTS[base_layout], LAYOUTS[value_layout]
     start = time.perf_counter()
     spare_the_collector()
-    # The values first: they are small, and a damaged one is found before the base is read.
-    values = [
-        load_source(source, dtype=param_dtype, mesh=mesh, rules=value_rules) for source in sources
-    ]
-    base_model = load_language_model(
-        base,
-        param_dtype=param_dtype,
-        form=loading_form(mesh, int8=int8_base),
-        mesh=mesh,
-        sharding_rules=base_rules,
-    )
-    draft_model = None
-    if draft:
-        draft_model = load_language_model(
-            draft,
+
+    def load(source: ModelSource, rules: ShardingRules, *, int8: bool = False) -> Any:
+        return source.load(
             param_dtype=param_dtype,
-            form=loading_form(mesh),
+            form=loading_form(mesh, int8=int8),
             mesh=mesh,
-            sharding_rules=value_rules,
+            sharding_rules=rules,
         )
-    names = " and ".join([base, *(source.path for source in sources), *([draft] if draft else [])])
+
+    # The values first: they are small, and a damaged one is found before the base is read.
+    values = [_in_decoding_form(load(source, value_rules), mesh) for source in sources.values]
+    base = load(sources.base, base_rules, int8=int8_base)
+    draft = sources.draft and load(sources.draft, value_rules)
+    every = [sources.base, *sources.values, *([sources.draft] if sources.draft else [])]
+    names = " and ".join(source.path for source in every)
     logger.info("loaded %s in %.1f s", names, time.perf_counter() - start)
-    return compose(
-        base_model,
-        *values,
+    return compose_loaded(
+        sources,
+        base,
+        values,
+        draft,
         strengths=strengths,
-        maps=[source.described_map for source in sources],
         mesh=mesh,
         base_rules=base_rules,
         value_rules=value_rules,
-        int8_base=int8_base,
-        draft=draft_model,
         draft_length=draft_length,
+        int8_base=int8_base,
     )
+
+
+def _in_decoding_form(
+    value: LanguageModel | ValueNetwork, mesh: Mesh | None
+) -> LanguageModel | ValueNetwork:
+    """One value network at a time is held in both forms, not all of them."""
+    if mesh is not None or isinstance(value, LanguageModel):
+        return value
+    return dataclasses.replace(value, params=lay_out_network(value.params, value.arch, None)[1])

@@ -1,70 +1,28 @@
 """How prompts become tokens for a base under value networks; no weight is needed for it.
 
-In: the text sides of all networks. Out: `EncodedPrompt`s that have passed every check.
+In: the models of a composition, before their weights. Out: `EncodedPrompt`s that have passed every
+check.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
-from ivl_jax.checkpoint import ValueNetwork
-from ivl_jax.composed.compatibility import Side
+from ivl_jax.composed.compatibility import ComposedSources
+from ivl_jax.composed.sources import ModelSource
 from ivl_jax.data.chat import ChatFormat, make_chat_format
 from ivl_jax.data.formats import Message
 from ivl_jax.decoding.own_vocabulary import OwnVocabulary, base_chat_format, make_own_vocabulary
 from ivl_jax.decoding.requests import EncodedPrompt, GenerationOptions, PromptTooLongError
 from ivl_jax.text_codec import TextCodec
-from ivl_jax.vocabulary.mapping import DescribedMap
-from ivl_jax.weights.language_model import LanguageModel
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-else:
-    PreTrainedTokenizerBase = Any
 
 Prompt = str | Sequence[int] | Sequence[Message]
 """A text, token ids, or a dialogue whose last message is the user's."""
 
 GREEDY = GenerationOptions()
 _MOST_PROBLEMS_NAMED = 20
-
-
-@dataclass(frozen=True, eq=False)
-class TextSide:
-    """What of a network concerns texts.
-
-    Attributes:
-        side: Its name, folder and tokenizer, as the checks know them.
-        load_tokenizer: Gives the tokenizer.
-        chat_template: A named format, `auto` or a template's text.
-        stop_ids: Ids of its own that end a text.
-        context: Tokens it reads at most.
-    """
-
-    side: Side
-    load_tokenizer: Callable[[], PreTrainedTokenizerBase] = field(repr=False)
-    chat_template: str
-    stop_ids: tuple[int, ...]
-    context: int
-
-    @functools.cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, loaded when first asked for."""
-        return self.load_tokenizer()
-
-
-def text_side(model: LanguageModel | ValueNetwork, name: str) -> TextSide:
-    """Describe the text side of a loaded network; messages call it `name`."""
-    tokenizer = model.tokenizer  # not the model, whose arrays would be kept
-    return TextSide(
-        Side(name, model.path, model.tokenizer_info),
-        lambda: tokenizer,
-        model.chat_template if isinstance(model, ValueNetwork) else "auto",
-        model.stop_ids,
-        model.arch.max_position_embeddings,
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +38,8 @@ class PromptReader:
             those that share the base's.
     """
 
-    base: TextSide
-    values: tuple[TextSide, ...]
+    base: ModelSource
+    values: tuple[ModelSource, ...]
     context: int
     context_of: str
     own_vocabularies: tuple[OwnVocabulary | None, ...]
@@ -115,10 +73,10 @@ class PromptReader:
             token_ids = [int(token_id) for token_id in cast(Sequence[int], prompt)]
         if token_ids:
             return token_ids
-        bos_id = self.base.side.info.bos_id
+        bos_id = self.base.info.bos_id
         if not isinstance(prompt, str) or bos_id is None:
             raise ValueError(
-                f"{prompt!r} has no tokens, and the tokenizer of {self.base.side.path} has "
+                f"{prompt!r} has no tokens, and the tokenizer of {self.base.path} has "
                 f"{'no' if bos_id is None else 'a'} beginning-of-sequence token: give some text"
             )
         return [bos_id]
@@ -158,7 +116,7 @@ class PromptReader:
 
     def _check(self, prompt: EncodedPrompt) -> None:
         """Raise unless this prompt can be decoded."""
-        length, known = len(prompt.token_ids), self.base.side.info.vocab_size
+        length, known = len(prompt.token_ids), self.base.info.vocab_size
         if length > self.context:
             raise PromptTooLongError(
                 f"{length} tokens are {length - self.context} more than the context of "
@@ -179,46 +137,34 @@ class PromptReader:
             raise ValueError(f"{len(strengths)} strengths for {len(self.values)} value network(s)")
 
 
-def make_prompt_reader(
-    base: TextSide,
-    values: Sequence[TextSide],
-    maps: Sequence[DescribedMap | None],
-    *,
-    draft: TextSide | None = None,
-) -> PromptReader:
-    """Put the text sides of a composition together; they have been checked against each other.
+def make_prompt_reader(sources: ComposedSources) -> PromptReader:
+    """Make the reader of a composition.
 
     Args:
-        base: the base.
-        values: the value networks.
-        maps: for each of them the map from the base's vocabulary; None where they share it.
-        draft: a base that proposes tokens, or None.
+        sources: its models, checked against each other.
 
     Returns:
         The reader.
     """
+    base, values = sources.base, sources.values
     own: list[OwnVocabulary | None] = [None] * len(values)
-    if any(maps):
-        base_codec = TextCodec(base.tokenizer, base.side.info)
-        own = [
-            None if one_map is None else _own_vocabulary(base_codec, value, one_map)
-            for value, one_map in zip(values, maps, strict=True)
-        ]
-    bounding = [base, *(v for v, one_map in zip(values, maps, strict=True) if one_map is None)]
-    if draft is not None:
-        bounding.append(draft)
+    if any(value.described_map for value in values):
+        base_codec = TextCodec(base.tokenizer, base.info)
+        own = [value.described_map and _own_vocabulary(base_codec, value) for value in values]
+    bounding = [base, *(value for value in values if value.described_map is None)]
+    if sources.draft is not None:
+        bounding.append(sources.draft)
     smallest = min(bounding, key=lambda each: each.context)
-    return PromptReader(base, tuple(values), smallest.context, smallest.side.name, tuple(own))
+    return PromptReader(base, values, smallest.context, smallest.label, tuple(own))
 
 
-def _own_vocabulary(
-    base_codec: TextCodec, value: TextSide, described_map: DescribedMap
-) -> OwnVocabulary:
+def _own_vocabulary(base_codec: TextCodec, value: ModelSource) -> OwnVocabulary:
+    assert value.described_map is not None
     return make_own_vocabulary(
         base_codec,
-        TextCodec(value.tokenizer, value.side.info),
-        described_map.metadata.special_pairs,
-        name=value.side.name,
+        TextCodec(value.tokenizer, value.info),
+        value.described_map.metadata.special_pairs,
+        name=value.label,
         context=value.context,
         tokenizer=value.tokenizer,
         chat_template=value.chat_template,

@@ -6,20 +6,19 @@ are written in several runs; then a `ComposedModel`.
 
 import hashlib
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from etils import epath
 from jax.sharding import Mesh
 
+from ivl_jax.composed.compatibility import ComposedSources, check_sources
+from ivl_jax.composed.sources import read_language_model, read_values
 from ivl_jax.data.chat import ChatFormat, make_chat_format
 from ivl_jax.decoding.loading import decoding_mesh, load_composed
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.decoding.prompt_files import folder_fingerprint
-from ivl_jax.decoding.prompts import PromptReader
-from ivl_jax.decoding.value_sources import ValueSource, check_sources, find_values, read_base
+from ivl_jax.decoding.prompts import PromptReader, make_prompt_reader
 from ivl_jax.evaluation.flags import ModelFlags, check_model_flags, require
-from ivl_jax.weights.language_model import find_model
 
 
 @dataclass(frozen=True)
@@ -28,30 +27,29 @@ class ModelSources:
 
     Attributes:
         flags: What was asked for.
-        base_folder: Where the base is.
-        values: Where the value networks are.
+        models: Base and value networks before their weights, checked against each other.
         prompts: How prompts become tokens for them.
         mesh: Where they will live; None: one device.
     """
 
     flags: ModelFlags
-    base_folder: Path
-    values: tuple[ValueSource, ...]
+    models: ComposedSources
     prompts: PromptReader = field(repr=False)
     mesh: Mesh | None
 
     def to_json(self) -> dict[str, Any]:
         """What decides the figures of a run: folders by name and content, strengths, dtype."""
+        values = self.models.values
         return {
             "base": self.flags.base,
-            "value": [source.path for source in self.values],
-            "strength": list(self.flags.strength or (1.0,) * len(self.values)),
-            "map": [source.described_map and source.described_map.path for source in self.values],
+            "value": [value.path for value in values],
+            "strength": list(self.flags.strength or (1.0,) * len(values)),
+            "map": [value.described_map and value.described_map.path for value in values],
             "chat_template": self.flags.chat_template,
             "dtype": self.flags.dtype,
             "int8_base": self.flags.int8_base,
-            "base_fingerprint": folder_fingerprint(self.base_folder),
-            "value_fingerprints": [folder_fingerprint(source.folder) for source in self.values],
+            "base_fingerprint": folder_fingerprint(self.models.base.folder),
+            "value_fingerprints": [folder_fingerprint(value.folder) for value in values],
             "map_fingerprints": [
                 hashlib.sha256(epath.Path(path).read_bytes()).hexdigest()
                 for path in self.flags.map
@@ -77,11 +75,10 @@ def find_sources(flags: ModelFlags) -> ModelSources:
             mesh that does not fit the devices.
     """
     require(check_model_flags(flags))
-    base_folder = find_model(flags.base)
-    values = tuple(find_values(flags.value, flags.map))
     mesh = decoding_mesh(flags.mesh)
-    prompts = check_sources(read_base(flags.base, base_folder), values)
-    return ModelSources(flags, base_folder, values, prompts, mesh)
+    base = read_language_model(flags.base, role="the base")
+    models = check_sources(base, read_values(flags.value, flags.map))
+    return ModelSources(flags, models, make_prompt_reader(models), mesh)
 
 
 def load_model(sources: ModelSources) -> ComposedModel:
@@ -98,8 +95,7 @@ def load_model(sources: ModelSources) -> ComposedModel:
     """
     flags = sources.flags
     return load_composed(
-        flags.base,
-        sources.values,
+        sources.models,
         strengths=flags.strength,
         dtype=flags.dtype,
         mesh=sources.mesh,

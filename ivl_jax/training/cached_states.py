@@ -73,10 +73,10 @@ def open_cached_splits(
     if not base.config.cache_states:
         return {}
     model = base.model
-    root = epath.Path(config.data.data_dir) / "base_states" / _folder_name(model.name) / data_name
+    root = epath.Path(config.data.data_dir) / "base_states" / _folder_name(model.path) / data_name
     common = {
-        "base weights": weights_fingerprint(model.folder, remembered=root / "weights.json"),
-        "base config": _digest(json.dumps(model.arch.to_hf(), sort_keys=True).encode()),
+        "base weights": weights_fingerprint(model.local_folder, remembered=root / "weights.json"),
+        "base config": _digest(json.dumps(model.decoder.to_hf(), sort_keys=True).encode()),
         "base.param_dtype": base.config.param_dtype,
         "step.compute_dtype": config.step.compute_dtype,
         "tokenizer": model.info.fingerprint,
@@ -89,7 +89,7 @@ def open_cached_splits(
                 root / name,
                 identity=common | {"demonstrations and tokens": tokenized.fingerprint},
                 positions=tokenized.lengths - 1,
-                width=model.arch.hidden_size,
+                width=model.decoder.hidden_size,
                 dtype=config.step.compute_dtype,
             ),
             tokenized,
@@ -137,7 +137,7 @@ def write_cached_states(
             split.states.write(shard, [found[dialogue] for dialogue in sorted(found)])
             progress.advance(task)
     seconds = time.perf_counter() - started
-    logger.info("base %s: states written in %.0f s", base.model.name, seconds)
+    logger.info("base %s: states written in %.0f s", base.model.path, seconds)
 
 
 def weights_fingerprint(folder: Path, *, remembered: epath.Path) -> str:
@@ -175,7 +175,7 @@ def _announce(base: FrozenBase, splits: Sequence[CachedSplit], *, missing: int) 
     logger.info(
         "base %s: final hidden states of %s positions take %s in %s (%.0f%% are there; %s "
         "are free)",
-        base.model.name,
+        base.model.path,
         f"{positions:,}",
         _megabytes(total),
         folder,
@@ -185,7 +185,7 @@ def _announce(base: FrozenBase, splits: Sequence[CachedSplit], *, missing: int) 
     left = round(share * total)
     if left > free:
         raise OSError(
-            f"{folder}: the cached states of {base.model.name} need "
+            f"{folder}: the cached states of {base.model.path} need "
             f"{_megabytes(left)} more, {_megabytes(free)} are free: make room, set "
             "another data.data_dir, or cache_states = false"
         )

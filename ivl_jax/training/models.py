@@ -9,14 +9,13 @@ import functools
 import logging
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, DTypeLike, Key
 
+from ivl_jax.composed.sources import ModelSource, read_language_model
 from ivl_jax.composition import SCHEMES, ConnectionScheme
 from ivl_jax.config import BaseConfig, ConfigError, LayoutName, TrainConfig
 from ivl_jax.devices import device_memory
@@ -27,9 +26,8 @@ from ivl_jax.model.linear_map import LinearMapConfig
 from ivl_jax.model.network import Architecture, abstract_network, init_network
 from ivl_jax.model.projection import AS_TRAINED, KernelForm
 from ivl_jax.sharding import LAYOUTS, padded_vocab_rows, parameter_shardings
-from ivl_jax.tokenizer import TokenizerInfo, check_compatible, describe_tokenizer, load_tokenizer
+from ivl_jax.tokenizer import check_compatible
 from ivl_jax.weights.hf_checkpoint import load_params
-from ivl_jax.weights.language_model import find_model, read_arch
 
 logger = logging.getLogger(__name__)
 
@@ -37,22 +35,10 @@ _BYTES_TRAINED = 16  # a trained parameter: weight, gradient and two moments in 
 
 
 @dataclass(frozen=True)
-class ModelFolder:
-    """A pre-trained model before its weights are read."""
-
-    name: str
-    """As the config says it."""
-    folder: Path
-    arch: ArchConfig
-    tokenizer: Any
-    info: TokenizerInfo
-
-
-@dataclass(frozen=True)
 class FrozenBase:
     """A base that the value network is trained beside, before its weights are read."""
 
-    model: ModelFolder
+    model: ModelSource
     config: BaseConfig
     unknown_ids: tuple[int, ...]
     """Its ids that the value network does not know."""
@@ -62,7 +48,7 @@ class FrozenBase:
 class Models:
     """Which model is trained, beside which bases."""
 
-    trained: ModelFolder
+    trained: ModelSource
     """Whose tokenizer the trained model has, and mostly its architecture and weights."""
     arch: Architecture
     """Of the trained model: that of `trained`, untied where its head is replaced; or a linear map
@@ -129,14 +115,14 @@ def choose_models(config: TrainConfig, mesh: Mesh) -> Models:
         unknown = ()
         if model is not trained:
             unknown = check_compatible(
-                model.info, trained.info, base_name=model.name, value_name=trained.name
+                model.info, trained.info, base_name=model.path, value_name=trained.path
             ).ids
         bases.append(FrozenBase(model, base, unknown))
     return Models(trained=trained, arch=arch, bases=tuple(bases), scheme=scheme)
 
 
-def read_model(path: str, revision: str | None, where: str) -> ModelFolder:
-    """Read what is cheap of a model's folder: architecture and tokenizer.
+def read_model(path: str, revision: str | None, where: str) -> ModelSource:
+    """Read what is cheap of a model: architecture and tokenizer.
 
     Args:
         path: folder or hub id.
@@ -148,18 +134,12 @@ def read_model(path: str, revision: str | None, where: str) -> ModelFolder:
 
     Raises:
         FileNotFoundError: no such folder or hub id.
-        ConfigError: its tokenizer has more ids than its weights have rows.
+        ConfigError: it cannot be used.
     """
-    folder = find_model(path, revision=revision)
-    arch = read_arch(folder)
-    tokenizer = load_tokenizer(folder)
-    info = describe_tokenizer(tokenizer, folder)
-    if info.vocab_size > arch.vocab_size:
-        raise ConfigError(
-            f"{where} = {path}: its tokenizer has {info.vocab_size} ids, its weights only "
-            f"{arch.vocab_size} rows: tokenizer and weights are of different models"
-        )
-    return ModelFolder(path, folder, arch, tokenizer, info)
+    try:
+        return read_language_model(path, revision=revision)
+    except ValueError as error:
+        raise ConfigError(f"{where} = {path}: {error}") from error
 
 
 def place_model(
@@ -228,10 +208,10 @@ def head_only(arch: ArchConfig, place: Placement) -> Placement:
     return Placement(shapes, shardings, unstacked, place.vocab_rows, scan_layers=False)
 
 
-def load_base(base: ModelFolder, config: BaseConfig, place: Placement) -> Params:
+def load_base(base: ModelSource, config: BaseConfig, place: Placement) -> Params:
     """Load the frozen base's parameters onto the mesh, those that the placement has."""
     what = "the base" if "layers" in place.shardings else "the head of the base"
-    logger.info("loading %s %s", what, base.name)
+    logger.info("loading %s %s", what, base.path)
     return _load(base, float_dtype(config), place, form=kernel_form(config))
 
 
@@ -251,13 +231,13 @@ def make_trained_params(
     """
     trained = models.trained
     if config.method == "sft" or config.value.init == "pretrained":
-        logger.info("loading %s, to be trained", trained.name)
+        logger.info("loading %s, to be trained", trained.path)
         return _load(trained, jnp.dtype(jnp.float32), place)
     if config.value.init == "scratch":
         if isinstance(models.arch, LinearMapConfig):
             logger.info("a linear map on base logits, its head zero")
         else:
-            logger.info("random weights in the architecture of %s", trained.name)
+            logger.info("random weights in the architecture of %s", trained.path)
         make = functools.partial(
             init_network,
             models.arch,
@@ -273,14 +253,14 @@ def make_trained_params(
 
 
 def _load(
-    model: ModelFolder, param_dtype: DTypeLike, place: Placement, form: KernelForm = AS_TRAINED
+    model: ModelSource, param_dtype: DTypeLike, place: Placement, form: KernelForm = AS_TRAINED
 ) -> Params:
     shardings = place.unstacked_shardings
     if model.arch.tie_word_embeddings:
         shardings = {name: leaf for name, leaf in shardings.items() if name != "lm_head"}
     params = load_params(
-        model.folder,
-        model.arch,
+        model.local_folder,
+        model.decoder,
         param_dtype=param_dtype,
         form=form,
         vocab_rows=place.vocab_rows,
@@ -322,8 +302,8 @@ def _check_linear_map_fits(arch: LinearMapConfig, layout: LayoutName, mesh: Mesh
         )
 
 
-def _check_context(config: TrainConfig, models: list[ModelFolder]) -> None:
-    contexts = {model.name: model.arch.max_position_embeddings for model in models}
+def _check_context(config: TrainConfig, models: list[ModelSource]) -> None:
+    contexts = {model.path: model.arch.max_position_embeddings for model in models}
     long = [
         f"{name}: {context}"
         for name, context in contexts.items()

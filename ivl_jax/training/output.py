@@ -47,7 +47,7 @@ def value_metadata(config: TrainConfig, prepared: Preparation, *, steps: int) ->
         },
         tokenizer=info.to_json(),
         training_base={
-            "name": " and ".join(base.name for base in bases),
+            "name": " and ".join(base.path for base in bases),
             "fingerprint": bases[0].info.fingerprint,
         },
         chat_template=chat_format.template,

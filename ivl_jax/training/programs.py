@@ -87,7 +87,7 @@ def build_programs(
     for index, base in enumerate(bases):
         base_place = None if base is None else place_base(config, base, mesh)
         if base is not None and base_place is not None and base.config.cache_states:
-            base_place = head_only(base.model.arch, base_place)
+            base_place = head_only(base.model.decoder, base_place)
         base_shardings = None if base_place is None else base_place.shardings
         kind = None if base is None else _kind(base)
         if kind not in compiled:
@@ -121,7 +121,7 @@ def build_programs(
                 figures=loss.figures,
                 mesh=mesh,
             )
-        name = models.trained.name if base is None else base.model.name
+        name = models.trained.path if base is None else base.model.path
         programs.append(BaseProgram(name, base_params, step, evaluation))
     return tuple(programs)
 

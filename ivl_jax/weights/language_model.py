@@ -100,11 +100,65 @@ def load_language_model(
     arch = read_arch(folder)
     tokenizer = load_tokenizer(folder)
     info = describe_tokenizer(tokenizer, folder)
+    check_rows(str(folder), info, arch)
+    return load_described_model(
+        str(path_or_hub_id),
+        folder,
+        arch,
+        tokenizer,
+        info,
+        param_dtype=param_dtype,
+        form=form,
+        mesh=mesh,
+        sharding_rules=sharding_rules,
+    )
+
+
+def check_rows(name: str, info: TokenizerInfo, arch: ArchConfig) -> None:
+    """Check that a model's embedding has a row for each token.
+
+    Raises:
+        ValueError: the tokenizer has more ids.
+    """
     if info.vocab_size > arch.vocab_size:
         raise ValueError(
-            f"{folder}: expected a tokenizer of at most {arch.vocab_size} ids (vocab_size in "
+            f"{name}: expected a tokenizer of at most {arch.vocab_size} ids (vocab_size in "
             f"config.json), got {info.vocab_size}: tokenizer and weights are of different models"
         )
+
+
+def load_described_model(
+    path: str,
+    folder: Path,
+    arch: ArchConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    info: TokenizerInfo,
+    *,
+    param_dtype: DTypeLike,
+    form: KernelForm,
+    mesh: Mesh | None,
+    sharding_rules: ShardingRules,
+) -> LanguageModel:
+    """Read the weights of a model of which all else has been read and checked.
+
+    Args:
+        path: as the user named it.
+        folder: where it is.
+        arch: its architecture.
+        tokenizer: its tokenizer.
+        info: what identifies the tokenizer.
+        param_dtype: as `load_language_model` takes it, like the rest.
+        form: how kernels are stored.
+        mesh: where the parameters live, or None.
+        sharding_rules: how they are split over the mesh.
+
+    Returns:
+        The model.
+
+    Raises:
+        FileNotFoundError: a file of it is missing.
+        ValueError: a tensor is not what it has to be.
+    """
     vocab_rows, shardings = None, None
     if mesh is not None:
         vocab_rows = padded_vocab_rows(arch.vocab_size, mesh, sharding_rules)
@@ -123,7 +177,7 @@ def load_language_model(
         shardings=shardings,
     )
     return LanguageModel(
-        path=str(path_or_hub_id),
+        path=path,
         arch=arch,
         params=params,
         tokenizer=tokenizer,

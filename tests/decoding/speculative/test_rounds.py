@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.decoding.test_acceptance import assert_drawn_from
 
 from ivl_jax.composed.network import DraftArrays
 from ivl_jax.decoding.compose import compose
@@ -23,6 +22,7 @@ from ivl_jax.decoding.speculative.draft_length import (
 from ivl_jax.decoding.streaming import FinishReason
 from ivl_jax.tokenizer import TokenizerMismatchError, describe_tokenizer, load_tokenizer
 from tests.decoding.conftest import make_value
+from tests.decoding.speculative.test_acceptance import assert_drawn_from
 from tests.decoding.tiny import (
     VOCAB,
     assert_is_teacher_forced_arg_max,
