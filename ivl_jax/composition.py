@@ -3,11 +3,12 @@
     z_value = value(emb(x))                         residual
     z_value = value(emb(x) + softmax(z_base) · E)   cascade
     z_value = value(softmax(z_base) · E)            cascade_no_text
+    z_value = value(emb(x) + h_base · P)            hidden (h_base: final hidden states of the base)
     z_value = z_base · A, or z_base · D · A         linear (a baseline: D and A are matrices)
     z       = z_base + Σ_i α_i · M_i(z_value_i)     M_i a vocabulary map; mostly the identity
 
 In: tokens, and what a base computed of them. Out: value logits, composed logits, the penalty; pure.
-Source: arXiv 2410.21027, section 3. The authors add in bfloat16, we in float32.
+Source: arXiv 2410.21027, section 3; `hidden` is ours. The authors add in bfloat16, we in float32.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from ivl_jax.model.decoder import (
     embed_probabilities,
     hidden_states,
     logits_from_hidden,
+    project_base_hidden,
 )
 from ivl_jax.model.kv_cache import KVCache
 from ivl_jax.model.linear_map import linear_map_hidden
@@ -71,6 +73,11 @@ def _text_and_prediction(graphdef: nnx.GraphDef, params: Params, inputs: SchemeI
     return _prediction(graphdef, params, inputs) + _text(graphdef, params, inputs)
 
 
+def _text_and_hidden(graphdef: nnx.GraphDef, params: Params, inputs: SchemeInputs) -> Array:
+    hidden = cast(Array, inputs.base_hidden)
+    return _text(graphdef, params, inputs) + project_base_hidden(graphdef, params, hidden)
+
+
 def _linear_map(graphdef: nnx.GraphDef, params: Params, inputs: SchemeInputs) -> Array:
     return linear_map_hidden(graphdef, params, _real_logits(inputs, padding=0.0))
 
@@ -86,6 +93,7 @@ SCHEMES = {
         ConnectionScheme("residual", _text),
         ConnectionScheme("cascade", _text_and_prediction, reads_base_logits=True),
         ConnectionScheme("cascade_no_text", _prediction, reads_base_logits=True),
+        ConnectionScheme("hidden", _text_and_hidden, reads_base_hidden=True),
         ConnectionScheme("linear", _linear_map, reads_base_logits=True, has_layers=False),
     )
 }
@@ -168,7 +176,7 @@ def value_forward(
     inputs: SchemeInputs,
     **decoder_arguments: Any,
 ) -> tuple[Float[Array, "B T Vv"], KVCache | None]:
-    """Value logits in float32, and the new cache; arguments as `value_hidden` takes them."""
+    """Value logits in float32 and the new cache; arguments as `value_hidden` takes them."""
     hidden, cache = value_hidden(scheme, graphdef, params, inputs, **decoder_arguments)
     return logits_from_hidden(graphdef, params, hidden), cache
 

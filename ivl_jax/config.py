@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ivl_jax.config_parts import (
+    CONNECTIONS,
     BaseConfig,
     ConfigError,
-    Connection,
     DataConfig,
     DemonstrationFormat,
     DType,
@@ -24,13 +24,14 @@ from ivl_jax.config_parts import (
     PenaltyPositions,
     StepConfig,
     ValueConfig,
+    is_connection,
     require,
 )
 
 __all__ = [
+    "CONNECTIONS",
     "BaseConfig",
     "ConfigError",
-    "Connection",
     "DType",
     "DataConfig",
     "DemonstrationFormat",
@@ -47,6 +48,7 @@ __all__ = [
     "ValueConfig",
     "check_infer_config",
     "check_train_config",
+    "is_connection",
 ]
 
 

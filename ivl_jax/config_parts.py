@@ -8,8 +8,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from ivl_jax.extensions import is_extension
+
 DType = Literal["float32", "bfloat16"]
-Connection = Literal["residual", "cascade", "cascade_no_text", "linear"]
+CONNECTIONS = ("residual", "cascade", "cascade_no_text", "hidden", "linear")
 PenaltyKind = Literal["none", "l1", "l2"]
 PenaltyPositions = Literal["real", "all"]
 LayoutName = Literal["full", "fsdp", "tensor", "replicated"]
@@ -24,6 +26,11 @@ def require(condition: bool, message: str) -> None:
     """Raise a `ConfigError` unless the condition holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def is_connection(name: str) -> bool:
+    """Whether a connection scheme may have this name: one of the package's, or the user's own."""
+    return name in CONNECTIONS or is_extension(name)
 
 
 @dataclass(frozen=True)
@@ -60,9 +67,10 @@ class ValueConfig:
     """Hugging Face folder or hub id; unused with `init = "base"`."""
     revision: str | None = None
     """Hub revision; only for hub ids."""
-    connection: Connection = "residual"
-    """How base and value are connected; `residual` (the paper's choice) reads text only, the
-    cascades also base predictions; `linear` is no network but a matrix on base logits."""
+    connection: str = "residual"
+    """How base and value are connected: `residual` (the paper's choice) reads text only, `cascade`
+    and `cascade_no_text` read base predictions, `hidden` the base's final hidden states; `linear`
+    is a matrix on base logits. Or `module:attribute` of a connection scheme of your own."""
     rank: int = 0
     """With `connection = "linear"`: width between its two matrices; 0: one V × V matrix."""
     layout: LayoutName = "full"
@@ -70,6 +78,11 @@ class ValueConfig:
 
     def __post_init__(self) -> None:
         """Check that what is given is used."""
+        require(
+            is_connection(self.connection),
+            f'value.connection = "{self.connection}": expected one of {", ".join(CONNECTIONS)}, or '
+            "module:attribute of a connection scheme of your own",
+        )
         if self.connection == "linear":
             require(
                 self.init == "scratch" and not self.path,
@@ -81,7 +94,8 @@ class ValueConfig:
             return
         require(
             self.rank == 0,
-            f'value.rank = {self.rank} has no use with value.connection = "{self.connection}"',
+            f"value.rank = {self.rank} cannot be combined with "
+            f'value.connection = "{self.connection}"',
         )
         require(
             self.init != "base" or not self.path,

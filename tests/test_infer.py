@@ -156,7 +156,7 @@ def test_a_map_of_other_tokenizers_is_refused_before_a_model_is_loaded(
 ):
     from ivl_jax.assets import family_folder
 
-    monkeypatch.setattr("ivl_jax.decoding.loading.load_language_model", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("ivl_jax.composed.sources.ModelSource.load", lambda *_, **__: 1 / 0)
     other = ("--base", family_folder("X"), *mapped_flags[2:], "--prompt", "a")
     status, _, messages = infer(*other)
     assert status == 2
@@ -197,7 +197,7 @@ def test_a_file_of_prompts_goes_on_where_a_killed_run_stopped(
     assert "3 of 6 prompts are done" in messages
 
     with monkeypatch.context() as patched:
-        patched.setattr("ivl_jax.decoding.loading.load_language_model", None)  # nothing is left
+        patched.setattr("ivl_jax.composed.sources.ModelSource.load", None)  # nothing is left
         status, _, messages = infer(*flags)
     assert status == 0
     assert "all 6 prompts are done already" in messages
@@ -349,7 +349,7 @@ def test_bad_flags_and_files_are_said_before_a_model_is_loaded(
     def fail(*_, **__):
         pytest.fail("a model was loaded")
 
-    monkeypatch.setattr("ivl_jax.decoding.loading.load_language_model", fail)
+    monkeypatch.setattr("ivl_jax.composed.sources.ModelSource.load", fail)
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: False))
     folders = {"BASE": str(stories260k_dir), "GPT2": str(gpt2_model_dir)}
     status, output, messages = infer(*[folders.get(flag, flag) for flag in flags])
@@ -382,7 +382,7 @@ def test_a_damaged_value_folder_is_found_before_the_base_is_read(
     def fail(*_, **__):
         pytest.fail("the base was loaded")
 
-    monkeypatch.setattr("ivl_jax.decoding.loading.load_language_model", fail)
+    monkeypatch.setattr("ivl_jax.composed.sources.ModelSource.load", fail)
     flags = ("--base", stories260k_dir, "--value", damaged, "--prompt", "a")
     status, output, messages = infer(*flags)
     assert (status, output) == (2, "")
@@ -395,8 +395,7 @@ def test_a_prompt_beyond_the_context_says_by_how_much_before_a_model_is_loaded(
     def fail(*_, **__):
         pytest.fail("weights were read")
 
-    for loader in ("load_language_model", "load_source"):
-        monkeypatch.setattr(f"ivl_jax.decoding.loading.{loader}", fail)
+    monkeypatch.setattr("ivl_jax.composed.sources.ModelSource.load", fail)
     status, _, messages = infer(*base_flags, "--prompt", "word " * 700)
     assert status == 2
     assert "--prompt: " in messages
@@ -429,7 +428,7 @@ def test_an_interrupt_while_loading_is_one_line(infer, base_flags, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ivl_jax.decoding.loading.load_language_model", interrupted)
+    monkeypatch.setattr("ivl_jax.composed.sources.ModelSource.load", interrupted)
     status, _, messages = infer(*base_flags, "--prompt", "a")
     assert status == 130
     assert messages.startswith("infer.py: stopped before anything was decoded\n")

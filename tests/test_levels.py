@@ -14,7 +14,7 @@ LEVELS = {
     "ivl_jax.config_parts": -1,
     "ivl_jax.token_bytes": 0,
     "ivl_jax.buckets": 0,
-    "ivl_jax.extensions": 0,
+    "ivl_jax.extensions": -2,
     "ivl_jax.profiling": 0,
     "ivl_jax.devices": 0,
     "ivl_jax.file_lock": 1,

@@ -9,11 +9,11 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata as packages
-from typing import Any, get_args
+from typing import Any
 
 from etils import epath
 
-from ivl_jax.config import Connection
+from ivl_jax.config import CONNECTIONS, is_connection
 
 METADATA_NAME = "ivl.json"
 FORMAT_VERSION = 1
@@ -55,7 +55,8 @@ class ValueMetadata:
     Attributes:
         architecture: the network's `config.json`, or the sizes of a linear map: what
             `architecture_to_json` gives.
-        connection: `residual`, `cascade`, `cascade_no_text` or `linear`.
+        connection: name of the connection scheme, such as `residual`; or `module:attribute` of one
+            that is not part of the package.
         penalty: the penalty it was trained with: `kind`, `weight`, `positions`.
         tokenizer: `TokenizerInfo.to_json`; its fingerprint decides which bases fit.
         training_base: the base it was trained beside: `name` and `fingerprint`.
@@ -128,9 +129,9 @@ def _from_json(content: Mapping[str, Any], path: epath.Path) -> ValueMetadata:
         for name, kind in _KINDS.items()
         if name in content and type(content[name]) is not kind
     ]
-    if content.get("connection") not in get_args(Connection):
+    if not is_connection(str(content.get("connection"))):
         problems.append(
-            f"connection: expected one of {', '.join(get_args(Connection))}, "
+            f"connection: expected one of {', '.join(CONNECTIONS)}, "
             f"found {content.get('connection')!r}"
         )
     if not all(type(stop) is int for stop in content.get("stop_ids") or ()):

@@ -8,7 +8,7 @@ table is one change.
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from ivl_jax.config import Connection, PenaltyKind
+from ivl_jax.config import PenaltyKind
 
 Base = Literal["S", "L", "L-continued", "X", "S-continued"]
 MapMethod = Literal["dtw", "bytes"]
@@ -33,7 +33,7 @@ class Training(NamedTuple):
     bases: tuple[Base, ...] = ("S",)
     """What the value network is trained beside, or the model that is fine-tuned."""
     method: Literal["value", "sft"] = "value"
-    connection: Connection = "residual"
+    connection: str = "residual"
     init: Literal["pretrained", "scratch", "base"] = "pretrained"
     init_model: Base = "S"
     """Whose weights or architecture a value network begins with."""

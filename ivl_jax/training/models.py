@@ -21,7 +21,7 @@ from ivl_jax.config import BaseConfig, ConfigError, LayoutName, TrainConfig
 from ivl_jax.devices import device_memory
 from ivl_jax.extensions import load_extension
 from ivl_jax.model.architecture import ArchConfig
-from ivl_jax.model.decoder import Params
+from ivl_jax.model.decoder import Params, zero_base_projection
 from ivl_jax.model.linear_map import LinearMapConfig
 from ivl_jax.model.network import Architecture, abstract_network, init_network
 from ivl_jax.model.projection import AS_TRAINED, KernelForm
@@ -109,6 +109,8 @@ def choose_models(config: TrainConfig, mesh: Mesh) -> Models:
     else:
         trained = read_model(config.value.path, config.value.revision, "value.path")
         arch = trained.arch
+    if scheme.reads_base_hidden:
+        arch = _reading_hidden_states(arch, found)
     _check_context(config, [*found, trained])
     bases = []
     for model, base in zip(found, config.all_bases, strict=True):
@@ -119,6 +121,19 @@ def choose_models(config: TrainConfig, mesh: Mesh) -> Models:
             ).ids
         bases.append(FrozenBase(model, base, unknown))
     return Models(trained=trained, arch=arch, bases=tuple(bases), scheme=scheme)
+
+
+def _reading_hidden_states(arch: Architecture, bases: list[ModelSource]) -> ArchConfig:
+    """The architecture of a value network that reads the final hidden states of these bases."""
+    assert isinstance(arch, ArchConfig)
+    widths = {base.path: base.decoder.hidden_size for base in bases}
+    if len(set(widths.values())) > 1:
+        said = ", ".join(f"{path}: {width}" for path, width in widths.items())
+        raise ConfigError(
+            "value.connection: a value network that reads hidden states needs bases of one "
+            f"hidden_size, found {said}"
+        )
+    return dataclasses.replace(arch, base_hidden_size=bases[0].decoder.hidden_size)
 
 
 def read_model(path: str, revision: str | None, where: str) -> ModelSource:
@@ -232,7 +247,8 @@ def make_trained_params(
     trained = models.trained
     if config.method == "sft" or config.value.init == "pretrained":
         logger.info("loading %s, to be trained", trained.path)
-        return _load(trained, jnp.dtype(jnp.float32), place)
+        params = _load(trained, jnp.dtype(jnp.float32), place)
+        return params | _base_projection(models.arch, place)
     if config.value.init == "scratch":
         if isinstance(models.arch, LinearMapConfig):
             logger.info("a linear map on base logits, its head zero")
@@ -249,15 +265,24 @@ def make_trained_params(
     params = _load(trained, jnp.dtype(jnp.float32), place)
     zeros = functools.partial(jnp.zeros_like, place.shapes["lm_head"]["kernel"])
     head = jax.jit(zeros, out_shardings=place.shardings["lm_head"]["kernel"])()
-    return params | {"lm_head": {"kernel": head}}
+    return params | {"lm_head": {"kernel": head}} | _base_projection(models.arch, place)
+
+
+def _base_projection(arch: Architecture, place: Placement) -> Params:
+    """What a value network that reads hidden states has beyond a pre-trained model: zeros."""
+    if not isinstance(arch, ArchConfig) or not arch.base_hidden_size:
+        return {}
+    make = functools.partial(zero_base_projection, arch, jnp.float32)
+    name = "base_projection"
+    return jax.jit(make, out_shardings={name: place.shardings[name]})()
 
 
 def _load(
     model: ModelSource, param_dtype: DTypeLike, place: Placement, form: KernelForm = AS_TRAINED
 ) -> Params:
-    shardings = place.unstacked_shardings
-    if model.arch.tie_word_embeddings:
-        shardings = {name: leaf for name, leaf in shardings.items() if name != "lm_head"}
+    # Not a head that is tied in the files, nor a projection that only a value network has.
+    absent = {"base_projection"} | ({"lm_head"} if model.arch.tie_word_embeddings else set())
+    shardings = {name: at for name, at in place.unstacked_shardings.items() if name not in absent}
     params = load_params(
         model.local_folder,
         model.decoder,

@@ -120,7 +120,7 @@ def test_items_without_a_reference_number_are_named_before_a_model_is_loaded(
     def fail(*_, **__):
         pytest.fail("a model was loaded")
 
-    monkeypatch.setattr("ivl_jax.decoding.loading.load_language_model", fail)
+    monkeypatch.setattr("ivl_jax.composed.sources.ModelSource.load", fail)
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"question": "?", "answer": "five"}\n\n{"question": 3}\nnonsense\n')
     status, messages = run("--data", str(bad))

@@ -303,7 +303,7 @@ def test_model_arguments_that_name_no_model_are_refused_before_one_is_loaded(
     def fail(*_, **__):
         pytest.fail("a model was loaded")
 
-    monkeypatch.setattr("ivl_jax.decoding.loading.load_language_model", fail)
+    monkeypatch.setattr("ivl_jax.composed.sources.ModelSource.load", fail)
     (tmp_path / "ivl.json").write_text('{"format_version": 99}')
     places = {"BASE": str(stories260k_dir), "FUTURE": str(tmp_path)}
     arguments = {k: places.get(v, v) if isinstance(v, str) else v for k, v in arguments.items()}

@@ -154,7 +154,7 @@ def test_bad_input_is_said_before_a_model_is_loaded(
     def fail(*_, **__):
         pytest.fail("a model was loaded")
 
-    monkeypatch.setattr("ivl_jax.decoding.loading.load_language_model", fail)
+    monkeypatch.setattr("ivl_jax.composed.sources.ModelSource.load", fail)
     (tmp_path / "ivl.json").write_text('{"format_version": 99}')
     places = {"BASE": stories260k_dir, "FUTURE": tmp_path, "FAMILY": family_folder("S")}
     stored = ("--data-dir", str(tmp_path / "stored"))

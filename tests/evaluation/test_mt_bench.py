@@ -87,7 +87,7 @@ def test_questions_that_cannot_be_asked_are_named_first(run, tmp_path, read_prom
     row = {"question_id": 1, "category": "math", "turns": ["word " * 400]}
     bad.write_text((json.dumps(row) + "\n") * 2)
     with monkeypatch.context() as patched:
-        patched.setattr("ivl_jax.decoding.loading.load_language_model", None)  # not yet
+        patched.setattr("ivl_jax.composed.sources.ModelSource.load", None)  # not yet
         status, messages = run("--questions", str(bad))
     assert status == 2
     assert f"{bad}:1: " in messages
