@@ -45,7 +45,8 @@ def _value_size(logits: PositionLogits, kind: Any) -> Float32[Array, "B T M"]:
         value_penalty(each, kind=kind, vocab_size=network.vocab_size)
         for network, each in zip(logits.composition.values, logits.networks.values, strict=True)
     ]
-    return jnp.stack(sizes, axis=-1)
+    empty = jnp.zeros((*logits.targets.shape, 0), jnp.float32)
+    return jnp.stack(sizes, axis=-1) if sizes else empty
 
 
 SCORES: Mapping[str, Score] = {
