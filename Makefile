@@ -2,8 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Remade when the dependency list changes.
-STAMP := $(VENV)/.installed-
+# Versions that were tested together; empty (make test CONSTRAINTS=): the newest ones.
+CONSTRAINTS ?= constraints.txt
+# What the tests are installed with; without the other extras, the tests that need them are skipped.
+EXTRAS ?= dev
+# Types are checked in modules whose imports other extras bring.
+LINT_EXTRAS ?= dev,eval,torch
+
 # Files of one test run in one process; two processes, as on the CI machine.
 WORKERS ?= 2
 
@@ -17,35 +22,50 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"Python >= 3.11 is needed, {sys.executable} is {v.major}.{v.minor}; try: make PYTHON=python3.11 …" if v < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 
-$(STAMP)run: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+# One stamp for each set of extras and versions; remade when either list changes.
+VERSIONS := $(or $(basename $(notdir $(CONSTRAINTS))),newest)
+OTHER_STAMPS = $(filter-out %-$(VERSIONS),$(wildcard $(VENV)/.installed-*))
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	$(if $(CONSTRAINTS),--constraint $(CONSTRAINTS),--upgrade --upgrade-strategy eager)
+INSTALLED := pyproject.toml $(or $(CONSTRAINTS),always) | $(VENV)/bin/python
+
+.PHONY: always
+always:
+
+$(VENV)/.installed-run-$(VERSIONS): $(INSTALLED)
+	$(INSTALL) --editable .
+	@rm -f $(OTHER_STAMPS)
 	@touch $@
 
-$(STAMP)dev: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,eval]'
-	@touch $@ $(STAMP)run
+$(VENV)/.installed-%-$(VERSIONS): $(INSTALLED)
+	$(INSTALL) --editable '.[$*]'
+	@rm -f $(OTHER_STAMPS)
+	@touch $@ $(VENV)/.installed-run-$(VERSIONS)
 
 .PHONY: demo
-demo: $(STAMP)run ## Train a value network on S, lift L: table, report and plot in runs/demo
+demo: $(VENV)/.installed-run-$(VERSIONS) ## Train a value network on S, lift L: table, report and plot in runs/demo
 	$(BIN)/python -m ivl_jax.experiments.demo
 
 .PHONY: test
-test: $(STAMP)dev ## Run the test suite
+test: $(VENV)/.installed-$(EXTRAS)-$(VERSIONS) ## Run the test suite
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
+.PHONY: install
+install: $(VENV)/.installed-$(EXTRAS)-$(VERSIONS) ## Install the package with EXTRAS=dev,… into .venv
+
 .PHONY: bench
-bench: $(STAMP)dev ## Run every benchmark: tables, and runs/benchmarks.json
+bench: $(VENV)/.installed-$(LINT_EXTRAS)-$(VERSIONS) ## Run every benchmark: tables, and runs/benchmarks.json
 	@mkdir -p runs
 	$(BIN)/python -m benchmarks all --json runs/benchmarks.json
 
 .PHONY: lint
-lint: $(STAMP)dev ## Check style, formatting and types
+lint: $(VENV)/.installed-$(LINT_EXTRAS)-$(VERSIONS) ## Check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
 .PHONY: format
-format: $(STAMP)dev ## Format the code and apply safe fixes
+format: $(VENV)/.installed-$(LINT_EXTRAS)-$(VERSIONS) ## Format the code and apply safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -46,8 +46,10 @@ def _parse_infer(arguments: list[str]) -> None:
 
 def _check_make(arguments: list[str]) -> None:
     makefile = (_ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in arguments:
-        assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE), target
+    for argument in arguments:
+        name, assigned, _ = argument.partition("=")
+        form = rf"^{re.escape(name)} \?=" if assigned else rf"^{re.escape(name)}:"
+        assert re.search(form, makefile, re.MULTILINE), argument
 
 
 def _check_module(arguments: list[str]) -> None:

@@ -47,6 +47,7 @@ def test_a_checkpoint_loads_as_a_language_model(tmp_path: Path, llama2_tokenizer
 
 
 def test_both_sides_of_the_load_benchmark_load_it(tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="the extra `torch` is not installed")
     write_checkpoint(tmp_path, TINY)
     for loading in (load(str(tmp_path)), load_with_torch(str(tmp_path), 2)):
         assert loading.seconds > 0

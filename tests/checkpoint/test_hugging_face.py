@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ivl_jax.checkpoint import load_value, save_value
@@ -22,6 +21,8 @@ from ivl_jax.decoding.requests import GenerationOptions
 from ivl_jax.model.decoder import build_decoder, forward
 from ivl_jax.weights.language_model import LanguageModel, load_language_model
 from tests.decoding.conftest import make_value
+
+torch = pytest.importorskip("torch", reason="the extra `torch` is not installed")
 
 PROMPT = "Once upon a time"
 TOKENS = 40
@@ -65,7 +66,7 @@ class _OldSpelling:
         names = inspect.signature(model.forward).parameters
         self._name = "cache" if "cache" in names else "past_key_values"
 
-    def forward(self, input_ids: torch.Tensor, past_key_values: Any = None) -> Any:
+    def forward(self, input_ids: Any, past_key_values: Any = None) -> Any:
         return self._model(input_ids, **{self._name: past_key_values})
 
     __call__ = forward

@@ -5,7 +5,6 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
 
 from ivl_jax.model.architecture import ArchConfig
@@ -22,6 +21,8 @@ from tests.model.families import (
     tokens,
     without,
 )
+
+torch = pytest.importorskip("torch", reason="the extra `torch` is not installed")
 
 TOLERANCE = 2e-4
 MOVES = 1e-2

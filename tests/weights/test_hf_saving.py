@@ -98,8 +98,7 @@ FAMILIES = {
 def test_transformers_computes_identical_logits_from_what_is_saved(
     family: str, tied: bool, tmp_path: Path
 ) -> None:
-    import torch
-
+    torch = pytest.importorskip("torch", reason="the extra `torch` is not installed")
     config = AutoConfig.for_model(
         family,
         vocab_size=48,

@@ -52,7 +52,7 @@ def zeros(rows):
     ids=str,
 )
 def test_filters_equal_those_of_transformers(options):
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="the extra `torch` is not installed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from transformers.generation import logits_process
