@@ -12,6 +12,8 @@ from benchmarks.decode_contest import NEW_TOKENS, PROMPT_TOKENS, contest, random
 from benchmarks.report import Options, Peer, Report, Row, Target
 from benchmarks.shapes import BASE_A, VALUE_A, parameter_count
 
+ABOUT = "composed decoding of 8 and 32 prompts at once beside PyTorch"
+
 # Batch → times as fast as PyTorch in float32.
 TARGETS = {8: 1.8, 32: 1.5}
 

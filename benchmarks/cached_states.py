@@ -30,6 +30,8 @@ from ivl_jax.training.models import choose_models
 from ivl_jax.training.setup import cache_base_states, make_run_mesh, prepare, prepare_data
 from ivl_jax.training.step import split_micro_batches
 
+ABOUT = "epochs from cached base states beside epochs that run the base"
+
 SIZES = Sizes(rows=4, length=256)
 DIALOGUES = 32  # about 6,000 tokens, half a dozen batches
 QUICK_DIALOGUES = 16

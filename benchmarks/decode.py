@@ -24,6 +24,8 @@ from benchmarks.shapes import BASE_A, BASE_B, VALUE_A, parameter_count
 from benchmarks.timing import Figures, available_memory
 from ivl_jax.model.architecture import ArchConfig
 
+ABOUT = "composed decoding of one prompt beside PyTorch and the limit of memory"
+
 OURS, ALONE = "ivl_jax", "ivl_jax, base alone"
 CACHED, CACHED_BF16 = "torch_cached f32", "torch_cached bf16"
 NO_CACHE, PROXY = "torch_nocache f32", "torch_proxy f32"

@@ -23,6 +23,8 @@ from ivl_jax.experiments.demonstrations import build_items, select
 from ivl_jax.experiments.measure import response_nll
 from ivl_jax.weights.language_model import load_language_model
 
+ABOUT = "a base in int8 beside float32: speed, memory, and the change of NLL"
+
 _BATCHES = (1, 8)
 _FAMILY = ("S", "L")
 _QUICK_ITEMS = 64

@@ -15,6 +15,8 @@ from benchmarks.setting import thread_count
 from benchmarks.shapes import BASE_A, BASE_B, parameter_count, write_checkpoint
 from benchmarks.timing import Figures, available_memory, peak_memory
 
+ABOUT = "loading safetensors: speed and peak memory; the peer is safetensors with torch"
+
 # The file in the page cache, a loaded copy, and room for the libraries.
 _COPIES = 2.4
 

@@ -11,6 +11,8 @@ from benchmarks.shapes import VALUE_A, parameter_count
 from benchmarks.timing import Figures, time_in_turn
 from benchmarks.training_steps import OurStep, Sizes
 
+ABOUT = "peak temporaries of the step at a vocabulary of 128,256: logits in chunks and whole"
+
 SIZES = Sizes(rows=2, length=2048)
 QUICK_SIZES = Sizes(rows=2, length=256)
 # Base and value network of pair A's value shape, with Llama-3's vocabulary.

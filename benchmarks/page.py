@@ -12,7 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.__main__ import BENCHMARKS
+from benchmarks.discovery import find_benchmarks
 from benchmarks.setting import PROJECT_ROOT
 
 RESULTS = PROJECT_ROOT / "benchmarks" / "results"
@@ -34,7 +34,7 @@ def main() -> None:
     """Write tables and plot of what has been measured last."""
     records = {
         name: json.loads(file.read_text(encoding="utf-8"))
-        for name in BENCHMARKS
+        for name in find_benchmarks()
         if (file := RESULTS / f"{name}.json").exists()
     }
     # The longest table is the last one.
@@ -73,7 +73,7 @@ def section(name: str, record: Mapping[str, Any]) -> str:
     lines = [
         f"### {name}",
         "",
-        f"`{command}`: {BENCHMARKS[name]}. {setting['dtype'][name]}; {shapes}.",
+        f"`{command}`: {find_benchmarks()[name].about}. {setting['dtype'][name]}; {shapes}.",
         "",
         "| what | median ± half the spread | beside | ratio | of the limit | target | met |",
         "|---|---:|---|---:|---:|---:|---:|",

@@ -23,6 +23,8 @@ from ivl_jax.decoding.requests import EncodedPrompt, GenerationOptions
 from ivl_jax.decoding.streaming import Detokenizer, RowText
 from ivl_jax.profiling import NO_PROFILE
 
+ABOUT = "256 ragged requests: rows refilled as they end, beside static batches"
+
 # GSM8K's test questions and answers in Llama-2 tokens: median, and deviation of the logarithm.
 _QUESTIONS, _ANSWERS = (64, 0.35), (123, 0.42)
 _REFILLED, _STATIC = "refilled", "static batches of the same size"

@@ -26,6 +26,8 @@ from benchmarks.shapes import BASE_A, DRAFT_A, VALUE_A, parameter_count
 from benchmarks.timing import time_in_turn
 from ivl_jax.decoding.device.state import DecodeState
 
+ABOUT = "speed with a draft against the share of its proposals kept; the peer is ours"
+
 _PLAIN = "without a draft"
 # Of the family's test questions, one in so many is asked.
 _EVERY = 115

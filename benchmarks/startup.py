@@ -17,6 +17,8 @@ from benchmarks.setting import PROJECT_ROOT
 from benchmarks.shapes import BASE_A, VALUE_A, parameter_count, write_checkpoint
 from benchmarks.timing import Figures, Timing, time_in_turn
 
+ABOUT = "weights loaded until the first text, compile cache cold and warm; --help"
+
 # Every program is kept, however short its compilation.
 _KEEP_ALL = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -10,6 +10,8 @@ from benchmarks.shapes import BASE_A, VALUE_A, parameter_count
 from benchmarks.timing import Figures, time_in_turn
 from benchmarks.training_steps import OurStep, Sizes, matrix_product, model_flops, torch_train
 
+ABOUT = "the training step of pair A beside PyTorch in float32 and bfloat16"
+
 SIZES = Sizes(rows=4, length=256)
 _MATRICES = (1024, 2048, 4096)  # the fastest product is the limit
 

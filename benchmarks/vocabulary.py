@@ -29,6 +29,8 @@ from ivl_jax.vocabulary.mapping import save_vocabulary_map
 from ivl_jax.vocabulary.special_tokens import pair_special_tokens
 from ivl_jax.vocabulary.texts import read_texts
 
+ABOUT = "building vocabulary maps: time, coverage, size; the peer is a loop over cells"
+
 SHARED = PROJECT_ROOT.parent / "shared"
 TOKENIZERS = {
     "Llama-2": "tokenizers/llama2",

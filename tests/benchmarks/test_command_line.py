@@ -1,6 +1,5 @@
 """One command runs any benchmarks, keeps what was measured, and says what failed."""
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from types import ModuleType
 import pytest
 
 from benchmarks import __main__ as command
+from benchmarks.discovery import Benchmark, find_benchmarks
 from benchmarks.report import Options, Report, Row, Target
 from benchmarks.timing import Figures
 
@@ -31,7 +31,8 @@ def fake_benchmarks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Options]
         return module
 
     fakes = {"good": 1.0, "broken": 0.0, "slow": 3.0}
-    monkeypatch.setattr(command, "BENCHMARKS", dict.fromkeys(fakes, "about"))
+    found = {name: Benchmark("about", f"benchmarks.{name}") for name in fakes}
+    monkeypatch.setattr(command, "find_benchmarks", lambda: found)
     for name, median in fakes.items():
         monkeypatch.setitem(sys.modules, f"benchmarks.{name}", make(name, median))
     return calls
@@ -71,7 +72,9 @@ def test_one_that_fails_does_not_lose_the_others(fake_benchmarks, tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nothing"], "invalid choice: 'nothing'"),
+        (["nothing"], "no benchmark 'nothing': choose from good, broken, slow, all, or name"),
+        (["good", "no_such_module:run"], "no_such_module:run: expected MODULE:FUNCTION: No module"),
+        (["json:run"], "json:run: expected MODULE:FUNCTION: module 'json' has no attribute 'run'"),
         ([], "required: NAME"),
         (["good", "--json", "absent/x.json"], "in a folder that exists"),
         (["good", "--json", "."], "expected the name of a file"),
@@ -86,6 +89,22 @@ def test_bad_arguments_are_refused_before_anything_runs(
     assert fake_benchmarks == []
 
 
-def test_every_registered_benchmark_can_run() -> None:
-    for name in command.BENCHMARKS:
-        assert callable(importlib.import_module(f"benchmarks.{name}").run)
+def test_a_function_of_ones_own_is_named_by_its_module(
+    fake_benchmarks, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "my_benchmarks.py").write_text(
+        "from benchmarks.report import Report\n\n"
+        "def empty(options):\n"
+        '    """Nothing, in no time."""\n'
+        '    return Report([], dtype="none", shapes={"quick": options.quick})\n'
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "x.json"
+    assert command.main(["my_benchmarks:empty", "good", "--quick", "--json", str(file)]) == 0
+    shapes = json.loads(file.read_text())["setting"]["shapes"]
+    assert shapes == {"my_benchmarks:empty": {"quick": True}, "good": {}}
+
+
+@pytest.mark.parametrize("name", find_benchmarks())
+def test_every_benchmark_that_is_found_can_run(name: str) -> None:
+    assert callable(find_benchmarks()[name].load())
