@@ -4,6 +4,7 @@ In: shapes. Out: `Composed`, with the same two methods as a peer, and the bytes 
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,9 +12,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from ivl_jax.composed.kernel_form import lay_out_network
-from ivl_jax.composed.network import ComposedParams, Composition, DraftArrays, Network
+from ivl_jax.composed.network import (
+    ComposedParams,
+    Composition,
+    DraftArrays,
+    Network,
+    ValueArrays,
+)
 from ivl_jax.composition import SCHEMES
 from ivl_jax.decoding.device.programs import Programs, build_programs
 from ivl_jax.decoding.device.state import DecodeState, Requests
@@ -84,9 +92,10 @@ class Composed:
         return build_programs(self.composition)
 
 
-def random_weights(arch: ArchConfig, seed: int) -> Weights:
+def random_weights(arch: ArchConfig, seed: int, *, dtype: DTypeLike = jnp.float32) -> Weights:
     """Weights of a network, drawn in one program."""
-    return Weights(arch, jax.jit(lambda key: init_params(arch, key))(jax.random.key(seed)))
+    make = functools.partial(init_params, arch, param_dtype=dtype)
+    return Weights(arch, jax.jit(make)(jax.random.key(seed)))
 
 
 def composed(
@@ -149,11 +158,12 @@ def bytes_a_step(networks: Sequence[Weights], *, batch: int, slots: float) -> in
     """
     total = 0.0
     for arch, params in networks:
-        total += sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        leaves = jax.tree.leaves(params)
+        total += sum(leaf.nbytes for leaf in leaves)
         if not arch.tie_word_embeddings:
             total -= params["embed_tokens"]["embedding"].nbytes
         width = arch.num_key_value_heads * arch.head_dim * arch.num_hidden_layers
-        total += batch * slots * 2 * width * 4
+        total += batch * slots * 2 * width * leaves[0].dtype.itemsize
     return round(total)
 
 
@@ -163,7 +173,7 @@ def _network(weights: Weights, *, is_value: bool, int8: bool = False) -> tuple[N
         graphdef=graphdef,
         arch=weights.arch,
         vocab_size=weights.arch.vocab_size,
-        cache_dtype="float32",
+        cache_dtype=jax.tree.leaves(weights.params)[0].dtype.name,
         scheme=SCHEMES["residual"] if is_value else None,
     )
     return network, params
