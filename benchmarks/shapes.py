@@ -45,6 +45,8 @@ VALUE_A = _llama(hidden=288, layers=6, heads=6, kv_heads=6, intermediate=768)
 BASE_B = _llama(hidden=2048, layers=22, heads=32, kv_heads=4, intermediate=5632)
 # A tenth of pair A's base, to propose tokens for it.
 DRAFT_A = _llama(hidden=192, layers=2, heads=3, kv_heads=3, intermediate=512)
+# Llama-2-7B's shape, for accelerators; with BASE_B as its value network.
+BASE_7B = _llama(hidden=4096, layers=32, heads=32, kv_heads=32, intermediate=11_008)
 # Pair C, a fifth of pair A, where tens of thousands of tokens are decoded: 24 M and 9 M.
 BASE_C = VALUE_A
 VALUE_C = _llama(hidden=128, layers=2, heads=4, kv_heads=4, intermediate=352)

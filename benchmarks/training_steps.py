@@ -62,6 +62,7 @@ class OurStep:
         penalty: PenaltyKind = "none",
         chunk_length: int | None = None,
         bfloat16: bool = False,
+        compact: bool = False,
     ):
         """Build it.
 
@@ -72,6 +73,7 @@ class OurStep:
             penalty: on the value logits, with λ = 1.
             chunk_length: positions whose logits exist at once; None: as train.py chooses.
             bfloat16: hold the base in bfloat16 and multiply in it; master weights stay float32.
+            compact: layers as one scanned loop whose activations are recomputed: for deep networks.
         """
         mesh = single_device_mesh()
         vocabulary, dtype = value.vocab_size, jnp.bfloat16 if bfloat16 else jnp.float32
@@ -79,7 +81,12 @@ class OurStep:
             chunk_length = default_chunk_length(sizes.rows, sizes.length, vocabulary)
         self.chunk_length = chunk_length
         networks = [
-            Network(build_decoder(arch, compute_dtype=dtype), arch, vocabulary, scheme=scheme)
+            Network(
+                build_decoder(arch, compute_dtype=dtype, remat=compact, scan_layers=compact),
+                arch,
+                vocabulary,
+                scheme=scheme,
+            )
             for arch, scheme in ((base, None), (value, SCHEMES["residual"]))
         ]
         loss = Loss(
@@ -103,8 +110,9 @@ class OurStep:
             epsilon=1e-8,
             max_gradient_norm=0.0,
         )
-        places = [parameter_shardings(abstract_params(arch), mesh) for arch in (base, value)]
-        shardings = state_shardings(abstract_params(value), places[1], optimizer, mesh)
+        shapes = [abstract_params(arch, scan_layers=compact) for arch in (base, value)]
+        places = [parameter_shardings(shape, mesh) for shape in shapes]
+        shardings = state_shardings(shapes[1], places[1], optimizer, mesh)
         step: Any = make_train_step(
             loss,
             optimizer,
@@ -115,8 +123,9 @@ class OurStep:
         )
         batch = split_micro_batches(random_batch(vocabulary, sizes), 1)
         self._batch = place_batch(batch, mesh, micro_batched=True)
-        self._base_params = random_params(base, 0, dtype=dtype)
-        self._state = init_state(random_params(value, 1), optimizer, jax.random.key(0), shardings)
+        self._base_params = random_params(base, 0, dtype=dtype, scan_layers=compact)
+        params = random_params(value, 1, scan_layers=compact)
+        self._state = init_state(params, optimizer, jax.random.key(0), shardings)
         self._compiled = step.lower(self._state, self._base_params, self._batch).compile()
 
     def temporary_bytes(self) -> int:
@@ -129,9 +138,11 @@ class OurStep:
         return metrics["loss"]
 
 
-def random_params(arch: ArchConfig, seed: int, *, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
+def random_params(
+    arch: ArchConfig, seed: int, *, dtype: DTypeLike = jnp.float32, scan_layers: bool = False
+) -> dict[str, Any]:
     """Fresh parameters of a shape."""
-    make = functools.partial(init_params, arch, param_dtype=dtype)
+    make = functools.partial(init_params, arch, param_dtype=dtype, scan_layers=scan_layers)
     return jax.jit(make)(jax.random.key(seed))
 
 

@@ -1,0 +1,285 @@
+"""One accelerator in eight minutes: attention, composed decoding, a training step, the demo.
+
+In: nothing; weights and tokens are random. Out: rows beside the device's own measured limits. A
+part that fails is recorded under `failed`, and the others still run. Without an accelerator, and
+with quick, all of it runs scaled down.
+"""
+
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.accelerator_attention import attention_rows
+from benchmarks.composed import bytes_a_step, composed, random_weights
+from benchmarks.decode_contest import PROMPT_TOKENS, random_prompts
+from benchmarks.report import Options, Report, Row, Target
+from benchmarks.setting import PROJECT_ROOT
+from benchmarks.shapes import BASE_7B, BASE_B, BASE_C, VALUE_C, parameter_count
+from benchmarks.timing import Figures, Timing, time_work
+from benchmarks.training_steps import OurStep, Sizes, model_flops
+from ivl_jax.model.architecture import ArchConfig
+
+ABOUT = "one accelerator: attention, decoding and training beside its measured limits; the demo"
+
+_SECONDS = 450  # what all parts may take; the demo gets what is left
+_DEMO_NEEDS = 60
+_SIZES = Sizes(rows=4, length=2048)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is.
+
+    Attributes:
+        dtype: Of weights and products.
+        base: The base that decodes.
+        value: The value network, and both networks of the training step.
+        batches: Rows decoded together, one after the other.
+        new_tokens: Tokens decoded a row.
+        training: Sizes of the training batch.
+        attention: Rows and tokens of the attention that is timed.
+        matrix: Side of the square product that gives the limit of arithmetic.
+        copied: Elements of the array whose copy gives the limit of memory.
+        repeats: Timed calls of each work.
+        demo: Whether the demo runs too.
+    """
+
+    dtype: str = "bfloat16"
+    base: ArchConfig = BASE_7B
+    value: ArchConfig = BASE_B
+    batches: tuple[int, ...] = (1, 16)
+    new_tokens: int = 128
+    training: Sizes = _SIZES
+    attention: Sizes = _SIZES
+    matrix: int = 8192
+    copied: int = 1 << 30
+    repeats: int = 5
+    demo: bool = True
+
+
+_SMALL = Scale(
+    dtype="float32",
+    base=BASE_C,
+    value=VALUE_C,
+    batches=(1, 2),
+    new_tokens=8,
+    training=Sizes(2, 32),
+    attention=Sizes(2, 64),
+    matrix=512,
+    copied=1 << 20,
+    repeats=2,
+    demo=False,
+)
+
+
+@dataclass
+class _Check:
+    """What the parts found so far."""
+
+    scale: Scale
+    started: float = field(default_factory=time.perf_counter)
+    rows: list[Row] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    bytes_a_second: float | None = None
+    operations_a_second: float | None = None
+
+    def run(self, name: str, part: Callable[["_Check"], Iterator[Row]]) -> None:
+        """Run a part; what it yields before it fails is kept."""
+        try:
+            self.rows.extend(part(self))
+        except Exception as error:
+            self.failed[name] = f"{type(error).__name__}: {str(error)[:500]}"
+        finally:
+            jax.clear_caches()
+
+    @property
+    def seconds_left(self) -> float:
+        """Of the time for all parts."""
+        return self.started + _SECONDS - time.perf_counter()
+
+
+def run(options: Options) -> Report:
+    """Run every part.
+
+    Args:
+        options: quick: scaled down, as on a machine without an accelerator.
+
+    Returns:
+        The report; `failed` among the shapes names the parts that did not end.
+    """
+    small = options.quick or jax.default_backend() == "cpu"
+    check = _Check(_SMALL if small else Scale())
+    scale = check.scale
+    for name, part in _PARTS.items():
+        check.run(name, part)
+    shapes = {
+        "base": parameter_count(scale.base),
+        "value": parameter_count(scale.value),
+        "prompt": PROMPT_TOKENS,
+        "new tokens": scale.new_tokens,
+        "training batch": f"{scale.training.rows} × {scale.training.length}",
+        "backend": jax.default_backend(),
+        "scaled down": small,
+        "seconds": round(time.perf_counter() - check.started, 1),
+        "peak device memory, GB": _peak_memory(),
+        "failed": check.failed,
+    }
+    return Report(check.rows, dtype=f"{scale.dtype}; master weights float32", shapes=shapes)
+
+
+def _limits(check: _Check) -> Iterator[Row]:
+    """The device's own speed: a matrix product, and a copy (bytes read and written)."""
+    scale, dtype = check.scale, jnp.dtype(check.scale.dtype)
+    shape = (scale.matrix, scale.matrix)
+    matrix = jax.random.normal(jax.random.key(0), shape, dtype)
+    product = jax.jit(jnp.matmul)
+    timing = time_work(lambda: product(matrix, matrix), repeats=scale.repeats)
+    rate = timing.rate(2 * scale.matrix**3)
+    check.operations_a_second = rate.median
+    yield Row(f"matrix product, {scale.matrix}³", _scaled(rate, 1e12), "TFLOP/s", "higher")
+    source = jax.random.normal(jax.random.key(1), (scale.copied,), dtype)
+    copy = jax.jit(jnp.negative)
+    timing = time_work(lambda: copy(source), repeats=scale.repeats)
+    rate = timing.rate(2 * source.nbytes)
+    check.bytes_a_second = rate.median
+    yield Row("memory, copy", _scaled(rate, 1e9), "GB/s", "higher")
+
+
+def _attention(check: _Check) -> Iterator[Row]:
+    """Fused attention beside the plain form."""
+    scale = check.scale
+    return attention_rows(scale.value, scale.attention, dtype=scale.dtype, repeats=scale.repeats)
+
+
+def _decoding(check: _Check) -> Iterator[Row]:
+    """A base with a value network on top, greedily, at every batch."""
+    scale = check.scale
+    networks = [
+        random_weights(arch, seed, dtype=jnp.dtype(scale.dtype))
+        for seed, arch in enumerate((scale.base, scale.value))
+    ]
+    slots = PROMPT_TOKENS + scale.new_tokens / 2
+    needed = {batch: bytes_a_step(networks, batch=batch, slots=slots) for batch in scale.batches}
+    model = composed(*networks)
+    del networks  # the model holds the form that decodes
+    for batch in scale.batches:
+        prompts = random_prompts(batch, scale.base.vocab_size)
+        prefill = functools.partial(model.prefill, prompts, scale.new_tokens)
+        first, seconds = 0.0, []
+        for turn in range(-1, scale.repeats):
+            state = jax.block_until_ready(prefill())
+            started = time.perf_counter()
+            model.decode(state)
+            elapsed = time.perf_counter() - started
+            if turn < 0:
+                first = elapsed
+            else:
+                seconds.append(elapsed)
+        timing = Timing(first, tuple(seconds))
+        limit = None
+        if check.bytes_a_second is not None:
+            limit = check.bytes_a_second / needed[batch] * batch
+        yield Row(
+            f"composed decoding, batch {batch}",
+            timing.rate(batch * (scale.new_tokens - 1)),
+            "tokens/s",
+            "higher",
+            limit=limit,
+            target=Target("fraction_of_limit", 0.6) if limit and scale.demo else None,
+        )
+        yield _compilation(f"composed decoding, batch {batch}", timing)
+
+
+def _training(check: _Check) -> Iterator[Row]:
+    """A step of a value network beside a frozen base of its own shape."""
+    scale = check.scale
+    started = time.perf_counter()
+    step = OurStep(
+        scale.value,
+        scale.value,
+        scale.training,
+        bfloat16=scale.dtype == "bfloat16",
+        compact=True,
+    )
+    made = time.perf_counter() - started
+    timing = time_work(step, repeats=scale.repeats)
+    flops = model_flops(scale.value, scale.value, scale.training, base_runs=True)
+    limit = None
+    if check.operations_a_second is not None:
+        limit = check.operations_a_second / flops * scale.training.tokens
+    yield Row(
+        f"training step, {scale.training.rows} × {scale.training.length} tokens",
+        timing.rate(scale.training.tokens),
+        "tokens/s",
+        "higher",
+        limit=limit,
+        target=Target("fraction_of_limit", 0.4) if limit and scale.demo else None,
+    )
+    yield Row("training step: temporaries", Figures(step.temporary_bytes() / 1e9, 0.0), "GB")
+    yield Row("training step: weights made and compiled", Figures(made, 0.0), "s")
+
+
+def _demo(check: _Check) -> Iterator[Row]:
+    """The demo in a process of its own, while there is time."""
+    if not check.scale.demo:
+        return
+    left = check.seconds_left
+    if left < _DEMO_NEEDS:
+        raise TimeoutError(f"{left:.0f} s were left, it needs {_DEMO_NEEDS}")
+    with tempfile.TemporaryDirectory(prefix="ivl-demo-") as folder:
+        command = [sys.executable, "-m", "ivl_jax.experiments.demo"]
+        paths = os.pathsep.join([str(PROJECT_ROOT), os.environ.get("PYTHONPATH", "")])
+        # This process keeps most of the device's memory; the demo needs little.
+        environment = os.environ | {
+            "PYTHONPATH": paths,
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        }
+        started = time.perf_counter()
+        done = subprocess.run(
+            command,
+            cwd=Path(folder),
+            env=environment,
+            timeout=left,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(f"the demo failed: {done.stderr[-400:]}")
+        yield Row("the demo", Figures(time.perf_counter() - started, 0.0), "s")
+
+
+_PARTS: dict[str, Callable[[_Check], Iterator[Row]]] = {
+    "limits": _limits,
+    "attention": _attention,
+    "decoding": _decoding,
+    "training": _training,
+    "demo": _demo,
+}
+
+
+def _compilation(what: str, timing: Timing) -> Row:
+    """The first call beyond a usual one."""
+    first = timing.warm_up or 0.0
+    return Row(f"{what}: compiled", Figures(max(0.0, first - timing.figures.median), 0.0), "s")
+
+
+def _scaled(figures: Figures, unit: float) -> Figures:
+    return Figures(figures.median / unit, figures.spread / unit)
+
+
+def _peak_memory() -> float | None:
+    """The most bytes the device held at once, GB; None where it does not count them."""
+    statistics: dict[str, Any] | None = jax.devices()[0].memory_stats()
+    peak = (statistics or {}).get("peak_bytes_in_use")
+    return None if peak is None else round(peak / 1e9, 2)

@@ -1,0 +1,113 @@
+"""Fused attention beside the plain form: values and gradients against float32, and time.
+
+In: a shape. Out: rows; of the plain form alone where the device has no fused one.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
+
+from benchmarks.report import Peer, Row, Target
+from benchmarks.timing import Figures, time_in_turn
+from benchmarks.training_steps import Sizes
+from ivl_jax.model.architecture import ArchConfig
+from ivl_jax.model.fused_attention import fused_attention, has_fused_attention
+
+Attention = Callable[[Array, Array, Array], Array]
+_ERROR = 2e-2  # of bfloat16 against float32, ‖found − expected‖ / ‖expected‖
+
+
+def attention_rows(
+    arch: ArchConfig, sizes: Sizes, *, dtype: DTypeLike, repeats: int
+) -> Iterator[Row]:
+    """Compare both forms and time them, forward and backward.
+
+    Args:
+        arch: gives the numbers of heads and their width.
+        sizes: rows and tokens.
+        dtype: of queries, keys and values.
+        repeats: timed calls of each.
+
+    Yields:
+        Errors and times of the fused form, or a row that says that there is none.
+    """
+    heads = (arch.num_attention_heads, arch.num_key_value_heads, arch.num_key_value_heads)
+    keys = jax.random.split(jax.random.key(0), 3)
+    inputs = [
+        jax.random.normal(key, (*sizes, count, arch.head_dim), jnp.float32).astype(dtype)
+        for key, count in zip(keys, heads, strict=True)
+    ]
+    # Two segments a row: the mask of packed demonstrations.
+    segments = jnp.arange(sizes.length) >= sizes.length // 3
+    mask = jnp.tril(segments[:, None] == segments[None, :])[None, None]
+    scale = 1 / math.sqrt(arch.head_dim)
+    plain = _with_gradients(_plain(mask, scale))
+    fused = None
+    if has_fused_attention(dtype=dtype, head_dim=arch.head_dim, length=sizes.length):
+        fused = _with_gradients(
+            lambda query, key, value: fused_attention(query, key, value, mask=mask, scale=scale)
+        )
+    yield Row("fused attention on this device", Figures(float(fused is not None), 0.0), "of 1")
+    forms = {"fused": fused, "plain": plain} if fused is not None else {"plain": plain}
+    # One row of the batch: float32 takes twice the memory.
+    first = [each[:1] for each in inputs]
+    expected = plain(*(each.astype(jnp.float32) for each in first))
+    for name, form in forms.items():
+        for what, error in _errors(form(*first), expected).items():
+            yield Row(
+                f"attention, {name}: error of {what}",
+                Figures(error, 0.0),
+                "of 1",
+                target=Target("median", _ERROR),
+            )
+    works = {name: (lambda form=form: form(*inputs)) for name, form in forms.items()}
+    timings = time_in_turn(works, repeats=repeats)
+    for name, timing in timings.items():
+        figures = timing.figures
+        peer = Peer("plain", 1e3 * timings["plain"].figures.median) if name == "fused" else None
+        yield Row(
+            f"attention, {name}: forward and backward",
+            Figures(1e3 * figures.median, 1e3 * figures.spread),
+            "ms",
+            peer=peer,
+        )
+
+
+def _plain(mask: Bool[Array, "1 1 T T"], scale: float) -> Attention:
+    """XLA's own form, which the model's plain attention equals."""
+
+    def attend(
+        query: Float[Array, "B T N H"], key: Float[Array, "B T K H"], value: Float[Array, "B T K H"]
+    ) -> Float[Array, "B T N H"]:
+        with jax.numpy_dtype_promotion("standard"):
+            return jax.nn.dot_product_attention(
+                query, key, value, mask=mask, scale=scale, implementation="xla"
+            )
+
+    return attend
+
+
+def _with_gradients(attention: Attention) -> Callable[..., Any]:
+    """(query, key, value) → the attended values, and the gradients of half their square."""
+
+    def half_square(query: Array, key: Array, value: Array) -> tuple[Array, Array]:
+        mixed = attention(query, key, value)
+        return jnp.sum(jnp.square(mixed.astype(jnp.float32))) / 2, mixed
+
+    return jax.jit(jax.grad(half_square, argnums=(0, 1, 2), has_aux=True))
+
+
+def _errors(found: Any, expected: Any) -> dict[str, float]:
+    """‖found − expected‖ / ‖expected‖ of the values and of the worst gradient."""
+
+    def error(one: Array, other: Array) -> float:
+        difference = jnp.linalg.norm(one.astype(jnp.float32) - other)
+        return float(difference / jnp.linalg.norm(other))
+
+    gradients = [error(*pair) for pair in zip(found[0], expected[0], strict=True)]
+    return {"values": error(found[1], expected[1]), "gradients": max(gradients)}
