@@ -69,12 +69,18 @@ def tiny_composition(
     values = []
     for i, connection in enumerate(connections):
         arch = LinearMapConfig(value_vocab, rank=6) if connection == "linear" else decoder
+        if connection == "hidden":
+            arch = dataclasses.replace(decoder, base_hidden_size=base.arch.hidden_size)
         network, value_params = tiny_network(
             arch, seed + 100 + i, vocab_size=value_vocab, connection=connection
         )
         if connection == "linear":  # a fresh one adds nothing
             head = jax.random.normal(jax.random.key(seed), value_params["lm_head"]["kernel"].shape)
             value_params["lm_head"] = {"kernel": head}
+        if connection == "hidden":  # likewise
+            shape = value_params["base_projection"]["kernel"].shape
+            projection = 0.2 * jax.random.normal(jax.random.key(seed + 1), shape)
+            value_params["base_projection"] = {"kernel": projection}
         values.append((network, value_params))
     composition = Composition(base, tuple(network for network, _ in values))
     unknown = jnp.asarray([7], jnp.int32)

@@ -54,7 +54,7 @@ def expected_log_probs(model, token_ids):
     return np.asarray(jax.nn.log_softmax(logits, axis=-1))
 
 
-@pytest.mark.parametrize("connections", [("residual",), ("cascade", "cascade_no_text")])
+@pytest.mark.parametrize("connections", [("residual",), ("cascade", "hidden")])
 def test_scores_are_the_teacher_forced_log_probabilities(tiny_model, connections):
     model = tiny_model(*connections)
     rows = random_rows([16, 7, 2])

@@ -8,10 +8,13 @@ import pytest
 from ivl_jax.checkpoint import load_value
 from ivl_jax.checkpoint.__main__ import main as checkpoint_command
 from ivl_jax.config import ConfigError, MeshConfig, StepConfig, ValueConfig
+from ivl_jax.decoding.compose import compose
 from ivl_jax.sharding import single_device_mesh
 from ivl_jax.training import models
 from ivl_jax.training.loop import run
 from ivl_jax.training.models import choose_models
+from ivl_jax.weights.language_model import load_language_model
+from tests.training.conftest import save_tiny_model
 from tests.training.runs import records
 
 # make_mesh says that one of eight virtual devices is used.
@@ -19,13 +22,31 @@ pytestmark = pytest.mark.usefixtures("caplog")
 STEPS = StepConfig(max_steps=6, batch_size=4)
 
 
-@pytest.mark.parametrize("connection", ["cascade", "cascade_no_text"])
-def test_a_cascade_learns_and_its_folder_says_so(tiny_config, connection):
+@pytest.mark.parametrize("connection", ["cascade", "cascade_no_text", "hidden"])
+def test_a_value_network_that_reads_its_base_learns_and_its_folder_says_so(tiny_config, connection):
     value = replace(tiny_config.value, connection=connection)
     result = run(replace(tiny_config, value=value, step=STEPS))
     start = records(result.run_dir)[0]["held_out"]
     assert result.held_out["nll"] < start["nll"] - 0.1
     assert load_value(result.output).connection == connection
+
+
+def test_hidden_starts_as_a_network_that_reads_text_and_goes_on_bases_of_its_width_only(
+    tiny_config, tiny_pair, tmp_path
+):
+    result = run(
+        replace(tiny_config, value=replace(tiny_config.value, connection="hidden"), step=STEPS)
+    )
+    text_only = run(replace(tiny_config, run_dir=str(tmp_path / "text"), step=STEPS))
+    first, same = (records(each.run_dir)[0]["held_out"]["nll"] for each in (result, text_only))
+    assert first == pytest.approx(same, rel=1e-6)
+    value = load_value(result.output)
+    assert np.abs(np.asarray(value.params["base_projection"]["kernel"])).max() > 0
+    base = load_language_model(tiny_pair / "base")
+    compose(base, value)
+    wide = save_tiny_model(tmp_path / "wide", seed=3, hidden_size=32, intermediate_size=64)
+    with pytest.raises(ValueError, match=r"of width 16, and those of .*wide have width 32"):
+        compose(load_language_model(wide), value)
 
 
 @pytest.mark.parametrize(
