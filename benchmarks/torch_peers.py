@@ -96,9 +96,9 @@ def llama(arch: ArchConfig, params: Params, *, dtype: torch.dtype) -> LlamaForCa
     weights, tensors = {}, hf_tensors(arch)
     leaves: dict[Any, Any] = traverse_util.flatten_dict(dict(params))
     for path, leaf in leaves.items():
-        name, transposed = tensors[path]
+        tensor = tensors[path]
         array = torch.from_numpy(np.array(leaf))
-        weights[name] = (array.T if transposed else array).to(dtype).contiguous()
+        weights[tensor.name] = (array.T if tensor.transposed else array).to(dtype).contiguous()
     model.load_state_dict(weights, assign=True, strict=True)
     # Not a weight: the table of rotary frequencies, which the meta device left empty.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)

@@ -9,55 +9,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ivl_jax.model import hf_config
+from ivl_jax.model.rope_parameters import RopeParameters
 
-ROPE_TYPES = ("default", "linear", "llama3")
 LAYER_TYPES = ("full_attention", "sliding_attention")
 HIDDEN_ACTS = ("silu", "gelu", "gelu_pytorch_tanh")
-
-_LLAMA3_ONLY = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeParameters:
-    """Rotary position embedding of one layer type; names as in Hugging Face's `rope_parameters`.
-
-    Raises:
-        ValueError: A value no rotary embedding can have, or one its `rope_type` does not use.
-    """
-
-    rope_theta: float
-    """Base of the geometric series of wavelengths."""
-    rope_type: str = "default"
-    """`default`; `linear`: all frequencies divided by `factor`; `llama3`: only the low ones."""
-    factor: float = 1.0
-    """Divisor of the scaled frequencies; 1 with `default`."""
-    low_freq_factor: float | None = None
-    """`llama3` only: frequencies of at most this many turns in the original context are divided."""
-    high_freq_factor: float | None = None
-    """`llama3` only: frequencies of at least this many turns in it stay as they are."""
-    original_max_position_embeddings: int | None = None
-    """`llama3` only: the original context, tokens."""
-
-    def __post_init__(self):
-        problems = []
-        if self.rope_type not in ROPE_TYPES:
-            supported = ", ".join(ROPE_TYPES)
-            problems.append(f"rope_type: got {self.rope_type!r}, supported: {supported}")
-        if self.rope_theta <= 0 or self.factor <= 0:
-            problems.append(f"rope_theta and factor are positive: {self.rope_theta}, {self.factor}")
-        if self.rope_type == "default" and self.factor != 1:
-            problems.append(f"factor: got {self.factor}, but rope_type 'default' has none")
-        llama3 = [getattr(self, name) for name in _LLAMA3_ONLY]
-        if self.rope_type != "llama3" and llama3 != [None] * 3:
-            problems.append(f"{', '.join(_LLAMA3_ONLY)} belong to rope_type 'llama3' alone")
-        if self.rope_type == "llama3":
-            low, high, original = llama3
-            if None in llama3 or not 0 < low < high or original < 1:
-                problems.append(
-                    f"rope_type 'llama3' needs 0 < low_freq_factor < high_freq_factor and "
-                    f"original_max_position_embeddings: got {low}, {high}, {original}"
-                )
-        _raise_if_any("RopeParameters", problems)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +66,14 @@ class ArchConfig:
     """Bias on the o projection."""
     qk_norm: bool = False
     """RMS norm of each query and key head, before the rotary embedding."""
-    sandwich_norms: bool = False
-    """Norms after attention and MLP as well as before them (Gemma)."""
+    joint_qk_norm: bool = False
+    """That norm spans all heads together instead of each (OLMo-2)."""
+    rotary_layers: tuple[bool, ...] = ()
+    """Which layers have positions at all (SmolLM3 leaves some out); empty: all."""
+    pre_norms: bool = True
+    """Norms before attention and MLP (all but OLMo-2)."""
+    post_norms: bool = False
+    """Norms after attention and MLP, before their sums are added (Gemma, OLMo-2)."""
     unit_offset_norms: bool = False
     """Norms multiply by 1 + scale instead of scale (Gemma)."""
     scale_embeddings: bool = False
@@ -121,11 +82,18 @@ class ArchConfig:
     """Attention scores become c·tanh(score / c); None: they stay."""
     final_logit_softcapping: float | None = None
     """Logits become c·tanh(logit / c); None: they stay."""
+    fused_projections: bool = False
+    """Files hold q, k and v in one tensor, gate and up in another (Phi-3); decides no number."""
     initializer_range: float = 0.02
     """Standard deviation of freshly made kernels and embeddings."""
     base_hidden_size: int = 0
     """Width of the base hidden states the network also reads (ours, in no published file); 0: it
     reads only text."""
+
+    @property
+    def rotates(self) -> tuple[bool, ...]:
+        """Whether each layer has a rotary embedding."""
+        return self.rotary_layers or (True,) * self.num_hidden_layers
 
     def __post_init__(self):
         sizes = (
@@ -152,8 +120,16 @@ class ArchConfig:
                 f"num_key_value_heads: {self.num_key_value_heads} does not divide "
                 f"num_attention_heads, {self.num_attention_heads}"
             )
-        if self.head_dim % 2:
-            problems.append(f"head_dim: got {self.head_dim}; rotary embeddings need an even one")
+        width = self.rope_parameters.rotated_width(self.head_dim)
+        if width < 2 or width % 2:
+            problems.append(
+                f"head_dim: got {self.head_dim}, of which {width} are rotated; rotary embeddings "
+                "need an even number"
+            )
+        if self.joint_qk_norm and not self.qk_norm:
+            problems.append("joint_qk_norm: there is no qk_norm")
+        if not self.pre_norms and not self.post_norms:
+            problems.append("pre_norms, post_norms: expected at least one of them")
         if self.hidden_act not in HIDDEN_ACTS:
             supported = ", ".join(HIDDEN_ACTS)
             problems.append(f"hidden_act: got {self.hidden_act!r}, supported: {supported}")
@@ -165,6 +141,11 @@ class ArchConfig:
         if len(self.layer_types) != self.num_hidden_layers:
             problems.append(
                 f"layer_types: {len(self.layer_types)} entries for {self.num_hidden_layers} layers"
+            )
+        if len(self.rotary_layers) not in (0, self.num_hidden_layers):
+            problems.append(
+                f"rotary_layers: {len(self.rotary_layers)} entries for {self.num_hidden_layers} "
+                "layers"
             )
         if unknown := sorted(set(self.layer_types) - set(LAYER_TYPES)):
             supported = ", ".join(LAYER_TYPES)

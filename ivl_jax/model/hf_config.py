@@ -4,11 +4,12 @@ In: a parsed `config.json`. Out: keyword arguments of `ArchConfig`; and back. On
 family departs from the Llama line. transformers itself is not needed.
 """
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from ivl_jax.model.hf_families import FAMILIES, HARMLESS, MULTIMODAL, ON, Family
+from ivl_jax.model.hf_families import FAMILIES, MULTIMODAL, Family
+from ivl_jax.model.hf_reader import Reader, shortened
+from ivl_jax.model.hf_rope import read_ropes, write_ropes
 
 _SIZES = (
     "vocab_size",
@@ -17,71 +18,6 @@ _SIZES = (
     "num_hidden_layers",
     "num_attention_heads",
 )
-_ROPE_KEYS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
-}
-
-
-class _Reader:
-    """Takes fields out of a config, keeps every complaint, and knows what was never asked for."""
-
-    def __init__(self, config: Mapping[str, Any], where: str):
-        self.left = dict(config)
-        self.where = where
-        self.known: set[str] = set()
-        self.problems: list[str] = []
-
-    def take(self, name: str, default: Any, *, kinds: tuple[type, ...] = ()) -> Any:
-        """The field's value, or the default; a value of another kind is a problem."""
-        self.known.add(name)
-        value = self.left.pop(name, default)
-        # JSON's true is no number, though Python's bool is an int.
-        wrong = bool(kinds) and (not isinstance(value, kinds) or isinstance(value, bool))
-        if kinds == (bool,):
-            wrong = not isinstance(value, bool)
-        if wrong and value is not default:
-            self.complain(name, value, " or ".join(kind.__name__ for kind in kinds))
-            return default
-        return value
-
-    def size(self, name: str, default: int | None) -> int:
-        """A positive integer; null counts as absent."""
-        if self.left.get(name) is None:
-            self.left.pop(name, None)
-        value = self.take(name, default, kinds=(int,))
-        if value is None:
-            self.complain(name, "nothing", "a positive integer")
-        elif value < 1:
-            self.complain(name, value, "a positive integer")
-        return value if value is not None and value > 0 else 1
-
-    def complain(self, name: str, value: Any, supported: str) -> None:
-        shown = value if value == "nothing" else repr(value)
-        self.problems.append(f"{name}: got {shown}, supported: {supported}")
-
-    def finish(self) -> None:
-        """Raises all complaints, those about fields nobody took included."""
-        for name, value in self.left.items():
-            ids = name.endswith(("_token_id", "_token_ids", "_token_index"))
-            off = value is None or (value is False and name not in ON)
-            if off or (value is True and name in ON) or name in HARMLESS or ids:
-                continue
-            near = difflib.get_close_matches(name, self.known, n=1, cutoff=0.85)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            self.complain(name, value, ("true" if name in ON else "absent, null or false") + hint)
-        if self.problems:
-            raise ValueError(
-                f"{self.where}: fields this decoder cannot honour:\n  "
-                + "\n  ".join(self.problems[:20])
-                + "\nRemove a field only if the model's outputs do not depend on it."
-            )
 
 
 def read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,7 +27,7 @@ def read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         config: A parsed `config.json`.
 
     Returns:
-        One entry for every field of `ArchConfig`.
+        Fields of `ArchConfig`; those left out have its defaults.
 
     Raises:
         ValueError: See `ArchConfig.from_hf`.
@@ -100,17 +36,15 @@ def read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     if model_type == "gemma3":
         config = _text_config(config)
         model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        near = difflib.get_close_matches(str(model_type), FAMILIES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        supported = ", ".join([*FAMILIES, "gemma3"])
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
-            f"config.json: model_type: got {model_type!r}, supported: {supported}{hint}"
+            f"config.json: model_type: models of the family {shortened(model_type)} are not "
+            f"supported; supported families: {', '.join([*FAMILIES, 'gemma3'])}"
         )
     family = FAMILIES[model_type]
-    reader = _Reader(config, f"config.json of model_type {model_type!r}")
+    reader = Reader(config, f"config.json of model_type {model_type!r}")
     reader.take("model_type", None)
-    fields: dict[str, Any] = {"model_type": model_type}
+    fields: dict[str, Any] = {"model_type": model_type, **family.fixed}
     for name in _SIZES:
         fields[name] = reader.size(name, family.sizes.get(name))
     heads = fields["num_attention_heads"]
@@ -123,8 +57,10 @@ def read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     fields["max_position_embeddings"] = reader.size(
         "max_position_embeddings", family.max_position_embeddings
     )
-    fields["base_hidden_size"] = reader.take("base_hidden_size", 0, kinds=(int,))
-    for name, default in (("rms_norm_eps", 1e-6), ("initializer_range", 0.02)):
+    if reader.left.get("base_hidden_size", 0) != 0:
+        fields["base_hidden_size"] = reader.size("base_hidden_size", 0)
+    reader.take("base_hidden_size", 0)
+    for name, default in (("rms_norm_eps", family.rms_norm_eps), ("initializer_range", 0.02)):
         fields[name] = float(reader.take(name, default, kinds=(int, float)))
     fields["tie_word_embeddings"] = reader.take(
         "tie_word_embeddings", family.tie_word_embeddings, kinds=(bool,)
@@ -134,24 +70,19 @@ def read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         reader.take("hidden_act", None)  # Older Gemma files carry it; transformers never reads it.
     fields |= _read_biases(reader, family)
     fields |= _read_spans(reader, family, fields["num_hidden_layers"])
-    fields |= _read_ropes(reader, family, fields)
-    fields |= {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+    fields |= read_ropes(reader, family, fields)
     for name, default in family.optional.items():
         value = reader.take(name, default, kinds=(int, float, type(None)))
         fields[name] = None if value is None else float(value)
     if fields.get("query_pre_attn_scalar") is None:
         fields["query_pre_attn_scalar"] = float(fields["head_dim"])
-    switches = ("qk_norm", "sandwich_norms", "unit_offset_norms", "scale_embeddings")
-    fields |= {name: family.fixed.get(name, False) for name in switches}
-    if dropout := reader.take("attention_dropout", 0.0):
-        reader.complain("attention_dropout", dropout, "0.0")
     reader.finish()
     return fields
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The text model of a multimodal file, with the head's tying, which is said outside it."""
-    reader = _Reader(config, "config.json of model_type 'gemma3'")
+    reader = Reader(config, "config.json of model_type 'gemma3'")
     text = reader.take("text_config", None, kinds=(dict,))
     if text is None:
         reader.complain("text_config", "nothing", "the text model's fields")
@@ -166,17 +97,17 @@ def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return text
 
 
-def _read_biases(reader: _Reader, family: Family) -> dict[str, bool]:
+def _read_biases(reader: Reader, family: Family) -> dict[str, bool]:
     if family.attention_bias is not None:
         return {"attention_bias": family.attention_bias, "attention_output_bias": False}
     bias = reader.take("attention_bias", False, kinds=(bool,))
     return {"attention_bias": bias, "attention_output_bias": bias}
 
 
-def _read_spans(reader: _Reader, family: Family, layers: int) -> dict[str, Any]:
-    """Each layer's type, and the window where some layer slides."""
+def _read_spans(reader: Reader, family: Family, layers: int) -> dict[str, Any]:
+    """Each layer's type, the window where some layer slides, and which layers rotate."""
     full, sliding = "full_attention", "sliding_attention"
-    window = None
+    window, rotary = None, [True] * layers
     if family.span != "full":
         window = reader.take("sliding_window", family.sliding_window, kinds=(int, type(None)))
     implied = [full] * layers
@@ -196,78 +127,38 @@ def _read_spans(reader: _Reader, family: Family, layers: int) -> dict[str, Any]:
         elif (size := reader.take("sliding_window_size", None)) not in (None, window):
             reader.complain("sliding_window_size", size, f"the same as sliding_window, {window}")
         implied = [sliding if (index + 1) % pattern else full for index in range(layers)]
+    elif family.span == "smollm3":
+        used = reader.take("use_sliding_window", False, kinds=(bool,))
+        window = window if used else None
+        rotary = _read_rotary_layers(reader, layers)
+        if window is not None:
+            implied = [full if rotates else sliding for rotates in rotary]
     types = reader.take("layer_types", None, kinds=(list, tuple, type(None)))
     if types is None:
         types = implied
     elif family.span in ("full", "mistral") and list(types) != implied:
-        reader.complain("layer_types", types, f"what this family implies, {implied}")
+        reader.complain("layer_types", types, f"{implied[0]!r} for each of {layers} layers")
+        types = implied
+    elif not all(isinstance(kind, str) for kind in types):
+        reader.complain("layer_types", types, "names")
+        types = implied
     return {
         "layer_types": tuple(types),
         "sliding_window": window if sliding in types else None,
+        "rotary_layers": () if all(rotary) else tuple(rotary),
     }
 
 
-def _read_ropes(
-    reader: _Reader, family: Family, fields: Mapping[str, Any]
-) -> dict[str, dict[str, Any] | None]:
-    """Rotary parameters: `rope_parameters`, or the older `rope_theta` beside `rope_scaling`."""
-    optional_dict = (dict, type(None))
-    now = reader.take("rope_parameters", None, kinds=optional_dict)
-    scaling = reader.take("rope_scaling", None, kinds=optional_dict)
-    theta = reader.take("rope_theta", None, kinds=(int, float, type(None)))
-    if (part := reader.take("partial_rotary_factor", None)) not in (None, 1, 1.0):
-        reader.complain("partial_rotary_factor", part, "1.0")
-    if now and scaling and now != scaling:
-        reader.complain("rope_scaling", scaling, "the same as rope_parameters, or null")
-    context = fields["max_position_embeddings"]
-    if family.span != "gemma3":
-        found = dict(now or scaling or {})
-        rope = _read_rope(reader, "rope_parameters", found, theta, 10_000.0, context)
-        return {"rope_parameters": rope, "sliding_rope_parameters": None}
-    local_theta = reader.take("rope_local_base_freq", None, kinds=(int, float, type(None)))
-    found = dict(now or {"full_attention": scaling})
-    far, near = found.pop("full_attention", None), found.pop("sliding_attention", None)
-    if found:
-        reader.complain("rope_parameters", found, "full_attention and sliding_attention")
-    name = "rope_parameters.full_attention"
-    full = _read_rope(reader, name, dict(far or {}), theta, 1_000_000.0, context)
-    name = "rope_parameters.sliding_attention"
-    sliding = _read_rope(reader, name, dict(near or {}), local_theta, 10_000.0, context)
-    slides = fields["sliding_window"] is not None
-    return {"rope_parameters": full, "sliding_rope_parameters": sliding if slides else None}
-
-
-def _read_rope(
-    reader: _Reader,
-    name: str,
-    found: dict[str, Any],
-    theta: float | None,
-    default_theta: float,
-    context: int,
-) -> dict[str, Any]:
-    """One layer type's rotary parameters; `theta` is the one said outside of them."""
-    legacy_type = found.pop("type", None)
-    rope_type = found.pop("rope_type", None) or legacy_type or "default"
-    inner = found.pop("rope_theta", None)
-    if inner is not None and theta is not None and inner != theta:
-        reader.complain("rope_theta", theta, f"the same as in {name}, {inner}")
-    chosen = next(value for value in (inner, theta, default_theta) if value is not None)
-    rope: dict[str, Any] = {"rope_theta": float(chosen), "rope_type": rope_type}
-    if rope_type not in _ROPE_KEYS:
-        reader.complain(f"{name}.rope_type", rope_type, ", ".join(_ROPE_KEYS))
-        return {"rope_theta": float(chosen)}
-    if rope_type == "llama3":
-        found.setdefault("original_max_position_embeddings", context)
-    for key in _ROPE_KEYS[rope_type]:
-        value = found.pop(key, None)
-        if not isinstance(value, int | float):
-            reader.complain(f"{name}.{key}", value, "a number")
-            return {"rope_theta": float(chosen)}
-        rope[key] = value if key == "original_max_position_embeddings" else float(value)
-    for key, value in found.items():
-        if value is not None and (key, value) != ("partial_rotary_factor", 1.0):
-            reader.complain(f"{name}.{key}", value, f"absent with rope_type {rope_type!r}")
-    return rope
+def _read_rotary_layers(reader: Reader, layers: int) -> list[bool]:
+    """SmolLM3's `no_rope_layers`, in which 1 stands for a layer that does rotate."""
+    interval = reader.size("no_rope_layer_interval", 4)
+    given = reader.take("no_rope_layers", None, kinds=(list, tuple, type(None)))
+    if given is None:
+        return [(index + 1) % interval != 0 for index in range(layers)]
+    if len(given) < layers or not all(type(one) in (int, bool) and one in (0, 1) for one in given):
+        reader.complain("no_rope_layers", given, f"0 or 1 for each of {layers} layers")
+        return [True] * layers
+    return [one == 1 for one in given[:layers]]
 
 
 def write_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -307,18 +198,12 @@ def write_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
         config |= {"use_sliding_window": window is not None, "layer_types": types}
     elif family.span in ("gemma2", "gemma3"):
         config["layer_types"] = types
-    if family.span in ("mistral", "qwen") or window is not None:
+    elif family.span == "smollm3":
+        rotary = [int(rotates) for rotates in fields["rotary_layers"] or [True] * len(types)]
+        config |= {"use_sliding_window": window is not None, "layer_types": types}
+        config["no_rope_layers"] = rotary
+    if family.span in ("mistral", "qwen", "smollm3") or window is not None:
         config["sliding_window"] = window
 
-    rope = _write_rope(fields["rope_parameters"])
-    if family.span == "gemma3":
-        local = fields["sliding_rope_parameters"] or {"rope_theta": 10_000.0}
-        rope = {"full_attention": rope, "sliding_attention": _write_rope(local)}
-    config["rope_parameters"] = rope
+    config["rope_parameters"] = write_ropes(fields, family)
     return config
-
-
-def _write_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
-    rope_type = rope.get("rope_type", "default")
-    written = {"rope_type": rope_type, "rope_theta": rope["rope_theta"]}
-    return written | {key: rope[key] for key in _ROPE_KEYS[rope_type]}

@@ -8,28 +8,45 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from ivl_jax.model.rope_parameters import ROPE_KEYS
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
     """One `model_type`: the defaults of its config class, and what its code hard-wires."""
 
-    architecture: str  # transformers' class for language modelling
-    span: str  # how its files say which layers slide: full, mistral, qwen, gemma2 or gemma3
+    architecture: str
+    """Class of transformers for language modelling."""
+    span: str
+    """How its files say which layers slide or rotate: full, mistral, qwen, gemma2, gemma3 or
+    smollm3."""
     max_position_embeddings: int
-    num_key_value_heads: int | None = None  # None: num_attention_heads
-    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    num_key_value_heads: int | None = None
+    """None: num_attention_heads."""
+    head_dim: int | None = None
+    """None: hidden_size / num_attention_heads."""
     activation_field: str = "hidden_act"
     hidden_act: str = "silu"
     tie_word_embeddings: bool = False
-    attention_bias: bool | None = None  # None: the field decides, and covers o_proj as well
+    attention_bias: bool | None = None
+    """None: the field decides, and covers o_proj as well."""
     sliding_window: int | None = 4096
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    rope_types: tuple[str, ...] = tuple(ROPE_KEYS)
+    """What its code can do, of what ours can."""
+    partial_rotary: bool = False
+    """Its code rotates a part of each head where the file says so."""
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    optional: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # further fields it reads
-    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # ArchConfig fields
+    """Defaults of sizes that a file may leave out."""
+    optional: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Further fields of `ArchConfig` that its files have, with their defaults."""
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of `ArchConfig` that its code hard-wires, where they differ from the default."""
 
 
 # No field of a Gemma file says these; its code has them.
-_GEMMA = {"sandwich_norms": True, "unit_offset_norms": True, "scale_embeddings": True}
+_GEMMA = {"post_norms": True, "unit_offset_norms": True, "scale_embeddings": True}
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", "full", max_position_embeddings=2048),
@@ -90,7 +107,35 @@ FAMILIES = {
         },
         # attn_logit_softcapping is no part: transformers' Gemma 3 never applies it.
         optional={"query_pre_attn_scalar": 256, "final_logit_softcapping": None},
+        rope_theta=1_000_000.0,
         fixed=_GEMMA | {"qk_norm": True},
+    ),
+    "olmo2": Family(
+        "Olmo2ForCausalLM",
+        "full",
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+        fixed={"pre_norms": False, "post_norms": True, "qk_norm": True, "joint_qk_norm": True},
+    ),
+    "phi3": Family(  # Phi-3, Phi-3.5 and Phi-4
+        "Phi3ForCausalLM",
+        "mistral",
+        max_position_embeddings=4096,
+        attention_bias=False,
+        sliding_window=None,
+        rms_norm_eps=1e-5,
+        rope_types=("default",),
+        partial_rotary=True,
+        fixed={"fused_projections": True},
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        "smollm3",
+        max_position_embeddings=32_768,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+        sliding_window=None,
+        rope_theta=2_000_000.0,
     ),
 }
 
@@ -111,6 +156,8 @@ HARMLESS = frozenset({
     "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
     "num_return_sequences", "output_scores", "return_dict_in_generate", "remove_invalid_values",
     "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
+    "auto_map", "internal_version", "gradient_checkpointing", "model_max_length", "_commit_hash",
+    "use_flash_attention", "use_flash_attention_2", "_flash_attn_2_enabled",
 })
 # What a multimodal Gemma 3 file holds beside its text model.
 MULTIMODAL = frozenset({

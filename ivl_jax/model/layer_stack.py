@@ -1,7 +1,7 @@
 """Runs a decoder's layers: one after another or as a `lax.scan`, with or without a cache.
 
 In: embeddings `[B T D]`, positions, and who may see whom. Out: the residual stream after the last
-layer and the new cache. Angles and masks are made once per kind of layer and shared.
+layer and the new cache. Rotations and masks are made once per kind of layer and shared.
 """
 
 from collections.abc import Callable
@@ -21,10 +21,12 @@ from ivl_jax.model.kv_cache import (
     write_stacked_slots,
 )
 from ivl_jax.model.layers import Constrain, Decoder, Memory, Write
-from ivl_jax.model.rope import rope_angles
+from ivl_jax.model.rope import Rotation, no_rotation, rotation
 
-# (layer state, residual stream, angles, mask, memory, slots, layer) → (residual stream, memory)
-_Step = Callable[[Any, Array, Array, Array, Memory, Array, Array], tuple[Array, Memory]]
+_Kind = tuple[str, bool]
+"""Of a layer: its attention span, and whether it rotates queries and keys."""
+# (layer state, residual stream, rotation, mask, memory, slots, layer) → (residual stream, memory)
+_Step = Callable[[Any, Array, Rotation, Array, Memory, Array, Array], tuple[Array, Memory]]
 
 
 def run_layers(
@@ -50,29 +52,32 @@ def run_layers(
         Residual stream before the final norm, and the new cache (None without one).
     """
     arch = decoder.arch
-    kinds = sorted(set(arch.layer_types))
-    angles = [_angles(arch, kind, positions) for kind in kinds]
+    of_layers: list[_Kind] = list(zip(arch.layer_types, arch.rotates, strict=True))
+    kinds = sorted(set(of_layers))
+    rotations = [_rotation(arch, kind, positions) for kind in kinds]
     masks = [_mask(arch, kind, positions, segment_ids, cache) for kind in kinds]
-    kind_of_layer = [kinds.index(kind) for kind in arch.layer_types]
+    kind_of_layer = [kinds.index(kind) for kind in of_layers]
     run = _run_scanned if decoder.scan_layers else _run_unrolled
-    return run(decoder, x, angles, masks, kind_of_layer, positions, cache, constrain)
+    return run(decoder, x, rotations, masks, kind_of_layer, positions, cache, constrain)
 
 
-def _angles(arch: ArchConfig, kind: str, positions: Array) -> Float[Array, "B T R"]:
+def _rotation(arch: ArchConfig, kind: _Kind, positions: Array) -> Rotation:
+    span, rotates = kind
     rope = arch.rope_parameters
-    if kind == "sliding_attention" and arch.sliding_rope_parameters is not None:
+    if span == "sliding_attention" and arch.sliding_rope_parameters is not None:
         rope = arch.sliding_rope_parameters
-    return rope_angles(positions, rope, head_dim=arch.head_dim)
+    found = rotation(positions, rope, head_dim=arch.head_dim)
+    return found if rotates else no_rotation(found)
 
 
 def _mask(
     arch: ArchConfig,
-    kind: str,
+    kind: _Kind,
     positions: Array,
     segment_ids: Array | None,
     cache: KVCache | None,
 ) -> Bool[Array, "_ 1 T S"]:
-    window = arch.sliding_window if kind == "sliding_attention" else None
+    window = arch.sliding_window if kind[0] == "sliding_attention" else None
     if cache is not None:
         return visible_slots(positions, capacity=cache_capacity(cache), window=window)
     # Within a row the distance of two indices is that of their positions, packed or padded.
@@ -90,7 +95,7 @@ def _step(decoder: Decoder, write: Callable[[Array, Array], Write], constrain: C
     def step(
         state: Any,  # nnx.State; its annotation is one that beartype warns of
         x: Array,
-        angles: Array,
+        rotation: Rotation,
         mask: Array,
         memory: Memory,
         slots: Array,
@@ -98,7 +103,7 @@ def _step(decoder: Decoder, write: Callable[[Array, Array], Write], constrain: C
     ) -> tuple[Array, Memory]:
         return nnx.merge(structure, state)(
             x,
-            angles=angles,
+            rotation=rotation,
             mask=mask,
             memory=memory,
             write=write(slots, layer),
@@ -117,7 +122,7 @@ def _write_nothing(slots: Array, layer: Array) -> Write:
 def _run_unrolled(
     decoder: Decoder,
     x: Array,
-    angles: list[Array],
+    rotations: list[Rotation],
     masks: list[Array],
     kind_of_layer: list[int],
     positions: Array,
@@ -141,7 +146,7 @@ def _run_unrolled(
         memory = None if cache is None else (cache.keys[layer], cache.values[layer])
         state = nnx.split(decoder.layers[layer])[1]
         index = jnp.asarray(layer)
-        x, memory = step(state, x, angles[kind], masks[kind], memory, positions, index)
+        x, memory = step(state, x, rotations[kind], masks[kind], memory, positions, index)
         memories.append(memory)
     if cache is None:
         return x, None
@@ -151,7 +156,7 @@ def _run_unrolled(
 def _run_scanned(
     decoder: Decoder,
     x: Array,
-    angles: list[Array],
+    rotations: list[Rotation],
     masks: list[Array],
     kind_of_layer: list[int],
     positions: Array,
@@ -167,13 +172,15 @@ def _run_scanned(
         return into_cache
 
     step = _step(decoder, _write_nothing if cache is None else write, constrain)
-    all_angles, all_masks = jnp.stack(angles), jnp.stack(masks)
+    all_rotations = jax.tree.map(lambda *parts: jnp.stack(parts), *rotations)
+    all_masks = jnp.stack(masks)
 
     # The whole cache is the carry: as inputs and outputs of the scan it would be copied each call.
     def body(carry: tuple[Array, Memory], inputs: tuple) -> tuple[tuple[Array, Memory], None]:
         state, kind, layer = inputs
         x, memory = carry
-        return step(state, x, all_angles[kind], all_masks[kind], memory, positions, layer), None
+        rotation = Rotation(*(part[kind] for part in all_rotations))
+        return step(state, x, rotation, all_masks[kind], memory, positions, layer), None
 
     state = nnx.split(decoder.layers)[1]
     kinds = jnp.asarray(kind_of_layer)

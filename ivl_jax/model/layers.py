@@ -18,10 +18,10 @@ from jaxtyping import Array, Bool, Float
 
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.fused_attention import fused_attention, has_fused_attention
-from ivl_jax.model.parameter import declare
+from ivl_jax.model.parameter import Fused, declare
 from ivl_jax.model.product import multiply
 from ivl_jax.model.projection import KernelForm, Projection
-from ivl_jax.model.rope import rotate
+from ivl_jax.model.rope import Rotation, rotate
 
 Constrain = Callable[[Array, tuple[str, ...]], Array]
 """(activations, logical name of each axis) → the same activations, their sharding constrained."""
@@ -116,7 +116,7 @@ class Attention(nnx.Module):
         queries = ("heads", arch.num_attention_heads * arch.head_dim)
         keys = ("kv_heads", arch.num_key_value_heads * arch.head_dim)
         self.head_dim = arch.head_dim
-        self.qk_norm = arch.qk_norm
+        self.qk_norm, self.joint_qk_norm = arch.qk_norm, arch.joint_qk_norm
         self.scale = arch.query_pre_attn_scalar**-0.5
         self.softcap = arch.attn_logit_softcapping
 
@@ -127,19 +127,21 @@ class Attention(nnx.Module):
             fused = (None, sum(self.projected_sizes))
             self.qkv_proj = Projection(embed, fused, use_bias=bias, form=form)
         else:
-            self.q_proj = Projection(embed, queries, use_bias=bias, form=form)
-            self.k_proj = Projection(embed, keys, use_bias=bias, form=form)
-            self.v_proj = Projection(embed, keys, use_bias=bias, form=form)
+            in_q, in_k, in_v = _fused_in(arch, "qkv_proj", self.projected_sizes)
+            self.q_proj = Projection(embed, queries, use_bias=bias, form=form, fused_in=in_q)
+            self.k_proj = Projection(embed, keys, use_bias=bias, form=form, fused_in=in_k)
+            self.v_proj = Projection(embed, keys, use_bias=bias, form=form, fused_in=in_v)
         self.o_proj = Projection(queries, embed, use_bias=arch.attention_output_bias, form=form)
         if arch.qk_norm:
-            self.q_norm = norm_of(arch, arch.head_dim)
-            self.k_norm = norm_of(arch, arch.head_dim)
+            joint = arch.joint_qk_norm
+            self.q_norm = norm_of(arch, queries[1] if joint else arch.head_dim)
+            self.k_norm = norm_of(arch, keys[1] if joint else arch.head_dim)
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
         *,
-        angles: Float[Array, "B T R"],
+        rotation: Rotation,
         mask: Bool[Array, "#B 1 T S"],
         memory: Memory,
         write: Write,
@@ -148,10 +150,13 @@ class Attention(nnx.Module):
         """Attends over what `write` makes of the memory and this call's keys and values."""
         names = ("batch", "length", "heads", "head_dim")
         heads = (*x.shape[:2], -1, self.head_dim)
-        query, key, value = (constrain(y.reshape(heads), names) for y in self._projected(x))
-        if self.qk_norm:
+        query, key, value = self._projected(x)
+        if self.qk_norm and self.joint_qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = rotate(query, angles), rotate(key, angles)
+        query, key, value = (constrain(y.reshape(heads), names) for y in (query, key, value))
+        if self.qk_norm and not self.joint_qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = rotate(query, rotation), rotate(key, rotation)
         plain = memory is None and self.softcap is None
         if plain and has_fused_attention(dtype=x.dtype, head_dim=self.head_dim, length=x.shape[1]):
             mixed = fused_attention(query, key, value, mask=mask, scale=self.scale)
@@ -186,8 +191,9 @@ class MLP(nnx.Module):
             fused = (None, 2 * self.inner)
             self.gate_up_proj = Projection(embed, fused, use_bias=False, form=form)
         else:
-            self.gate_proj = Projection(embed, inner, use_bias=False, form=form)
-            self.up_proj = Projection(embed, inner, use_bias=False, form=form)
+            in_gate, in_up = _fused_in(arch, "gate_up_proj", (self.inner, self.inner))
+            self.gate_proj = Projection(embed, inner, use_bias=False, form=form, fused_in=in_gate)
+            self.up_proj = Projection(embed, inner, use_bias=False, form=form, fused_in=in_up)
         self.down_proj = Projection(inner, embed, use_bias=False, form=form)
 
     def __call__(self, x: Float[Array, "B T D"], *, constrain: Constrain) -> Float[Array, "B T D"]:
@@ -204,21 +210,24 @@ class DecoderLayer(nnx.Module):
     """Attention and MLP around the residual stream; one structure for every layer of a decoder."""
 
     def __init__(self, arch: ArchConfig, *, form: KernelForm):
-        self.sandwich_norms = arch.sandwich_norms
+        self.pre_norms, self.post_norms = arch.pre_norms, arch.post_norms
         self.self_attn = Attention(arch, form=form)
         self.mlp = MLP(arch, form=form)
         width = arch.hidden_size
-        self.input_layernorm = norm_of(arch, width)
+        if arch.pre_norms:
+            self.input_layernorm = norm_of(arch, width)
+        # After attention; with norms before only, Hugging Face calls the one before the MLP so.
         self.post_attention_layernorm = norm_of(arch, width)
-        if arch.sandwich_norms:
+        if arch.pre_norms and arch.post_norms:
             self.pre_feedforward_layernorm = norm_of(arch, width)
+        if arch.post_norms:
             self.post_feedforward_layernorm = norm_of(arch, width)
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
         *,
-        angles: Float[Array, "B T R"],
+        rotation: Rotation,
         mask: Bool[Array, "#B 1 T S"],
         memory: Memory,
         write: Write,
@@ -226,21 +235,23 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Memory]:
         """The residual stream and the memory after this layer."""
         attended, memory = self.self_attn(
-            self.input_layernorm(x),
-            angles=angles,
+            self.input_layernorm(x) if self.pre_norms else x,
+            rotation=rotation,
             mask=mask,
             memory=memory,
             write=write,
             constrain=constrain,
         )
-        if self.sandwich_norms:
-            x = x + self.post_attention_layernorm(attended)
-            fed = self.mlp(self.pre_feedforward_layernorm(x), constrain=constrain)
-            x = x + self.post_feedforward_layernorm(fed)
-        else:
-            x = x + attended
-            x = x + self.mlp(self.post_attention_layernorm(x), constrain=constrain)
+        x = x + (self.post_attention_layernorm(attended) if self.post_norms else attended)
+        fed = self.mlp(self._before_mlp(x), constrain=constrain)
+        x = x + (self.post_feedforward_layernorm(fed) if self.post_norms else fed)
         return constrain(x, ("batch", "length", "embed")), memory
+
+    def _before_mlp(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        if not self.pre_norms:
+            return x
+        norm = self.pre_feedforward_layernorm if self.post_norms else self.post_attention_layernorm
+        return norm(x)
 
 
 class Table(nnx.Module):
@@ -286,6 +297,16 @@ class Decoder(nnx.Module):
             self.lm_head = Projection(
                 ("embed", width), ("vocabulary", vocab_rows), use_bias=False, form=form
             )
+
+
+def _fused_in(arch: ArchConfig, module: str, sizes: Sequence[int]) -> list[Fused | None]:
+    """Where files have projections of these sizes: one on top of the other, or each alone."""
+    if not arch.fused_projections:
+        return [None] * len(sizes)
+    return [
+        Fused(module, end - size)
+        for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)
+    ]
 
 
 def norm_of(arch: ArchConfig, size: int) -> RMSNorm:

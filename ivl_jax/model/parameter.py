@@ -19,6 +19,13 @@ Axis = tuple[str | None, int]
 Initial = Literal["normal", "zeros", "ones"]
 
 
+class Fused(NamedTuple):
+    """Where in a larger tensor of a Hugging Face file a parameter's tensor lies."""
+
+    module: str  # in the place of the parameter's own module: qkv_proj
+    start: int  # its first row there
+
+
 class Declaration(NamedTuple):
     """What is known of a parameter before it has values, its shape apart."""
 
@@ -27,6 +34,7 @@ class Declaration(NamedTuple):
     dtype: jnp.dtype | None  # None: the one that all parameters are stored in
     hf_suffix: str | None  # its tensor in its module's place: weight, bias; None: in no file
     transposed: bool  # a file's tensor has the two dimensions the other way round
+    fused_in: Fused | None  # in files, its tensor is a part of another module's
 
 
 def declare(
@@ -35,6 +43,7 @@ def declare(
     dtype: DTypeLike | None = None,
     hf_suffix: str | None = "weight",
     transposed: bool = False,
+    fused_in: Fused | None = None,
 ) -> nnx.Param:
     """Declare a parameter; its values come with `nnx.merge`.
 
@@ -46,6 +55,8 @@ def declare(
         hf_suffix: Last part of the name of its tensor in a Hugging Face file, after the module's
             path; None: it is in no file.
         transposed: The file has (out, in) where the parameter has (in, out).
+        fused_in: The larger tensor of the file that holds the parameter's among its rows; None: it
+            is alone.
 
     Returns:
         The parameter, its shape in place of values.
@@ -53,7 +64,8 @@ def declare(
     fixed = None if dtype is None else jnp.dtype(dtype)
     shape = jax.ShapeDtypeStruct(tuple(size for _, size in axes), fixed or jnp.float32)
     names = tuple(name for name, _ in axes)
-    return nnx.Param(shape, declaration=Declaration(names, initial, fixed, hf_suffix, transposed))
+    declaration = Declaration(names, initial, fixed, hf_suffix, transposed, fused_in)
+    return nnx.Param(shape, declaration=declaration)
 
 
 def declarations(module: nnx.Module) -> dict[ParamPath, Declaration]:

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8
 
-from ivl_jax.model.parameter import Axis, Initial, declare
+from ivl_jax.model.parameter import Axis, Fused, Initial, declare
 from ivl_jax.model.product import multiply
 
 # Rows of an int8 kernel that become floats at a time: 3 MB in float32 at a width of 768, what
@@ -47,19 +47,21 @@ class Projection(nnx.Module):
         use_bias: bool,
         form: KernelForm = AS_TRAINED,
         initial: Initial = "normal",
+        fused_in: Fused | None = None,
     ):
         self.kernel = declare(
             *((size_out, size_in) if form.rows else (size_in, size_out)),
             initial=initial,
             dtype=jnp.int8 if form.int8 else None,
             transposed=not form.rows,
+            fused_in=fused_in,
         )
         if form.int8:
             self.scale = declare(size_out, initial="ones", dtype=jnp.float32, hf_suffix=None)
         if use_bias:
             # Of the whole residual stream it is small and stays whole, like the norms.
             axis = (None, size_out[1]) if size_out[0] == "embed" else size_out
-            self.bias = declare(axis, initial="zeros", hf_suffix="bias")
+            self.bias = declare(axis, initial="zeros", hf_suffix="bias", fused_in=fused_in)
         self.use_bias = use_bias
         self.form = form
 

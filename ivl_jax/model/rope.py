@@ -1,14 +1,24 @@
-"""Rotary position embeddings: parameters and positions in, angles and rotated heads out.
+"""Rotary position embeddings: parameters and positions in, rotated heads out.
 
 Everything is computed from the positions of the call; nothing is cached, so two models with
 different bases of wavelengths live side by side.
 """
 
+import math
+from typing import NamedTuple
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ivl_jax.model.architecture import RopeParameters
+from ivl_jax.model.rope_parameters import RopeParameters
+
+
+class Rotation(NamedTuple):
+    """How queries and keys are rotated in one kind of layer."""
+
+    angles: Array  # [B T R] radians of every rotated pair, fp32
+    scale: Array  # [] what the rotated numbers are multiplied by, fp32
 
 
 def rope_frequencies(rope: RopeParameters, *, head_dim: int) -> Float[np.ndarray, " R"]:
@@ -16,40 +26,86 @@ def rope_frequencies(rope: RopeParameters, *, head_dim: int) -> Float[np.ndarray
 
     Args:
         rope: Rotary parameters.
-        head_dim: H; pairs are (i, i + H/2).
+        head_dim: H; pairs are (i, i + R).
 
     Returns:
-        fp32, R = H/2.
+        fp32, R = H/2 where the whole head is rotated.
 
     Source: transformers `modeling_rope_utils.py`, in the same fp32 arithmetic.
     """
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    width = rope.rotated_width(head_dim)
+    exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
     frequencies = np.float32(1.0) / np.float32(rope.rope_theta) ** exponents
+    if rope.rope_type == "default":
+        return frequencies
     if rope.rope_type == "linear":
         return (frequencies / rope.factor).astype(np.float32)
-    if rope.rope_type == "llama3":
-        low, high = rope.low_freq_factor, rope.high_freq_factor
-        context = rope.original_max_position_embeddings
-        assert low is not None
-        assert high is not None
-        assert context is not None
-        turns = context * frequencies / (2 * np.pi)
-        kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-        return (frequencies * (kept + (1.0 - kept) / rope.factor)).astype(np.float32)
-    return frequencies
+    kept = (
+        _kept_by_llama3(rope, frequencies)
+        if rope.rope_type == "llama3"
+        else _kept_by_yarn(rope, width)
+    )
+    return (frequencies * (kept + (1.0 - kept) / rope.factor)).astype(np.float32)
 
 
-def rope_angles(
-    positions: Int[Array, "B T"], rope: RopeParameters, *, head_dim: int
-) -> Float[Array, "B T R"]:
-    """Rotation of every pair at every position, radians, fp32; R = H/2."""
+def _kept_by_llama3(rope: RopeParameters, frequencies: np.ndarray) -> np.ndarray:
+    """How much of each frequency stays, 0 to 1: a ramp over its turns in the original context."""
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    context = rope.original_max_position_embeddings
+    assert low is not None
+    assert high is not None
+    assert context is not None
+    turns = context * frequencies / (2 * np.pi)
+    return np.clip((turns - low) / (high - low), 0.0, 1.0)
+
+
+def _kept_by_yarn(rope: RopeParameters, width: int) -> np.ndarray:
+    """The same; the ramp is over the number of the pair, and may begin and end at whole ones."""
+    context, fast, slow = rope.original_max_position_embeddings, rope.beta_fast, rope.beta_slow
+    assert context is not None
+    assert fast is not None
+    assert slow is not None
+
+    def pair_of(turns: float) -> float:
+        return width * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
+
+    first, last = pair_of(fast), pair_of(slow)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, width - 1)
+    span = last - first or 0.001
+    ramp = (np.arange(width // 2, dtype=np.float32) - np.float32(first)) / np.float32(span)
+    return 1.0 - np.clip(ramp, 0.0, 1.0)
+
+
+def rotation(positions: Int[Array, "B T"], rope: RopeParameters, *, head_dim: int) -> Rotation:
+    """How heads are rotated at each position.
+
+    Args:
+        positions: Of each token in its own sequence.
+        rope: Rotary parameters.
+        head_dim: H.
+
+    Returns:
+        Angles and scale.
+    """
     frequencies = jnp.asarray(rope_frequencies(rope, head_dim=head_dim))
-    return positions.astype(jnp.float32)[..., None] * frequencies[None, None, :]
+    angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None, :]
+    scale = 1.0 if rope.attention_factor is None else rope.attention_factor
+    return Rotation(angles, jnp.asarray(scale, jnp.float32))
 
 
-def rotate(x: Float[Array, "B T N H"], angles: Float[Array, "B T R"]) -> Float[Array, "B T N H"]:
-    """Rotates pair (i, i + H/2) of every head by its angle: in fp32, returned in x's dtype."""
-    cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+def no_rotation(like: Rotation) -> Rotation:
+    """A rotation of the same shapes that changes nothing, for layers without positions."""
+    return Rotation(jnp.zeros_like(like.angles), jnp.ones_like(like.scale))
+
+
+def rotate(x: Float[Array, "B T N H"], rotation: Rotation) -> Float[Array, "B T N H"]:
+    """Rotates pair (i, i + R) of every head by its angle: in fp32, returned in x's dtype."""
+    pairs = rotation.angles.shape[-1]
+    cos = jnp.cos(rotation.angles)[:, :, None, :] * rotation.scale
+    sin = jnp.sin(rotation.angles)[:, :, None, :] * rotation.scale
+    wide = x.astype(jnp.float32)
+    first, second, rest = jnp.split(wide, [pairs, 2 * pairs], axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin, rest]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

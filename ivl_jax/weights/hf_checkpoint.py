@@ -125,10 +125,10 @@ def load_params(
             f"shardings: expected one for each of {len(target)} parameters, got "
             f"{len(placed)}, {len(set(placed) ^ set(target))} of them in only one of the trees"
         )
-    tensors, declared = hf_tensors(arch), parameter_declarations(arch, form=form)
+    declared = parameter_declarations(arch, form=form)
     sources = {
         path: _Source(
-            records=tuple(records[tensors[part].name] for part in _parts(path)),
+            records=tuple(records[part] for part in _parts(path)),
             transposed=declared[path].transposed,
             shape=leaf.shape,
             sharding=placed.get(path),
@@ -159,8 +159,8 @@ def _rounded(kernel: Array, *, rows: bool) -> Params:
     return quantize({"kernel": kernel}, rows=rows)
 
 
-def _match(folder: Path, arch: ArchConfig) -> dict[str, TensorRecord]:
-    """Tensor name → record, once the tensors are found to be just what the architecture needs."""
+def _match(folder: Path, arch: ArchConfig) -> dict[ParamPath, TensorRecord]:
+    """Parameter → where it lies, once the tensors are just what the architecture needs."""
     found = {name: rec for name, rec in find_tensors(folder).items() if not is_derived(name)}
     vision = [name for name in found if is_vision(name)] if arch.model_type == "gemma3_text" else []
     if vision:
@@ -196,7 +196,10 @@ def _match(folder: Path, arch: ArchConfig) -> dict[str, TensorRecord]:
             "one with adapters, must be saved plainly first. A model without lm_head.weight has "
             "tie_word_embeddings set.",
         )
-    return found
+    return {
+        path: found[tensor.name].rows(tensor.start, tensor.shape[0])
+        for path, tensor in hf_tensors(arch).items()
+    }
 
 
 def _read_all(

@@ -14,7 +14,7 @@ from flax import traverse_util
 
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.assembly import abstract_params, parameter_declarations
-from ivl_jax.model.parameter import ParamPath
+from ivl_jax.model.parameter import Declaration, ParamPath
 
 PARAM_DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 """Of parameters, in memory and in files that we write."""
@@ -30,6 +30,8 @@ class HfTensor(NamedTuple):
 
     name: str  # as `LlamaForCausalLM` and its relatives call it
     transposed: bool
+    shape: tuple[int, ...]  # of what holds the parameter; without vocabulary padding
+    start: int  # its first row, which is not 0 where the tensor holds several parameters
 
 
 LM_HEAD = "lm_head.weight"
@@ -64,18 +66,27 @@ def hf_tensors(arch: ArchConfig) -> dict[ParamPath, HfTensor]:
     Returns:
         Path of a parameter as it is trained, layers unstacked → its tensor, for example
         `("layers", 0, "mlp", "up_proj", "kernel")` →
-        `HfTensor("model.layers.0.mlp.up_proj.weight", transposed=True)`.
+        `HfTensor("model.layers.0.mlp.up_proj.weight", True, (5632, 2048), 0)`.
     """
+    shapes = flat_paths(abstract_params(arch))
     return {
-        path: HfTensor(_tensor_name(path[:-1], declared.hf_suffix), declared.transposed)
+        path: _tensor(path, declared, shapes[path].shape)
         for path, declared in parameter_declarations(arch).items()
         if declared.hf_suffix is not None
     }
 
 
-def _tensor_name(modules: ParamPath, suffix: str) -> str:
-    root = () if modules[0] == "lm_head" else ("model",)
-    return ".".join(map(str, (*root, *modules, suffix)))
+def _tensor(path: ParamPath, declared: Declaration, shape: tuple[int, ...]) -> HfTensor:
+    *modules, own = path[:-1]
+    root = () if own == "lm_head" else ("model",)
+    fused = declared.fused_in
+    module = own if fused is None else fused.module
+    return HfTensor(
+        name=".".join(map(str, (*root, *modules, module, declared.hf_suffix))),
+        transposed=declared.transposed,
+        shape=shape[::-1] if declared.transposed else shape,
+        start=0 if fused is None else fused.start,
+    )
 
 
 def flat_paths(tree: Mapping[Any, Any]) -> dict[ParamPath, Any]:
@@ -85,11 +96,11 @@ def flat_paths(tree: Mapping[Any, Any]) -> dict[ParamPath, Any]:
 
 def file_shapes(arch: ArchConfig) -> dict[str, tuple[int, ...]]:
     """Name → shape of every tensor that a file of this architecture holds."""
-    shapes = flat_paths(abstract_params(arch))
-    return {
-        tensor.name: shapes[path].shape[::-1] if tensor.transposed else shapes[path].shape
-        for path, tensor in hf_tensors(arch).items()
-    }
+    found: dict[str, tuple[int, ...]] = {}
+    for tensor in sorted(hf_tensors(arch).values(), key=lambda tensor: tensor.start):
+        rows, *columns = tensor.shape
+        found[tensor.name] = (tensor.start + rows, *columns)
+    return found
 
 
 def causal_name(name: str) -> str:

@@ -83,14 +83,13 @@ def write_params(
         "whose head was untied has tie_word_embeddings=False.",
         with_dtype=False,
     )
-    tensors, in_files = hf_tensors(arch), file_shapes(arch)
-    sinks = [
-        _Sink(tensors[path], leaf, in_files[tensors[path].name])
-        for path, leaf in flat_paths(params).items()
-    ]
-    shards = _split(sinks, dtype.itemsize, shard_bytes)
+    leaves = flat_paths(params)
+    sinks = {name: _Sink(name, shape, []) for name, shape in file_shapes(arch).items()}
+    for path, tensor in sorted(hf_tensors(arch).items(), key=lambda item: item[1].start):
+        sinks[tensor.name].parts.append((tensor, leaves[path]))
+    shards = _split(list(sinks.values()), dtype.itemsize, shard_bytes)
     for file, group in shards.items():
-        shapes = {sink.tensor.name: sink.shape for sink in group}
+        shapes = {sink.name: sink.shape for sink in group}
         arrays = (_array_in_file(sink, dtype) for sink in group)
         if jax.process_index() == 0:
             write_file(folder / file, shapes, arrays, dtype=dtype)
@@ -99,18 +98,18 @@ def write_params(
     if jax.process_index() > 0:
         return
     if len(shards) > 1:
-        total = sum(dtype.itemsize * math.prod(sink.shape) for sink in sinks)
-        file_of = {sink.tensor.name: file for file, group in shards.items() for sink in group}
+        total = sum(dtype.itemsize * math.prod(sink.shape) for sink in sinks.values())
+        file_of = {sink.name: file for file, group in shards.items() for sink in group}
         _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": file_of})
     _write_json(folder / "config.json", arch.to_hf() | {"dtype": str(dtype)})
 
 
 class _Sink(NamedTuple):
-    """What one parameter becomes in a file."""
+    """One tensor of a file, and the parameters that lie in it from its first row to its last."""
 
-    tensor: HfTensor
-    leaf: Array
-    shape: tuple[int, ...]  # in the file, without vocabulary padding
+    name: str
+    shape: tuple[int, ...]  # without vocabulary padding
+    parts: list[tuple[HfTensor, Array]]
 
 
 def _split(sinks: list[_Sink], item_bytes: int, shard_bytes: int) -> dict[str, list[_Sink]]:
@@ -134,12 +133,15 @@ def _split(sinks: list[_Sink], item_bytes: int, shard_bytes: int) -> dict[str, l
 
 def _array_in_file(sink: _Sink, dtype: np.dtype) -> np.ndarray:
     """The whole tensor on the host; every process must call it."""
-    array = _oriented(sink.leaf, transposed=sink.tensor.transposed, dtype=dtype)
-    if array.is_fully_addressable:
-        whole = np.asarray(array)
-    else:
-        whole = multihost_utils.process_allgather(array, tiled=True)
-    return whole[: sink.shape[0]]
+    parts = []
+    for tensor, leaf in sink.parts:
+        array = _oriented(leaf, transposed=tensor.transposed, dtype=dtype)
+        if array.is_fully_addressable:
+            whole = np.asarray(array)
+        else:
+            whole = multihost_utils.process_allgather(array, tiled=True)
+        parts.append(whole[: tensor.shape[0]])
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _write_json(path: Path, record: Mapping[str, Any]) -> None:

@@ -45,6 +45,15 @@ class TensorRecord(NamedTuple):
     offset: int  # bytes from the start of the file
     nbytes: int
 
+    def rows(self, start: int, count: int) -> "TensorRecord":
+        """Some of its rows, as a tensor of their own."""
+        row_bytes = self.nbytes // self.shape[0]
+        return self._replace(
+            shape=(count, *self.shape[1:]),
+            offset=self.offset + start * row_bytes,
+            nbytes=count * row_bytes,
+        )
+
 
 class Target(NamedTuple):
     """One slice of a tensor and the array that receives it."""

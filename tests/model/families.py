@@ -33,6 +33,14 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 48,
 }
+_YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "beta_fast": 4.0,
+    "beta_slow": 0.5,
+    "original_max_position_embeddings": 48,
+}
 _GEMMA = {
     "head_dim": 16,
     "hidden_activation": "gelu_pytorch_tanh",
@@ -107,6 +115,44 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
         },
     },
+    "olmo2": {
+        **_SIZES,
+        "model_type": "olmo2",
+        "attention_bias": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
+    },
+    "phi3": {
+        **_SIZES,
+        "model_type": "phi3",
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1000.0,
+            "partial_rotary_factor": 0.75,
+        },
+    },
+    "phi3_window": {
+        **_SIZES,
+        "model_type": "phi3",
+        "sliding_window": WINDOW,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
+    },
+    "smollm3": {
+        **_SIZES,
+        "model_type": "smollm3",
+        "num_hidden_layers": 4,
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+        "no_rope_layers": [1, 0, 1, 0],
+        "rope_parameters": _YARN_ROPE,
+    },
+    "yarn": {
+        **_SIZES,
+        "model_type": "qwen3",
+        "rope_parameters": _YARN_ROPE | {"attention_factor": 1.3, "truncate": False},
+    },
 }
 NAMES = tuple(CONFIGS)
 
@@ -135,7 +181,7 @@ WITHOUT: dict[str, dict[str, dict[str, Any]]] = {
         "attention soft cap": {"attn_logit_softcapping": None},
         "final soft cap": {"final_logit_softcapping": None},
         "window": _FULL,
-        "extra norms": {"sandwich_norms": False},
+        "extra norms": {"post_norms": False},
         "unit offset of norms": {"unit_offset_norms": False},
         "embedding scale": {"scale_embeddings": False},
         "query_pre_attn_scalar": {"query_pre_attn_scalar": 16.0},
@@ -147,10 +193,49 @@ WITHOUT: dict[str, dict[str, dict[str, Any]]] = {
         "rope scaling": {"rope_parameters": RopeParameters(5000.0)},
         "local rope": {"sliding_rope_parameters": None},
         "qk norm": {"qk_norm": False},
-        "extra norms": {"sandwich_norms": False},
+        "extra norms": {"post_norms": False},
         "unit offset of norms": {"unit_offset_norms": False},
         "embedding scale": {"scale_embeddings": False},
         "query_pre_attn_scalar": {"query_pre_attn_scalar": 16.0},
+    },
+    "olmo2": {
+        "norms before instead of after": {"pre_norms": True, "post_norms": False},
+        "norms before as well": {"pre_norms": True},
+        "qk norm": {"qk_norm": False, "joint_qk_norm": False},
+    },
+    "phi3": {"partial rotation": {"rope_parameters": RopeParameters(1000.0)}},
+    "phi3_window": {"window": _FULL},
+    "smollm3": {
+        "layers without positions": {"rotary_layers": ()},
+        "window": {"layer_types": ("full_attention",) * 4, "sliding_window": None},
+        "rope scaling": {"rope_parameters": RopeParameters(500.0)},
+    },
+    "yarn": {
+        "rope scaling": {"rope_parameters": RopeParameters(500.0)},
+        "attention factor": {
+            "rope_parameters": RopeParameters(
+                500.0,
+                "yarn",
+                8.0,
+                original_max_position_embeddings=48,
+                attention_factor=1.0,
+                beta_fast=4.0,
+                beta_slow=0.5,
+                truncate=False,
+            )
+        },
+        "whole pairs": {
+            "rope_parameters": RopeParameters(
+                500.0,
+                "yarn",
+                8.0,
+                original_max_position_embeddings=48,
+                attention_factor=1.3,
+                beta_fast=4.0,
+                beta_slow=0.5,
+                truncate=True,
+            )
+        },
     },
 }
 
@@ -193,12 +278,16 @@ def params_for(arch: ArchConfig, source: Params) -> Params:
 
 def state_dict(arch: ArchConfig, params: Params) -> dict[str, np.ndarray]:
     """Hugging Face tensors by name."""
-    tensors = {}
+    parts: dict[str, list[tuple[int, np.ndarray]]] = {}
     for path, tensor in hf_tensors(arch).items():
         leaf = functools.reduce(lambda tree, key: tree[key], path, params)
-        # A copy: torch refuses arrays that it must not write to.
-        tensors[tensor.name] = np.array(leaf.T if tensor.transposed else leaf)
-    return tensors
+        part = (tensor.start, np.asarray(leaf.T if tensor.transposed else leaf))
+        parts.setdefault(tensor.name, []).append(part)
+    # Copies: torch refuses arrays that it must not write to.
+    return {
+        name: np.concatenate([rows for _, rows in sorted(found, key=lambda part: part[0])])
+        for name, found in parts.items()
+    }
 
 
 def without(arch: ArchConfig, fields: Mapping[str, Any]) -> ArchConfig:

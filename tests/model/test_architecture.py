@@ -3,11 +3,13 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import transformers
 
 from ivl_jax.model.architecture import ArchConfig, RopeParameters
 from ivl_jax.model.hf_families import FAMILIES
+from ivl_jax.model.rope import rope_frequencies
 from tests.model.families import CONFIGS, NAMES, tiny_arch
 
 LLAMA = CONFIGS["llama2"]
@@ -234,8 +236,19 @@ def test_published_files_are_read(name):
         ("llama2", {"sliding_window": 4096}, "sliding_window.*4096"),
         ("llama2", {"num_experts": 8}, "num_experts: got 8"),
         ("llama2", {"num_hidden_layer": 3}, r"did you mean num_hidden_layers\?"),
-        ("llama2", {"quantization_config": {"bits": 4}}, "quantization_config"),
-        ("llama2", {"attention_dropout": 0.1}, "attention_dropout: got 0.1, supported: 0.0"),
+        ("llama2", {"quantization_config": {"bits": 4}}, "quantised weights .of some kind."),
+        ("llama2", {"attention_dropout": 0.1}, "attention_dropout: got 0.1, supported: 0"),
+        ("llama2", {"rms_norm_eps": float("nan")}, "rms_norm_eps: got nan"),
+        ("llama2", {"hidden_size": 10**400}, "hidden_size: got 1000.*…, supported: int"),
+        ("llama2", {"num_hidden_layers": 10**9}, "num_hidden_layers: got 1000000000, .*at most"),
+        ("llama2", {"layer_types": [{}, {}, {}]}, "layer_types: got"),
+        ("qwen3", {"layer_types": [{}, {}, {}]}, "layer_types: got .*names"),
+        (
+            "phi3",
+            {"rope_scaling": {"type": "su"}},
+            "rope_type: got 'su', supported: default .*are not",
+        ),
+        ("smollm3", {"no_rope_layers": [1, 2]}, r"no_rope_layers: got \[1, 2\], .*0 or 1"),
         ("llama2", {"hidden_act": "relu"}, "hidden_act: got 'relu', supported: silu, gelu"),
         ("llama2", {"layer_types": ["sliding_attention"] * 3}, "layer_types"),
         ("llama2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: got 0.5"),
@@ -262,7 +275,13 @@ def test_a_field_that_cannot_be_honoured_is_named_with_what_is_supported(name, c
 @pytest.mark.parametrize(
     ("rope", "message"),
     [
-        ({"rope_type": "yarn", "factor": 4.0}, "rope_type: got 'yarn', supported: default, linear"),
+        (
+            {"rope_type": "longrope", "factor": 4.0},
+            "rope_type: got 'longrope', supported: default, linear, .*length of a text are not",
+        ),
+        ({"rope_type": "yarn", "factor": 4.0, "mscale": "x"}, "mscale: got 'x'"),
+        ({"rope_type": "yarn", "factor": 4.0, "truncate": 1}, "truncate: got 1, .*true or false"),
+        ({"rope_type": "yarn", "factor": 2.0, "beta_fast": 1}, "0 < beta_slow < beta_fast"),
         ({"rope_type": "llama3", "factor": 8.0}, "low_freq_factor: got None, supported: a number"),
         ({"rope_type": "linear"}, "factor: got None"),
         ({"rope_type": "linear", "factor": 2.0, "attention_factor": 0.5}, "attention_factor"),
@@ -281,9 +300,44 @@ def test_all_complaints_come_at_once():
         ArchConfig.from_hf(LLAMA | {"mlp_bias": True, "num_experts": 4})
 
 
-def test_an_unknown_family_is_refused_with_the_nearest_one():
-    with pytest.raises(ValueError, match=r"'qwen4', supported: llama, .*did you mean 'qwen"):
-        ArchConfig.from_hf(LLAMA | {"model_type": "qwen4"})
+@pytest.mark.parametrize("family", ["qwen4", "qwen3_moe", "gpt2", None, ["llama"]])
+def test_another_family_is_refused_and_the_supported_ones_are_named(family):
+    with pytest.raises(ValueError, match="are not supported; supported families: llama, ") as error:
+        ArchConfig.from_hf(LLAMA | {"model_type": family})
+    assert repr(family) in str(error.value)
+    assert "did you mean" not in str(error.value)
+
+
+def test_a_quantised_model_is_refused_with_the_remedy():
+    quantised = LLAMA | {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    with pytest.raises(ValueError, match=r"quantised weights \(awq\).*use the unquantised model"):
+        ArchConfig.from_hf(quantised)
+
+
+def test_rope_scaling_beside_equal_rope_parameters_is_accepted():
+    scaling = {"type": "linear", "factor": 2}
+    both = LLAMA | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}
+    assert ArchConfig.from_hf(both | {"rope_scaling": scaling}) == ArchConfig.from_hf(both)
+    with pytest.raises(ValueError, match=r"rope_scaling: got .*the same as rope_parameters"):
+        ArchConfig.from_hf(both | {"rope_scaling": scaling | {"factor": 3}})
+
+
+@pytest.mark.parametrize(
+    "scales",
+    [{}, {"mscale": 1.0, "mscale_all_dim": 0.5}, {"mscale": 2.0}, {"attention_factor": 0.8}],
+)
+def test_yarn_is_read_as_transformers_reads_it(scales):
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    older = {key: value for key, value in LLAMA.items() if key != "rope_parameters"}
+    older |= {"rope_scaling": {"type": "yarn", "factor": 4.0} | scales, "rope_theta": 1e6}
+    older |= {"max_position_embeddings": 4096}
+    arch = ArchConfig.from_hf(older)
+    assert arch == ArchConfig.from_hf(hf_config(older)) == ArchConfig.from_hf(arch.to_hf())
+    frequencies, factor = ROPE_INIT_FUNCTIONS["yarn"](transformers.AutoConfig.for_model(**older))
+    assert arch.rope_parameters.attention_factor == pytest.approx(factor, rel=1e-12)
+    ours = rope_frequencies(arch.rope_parameters, head_dim=arch.head_dim)
+    np.testing.assert_allclose(ours, frequencies.numpy(), rtol=1e-6)
 
 
 def test_fields_that_change_nothing_are_passed_over():
@@ -300,6 +354,13 @@ def test_fields_that_change_nothing_are_passed_over():
         "temperature": 0.6,
         "is_causal": True,
         "transformers.js_config": {"kv_cache_dtype": "fp16"},
+        "internal_version": "1.0",
+        "gradient_checkpointing": True,
+        "model_max_length": 2048,
+        "hidden_dropout": 0.0,
+        "resid_pdrop": 0,
+        "attention_dropout": 0,
+        "auto_map": {"AutoConfig": "configuration_x.XConfig"},
     }
     assert ArchConfig.from_hf(LLAMA | harmless) == ArchConfig.from_hf(LLAMA)
 
@@ -309,6 +370,9 @@ def test_fields_that_change_nothing_are_passed_over():
     [
         ({"num_key_value_heads": 3}, "3 does not divide num_attention_heads, 4"),
         ({"head_dim": 7}, "head_dim: got 7"),
+        ({"pre_norms": False}, "pre_norms, post_norms: expected at least one"),
+        ({"joint_qk_norm": True}, "there is no qk_norm"),
+        ({"rotary_layers": (True,)}, "1 entries for 3 layers"),
         ({"layer_types": ("full_attention",)}, "1 entries for 3 layers"),
         ({"sliding_window": 5}, "no layer is 'sliding_attention'"),
         ({"sliding_rope_parameters": RopeParameters(1.0)}, "sliding_rope_parameters"),
@@ -325,6 +389,9 @@ def test_fields_that_contradict_each_other_are_refused(change, message):
     ("name", "change"),
     [
         ("llama2", {"qk_norm": True}),
+        ("llama2", {"fused_projections": True}),
+        ("llama2", {"rotary_layers": (True, False, True)}),
+        ("olmo2", {"pre_norms": True}),
         ("llama2", {"attention_output_bias": True}),
         ("mistral", {"query_pre_attn_scalar": 3.0}),
         ("gemma2", {"query_pre_attn_scalar": 3.5}),

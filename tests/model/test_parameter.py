@@ -16,7 +16,7 @@ from ivl_jax.model.parameter import Declaration, abstract_tree, declarations, de
 from ivl_jax.model.projection import AS_TRAINED, KernelForm
 from tests.model.families import NAMES, tiny_arch
 
-SWITCHES = ("attention_bias", "attention_output_bias", "qk_norm", "sandwich_norms")
+SWITCHES = ("attention_bias", "attention_output_bias", "qk_norm", "post_norms")
 
 
 class Gate(nnx.Module):
@@ -29,8 +29,8 @@ class Gate(nnx.Module):
 
 def test_a_declaration_gives_shape_dtype_axes_and_first_values():
     assert declarations(Gate()) == {
-        ("gain",): Declaration((None,), "ones", None, "weight", False),
-        ("table",): Declaration(("embed", "mlp"), "normal", jnp.dtype(jnp.int8), None, False),
+        ("gain",): Declaration((None,), "ones", None, "weight", False, None),
+        ("table",): Declaration(("embed", "mlp"), "normal", jnp.dtype(jnp.int8), None, False, None),
     }
     assert abstract_tree(Gate(), jnp.bfloat16) == {
         "gain": jax.ShapeDtypeStruct((3,), jnp.bfloat16),

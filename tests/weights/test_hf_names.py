@@ -10,8 +10,19 @@ from ivl_jax.weights.hf_names import (
     is_derived,
     is_vision,
 )
+from tests.weights.conftest import TINY
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"]
+FAMILIES = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "olmo2",
+    "phi3",
+    "smollm3",
+]
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -40,13 +51,28 @@ def test_names_and_shapes_are_those_of_transformers(family: str, tied: bool) -> 
 def test_only_kernels_are_transposed(arch: ArchConfig) -> None:
     tensors = hf_tensors(arch)
     assert tensors["layers", 1, "mlp", "up_proj", "kernel"] == HfTensor(
-        "model.layers.1.mlp.up_proj.weight", transposed=True
+        "model.layers.1.mlp.up_proj.weight", transposed=True, shape=(24, 16), start=0
     )
-    assert tensors["lm_head", "kernel"] == HfTensor("lm_head.weight", transposed=True)
+    assert tensors["lm_head", "kernel"] == HfTensor("lm_head.weight", True, (40, 16), 0)
     assert tensors["embed_tokens", "embedding"] == HfTensor(
-        "model.embed_tokens.weight", transposed=False
+        "model.embed_tokens.weight", transposed=False, shape=(40, 16), start=0
     )
-    assert tensors["norm", "scale"] == HfTensor("model.norm.weight", transposed=False)
+    assert tensors["norm", "scale"] == HfTensor("model.norm.weight", False, (16,), 0)
+
+
+def test_fused_tensors_hold_several_parameters() -> None:
+    arch = ArchConfig.from_hf(TINY | {"model_type": "phi3"})
+    tensors = hf_tensors(arch)
+    attention = "model.layers.1.self_attn.qkv_proj.weight"
+    for name, shape, start in (("q", (16, 16), 0), ("k", (8, 16), 16), ("v", (8, 16), 24)):
+        found = tensors["layers", 1, "self_attn", f"{name}_proj", "kernel"]
+        assert found == HfTensor(attention, True, shape, start)
+    up = tensors["layers", 0, "mlp", "up_proj", "kernel"]
+    assert up == HfTensor("model.layers.0.mlp.gate_up_proj.weight", True, (24, 16), 24)
+    shapes = file_shapes(arch)
+    assert shapes[attention] == (32, 16)
+    assert shapes["model.layers.0.mlp.gate_up_proj.weight"] == (48, 16)
+    assert "model.layers.1.self_attn.q_proj.weight" not in shapes
 
 
 @pytest.mark.parametrize(

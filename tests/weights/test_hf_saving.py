@@ -90,6 +90,9 @@ FAMILIES = {
     "qwen3": {},
     "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 16},
     "gemma3_text": {"sliding_window": 8, "query_pre_attn_scalar": 16},
+    "olmo2": {},
+    "phi3": {"partial_rotary_factor": 0.75},
+    "smollm3": {"no_rope_layers": [1, 0, 1, 1]},
 }
 
 
