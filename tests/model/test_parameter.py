@@ -56,7 +56,9 @@ def test_the_static_half_is_as_small_as_if_nothing_had_been_declared():
 def test_axes_are_known_of_every_parameter_a_decoder_can_have(name, switch, form):
     arch = tiny_arch(name)
     if switch:
-        arch = dataclasses.replace(arch, **{switch: not getattr(arch, switch)})
+        valid = {"qk_norm": {"joint_qk_norm": False}, "post_norms": {"pre_norms": True}}
+        changes = valid.get(switch, {}) | {switch: not getattr(arch, switch)}
+        arch = dataclasses.replace(arch, **changes)
     shapes = jax.tree_util.tree_leaves_with_path(abstract_params(arch, form=form))
     shapes = {tuple(key.key for key in path): leaf for path, leaf in shapes}
     declared = parameter_declarations(arch, form=form)
