@@ -12,8 +12,7 @@ python infer.py --base BASE --value A --value B --strength 1 --strength -0.5 --p
 import logging
 import sys
 
-import tyro
-
+from ivl_jax.command_line.flags import parse_flags
 from ivl_jax.config import ConfigError, InferConfig
 
 
@@ -22,8 +21,7 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("ivl_jax").setLevel(logging.INFO)
     try:
-        # A repeated flag adds to the list: --value A --value B.
-        config = tyro.cli(InferConfig, description=__doc__, config=(tyro.conf.UseAppendAction,))
+        config = parse_flags(InferConfig, sys.argv[1:], prog="infer.py", description=__doc__)
         # Imported after the flags are read: JAX takes a second that --help need not wait for.
         from ivl_jax.decoding import command
 

@@ -15,11 +15,10 @@ import signal
 import sys
 
 import rich
-import tyro
 from rich.logging import RichHandler
 
-from ivl_jax.config import ConfigError, TrainConfig
-from ivl_jax.config_files import load_config
+from ivl_jax.command_line.flags import parse_flags
+from ivl_jax.config import ConfigError, TrainConfig, load_config
 
 
 def read_command_line(arguments: list[str]) -> TrainConfig:
@@ -30,7 +29,7 @@ def read_command_line(arguments: list[str]) -> TrainConfig:
     if chosen.config is None and not {"-h", "--help"} & set(rest):
         raise ConfigError("name a config: python train.py --config configs/debug.toml")
     default = TrainConfig() if chosen.config is None else load_config(chosen.config)
-    return tyro.cli(TrainConfig, prog="train.py", description=__doc__, default=default, args=rest)
+    return parse_flags(TrainConfig, rest, prog="train.py", description=__doc__, default=default)
 
 
 def start_logging() -> None:

@@ -20,6 +20,7 @@ from ivl_jax.config import (
     DataConfig,
     MeshConfig,
     OptimizerConfig,
+    RowsConfig,
     StepConfig,
     TrainConfig,
     ValueConfig,
@@ -90,9 +91,11 @@ def _config(base: Path, value: Path, demonstrations: Path, folder: str) -> Train
         data=DataConfig(
             train=(str(demonstrations),),
             validation_fraction=0.0,
-            format="fields",
-            user_template="{question}",
-            assistant_template="{answer}",
+            rows=RowsConfig(
+                format="fields",
+                user_template="{question}",
+                assistant_template="{answer}",
+            ),
             data_dir=f"{folder}/data",
             chat_template="plain",
             max_length=SIZES.length,

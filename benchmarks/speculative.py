@@ -151,8 +151,7 @@ def _family_rows() -> Iterator[Row]:
     """L drafted by S: what is kept of real proposals, and what that brings."""
     from ivl_jax.assets import family_folder
     from ivl_jax.checkpoint import load_value
-    from ivl_jax.config import TrainConfig
-    from ivl_jax.config_files import load_config
+    from ivl_jax.config import TrainConfig, load_config
     from ivl_jax.data.formats import Message
     from ivl_jax.decoding.compose import compose
     from ivl_jax.decoding.requests import GenerationOptions

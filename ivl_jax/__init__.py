@@ -19,10 +19,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ivl_jax.checkpoint import ValueNetwork, load_value, save_value
     from ivl_jax.composition import compose_logits, value_forward, value_penalty
-    from ivl_jax.config import TrainConfig
-    from ivl_jax.config_files import load_config
+    from ivl_jax.config import GenerationOptions, TrainConfig, load_config
     from ivl_jax.decoding.compose import compose
-    from ivl_jax.decoding.requests import GenerationOptions
     from ivl_jax.training.loop import run as train
     from ivl_jax.weights.language_model import LanguageModel
     from ivl_jax.weights.language_model import load_language_model as load_model
@@ -48,13 +46,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "GenerationOptions": "ivl_jax.decoding.requests:GenerationOptions",
+    "GenerationOptions": "ivl_jax.config:GenerationOptions",
     "LanguageModel": "ivl_jax.weights.language_model:LanguageModel",
     "TrainConfig": "ivl_jax.config:TrainConfig",
     "ValueNetwork": "ivl_jax.checkpoint:ValueNetwork",
     "compose": "ivl_jax.decoding.compose:compose",
     "compose_logits": "ivl_jax.composition:compose_logits",
-    "load_config": "ivl_jax.config_files:load_config",
+    "load_config": "ivl_jax.config:load_config",
     "load_model": "ivl_jax.weights.language_model:load_language_model",
     "load_value": "ivl_jax.checkpoint:load_value",
     "save_model": "ivl_jax.weights.language_model:save_language_model",

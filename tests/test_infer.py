@@ -330,11 +330,17 @@ def test_the_end_of_input_ends_a_conversation(infer, base_flags, monkeypatch):
         ),
         (
             ("--base", "BASE", "--value", "none", "--draft-length", "3", "--prompt", "a"),
-            ["--draft-length 3 has no use without --draft"],
+            ["--draft-length 3 needs --draft"],
         ),
         (("--base", "BASE", "--value", "none", "--chat"), ["terminal"]),
-        (("--base", "BASE", "--value", "none", "--prompt", "a", "--top-p", "0"), ["--top-p must"]),
-        (("--base", "BASE", "--value", "none", "--prompt", "a", "--seed", "-1"), ["--seed must"]),
+        (
+            ("--base", "BASE", "--value", "none", "--prompt", "a", "--top-p", "0"),
+            ["top_p must"],
+        ),
+        (
+            ("--base", "BASE", "--value", "none", "--prompt", "a", "--seed", "-1"),
+            ["seed must"],
+        ),
         (
             ("--base", "BASE", "--value", "GPT2", "--prompt", "a", "--strength", "nan"),
             ["--strength must be finite, got nan"],

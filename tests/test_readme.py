@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import tyro
 
+from ivl_jax.command_line.flags import parse_flags
 from ivl_jax.config import InferConfig
 
 _ROOT = Path(__file__).parents[1]
@@ -41,7 +41,7 @@ def _parse_train(arguments: list[str]) -> None:
 
 
 def _parse_infer(arguments: list[str]) -> None:
-    tyro.cli(InferConfig, args=arguments, config=(tyro.conf.UseAppendAction,))
+    parse_flags(InferConfig, arguments, prog="infer.py")
 
 
 def _check_make(arguments: list[str]) -> None:

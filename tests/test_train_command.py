@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ivl_jax.config import MeshConfig
-from ivl_jax.config_files import config_to_toml, load_config
+from ivl_jax.config import MeshConfig, config_to_toml, load_config
 from tests.training.conftest import tiny_config, tiny_pair
 
 __all__ = ["tiny_config", "tiny_pair"]

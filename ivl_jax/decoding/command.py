@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ivl_jax.composed.compatibility import ComposedSources, check_sources
 from ivl_jax.composed.sources import read_language_model, read_values
-from ivl_jax.config import ConfigError, InferConfig, check_infer_config
+from ivl_jax.config import ConfigError, InferConfig, check_infer_config, config_to_mapping
 from ivl_jax.data.formats import Message
 from ivl_jax.decoding.loading import decoding_mesh, load_composed
 from ivl_jax.decoding.model import ComposedModel, Generation
@@ -31,7 +31,7 @@ from ivl_jax.decoding.prompt_files import (
     read_prompts,
 )
 from ivl_jax.decoding.prompts import Prompt, PromptReader, make_prompt_reader
-from ivl_jax.decoding.requests import EncodedPrompt, GenerationOptions, PromptTooLongError
+from ivl_jax.decoding.requests import EncodedPrompt, PromptTooLongError
 from ivl_jax.profiling import StepProfile
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ _FREE_FLAGS = frozenset(
         "value_layout",
         "profile",
         "compilation_cache",
+        "stop_ids",
     }
 )
 
@@ -86,14 +87,14 @@ def prepare(config: InferConfig) -> Work | None:
     check_infer_config(config)
     if config.input is None and config.prompt is None and not sys.stdin.isatty():
         raise ConfigError("--chat without --prompt talks on a terminal: give --prompt or --input")
-    values = sum(path != "none" for path in config.value)
+    flags, values = config.model, len(config.model.values)
     rows = [] if config.input is None else read_prompts(Path(config.input), values=values)
-    if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
-    mesh = decoding_mesh(config.mesh)
-    base = read_language_model(config.base, role="the base")
-    networks = read_values(config.value, config.map)
-    draft = read_language_model(config.draft, role="the draft") if config.draft else None
+    if config.runtime.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", config.runtime.compilation_cache)
+    mesh = decoding_mesh(flags.mesh)
+    base = read_language_model(flags.base, role="the base")
+    networks = read_values(flags.value, flags.map)
+    draft = read_language_model(flags.draft, role="the draft") if flags.draft else None
     sources = check_sources(base, networks, draft=draft)
     prompts = _encode(config, rows, make_prompt_reader(sources))
     output = None
@@ -104,16 +105,7 @@ def prepare(config: InferConfig) -> Work | None:
             output.close()
             logger.info("all %d prompts are done already", len(rows))
             return None
-    model = load_composed(
-        sources,
-        strengths=config.strength,
-        dtype=config.dtype,
-        mesh=mesh,
-        base_layout=config.base_layout,
-        value_layout=config.value_layout,
-        int8_base=config.int8_base,
-        draft_length=config.draft_length,
-    )
+    model = load_composed(sources, flags, mesh=mesh)
     return Work(config, model, prompts, output)
 
 
@@ -123,12 +115,12 @@ def _encode(
     """Encode and check what is to be decoded; nothing in a conversation but its format."""
     if config.prompt is not None:
         text = _dialogue(config.prompt) if config.chat else config.prompt
-        return reader.prepare([text], _options(config), names=["--prompt"])
+        return reader.prepare([text], config.generation, names=["--prompt"])
     if config.input is None:
         _ = reader.chat_format
     return reader.prepare(
         [_prompt_of(row, chat=config.chat) for row in rows],
-        [dataclasses.replace(_options(config), strengths=row.strengths) for row in rows],
+        [dataclasses.replace(config.generation, strengths=row.strengths) for row in rows],
         names=[row.where for row in rows],
     )
 
@@ -148,15 +140,9 @@ def decode(work: Work) -> None:
             _talk(work, profile)
 
 
-def _options(config: InferConfig) -> GenerationOptions:
-    names = {field.name for field in dataclasses.fields(GenerationOptions)}
-    flags = {name: value for name, value in vars(config).items() if name in names}
-    return GenerationOptions(**flags)
-
-
 def _settings(config: InferConfig, sources: ComposedSources) -> dict[str, Any]:
     """What decides the texts of an output file."""
-    flags = dataclasses.asdict(config)
+    flags = config_to_mapping(config)
     settings = {name: value for name, value in flags.items() if name not in _FREE_FLAGS}
     draft, values = sources.draft, sources.values
     settings["base_fingerprint"] = folder_fingerprint(sources.base.folder)
@@ -164,7 +150,7 @@ def _settings(config: InferConfig, sources: ComposedSources) -> dict[str, Any]:
     settings["value_fingerprints"] = [folder_fingerprint(value.folder) for value in values]
     settings["map_fingerprints"] = [
         hashlib.sha256(epath.Path(path).read_bytes()).hexdigest()
-        for path in config.map
+        for path in config.model.map
         if path != "none"
     ]
     return settings
@@ -243,7 +229,7 @@ def _show(work: Work, prompt: EncodedPrompt, profile: StepProfile) -> str:
 
 def _log_acceptance(work: Work, judged: int, accepted: int) -> None:
     """Say how much of what a draft proposed was kept; nothing without a draft."""
-    if not work.config.draft:
+    if not work.config.model.draft:
         return
     if not judged:
         logger.info("the draft: nothing was proposed, since it would not have paid")
@@ -270,7 +256,7 @@ def _talk(work: Work, profile: StepProfile) -> None:
             continue
         asked = [*messages, Message("user", line)]
         try:
-            (prompt,) = work.model.prepare([asked], _options(work.config))
+            (prompt,) = work.model.prepare([asked], work.config.generation)
         except PromptTooLongError as error:
             logger.error("%s; /reset starts a new conversation", error)
             continue

@@ -1,13 +1,12 @@
 """From checked names to a composed model: every command line that decodes loads it here.
 
-In: checked sources, and where arrays live. Out: a `ComposedModel`.
+In: checked sources, and how their arrays are held. Out: a `ComposedModel`.
 """
 
 import dataclasses
 import gc
 import logging
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ from ivl_jax.checkpoint import ValueNetwork
 from ivl_jax.composed.compatibility import ComposedSources
 from ivl_jax.composed.kernel_form import lay_out_network, loading_form
 from ivl_jax.composed.sources import ModelSource
-from ivl_jax.config import LayoutName, MeshConfig
+from ivl_jax.config import ComposedModelConfig, MeshConfig
 from ivl_jax.decoding.compose import compose_loaded
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.sharding import LAYOUTS, ShardingRules, make_mesh
@@ -50,27 +49,14 @@ def spare_the_collector() -> None:
 
 
 def load_composed(
-    sources: ComposedSources,
-    *,
-    strengths: Sequence[float],
-    dtype: str,
-    mesh: Mesh | None,
-    base_layout: LayoutName,
-    value_layout: LayoutName,
-    int8_base: bool,
-    draft_length: int = 0,
+    sources: ComposedSources, config: ComposedModelConfig, *, mesh: Mesh | None
 ) -> ComposedModel:
     """Load base, value networks and draft, and compose them.
 
     Args:
         sources: the models, checked against each other.
-        strengths: as `compose` takes them, like `int8_base` and `draft_length`.
-        dtype: of parameters and computation.
+        config: how their arrays are held, and how they are composed.
         mesh: of `decoding_mesh`.
-        base_layout: how the base's parameters are split on it.
-        value_layout: how the value networks' and the draft's are.
-        int8_base: round the base's kernels to int8.
-        draft_length: tokens that the draft proposes at a time.
 
     Returns:
         The composed model.
@@ -78,8 +64,8 @@ def load_composed(
     Raises:
         ValueError: weights that do not fit.
     """
-    param_dtype = jnp.dtype(dtype)
-    base_rules, value_rules = LAYOUTS[base_layout], LAYOUTS[value_layout]
+    param_dtype = jnp.dtype(config.dtype)
+    base_rules, value_rules = LAYOUTS[config.base_layout], LAYOUTS[config.value_layout]
     start = time.perf_counter()
     spare_the_collector()
 
@@ -93,7 +79,7 @@ def load_composed(
 
     # The values first: they are small, and a damaged one is found before the base is read.
     values = [_in_decoding_form(load(source, value_rules), mesh) for source in sources.values]
-    base = load(sources.base, base_rules, int8=int8_base)
+    base = load(sources.base, base_rules, int8=config.int8_base)
     draft = sources.draft and load(sources.draft, value_rules)
     every = [sources.base, *sources.values, *([sources.draft] if sources.draft else [])]
     names = " and ".join(source.path for source in every)
@@ -103,12 +89,12 @@ def load_composed(
         base,
         values,
         draft,
-        strengths=strengths,
+        strengths=config.strength,
         mesh=mesh,
         base_rules=base_rules,
         value_rules=value_rules,
-        draft_length=draft_length,
-        int8_base=int8_base,
+        draft_length=config.draft_length,
+        int8_base=config.int8_base,
     )
 
 

@@ -5,12 +5,12 @@ from a small set, so that prompts of other lengths reuse what was compiled.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ivl_jax.buckets import bucket
+from ivl_jax.config import GenerationOptions
 from ivl_jax.decoding.device.sampling import Sampling
 from ivl_jax.vocabulary.retokenize import RetokenizedText
 
@@ -22,53 +22,6 @@ _SMALLEST_STOP_IDS = 8
 
 class PromptTooLongError(ValueError):
     """A prompt has more tokens than the context holds."""
-
-
-@dataclass(frozen=True)
-class GenerationOptions:
-    """How a prompt is continued.
-
-    Attributes:
-        max_new_tokens: Tokens generated at most; fewer where the context ends.
-        temperature: 0 is greedy: the arg-max, the lowest id among equal logits.
-        top_k: Sample among the k likeliest tokens; 0: all.
-        top_p: Sample among the likeliest tokens that hold this probability mass; 1: all.
-        min_p: Drop tokens below this share of the likeliest token's probability; 0: none.
-        seed: Seed of sampling; the prompt's index is folded in, then the token's index.
-        stop: Strings before which the text is cut, and which end it.
-        stop_ids: Token ids that end the generation, besides those of the models.
-        strengths: α of each value network; None: those of the composed model.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-    stop: Sequence[str] = ()
-    stop_ids: Sequence[int] = ()
-    strengths: Sequence[float] | None = None
-
-    def __post_init__(self) -> None:
-        """Check ranges; all problems are named at once."""
-        checks = {
-            "max_new_tokens must be ≥ 1": self.max_new_tokens >= 1,
-            "temperature must be ≥ 0 and finite": 0 <= self.temperature < float("inf"),
-            "top_k must be ≥ 0": self.top_k >= 0,
-            "top_p must be in (0, 1]": 0 < self.top_p <= 1,
-            "min_p must be in [0, 1)": 0 <= self.min_p < 1,
-            "seed must be in [0, 2³²)": 0 <= self.seed < 2**32,
-            "stop must hold strings that are not empty": not isinstance(self.stop, str)
-            and all(self.stop),
-        }
-        problems = [
-            f"{rule}, got {getattr(self, rule.split()[0])!r}"
-            for rule, ok in checks.items()
-            if not ok
-        ]
-        if problems:
-            raise ValueError("generation options: " + "; ".join(problems))
 
 
 class EncodedPrompt(NamedTuple):

@@ -12,8 +12,7 @@ import importlib
 import logging
 import sys
 
-import tyro
-
+from ivl_jax.command_line.flags import parse_subcommand
 from ivl_jax.evaluation import flags as all_flags
 
 # Name on the command line → flags, and the module whose `run` takes them.
@@ -41,11 +40,11 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == [_HARNESS]:
         harness = importlib.import_module("ivl_jax.evaluation.harness_command")
         return harness.run(arguments[1:])
-    chosen = tyro.extras.subcommand_cli_from_dict(
+    chosen = parse_subcommand(
         {name: kind for name, (kind, _) in _BENCHMARKS.items()} | {_HARNESS: _lm_eval},
+        arguments,
         prog="python -m ivl_jax.evaluation",
         description="Benchmarks of a base model with value networks on top.",
-        args=arguments,
     )
     module = next(module for kind, module in _BENCHMARKS.values() if type(chosen) is kind)
     try:

@@ -18,11 +18,12 @@ from typing import Any
 
 from rich.console import Console
 
+from ivl_jax.config import model_problems
 from ivl_jax.data.chat import ChatFormat
 from ivl_jax.data.formats import Message
 from ivl_jax.decoding.prompt_files import GenerationFile, PromptRow
 from ivl_jax.decoding.requests import GenerationOptions
-from ivl_jax.evaluation.flags import Gsm8kFlags, check_model_flags, require
+from ivl_jax.evaluation.flags import Gsm8kFlags, require
 from ivl_jax.evaluation.generation import generate_to_file, read_json_lines, write_summary
 from ivl_jax.evaluation.intervals import wilson_interval
 from ivl_jax.evaluation.loading import chat_format_of, find_sources, load_model
@@ -79,7 +80,7 @@ def run(flags: Gsm8kFlags) -> dict[str, Any]:
         FileNotFoundError: no such base model or value folder.
         ValueError: models that do not fit each other.
     """
-    problems = check_model_flags(flags.model)
+    problems = model_problems(flags.model.composed)
     if not flags.data:
         problems.append("--data is missing: name GSM8K's test.jsonl")
     if not flags.output.endswith(".jsonl"):

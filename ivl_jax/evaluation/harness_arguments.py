@@ -7,8 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ivl_jax.config import ConfigError, MeshConfig
-from ivl_jax.config_files import config_from_mapping
+from ivl_jax.config import ConfigError, MeshConfig, config_from_mapping
 from ivl_jax.evaluation.flags import ModelFlags
 
 DEFAULT_BATCH_SIZE = 16  # where the harness says "auto" or nothing
@@ -32,7 +31,7 @@ def read_arguments(given: Mapping[str, Any]) -> tuple[ModelFlags, dict[str, Any]
 
     Example:
         >>> flags, options = read_arguments({"base": "B", "value": "V", "strength": 0.5})
-        >>> flags.value, flags.strength, options
+        >>> flags.composed.value, flags.composed.strength, options
         (('V',), (0.5,), {})
     """
     options = {name: given[name] for name in _OPTIONS if name in given}
@@ -43,7 +42,7 @@ def read_arguments(given: Mapping[str, Any]) -> tuple[ModelFlags, dict[str, Any]
             fields[name] = [fields[name]]
     if "batch_size" in options:
         options["batch_size"] = _batch_size(options["batch_size"])
-    default_mesh = dataclasses.asdict(ModelFlags().mesh)
+    default_mesh = dataclasses.asdict(ModelFlags().composed.mesh)
     flags = config_from_mapping(
         fields | {"mesh": default_mesh | mesh}, ModelFlags, where="--model_args of ivl"
     )

@@ -17,13 +17,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ivl_jax.config import ConfigError
+from ivl_jax.config import ConfigError, model_problems
 from ivl_jax.data.demonstrations import DemonstrationSource, store_demonstrations
 from ivl_jax.data.formats import Demonstration
 from ivl_jax.data.tokenized import TokenizedDemonstrations, tokenize_demonstrations
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.decoding.requests import EncodedPrompt
-from ivl_jax.evaluation.flags import LikelihoodFlags, check_model_flags, require
+from ivl_jax.evaluation.flags import LikelihoodFlags, require
 from ivl_jax.evaluation.loading import chat_format_of, find_sources, load_model
 from ivl_jax.evaluation.scoring import Row, RowScores, score_rows
 
@@ -161,7 +161,7 @@ def run(flags: LikelihoodFlags) -> LikelihoodReport:
         ValueError: demonstrations or models that cannot be used; before any weight is read where
             that can be known.
     """
-    problems = check_model_flags(flags.model)
+    problems = model_problems(flags.model.composed)
     problems += [] if flags.data else ["--data is missing: name files of demonstrations"]
     require(problems)
     output = _writable(Path(flags.output)) if flags.output else None
@@ -178,7 +178,7 @@ def run(flags: LikelihoodFlags) -> LikelihoodReport:
         chat,
         sequence_length=min(flags.max_length, sources.prompts.context),
         cache_dir=None,
-        max_malformed_share=flags.max_malformed_fraction,
+        max_malformed_share=flags.rows.max_malformed_fraction,
     )
     model = load_model(sources)
     report = likelihood_report(model, dialogues, batch_size=flags.batch_size)
@@ -242,15 +242,14 @@ def _cell(value: float | None, form: str) -> str:
 
 def _read(flags: LikelihoodFlags) -> Sequence[Demonstration]:
     """The demonstrations, stored once, as in training."""
-    templates = {"user": flags.user_template, "assistant": flags.assistant_template}
     source = DemonstrationSource(
         train=flags.data,
-        row_format=flags.format,
-        templates={role: text for role, text in templates.items() if text},
+        row_format=flags.rows.format,
+        templates=flags.rows.templates,
         validation_fraction=0.0,
     )
     stored = store_demonstrations(
-        source, data_dir=flags.data_dir, max_malformed_share=flags.max_malformed_fraction
+        source, data_dir=flags.data_dir, max_malformed_share=flags.rows.max_malformed_fraction
     )
     split = stored.open("train")
     if not 0 < flags.limit < len(split):

@@ -13,12 +13,13 @@ from jax.sharding import Mesh
 
 from ivl_jax.composed.compatibility import ComposedSources, check_sources
 from ivl_jax.composed.sources import read_language_model, read_values
+from ivl_jax.config import model_problems
 from ivl_jax.data.chat import ChatFormat, make_chat_format
 from ivl_jax.decoding.loading import decoding_mesh, load_composed
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.decoding.prompt_files import folder_fingerprint
 from ivl_jax.decoding.prompts import PromptReader, make_prompt_reader
-from ivl_jax.evaluation.flags import ModelFlags, check_model_flags, require
+from ivl_jax.evaluation.flags import ModelFlags, require
 
 
 @dataclass(frozen=True)
@@ -39,23 +40,31 @@ class ModelSources:
 
     def to_json(self) -> dict[str, Any]:
         """What decides the figures of a run: folders by name and content, strengths, dtype."""
-        values = self.models.values
-        return {
-            "base": self.flags.base,
+        composed, values, draft = self.flags.composed, self.models.values, self.models.draft
+        record = {
+            "base": composed.base,
             "value": [value.path for value in values],
-            "strength": list(self.flags.strength or (1.0,) * len(values)),
+            "strength": list(composed.strength or (1.0,) * len(values)),
             "map": [value.described_map and value.described_map.path for value in values],
             "chat_template": self.flags.chat_template,
-            "dtype": self.flags.dtype,
-            "int8_base": self.flags.int8_base,
+            "dtype": composed.dtype,
+            "int8_base": composed.int8_base,
             "base_fingerprint": folder_fingerprint(self.models.base.folder),
             "value_fingerprints": [folder_fingerprint(value.folder) for value in values],
             "map_fingerprints": [
                 hashlib.sha256(epath.Path(path).read_bytes()).hexdigest()
-                for path in self.flags.map
+                for path in composed.map
                 if path != "none"
             ],
         }
+        # Without one nothing is recorded: files from before evaluations had drafts are resumed.
+        if draft is not None:
+            record |= {
+                "draft": draft.path,
+                "draft_length": composed.draft_length,
+                "draft_fingerprint": folder_fingerprint(draft.folder),
+            }
+        return record
 
 
 def find_sources(flags: ModelFlags) -> ModelSources:
@@ -74,10 +83,12 @@ def find_sources(flags: ModelFlags) -> ModelSources:
             the base; without a map where one is needed, it gives the command that builds it; or a
             mesh that does not fit the devices.
     """
-    require(check_model_flags(flags))
-    mesh = decoding_mesh(flags.mesh)
-    base = read_language_model(flags.base, role="the base")
-    models = check_sources(base, read_values(flags.value, flags.map))
+    composed = flags.composed
+    require(model_problems(composed))
+    mesh = decoding_mesh(composed.mesh)
+    base = read_language_model(composed.base, role="the base")
+    draft = read_language_model(composed.draft, role="the draft") if composed.draft else None
+    models = check_sources(base, read_values(composed.value, composed.map), draft=draft)
     return ModelSources(flags, models, make_prompt_reader(models), mesh)
 
 
@@ -93,16 +104,7 @@ def load_model(sources: ModelSources) -> ComposedModel:
     Raises:
         ValueError: weights that do not fit.
     """
-    flags = sources.flags
-    return load_composed(
-        sources.models,
-        strengths=flags.strength,
-        dtype=flags.dtype,
-        mesh=sources.mesh,
-        base_layout=flags.base_layout,
-        value_layout=flags.value_layout,
-        int8_base=flags.int8_base,
-    )
+    return load_composed(sources.models, sources.flags.composed, mesh=sources.mesh)
 
 
 def chat_format_of(sources: ModelSources) -> ChatFormat:

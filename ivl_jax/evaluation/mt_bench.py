@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ivl_jax.config import model_problems
 from ivl_jax.data.chat import ChatFormat
 from ivl_jax.data.formats import Message
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.decoding.prompt_files import GenerationFile, PromptRow
 from ivl_jax.decoding.requests import EncodedPrompt, GenerationOptions, PromptTooLongError
-from ivl_jax.evaluation.flags import MtBenchFlags, check_model_flags, require
+from ivl_jax.evaluation.flags import MtBenchFlags, require
 from ivl_jax.evaluation.generation import progress_bar, read_json_lines
 from ivl_jax.evaluation.loading import chat_format_of, find_sources, load_model
 
@@ -51,7 +52,7 @@ def run(flags: MtBenchFlags) -> None:
         PromptTooLongError: first turns that exceed the context; all are named, nothing is computed.
         ValueError: models that do not fit each other.
     """
-    problems = check_model_flags(flags.model)
+    problems = model_problems(flags.model.composed)
     if not flags.questions:
         problems.append("--questions is missing: name FastChat's question.jsonl, or one like it")
     if not flags.output.endswith(".jsonl"):

@@ -14,11 +14,11 @@ from typing import Any
 
 from rich.console import Console
 
-from ivl_jax.config import ConfigError
+from ivl_jax.config import ConfigError, model_problems
 from ivl_jax.data.formats import Message
 from ivl_jax.decoding.prompt_files import GenerationFile, PromptRow
 from ivl_jax.decoding.requests import GenerationOptions
-from ivl_jax.evaluation.flags import ToxigenFlags, check_model_flags, require
+from ivl_jax.evaluation.flags import ToxigenFlags, require
 from ivl_jax.evaluation.generation import generate_to_file
 from ivl_jax.evaluation.loading import chat_format_of, find_sources, load_model
 
@@ -36,7 +36,7 @@ def run(flags: ToxigenFlags) -> None:
         ConfigError: flags or files that cannot be used, or an output of other settings.
         ValueError: prompts longer than the context, or models that do not fit each other.
     """
-    problems = check_model_flags(flags.model)
+    problems = model_problems(flags.model.composed)
     if not flags.prompts:
         problems.append("--prompts is missing: name ToxiGen's files, such as hate_women_1k.txt")
     if not flags.output.endswith(".jsonl"):

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import tyro
 
-from ivl_jax.config import TrainConfig
-from ivl_jax.config_files import load_config
+from ivl_jax.config import TrainConfig, load_config
 from ivl_jax.experiments.demonstrations import build_items
 from ivl_jax.experiments.lab import InterruptedTrainingError, Laboratory
 from ivl_jax.experiments.matrix import SEEDS, measurements

@@ -20,8 +20,7 @@ from rich.table import Table
 
 from ivl_jax.assets import family_folder
 from ivl_jax.checkpoint import ValueNetwork, load_value
-from ivl_jax.config import TrainConfig
-from ivl_jax.config_files import load_config
+from ivl_jax.config import TrainConfig, load_config
 from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.experiments.demo_plot import plot_report

@@ -20,8 +20,7 @@ import jax
 import tyro
 
 from ivl_jax.assets import family_folder
-from ivl_jax.config import TrainConfig
-from ivl_jax.config_files import load_config
+from ivl_jax.config import TrainConfig, load_config
 from ivl_jax.decoding.compose import compose
 from ivl_jax.experiments.demonstrations import (
     Item,

@@ -82,8 +82,8 @@ def run(config: TrainConfig) -> TrainResult:
     directory = RunDirectory(config.run_dir)
     if config.distributed:
         _initialize_distributed()
-    if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
+    if config.runtime.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", config.runtime.compilation_cache)
     if (notice := unused_accelerator()) is not None:
         logger.warning(notice)
     with directory.claim(config) as there:

@@ -26,8 +26,13 @@ import jax
 from etils import epath
 
 from ivl_jax.checkpoint.value_metadata import library_versions
-from ivl_jax.config import ConfigError, TrainConfig
-from ivl_jax.config_files import config_from_mapping, config_to_mapping, config_to_toml
+from ivl_jax.config import (
+    ConfigError,
+    TrainConfig,
+    config_from_mapping,
+    config_to_mapping,
+    config_to_toml,
+)
 from ivl_jax.file_lock import FileLock, LockedError
 from ivl_jax.paths import flush_folder, write_atomically
 

@@ -104,7 +104,7 @@ def prepare_data(config: TrainConfig, models: Models, mesh: Mesh) -> Data:
     stored = store_demonstrations(
         _source(options),
         data_dir=options.data_dir,
-        max_malformed_share=options.max_malformed_fraction,
+        max_malformed_share=options.rows.max_malformed_fraction,
     )
     split: dict[str, TokenizedDemonstrations] = {
         name: tokenize_demonstrations(
@@ -112,7 +112,7 @@ def prepare_data(config: TrainConfig, models: Models, mesh: Mesh) -> Data:
             chat_format,
             sequence_length=options.max_length,
             cache_dir=options.data_dir,
-            max_malformed_share=options.max_malformed_fraction,
+            max_malformed_share=options.rows.max_malformed_fraction,
         )
         for name in ("train", "validation")
         if stored.counts.get(name)
@@ -249,14 +249,11 @@ def _optimizer(
 
 
 def _source(options: DataConfig) -> DemonstrationSource:
-    templates = {}
-    if options.format == "fields":
-        templates = {"user": options.user_template, "assistant": options.assistant_template}
     return DemonstrationSource(
         train=options.train,
         validation=options.validation,
-        row_format=options.format,
-        templates=templates,
+        row_format=options.rows.format,
+        templates=options.rows.templates,
         validation_fraction=options.validation_fraction,
         group_field=options.group_field or "",
     )

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from ivl_jax.config import TrainConfig
-from ivl_jax.config_files import load_config
+from ivl_jax.config import TrainConfig, load_config
 from ivl_jax.experiments import demo
 from ivl_jax.experiments.demo_plot import plot_report
 from ivl_jax.experiments.demonstrations import Item, items_hash

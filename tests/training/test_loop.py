@@ -10,8 +10,7 @@ import pytest
 
 from ivl_jax.checkpoint import NoUsableCheckpointError, TrainCheckpointer, load_value
 from ivl_jax.checkpoint.arrays import stored_leaves
-from ivl_jax.config import ConfigError, MeshConfig, StepConfig, ValueConfig
-from ivl_jax.config_files import load_config
+from ivl_jax.config import ConfigError, MeshConfig, StepConfig, ValueConfig, load_config
 from ivl_jax.training import loop
 from ivl_jax.training.loop import NonFiniteLossError, run
 from ivl_jax.training.run_directory import RunDirectoryError

@@ -5,16 +5,17 @@ an error that names it. Imports no JAX.
 """
 
 import dataclasses
-import difflib
+import functools
 import json
-import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from ivl_jax.config import ConfigError, TrainConfig
+from ivl_jax.config.annotations import INLINE, is_marked
+from ivl_jax.config.checks import ConfigError, number_problem
+from ivl_jax.config.train import TrainConfig
 
 ConfigT = TypeVar("ConfigT")
 
@@ -30,18 +31,21 @@ def load_config(path: str | Path, config_type: type[ConfigT] = TrainConfig) -> C
         The config, every field either from the file or the dataclass's default.
 
     Raises:
-        ConfigError: no such file, not TOML, an unknown key (the closest known one is named), a
-            value of another type, or a failed cross-field check.
+        ConfigError: no such file, not UTF-8 or not TOML (with the place), an unknown key (the
+            closest known one is named), a value of another type, or a failed cross-field check.
     """
     path = Path(path)
     if not path.is_file():
         known = ", ".join(sorted(p.name for p in path.parent.glob("*.toml")))
         beside = f"; beside it there are: {known}" if known else ""
         raise ConfigError(f"no config file at {path}{beside}")
+    # Not at the top: it takes longer to import than all configs.
+    from ivl_jax.toml_files import MalformedFileError, read_toml
+
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from error
+        document = read_toml(path)
+    except MalformedFileError as error:
+        raise ConfigError(str(error)) from error
     return config_from_mapping(document, config_type, where=str(path))
 
 
@@ -73,11 +77,15 @@ def config_to_mapping(config: Any) -> dict[str, Any]:
     Returns:
         What `config_from_mapping` reads back to an equal config.
     """
-    return {
-        f.name: _plain(value)
-        for f in dataclasses.fields(config)
-        if (value := getattr(config, f.name)) is not None
-    }
+    hints = _annotated_types(type(config))
+    mapping: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if is_marked(hints[field.name], INLINE):
+            mapping |= config_to_mapping(value)
+        elif value is not None:
+            mapping[field.name] = _plain(value)
+    return mapping
 
 
 def _plain(value: Any) -> Any:
@@ -93,24 +101,24 @@ def config_to_toml(config: Any) -> str:
         config: a config dataclass.
 
     Returns:
-        TOML, plain keys first, then one table a nested dataclass (or a list of tables).
+        TOML, plain keys first, then one table per nested dataclass (or a list of tables).
     """
     return "\n".join(_toml_lines(config_to_mapping(config), ""))
 
 
 def _toml_lines(table: Mapping[str, Any], prefix: str) -> list[str]:
     nested = {key: value for key, value in table.items() if _tables(value)}
-    # A JSON string, number or list of strings is also valid TOML.
-    lines = [
-        f"{key} = {json.dumps(value, ensure_ascii=False)}"
-        for key, value in table.items()
-        if key not in nested
-    ]
+    lines = [f"{key} = {_toml_value(value)}" for key, value in table.items() if key not in nested]
     for key, value in nested.items():
         heading = f"[{prefix}{key}]" if isinstance(value, dict) else f"[[{prefix}{key}]]"
         for one in _tables(value):
             lines += ["", heading, *_toml_lines(one, f"{prefix}{key}.")]
     return lines
+
+
+def _toml_value(value: Any) -> str:
+    """A JSON string, number or list of strings is also valid TOML, but for the character DEL."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).replace("\x7f", "\\u007f")
 
 
 def _tables(value: Any) -> Sequence[dict[str, Any]]:
@@ -120,25 +128,72 @@ def _tables(value: Any) -> Sequence[dict[str, Any]]:
     return value if isinstance(value, tuple) and value and isinstance(value[0], dict) else []
 
 
+def field_types(config_type: type) -> dict[str, Any]:
+    """Give the type of every key that a config dataclass is read from.
+
+    Args:
+        config_type: the dataclass.
+
+    Returns:
+        Key → type without annotations; the fields of inline dataclasses stand among the others.
+    """
+    types_of: dict[str, Any] = {}
+    for name, hint in _annotated_types(config_type).items():
+        if is_marked(hint, INLINE):
+            types_of |= field_types(hint.__origin__)
+        else:
+            types_of[name] = _without_annotations(hint)
+    return types_of
+
+
+@functools.cache
+def _annotated_types(config_type: type) -> dict[str, Any]:
+    """The types of a dataclass's fields, with the marks on them."""
+    return typing.get_type_hints(config_type, include_extras=True)
+
+
+def _without_annotations(hint: Any) -> Any:
+    return hint.__origin__ if typing.get_origin(hint) is Annotated else hint
+
+
 def _build(config_type: type, document: Mapping[str, Any], where: str, prefix: str) -> Any:
-    hints = typing.get_type_hints(config_type)
+    known = field_types(config_type)
     for key in document:
-        if key not in hints:
-            close = difflib.get_close_matches(key, list(hints), n=1)
-            remedy = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(hints)}"
+        if key not in known:
+            import difflib  # a tenth of the time that importing all configs takes
+
+            close = difflib.get_close_matches(key, list(known), n=1)
+            remedy = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(known)}"
             raise ConfigError(f"{where}: unknown key {prefix}{key}; {remedy}")
-    values = {}
-    for key, value in document.items():
-        values[key] = _checked(value, hints[key], where, f"{prefix}{key}")
+    values = {
+        key: _checked(value, known[key], where, f"{prefix}{key}") for key, value in document.items()
+    }
     try:
-        return config_type(**values)
+        return _construct(config_type, values)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def _construct(config_type: type, values: Mapping[str, Any], default: Any = None) -> Any:
+    """Make a dataclass, and those inline in it, from values of all their fields."""
+    hints = _annotated_types(config_type)
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(config_type):
+        hint = hints[field.name]
+        if is_marked(hint, INLINE):
+            made = field.default_factory
+            inner = made() if made is not dataclasses.MISSING else None
+            fields[field.name] = _construct(hint.__origin__, values, inner)
+        elif field.name in values:
+            fields[field.name] = values[field.name]
+    return config_type(**fields) if default is None else dataclasses.replace(default, **fields)
 
 
 def _checked(value: Any, hint: Any, where: str, name: str) -> Any:
     """Return the value in the field's type, or raise; int is taken for float, list for tuple."""
     what = f"{where}: {name}"
+    if problem := number_problem(value):
+        raise ConfigError(f"{what} {problem}")
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{what} must be a table, got {value!r}")
@@ -153,7 +208,7 @@ def _checked(value: Any, hint: Any, where: str, name: str) -> Any:
         if value is None:
             return None
         return _checked(value, next(a for a in arguments if a is not type(None)), where, name)
-    if origin is tuple:
+    if origin in (tuple, Sequence):
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise ConfigError(f"{what} must be a list, got {value!r}")
         return tuple(

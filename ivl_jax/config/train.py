@@ -1,31 +1,22 @@
-"""The tables of a configuration: base, value, data, penalty, optimizer, mesh, step, logging.
+"""One training run: its tables, with their defaults, help texts and checks.
 
 In: values from a TOML file or the command line. Out: frozen dataclasses whose own checks have
-passed; `ivl_jax.config` puts them together and is where they are imported from. No JAX.
+passed.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from ivl_jax.config.annotations import Inline
+from ivl_jax.config.checks import ConfigError, found, require, require_numbers
+from ivl_jax.config.data import DataConfig
+from ivl_jax.config.model import DType, LayoutName, MeshConfig, RuntimeConfig
 from ivl_jax.extensions import is_extension
 
-DType = Literal["float32", "bfloat16"]
 CONNECTIONS = ("residual", "cascade", "cascade_no_text", "hidden", "linear")
 PenaltyKind = Literal["none", "l1", "l2"]
 PenaltyPositions = Literal["real", "all"]
-LayoutName = Literal["full", "fsdp", "tensor", "replicated"]
-DemonstrationFormat = Literal["sharegpt", "messages", "alpaca", "prompt_completion", "fields"]
-
-
-class ConfigError(ValueError):
-    """A configuration value that cannot be used: what, where, expected, found, remedy."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise a `ConfigError` unless the condition holds."""
-    if not condition:
-        raise ConfigError(message)
 
 
 def is_connection(name: str) -> bool:
@@ -53,6 +44,7 @@ class BaseConfig:
 
     def __post_init__(self) -> None:
         """Check the weight."""
+        require_numbers(self, "base.")
         require(0 < self.weight < math.inf, f"a base's weight must be > 0, got {self.weight}")
 
 
@@ -78,6 +70,7 @@ class ValueConfig:
 
     def __post_init__(self) -> None:
         """Check that what is given is used."""
+        require_numbers(self, "value.")
         require(
             is_connection(self.connection),
             f'value.connection = "{self.connection}": expected one of {", ".join(CONNECTIONS)}, or '
@@ -99,63 +92,8 @@ class ValueConfig:
         )
         require(
             self.init != "base" or not self.path,
-            f'value.path = "{self.path}" has no use with value.init = "base": remove one',
+            f'value.path = "{self.path}" cannot be combined with value.init = "base": remove one',
         )
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Demonstrations: where they are, what form they have, how they become batches."""
-
-    train: tuple[str, ...] = ()
-    """JSON or JSONL files, or one `tfds:NAME[/CONFIG][:SPLIT]`."""
-    validation: tuple[str, ...] = ()
-    """Held-out files or `tfds:` split; empty: `validation_fraction` of `train` is held out."""
-    validation_fraction: float = 0.02
-    """Share of `train` held out when `validation` is empty (paper: 2 %)."""
-    group_field: str | None = None
-    """Rows with equal values of this field stay on one side of the split."""
-    format: DemonstrationFormat = "messages"
-    """Row format; `fields` reads `user_template` and `assistant_template`."""
-    user_template: str = ""
-    """With `format = "fields"`: the user's message, for example `{question}`."""
-    assistant_template: str = ""
-    """With `format = "fields"`: the assistant's message, for example `{answer}`."""
-    data_dir: str = "data_cache"
-    """Where the ArrayRecord form of the demonstrations is stored."""
-    chat_template: str = "auto"
-    """`auto`: the tokenizer's own; or `llama-2`, `llama-3`, `chatml`, `vicuna`, `plain`."""
-    max_length: int = 1024
-    """Tokens a row of a batch; a longer dialogue is cut, counted and reported."""
-    packing: bool = True
-    """Put several demonstrations into one row; they never attend to each other."""
-    max_malformed_fraction: float = 0.01
-    """A larger share of malformed rows stops the run before training."""
-
-    def __post_init__(self) -> None:
-        """Check ranges and the fields that belong together."""
-        require(
-            0 <= self.validation_fraction < 1,
-            f"data.validation_fraction must be in [0, 1), got {self.validation_fraction}",
-        )
-        require(
-            0 <= self.max_malformed_fraction <= 1,
-            f"data.max_malformed_fraction must be in [0, 1], got {self.max_malformed_fraction}",
-        )
-        require(self.max_length >= 2, f"data.max_length must be at least 2, got {self.max_length}")
-        templates = bool(self.user_template), bool(self.assistant_template)
-        if self.format == "fields":
-            require(
-                all(templates),
-                'data.format = "fields" needs data.user_template and data.assistant_template, '
-                'for example "{question}" and "{answer}"',
-            )
-        else:
-            require(
-                not any(templates),
-                "data.user_template and data.assistant_template are read only with "
-                f'data.format = "fields", got data.format = "{self.format}"',
-            )
 
 
 @dataclass(frozen=True)
@@ -171,6 +109,7 @@ class PenaltyConfig:
 
     def __post_init__(self) -> None:
         """Check that λ is not negative."""
+        require_numbers(self, "penalty.")
         require(self.weight >= 0, f"penalty.weight must be ≥ 0, got {self.weight}")
 
 
@@ -199,6 +138,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        require_numbers(self, "optimizer.")
         require(
             self.learning_rate > 0, f"optimizer.learning_rate must be > 0, got {self.learning_rate}"
         )
@@ -211,27 +151,6 @@ class OptimizerConfig:
         for name in ("weight_decay", "max_gradient_norm"):
             value = getattr(self, name)
             require(value >= 0, f"optimizer.{name} must be ≥ 0, got {value}")
-
-
-@dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each mesh axis; −1 on at most one axis means all that are left."""
-
-    data: int = 1
-    """Copies of the model, each with its own rows of the batch."""
-    fsdp: int = -1
-    """Parameters and rows of the batch split over these devices."""
-    tensor: int = 1
-    """Heads, MLP width and vocabulary split over these devices."""
-
-    def __post_init__(self) -> None:
-        """Check sizes."""
-        sizes = (self.data, self.fsdp, self.tensor)
-        require(
-            all(size == -1 or size >= 1 for size in sizes) and sizes.count(-1) <= 1,
-            "mesh sizes must be ≥ 1, or −1 on one axis for all devices left; got "
-            f"data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}",
-        )
 
 
 @dataclass(frozen=True)
@@ -255,6 +174,7 @@ class StepConfig:
 
     def __post_init__(self) -> None:
         """Check that micro-batches divide the batch."""
+        require_numbers(self, "step.")
         require(self.epochs > 0, f"step.epochs must be > 0, got {self.epochs}")
         require(self.max_steps >= 0, f"step.max_steps must be ≥ 0, got {self.max_steps}")
         require(
@@ -288,6 +208,7 @@ class LoggingConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        require_numbers(self, "logging.")
         for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
             require(
                 getattr(self, name) >= 1, f"logging.{name} must be ≥ 1, got {getattr(self, name)}"
@@ -296,3 +217,107 @@ class LoggingConfig:
             require(
                 getattr(self, name) >= 0, f"logging.{name} must be ≥ 0, got {getattr(self, name)}"
             )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    run_dir: str = ""
+    """Folder of the run: config, versions, metrics, checkpoints and the final value folder."""
+    objective: str = "sft"
+    """What is minimised: sft, or module:attribute of an objective of your own."""
+    method: Literal["value", "sft"] = "value"
+    """`value`: train a value network beside the frozen base; `sft`: fine-tune the base itself."""
+    seed: int = 0
+    """Seed of initialisation and of the order of demonstrations."""
+    resume: bool = False
+    """Resume from the newest sound checkpoint of `run_dir`."""
+    distributed: bool = False
+    """Call `jax.distributed.initialize` first (several hosts)."""
+    runtime: Inline[RuntimeConfig] = field(default_factory=RuntimeConfig)
+    profile: str = ""
+    """Write a trace of the third to seventh step to this folder, for TensorBoard or xprof."""
+    base: BaseConfig = field(default_factory=BaseConfig)
+    bases: tuple[BaseConfig, ...] = ()
+    """Train against several bases in turns, a batch each, instead of `base` (TOML: `[[bases]]`)."""
+    value: ValueConfig = field(default_factory=ValueConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    step: StepConfig = field(default_factory=StepConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    @property
+    def all_bases(self) -> tuple[BaseConfig, ...]:
+        """`bases`, or the one `base`."""
+        return self.bases or (self.base,)
+
+    def __post_init__(self) -> None:
+        """Check the seed."""
+        require(
+            0 <= self.seed < 2**32,
+            f"seed must be in [0, 2³²), {found(self.seed)}",
+        )
+
+
+def check_train_config(config: TrainConfig) -> None:
+    """Check what a run cannot start without.
+
+    Raises:
+        ConfigError: a required field is empty; lists all of them.
+    """
+    problems = []
+    if not config.run_dir:
+        problems.append('run_dir is empty: name a folder, for example run_dir = "runs/mine"')
+    problems += _base_problems(config)
+    if not config.data.train:
+        problems.append('data.train is empty: name JSON/JSONL files or "tfds:NAME"')
+    needs_path = config.value.init != "base" and config.value.connection != "linear"
+    if config.method == "value" and needs_path and not config.value.path:
+        problems.append(
+            f'value.path is empty and value.init = "{config.value.init}" needs it: name a Hugging '
+            'Face folder or hub id, or set value.init = "base"'
+        )
+    if problems:
+        raise ConfigError(
+            "this run cannot start:\n" + "\n".join(f"  - {line}" for line in problems)
+        )
+
+
+def _base_problems(config: TrainConfig) -> list[str]:
+    problems = []
+    if config.bases and config.base.path:
+        problems.append(
+            f'base.path = "{config.base.path}" cannot be combined with [[bases]]: make it one of '
+            "them"
+        )
+    names = [f"bases[{index}].path" for index in range(len(config.bases))] or ["base.path"]
+    paths = [base.path for base in config.all_bases]
+    problems += [
+        f"{name} is empty: name a Hugging Face folder or hub id"
+        for name, path in zip(names, paths, strict=True)
+        if not path
+    ]
+    if repeated := {path for path in paths if path and paths.count(path) > 1}:
+        problems.append(f"[[bases]] names {', '.join(sorted(repeated))} twice: use its weight")
+    if config.distributed and any(base.cache_states for base in config.all_bases):
+        problems.append(
+            "cache_states = true needs distributed = false: which dialogues a process reads "
+            "changes with the shuffle, and hosts may have disks of their own"
+        )
+    if config.method == "sft":
+        if config.bases:
+            problems.append('method = "sft" fine-tunes one model: name it in [base], not [[bases]]')
+        if config.base.cache_states:
+            problems.append(
+                'base.cache_states cannot be combined with method = "sft": the states change in '
+                "every step"
+            )
+        if config.base.param_dtype != "float32":
+            problems.append(
+                f'base.param_dtype = "{config.base.param_dtype}" cannot be combined with method = '
+                '"sft": what is trained is held in float32; see step.compute_dtype'
+            )
+    return problems

@@ -1,0 +1,143 @@
+"""Command lines to config dataclasses.
+
+In: a dataclass whose fields may carry the marks of `ivl_jax.config.annotations`. Out: an instance.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import tyro
+from tyro.constructors import (
+    ConstructorRegistry,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
+
+from ivl_jax.config.annotations import INLINE, NO_FLAG, REPEATABLE, is_marked
+
+ConfigT = TypeVar("ConfigT")
+
+
+def parse_flags(
+    config_type: type[ConfigT],
+    arguments: Sequence[str],
+    *,
+    prog: str,
+    description: str | None = None,
+    default: ConfigT | None = None,
+) -> ConfigT:
+    """Read a command line; prints the help or what is wrong, and exits, where it must.
+
+    Args:
+        config_type: the dataclass.
+        arguments: without the program's name.
+        prog: the program's name.
+        description: the head of the help; None: the dataclass's docstring.
+        default: what flags change; None: the dataclass's defaults.
+
+    Returns:
+        The instance.
+
+    Raises:
+        SystemExit: after `--help`, or flags that cannot be read (status 2).
+        ConfigError: of the dataclass's own checks.
+    """
+    return tyro.cli(
+        config_type,
+        prog=prog,
+        description=description,
+        args=arguments,
+        default=tyro.MISSING_NONPROP if default is None else default,
+        registry=_registry(),
+    )
+
+
+def parse_subcommand(
+    commands: Mapping[str, Callable[..., Any]],
+    arguments: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+) -> Any:
+    """Read a command line that begins with the name of a command.
+
+    Args:
+        commands: name → dataclass, or function whose arguments are flags.
+        arguments: without the program's name.
+        prog: the program's name.
+        description: the head of the help.
+
+    Returns:
+        The dataclass's instance, or what the function returned.
+
+    Raises:
+        SystemExit: as `parse_flags`.
+        ConfigError: as `parse_flags`.
+    """
+    return tyro.extras.subcommand_cli_from_dict(
+        dict(commands),
+        prog=prog,
+        description=description,
+        args=arguments,
+        registry=_registry(),
+    )
+
+
+def _registry() -> ConstructorRegistry:
+    """Rules that read our marks on the fields of dataclasses."""
+    registry = ConstructorRegistry()
+    inner: list[type] = []  # dataclasses whose fields tyro is listing for us
+
+    @registry.struct_rule
+    def read_marks(info: StructTypeInfo) -> StructConstructorSpec | None:
+        if not dataclasses.is_dataclass(info.type) or info.type in inner:
+            return None
+        inner.append(info.type)
+        try:
+            spec = ConstructorRegistry.get_struct_spec(info)
+        finally:
+            inner.pop()
+        return _read_marks(spec) if isinstance(spec, StructConstructorSpec) else None
+
+    return registry
+
+
+def _read_marks(spec: StructConstructorSpec) -> StructConstructorSpec:
+    """Put the fields of inline dataclasses among the others, and mark repeatable flags."""
+    inline: dict[str, StructConstructorSpec] = {}
+    fields: list[StructFieldSpec] = []
+    for field in spec.fields:
+        kind: Any = field.type
+        if is_marked(kind, NO_FLAG):
+            continue
+        if is_marked(kind, INLINE):
+            info = StructTypeInfo.make(kind.__origin__, field.default, in_union_context=False)
+            found = ConstructorRegistry.get_struct_spec(info)
+            assert isinstance(found, StructConstructorSpec), f"{field.name} is not a dataclass"
+            inline[field.name] = found
+            fields += found.fields
+            continue
+        if is_marked(kind, REPEATABLE):
+            kind = tyro.conf.UseAppendAction[kind]
+        fields.append(dataclasses.replace(field, type=kind, helptext=_as_paragraph(field.helptext)))
+
+    @functools.wraps(spec.instantiate)  # tyro shows its docstring above the flags
+    def instantiate(**values: Any) -> Any:
+        for name, one in inline.items():
+            values[name] = one.instantiate(**{own.name: values.pop(own.name) for own in one.fields})
+        return spec.instantiate(**values)
+
+    return StructConstructorSpec(instantiate=instantiate, fields=tuple(fields))
+
+
+def _as_paragraph(helptext: str | Callable[[], str | None] | None) -> Callable[[], str | None]:
+    """A help text without the line breaks of the source, found when it is shown."""
+
+    def joined() -> str | None:
+        text = helptext() if callable(helptext) else helptext
+        return text and " ".join(text.split())
+
+    return joined

@@ -1,0 +1,72 @@
+"""Every configuration dataclass, and TOML files to them and back.
+
+In: values from a TOML file or the command line. Out: frozen dataclasses whose cross-field checks
+have passed. Imports neither JAX nor the command line's parser, so that `--help` stays fast.
+"""
+
+from ivl_jax.config.checks import ConfigError, require
+from ivl_jax.config.data import DataConfig, DemonstrationFormat, RowsConfig
+from ivl_jax.config.files import (
+    config_from_mapping,
+    config_to_mapping,
+    config_to_toml,
+    load_config,
+)
+from ivl_jax.config.generation import GenerationOptions, strength_problem
+from ivl_jax.config.infer import InferConfig, check_infer_config
+from ivl_jax.config.model import (
+    ComposedModelConfig,
+    DType,
+    LayoutName,
+    MeshConfig,
+    RuntimeConfig,
+    model_problems,
+)
+from ivl_jax.config.train import (
+    CONNECTIONS,
+    BaseConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    PenaltyConfig,
+    PenaltyKind,
+    PenaltyPositions,
+    StepConfig,
+    TrainConfig,
+    ValueConfig,
+    check_train_config,
+    is_connection,
+)
+
+__all__ = [
+    "CONNECTIONS",
+    "BaseConfig",
+    "ComposedModelConfig",
+    "ConfigError",
+    "DType",
+    "DataConfig",
+    "DemonstrationFormat",
+    "GenerationOptions",
+    "InferConfig",
+    "LayoutName",
+    "LoggingConfig",
+    "MeshConfig",
+    "OptimizerConfig",
+    "PenaltyConfig",
+    "PenaltyKind",
+    "PenaltyPositions",
+    "RowsConfig",
+    "RuntimeConfig",
+    "StepConfig",
+    "TrainConfig",
+    "ValueConfig",
+    "check_infer_config",
+    "check_train_config",
+    "config_from_mapping",
+    "config_to_mapping",
+    "config_to_toml",
+    "is_connection",
+    "load_config",
+    "model_problems",
+    "require",
+    "strength_problem",
+]

@@ -1,0 +1,61 @@
+"""What every config dataclass is checked for.
+
+In: values of fields. Out: nothing, or a `ConfigError` that names the field.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+_LARGEST_INTEGER = 2**63 - 1
+
+
+class ConfigError(ValueError):
+    """A configuration value that cannot be used: what, where, expected, found, remedy."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise a `ConfigError` unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def require_numbers(config: Any, table: str = "") -> None:
+    """Check that every number of a config dataclass is finite, and every integer has 64 bits.
+
+    Args:
+        config: the dataclass.
+        table: what its fields are called before their name, such as `optimizer.`.
+
+    Raises:
+        ConfigError: names all fields that do not hold such a number.
+    """
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    problems = [
+        f"{table}{name} {problem}"
+        for name, value in fields.items()
+        for number in (value if isinstance(value, tuple | list) else (value,))
+        if (problem := number_problem(number))
+    ]
+    require(not problems, "; ".join(problems))
+
+
+def number_problem(value: Any) -> str | None:
+    """Say what keeps a value from being a usable number; None if nothing does.
+
+    Example:
+        >>> number_problem(float("inf")), number_problem(1.5), number_problem("text")
+        ('must be finite, got inf', None, None)
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"must be finite, got {value}"
+    if isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
+        return f"must be an integer of at most 64 bits, {found(value)}"
+    return None
+
+
+def found(value: Any) -> str:
+    """Say what was given; of an integer beyond 64 bits not the digits, which may be thousands."""
+    if isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
+        return f"got an integer of {value.bit_length()} bits"
+    return f"got {value!r}"

@@ -1,0 +1,85 @@
+"""Demonstrations: where they are, how their rows are written, how they become batches.
+
+In: values from a TOML file or the command line. Out: frozen dataclasses whose own checks have
+passed.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ivl_jax.config.annotations import Inline
+from ivl_jax.config.checks import require, require_numbers
+
+DemonstrationFormat = Literal["sharegpt", "messages", "alpaca", "prompt_completion", "fields"]
+
+
+@dataclass(frozen=True)
+class RowsConfig:
+    """How the rows of a file of demonstrations are read."""
+
+    format: DemonstrationFormat = "messages"
+    """Row format; `fields` reads `user_template` and `assistant_template`."""
+    user_template: str = ""
+    """With `format = "fields"`: the user's message, for example `{question}`."""
+    assistant_template: str = ""
+    """With `format = "fields"`: the assistant's message, for example `{answer}`."""
+    max_malformed_fraction: float = 0.01
+    """A larger share of malformed rows is an error."""
+
+    def __post_init__(self) -> None:
+        """Check the share, and that templates are given where they are read."""
+        require_numbers(self)
+        require(
+            0 <= self.max_malformed_fraction <= 1,
+            f"max_malformed_fraction must be in [0, 1], got {self.max_malformed_fraction}",
+        )
+        if self.format == "fields":
+            require(
+                bool(self.user_template and self.assistant_template),
+                'format = "fields" needs user_template and assistant_template, for example '
+                '"{question}" and "{answer}"',
+            )
+        else:
+            require(
+                not self.templates,
+                'user_template and assistant_template are read only with format = "fields", got '
+                f'format = "{self.format}"',
+            )
+
+    @property
+    def templates(self) -> dict[str, str]:
+        """Role → template, of those that are given."""
+        given = {"user": self.user_template, "assistant": self.assistant_template}
+        return {role: template for role, template in given.items() if template}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Demonstrations: where they are, what form they have, how they become batches."""
+
+    train: tuple[str, ...] = ()
+    """JSON or JSONL files, or one `tfds:NAME[/CONFIG][:SPLIT]`."""
+    validation: tuple[str, ...] = ()
+    """Held-out files or `tfds:` split; empty: `validation_fraction` of `train` is held out."""
+    validation_fraction: float = 0.02
+    """Share of `train` held out when `validation` is empty (paper: 2 %)."""
+    group_field: str | None = None
+    """Rows with equal values of this field stay on one side of the split."""
+    rows: Inline[RowsConfig] = field(default_factory=RowsConfig)
+    data_dir: str = "data_cache"
+    """Where the ArrayRecord form of the demonstrations is stored."""
+    chat_template: str = "auto"
+    """`auto`: the tokenizer's own; or `llama-2`, `llama-3`, `chatml`, `vicuna`, `plain`."""
+    max_length: int = 1024
+    """Tokens per row of a batch; a longer dialogue is cut, counted and reported."""
+    packing: bool = True
+    """Put several demonstrations into one row; they never attend to each other."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require_numbers(self, "data.")
+        require(
+            0 <= self.validation_fraction < 1,
+            f"data.validation_fraction must be in [0, 1), got {self.validation_fraction}",
+        )
+        require(self.max_length >= 2, f"data.max_length must be at least 2, got {self.max_length}")

@@ -1,0 +1,123 @@
+"""What training, decoding and evaluation share: which models, composed how, computed where.
+
+In: values from a TOML file or the command line. Out: frozen dataclasses whose own checks have
+passed, and what is wrong with their fields beside one another.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ivl_jax.config.annotations import Repeatable
+from ivl_jax.config.checks import require, require_numbers
+from ivl_jax.config.generation import strength_problem
+
+DType = Literal["float32", "bfloat16"]
+LayoutName = Literal["full", "fsdp", "tensor", "replicated"]
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; −1 on at most one axis means all that are left."""
+
+    data: int = 1
+    """Copies of the model, each with its own rows of the batch."""
+    fsdp: int = -1
+    """Parameters and rows of the batch split over these devices."""
+    tensor: int = 1
+    """Heads, MLP width and vocabulary split over these devices."""
+
+    def __post_init__(self) -> None:
+        """Check sizes."""
+        sizes = (self.data, self.fsdp, self.tensor)
+        require(
+            all(size == -1 or size >= 1 for size in sizes) and sizes.count(-1) <= 1,
+            "mesh sizes must be ≥ 1, or −1 on one axis for all devices left; got "
+            f"data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}",
+        )
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """How programs are compiled; changes no result."""
+
+    compilation_cache: str = ""
+    """Folder of JAX's persistent compilation cache; empty: none."""
+
+
+@dataclass(frozen=True)
+class ComposedModelConfig:
+    """Which models, composed how: z = z_base + Σ α · M(z_value)."""
+
+    base: str = ""
+    """Hugging Face folder or hub id of the base model."""
+    value: Repeatable[tuple[str, ...]] = ()
+    """Value folder written by train.py, or `none` for the base alone; repeat the flag for several.
+    A language model (Hugging Face folder or hub id) counts as a value: `--value TUNED
+    --value UNTUNED --strength 1 --strength -1` is proxy-tuning."""
+    strength: Repeatable[tuple[float, ...]] = ()
+    """α in z = z_base + Σ α · z_value, one per value in their order (default 1); 0 gives the base,
+    negative values push away."""
+    map: Repeatable[tuple[str, ...]] = ()
+    """Vocabulary map of a value with another tokenizer than the base's, built by
+    `python -m ivl_jax.vocabulary build`; one per value in their order, `none` for those without."""
+    draft: str = ""
+    """A small model of the base's family that proposes tokens, which base and values then check
+    several at a time. Greedy text stays the same (but for near-ties), and samples are drawn from
+    the same distribution."""
+    draft_length: int = 0
+    """Tokens that the draft proposes at a time; 0: as many as pay."""
+    dtype: DType = "float32"
+    """Parameters and computation; logits are always composed in float32."""
+    int8_base: bool = False
+    """Round the base's kernels to int8: a quarter of their float32 memory, and faster on CPU."""
+    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(fsdp=1, tensor=-1))
+    base_layout: LayoutName = "full"
+    """How the base's parameters are split on the mesh; `full`: over fsdp and tensor."""
+    value_layout: LayoutName = "full"
+    """The same for the value networks; `replicated` keeps small ones whole on every device."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for alpha in self.strength:
+            problem = strength_problem(alpha)
+            require(problem is None, f"--strength {problem}")
+        require_numbers(self)
+        require(
+            0 <= self.draft_length <= 32,
+            f"--draft-length must be in [0, 32], got {self.draft_length}",
+        )
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """The value networks; none with `--value none`."""
+        return tuple(path for path in self.value if path != "none")
+
+
+def model_problems(model: ComposedModelConfig) -> list[str]:
+    """Say which flags are missing or do not belong together; a phrase each.
+
+    Args:
+        model: the flags; no value at all is the base alone.
+    """
+    problems = []
+    if not model.base:
+        problems.append("--base is missing: name a Hugging Face folder or hub id")
+    if model.draft_length and not model.draft:
+        problems.append(f"--draft-length {model.draft_length} needs --draft")
+    if "none" in model.value:
+        unused = [f"--value {path}" for path in model.values]
+        unused += [f"--strength {alpha}" for alpha in model.strength]
+        unused += [f"--map {path}" for path in model.map if path != "none"]
+        if unused:
+            problems.append(
+                f"--value none is the base alone, which {', '.join(unused)} cannot be combined "
+                "with: remove one"
+            )
+        return problems
+    for flag, given in (("--strength", model.strength), ("--map", model.map)):
+        if given and len(given) != len(model.value):
+            problems.append(
+                f"{len(model.value)} value(s), but {flag} is given {len(given)} time(s): give it "
+                "once for each --value, in the same order, or not at all"
+            )
+    return problems
