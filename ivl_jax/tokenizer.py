@@ -5,7 +5,6 @@ that a value network does not know when it is put on another base.
 """
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
+from ivl_jax.json_files import read_json_object
 from ivl_jax.token_bytes import split_vocabulary
 
 if TYPE_CHECKING:
@@ -155,13 +155,34 @@ def load_tokenizer(folder: epath.PathLike) -> PreTrainedTokenizerBase:
         )
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    _refuse_own_code(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # the tokenizers library raises bare ones
+        raise ValueError(
+            f"{folder}: its tokenizer files cannot be read ({type(error).__name__}: {error}); "
+            "download tokenizer.json and tokenizer_config.json again"
+        ) from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ValueError(
             f"{folder}: {type(tokenizer).__name__} has no fast backend, and exact loss masks need "
             "its character offsets; provide a tokenizer.json"
         )
     return tokenizer
+
+
+def _refuse_own_code(folder: epath.Path) -> None:
+    """Code of a folder is never run, and nobody is asked whether it may be."""
+    path = folder / "tokenizer_config.json"
+    code = read_json_object(path).get("auto_map") if path.exists() else None
+    if code:
+        raise ValueError(
+            f"{path}: auto_map: the tokenizer is Python code of the folder ({code}), which is "
+            "never run; use a model whose tokenizer.json stands alone, or, where it does here, "
+            "remove auto_map and tokenizer_class"
+        )
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: epath.PathLike) -> None:
@@ -354,11 +375,19 @@ def _configured_eos_ids(folder: epath.PathLike | None) -> tuple[int, ...]:
     for name in ("generation_config.json", "config.json"):
         path = epath.Path(folder) / name
         if path.exists():
-            record = json.loads(path.read_text())
-            return _as_ids(
-                record.get("eos_token_id", record.get("text_config", {}).get("eos_token_id"))
-            )
+            record = read_json_object(path)
+            text = record.get("text_config")
+            inner = text.get("eos_token_id") if isinstance(text, dict) else None
+            return _checked_ids(record.get("eos_token_id", inner), path)
     return ()
+
+
+def _checked_ids(value: Any, path: epath.Path) -> tuple[int, ...]:
+    """Ids as a file has them."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(one) is int and one >= 0 for one in ids):
+        raise ValueError(f"{path}: eos_token_id: expected token ids, got {str(value)[:60]}")
+    return tuple(ids)
 
 
 def _as_ids(value: int | Iterable[int] | None) -> tuple[int, ...]:

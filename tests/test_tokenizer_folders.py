@@ -1,0 +1,51 @@
+"""Tokenizer files that are hostile or broken: nothing runs, nothing is asked, the file is named."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ivl_jax.tokenizer import describe_tokenizer, load_tokenizer
+
+FAMILY_S = Path("ivl_jax") / "assets" / "family" / "S"
+CODE = "from pathlib import Path\nPath({!r}).write_text('ran')\n"
+
+
+@pytest.fixture
+def folder(project_root: Path, tmp_path: Path) -> Path:
+    copy = tmp_path / "S"
+    shutil.copytree(project_root / FAMILY_S, copy)
+    return copy
+
+
+def test_code_of_a_folder_is_refused_and_never_run(folder, tmp_path, monkeypatch):
+    ran = tmp_path / "ran.txt"
+    (folder / "evil_tok.py").write_text(CODE.format(str(ran)))
+    path = folder / "tokenizer_config.json"
+    names = {"AutoTokenizer": ["evil_tok.EvilTok", "evil_tok.EvilTok"]}
+    config = json.loads(path.read_text()) | {"tokenizer_class": "EvilTok", "auto_map": names}
+    path.write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("something was asked"))
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: auto_map: .*evil_tok\.EvilTok"):
+        load_tokenizer(folder)
+    assert not ran.exists()
+
+
+def test_a_broken_tokenizer_is_named_with_its_folder(folder):
+    path = folder / "tokenizer.json"
+    record = json.loads(path.read_text())
+    record["model"]["merges"] = [["no such", "pieces"]]
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"S: its tokenizer files cannot be read"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "not JSON"), ("[]", "expected an object"), ('{"eos_token_id": "x"}', "eos_token_id")],
+)
+def test_a_broken_generation_config_is_named(folder, text, message):
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"generation_config\.json.*{message}"):
+        describe_tokenizer(load_tokenizer(folder), folder)
