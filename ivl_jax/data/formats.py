@@ -5,11 +5,16 @@ why the row cannot be one.
 """
 
 import itertools
+import math
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
+from ivl_jax.json_files import json_kind
+
 Format = Literal["sharegpt", "messages", "alpaca", "prompt_completion", "fields"]
+
+_SHOWN_CHARACTERS = 60  # of a value in a message
 
 ROLES = ("system", "user", "assistant")
 _ROLE_NAMES = {
@@ -32,6 +37,7 @@ class Message(NamedTuple):
 
     role: str  # "system", "user" or "assistant"
     content: str
+    weight: int = 1  # 0: an assistant's turn that is read, but left out of the loss
 
 
 class Demonstration(NamedTuple):
@@ -52,6 +58,10 @@ class RowError(ValueError):
     """The reason why a row is not a dialogue."""
 
 
+class SourceError(ValueError):
+    """A source of rows that cannot be read at all."""
+
+
 def parse_row(row: Any, *, row_format: Format, templates: Mapping[str, str]) -> ParsedRow:
     """Reads a row as a dialogue that ends with an assistant's turn.
 
@@ -66,7 +76,8 @@ def parse_row(row: Any, *, row_format: Format, templates: Mapping[str, str]) -> 
 
     Returns:
         The dialogue. Assistant turns before the first user turn, and what follows the last
-        assistant turn, are left out: nothing can be learned from them.
+        assistant turn, are left out: nothing can be learned from them. A turn of a list of turns
+        may have a `weight`: 0 leaves it out of the loss, 1 is the default.
 
     Raises:
         RowError: The row is not a dialogue in this format.
@@ -75,10 +86,11 @@ def parse_row(row: Any, *, row_format: Format, templates: Mapping[str, str]) -> 
         >>> row = {"question": "What is 2 + 3?", "answer": "5"}
         >>> templates = {"user": "{question}", "assistant": "{answer}"}
         >>> parse_row(row, row_format="fields", templates=templates).messages
-        (Message(role='user', content='What is 2 + 3?'), Message(role='assistant', content='5'))
+        (Message(role='user', content='What is 2 + 3?', weight=1),
+         Message(role='assistant', content='5', weight=1))
     """
     if not isinstance(row, Mapping):
-        raise RowError(f"expected an object, got {_kind(row)}")
+        raise RowError(f"expected an object, got {json_kind(row)}")
     match row_format:
         case "sharegpt":
             turns = _turns(row, "conversations", role_key="from", content_key="value")
@@ -87,11 +99,9 @@ def parse_row(row: Any, *, row_format: Format, templates: Mapping[str, str]) -> 
         case "alpaca":
             if row.get("history"):
                 raise RowError("field 'history' is not supported: use format messages")
-            prompt, extra = _text(row, "instruction"), row.get("input") or ""
-            if not isinstance(extra, str):
-                raise RowError(f"field 'input' is {_kind(extra)}, expected text")
+            prompt, extra = _text(row, "instruction"), _optional_text(row, "input")
             turns = [
-                Message("user", f"{prompt}\n\n{extra}" if extra.strip() else prompt),
+                Message("user", f"{prompt}\n\n{extra}" if extra else prompt),
                 Message("assistant", _text(row, "output")),
             ]
         case "prompt_completion":
@@ -105,8 +115,9 @@ def parse_row(row: Any, *, row_format: Format, templates: Mapping[str, str]) -> 
                 for role in ROLES
                 if templates.get(role)
             ]
-    if row_format != "fields" and row.get("system") and turns[:1] and turns[0].role != "system":
-        turns.insert(0, Message("system", _text(row, "system")))
+    system = "" if row_format == "fields" else _optional_text(row, "system")
+    if system and turns[0].role != "system":
+        turns.insert(0, Message("system", system))
     return _checked(turns)
 
 
@@ -152,7 +163,9 @@ def fill_template(template: str, row: Mapping[str, Any]) -> str:
                 raise RowError(f"no field {name!r}; the row has {_keys(row)}")
             value = value[key]
         if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise RowError(f"field {name!r} is {_kind(value)}, expected text")
+            raise RowError(f"field {name!r} is {json_kind(value)}, expected text")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RowError(f"field {name!r} is {value}, expected text or a finite number")
         filled.append(str(value))
     return "".join(filled)
 
@@ -181,23 +194,38 @@ def _turns(row: Mapping[str, Any], field: str, *, role_key: str, content_key: st
 
 def _messages(value: Any, field: str, *, role_key: str, content_key: str) -> list[Message]:
     if isinstance(value, Mapping):  # TFDS holds a list of records as a record of lists
-        columns = list(value.values())
-        if not all(isinstance(column, Sequence) for column in columns):
-            raise RowError(f"field {field!r} is an object, expected a list of turns")
-        value = [dict(zip(value, record, strict=True)) for record in zip(*columns, strict=True)]
+        value = _records(value, field)
     if not isinstance(value, list) or not value:
-        raise RowError(f"field {field!r} is {_kind(value)}, expected a non-empty list of turns")
+        raise RowError(f"field {field!r} is {json_kind(value)}, expected a non-empty list of turns")
     messages = []
     for position, turn in enumerate(value):
         where = f"{field}[{position}]"
         if not isinstance(turn, Mapping) or role_key not in turn or content_key not in turn:
-            found = _keys(turn) if isinstance(turn, Mapping) else _kind(turn)
+            found = _keys(turn) if isinstance(turn, Mapping) else json_kind(turn)
             raise RowError(f"{where}: expected {role_key!r} and {content_key!r}, got {found}")
         role = _ROLE_NAMES.get(turn[role_key]) if isinstance(turn[role_key], str) else None
         if role is None:
-            raise RowError(f"{where}: unknown {role_key} {turn[role_key]!r}")
-        messages.append(Message(role, _content(turn[content_key], where)))
+            raise RowError(f"{where}: unknown {role_key} {_shown(turn[role_key])}")
+        weight = turn.get("weight")
+        if weight not in (None, 0, 1):
+            raise RowError(f"{where}: the weight is {_shown(weight)}, expected 0 or 1")
+        content = _content(turn[content_key], where)
+        messages.append(Message(role, content, 1 if weight is None else int(weight)))
     return messages
+
+
+def _records(columns: Mapping[str, Any], field: str) -> list[dict[str, Any]]:
+    """A record of lists as a list of records."""
+    wrong = [name for name, column in columns.items() if not isinstance(column, list | tuple)]
+    if wrong or not columns:
+        raise RowError(f"field {field!r} is an object, expected a list of turns")
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        counted = ", ".join(f"{count} in {_shown(name)}" for name, count in lengths.items())
+        raise RowError(f"field {field!r}: its lists differ in number: {counted}")
+    return [
+        dict(zip(columns, record, strict=True)) for record in zip(*columns.values(), strict=True)
+    ]
 
 
 def _content(value: Any, where: str) -> str:
@@ -211,7 +239,7 @@ def _content(value: Any, where: str) -> str:
         for part in value
     ):
         return "".join(part["text"] for part in value)
-    raise RowError(f"{where}: the content is {_kind(value)}, expected text")
+    raise RowError(f"{where}: the content is {json_kind(value)}, expected text")
 
 
 def _text_or_turns(row: Mapping[str, Any], field: str, *, role: str) -> list[Message]:
@@ -226,8 +254,14 @@ def _text(row: Mapping[str, Any], field: str) -> str:
     if field not in row:
         raise RowError(f"no field {field!r}; the row has {_keys(row)}")
     if not isinstance(row[field], str):
-        raise RowError(f"field {field!r} is {_kind(row[field])}, expected text")
+        raise RowError(f"field {field!r} is {json_kind(row[field])}, expected text")
     return row[field]
+
+
+def _optional_text(row: Mapping[str, Any], field: str) -> str:
+    """A field that may be absent or null; blank text counts as absent."""
+    text = "" if row.get(field) is None else _text(row, field)
+    return text if text.strip() else ""
 
 
 def _checked(turns: list[Message]) -> ParsedRow:
@@ -247,21 +281,23 @@ def _checked(turns: list[Message]) -> ParsedRow:
     for position, turn in enumerate(kept):
         if turn.role == "assistant" and not turn.content.strip():
             raise RowError(f"the assistant's turn {position} is empty")
+    if not any(turn.weight for turn in kept if turn.role == "assistant"):
+        raise RowError("every assistant's turn has weight 0: nothing to learn from")
     for position, turn in enumerate((*system, *kept)):
         if any("\ud800" <= character <= "\udfff" for character in turn.content):
-            raise RowError(f"turn {position} holds half of a surrogate pair, which is no character")
+            raise RowError(
+                f"turn {position} holds half of a surrogate pair, which is not a character"
+            )
     return ParsedRow(messages=(*system, *kept), trimmed=len(kept) < len(rest))
 
 
 def _keys(row: Mapping[str, Any]) -> str:
-    return ", ".join(repr(key) for key in list(row)[:10]) or "no fields"
+    return ", ".join(_shown(key) for key in list(row)[:10]) or "no fields"
 
 
-def _kind(value: Any) -> str:
-    """What JSON calls a value."""
-    if value is None:
-        return "null"
-    if isinstance(value, list):
-        return "an empty list" if not value else "a list"
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "text", dict: "an object"}
-    return names.get(type(value), type(value).__name__)
+def _shown(value: Any) -> str:
+    """A value as a message shows it: short, on one line."""
+    if not isinstance(value, str | int | float):
+        return json_kind(value)
+    shown = repr(value)
+    return shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[:_SHOWN_CHARACTERS]}…"

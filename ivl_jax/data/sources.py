@@ -5,19 +5,16 @@ place they stand at, and a hash of the content.
 """
 
 import hashlib
-import json
-import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 from etils import epath
 
-from ivl_jax.data.formats import RowError
+from ivl_jax.data import catalogue
+from ivl_jax.data.formats import RowError, SourceError
+from ivl_jax.json_files import read_json_items, read_json_lines
+from ivl_jax.text_files import MalformedFileError
 
-_TFDS = re.compile(
-    r"tfds:(?P<name>.+?)(?P<version>:\d+(?:\.[\d*]+)+)?(?::(?P<split>[A-Za-z_]\w*(?:\[.*\])?))?"
-)
 _HASH_CHUNK = 1 << 20  # bytes
 
 
@@ -26,10 +23,6 @@ class RawRow(NamedTuple):
 
     place: str  # "train.jsonl:17": file and line, or "tfds:gsm8k:train:17": set, split and index
     value: Any  # what JSON or TFDS gives, or a RowError
-
-
-class SourceError(ValueError):
-    """A source that cannot be read at all."""
 
 
 def is_tfds(reference: str) -> bool:
@@ -52,11 +45,8 @@ def read_rows(reference: str) -> Iterator[RawRow]:
         SourceError: The source is absent, or a list of rows is broken in the middle.
     """
     if is_tfds(reference):
-        return _read_tfds(reference)
-    path = _existing(reference)
-    if path.suffix == ".json" and _first_byte(path) == b"[":
-        return _read_json_list(path)
-    return _read_json_lines(path)
+        return (RawRow(place, value) for place, value in catalogue.read_rows(reference))
+    return _read_json_file(_existing(reference))
 
 
 def hash_source(reference: str) -> str:
@@ -67,15 +57,17 @@ def hash_source(reference: str) -> str:
     """
     digest = hashlib.sha256()
     if is_tfds(reference):
-        builder, split = _open_tfds(reference)
-        paths = [epath.Path(path) for path in builder.info.splits[split.split("[")[0]].filepaths]
+        split, paths = catalogue.split_files(reference)
         digest.update(split.encode())
     else:
         paths = [_existing(reference)]
     for path in sorted(paths):
-        with path.open("rb") as file:
-            while chunk := file.read(_HASH_CHUNK):
-                digest.update(chunk)
+        try:
+            with path.open("rb") as file:
+                while chunk := file.read(_HASH_CHUNK):
+                    digest.update(chunk)
+        except OSError as error:
+            raise SourceError(f"demonstrations: {path} cannot be read: {error}") from error
     return digest.hexdigest()
 
 
@@ -94,93 +86,18 @@ def _first_byte(path: epath.Path) -> bytes:
         return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
 
 
-def _read_json_lines(path: epath.Path) -> Iterator[RawRow]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if not text.strip():
-                continue
-            try:
-                value: Any = json.loads(text)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                value = RowError(f"not JSON: {error}")
-            yield RawRow(f"{path.name}:{number}", value)
-
-
-def _read_json_list(path: epath.Path) -> Iterator[RawRow]:
-    """A list of rows, decoded one at a time so that each row's line is known."""
-    text = path.read_bytes().decode("utf-8-sig")
-    decoder = json.JSONDecoder()
-    skip = re.compile(r"[\s,]*")
-    position = text.index("[") + 1
-    line = 1 + text.count("\n", 0, position)
-    while True:
-        start = skip.match(text, position).end()  # type: ignore[union-attr] - matches everywhere
-        line += text.count("\n", position, start)
-        if text[start : start + 1] == "]":
-            return
-        try:
-            value, end = decoder.raw_decode(text, start)
-        except json.JSONDecodeError as error:
-            raise SourceError(
-                f"{path}, line {error.lineno}: the list of rows is not JSON here: {error.msg}"
-            ) from error
-        yield RawRow(f"{path.name}:{line}", value)
-        line += text.count("\n", start, end)
-        position = end
-
-
-def _open_tfds(reference: str) -> tuple[Any, str]:
-    """The TFDS builder, its set prepared, and the split."""
-    import tensorflow_datasets as tfds
-
-    match = _TFDS.fullmatch(reference)
-    if match is None:
-        raise SourceError(f"{reference}: expected tfds:NAME[/CONFIG[:VERSION]][:SPLIT]")
-    name, split = match["name"] + (match["version"] or ""), match["split"] or "train"
+def _read_json_file(path: epath.Path) -> Iterator[RawRow]:
+    """A list of rows, or a row a line."""
+    is_list = path.suffix == ".json" and _first_byte(path) == b"["
     try:
-        if (epath.Path(match["name"]) / "dataset_info.json").exists():
-            builder = tfds.builder_from_directory(match["name"])
-        else:
-            builder = tfds.builder(name)
-            if not builder.is_prepared():
-                builder.download_and_prepare(file_format="array_record")
-    except Exception as error:
-        raise SourceError(
-            f"{reference}: TFDS cannot provide this set: {error}; prepare it once where it can be "
-            'downloaded, with download_and_prepare(file_format="array_record"), and name its '
-            "folder: tfds:/path/to/NAME/VERSION"
-        ) from error
-    if split.split("[")[0] not in builder.info.splits:
-        raise SourceError(f"{reference}: no split {split!r}; it has {sorted(builder.info.splits)}")
-    return builder, split
+        for line in read_json_items(path) if is_list else read_json_lines(path):
+            value = line.value if line.error is None else _row_error(line.error)
+            yield RawRow(f"{path.name}:{line.number}", value)
+    except MalformedFileError as error:
+        raise SourceError(f"demonstrations: {error}") from error
 
 
-def _read_tfds(reference: str) -> Iterator[RawRow]:
-    builder, split = _open_tfds(reference)
-    try:
-        rows = builder.as_data_source(split)
-    except NotImplementedError as error:
-        raise SourceError(
-            f"{reference}: stored as {builder.info.file_format.value}, expected array_record: "
-            'prepare it again elsewhere with download_and_prepare(file_format="array_record")'
-        ) from error
-    for index in range(len(rows)):
-        try:
-            value = _plain(rows[index])
-        except UnicodeDecodeError as error:
-            value = RowError(f"not UTF-8: {error}")
-        yield RawRow(f"tfds:{builder.name}:{split}:{index}", value)
-
-
-def _plain(value: Any) -> Any:
-    """A TFDS example as JSON would hold it."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, bytes):
-        return value.decode("utf-8")
-    if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
+def _row_error(error: MalformedFileError) -> RowError:
+    """What is wrong with a row; file and line are named by its place."""
+    column = "" if error.column is None else f" (column {error.column})"
+    return RowError(error.reason + column)

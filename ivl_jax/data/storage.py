@@ -37,7 +37,9 @@ class IvlDemonstrations(tfds.core.GeneratorBasedBuilder, skip_registration=True)
             features=tfds.features.FeaturesDict(
                 {
                     "row_id": text(),
-                    "messages": tfds.features.Sequence({"role": text(), "content": text()}),
+                    "messages": tfds.features.Sequence(
+                        {"role": text(), "content": text(), "weight": np.int64}
+                    ),
                 }
             ),
             disable_shuffling=True,
@@ -85,35 +87,33 @@ class DemonstrationSplit(Sequence[Demonstration]):
 def write_dataset(
     splits: Mapping[str, Callable[[], Iterator[Demonstration]]],
     *,
-    data_dir: epath.Path,
-    name: str,
+    folder: epath.Path,
     rows: int,
 ) -> None:
-    """Writes a dataset; a second process that writes the same one at the same time is harmless.
+    """Writes a dataset.
 
     Args:
         splits: Split name to a function that yields its demonstrations; no split is empty.
-        data_dir: The folder of all stored datasets.
-        name: The dataset's own folder in it.
+        folder: Where TFDS is to find it; must not exist.
         rows: How many demonstrations there are in all; a progress bar is shown for many.
     """
-    config = tfds.core.BuilderConfig(name=name, version=IvlDemonstrations.VERSION)
+    scratch = folder.parent / f"{folder.name}-scratch"
+    config = tfds.core.BuilderConfig(name="rows", version=IvlDemonstrations.VERSION)
     tqdm_utils.display_progress_bar(rows >= _BAR_FROM_ROWS)
     try:
         with _quiet_tfds():
             builder = IvlDemonstrations(
-                splits, data_dir=str(data_dir), file_format="array_record", config=config
+                splits, data_dir=str(scratch), file_format="array_record", config=config
             )
             builder.download_and_prepare()
-    except OSError:
-        if not (dataset_folder(data_dir, name) / "dataset_info.json").exists():
-            raise
+        epath.Path(builder.data_dir).rename(folder)
+        scratch.rmtree()
     finally:
         tqdm_utils.display_progress_bar(enable=True)
 
 
 def dataset_folder(data_dir: epath.Path, name: str) -> epath.Path:
-    """Returns the folder that `write_dataset` fills."""
+    """Returns the folder of one dataset among all stored ones."""
     return data_dir / "ivl_demonstrations" / name / str(IvlDemonstrations.VERSION)
 
 
@@ -134,8 +134,10 @@ def _demonstration(row: Mapping[str, Any]) -> Demonstration:
     turns = row["messages"]
     return Demonstration(
         messages=tuple(
-            Message(role.decode(), content.decode())
-            for role, content in zip(turns["role"], turns["content"], strict=True)
+            Message(role.decode(), content.decode(), int(weight))
+            for role, content, weight in zip(
+                turns["role"], turns["content"], turns["weight"], strict=True
+            )
         ),
         row_id=np.asarray(row["row_id"]).item().decode(),
     )

@@ -4,12 +4,12 @@ In: demonstrations and a chat format. Out: their tokens and loss masks in flat a
 for the next run, with a report of what was cut, dropped or could not be rendered.
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import logging
 import sys
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
@@ -23,13 +23,15 @@ from rich.progress import track
 
 from ivl_jax.data.chat import ChatFormat, ChatTemplateError, EncodedDialogue
 from ivl_jax.data.demonstrations import Demonstration, MalformedRow, MalformedRowsError
+from ivl_jax.data.reading import list_malformed
+from ivl_jax.data.sealed_folders import open_sealed_folder
 from ivl_jax.data.storage import DemonstrationSplit
+from ivl_jax.paths import is_local
 
 _LOGGER = logging.getLogger(__name__)
 
-_CACHE_VERSION = 1  # of how dialogues become tokens; another number tokenises again
+_CACHE_VERSION = 2  # of how dialogues become tokens; another number tokenises again
 _CHUNK = 512  # dialogues encoded together
-_LISTED_AT_MOST = 20
 _BAR_FROM_DIALOGUES = 10_000  # about five seconds of tokenising
 
 
@@ -83,7 +85,7 @@ class TokenizationReport:
                 "%d of %d dialogues cannot be rendered and were left out:%s",
                 self.malformed_count,
                 self.dialogues,
-                _listed(self.malformed, self.malformed_count),
+                list_malformed(self.malformed, self.malformed_count),
             )
 
 
@@ -170,15 +172,20 @@ def tokenize_demonstrations(
         }
     else:
         folder = epath.Path(cache_dir).expanduser() / "tokenized" / fingerprint[:16]
-        if not folder.exists():
-            _fill(folder, demonstrations, chat, sequence_length)
-        report, arrays = _load(folder)
+        record = open_sealed_folder(
+            folder,
+            lambda temporary: _write(temporary, demonstrations, chat, sequence_length),
+            what="the cached tokens",
+        )
+        malformed = tuple(MalformedRow(*row) for row in record["malformed"])
+        report = TokenizationReport(**{**record, "malformed": malformed})
+        arrays = {name: _load(folder, name) for name in _ARRAYS}
     if report.malformed_count > max_malformed_share * report.dialogues or not report.kept:
         raise MalformedRowsError(
             f"demonstrations: {report.malformed_count} of {report.dialogues} dialogues cannot be "
             f"rendered (at most {max_malformed_share:.1%} may be) and {report.kept} can be learned "
-            f"from:{_listed(report.malformed, report.malformed_count)}\nuse another chat template, "
-            "mend the rows, or raise data.max_malformed_fraction or data.max_length"
+            f"from:{list_malformed(report.malformed, report.malformed_count)}\nuse another chat "
+            "template, mend the rows, or raise data.max_malformed_fraction or data.max_length"
         )
     report.log(sequence_length)
     return TokenizedDemonstrations(
@@ -266,46 +273,25 @@ def _chunks(
         first += len(chunk)
 
 
-def _fill(
+def _write(
     folder: epath.Path,
     demonstrations: Sequence[Demonstration],
     chat: ChatFormat,
     sequence_length: int,
-) -> None:
-    """Writes a folder of arrays that appears only when it is whole."""
-    temporary = folder.parent / f"incomplete-{uuid.uuid4().hex}"
-    temporary.mkdir(parents=True)
-    streams: dict[str, Any] = {name: (temporary / f"{name}.bin").open("wb") for name in _ARRAYS}
-    try:
-        report = _encode_into(streams, demonstrations, chat, sequence_length)
-    finally:
-        for stream in streams.values():
-            stream.close()
-    (temporary / "report.json").write_text(json.dumps(asdict(report), indent=1))
-    try:
-        temporary.rename(folder)
-    except OSError:  # another process was faster: what it wrote is the same
-        temporary.rmtree()
-        if not folder.exists():
-            raise
+) -> dict[str, Any]:
+    """Writes the flat arrays as files of a new folder; returns the report as JSON."""
+    folder.mkdir(parents=True)
+    with contextlib.ExitStack() as files:
+        streams: dict[str, Any] = {
+            name: files.enter_context((folder / f"{name}.bin").open("wb")) for name in _ARRAYS
+        }
+        return asdict(_encode_into(streams, demonstrations, chat, sequence_length))
 
 
-def _load(folder: epath.Path) -> tuple[TokenizationReport, dict[str, np.ndarray]]:
-    """The report, and arrays that are read from disk as they are needed."""
-    record = json.loads((folder / "report.json").read_text())
-    record["malformed"] = tuple(MalformedRow(*row) for row in record["malformed"])
-    report = TokenizationReport(**record)
-    arrays = {}
-    for name, dtype in _ARRAYS.items():
-        path = folder / f"{name}.bin"
-        if "://" in str(path) or not report.kept:
-            arrays[name] = np.frombuffer(path.read_bytes(), dtype)
-        else:
-            # A plain view: slicing a memmap object costs ten times as much.
-            arrays[name] = np.asarray(np.memmap(str(path), dtype, mode="r"))
-    return report, arrays
-
-
-def _listed(malformed: Sequence[MalformedRow], count: int) -> str:
-    listed = "".join(f"\n  {place}: {reason}" for place, reason in malformed[:_LISTED_AT_MOST])
-    return listed + (f"\n  and {count - _LISTED_AT_MOST} more" if count > _LISTED_AT_MOST else "")
+def _load(folder: epath.Path, name: str) -> np.ndarray:
+    """An array that is read from disk as it is needed."""
+    path, dtype = folder / f"{name}.bin", _ARRAYS[name]
+    if not is_local(path) or not path.stat().length:
+        return np.frombuffer(path.read_bytes(), dtype)
+    # A plain view: slicing a memmap object costs ten times as much.
+    return np.asarray(np.memmap(str(path), dtype, mode="r"))

@@ -18,6 +18,7 @@ from ivl_jax.data.demonstrations import (
     StoredDemonstrations,
     store_demonstrations,
 )
+from ivl_jax.data.formats import SourceError
 
 QUESTION_ANSWER = {"user": "{question}", "assistant": "{answer}"}
 
@@ -278,6 +279,113 @@ assert not set(absent) & set(sys.modules)
     assert [process.returncode for process in processes] == [0, 0]
     assert outputs[0] == outputs[1]
     assert "train.jsonl:1" in outputs[0]
+
+
+def test_the_same_file_twice_is_another_dataset_and_its_repeated_rows_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, forbid_writing: Any
+) -> None:
+    train = _write(tmp_path / "train.jsonl", [_row(i) for i in range(5)])
+    once = store_demonstrations(_source(train), data_dir=tmp_path / "store")
+    assert (once.repeated_count, caplog.text) == (0, "")
+    twice = store_demonstrations(_source(train, train), data_dir=tmp_path / "store")
+    assert twice.fingerprint != once.fingerprint
+    assert sum(twice.counts.values()) == 10
+    assert twice.repeated_count == 5
+    said = "5 rows of data.train repeat the dialogue of an earlier one"
+    assert said in caplog.text
+    caplog.clear()
+    forbid_writing()
+    assert store_demonstrations(_source(train, train), data_dir=tmp_path / "store") == twice
+    assert said in caplog.text, "said on every run"
+
+
+def test_what_is_trained_on_cannot_be_held_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [_row(i) for i in range(5)]
+    train, other = _write(tmp_path / "a.jsonl", rows), _write(tmp_path / "b.jsonl", [_row(9)])
+    copy = _write(tmp_path / "copy.jsonl", rows)
+    for options, named in (
+        ({"validation": (other, train)}, "data.validation holds what is trained on"),
+        ({"validation": (copy,)}, "the same as .*copy.jsonl, byte for byte"),
+        ({"test": (train,)}, "data.test holds what is trained on"),
+    ):
+        with pytest.raises(SourceError, match=named):
+            store_demonstrations(_source(train, **options), data_dir=tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+    part = _write(tmp_path / "part.jsonl", [_row(7), _row(2, more="fields"), _row(3)])
+    stored = store_demonstrations(_source(train, validation=(part,)), data_dir=tmp_path / "store")
+    assert stored.leaked_counts == {"validation": 2}
+    assert "2 dialogues of data.validation stand in data.train too" in caplog.text
+
+
+def test_weights_are_stored_and_move_no_dialogue_to_another_split(tmp_path: Path) -> None:
+    def rows(weight: int) -> list[Any]:
+        return [
+            {
+                "messages": [
+                    {"role": "user", "content": f"{number}?"},
+                    {"role": "assistant", "content": "No", "weight": weight},
+                    {"role": "user", "content": "Again"},
+                    {"role": "assistant", "content": "Yes"},
+                ]
+            }
+            for number in range(40)
+        ]
+
+    found = []
+    for weight in (0, 1):
+        train = _write(tmp_path / f"{weight}" / "train.jsonl", rows(weight))
+        source = DemonstrationSource((train,), validation_fraction=0.3)
+        stored = store_demonstrations(source, data_dir=tmp_path / "store")
+        turns = stored.open("train")[0].messages
+        assert [turn.weight for turn in turns] == [1, weight, 1, 1]
+        found.append((stored.counts, _ids(stored, "validation")))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "record", "manifest"])
+def test_a_damaged_store_is_said_and_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    source = _source(_write(tmp_path / "train.jsonl", [_row(i) for i in range(20)]))
+    stored = store_demonstrations(source, data_dir=tmp_path / "store")
+    rows = [stored.open("train")[index] for index in range(len(stored.open("train")))]
+    (file,) = stored.folder.glob("*train.array_record*")
+    content = bytearray(file.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 4
+        file.write_bytes(content)
+    elif damage == "cut":
+        file.write_bytes(content[:-1])
+    elif damage == "remove":
+        file.unlink()
+    else:
+        record = stored.folder.parent / f"{'source' if damage == 'record' else damage}.json"
+        record.write_text(record.read_text().replace('"train": ', '"train": 1'))
+    caplog.clear()
+    again = store_demonstrations(source, data_dir=tmp_path / "store")
+    assert "the stored demonstrations of" in caplog.text
+    assert "are damaged and made again" in caplog.text
+    assert again.counts == stored.counts
+    assert [again.open("train")[index] for index in range(len(rows))] == rows
+    caplog.clear()
+    assert store_demonstrations(source, data_dir=tmp_path / "store") == again
+    assert caplog.text == ""
+    left = sorted(path.name for path in stored.folder.parent.parent.iterdir())
+    assert [name for name in left if not name.endswith(".lock")] == [stored.folder.parent.name]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"{}", b'{"rule": 1, "hashes": 3}'])
+def test_a_broken_record_of_another_dataset_blocks_nothing(
+    tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = _source(_write(tmp_path / "other.jsonl", [_row(i) for i in range(3)]))
+    stored = store_demonstrations(other, data_dir=tmp_path / "store")
+    (stored.folder.parent / "source.json").write_bytes(content)
+    source = _source(_write(tmp_path / "train.jsonl", [_row(i) for i in range(5)]))
+    assert store_demonstrations(source, data_dir=tmp_path / "store").counts["train"] == 4
+    assert caplog.text == ""
 
 
 def test_gsm8k_reads_whole(gsm8k_dir: Path, tmp_path: Path) -> None:

@@ -16,6 +16,16 @@ DIALOGUE = (Message("user", "2 + 3?"), Message("assistant", "5"))
 QUESTION_ANSWER = {"user": "{question}", "assistant": "{answer}"}
 
 
+def _weighted(turn: int, *, weight: Any) -> list[dict[str, Any]]:
+    """A question and an answer; one turn has a weight."""
+    turns: list[dict[str, Any]] = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "a"},
+    ]
+    turns[turn]["weight"] = weight
+    return turns
+
+
 def _parse(row: Any, row_format: Any, templates: dict[str, str] | None = None) -> Any:
     return parse_row(row, row_format=row_format, templates=templates or {})
 
@@ -155,12 +165,43 @@ def test_turns_that_teach_nothing_are_trimmed_and_counted() -> None:
         ("prompt_completion", {"prompt": "a", "completion": None}, "'completion' is null"),
         ("prompt_completion", {"prompt": "a", "completion": "\ud83e"}, "surrogate"),
         ("fields", {"question": "a"}, "no field 'answer'; the row has 'question'"),
+        ("fields", {"question": "a", "answer": float("inf")}, "is inf, expected text or a finite"),
+        (
+            "messages",
+            {"messages": {"role": ["user"], "content": ["a", "b"]}},
+            "field 'messages': its lists differ in number: 1 in 'role', 2 in 'content'",
+        ),
+        ("messages", {"messages": {"role": "user", "content": "ab"}}, "expected a list of turns"),
+        ("messages", {"messages": {}}, "expected a list of turns"),
+        ("messages", {"messages": [{"role": "x" * 500, "content": ""}]}, r"'x{59}…$"),
+        ("messages", {"messages": [{"role": [], "content": ""}]}, "unknown role an empty list"),
+        ("alpaca", {"instruction": "a", "input": 0, "output": "b"}, "'input' is a number"),
+        ("alpaca", {"instruction": "a", "output": "b", "system": []}, "'system' is an empty list"),
+        (
+            "messages",
+            {"messages": _weighted(1, weight=0)},
+            "every assistant's turn has weight 0: nothing to learn from",
+        ),
+        ("messages", {"messages": _weighted(1, weight=0.5)}, r"\[1\]: the weight is 0.5, expected"),
+        ("messages", {"messages": _weighted(0, weight="0")}, r"\[0\]: the weight is '0', expected"),
         ("fields", {"question": "a", "answer": True}, "field 'answer' is a boolean"),
     ],
 )
 def test_a_malformed_row_is_refused_with_its_reason(row_format: str, row: Any, reason: str) -> None:
     with pytest.raises(RowError, match=reason):
         _parse(row, row_format, QUESTION_ANSWER if row_format == "fields" else {})
+
+
+@pytest.mark.parametrize("weight", [0, 0.0, False])
+def test_a_turn_of_weight_0_is_kept_and_marked(weight: Any) -> None:
+    row = {"messages": [*_weighted(1, weight=weight), *_weighted(1, weight=None)]}
+    weights = [message.weight for message in _parse(row, "messages").messages]
+    assert weights == [1, 0, 1, 1]
+    turns = {"role": ["user", "assistant"] * 2, "content": ["a"] * 4, "weight": [1, weight, 1, 1]}
+    assert _parse({"messages": turns}, "messages") == _parse(row, "messages")
+    asked, answered = row["messages"][:1], row["messages"][1:]
+    split = {"prompt": asked, "completion": answered}
+    assert _parse(split, "prompt_completion") == _parse(row, "messages")
 
 
 def test_templates_reach_into_fields() -> None:

@@ -1,7 +1,9 @@
 """Rows come with the line they stand on; broken files are named."""
 
 import json
-from collections.abc import Iterator
+import re
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,57 @@ def test_a_json_list_broken_in_the_middle_stops_with_the_line(tmp_path: Path) ->
         _rows(path)
 
 
+@pytest.mark.parametrize(
+    ("content", "read", "message"),
+    [
+        (
+            b'[{"n": 1}]\n[{"n": 2}]',
+            1,
+            "a.json, line 2, column 1: not JSON: content after the list",
+        ),
+        (b'[{"n": 1} {"n": 2},,,{"n": 3}', 1, "a.json, line 1, column 11: not JSON: expected ','"),
+        (b'[{"n": 1},\n{"n": 2}', 2, "a.json, line 2, column 9: not JSON: expected ',' or"),
+        (b'[{"n": "caf\xe9"}]', 0, "a.json, line 1: byte 11: not UTF-8 (found 0xe9)"),
+        ('[{"n": 1}]'.encode("utf-16-le"), 0, "a.json, line 1, column 2: not JSON"),
+        (b'[{"n": 1}, {"n": ' + b"9" * 5000 + b"}]", 1, "column 18: an integer of more than 4300"),
+        (b'[{"n": 1}, {"n": ' + b"[" * 5000, 1, "column 117: nested too deeply"),
+    ],
+)
+def test_nothing_of_a_broken_list_is_dropped_in_silence(
+    tmp_path: Path, content: bytes, read: int, message: str
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    rows = read_rows(str(path))
+    assert [next(rows).value for _ in range(read)] == [{"n": 1}, {"n": 2}][:read]
+    with pytest.raises(SourceError, match=re.escape(message)):
+        next(rows)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"n": ' + b"9" * 5000 + b"}", "an integer of more than 4300 digits (column 7)"),
+        (b'{"n": ' + b"[" * 100_000, "nested too deeply: more than 100 lists and objects"),
+        (b'{"n": ' + b"[" * 300 + b"]" * 300 + b"}", "nested too deeply"),
+        (b'{"n": "caf\xe9"}', "byte 19: not UTF-8 (found 0xe9); save it as UTF-8"),
+        (b'{"n": 1} {"n": 2}', "not JSON: content after the value (column 10)"),
+        (b'{"n": 1, "n": 2}', "the key 'n' stands twice in one object, with different values"),
+    ],
+)
+def test_a_row_beyond_any_use_is_a_row_error_with_its_line(
+    tmp_path: Path, line: bytes, reason: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"n": 1}\n' + line + b'\n{"n": 3}\n')
+    first, (place, error), last = _rows(path)
+    assert (first, last) == (("a.jsonl:1", {"n": 1}), ("a.jsonl:3", {"n": 3}))
+    assert place == "a.jsonl:2"
+    assert isinstance(error, RowError)
+    assert reason in str(error)
+    assert "\n" not in str(error)
+
+
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "."])
 def test_an_absent_file_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(SourceError, match="demonstrations: "):
@@ -130,3 +183,78 @@ def test_an_unknown_set_or_split_is_named(catalogue_dir: Path) -> None:
         hash_source("tfds:ivl_no_such_set")
     with pytest.raises(SourceError, match=r"no split 'dev'; it has \['test', 'train'\]"):
         hash_source("tfds:ivl_test_sums:dev")
+
+
+def _foreign(folder: Path, change: Callable[[Any], Any]) -> None:
+    """Changes the description of a prepared set."""
+    path = folder / "features.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+def _legacy(features: Any) -> Any:
+    inside = {"question": {"type": "ivl_evil.code.Text", "content": {}}}
+    kind = "tensorflow_datasets.core.features.features_dict.FeaturesDict"
+    return {"type": kind, "content": inside}
+
+
+def _nested_json(features: Any) -> Any:
+    inside = json.dumps({"question": {"type": "ivl_evil.code.Text", "content": {}}})
+    kind = "tensorflow_datasets.core.features.features_dict.FeaturesDict"
+    return {"pythonClassName": kind, "jsonFeature": {"json": inside}}
+
+
+def _deep_field(features: Any) -> Any:
+    text = features["featuresDict"]["features"]["question"]
+    text["pythonClassName"] = "ivl_evil.code.Text"
+    return features
+
+
+@pytest.mark.parametrize("change", [_legacy, _nested_json, _deep_field])
+def test_a_set_that_names_foreign_classes_is_refused_before_they_are_imported(
+    catalogue_dir: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], Any]
+) -> None:
+    list(read_rows("tfds:ivl_test_sums:test"))  # prepares it
+    folder = catalogue_dir / "ivl_test_sums" / "1.2.0"
+    package = catalogue_dir / "ivl_evil"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "code.py").write_text(f"open({str(catalogue_dir / 'ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(catalogue_dir)
+    _foreign(folder, change)
+    shutil.copytree(folder, catalogue_dir / "ivl_elsewhere" / "1.2.0")
+    for reference in (
+        f"tfds:{folder}:test",
+        "tfds:ivl_test_sums:1.2.0:test",
+        "tfds:ivl_elsewhere:1.2.0:test",
+    ):
+        for read in (hash_source, lambda name: list(read_rows(name))):
+            with pytest.raises(SourceError, match=r"features\.json names Python .*ivl_evil"):
+                read(reference)
+    assert not (catalogue_dir / "ran").exists()
+
+
+def test_a_set_with_code_of_its_own_is_refused(catalogue_dir: Path) -> None:
+    del catalogue_dir
+    with pytest.raises(SourceError, match="run code of their own"):
+        hash_source("tfds:somebody:their_set:train")
+
+
+def test_a_damaged_set_is_named(catalogue_dir: Path) -> None:
+    list(read_rows("tfds:ivl_test_sums:test"))
+    folder = catalogue_dir / "ivl_test_sums" / "1.2.0"
+    (file,) = folder.glob("*test.array_record*")
+    whole = file.read_bytes()
+    flipped = bytearray(whole)
+    written = [place for place, byte in enumerate(whole) if byte]  # the rest is padding
+    flipped[written[len(written) // 3]] ^= 1
+    for damaged in (whole[: len(whole) // 2], b"", bytes(flipped)):
+        file.write_bytes(damaged)
+        with pytest.raises(SourceError, match="tfds:ivl_test_sums:test"):
+            list(read_rows("tfds:ivl_test_sums:test"))
+    for name in ("features.json", "dataset_info.json"):
+        content = (folder / name).read_bytes()
+        for damaged in (content[:-20], b"", b"\xff" + content):
+            (folder / name).write_bytes(damaged)
+            with pytest.raises(SourceError, match=re.escape(str(folder))):
+                list(read_rows(f"tfds:{folder}:test"))
+        (folder / name).write_bytes(content)

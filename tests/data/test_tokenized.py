@@ -1,6 +1,7 @@
 """What is cut, dropped or malformed is counted and said; tokens are computed once."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,67 @@ def test_an_interrupted_tokenisation_is_done_again(
     monkeypatch.undo()
     tokenized = tokenize_demonstrations(arithmetic, chat, sequence_length=64, cache_dir=tmp_path)
     assert len(tokenized) == 30
+
+
+@pytest.mark.parametrize("name", ["tokens", "loss_mask", "starts", "rows", "manifest"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_damaged_tokens_are_said_and_made_again(
+    byte_tokenizer: Any,
+    arithmetic: list[Demonstration],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    damage: str,
+) -> None:
+    chat = make_chat_format(byte_tokenizer, template="plain")
+    options: dict[str, Any] = {"sequence_length": 100, "cache_dir": tmp_path}
+    first = tokenize_demonstrations(arithmetic, chat, **options)
+    (file,) = tmp_path.glob(f"tokenized/*/{name}.*")
+    content = bytearray(file.read_bytes())
+    if damage == "remove":
+        file.unlink()
+    else:
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content if damage == "flip" else content[:-1])
+    caplog.clear()
+    again = tokenize_demonstrations(arithmetic, chat, **options)
+    assert "the cached tokens in" in caplog.text
+    assert "are damaged and made again" in caplog.text
+    assert file.name in caplog.text
+    in_memory = tokenize_demonstrations(arithmetic, chat, sequence_length=100, cache_dir=None)
+    for array in ("tokens", "loss_mask", "starts", "rows"):
+        np.testing.assert_array_equal(getattr(again, array), getattr(in_memory, array))
+    assert again.report == first.report
+    caplog.clear()
+    tokenize_demonstrations(arithmetic, chat, **options)
+    assert caplog.text == ""
+
+
+def test_tokens_are_on_the_disk_before_they_count(
+    byte_tokenizer: Any,
+    arithmetic: list[Demonstration],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chat = make_chat_format(byte_tokenizer, template="plain")
+    flushed: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def noted_fsync(file: int) -> None:
+        flushed.append(os.readlink(f"/proc/self/fd/{file}"))
+        fsync(file)
+
+    def noted_rename(*names: str) -> None:
+        flushed.append("rename")
+        rename(*names)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "rename", noted_rename)
+    tokenize_demonstrations(arithmetic, chat, sequence_length=100, cache_dir=tmp_path)
+    before = flushed[: flushed.index("rename")]
+    names = {Path(name).name.partition(".tmp")[0] for name in before}
+    assert names >= {"tokens.bin", "loss_mask.bin", "starts.bin", "rows.bin", "manifest.json"}
+    assert flushed[-1] == str(tmp_path / "tokenized"), "the new name is on the disk too"
 
 
 def test_a_stored_split_is_read_through_its_data_source(

@@ -1,0 +1,214 @@
+"""Reads the rows of demonstrations as dialogues, and decides which are held out.
+
+In: files or TFDS sets, the format of their rows, and how to hold out a validation split. Out: the
+dialogues of each split in order; and, from a first pass over all rows, how many there are, which
+rows are malformed, and what repeats.
+"""
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from ivl_jax.data.formats import (
+    Demonstration,
+    Format,
+    Message,
+    RowError,
+    check_templates,
+    fill_template,
+    parse_row,
+)
+from ivl_jax.data.sources import read_rows
+
+_HASH_SPACE = 1 << 64
+_KEPT_AT_MOST = 1000  # malformed rows that are remembered
+_LISTED_AT_MOST = 20  # malformed rows that a message lists
+
+
+@dataclass(frozen=True)
+class DemonstrationSource:
+    """Where demonstrations come from and how their rows are read.
+
+    Attributes:
+        train: JSON or JSONL files, or `tfds:NAME[/CONFIG][:SPLIT]`.
+        validation: The same for held-out rows; when empty, `validation_fraction` of `train`.
+        test: The same for a third split; may stay empty.
+        row_format: How a row is written; see `ivl_jax.data.formats.parse_row`.
+        templates: Role to template, for the format `fields`.
+        validation_fraction: Share of the rows of `train` to hold out, by a hash of each dialogue,
+            so that equal dialogues stay together; at least one row is held out. 0 holds out none.
+        group_field: A row's field, `module` or `meta.entity`; rows with equal values stay on one
+            side. Empty: every dialogue for itself.
+    """
+
+    train: tuple[str, ...]
+    validation: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+    row_format: Format = "messages"
+    templates: Mapping[str, str] = field(default_factory=dict)
+    validation_fraction: float = 0.02
+    group_field: str = ""
+
+    def __post_init__(self) -> None:
+        """Checks that the fields belong together."""
+        check_templates(self.row_format, self.templates)
+        if not self.train:
+            raise ValueError("demonstrations: no training source")
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(
+                f"validation_fraction: expected a share in [0, 1), got {self.validation_fraction}"
+            )
+
+    @property
+    def files(self) -> dict[str, tuple[str, ...]]:
+        """The sources by split, those that are not empty."""
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {split: tuple(files) for split, files in splits.items() if files}
+
+    @property
+    def held_out_share(self) -> float:
+        """The share of `train` that is held out; 0 when `validation` has sources of its own."""
+        return 0.0 if self.validation else self.validation_fraction
+
+
+class MalformedRow(NamedTuple):
+    """A row that is not a dialogue."""
+
+    place: str  # "train.jsonl:17", file and line
+    reason: str
+
+
+def list_malformed(malformed: Sequence[MalformedRow], count: int) -> str:
+    """Lists malformed rows for a message, a line each, at most twenty of them.
+
+    Args:
+        malformed: The first of them.
+        count: How many there are in all.
+    """
+    listed = "".join(f"\n  {place}: {reason}" for place, reason in malformed[:_LISTED_AT_MOST])
+    return listed + (f"\n  and {count - _LISTED_AT_MOST} more" if count > _LISTED_AT_MOST else "")
+
+
+class Survey(NamedTuple):
+    """What a first pass over the rows finds."""
+
+    counts: dict[str, int]  # demonstrations of each split that has any
+    cutoff: int  # rows of the training source whose hash is below it are held out
+    malformed: tuple[MalformedRow, ...]  # the first thousand
+    malformed_count: int
+    trimmed_count: int  # dialogues of which turns that teach nothing were left out
+    repeated_count: int  # training rows whose dialogue stands in an earlier one
+    leaked_counts: dict[str, int]  # of held-out files, dialogues that stand in the training rows
+
+
+class _ReadRow(NamedTuple):
+    """A row of a source, read."""
+
+    demonstration: Demonstration
+    trimmed: bool
+    dialogue_hash: int  # of what is said, in [0, 2^64)
+    split_hash: int  # of what decides the side it falls on: the dialogue, or its group
+
+
+def survey_rows(source: DemonstrationSource) -> Survey:
+    """Reads every row once.
+
+    Raises:
+        SourceError: A file or a set is absent or cannot be read at all.
+    """
+    dialogues = {split: array("Q") for split in source.files}
+    train_hashes = array("Q")
+    malformed: list[MalformedRow] = []
+    malformed_count = trimmed_count = 0
+    for split in source.files:
+        for row in _read(source, split):
+            if isinstance(row, MalformedRow):
+                malformed_count += 1
+                malformed += [row] * (len(malformed) < _KEPT_AT_MOST)
+                continue
+            trimmed_count += row.trimmed
+            dialogues[split].append(row.dialogue_hash)
+            if split == "train":
+                train_hashes.append(row.split_hash)
+    cutoff = 0
+    if source.held_out_share and train_hashes:
+        # Few rows may all lie above the share's cutoff: then the one with the lowest hash goes.
+        cutoff = max(round(source.held_out_share * _HASH_SPACE), min(train_hashes) + 1)
+    counts = {split: len(found) for split, found in dialogues.items()}
+    if cutoff:
+        counts["validation"] = sum(value < cutoff for value in train_hashes)
+        counts["train"] -= counts["validation"]
+    distinct = np.unique(np.asarray(dialogues["train"], np.uint64))
+    leaked = {
+        split: int(np.isin(np.asarray(found, np.uint64), distinct).sum())
+        for split, found in dialogues.items()
+        if split != "train"
+    }
+    return Survey(
+        counts={split: count for split, count in counts.items() if count},
+        cutoff=cutoff,
+        malformed=tuple(malformed),
+        malformed_count=malformed_count,
+        trimmed_count=trimmed_count,
+        repeated_count=len(dialogues["train"]) - len(distinct),
+        leaked_counts={split: count for split, count in leaked.items() if count},
+    )
+
+
+def read_split(source: DemonstrationSource, split: str, *, cutoff: int) -> Iterator[Demonstration]:
+    """Reads the demonstrations of a split, held-out ones from the training source.
+
+    Args:
+        source: Where they come from.
+        split: `train`, `validation` or `test`.
+        cutoff: What the survey found.
+
+    Yields:
+        Every row that is a dialogue and belongs to the split, in order.
+    """
+    origin = "train" if split == "validation" and not source.validation else split
+    for row in _read(source, origin):
+        if isinstance(row, MalformedRow):
+            continue
+        held_out = origin == "train" and row.split_hash < cutoff
+        if held_out == (split == "validation" and origin == "train"):
+            yield row.demonstration
+
+
+def _read(source: DemonstrationSource, split: str) -> Iterator[_ReadRow | MalformedRow]:
+    """Every row of a split's files, as a demonstration or with the reason why it is not one."""
+    group = "{" + source.group_field + "}" if source.group_field else ""
+    for reference in source.files[split]:
+        for row in read_rows(reference):
+            try:
+                if isinstance(row.value, RowError):
+                    raise row.value
+                parsed = parse_row(
+                    row.value, row_format=source.row_format, templates=source.templates
+                )
+                dialogue_hash = _hash(_said(parsed.messages))
+                key = fill_template(group, row.value) if group else None
+            except RowError as error:
+                yield MalformedRow(row.place, str(error))
+                continue
+            yield _ReadRow(
+                Demonstration(messages=parsed.messages, row_id=row.place),
+                parsed.trimmed,
+                dialogue_hash,
+                dialogue_hash if key is None else _hash(key),
+            )
+
+
+def _said(messages: tuple[Message, ...]) -> str:
+    """A dialogue as text; weights are left out, so that they move no dialogue to another split."""
+    return json.dumps([(message.role, message.content) for message in messages])
+
+
+def _hash(text: str) -> int:
+    digest = hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big")
