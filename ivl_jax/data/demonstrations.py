@@ -43,7 +43,7 @@ __all__ = [
 
 _LOGGER = logging.getLogger(__name__)
 
-_STORE_VERSION = 2  # of what is stored; another number stores again
+_STORE_VERSION = 1  # of how rows become dialogues; another number stores again
 _RECORD = "source.json"  # what a dataset was made of, beside it
 
 _Hashes = Mapping[str, Sequence[tuple[str, str]]]  # split → source and SHA-256, in order
@@ -59,12 +59,14 @@ class StoredDemonstrations:
 
     Attributes:
         folder: What TFDS reads.
-        fingerprint: SHA-256 over the source's content, the format and the split rule.
+        fingerprint: SHA-256 over the source's content, the format and the split rule; and whether
+            turns of weight 0 are kept apart, which they once were not.
         counts: Split to number of demonstrations.
         malformed: The first thousand rows that could not be read.
         malformed_count: How many there are in all.
         trimmed_count: Dialogues of which turns before the first user's, or after the last
             assistant's, were left out.
+        unweighted_count: Turns of weight 0, which are left out of the loss.
         repeated_count: Rows of the training source whose dialogue stands in an earlier one.
         leaked_counts: By held-out split with sources of its own, dialogues that stand in the
             training source too.
@@ -76,6 +78,7 @@ class StoredDemonstrations:
     malformed: tuple[MalformedRow, ...]
     malformed_count: int
     trimmed_count: int
+    unweighted_count: int
     repeated_count: int
     leaked_counts: Mapping[str, int]
 
@@ -101,6 +104,8 @@ class StoredDemonstrations:
 
     def log(self) -> None:
         """Says what is worth knowing before training on these rows."""
+        if self.unweighted_count:
+            _LOGGER.info("%d turns of weight 0 are left out of the loss", self.unweighted_count)
         for count, what in (
             (
                 self.malformed_count,
@@ -274,13 +279,14 @@ def _to_record(
     fingerprint: str, survey: Survey, source: DemonstrationSource, hashes: _Hashes
 ) -> dict[str, Any]:
     return {
-        "fingerprint": fingerprint,
+        "fingerprint": fingerprint + ("/weights" if survey.unweighted_count else ""),
         "rule": _rule(source),
         "hashes": hashes,
         "counts": survey.counts,
         "malformed": survey.malformed,
         "malformed_count": survey.malformed_count,
         "trimmed_count": survey.trimmed_count,
+        "unweighted_count": survey.unweighted_count,
         "repeated_count": survey.repeated_count,
         "leaked_counts": survey.leaked_counts,
         "stored_at": datetime.now(UTC).isoformat(timespec="microseconds"),

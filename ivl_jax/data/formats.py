@@ -209,8 +209,8 @@ def _messages(value: Any, field: str, *, role_key: str, content_key: str) -> lis
         weight = turn.get("weight")
         if weight not in (None, 0, 1):
             raise RowError(f"{where}: the weight is {_shown(weight)}, expected 0 or 1")
-        content = _content(turn[content_key], where)
-        messages.append(Message(role, content, 1 if weight is None else int(weight)))
+        trained = role != "assistant" or weight is None or bool(weight)
+        messages.append(Message(role, _content(turn[content_key], where), int(trained)))
     return messages
 
 

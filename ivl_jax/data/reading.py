@@ -102,6 +102,7 @@ class Survey(NamedTuple):
     malformed: tuple[MalformedRow, ...]  # the first thousand
     malformed_count: int
     trimmed_count: int  # dialogues of which turns that teach nothing were left out
+    unweighted_count: int  # turns of weight 0
     repeated_count: int  # training rows whose dialogue stands in an earlier one
     leaked_counts: dict[str, int]  # of held-out files, dialogues that stand in the training rows
 
@@ -124,7 +125,7 @@ def survey_rows(source: DemonstrationSource) -> Survey:
     dialogues = {split: array("Q") for split in source.files}
     train_hashes = array("Q")
     malformed: list[MalformedRow] = []
-    malformed_count = trimmed_count = 0
+    malformed_count = trimmed_count = unweighted_count = 0
     for split in source.files:
         for row in _read(source, split):
             if isinstance(row, MalformedRow):
@@ -132,6 +133,7 @@ def survey_rows(source: DemonstrationSource) -> Survey:
                 malformed += [row] * (len(malformed) < _KEPT_AT_MOST)
                 continue
             trimmed_count += row.trimmed
+            unweighted_count += sum(not turn.weight for turn in row.demonstration.messages)
             dialogues[split].append(row.dialogue_hash)
             if split == "train":
                 train_hashes.append(row.split_hash)
@@ -155,6 +157,7 @@ def survey_rows(source: DemonstrationSource) -> Survey:
         malformed=tuple(malformed),
         malformed_count=malformed_count,
         trimmed_count=trimmed_count,
+        unweighted_count=unweighted_count,
         repeated_count=len(dialogues["train"]) - len(distinct),
         leaked_counts={split: count for split, count in leaked.items() if count},
     )

@@ -44,7 +44,12 @@ def open_sealed_folder(
             record, problems = _read(folder)  # another process may have made it again
             if record is not None:
                 return record
-            _LOGGER.warning("%s in %s are damaged and made again: %s", what, folder, problems)
+            _LOGGER.warning(
+                "%s in %s are not as they were written and are made again: %s",
+                what,
+                folder,
+                problems,
+            )
             _remove(folder)
             return _fill(folder, fill)
     return _fill(folder, fill)

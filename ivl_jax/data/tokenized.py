@@ -30,7 +30,7 @@ from ivl_jax.paths import is_local
 
 _LOGGER = logging.getLogger(__name__)
 
-_CACHE_VERSION = 2  # of how dialogues become tokens; another number tokenises again
+_CACHE_VERSION = 1  # of how dialogues become tokens; another number tokenises again
 _CHUNK = 512  # dialogues encoded together
 _BAR_FROM_DIALOGUES = 10_000  # about five seconds of tokenising
 

@@ -341,6 +341,8 @@ def test_weights_are_stored_and_move_no_dialogue_to_another_split(tmp_path: Path
         turns = stored.open("train")[0].messages
         assert [turn.weight for turn in turns] == [1, weight, 1, 1]
         found.append((stored.counts, _ids(stored, "validation")))
+        assert stored.fingerprint.endswith("/weights") == (weight == 0)
+        assert stored.unweighted_count == (40 if weight == 0 else 0)
     assert found[0] == found[1]
 
 
@@ -366,7 +368,7 @@ def test_a_damaged_store_is_said_and_made_again(
     caplog.clear()
     again = store_demonstrations(source, data_dir=tmp_path / "store")
     assert "the stored demonstrations of" in caplog.text
-    assert "are damaged and made again" in caplog.text
+    assert "are not as they were written and are made again" in caplog.text
     assert again.counts == stored.counts
     assert [again.open("train")[index] for index in range(len(rows))] == rows
     caplog.clear()
