@@ -4,12 +4,10 @@ In: messages, a tokenizer and a chat template. Out: for training, tokens and whi
 assistant must produce; for decoding, a prompt's tokens, which are a prefix of the training tokens.
 """
 
-import contextlib
 import hashlib
 import itertools
 import json
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -17,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32
 
+from ivl_jax.data.dialogue_layout import PROBE, DialogueTemplate, Layout, following
 from ivl_jax.data.formats import Message
 from ivl_jax.data.pieces import PieceEncoder, PieceTokens
 from ivl_jax.data.rendering import ChatTemplateError, render
@@ -29,23 +28,12 @@ from ivl_jax.data.templates import (
 
 _LOGGER = logging.getLogger(__name__)
 
-_SHOWN_CHARACTERS = 30  # on each side of the place where two renderings part
-_PROBE = (Message("user", "Hello!"), Message("assistant", "Hi."))
-
 
 class EncodedDialogue(NamedTuple):
     """A dialogue in tokens."""
 
     tokens: Int32[np.ndarray, "N"]
     loss_mask: Bool[np.ndarray, "N"]  # what the assistant must produce, the end of turn included
-
-
-class _Layout(NamedTuple):
-    """The text of a dialogue, and what the assistant writes in it."""
-
-    text: str
-    cuts: list[int]  # where an assistant's turn begins: the prompt that a decoder reads ends here
-    targets: list[tuple[int, int]]  # stretches that the assistant must produce, in characters
 
 
 class ChatFormat:
@@ -86,12 +74,14 @@ class ChatFormat:
     ):
         self.name = name
         self.template = template
-        self._text = pin_date(text, PINNED_DATE)
-        self._variables = dict(variables)
-        self._has_marks = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", text) is not None
+        pinned = pin_date(text, PINNED_DATE)
         self._encoder = PieceEncoder(tokenizer)
-        self._closing = self._find_closing(tokenizer.eos_token or "")
-        identity = [self._text, self._variables, self._encoder.definition]
+        self._layouts = DialogueTemplate(
+            name, pinned, variables, encoder=self._encoder, eos=tokenizer.eos_token or ""
+        )
+        identity = [pinned, dict(variables), self._encoder.definition]
+        # What an earlier version laid out in the same way keeps its fingerprint.
+        identity += [*self._layouts.deviations, *self._encoder.deviations]
         self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         self.stop_ids = self._find_stop_ids(tokenizer.eos_token_id)
 
@@ -124,16 +114,16 @@ class ChatFormat:
         Returns:
             For each dialogue, what `encode_dialogue` returns or raises.
         """
-        layouts: list[_Layout | ChatTemplateError] = []
+        layouts: list[Layout | ChatTemplateError] = []
         for messages in dialogues:
             try:
-                layouts.append(self._lay_out(messages))
+                layouts.append(self._layouts.lay_out(messages))
             except ChatTemplateError as error:
                 layouts.append(error)
-        good = [layout for layout in layouts if isinstance(layout, _Layout)]
+        good = [layout for layout in layouts if isinstance(layout, Layout)]
         encoded = iter(self._encoder.encode([_split(layout) for layout in good]))
         return [
-            _assemble(layout, next(encoded)) if isinstance(layout, _Layout) else layout
+            _assemble(layout, next(encoded)) if isinstance(layout, Layout) else layout
             for layout in layouts
         ]
 
@@ -155,17 +145,9 @@ class ChatFormat:
             ChatTemplateError: The template refuses the dialogue, or its last turn is the
                 assistant's.
         """
-        text = self.prompt_text(messages)
-        cuts = []
-        for turn, message in enumerate(messages):
-            if message.role == "assistant":
-                earlier, _ = self._render(messages[:turn], prompt=True)
-                # A template that drops earlier thinking is no hindrance here: it costs the cut.
-                cuts += [len(earlier)] if text.startswith(earlier) else []
-        if begins:
-            cuts.append(len(text))
-            text += _after(text, begins)
-        (pieces,) = self._encoder.encode([_split(_Layout(text, cuts, []))])
+        _check_prompt(messages)
+        layout = self._layouts.lay_out_prompt(messages, begins=begins)
+        (pieces,) = self._encoder.encode([_split(layout)])
         return np.asarray([token for piece in pieces for token in piece.ids], np.int32)
 
     def prompt_text(self, messages: Sequence[Message], *, begins: str = "") -> str:
@@ -181,113 +163,36 @@ class ChatFormat:
         Raises:
             ChatTemplateError: As `encode_prompt`.
         """
-        if not messages or messages[-1].role == "assistant":
-            raise ChatTemplateError("a prompt must end with a turn that is not the assistant's")
-        text, _ = self._render(messages, prompt=True)
-        return text + _after(text, begins)
+        _check_prompt(messages)
+        text, _ = self._layouts.render(messages, prompt=True)
+        return text + following(text, begins)
 
     def has_special_text(self, messages: Sequence[Message]) -> bool:
         """Whether a special token's text stands in a message; it is read as that token."""
         return any(self._encoder.holds_special(message.content) for message in messages)
 
-    def _render(
-        self, messages: Sequence[Message], *, prompt: bool, marks: bool = False
-    ) -> tuple[str, list[tuple[int, int]]]:
-        """The text of a dialogue, and the stretches that the template marks as generated."""
-        try:
-            return render(self._text, self._variables, messages, prompt=prompt, marks=marks)
-        except ChatTemplateError as error:
-            raise ChatTemplateError(f"chat template {self.name}: {error}") from error
-
-    def _beginning(self, messages: Sequence[Message]) -> str:
-        """The text of a dialogue that goes on: without what closes a whole one."""
-        return self._render(messages, prompt=False)[0].removesuffix(self._closing)
-
-    def _lay_out(self, messages: Sequence[Message]) -> _Layout:
-        """Renders a dialogue, and every beginning of it that a decoder would read or write."""
-        text, marked = self._render(messages, prompt=False, marks=self._has_marks)
-        cuts, targets = [], []
-        for turn, message in enumerate(messages):
-            if message.role != "assistant":
-                continue
-            prompt, _ = self._render(messages[:turn], prompt=True)
-            last = turn + 1 == len(messages)
-            through = (
-                text.removesuffix(self._closing) if last else self._beginning(messages[: turn + 1])
-            )
-            if not text.startswith(through):
-                raise self._changed(messages[: turn + 1], through, text)
-            if not through.startswith(prompt):
-                before = self._beginning(messages[:turn])
-                if not through.startswith(before):
-                    raise self._changed(messages[:turn], before, through)
-                raise ChatTemplateError(
-                    f"chat template {self.name}: turn {turn} (assistant) does not begin as the "
-                    f"prompt for it ends: {_parting(prompt, through)}"
-                )
-            start, end = len(prompt), len(through)
-            cuts.append(start)
-            if self._has_marks:
-                targets += [
-                    (max(low, start), self._through_end_of_turn(text, high, end))
-                    for low, high in marked
-                    if low < end and high > start
-                ]
-            else:
-                # Past the token that ends the turn, nothing is the assistant's: "\n" in ChatML.
-                written = through.rstrip()
-                ended = self._encoder.ends_with_special(written) and len(written) > start
-                targets.append((start, len(written) if ended else end))
-        return _Layout(text, cuts, targets)
-
-    def _through_end_of_turn(self, text: str, marked_end: int, turn_end: int) -> int:
-        """Where the target ends: past the end-of-turn token that a template left unmarked."""
-        if marked_end >= turn_end:
-            return marked_end
-        return marked_end + len(self._encoder.special_at(text, marked_end))
-
-    def _changed(self, messages: Sequence[Message], earlier: str, later: str) -> ChatTemplateError:
-        """The error that names the first turn which is rendered in another way later on."""
-        turn = len(messages) - 1
-        for count in range(turn, 0, -1):
-            with contextlib.suppress(ChatTemplateError):  # a template may refuse a lone system turn
-                if not later.startswith(self._beginning(messages[:count])):
-                    turn = count - 1
-        return ChatTemplateError(
-            f"chat template {self.name}: turn {turn} is rendered in another way once later turns "
-            f"follow: {_parting(earlier, later)}; a model decodes after the first and would learn "
-            "the second. Use a named template, or a dialogue with one assistant turn"
-        )
-
-    def _find_closing(self, eos_token: str) -> str:
-        """The end of sequence where a template writes one behind a whole dialogue, as Phi 3.5 does.
-
-        No assistant's turn ends with it, and none is followed by it when the dialogue goes on.
-        """
-        with contextlib.suppress(ChatTemplateError):
-            whole, _ = self._render(_PROBE, prompt=False)
-            going_on, _ = self._render(_PROBE, prompt=True)
-            closed = eos_token and whole.endswith(eos_token) and not going_on.startswith(whole)
-            if closed and going_on.startswith(whole.removesuffix(eos_token)):
-                return eos_token
-        return ""
-
     def _find_stop_ids(self, eos_id: int | None) -> tuple[int, ...]:
-        """The token that ends an assistant's turn, then the end of sequence."""
+        """The tokens that end an assistant's turn, in order, then the end of sequence."""
         stops = [] if eos_id is None else [eos_id]
         try:
-            tokens, loss_mask = self.encode_dialogue(_PROBE)
+            tokens, loss_mask = self.encode_dialogue(PROBE)
         except ChatTemplateError:
             return tuple(stops)
-        targets = tokens[loss_mask]
-        if len(targets) and int(targets[-1]) in self._encoder.special_tokens:
-            return tuple(dict.fromkeys([int(targets[-1]), *stops]))
-        _LOGGER.warning(
-            "chat template %s ends the assistant's turn with no token of its own: a model trained "
-            "on it will not stop by itself",
-            self.name,
-        )
-        return tuple(stops)
+        ends: list[int] = []
+        for token in reversed(tokens[loss_mask].tolist()):
+            # The last special token, and those that stand right before it: "<|eot_id|></s>".
+            known = self._encoder.silent if ends else self._encoder.special_tokens
+            if token in known:
+                ends.insert(0, token)
+            elif token not in self._encoder.blank:
+                break
+        if not ends:
+            _LOGGER.warning(
+                "chat template %s ends the assistant's turn with no token of its own: a model "
+                "trained on it will not stop by itself",
+                self.name,
+            )
+        return tuple(dict.fromkeys([*ends, *stops]))
 
 
 def make_chat_format(tokenizer: Any, *, template: str = "auto") -> ChatFormat:
@@ -342,16 +247,16 @@ def make_chat_format(tokenizer: Any, *, template: str = "auto") -> ChatFormat:
     return chat
 
 
-def _after(text: str, begins: str) -> str:
-    """How a turn begins behind a prompt: after a space, unless white space is there."""
-    return f" {begins}" if begins and not text.endswith((" ", "\n")) else begins
+def _check_prompt(messages: Sequence[Message]) -> None:
+    if not messages or messages[-1].role == "assistant":
+        raise ChatTemplateError("a prompt must end with a turn that is not the assistant's")
 
 
 def _dated_turn(text: str, variables: Mapping[str, Any]) -> int:
     """The first turn whose rendering changes with the date."""
     today, tomorrow = (pin_date(text, PINNED_DATE + timedelta(days=days)) for days in (0, 1))
-    for count in range(1, len(_PROBE) + 1):
-        messages = _PROBE[:count]
+    for count in range(1, len(PROBE) + 1):
+        messages = PROBE[:count]
         if render(today, variables, messages, prompt=True) != render(
             tomorrow, variables, messages, prompt=True
         ):
@@ -359,13 +264,13 @@ def _dated_turn(text: str, variables: Mapping[str, Any]) -> int:
     return 0
 
 
-def _split(layout: _Layout) -> list[str]:
+def _split(layout: Layout) -> list[str]:
     """A text in pieces, cut where the assistant's turns begin."""
     bounds = [0, *layout.cuts, len(layout.text)]
     return [layout.text[low:high] for low, high in itertools.pairwise(bounds)]
 
 
-def _assemble(layout: _Layout, pieces: list[PieceTokens]) -> EncodedDialogue:
+def _assemble(layout: Layout, pieces: list[PieceTokens]) -> EncodedDialogue:
     """Joins the pieces' tokens; a token is a target where its first character is in one."""
     starts = [0, *layout.cuts]
     ends = [*layout.cuts, len(layout.text)]
@@ -384,13 +289,3 @@ def _assemble(layout: _Layout, pieces: list[PieceTokens]) -> EncodedDialogue:
                 for first, _ in piece.offsets()
             ]
     return EncodedDialogue(np.asarray(tokens, np.int32), np.asarray(loss_mask, bool))
-
-
-def _parting(first: str, second: str) -> str:
-    """Two texts around the place where they part."""
-    same = next(
-        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
-        min(len(first), len(second)),
-    )
-    low, high = max(0, same - _SHOWN_CHARACTERS), same + _SHOWN_CHARACTERS
-    return f"…{first[low:high]!r} against …{second[low:high]!r}"

@@ -37,7 +37,14 @@ class Message(NamedTuple):
 
     role: str  # "system", "user" or "assistant"
     content: str
-    weight: int = 1  # 0: an assistant's turn that is read, but left out of the loss
+
+    weight = 1  # of an assistant's turn in the loss
+
+
+class UntrainedMessage(Message):
+    """An assistant's turn that is read as the others are, but left out of the loss."""
+
+    weight = 0
 
 
 class Demonstration(NamedTuple):
@@ -86,8 +93,7 @@ def parse_row(row: Any, *, row_format: Format, templates: Mapping[str, str]) -> 
         >>> row = {"question": "What is 2 + 3?", "answer": "5"}
         >>> templates = {"user": "{question}", "assistant": "{answer}"}
         >>> parse_row(row, row_format="fields", templates=templates).messages
-        (Message(role='user', content='What is 2 + 3?', weight=1),
-         Message(role='assistant', content='5', weight=1))
+        (Message(role='user', content='What is 2 + 3?'), Message(role='assistant', content='5'))
     """
     if not isinstance(row, Mapping):
         raise RowError(f"expected an object, got {json_kind(row)}")
@@ -209,8 +215,9 @@ def _messages(value: Any, field: str, *, role_key: str, content_key: str) -> lis
         weight = turn.get("weight")
         if weight not in (None, 0, 1):
             raise RowError(f"{where}: the weight is {_shown(weight)}, expected 0 or 1")
-        trained = role != "assistant" or weight is None or bool(weight)
-        messages.append(Message(role, _content(turn[content_key], where), int(trained)))
+        untrained = role == "assistant" and weight == 0
+        kind = UntrainedMessage if untrained else Message
+        messages.append(kind(role, _content(turn[content_key], where)))
     return messages
 
 

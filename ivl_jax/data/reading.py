@@ -209,7 +209,7 @@ def _read(source: DemonstrationSource, split: str) -> Iterator[_ReadRow | Malfor
 
 def _said(messages: tuple[Message, ...]) -> str:
     """A dialogue as text; weights are left out, so that they move no dialogue to another split."""
-    return json.dumps([(message.role, message.content) for message in messages])
+    return json.dumps(messages)
 
 
 def _hash(text: str) -> int:

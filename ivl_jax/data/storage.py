@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core.utils import tqdm_utils
 
-from ivl_jax.data.formats import Demonstration, Message
+from ivl_jax.data.formats import Demonstration, Message, UntrainedMessage
 
 _BAR_FROM_ROWS = 50_000  # TFDS's progress bar is shown from here on: about five seconds of writing
 
@@ -51,7 +51,7 @@ class IvlDemonstrations(tfds.core.GeneratorBasedBuilder, skip_registration=True)
 
     def _generate_examples(self, rows: Iterator[Demonstration]) -> Iterator[tuple[int, Any]]:
         for index, row in enumerate(rows):
-            messages = [message._asdict() for message in row.messages]
+            messages = [{**turn._asdict(), "weight": turn.weight} for turn in row.messages]
             yield index, {"row_id": row.row_id, "messages": messages}
 
 
@@ -134,7 +134,7 @@ def _demonstration(row: Mapping[str, Any]) -> Demonstration:
     turns = row["messages"]
     return Demonstration(
         messages=tuple(
-            Message(role.decode(), content.decode(), int(weight))
+            (Message if weight else UntrainedMessage)(role.decode(), content.decode())
             for role, content, weight in zip(
                 turns["role"], turns["content"], turns["weight"], strict=True
             )

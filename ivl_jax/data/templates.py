@@ -14,6 +14,7 @@ _LOGGER = logging.getLogger(__name__)
 
 # Rendering must not depend on the day: Llama 3's own templates fall back to this date.
 PINNED_DATE = datetime(2024, 7, 26, tzinfo=UTC)
+_DIRECTIVES = "aAbBcdDeFHIjmMnpSTuUVwWxXyYZ"
 
 _PLAIN = """\
 {{- begin }}
@@ -176,20 +177,21 @@ def pin_date(template: str, date: datetime) -> str:
     """Returns a template that writes `date` wherever it would write today's.
 
     Args:
-        template: Jinja text; it may call `strftime_now("…")`.
+        template: Jinja text; it may call `strftime_now(…)`, with a text or with anything that it
+            computes.
         date: The day to write.
-
-    Raises:
-        ValueError: The date's format is not written out in the template.
     """
     if "strftime_now" not in template:
         return template
+    uses = re.sub(r"strftime_now\s+is\b", "", template).count("strftime_now")
     formats = re.findall(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", template)
-    if len(formats) != len(re.findall(r"strftime_now\s*\(", template)):
-        raise ValueError(
-            "chat template: it writes today's date in a format that it computes, so training and "
-            "decoding would read different text; use a named template"
-        )
-    dates = {written: date.strftime(written) for _, written in formats}
+    if len(formats) == uses:
+        dates = {written: date.strftime(written) for _, written in formats}
+        written = f"{dates!r}[f]"
+    else:  # of a fixed date, every directive is a fixed text
+        directives = {f"%{flag}{name}" for flag in ("-", "") for name in _DIRECTIVES}
+        texts = {name: date.strftime(name) for name in sorted(directives)}
+        fills = "".join(f" | replace({name!r}, {text!r})" for name, text in texts.items())
+        written = f"f | replace('%%', '\\x00'){fills} | replace('\\x00', '%')"
     # A macro of the same name hides the function; the + keeps the line break after the tag.
-    return f"{{% macro strftime_now(f) -%}}{{{{- {dates!r}[f] -}}}}{{%- endmacro +%}}{template}"
+    return f"{{% macro strftime_now(f) -%}}{{{{- {written} -}}}}{{%- endmacro +%}}{template}"

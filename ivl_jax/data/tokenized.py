@@ -207,6 +207,8 @@ def _content_hash(demonstrations: Sequence[Demonstration]) -> str:
     digest = hashlib.sha256()
     for demonstration in demonstrations:
         digest.update(json.dumps(demonstration).encode())
+        untrained = [turn for turn, said in enumerate(demonstration.messages) if not said.weight]
+        digest.update(json.dumps(untrained).encode() if untrained else b"")
     return digest.hexdigest()
 
 

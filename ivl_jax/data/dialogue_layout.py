@@ -1,0 +1,307 @@
+"""Lays a dialogue out as the text of a chat template, and finds what the assistant writes in it.
+
+In: messages and a template. Out: the text; where each assistant's turn begins, which is where the
+prompt ends that a decoder reads; and the stretches that the assistant must produce.
+"""
+
+import contextlib
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ivl_jax.data.formats import Message
+from ivl_jax.data.pieces import PieceEncoder
+from ivl_jax.data.rendering import ChatTemplateError, TemplateLimitError, render
+
+_LOGGER = logging.getLogger(__name__)
+
+_SHOWN_CHARACTERS = 30  # on each side of the place where two renderings part
+_ANSWER = "Hi."
+PROBE = (Message("user", "Hello!"), Message("assistant", _ANSWER))
+_WITH_SYSTEM = (Message("system", "Be brief."), *PROBE)
+_THINKING = "<think>\nHello!\n</think>\n\n"
+_TAG = re.compile(r"<[^<>\s]+>")  # "<think>", "<channel|>"
+_REMEDY = (
+    'use a named template, dialogues with one assistant turn, or "weight": 0 on the earlier '
+    "assistant turns"
+)
+
+
+class Layout(NamedTuple):
+    """The text of a dialogue, and what the assistant writes in it."""
+
+    text: str
+    cuts: list[int]  # where an assistant's turn begins: the prompt that a decoder reads ends here
+    targets: list[tuple[int, int]]  # stretches that the assistant must produce, in characters
+
+
+class DialogueTemplate:
+    """A chat template over the special tokens of a tokenizer.
+
+    Attributes:
+        name: What to call the template in messages.
+        deviations: In what its layouts differ from those of the first version of this package.
+    """
+
+    def __init__(
+        self, name: str, text: str, variables: Mapping[str, Any], *, encoder: PieceEncoder, eos: str
+    ):
+        self.name = name
+        self._text = text
+        self._variables = variables
+        self._encoder = encoder
+        self._has_marks = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", text) is not None
+        self._warned = False
+        self._check_usable()
+        self._closing = self._find_closing(eos)
+        self.deviations = self._find_deviations()
+
+    def render(
+        self, messages: Sequence[Message], *, prompt: bool, marks: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a dialogue, and the stretches that the template marks as generated.
+
+        Raises:
+            ChatTemplateError: The template refuses the dialogue or fails on it.
+        """
+        try:
+            return render(self._text, self._variables, messages, prompt=prompt, marks=marks)
+        except ChatTemplateError as error:
+            raise type(error)(f"chat template {self.name}: {error}") from error
+
+    def lay_out(self, messages: Sequence[Message]) -> Layout:
+        """Renders a dialogue, and every beginning of it that a decoder would read or write.
+
+        Raises:
+            ChatTemplateError: The template refuses the dialogue, or renders a turn in another way
+                once later turns follow; the turn is named.
+        """
+        text, marked = self.render(messages, prompt=False, marks=self._has_marks)
+        cuts, targets = [], []
+        for turn, message in enumerate(messages):
+            if message.role != "assistant":
+                continue
+            prompt, _ = self.render(messages[:turn], prompt=True)
+            if not message.weight:
+                # As in a prompt: a template that drops earlier thinking costs the cut, no more.
+                cuts += [len(prompt)] if text.startswith(prompt) else []
+                continue
+            last = turn + 1 == len(messages)
+            through = (
+                text.removesuffix(self._closing) if last else self._beginning(messages[: turn + 1])
+            )
+            if not text.startswith(through):
+                raise self._changed(messages[: turn + 1], through, text)
+            if not through.startswith(prompt):
+                before = self._beginning(messages[:turn])
+                if not through.startswith(before):
+                    raise self._changed(messages[:turn], before, through)
+            problem = self._problem(turn, message, prompt, through)
+            if problem and not last:
+                raise ChatTemplateError(f"{problem}; {_REMEDY}")
+            if problem:
+                text = self._written_out(messages, prompt, text, problem)
+                through, marked = text.removesuffix(self._closing), []
+            start, end = len(prompt), len(through)
+            cuts.append(start)
+            if self._has_marks and not problem:
+                targets += [
+                    (max(low, start), self._through_end_of_turn(text, high, end))
+                    for low, high in marked
+                    if low < end and high > start
+                ]
+            else:
+                targets.append((start, self._end_of_turn(through, start)))
+        return Layout(text, sorted(set(cuts)), targets)
+
+    def lay_out_prompt(self, messages: Sequence[Message], *, begins: str) -> Layout:
+        """Renders a dialogue for the assistant to continue, cut as `lay_out` cuts it.
+
+        Raises:
+            ChatTemplateError: The template refuses the dialogue.
+        """
+        text = self.render(messages, prompt=True)[0]
+        cuts = []
+        for turn, message in enumerate(messages):
+            if message.role == "assistant":
+                earlier, _ = self.render(messages[:turn], prompt=True)
+                # A template that drops earlier thinking is no hindrance here: it costs the cut.
+                cuts += [len(earlier)] if text.startswith(earlier) else []
+        if begins:
+            cuts.append(len(text))
+            text += following(text, begins)
+        return Layout(text, sorted(set(cuts)), [])
+
+    def _beginning(self, messages: Sequence[Message]) -> str:
+        """The text of a dialogue that goes on: without what closes a whole one."""
+        return self.render(messages, prompt=False)[0].removesuffix(self._closing)
+
+    def _end_of_turn(self, through: str, start: int) -> int:
+        """Where an unmarked target ends: past the token that ends the turn, nothing is its own."""
+        written = through.rstrip()  # "\n" in ChatML
+        ended = self._encoder.ends_with_special(written) and len(written) > start
+        return len(written) if ended else len(through)
+
+    def _through_end_of_turn(self, text: str, marked_end: int, turn_end: int) -> int:
+        """Where a marked target ends: past the end-of-turn token that a template left unmarked."""
+        if marked_end >= turn_end:
+            return marked_end
+        after = text[marked_end:turn_end]
+        blank = len(after) - len(after.lstrip())
+        if blank and self._encoder.ends_with_special(text[:marked_end].rstrip()):
+            return marked_end
+        special = self._encoder.special_at(text[:turn_end], marked_end + blank)
+        return marked_end + blank + len(special) if special else marked_end
+
+    def _problem(self, turn: int, message: Message, prompt: str, through: str) -> str:
+        """How a turn differs from what a decoder would write after its prompt, or ""."""
+        where = f"chat template {self.name}: turn {turn} (assistant)"
+        if not through.startswith(prompt):
+            return f"{where} does not begin as the prompt for it ends: {_parting(prompt, through)}"
+        if not _holds(message.content, prompt, through[len(prompt) :]):
+            shown = message.content[:_SHOWN_CHARACTERS]
+            return f"{where} is written without a part of what the assistant says: {shown!r}…"
+        return ""
+
+    def _written_out(
+        self, messages: Sequence[Message], prompt: str, text: str, problem: str
+    ) -> str:
+        """A dialogue whose last turn is written as a decoder would: prompt, answer, end of turn."""
+        answer = messages[-1].content
+        rest = _after(text, prompt)
+        if rest is None or not _holds(answer, prompt, rest):
+            rest = self._continuation(messages, prompt, problem)
+        if not self._warned:
+            self._warned = True
+            _LOGGER.warning(
+                "%s; the last turn of a dialogue is written as the template's prompt for it, the "
+                "answer as it is in the row, and the end of turn",
+                problem,
+            )
+        return prompt + rest
+
+    def _continuation(self, messages: Sequence[Message], prompt: str, problem: str) -> str:
+        """The answer as it is in the row, and the end of turn.
+
+        A prompt that has begun the answer, with "<think>", is followed by what the answer says
+        after the same words.
+        """
+        begun = prompt[_same(prompt, self._beginning(messages[:-1])) :]
+        answer = messages[-1].content
+        tags = _TAG.findall(begun)
+        opened = begun[begun.rindex(tags[-1]) :] if tags else ""
+        if opened and answer.lstrip().startswith(opened.strip()):
+            answer = answer.lstrip().removeprefix(opened.strip())
+            answer = answer.removeprefix(opened[len(opened.rstrip()) :])
+        if repeated := [tag for tag in tags if tag in answer]:
+            raise ChatTemplateError(
+                f"{problem}; its prompt has written {repeated[0]} already, and the answer has it "
+                "too: use another template, or rows without it"
+            )
+        probe = (*messages[:-1], Message("assistant", _ANSWER))
+        _, found, end = self.render(probe, prompt=False)[0].rpartition(_ANSWER)
+        if not found:
+            raise ChatTemplateError(f"{problem}; it writes no answer of plain text: use another")
+        return answer + end
+
+    def _changed(self, messages: Sequence[Message], earlier: str, later: str) -> ChatTemplateError:
+        """The error that names the first turn which is rendered in another way later on."""
+        turn = len(messages) - 1
+        for count in range(turn, 0, -1):
+            with contextlib.suppress(ChatTemplateError):  # a template may refuse a lone system turn
+                if not later.startswith(self._beginning(messages[:count])):
+                    turn = count - 1
+        return ChatTemplateError(
+            f"chat template {self.name}: turn {turn} is rendered in another way once later turns "
+            f"follow: {_parting(earlier, later)}; a model decodes after the first and would learn "
+            f"the second: {_REMEDY}"
+        )
+
+    def _check_usable(self) -> None:
+        """An error where the template renders nothing at all, before a single row is read."""
+        first: ChatTemplateError | None = None
+        for messages in (PROBE, PROBE[:1], _WITH_SYSTEM, _WITH_SYSTEM[:2]):
+            try:
+                self.render(messages, prompt=messages[-1].role == "user")
+                return
+            except TemplateLimitError:
+                raise
+            except ChatTemplateError as error:
+                first = first or error
+        assert first is not None
+        raise first
+
+    def _find_closing(self, eos: str) -> str:
+        """The end of sequence where a template writes one behind a whole dialogue, as Phi 3.5 does.
+
+        No assistant's turn ends with it, and none is followed by it when the dialogue goes on.
+        """
+        with contextlib.suppress(ChatTemplateError):
+            whole, _ = self.render(PROBE, prompt=False)
+            going_on, _ = self.render(PROBE, prompt=True)
+            closed = eos and whole.endswith(eos) and not going_on.startswith(whole)
+            if closed and going_on.startswith(whole.removesuffix(eos)):
+                return eos
+        return ""
+
+    def _find_deviations(self) -> tuple[str, ...]:
+        """What is laid out anew: answers that were cut, ends of turn that were not learned."""
+        found = []
+        with contextlib.suppress(ChatTemplateError):
+            text, marked = self.render(PROBE, prompt=False, marks=self._has_marks)
+            ends = [self._through_end_of_turn(text, high, len(text)) for _, high in marked]
+            blank = [text[high:end] for (_, high), end in zip(marked, ends, strict=True)]
+            found += ["end of turn after blanks"] if any(b != b.lstrip() for b in blank) else []
+        with contextlib.suppress(ChatTemplateError):
+            content = _THINKING + _ANSWER
+            text, _ = self.render((PROBE[0], Message("assistant", content)), prompt=False)
+            found += [] if _dense(content) in _dense(text) else ["whole answers"]
+        return tuple(found)
+
+
+def following(text: str, begins: str) -> str:
+    """How a turn begins behind a prompt: after a space, unless white space is there."""
+    return f" {begins}" if begins and not text.endswith((" ", "\n")) else begins
+
+
+def _dense(text: str) -> str:
+    """A text without its white space, which templates trim and add."""
+    return "".join(text.split())
+
+
+def _holds(answer: str, prompt: str, rest: str) -> bool:
+    """Whether a turn has all of an answer, the beginning of which may stand in the prompt."""
+    wanted = _dense(answer)
+    if wanted in _dense(rest):
+        return True
+    begun = _dense(prompt[-len(answer) - _SHOWN_CHARACTERS :])
+    place = (begun + _dense(rest)).rfind(wanted)
+    return place >= 0 and place + len(wanted) > len(begun)
+
+
+def _after(text: str, prompt: str) -> str | None:
+    """What follows a prompt in a text that has it but for white space; None where it has not."""
+    wanted, position = _dense(prompt), 0
+    for character in wanted:
+        while text[position : position + 1].isspace():
+            position += 1
+        if text[position : position + 1] != character:
+            return None
+        position += 1
+    return text[position:].lstrip()
+
+
+def _same(first: str, second: str) -> int:
+    """How many characters two texts begin with in common."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
+        min(len(first), len(second)),
+    )
+
+
+def _parting(first: str, second: str) -> str:
+    """Two texts around the place where they part."""
+    same = _same(first, second)
+    low, high = max(0, same - _SHOWN_CHARACTERS), same + _SHOWN_CHARACTERS
+    return f"…{first[low:high]!r} against …{second[low:high]!r}"
