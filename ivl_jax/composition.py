@@ -7,7 +7,7 @@
     z_value = z_base · A, or z_base · D · A         linear (a baseline: D and A are matrices)
     z       = z_base + Σ_i α_i · M_i(z_value_i)     M_i a vocabulary map; mostly the identity
 
-In: tokens, and what a base computed of them. Out: value logits, composed logits, the penalty; pure.
+In: tokens and what a base computed of them. Out: value logits, composed logits, the penalty; pure.
 Source: arXiv 2410.21027, section 3; `hidden` is ours. The authors add in bfloat16, we in float32.
 """
 
@@ -74,8 +74,8 @@ def _text_and_prediction(graphdef: nnx.GraphDef, params: Params, inputs: SchemeI
 
 
 def _text_and_hidden(graphdef: nnx.GraphDef, params: Params, inputs: SchemeInputs) -> Array:
-    hidden = cast(Array, inputs.base_hidden)
-    return _text(graphdef, params, inputs) + project_base_hidden(graphdef, params, hidden)
+    projected = project_base_hidden(graphdef, params, cast(Array, inputs.base_hidden))
+    return _text(graphdef, params, inputs) + projected
 
 
 def _linear_map(graphdef: nnx.GraphDef, params: Params, inputs: SchemeInputs) -> Array:
@@ -106,8 +106,8 @@ def compose_logits(
 
     Args:
         base_logits: [B T Vb], any float dtype.
-        value_terms: the summands; none gives the base alone. Their widths may differ from Vb:
-            tokens that a value does not know, or that its map leaves out, get the value logit 0.
+        value_terms: the summands; none gives the base alone. Tokens that a value does not know, or
+            that its map leaves out, get the value logit 0.
         vocab_size: real tokens of the base's tokenizer; the columns from there on are padding.
 
     Returns:
@@ -121,10 +121,8 @@ def compose_logits(
         sum: a tuned and an untuned model as values, at the strengths α and −α.
 
     Example:
-        Three tokens and a padding column; the value knows the first two tokens only:
-
         >>> import jax.numpy as jnp
-        >>> base = jnp.array([[[1.0, 2.0, 3.0, 9.0]]])
+        >>> base = jnp.array([[[1.0, 2.0, 3.0, 9.0]]])  # three tokens and a padding column
         >>> value = ValueTerm(jnp.array([[[10.0, 20.0]]]), jnp.array([0.5]), vocab_size=2)
         >>> compose_logits(base, [value], vocab_size=3).tolist()
         [[[6.0, 12.0, 3.0, -inf]]]
