@@ -13,12 +13,14 @@ from etils import epath
 from ivl_jax.checkpoint.value_folder import TOKENIZER_FOLDER
 from ivl_jax.composed.sources import ModelSource
 from ivl_jax.composition import ConnectionScheme
+from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.tokenizer import TokenizerMismatchError, check_compatible
 from ivl_jax.vocabulary.mapping import (
     BUILD_COMMAND,
     VocabularyMapError,
     check_vocabulary_map,
 )
+from ivl_jax.weights.language_model import check_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,10 +56,14 @@ def check_sources(
         The models, with what each value network does not know of the base's tokens.
 
     Raises:
-        ValueError: as `check_fit` and `check_draft_fit`.
+        ValueError: as `check_fit` and `check_draft_fit`; or a language model whose tokenizer has
+            more ids than its weights have rows.
     """
     unknown = tuple(check_fit(base, value) for value in values)
     draft_unknown = () if draft is None else check_draft_fit(base, draft, values)
+    for source in (base, *values, *([] if draft is None else [draft])):
+        if source.metadata is None and isinstance(source.arch, ArchConfig):
+            check_rows(source.path, source.info, source.arch)
     return ComposedSources(base, tuple(values), draft, unknown, draft_unknown)
 
 

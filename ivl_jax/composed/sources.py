@@ -30,7 +30,6 @@ from ivl_jax.tokenizer import TokenizerInfo, describe_tokenizer, load_tokenizer
 from ivl_jax.vocabulary.mapping import DescribedMap, read_map
 from ivl_jax.weights.language_model import (
     LanguageModel,
-    check_rows,
     find_model,
     load_described_model,
     read_arch,
@@ -146,14 +145,12 @@ def read_language_model(
 
     Raises:
         FileNotFoundError: no such folder or hub id, or no `config.json` in it.
-        ValueError: its architecture or its tokenizer cannot be used, or the two do not belong
-            together.
+        ValueError: its architecture or its tokenizer cannot be used.
     """
     folder = find_model(path, revision=revision)
     arch = read_arch(folder)
     tokenizer = load_tokenizer(folder)
     info = describe_tokenizer(tokenizer, folder)
-    check_rows(str(path), info, arch)
     return ModelSource(
         label=f"{role} {path}".strip(),
         path=str(path),

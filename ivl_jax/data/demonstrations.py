@@ -131,7 +131,11 @@ class StoredDemonstrations:
 
 
 def store_demonstrations(
-    source: DemonstrationSource, *, data_dir: epath.PathLike, max_malformed_share: float = 0.01
+    source: DemonstrationSource,
+    *,
+    data_dir: epath.PathLike,
+    max_malformed_share: float = 0.01,
+    resuming: bool = False,
 ) -> StoredDemonstrations:
     """Stores demonstrations as a TFDS dataset in ArrayRecord form, or finds them stored.
 
@@ -143,6 +147,8 @@ def store_demonstrations(
         source: Where the demonstrations come from.
         data_dir: Folder of all stored datasets; created if absent.
         max_malformed_share: Share of rows that may be malformed.
+        resuming: A run that began with these sources resumes: what is held out may be what is
+            trained on, which is then only said.
 
     Returns:
         The stored dataset.
@@ -157,7 +163,12 @@ def store_demonstrations(
         split: [(reference, hash_source(reference)) for reference in references]
         for split, references in source.files.items()
     }
-    _check_held_out(hashes)
+    try:
+        _check_held_out(hashes)
+    except SourceError as error:
+        if not resuming:
+            raise
+        _LOGGER.warning("%s", error)
     fingerprint = _fingerprint(source, hashes)
     stem = re.sub(r"[^A-Za-z0-9]+", "_", epath.Path(source.train[0]).stem).strip("_") or "data"
     name = f"{stem}-{fingerprint[:12]}"

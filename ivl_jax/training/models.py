@@ -28,6 +28,7 @@ from ivl_jax.model.projection import AS_TRAINED, KernelForm
 from ivl_jax.sharding import LAYOUTS, padded_vocab_rows, parameter_shardings
 from ivl_jax.tokenizer import check_compatible
 from ivl_jax.weights.hf_checkpoint import load_params
+from ivl_jax.weights.language_model import check_rows
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +153,9 @@ def read_model(path: str, revision: str | None, where: str) -> ModelSource:
         ConfigError: it cannot be used.
     """
     try:
-        return read_language_model(path, revision=revision)
+        model = read_language_model(path, revision=revision)
+        check_rows(str(model.folder), model.info, model.decoder)
+        return model
     except ValueError as error:
         raise ConfigError(f"{where} = {path}: {error}") from error
 

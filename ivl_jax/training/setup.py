@@ -105,6 +105,7 @@ def prepare_data(config: TrainConfig, models: Models, mesh: Mesh) -> Data:
         _source(options),
         data_dir=options.data_dir,
         max_malformed_share=options.rows.max_malformed_fraction,
+        resuming=config.resume,
     )
     split: dict[str, TokenizedDemonstrations] = {
         name: tokenize_demonstrations(

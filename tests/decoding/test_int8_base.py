@@ -34,7 +34,9 @@ def test_the_text_is_nearly_as_likely_and_the_value_network_stays_a_float(storie
     assert 0 < gap.mean() < 0.02
     dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(near.params.base["layers"])}
     assert dtypes == {"int8", "float32"}
-    assert {str(leaf.dtype) for leaf in jax.tree.leaves(near.params.values)} == {"float32"}
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(near.params.values[0].params)} == {
+        "float32"
+    }
     kernels = [m.params.base["layers"][0]["mlp"]["down_proj"]["kernel"] for m in (exact, near)]
     assert kernels[1].nbytes * 4 == kernels[0].nbytes
 

@@ -113,7 +113,7 @@ def test_packed_segments_equal_the_sequences_alone(name):
     start = 0
     for length in lengths:
         alone = run(arch, params, packed[:, start : start + length])
-        np.testing.assert_allclose(together[:, start : start + length], alone, rtol=1e-5, atol=2e-5)
+        np.testing.assert_allclose(together[:, start : start + length], alone, rtol=1e-5, atol=4e-5)
         start += length
     assert np.all(np.isfinite(together))
 
