@@ -13,7 +13,6 @@ from etils import epath
 from ivl_jax.checkpoint.value_folder import TOKENIZER_FOLDER
 from ivl_jax.composed.sources import ModelSource
 from ivl_jax.composition import ConnectionScheme
-from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.tokenizer import TokenizerMismatchError, check_compatible
 from ivl_jax.vocabulary.mapping import (
     BUILD_COMMAND,
@@ -62,8 +61,8 @@ def check_sources(
     unknown = tuple(check_fit(base, value) for value in values)
     draft_unknown = () if draft is None else check_draft_fit(base, draft, values)
     for source in (base, *values, *([] if draft is None else [draft])):
-        if source.metadata is None and isinstance(source.arch, ArchConfig):
-            check_rows(source.path, source.info, source.arch)
+        if source.metadata is None:
+            check_rows(source.path, source.info, source.decoder)
     return ComposedSources(base, tuple(values), draft, unknown, draft_unknown)
 
 

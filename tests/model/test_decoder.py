@@ -96,6 +96,10 @@ def test_a_sliding_layer_sees_exactly_its_window(name):
     assert np.all(influence[36 - WINDOW : 36] > 0.0)
 
 
+# YaRN stretches queries and keys, and their rounding with them: 2.8e-5 seen.
+_ROUNDING = {"yarn": 4e-5}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_packed_segments_equal_the_sequences_alone(name):
     arch = tiny_arch(name)
@@ -113,7 +117,9 @@ def test_packed_segments_equal_the_sequences_alone(name):
     start = 0
     for length in lengths:
         alone = run(arch, params, packed[:, start : start + length])
-        np.testing.assert_allclose(together[:, start : start + length], alone, rtol=1e-5, atol=4e-5)
+        np.testing.assert_allclose(
+            together[:, start : start + length], alone, rtol=1e-5, atol=_ROUNDING.get(name, 2e-5)
+        )
         start += length
     assert np.all(np.isfinite(together))
 
