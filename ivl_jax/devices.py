@@ -23,11 +23,16 @@ def device_memory(mesh: Mesh) -> int | None:
     """
     device = mesh.devices.flat[0]
     if device.platform == "cpu":
-        if not hasattr(os, "sysconf"):
-            return None
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return total // mesh.devices.size
+        total = host_memory()
+        return None if total is None else total // mesh.devices.size
     return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def host_memory() -> int | None:
+    """Say how many bytes this machine's memory has; None where that is not known."""
+    if not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def unused_accelerator() -> str | None:

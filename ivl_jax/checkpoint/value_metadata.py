@@ -4,9 +4,9 @@ In: a value folder, or what a training run knows about its value network. Out: `
 without JAX and without touching any array.
 """
 
-import json
+import logging
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata as packages
 from typing import Any
@@ -14,21 +14,37 @@ from typing import Any
 from etils import epath
 
 from ivl_jax.config import CONNECTIONS, is_connection
+from ivl_jax.json_files import json_kind, read_json_object
+from ivl_jax.manifest import shorten
+
+logger = logging.getLogger(__name__)
 
 METADATA_NAME = "ivl.json"
-FORMAT_VERSION = 1
-# Entry of ivl.json → its JSON type, in the order of writing.
-_KINDS: dict[str, type] = {
-    "format_version": int,
-    "connection": str,
-    "architecture": dict,
-    "penalty": dict,
-    "training_base": dict,
-    "steps": int,
-    "chat_template": str,
-    "stop_ids": list,
-    "tokenizer": dict,
-    "library_versions": dict,
+# 2: the training base's fingerprint is that of its weights; in 1 it was its tokenizer's.
+FORMAT_VERSION = 2
+_OLDEST_READ = 1
+_CONNECTION = f"one of {', '.join(CONNECTIONS)} or module:attribute"
+# Entry of ivl.json → what it must be, in the order of writing. A list names what is in it, an
+# object its entries; one that ends in "?" may be absent.
+_SHAPE: dict[str, Any] = {
+    "format_version": "a count",
+    "connection": _CONNECTION,
+    "architecture": "an object",
+    "penalty": {"kind?": "text", "weight?": "a number", "positions?": "text"},
+    "training_base": {"name?": "text", "fingerprint?": "text"},
+    "steps": "a count",
+    "chat_template": "text",
+    "stop_ids": ["a count"],
+    "tokenizer": {
+        "vocab_size": "a count",
+        "fingerprint": "text",
+        "special_tokens": "an object, id to text",
+        "bos_id": "a count or null",
+        "eos_ids": ["a count"],
+        "pad_id": "a count",
+        "unk_id": "a count or null",
+    },
+    "library_versions": "an object of texts",
 }
 _PACKAGES = ("ivl_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 
@@ -59,7 +75,9 @@ class ValueMetadata:
             that is not part of the package.
         penalty: the penalty it was trained with: `kind`, `weight`, `positions`.
         tokenizer: `TokenizerInfo.to_json`; its fingerprint decides which bases fit.
-        training_base: the base it was trained beside: `name` and `fingerprint`.
+        training_base: the base it was trained beside: `name`, and as `fingerprint` that of its
+            weights (`weights_fingerprint`), empty where it is not known; of several bases the names
+            joined and the fingerprints combined.
         chat_template: a named format (`llama-2`, `chatml`, …), `auto` for the template in the
             tokenizer's own files, or a template's text.
         stop_ids: every token id that ends a text, the `generation_config.json` list included.
@@ -81,7 +99,7 @@ class ValueMetadata:
 
     def to_json(self) -> dict[str, Any]:
         """Give the content of `ivl.json`."""
-        return {name: getattr(self, name) for name in _KINDS} | {"stop_ids": list(self.stop_ids)}
+        return {name: getattr(self, name) for name in _SHAPE} | {"stop_ids": list(self.stop_ids)}
 
 
 def read_value_metadata(folder: epath.PathLike) -> ValueMetadata:
@@ -100,7 +118,7 @@ def read_value_metadata(folder: epath.PathLike) -> ValueMetadata:
     """
     path = epath.Path(folder) / METADATA_NAME
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json_object(path)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path} does not exist: {folder} is not a value folder; a training run writes one to "
@@ -108,41 +126,96 @@ def read_value_metadata(folder: epath.PathLike) -> ValueMetadata:
             "one from a checkpoint"
         ) from None
     except ValueError as error:
-        raise ValueFolderError(f"{path} is not JSON ({error}): copy the folder again") from None
-    if not isinstance(content, dict):
-        raise ValueFolderError(f"{path}: expected a JSON object, found {type(content).__name__}")
+        raise ValueFolderError(f"{error}; copy the folder again") from None
     return _from_json(content, path)
 
 
 def _from_json(content: Mapping[str, Any], path: epath.Path) -> ValueMetadata:
     found_version = content.get("format_version")
-    if found_version != FORMAT_VERSION:
+    if type(found_version) is not int or not _OLDEST_READ <= found_version <= FORMAT_VERSION:
         raise ValueFolderError(
             f"{path}: format_version {found_version!r}, this version of ivl_jax reads "
-            f"{FORMAT_VERSION}: install the ivl_jax that wrote it "
+            f"{_OLDEST_READ} to {FORMAT_VERSION}: install the ivl_jax that wrote it "
             f"({_writer(content)}) or export the value network again with this one"
         )
-    problems = [f"{name}: missing" for name in _KINDS if name not in content]
-    problems += [f"{name}: unknown" for name in content if name not in _KINDS]
-    problems += [
-        f"{name}: expected {kind.__name__}, found {type(content[name]).__name__}"
-        for name, kind in _KINDS.items()
-        if name in content and type(content[name]) is not kind
-    ]
-    if not is_connection(str(content.get("connection"))):
-        problems.append(
-            f"connection: expected one of {', '.join(CONNECTIONS)}, "
-            f"found {content.get('connection')!r}"
-        )
-    if not all(type(stop) is int for stop in content.get("stop_ids") or ()):
-        problems.append(f"stop_ids: expected integers, found {content['stop_ids']}")
+    problems = _problems(content, _SHAPE, "")
     if problems:
-        listed = "".join(f"\n  - {problem}" for problem in problems)
+        listed = "".join(f"\n  - {problem}" for problem in shorten(problems))
         raise ValueFolderError(
-            f"{path} is not what format_version {FORMAT_VERSION} says:{listed}\n"
+            f"{path} is not what format_version {found_version} says:{listed}\n"
             "copy the folder again, or export the value network again"
         )
-    return ValueMetadata(**{**content, "stop_ids": tuple(content["stop_ids"])})
+    base = content["training_base"]
+    if found_version == 1:
+        logger.info("%s: format 1, which weights the training base had is not recorded", path)
+        base = base | {"fingerprint": ""}
+    current = {"format_version": FORMAT_VERSION, "training_base": base}
+    return ValueMetadata(**{**content, **current, "stop_ids": tuple(content["stop_ids"])})
+
+
+def _problems(value: Any, shape: Any, name: str) -> list[str]:
+    """What of a JSON value is not of its shape, each with the place."""
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return [_problem(name, "an object", value)]
+        known = {key.removesuffix("?"): key for key in shape}
+        inside = f"{name}." if name else ""
+        problems = [
+            f"{inside}{key}: missing"
+            for key, marked in known.items()
+            if key not in value and key == marked
+        ]
+        problems += [f"{inside}{key}: unknown" for key in value if key not in known]
+        for key, entry in value.items():
+            if key in known:
+                problems += _problems(entry, shape[known[key]], f"{inside}{key}")
+        return problems
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return [_problem(name, "a list", value)]
+        return [
+            problem
+            for index, item in enumerate(value)
+            for problem in _problems(item, shape[0], f"{name}[{index}]")
+        ]
+    return [] if _KINDS[shape](value) else [_problem(name, shape, value)]
+
+
+def _problem(name: str, expected: str, value: Any) -> str:
+    plain = isinstance(value, str | int | float) and not isinstance(value, bool)
+    found = repr(value)[:80] if plain else json_kind(value)
+    return f"{name}: expected {expected}, got {found}"
+
+
+def _is_count(value: Any) -> bool:
+    """Whether it is an integer that NumPy holds, not below zero; JSON's true is none."""
+    return type(value) is int and 0 <= value < _MOST
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and -_MOST < value < _MOST
+
+
+def _holds_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+def _holds_texts_of_ids(value: Any) -> bool:
+    ids = value if isinstance(value, dict) else {}
+    return _holds_texts(value) and all(key.isascii() and key.isdecimal() for key in ids)
+
+
+_MOST = 1 << 62
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "a count": _is_count,
+    "a count or null": lambda value: value is None or _is_count(value),
+    "a number": _is_number,
+    "text": lambda value: isinstance(value, str),
+    _CONNECTION: lambda value: isinstance(value, str) and is_connection(value),
+    "an object": lambda value: isinstance(value, dict),
+    "an object of texts": _holds_texts,
+    "an object, id to text": _holds_texts_of_ids,
+}
 
 
 def _writer(content: Mapping[str, Any]) -> str:

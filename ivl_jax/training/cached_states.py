@@ -5,15 +5,12 @@ beside the stored demonstrations. What depends on the value network or on a sett
 is not in them: later epochs and other runs on the same demonstrations read them again.
 """
 
-import functools
 import hashlib
 import json
 import logging
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -34,10 +31,9 @@ from ivl_jax.data.tokenized import TokenizedDemonstrations
 from ivl_jax.model.decoder import Params, build_decoder, hidden_states
 from ivl_jax.sharding import LAYOUTS, activation_constraint, batch_sharding, place_batch
 from ivl_jax.training.models import FrozenBase, Placement, kernel_form, load_base, place_base
+from ivl_jax.weights.fingerprint import folder_name, remembered_weights, weights_fingerprint
 
 logger = logging.getLogger(__name__)
-
-_BLOCK_BYTES = 1 << 24
 
 
 class CachedSplit(NamedTuple):
@@ -73,9 +69,10 @@ def open_cached_splits(
     if not base.config.cache_states:
         return {}
     model = base.model
-    root = epath.Path(config.data.data_dir) / "base_states" / _folder_name(model.path) / data_name
+    root = epath.Path(config.data.data_dir) / "base_states" / folder_name(model.path) / data_name
+    remembered = remembered_weights(config.data.data_dir, model.path)
     common = {
-        "base weights": weights_fingerprint(model.local_folder, remembered=root / "weights.json"),
+        "base weights": weights_fingerprint(model.local_folder, remembered=remembered),
         "base config": _digest(json.dumps(model.decoder.to_hf(), sort_keys=True).encode()),
         "base.param_dtype": base.config.param_dtype,
         "step.compute_dtype": config.step.compute_dtype,
@@ -138,31 +135,6 @@ def write_cached_states(
             progress.advance(task)
     seconds = time.perf_counter() - started
     logger.info("base %s: states written in %.0f s", base.model.path, seconds)
-
-
-def weights_fingerprint(folder: Path, *, remembered: epath.Path) -> str:
-    """Hash a model's weights, every byte of them; unchanged files are not read again.
-
-    Args:
-        folder: with the safetensors files.
-        remembered: a file that keeps each file's size, time of change and hash.
-
-    Returns:
-        SHA-256 over names and contents.
-    """
-    known = json.loads(remembered.read_text()) if remembered.exists() else {}
-    now = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        stat = path.stat()
-        seen = [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
-        if path.name in known and known[path.name][:3] == seen:
-            now[path.name] = known[path.name]
-        else:
-            now[path.name] = [*seen, _file_digest(path)]
-    if now != known:
-        remembered.parent.mkdir(parents=True, exist_ok=True)
-        remembered.write_text(json.dumps(now, indent=1) + "\n")
-    return _digest(json.dumps({name: entry[3] for name, entry in now.items()}).encode())
 
 
 def _announce(base: FrozenBase, splits: Sequence[CachedSplit], *, missing: int) -> None:
@@ -241,23 +213,9 @@ def _take_apart(
     return found
 
 
-def _folder_name(model: str) -> str:
-    """The last part of a model's name, made fit for a folder, and a hash of the whole name."""
-    last = re.sub(r"[^A-Za-z0-9.-]+", "_", model.rstrip("/").rsplit("/", 1)[-1]) or "base"
-    return f"{last}-{_digest(model.encode())[:8]}"
-
-
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in iter(functools.partial(file.read, _BLOCK_BYTES), b""):
-            digest.update(block)
-    return digest.hexdigest()

@@ -22,6 +22,7 @@ from ivl_jax.profiling import StepProfile
 from ivl_jax.sharding import place_batch
 from ivl_jax.training.evaluation import Evaluation
 from ivl_jax.training.interrupts import Interrupts
+from ivl_jax.training.limits import check_batch, check_disk, disk_use
 from ivl_jax.training.models import choose_models
 from ivl_jax.training.output import save_output, value_metadata
 from ivl_jax.training.reporting import Reporter
@@ -32,8 +33,10 @@ from ivl_jax.training.setup import (
     make_run_mesh,
     prepare,
     prepare_data,
+    state_shapes,
 )
 from ivl_jax.training.step import StepMetrics, TrainState, split_micro_batches
+from ivl_jax.training.used_weights import UsedWeights, fingerprint_weights
 
 logger = logging.getLogger(__name__)
 
@@ -94,19 +97,24 @@ def _run(config: TrainConfig, directory: RunDirectory, *, there: bool) -> TrainR
     """Train in a run directory that no other process writes to."""
     mesh = make_run_mesh(config)
     models = choose_models(config, mesh)
+    check_batch(config, models.arch, mesh)
+    weights = fingerprint_weights(config, models)
+    directory.check_weights(weights.records)
     data = prepare_data(config, models, mesh)
+    state = state_shapes(config, models, mesh)
+    check_disk(disk_use(config.logging, state, total_steps=data.total_steps), directory.path)
     cache_base_states(config, models, data, mesh)
-    directory.open(config, there=there)
+    directory.open(config, there=there, weights=weights.records)
     with Interrupts() as interrupts:
         prepared = prepare(config, models, data, mesh)
         keep = config.logging.keep_checkpoints
         with TrainCheckpointer(directory.checkpoints, keep=keep) as checkpoints:
-            training = _Training(config, directory, prepared, checkpoints, interrupts)
+            training = _Training(config, directory, prepared, weights, checkpoints, interrupts)
             state, evaluation, interrupted = training.fit()
             best = checkpoints.best_step()
         output = None
         if not interrupted:
-            output = save_output(config, directory, prepared, state)
+            output = save_output(config, directory, prepared, weights, state)
             if config.method == "value" and best not in (None, int(state.step)):
                 logger.info(
                     "the lowest held-out NLL was that of step %d; to export it: "
@@ -133,12 +141,14 @@ class _Training:
         config: TrainConfig,
         directory: RunDirectory,
         prepared: Preparation,
+        weights: UsedWeights,
         checkpoints: TrainCheckpointer,
         interrupts: Interrupts,
     ) -> None:
         self._config = config
         self._directory = directory
         self._prepared = prepared
+        self._weights = weights
         self._checkpoints = checkpoints
         self._interrupts = interrupts
         self._total = prepared.data.total_steps
@@ -233,7 +243,7 @@ class _Training:
         if self._config.method == "value":
             write_value_description(
                 self._directory.path,
-                metadata=value_metadata(self._config, self._prepared, steps=0),
+                metadata=value_metadata(self._config, self._prepared, self._weights, steps=0),
                 tokenizer=self._prepared.models.trained.tokenizer,
             )
         self._save(state, self._evaluate(0, state, report))

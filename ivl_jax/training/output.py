@@ -18,17 +18,22 @@ from ivl_jax.training.models import Models
 from ivl_jax.training.run_directory import RunDirectory
 from ivl_jax.training.setup import Preparation
 from ivl_jax.training.step import TrainState
+from ivl_jax.training.used_weights import UsedWeights
+from ivl_jax.weights.fingerprint import combined_fingerprint
 from ivl_jax.weights.language_model import LanguageModel, save_language_model
 
 logger = logging.getLogger(__name__)
 
 
-def value_metadata(config: TrainConfig, prepared: Preparation, *, steps: int) -> ValueMetadata:
+def value_metadata(
+    config: TrainConfig, prepared: Preparation, weights: UsedWeights, *, steps: int
+) -> ValueMetadata:
     """Say what the value folder of a run tells about its network.
 
     Args:
         config: of the run.
         prepared: its models and data.
+        weights: fingerprints of what it reads.
         steps: optimizer steps taken.
 
     Returns:
@@ -48,7 +53,7 @@ def value_metadata(config: TrainConfig, prepared: Preparation, *, steps: int) ->
         tokenizer=info.to_json(),
         training_base={
             "name": " and ".join(base.path for base in bases),
-            "fingerprint": bases[0].info.fingerprint,
+            "fingerprint": combined_fingerprint(weights.bases),
         },
         chat_template=chat_format.template,
         stop_ids=_stop_ids(models, prepared),
@@ -57,7 +62,11 @@ def value_metadata(config: TrainConfig, prepared: Preparation, *, steps: int) ->
 
 
 def save_output(
-    config: TrainConfig, directory: RunDirectory, prepared: Preparation, state: TrainState
+    config: TrainConfig,
+    directory: RunDirectory,
+    prepared: Preparation,
+    weights: UsedWeights,
+    state: TrainState,
 ) -> epath.Path:
     """Write the final value folder, or the fine-tuned model's.
 
@@ -65,6 +74,7 @@ def save_output(
         config: of the run.
         directory: its run directory.
         prepared: its models and data.
+        weights: fingerprints of what it reads.
         state: after the last step.
 
     Returns:
@@ -75,7 +85,7 @@ def save_output(
         save_value(
             directory.value,
             params=state.params,
-            metadata=value_metadata(config, prepared, steps=int(state.step)),
+            metadata=value_metadata(config, prepared, weights, steps=int(state.step)),
             tokenizer=models.trained.tokenizer,
             overwrite=True,
         )

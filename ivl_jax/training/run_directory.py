@@ -7,14 +7,11 @@ metrics.jsonl holds only what is a function of config and data, so a run that wa
 writes the same bytes as one that never stopped; wall-clock figures go to timings.jsonl.
 """
 
-import json
 import logging
-import os
 import platform
 import re
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -34,12 +31,18 @@ from ivl_jax.config import (
     config_to_toml,
 )
 from ivl_jax.file_lock import FileLock, LockedError
-from ivl_jax.paths import flush_folder, write_atomically
+from ivl_jax.json_files import read_json_list, read_json_object, write_json
+from ivl_jax.paths import is_local, write_atomically
+from ivl_jax.toml_files import read_toml
+from ivl_jax.training.record_file import RecordFile
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.toml"
 LOCK_FILE = "run.lock"
+WEIGHTS_FILE = "weights.json"
+
+WeightsRecord = Mapping[str, str]
 
 # What may differ between the start of a run and its continuation: where and how it is computed and
 # reported, never what is computed.
@@ -93,7 +96,7 @@ class RunDirectory:
             ConfigError: as `check`.
         """
         self._check_is_run_directory()
-        if jax.process_index() > 0 or not _is_local(self.path):
+        if jax.process_index() > 0 or not is_local(self.path):
             yield self.check(config)
             return
         self.path.mkdir(parents=True, exist_ok=True)
@@ -148,12 +151,18 @@ class RunDirectory:
             )
         return True
 
-    def open(self, config: TrainConfig, *, there: bool) -> None:
-        """Make the folder and write down the config (once) and this start.
+    def open(
+        self, config: TrainConfig, *, there: bool, weights: Mapping[str, WeightsRecord]
+    ) -> None:
+        """Make the folder and write down the config and the weights (once) and this start.
 
         Args:
             config: of the run.
             there: what `check` returned.
+            weights: config key → `path` and `fingerprint` of the weights it reads.
+
+        Raises:
+            RunDirectoryError: what earlier starts wrote down cannot be read.
         """
         if jax.process_index() > 0:
             return
@@ -162,7 +171,7 @@ class RunDirectory:
             text = config_to_toml(replace(config, resume=False)) + "\n"
             write_atomically(self.path / CONFIG_FILE, text.encode())
         starts_file = self.path / "starts.json"
-        starts = json.loads(starts_file.read_text()) if starts_file.exists() else []
+        starts = _read_starts(starts_file)
         now = _this_start()
         if starts and starts[-1]["versions"] != now["versions"]:
             logger.warning(
@@ -170,10 +179,39 @@ class RunDirectory:
                 "the last bits: %s",
                 _differences(starts[-1]["versions"], now["versions"]),
             )
-        write_atomically(starts_file, (json.dumps([*starts, now], indent=2) + "\n").encode())
+        write_json(starts_file, [*starts, now], indent=2)
+        if not (self.path / WEIGHTS_FILE).exists():
+            write_json(self.path / WEIGHTS_FILE, weights)
+
+    def check_weights(self, weights: Mapping[str, WeightsRecord]) -> None:
+        """Check that the run reads the weights it was started with.
+
+        Args:
+            weights: config key → `path` and `fingerprint` of what is there now.
+
+        Raises:
+            RunDirectoryError: files under the same path have changed; names each of them.
+            MalformedFileError: what was recorded at the start cannot be read.
+        """
+        stored = self.path / WEIGHTS_FILE
+        if not stored.exists():  # a new run, or one of a version that did not record them
+            return
+        before = read_json_object(stored)
+        changed = [
+            f"{key} = {now['path']}: fingerprint {_fingerprint(before.get(key))} then, "
+            f"{_fingerprint(now)} now"
+            for key, now in weights.items()
+            if _fingerprint(before.get(key)) != _fingerprint(now)
+        ]
+        if changed:
+            listed = "".join(f"\n  - {line}" for line in changed)
+            raise RunDirectoryError(
+                f"{self.path} was started with other weights in the same place:{listed}\n"
+                "put the files back as they were, or name another run_dir"
+            )
 
     def _check_same(self, config: TrainConfig, stored: epath.Path) -> None:
-        document = tomllib.loads(stored.read_text())
+        document = read_toml(stored)
         before = _flat(config_to_mapping(config_from_mapping(document, where=str(stored))))
         after = _flat(config_to_mapping(config))
         changed = _differences(before, after, ignore=_MAY_CHANGE)
@@ -184,95 +222,22 @@ class RunDirectory:
             )
 
 
-class RecordFile:
-    """A JSON-lines file that can be cut back; on an object store it is rewritten when flushed."""
-
-    def __init__(self, path: epath.Path) -> None:
-        self.path = path
-        self._lines: list[bytes] | None = None
-
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Add a record; it survives a kill of the process from here on (local files).
-
-        Raises:
-            OSError: it cannot be written; names the file.
-        """
-        if jax.process_index() > 0:
-            return
-        line = json.dumps(record).encode() + b"\n"
-        if _is_local(self.path):
-            try:
-                with Path(self.path).open("ab") as file:
-                    file.write(line)
-            except OSError as error:
-                # A write that fails, on a full disk say, does not name its file.
-                raise OSError(error.errno, error.strerror, str(self.path)) from None
-            return
-        if self._lines is None:
-            self._lines = [self.path.read_bytes()] if self.path.exists() else []
-        self._lines.append(line)
-
-    def flush(self) -> int:
-        """Make the records durable: they survive a power failure from here on.
-
-        Returns:
-            The size of the file, bytes.
-        """
-        if jax.process_index() > 0:
-            return 0
-        if self._lines is not None:
-            self.path.write_bytes(b"".join(self._lines))
-        if not self.path.exists():
-            return 0
-        if _is_local(self.path):
-            with Path(self.path).open("ab") as file:
-                os.fsync(file.fileno())
-            flush_folder(str(self.path.parent))
-        return self.path.stat().length
-
-    def missing_records(self, size: int) -> str | None:
-        """Say whether the file is shorter than `flush` once returned, in bytes.
-
-        Returns:
-            A sentence, or None where the file is long enough.
-        """
-        found = self.path.stat().length if self.path.exists() else 0
-        if found >= size:
-            return None
-        return (
-            f"{self.path} has {found} bytes, this checkpoint was saved when it had {size}: records "
-            "are missing"
-        )
-
-    def cut(self, size: int) -> None:
-        """Cut the file back to a size that `flush` returned, in bytes.
-
-        Raises:
-            RunDirectoryError: the file is shorter: records are missing.
-        """
-        if jax.process_index() > 0:
-            return
-        if (problem := self.missing_records(size)) is not None:
-            raise RunDirectoryError(f"{problem}; restore the file, or name another run_dir")
-        content = self.path.read_bytes() if self.path.exists() else b""
-        if len(content) > size:
-            write_atomically(self.path, content[:size])
-        self._lines = None
-
-    def last_step(self) -> int:
-        """Give the largest `step` of the whole records; −1 if there is none."""
-        last = -1
-        if self.path.exists():
-            for line in self.path.read_bytes().split(b"\n"):
-                try:
-                    last = max(last, json.loads(line)["step"])
-                except ValueError:
-                    continue
-        return last
+def _read_starts(path: epath.Path) -> list[dict[str, Any]]:
+    """Read what earlier starts wrote down."""
+    starts = read_json_list(path) if path.exists() else []
+    for number, start in enumerate(starts):
+        if not isinstance(start, dict) or not isinstance(start.get("versions"), dict):
+            raise RunDirectoryError(
+                f"{path}: entry {number}: expected an object with the object 'versions'; move the "
+                "file away, it only tells of earlier starts"
+            )
+    return starts
 
 
-def _is_local(path: epath.Path) -> bool:
-    return "://" not in str(path)
+def _fingerprint(record: Any) -> str:
+    """The beginning of the fingerprint in a record, which may be anything."""
+    found = record.get("fingerprint") if isinstance(record, Mapping) else None
+    return found[:12] if isinstance(found, str) else "none"
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -22,7 +22,7 @@ from ivl_jax.model.decoder import Params
 from ivl_jax.sharding import batch_ways, data_shard, make_mesh
 from ivl_jax.training.base_turns import BaseTurns
 from ivl_jax.training.cached_states import CachedSplit, open_cached_splits, write_cached_states
-from ivl_jax.training.models import Models, make_trained_params, place_model
+from ivl_jax.training.models import Models, Placement, make_trained_params, place_model
 from ivl_jax.training.optimizer import make_optimizer, make_schedule
 from ivl_jax.training.programs import BaseProgram, build_programs
 from ivl_jax.training.step import TrainState, abstract_state, init_state, state_shardings
@@ -174,6 +174,24 @@ def cache_base_states(config: TrainConfig, models: Models, data: Data, mesh: Mes
             write_cached_states(config, base, list(cached.values()), pad_id=pad_id, mesh=mesh)
 
 
+def state_shapes(config: TrainConfig, models: Models, mesh: Mesh) -> TrainState:
+    """Describe the train state of a run by shape and dtype; allocates nothing.
+
+    Args:
+        config: of the run.
+        models: from `choose_models`.
+        mesh: the device mesh; vocabulary rows are padded to divide over it.
+
+    Returns:
+        A `TrainState` of `ShapeDtypeStruct`s.
+    """
+    place = _place_trained(config, models, mesh)
+    _, optimizer = _optimizer(config, total_steps=1)
+    key = jax.random.key(config.seed)
+    shardings = state_shardings(place.shapes, place.shardings, optimizer, mesh)
+    return abstract_state(place.shapes, optimizer, key, shardings)
+
+
 def prepare(config: TrainConfig, models: Models, data: Data, mesh: Mesh) -> Preparation:
     """Read the bases' weights and build the programs of a run.
 
@@ -186,14 +204,7 @@ def prepare(config: TrainConfig, models: Models, data: Data, mesh: Mesh) -> Prep
     Returns:
         Everything but the state.
     """
-    alone = not models.bases
-    place = place_model(
-        models.arch,
-        layout=config.base.layout if alone else config.value.layout,
-        param_dtype=jnp.float32,
-        scan_layers=config.step.scan_layers,
-        mesh=mesh,
-    )
+    place = _place_trained(config, models, mesh)
     schedule, optimizer = _optimizer(config, data.total_steps)
     shardings = state_shardings(place.shapes, place.shardings, optimizer, mesh)
     key = jax.random.key(config.seed)
@@ -226,6 +237,17 @@ def prepare(config: TrainConfig, models: Models, data: Data, mesh: Mesh) -> Prep
 def base_turns(config: TrainConfig) -> BaseTurns:
     """Decide which base each batch meets."""
     return BaseTurns(tuple(base.weight for base in config.all_bases), config.seed)
+
+
+def _place_trained(config: TrainConfig, models: Models, mesh: Mesh) -> Placement:
+    alone = not models.bases
+    return place_model(
+        models.arch,
+        layout=config.base.layout if alone else config.value.layout,
+        param_dtype=jnp.float32,
+        scan_layers=config.step.scan_layers,
+        mesh=mesh,
+    )
 
 
 def _optimizer(

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 
 from ivl_jax.checkpoint import load_value
+from ivl_jax.training.record_file import RecordFile
 from ivl_jax.training.reporting import Reporter
-from ivl_jax.training.run_directory import RecordFile
 
 
 def records(run_dir):

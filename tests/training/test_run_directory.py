@@ -9,7 +9,9 @@ import pytest
 from etils import epath
 
 from ivl_jax.config import ConfigError, LoggingConfig, OptimizerConfig, TrainConfig
-from ivl_jax.training.run_directory import RecordFile, RunDirectory, RunDirectoryError
+from ivl_jax.text_files import MalformedFileError
+from ivl_jax.training.record_file import RecordFile, RecordsError
+from ivl_jax.training.run_directory import RunDirectory, RunDirectoryError
 
 
 def test_records_are_cut_back_to_a_size_with_a_half_written_line(tmp_path):
@@ -29,7 +31,7 @@ def test_records_are_cut_back_to_a_size_with_a_half_written_line(tmp_path):
 def test_missing_records_are_an_error_that_says_how_many(tmp_path):
     file = RecordFile(epath.Path(tmp_path / "metrics.jsonl"))
     file.append({"step": 1})
-    with pytest.raises(RunDirectoryError, match=r"has 12 bytes.*had 40"):
+    with pytest.raises(RecordsError, match=r"has 12 bytes.*had 40"):
         file.cut(40)
 
 
@@ -42,12 +44,12 @@ def test_an_absent_file_has_no_records(tmp_path):
 def test_each_start_is_written_down_and_the_config_only_once(tmp_path):
     config = TrainConfig(run_dir=str(tmp_path / "run"), resume=True)
     directory = RunDirectory(config.run_dir)
-    directory.open(config, there=directory.check(config))
+    directory.open(config, there=directory.check(config), weights={})
     before = (tmp_path / "run" / "config.toml").read_bytes()
     assert b"resume = false" in before
     again = replace(config, logging=LoggingConfig(log_every=3))
     assert directory.check(again) is True
-    directory.open(again, there=True)
+    directory.open(again, there=True, weights={})
     assert (tmp_path / "run" / "config.toml").read_bytes() == before
     starts = json.loads((tmp_path / "run" / "starts.json").read_text())
     assert len(starts) == 2
@@ -57,7 +59,7 @@ def test_each_start_is_written_down_and_the_config_only_once(tmp_path):
 def test_every_difference_to_the_started_config_is_named(tmp_path):
     config = TrainConfig(run_dir=str(tmp_path / "run"), resume=True)
     directory = RunDirectory(config.run_dir)
-    directory.open(config, there=False)
+    directory.open(config, there=False, weights={})
     changed = replace(config, seed=3, optimizer=OptimizerConfig(learning_rate=0.5))
     with pytest.raises(ConfigError) as caught:
         directory.check(changed)
@@ -69,11 +71,11 @@ def test_every_difference_to_the_started_config_is_named(tmp_path):
 def test_other_library_versions_are_said(tmp_path, caplog):
     config = TrainConfig(run_dir=str(tmp_path / "run"))
     directory = RunDirectory(config.run_dir)
-    directory.open(config, there=False)
+    directory.open(config, there=False, weights={})
     starts = json.loads((tmp_path / "run" / "starts.json").read_text())
     starts[-1]["versions"]["jax"] = "0.0.1"
     (tmp_path / "run" / "starts.json").write_text(json.dumps(starts))
-    directory.open(config, there=True)
+    directory.open(config, there=True, weights={})
     assert "jax was '0.0.1'" in caplog.text
 
 
@@ -113,3 +115,46 @@ def test_a_record_that_does_not_fit_on_the_disk_names_its_file(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl'"):
         RecordFile(epath.Path(tmp_path / "metrics.jsonl")).append({"step": 1})
+
+
+def test_weights_that_changed_in_the_same_place_are_named(tmp_path):
+    config = TrainConfig(run_dir=str(tmp_path / "run"))
+    directory = RunDirectory(config.run_dir)
+    then = {key: {"path": key[0], "fingerprint": "a" * 64} for key in ("base.path", "value.path")}
+    directory.check_weights(then)
+    directory.open(config, there=False, weights=then)
+    directory.check_weights(then)
+    now = then | {"base.path": {"path": "models/B", "fingerprint": "b" * 64}}
+    with pytest.raises(RunDirectoryError) as raised:
+        directory.check_weights(now)
+    said = str(raised.value)
+    assert "base.path = models/B: fingerprint aaaaaaaaaaaa then, bbbbbbbbbbbb now" in said
+    assert "value.path" not in said
+
+
+def test_a_run_that_recorded_no_weights_records_them_when_it_is_resumed(tmp_path):
+    config = TrainConfig(run_dir=str(tmp_path / "run"))
+    directory = RunDirectory(config.run_dir)
+    directory.open(config, there=False, weights={})
+    (tmp_path / "run" / "weights.json").unlink()
+    now = {"base.path": {"path": "B", "fingerprint": "b" * 64}}
+    directory.check_weights(now)
+    directory.open(config, there=True, weights=now)
+    assert json.loads((tmp_path / "run" / "weights.json").read_text()) == now
+
+
+@pytest.mark.parametrize("content", ["", "{", "[", "{}", "[1]", "[{}]", '[{"versions": 1}]', "\0"])
+@pytest.mark.parametrize("name", ["starts.json", "weights.json"])
+def test_what_earlier_starts_wrote_is_named_where_it_cannot_be_read(tmp_path, name, content):
+    config = TrainConfig(run_dir=str(tmp_path / "run"))
+    directory = RunDirectory(config.run_dir)
+    weights = {"base.path": {"path": "B", "fingerprint": "b" * 64}}
+    directory.open(config, there=False, weights=weights)
+    (tmp_path / "run" / name).write_text(content)
+
+    def start() -> None:
+        directory.check_weights(weights)
+        directory.open(config, there=True, weights=weights)
+
+    with pytest.raises((MalformedFileError, RunDirectoryError), match=str(tmp_path / "run")):
+        start()

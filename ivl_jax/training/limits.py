@@ -1,0 +1,152 @@
+"""What a run needs of disk and memory, said before it takes any of it.
+
+In: the config, the trained model, the run directory, the mesh. Out: a line for the user; or an
+error for what cannot fit.
+"""
+
+import logging
+import math
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
+
+from ivl_jax.config import ConfigError, LoggingConfig, TrainConfig
+from ivl_jax.devices import device_memory, host_memory
+from ivl_jax.model.network import Architecture
+from ivl_jax.paths import is_local
+from ivl_jax.training.step import TrainState
+
+logger = logging.getLogger(__name__)
+
+# Of a position in a batch: token, target, position and segment in int32, and the loss mask.
+_BATCH_BYTES = 17
+
+
+class DiskUse(NamedTuple):
+    """What a run writes, in bytes, uncompressed: trained float32 arrays hardly compress."""
+
+    first: int  # the checkpoint of step 0, which has no optimizer state
+    checkpoint: int  # each later one
+    output: int  # the value folder, or the fine-tuned model's
+    saving: int  # the newest checkpoints at once, while one more is being written
+    kept: int  # the newest checkpoints when the run has ended
+    best: int  # the best checkpoint where it is none of the newest
+
+    @property
+    def most(self) -> int:
+        """At any moment, at most."""
+        return self.best + max(self.saving, self.kept + self.output)
+
+
+def disk_use(logging_config: LoggingConfig, state: TrainState, *, total_steps: int) -> DiskUse:
+    """Work out what a run writes to its checkpoints and its output.
+
+    Args:
+        logging_config: how often it saves and how many checkpoints it keeps.
+        state: its train state, or the shapes of it.
+        total_steps: steps of the whole run.
+
+    Returns:
+        Bytes. Records and TensorBoard events, which are small, are not counted.
+    """
+    params, whole = _bytes(state.params), _bytes(state)
+    first = whole - _bytes(state.opt_state)
+    saves = math.ceil(total_steps / logging_config.checkpoint_every)
+    keep = logging_config.keep_checkpoints
+
+    def newest(count: int) -> int:
+        return whole * min(count, saves) + (first if count > saves else 0)
+
+    best = whole if saves + 1 > keep else 0
+    return DiskUse(first, whole, params, newest(keep + 1), newest(keep), best)
+
+
+def check_disk(use: DiskUse, run_dir: epath.Path) -> None:
+    """Say what a run will write, and stop where the disk cannot hold it.
+
+    Args:
+        use: from `disk_use`.
+        run_dir: the run directory, which exists; an object store has no limit that is known.
+
+    Raises:
+        OSError: there is not enough space; says how much is missing.
+    """
+    if jax.process_index() > 0:
+        return
+    free = shutil.disk_usage(run_dir).free if is_local(run_dir) else None
+    logger.info(
+        "%s: a checkpoint takes %s (step 0, without optimizer state, %s), the final parameters %s, "
+        "everything at once at most %s%s",
+        run_dir,
+        _size(use.checkpoint),
+        _size(use.first),
+        _size(use.output),
+        _size(use.most),
+        "" if free is None else f"; {_size(free)} are free",
+    )
+    if free is None:
+        return
+    there = sum(path.stat().st_size for path in Path(run_dir).rglob("*") if path.is_file())
+    missing = use.most - there - free
+    if missing <= 0:
+        return
+    said = (
+        f"{run_dir}: the disk lacks {_size(missing)} of what this run may write: make room, name a "
+        "run_dir on another disk, or lower logging.keep_checkpoints"
+    )
+    # The best checkpoint may be one of the newest.
+    if missing > use.best:
+        raise OSError(said)
+    logger.warning(said)
+
+
+def check_batch(config: TrainConfig, arch: Architecture, mesh: Mesh) -> None:
+    """Refuse a batch that no memory of this machine can hold, before anything is allocated.
+
+    Only what is certain counts: the batch's integers, and the inputs of the layers, which the
+    gradient needs whatever is recomputed. A batch that passes may still be too large.
+
+    Args:
+        config: of the run.
+        arch: of the trained model.
+        mesh: the device mesh.
+
+    Raises:
+        ConfigError: it cannot fit; says what it takes and what there is.
+    """
+    rows, length = config.step.batch_size, config.data.max_length
+    batch = rows * length * _BATCH_BYTES
+    host = host_memory()
+    if host is not None and batch // jax.process_count() > host:
+        raise ConfigError(
+            f"step.batch_size = {rows:,}: a batch of {rows:,} rows of {length:,} tokens takes "
+            f"{_size(batch)} of memory before it is computed, this machine has {_size(host)}: "
+            "lower step.batch_size"
+        )
+    width = getattr(arch, "hidden_size", 0) * arch.num_hidden_layers
+    itemsize = jnp.dtype(config.step.compute_dtype).itemsize
+    per_row = length * width * itemsize
+    needed = (rows // config.step.micro_batches * per_row + batch) // mesh.devices.size
+    available = device_memory(mesh)
+    if available is not None and needed > available:
+        raise ConfigError(
+            f"step.batch_size = {rows:,} in step.micro_batches = {config.step.micro_batches:,}: a "
+            f"gradient takes at least {_size(needed)} of each device's memory (the batch, and "
+            f"every layer's input for the rows of one micro-batch, {_size(per_row)} per row), a "
+            f"device has {_size(available)}: raise step.micro_batches or lower step.batch_size"
+        )
+
+
+def _bytes(tree: Any) -> int:
+    """Size of the arrays of a tree, or of what it describes; a typed key counts as its data."""
+    sizes = [leaf.size * getattr(leaf.dtype, "itemsize", 8) for leaf in jax.tree.leaves(tree)]
+    return sum(sizes)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"

@@ -1,0 +1,106 @@
+"""A file of JSON lines that survives what happens to its process.
+
+In: records. Out: a line each, durable when asked for, and the file cut back to what it once was.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+
+from ivl_jax.paths import flush_folder, is_local, write_atomically
+
+
+class RecordsError(ValueError):
+    """Records that are missing: which file, how many bytes, remedy."""
+
+
+class RecordFile:
+    """A JSON-lines file that can be cut back; on an object store it is rewritten when flushed."""
+
+    def __init__(self, path: epath.Path) -> None:
+        self.path = path
+        self._lines: list[bytes] | None = None
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add a record; it survives a kill of the process from here on (local files).
+
+        Raises:
+            OSError: it cannot be written; names the file.
+        """
+        if jax.process_index() > 0:
+            return
+        line = json.dumps(record).encode() + b"\n"
+        if is_local(self.path):
+            try:
+                with Path(self.path).open("ab") as file:
+                    file.write(line)
+            except OSError as error:
+                # A write that fails, on a full disk say, does not name its file.
+                raise OSError(error.errno, error.strerror, str(self.path)) from None
+            return
+        if self._lines is None:
+            self._lines = [self.path.read_bytes()] if self.path.exists() else []
+        self._lines.append(line)
+
+    def flush(self) -> int:
+        """Make the records durable: they survive a power failure from here on.
+
+        Returns:
+            The size of the file, bytes.
+        """
+        if jax.process_index() > 0:
+            return 0
+        if self._lines is not None:
+            self.path.write_bytes(b"".join(self._lines))
+        if not self.path.exists():
+            return 0
+        if is_local(self.path):
+            with Path(self.path).open("ab") as file:
+                os.fsync(file.fileno())
+            flush_folder(str(self.path.parent))
+        return self.path.stat().length
+
+    def missing_records(self, size: int) -> str | None:
+        """Say whether the file is shorter than `flush` once returned, in bytes.
+
+        Returns:
+            A sentence, or None where the file is long enough.
+        """
+        found = self.path.stat().length if self.path.exists() else 0
+        if found >= size:
+            return None
+        return (
+            f"{self.path} has {found} bytes, this checkpoint was saved when it had {size}: records "
+            "are missing"
+        )
+
+    def cut(self, size: int) -> None:
+        """Cut the file back to a size that `flush` returned, in bytes.
+
+        Raises:
+            RecordsError: the file is shorter: records are missing.
+        """
+        if jax.process_index() > 0:
+            return
+        if (problem := self.missing_records(size)) is not None:
+            raise RecordsError(f"{problem}; restore the file, or name another run_dir")
+        content = self.path.read_bytes() if self.path.exists() else b""
+        if len(content) > size:
+            write_atomically(self.path, content[:size])
+        self._lines = None
+
+    def last_step(self) -> int:
+        """Give the largest `step` of the whole records; −1 if there is none."""
+        last = -1
+        if self.path.exists():
+            for line in self.path.read_bytes().split(b"\n"):
+                try:
+                    last = max(last, json.loads(line)["step"])
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    continue
+        return last

@@ -1,0 +1,48 @@
+"""Which pre-trained weights a run reads, so that a resumed run reads the same.
+
+In: the config and the models it names. Out: a fingerprint for each of them.
+"""
+
+from typing import NamedTuple
+
+from ivl_jax.composed.sources import ModelSource
+from ivl_jax.config import TrainConfig
+from ivl_jax.training.models import Models
+from ivl_jax.weights.fingerprint import remembered_weights, weights_fingerprint
+
+
+class UsedWeights(NamedTuple):
+    """What a run reads."""
+
+    bases: tuple[str, ...]
+    """Fingerprint of each frozen base."""
+    records: dict[str, dict[str, str]]
+    """Config key → `path` and `fingerprint`, of the bases and of what the trained model begins
+    with."""
+
+
+def fingerprint_weights(config: TrainConfig, models: Models) -> UsedWeights:
+    """Hash the weights that a run reads; those that have not changed since are not read again.
+
+    Args:
+        config: of the run.
+        models: from `choose_models`.
+
+    Returns:
+        The fingerprints.
+    """
+
+    def record(model: ModelSource) -> dict[str, str]:
+        remembered = remembered_weights(config.data.data_dir, model.path)
+        found = weights_fingerprint(model.local_folder, remembered=remembered)
+        return {"path": model.path, "fingerprint": found}
+
+    several = len(models.bases) > 1
+    keys = [f"bases[{i}].path" if several else "base.path" for i in range(len(models.bases))]
+    records = {key: record(base.model) for key, base in zip(keys, models.bases, strict=True)}
+    bases = tuple(one["fingerprint"] for one in records.values())
+    if config.method == "sft":
+        records["base.path"] = record(models.trained)
+    elif config.value.init == "pretrained":
+        records["value.path"] = record(models.trained)
+    return UsedWeights(bases, records)
