@@ -85,7 +85,7 @@ def test_plain_orbax_reads_the_arrays(folder: Path, params) -> None:
 
 def test_the_metadata_says_what_the_design_lists(folder: Path) -> None:
     content = json.loads((folder / "ivl.json").read_text())
-    assert content["format_version"] == 1
+    assert content["format_version"] == 2
     assert content["training_base"] == {"name": "some/base", "fingerprint": "abc"}
     assert content["steps"] == 12
     assert content["stop_ids"] == [257, 5]
@@ -262,13 +262,13 @@ def edit(folder: Path, **changes: object) -> None:
 
 
 @pytest.mark.usefixtures("no_arrays_read")
-@pytest.mark.parametrize("version", [2, "1", None, 0])
+@pytest.mark.parametrize("version", [3, "1", None, 0, True, 10**30])
 def test_an_unknown_format_version_names_found_supported_and_remedy(folder, version) -> None:
     edit(folder, format_version=version, library_versions={"ivl_jax": "9.8"})
     with pytest.raises(ValueFolderError) as raised:
         load_value(folder)
     text = str(raised.value)
-    assert f"format_version {version!r}, this version of ivl_jax reads 1" in text
+    assert f"format_version {version!r}, this version of ivl_jax reads 1 to 2" in text
     assert "install the ivl_jax that wrote it (version 9.8)" in text
 
 
@@ -280,9 +280,18 @@ def test_missing_unknown_and_impossible_entries_are_all_named(folder: Path) -> N
     text = str(raised.value)
     assert "penalty: missing" in text
     assert "surprise: unknown" in text
-    assert "steps: expected int, found str" in text
+    assert "steps: expected a count, got '12'" in text
     assert "connection: expected one of residual, cascade, cascade_no_text" in text
-    assert "stop_ids: expected integers" in text
+    assert "stop_ids[0]: expected a count, got 'a'" in text
+
+
+def test_a_folder_of_format_1_loads_without_a_fingerprint_of_weights(folder: Path) -> None:
+    """There the fingerprint was that of the base's tokenizer, which says nothing of weights."""
+    edit(folder, format_version=1)
+    metadata = read_value_metadata(folder)
+    assert metadata.format_version == 2
+    assert metadata.training_base == {"name": "some/base", "fingerprint": ""}
+    assert load_value(folder).metadata == metadata
 
 
 @pytest.mark.usefixtures("no_arrays_read")
