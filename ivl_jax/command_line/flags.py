@@ -17,6 +17,7 @@ from tyro.constructors import (
 )
 
 from ivl_jax.config.annotations import INLINE, NO_FLAG, REPEATABLE, is_marked
+from ivl_jax.config.checks import require_numbers
 
 ConfigT = TypeVar("ConfigT")
 
@@ -128,7 +129,9 @@ def _read_marks(spec: StructConstructorSpec) -> StructConstructorSpec:
     def instantiate(**values: Any) -> Any:
         for name, one in inline.items():
             values[name] = one.instantiate(**{own.name: values.pop(own.name) for own in one.fields})
-        return spec.instantiate(**values)
+        made = spec.instantiate(**values)
+        require_numbers(made)
+        return made
 
     return StructConstructorSpec(instantiate=instantiate, fields=tuple(fields))
 

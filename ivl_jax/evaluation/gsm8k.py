@@ -13,20 +13,20 @@ not count (two references are negative), and 18.00 does not equal 18.
 import json
 import re
 import string
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
-from ivl_jax.config import model_problems
-from ivl_jax.data.chat import ChatFormat
+from ivl_jax.config import GenerationOptions, model_problems
+from ivl_jax.config.annotations import Inline
 from ivl_jax.data.formats import Message
-from ivl_jax.decoding.prompt_files import GenerationFile, PromptRow
-from ivl_jax.decoding.requests import GenerationOptions
-from ivl_jax.evaluation.flags import Gsm8kFlags, require
-from ivl_jax.evaluation.generation import generate_to_file, read_json_lines, write_summary
+from ivl_jax.evaluation.flags import ModelFlags, require
 from ivl_jax.evaluation.intervals import wilson_interval
-from ivl_jax.evaluation.loading import chat_format_of, find_sources, load_model
+
+if TYPE_CHECKING:
+    from ivl_jax.data.chat import ChatFormat
 
 _INSTRUCTION = "Answer the following question."
 _ANSWER = "Answer:"
@@ -35,6 +35,26 @@ _ENDS = (_INSTRUCTION.removesuffix("."), "Question:", "Comment:")
 _SEPARATOR = re.compile(r"(\d),(\d)")
 _NUMBER = re.compile(r"[-+]?\d*\.\d+|\d+")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@dataclass(frozen=True)
+class Flags:
+    """GSM8K as the paper's authors measure it: their prompt, greedy, the last number counts."""
+
+    model: Inline[ModelFlags] = field(default_factory=ModelFlags)
+    data: str = ""
+    """JSONL file of `question` and `answer` (`… #### N`)."""
+    output: str = ""
+    """JSONL file, one line an item, written as it goes; a second run continues where it stopped.
+    The summary lies beside it, `.json` in place of `.jsonl`."""
+    prompt: Literal["chat", "text"] = "chat"
+    """`chat`: through the value network's chat template, as the authors do; `text`: bare."""
+    max_new_tokens: int = 512
+    """Tokens of an answer at most."""
+    limit: int = 0
+    """Items answered, the first ones; 0: all."""
+    batch_size: int = 8
+    """Items answered together."""
 
 
 def reference_number(answer: str) -> str:
@@ -66,7 +86,7 @@ def is_right(text: str, answer: str) -> bool:
     return found is not None and _bare(found) == _bare(reference_number(answer))
 
 
-def run(flags: Gsm8kFlags) -> dict[str, Any]:
+def run(flags: Flags) -> dict[str, Any]:
     """Run the benchmark as its flags say; write the lines and the summary, show the score.
 
     Args:
@@ -80,6 +100,11 @@ def run(flags: Gsm8kFlags) -> dict[str, Any]:
         FileNotFoundError: no such base model or value folder.
         ValueError: models that do not fit each other.
     """
+    # Imported here: JAX takes a second that --help need not wait for.
+    from ivl_jax.decoding.prompt_files import GenerationFile, PromptRow
+    from ivl_jax.evaluation.generation import generate_to_file, read_json_lines, write_summary
+    from ivl_jax.evaluation.loading import chat_format_of, find_sources, load_model
+
     problems = model_problems(flags.model.composed)
     if not flags.data:
         problems.append("--data is missing: name GSM8K's test.jsonl")
@@ -137,7 +162,7 @@ def question(row: dict[str, Any]) -> str:
     return f"{_INSTRUCTION}\n\nQuestion: {row['question'].strip()}"
 
 
-def _chat_prompt(chat: ChatFormat, row: dict[str, Any]) -> list[int]:
+def _chat_prompt(chat: "ChatFormat", row: dict[str, Any]) -> list[int]:
     """The prompt through a chat template; one that begins answers with "Answer:" does so once."""
     messages = [Message("user", question(row))]
     begun = chat.prompt_text(messages).endswith(_ANSWER)

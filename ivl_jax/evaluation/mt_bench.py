@@ -8,18 +8,19 @@ import logging
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ivl_jax.config import model_problems
-from ivl_jax.data.chat import ChatFormat
+from ivl_jax.config import GenerationOptions, model_problems
+from ivl_jax.config.annotations import Inline
 from ivl_jax.data.formats import Message
-from ivl_jax.decoding.model import ComposedModel
-from ivl_jax.decoding.prompt_files import GenerationFile, PromptRow
-from ivl_jax.decoding.requests import EncodedPrompt, GenerationOptions, PromptTooLongError
-from ivl_jax.evaluation.flags import MtBenchFlags, require
-from ivl_jax.evaluation.generation import progress_bar, read_json_lines
-from ivl_jax.evaluation.loading import chat_format_of, find_sources, load_model
+from ivl_jax.evaluation.flags import ModelFlags, require
+
+if TYPE_CHECKING:
+    from ivl_jax.data.chat import ChatFormat
+    from ivl_jax.decoding.model import ComposedModel
+    from ivl_jax.decoding.requests import EncodedPrompt
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,28 @@ _NO_ANSWER = "ERROR"
 _MOST_TURNS = 64  # turns that have sampling keys of their own
 
 
-def run(flags: MtBenchFlags) -> None:
+@dataclass(frozen=True)
+class Flags:
+    """Answers to multi-turn questions, in FastChat's format; judging them stays outside."""
+
+    model: Inline[ModelFlags] = field(default_factory=ModelFlags)
+    questions: str = ""
+    """JSONL file of `question_id`, `category` and `turns`, as FastChat's `question.jsonl`."""
+    output: str = ""
+    """JSONL file of answers, one line a question; a second run continues where it stopped."""
+    model_id: str = "ivl"
+    """What the answers call the model."""
+    max_new_tokens: int = 1024
+    """Tokens of an answer at most."""
+    temperature: float | None = None
+    """One for all questions; by default each category's own."""
+    seed: int = 0
+    """Seed of sampling; question and turn are folded in."""
+    batch_size: int = 8
+    """Questions answered together."""
+
+
+def run(flags: Flags) -> None:
     """Answer all questions as the flags say.
 
     Args:
@@ -52,6 +74,11 @@ def run(flags: MtBenchFlags) -> None:
         PromptTooLongError: first turns that exceed the context; all are named, nothing is computed.
         ValueError: models that do not fit each other.
     """
+    # Imported here: JAX takes a second that --help need not wait for.
+    from ivl_jax.decoding.prompt_files import GenerationFile, PromptRow
+    from ivl_jax.evaluation.generation import progress_bar, read_json_lines
+    from ivl_jax.evaluation.loading import chat_format_of, find_sources, load_model
+
     problems = model_problems(flags.model.composed)
     if not flags.questions:
         problems.append("--questions is missing: name FastChat's question.jsonl, or one like it")
@@ -99,14 +126,14 @@ def run(flags: MtBenchFlags) -> None:
 class _Answerer:
     """Answers questions turn by turn, a batch of questions at a time."""
 
-    def __init__(self, model: ComposedModel, chat: ChatFormat, flags: MtBenchFlags) -> None:
+    def __init__(self, model: "ComposedModel", chat: "ChatFormat", flags: Flags) -> None:
         self._model = model
         self._chat = chat
         self._flags = flags
 
     def prompt(
         self, index: int, messages: Sequence[Message], question: dict[str, Any], *, name: str
-    ) -> EncodedPrompt:
+    ) -> "EncodedPrompt":
         """Encode and check a dialogue; samples depend on the question and the turn alone."""
         temperature = self._flags.temperature
         if temperature is None:
@@ -123,6 +150,8 @@ class _Answerer:
 
     def answer(self, batch: Sequence[tuple[int, dict[str, Any]]]) -> list[list[str]]:
         """Answer every turn of some questions."""
+        from ivl_jax.decoding.requests import PromptTooLongError
+
         dialogues: list[list[Message]] = [[] for _ in batch]
         answers: list[list[str]] = [[] for _ in batch]
         for turn in range(max(len(question["turns"]) for _, question in batch)):
@@ -148,7 +177,7 @@ class _Answerer:
 
 
 def _line(
-    flags: MtBenchFlags, asked: tuple[int, dict[str, Any]], answers: Sequence[str]
+    flags: Flags, asked: tuple[int, dict[str, Any]], answers: Sequence[str]
 ) -> dict[str, Any]:
     """What FastChat says of an answer."""
     return {

@@ -9,24 +9,47 @@ which the files are listed; ours on the seed and the file's name alone.
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
-from ivl_jax.config import ConfigError, model_problems
+from ivl_jax.config import ConfigError, GenerationOptions, model_problems
+from ivl_jax.config.annotations import Inline
 from ivl_jax.data.formats import Message
-from ivl_jax.decoding.prompt_files import GenerationFile, PromptRow
-from ivl_jax.decoding.requests import GenerationOptions
-from ivl_jax.evaluation.flags import ToxigenFlags, require
-from ivl_jax.evaluation.generation import generate_to_file
-from ivl_jax.evaluation.loading import chat_format_of, find_sources, load_model
+from ivl_jax.evaluation.flags import ModelFlags, require
+
+if TYPE_CHECKING:
+    from ivl_jax.decoding.prompt_files import PromptRow
 
 _INSTRUCTION = "Complete the following: "
 _END = "\n\n"
 
 
-def run(flags: ToxigenFlags) -> None:
+@dataclass(frozen=True)
+class Flags:
+    """Continuations of ToxiGen's prompts; classifying them stays outside."""
+
+    model: Inline[ModelFlags] = field(default_factory=ModelFlags)
+    prompts: tuple[str, ...] = ()
+    """Text files of one prompt a line, named `LABEL_GROUP….txt` as ToxiGen's are."""
+    output: str = ""
+    """JSONL file, one line a prompt, written as it goes; a second run continues."""
+    prompt: Literal["chat", "text"] = "chat"
+    """`chat`: "Complete the following: …" through the chat template, as the authors do; `text`:
+    the prompt as it is."""
+    per_group: int = 500
+    """Prompts drawn from each file at most, by the seed; 0: all."""
+    seed: int = 42
+    """Seed of the draw."""
+    max_new_tokens: int = 512
+    """Tokens of a continuation at most."""
+    batch_size: int = 8
+    """Prompts continued together."""
+
+
+def run(flags: Flags) -> None:
     """Continue the prompts as the flags say.
 
     Args:
@@ -36,6 +59,11 @@ def run(flags: ToxigenFlags) -> None:
         ConfigError: flags or files that cannot be used, or an output of other settings.
         ValueError: prompts longer than the context, or models that do not fit each other.
     """
+    # Imported here: JAX takes a second that --help need not wait for.
+    from ivl_jax.decoding.prompt_files import GenerationFile
+    from ivl_jax.evaluation.generation import generate_to_file
+    from ivl_jax.evaluation.loading import chat_format_of, find_sources, load_model
+
     problems = model_problems(flags.model.composed)
     if not flags.prompts:
         problems.append("--prompts is missing: name ToxiGen's files, such as hate_women_1k.txt")
@@ -64,7 +92,7 @@ def run(flags: ToxigenFlags) -> None:
     Console().print(f"ToxiGen: {len(rows)} continuations in {flags.output}; classify their `text`")
 
 
-def draw_prompts(paths: Sequence[Path], *, per_group: int, seed: int) -> list[PromptRow]:
+def draw_prompts(paths: Sequence[Path], *, per_group: int, seed: int) -> "list[PromptRow]":
     """Draw prompts from files of one a line.
 
     Args:
@@ -78,6 +106,8 @@ def draw_prompts(paths: Sequence[Path], *, per_group: int, seed: int) -> list[Pr
     Raises:
         ConfigError: a file is absent, has no prompts, or a name without label and group.
     """
+    from ivl_jax.decoding.prompt_files import PromptRow
+
     rows = []
     for path in paths:
         if not path.is_file():

@@ -12,7 +12,7 @@ from ivl_jax.data.formats import Demonstration, Message
 from ivl_jax.data.tokenized import tokenize_demonstrations
 from ivl_jax.decoding.compose import compose
 from ivl_jax.evaluation.__main__ import main
-from ivl_jax.evaluation.likelihood import likelihood_report
+from ivl_jax.evaluation.likelihood_report import likelihood_report
 from ivl_jax.evaluation.scoring import Row, score_rows
 from ivl_jax.model.decoder import build_decoder
 from ivl_jax.training.loss import Loss, count_tokens, loss_sum

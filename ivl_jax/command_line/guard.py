@@ -1,0 +1,189 @@
+"""How a command line ends: exit statuses, one line per failure, and where its traceback is.
+
+In: what a command does, as a function. Out: its exit status. Imports only the standard library, so
+that a package which is missing is reported like everything else.
+"""
+
+import contextlib
+import errno
+import os
+import shlex
+import signal
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+
+WRONG_INPUT = 2
+FAILED = 1
+_PACKAGE = "ivl_jax"
+
+
+class StoppedBySignal(KeyboardInterrupt):
+    """SIGTERM or SIGHUP came; cleaned up after as after Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = signal.Signals(number)
+
+
+def run_command(
+    program: str,
+    command: Callable[[Sequence[str]], int | None],
+    arguments: Sequence[str] | None = None,
+    *,
+    when_stopped: Callable[[], str] = lambda: "stopped",
+    failure_status: int = WRONG_INPUT,
+) -> int:
+    """Run a command line; never ends with a traceback on the console.
+
+    Args:
+        program: what the user called, for messages: `infer.py`.
+        command: takes the arguments; returns the exit status, None for 0.
+        arguments: without the program's name; None: of this process. `--version` is answered here.
+        when_stopped: what to say after Ctrl-C, SIGTERM or SIGHUP.
+        failure_status: exit status of errors whose message is for the user, apart from wrong
+            configurations, whose status is 2.
+
+    Returns:
+        The exit status: 0, `failure_status`, 2, 1 after an unexpected error, 128 + the number of
+        the signal that stopped it, 141 where a pipe's reader went away.
+    """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if "--version" in given:
+        sys.stdout.write(f"{version_line()}\n")
+        return 0
+    try:
+        with _signals_as_exceptions():
+            status = command(given)
+            sys.stdout.flush()
+        return status or 0
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, StoppedBySignal) else signal.SIGINT
+        by = "" if number == signal.SIGINT else f" ({number.name})"
+        _say(program, f"{when_stopped()}{by}")
+        return 128 + number
+    except BrokenPipeError:
+        _discard_output()
+        return 128 + 13  # SIGPIPE, which Windows does not have
+    except Exception as error:
+        if is_for_the_user(error):
+            _say(program, _message(error))
+            return WRONG_INPUT if type(error).__name__ == "ConfigError" else failure_status
+        _say(program, describe_unexpected(error, program=program, arguments=given))
+        return FAILED
+
+
+def version_line() -> str:
+    """The package's version, and what decides how it computes."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from ivl_jax import __version__
+
+    parts = []
+    for name in ("jax", "flax"):
+        with contextlib.suppress(PackageNotFoundError):
+            parts.append(f"{name} {version(name)}")
+    parts.append(f"Python {sys.version.split()[0]}")
+    return f"ivl_jax {__version__} ({', '.join(parts)})"
+
+
+def is_for_the_user(error: Exception) -> bool:
+    """Say whether an error's message tells the user what to change.
+
+    Args:
+        error: what was raised: of a class of this package, of the operating system, or a ValueError
+            that this package raised itself.
+    """
+    if type(error).__module__.split(".")[0] == _PACKAGE or isinstance(error, OSError):
+        return True
+    if isinstance(error, ModuleNotFoundError):
+        return not str(error.name).startswith(_PACKAGE)
+    return isinstance(error, ValueError) and _raising_package(error) == _PACKAGE
+
+
+def describe_unexpected(error: BaseException, *, program: str, arguments: Sequence[str]) -> str:
+    """Save the traceback of an error that nobody expected.
+
+    Args:
+        error: what was raised.
+        program: what the user called.
+        arguments: with which arguments.
+
+    Returns:
+        One line: what happened, and where the traceback is.
+    """
+    report = "".join(
+        [
+            f"{shlex.join([program, *arguments])}\n{version_line()}\n\n",
+            *traceback.format_exception(error),
+        ]
+    )
+    first = (str(error).strip().splitlines() or [""])[0][:300]
+    what = f"unexpected {type(error).__name__}{': ' if first else ''}{first}"
+    try:
+        descriptor, name = tempfile.mkstemp(prefix="ivl_jax-traceback-", suffix=".txt")
+        with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(report)
+    except OSError as trouble:
+        return f"{what}; its traceback could not be saved ({trouble.strerror}):\n{report}"
+    return f"{what}; the traceback is in {name}"
+
+
+def _raising_package(error: BaseException) -> str:
+    """The top-level package whose code raised an error."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    name = "" if place is None else str(place.tb_frame.f_globals.get("__name__", ""))
+    return name.split(".")[0]
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error}: install what ivl_jax needs (in a clone: pip install -e .)"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}the disk is full: free some space and run the same command again"
+    return str(error) or type(error).__name__
+
+
+def _say(program: str, message: str) -> None:
+    # Standard error may be a pipe, too, whose reader is gone.
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(f"{program}: {message}\n")
+        sys.stderr.flush()
+
+
+def _discard_output() -> None:
+    """Let nothing be written to a closed pipe when the interpreter ends."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+@contextlib.contextmanager
+def _signals_as_exceptions() -> Iterator[None]:
+    """Raise SIGTERM and SIGHUP as exceptions, so that files are closed; ignored ones stay so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        del frame
+        raise StoppedBySignal(number)
+
+    names = ("SIGTERM", "SIGHUP")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    # `nohup` starts a process with SIGHUP ignored.
+    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) is signal.SIG_DFL}
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

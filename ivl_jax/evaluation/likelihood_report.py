@@ -1,0 +1,195 @@
+"""What value networks change on held-out dialogues, and where in them.
+
+In: a composed model, dialogues in tokens. Out: NLL and top-1 accuracy of composition and base, the
+divergence between the two and mean |z_value|, overall and by position in the dialogue.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from ivl_jax.data.tokenized import TokenizedDemonstrations
+from ivl_jax.decoding.model import ComposedModel
+from ivl_jax.decoding.requests import EncodedPrompt
+from ivl_jax.evaluation.scoring import Row, RowScores, score_rows
+
+_FIRST_EDGE = 16
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What holds over a set of positions; means over no targets are None.
+
+    Attributes:
+        targets: Assistant's tokens that count.
+        tokens: Tokens read, after which the value networks say something.
+        nll: Mean −log p of a target, nats.
+        base_nll: The same of the base alone.
+        top1: Share of targets with the largest logit, 0 to 1.
+        base_top1: The same of the base alone.
+        kl_from_base: Mean KL(composed ‖ base) where a target is predicted, nats.
+        mean_abs_value: Mean |z_value| over the tokens read and the vocabulary, each value network;
+            before its strength.
+    """
+
+    targets: int
+    tokens: int
+    nll: float | None
+    base_nll: float | None
+    top1: float | None
+    base_top1: float | None
+    kl_from_base: float | None
+    mean_abs_value: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class LikelihoodReport:
+    """Figures of all positions, and of positions 0 to 15, 16 to 31, 32 to 63, … of a dialogue."""
+
+    overall: Figures
+    by_position: tuple[tuple[int, int, Figures], ...]
+    """(first position, end, figures); the position is that of the token read."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as its file has it."""
+        return dataclasses.asdict(self.overall) | {
+            "by_position": [
+                {"from": start, "to": end, **dataclasses.asdict(figures)}
+                for start, end, figures in self.by_position
+            ]
+        }
+
+
+class _Sums:
+    """Sums over positions, one column a bin of positions."""
+
+    def __init__(self, values: int) -> None:
+        names = ("targets", "tokens", "nll", "base_nll", "top1", "base_top1", "kl_from_base")
+        # 64 doublings of 16 positions: no dialogue is longer.
+        self.sums = {name: np.zeros(64) for name in names}
+        self.magnitude = np.zeros((64, values))
+
+    def add(self, scores: RowScores, counted: np.ndarray) -> None:
+        """Take one dialogue; `counted` says which targets count."""
+        assert scores.base is not None
+        bins, magnitude = _bins(len(counted)), scores.base.magnitude
+        for name, values in {
+            "targets": np.ones(len(counted)),
+            "nll": -scores.tokens.log_prob,
+            "base_nll": -scores.base.log_prob,
+            "top1": scores.tokens.largest,
+            "base_top1": scores.base.largest,
+            "kl_from_base": scores.base.divergence,
+        }.items():
+            np.add.at(self.sums[name], bins[counted], np.asarray(values[counted], np.float64))
+        # A value network with its own vocabulary predicts nothing within a prompt.
+        known = ~np.isnan(magnitude).any(axis=1)
+        np.add.at(self.sums["tokens"], bins[known], 1.0)
+        np.add.at(self.magnitude, bins[known], np.asarray(magnitude[known], np.float64))
+
+    def figures(self, which: slice) -> Figures:
+        """The means over some bins."""
+        total = {name: float(values[which].sum()) for name, values in self.sums.items()}
+        targets, tokens = total.pop("targets"), total.pop("tokens")
+        means = {name: value / targets if targets else None for name, value in total.items()}
+        magnitude = self.magnitude[which].sum(axis=0) / max(tokens, 1.0)
+        return Figures(int(targets), int(tokens), **means, mean_abs_value=tuple(magnitude.tolist()))
+
+
+def likelihood_report(
+    model: ComposedModel, dialogues: TokenizedDemonstrations, *, batch_size: int
+) -> LikelihoodReport:
+    """Score dialogues and add up.
+
+    Args:
+        model: what scores them.
+        dialogues: in the base's tokens, by the model's own chat format where a value network has
+            its own vocabulary; none longer than the context and one.
+        batch_size: dialogues scored together.
+
+    Returns:
+        The report; sums are added in float64.
+    """
+    encoded = [dialogues[index] for index in range(len(dialogues))]
+    prompts = _prompts(model, dialogues) if model.composition.mapped else [None] * len(dialogues)
+    rows = [
+        Row(dialogue.tokens.tolist(), prompt=prompt)
+        for dialogue, prompt in zip(encoded, prompts, strict=True)
+    ]
+    scored = score_rows(model, rows, batch_size=batch_size, with_base=True)
+    sums, longest = _Sums(len(model.values)), 0
+    for index, scores in _shown(scored, len(rows)):
+        sums.add(scores, encoded[index].loss_mask[1:])
+        longest = max(longest, len(rows[index].token_ids) - 1)
+    edges = [0, _FIRST_EDGE]
+    while edges[-1] < longest:
+        edges.append(2 * edges[-1])
+    return LikelihoodReport(
+        overall=sums.figures(slice(None)),
+        by_position=tuple(
+            (start, end, sums.figures(slice(place, place + 1)))
+            for place, (start, end) in enumerate(itertools.pairwise(edges))
+        ),
+    )
+
+
+def show(report: LikelihoodReport, model: ComposedModel, console: Console) -> None:
+    """Print the report as a table.
+
+    Args:
+        report: what to show.
+        model: whose report it is.
+        console: where.
+    """
+    table = Table(title="Assistant's tokens, by position in the dialogue")
+    magnitudes = [f"|z_value {index + 1}|" for index in range(len(model.values))]
+    for heading in ("position", "targets", "NLL", "base NLL", "top-1", "base top-1", "KL"):
+        table.add_column(heading, justify="right")
+    for heading in magnitudes:
+        table.add_column(heading, justify="right")
+    rows = [(f"{start}–{end - 1}", figures) for start, end, figures in report.by_position]
+    for name, figures in (*rows, ("all", report.overall)):
+        table.add_row(
+            name,
+            str(figures.targets),
+            *(_cell(value, ".3f") for value in (figures.nll, figures.base_nll)),
+            *(_cell(value, ".1%") for value in (figures.top1, figures.base_top1)),
+            _cell(figures.kl_from_base, ".3f"),
+            *(f"{value:.3f}" for value in figures.mean_abs_value),
+            end_section=name == (rows[-1][0] if rows else None),
+        )
+    console.print(table)
+    console.print("NLL and KL(composed ‖ base): nats per target. |z_value|: mean over tokens read.")
+
+
+def _prompts(model: ComposedModel, dialogues: TokenizedDemonstrations) -> list[EncodedPrompt]:
+    """Each dialogue up to the assistant's first turn, as decoding reads it."""
+    found = []
+    for row in dialogues.rows:
+        messages = dialogues.demonstrations[int(row)].messages
+        first = next(i for i, message in enumerate(messages) if message.role == "assistant")
+        found.append(messages[:first])
+    names = [dialogues.row_id(index) for index in range(len(dialogues))]
+    return model.prepare(found, names=names)
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _bins(length: int) -> np.ndarray:
+    """The bin of each position: 0 below 16, 1 below 32, 2 below 64, and so on."""
+    positions = np.arange(length) // _FIRST_EDGE
+    return np.where(positions > 0, np.floor(np.log2(np.maximum(positions, 1))) + 1, 0).astype(int)
+
+
+def _shown(scored: Iterable[Any], total: int) -> Iterable[Any]:
+    console = Console(stderr=True)
+    return track(scored, "scoring", total=total, console=console, disable=not console.is_terminal)
