@@ -20,14 +20,15 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.accelerator_attention import attention_rows
-from benchmarks.composed import bytes_a_step, composed, random_weights
+from benchmarks.composed import Weights, bytes_a_step, composed
 from benchmarks.decode_contest import PROMPT_TOKENS, random_prompts
 from benchmarks.report import Options, Report, Row, Target
 from benchmarks.setting import PROJECT_ROOT
-from benchmarks.shapes import BASE_7B, BASE_B, BASE_C, VALUE_C, parameter_count
+from benchmarks.shapes import BASE_7B, BASE_B, BASE_C, VALUE_C, draw_params, parameter_count
 from benchmarks.timing import Figures, Timing, time_work
 from benchmarks.training_steps import OurStep, Sizes, model_flops
 from ivl_jax.model.architecture import ArchConfig
+from ivl_jax.model.decoder import abstract_params
 
 ABOUT = "one accelerator: attention, decoding and training beside its measured limits; the demo"
 
@@ -165,7 +166,7 @@ def _decoding(check: _Check) -> Iterator[Row]:
     """A base with a value network on top, greedily, at every batch."""
     scale = check.scale
     networks = [
-        random_weights(arch, seed, dtype=jnp.dtype(scale.dtype))
+        Weights(arch, draw_params(abstract_params(arch, param_dtype=scale.dtype), seed))
         for seed, arch in enumerate((scale.base, scale.value))
     ]
     slots = PROMPT_TOKENS + scale.new_tokens / 2

@@ -4,7 +4,6 @@ In: shapes. Out: `Composed`, with the same two methods as a peer, and the bytes 
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,7 +11,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 
 from ivl_jax.composed.kernel_form import lay_out_network
 from ivl_jax.composed.network import (
@@ -92,10 +90,9 @@ class Composed:
         return build_programs(self.composition)
 
 
-def random_weights(arch: ArchConfig, seed: int, *, dtype: DTypeLike = jnp.float32) -> Weights:
+def random_weights(arch: ArchConfig, seed: int) -> Weights:
     """Weights of a network, drawn in one program."""
-    make = functools.partial(init_params, arch, param_dtype=dtype)
-    return Weights(arch, jax.jit(make)(jax.random.key(seed)))
+    return Weights(arch, jax.jit(lambda key: init_params(arch, key))(jax.random.key(seed)))
 
 
 def composed(

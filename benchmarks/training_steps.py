@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from benchmarks.shapes import draw_params
 from ivl_jax.composed.network import Composition, Network
 from ivl_jax.composition import SCHEMES
 from ivl_jax.config import PenaltyKind
@@ -123,8 +124,12 @@ class OurStep:
         )
         batch = split_micro_batches(random_batch(vocabulary, sizes), 1)
         self._batch = place_batch(batch, mesh, micro_batched=True)
-        self._base_params = random_params(base, 0, dtype=dtype, scan_layers=compact)
-        params = random_params(value, 1, scan_layers=compact)
+        if compact:
+            frozen = abstract_params(base, param_dtype=dtype, scan_layers=True)
+            self._base_params, params = draw_params(frozen, 0), draw_params(shapes[1], 1)
+        else:
+            self._base_params = random_params(base, 0, dtype=dtype)
+            params = random_params(value, 1)
         self._state = init_state(params, optimizer, jax.random.key(0), shardings)
         self._compiled = step.lower(self._state, self._base_params, self._batch).compile()
 
@@ -138,11 +143,9 @@ class OurStep:
         return metrics["loss"]
 
 
-def random_params(
-    arch: ArchConfig, seed: int, *, dtype: DTypeLike = jnp.float32, scan_layers: bool = False
-) -> dict[str, Any]:
+def random_params(arch: ArchConfig, seed: int, *, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
     """Fresh parameters of a shape."""
-    make = functools.partial(init_params, arch, param_dtype=dtype, scan_layers=scan_layers)
+    make = functools.partial(init_params, arch, param_dtype=dtype)
     return jax.jit(make)(jax.random.key(seed))
 
 
