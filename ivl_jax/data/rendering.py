@@ -68,8 +68,11 @@ def render(
     except Exception as error:  # a template's code is foreign: it may raise anything
         raise ChatTemplateError(_reason(error)) from error
     rendered = "".join(pieces)
-    if not rendered.isascii() and any("\ud800" <= character <= "\udfff" for character in rendered):
-        raise ChatTemplateError("writes half of a surrogate pair, which is not a character")
+    try:
+        rendered.encode()
+    except UnicodeEncodeError as error:
+        reason = "writes half of a surrogate pair, which is not a character"
+        raise ChatTemplateError(reason) from error
     return rendered, _spans(rendered, rendering.marked) if marks else []
 
 

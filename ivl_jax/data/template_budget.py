@@ -31,7 +31,7 @@ _CHARACTERS_PER_CHARACTER = 16
 _CHARACTERS_PER_STEP = 1_000  # copied in the time of a step
 _INTEGER_BITS = 4_096
 _DEPTH = 50  # calls inside each other
-_SECONDS = 1.0  # of this thread's work; a dialogue takes milliseconds
+_SECONDS = 0.8  # of this thread's work; a dialogue takes milliseconds
 _SECONDS_PER_MESSAGE = 2e-3
 _SECONDS_PER_CHARACTER = 1e-6
 _STEPS_PER_LOOK_AT_THE_CLOCK = 64
@@ -76,7 +76,7 @@ class Budget:
         if self._output < 0:
             self._exceed(f"writes more than {self.characters:,} characters")
         if time.thread_time() > self._until:
-            self._exceed(f"takes more than {self._seconds:.0f} s")
+            self._exceed(f"takes more than {self._seconds:.1f} s")
 
     def enter(self) -> None:
         """Charges a call; `leave` must follow."""
@@ -118,7 +118,7 @@ class Budget:
         return self._measure_items(value)
 
     def _measure_items(self, value: Any) -> int:
-        size, left = 0, [value]
+        size, count, left = 0, 0, [value]
         while left:
             item = left.pop()
             if isinstance(item, str):
@@ -133,8 +133,12 @@ class Budget:
             elif isinstance(item, Namespace):
                 left += object.__getattribute__(item, "_Namespace__attrs").values()
             size += 1
-            self.allow(size + len(left))
-            self.spend()
+            count += 1
+            if size + len(left) > self.characters:
+                self.allow(size + len(left))
+            if count % _STEPS_PER_LOOK_AT_THE_CLOCK == 0:
+                self.spend(_STEPS_PER_LOOK_AT_THE_CLOCK * _CHARACTERS_PER_STEP)
+        self.spend(count % _STEPS_PER_LOOK_AT_THE_CLOCK * _CHARACTERS_PER_STEP)
         return size
 
     def _exceed(self, what: str) -> NoReturn:

@@ -24,6 +24,7 @@ from rich.progress import track
 from ivl_jax.data.chat import ChatFormat, ChatTemplateError, EncodedDialogue
 from ivl_jax.data.demonstrations import Demonstration, MalformedRow, MalformedRowsError
 from ivl_jax.data.reading import list_malformed
+from ivl_jax.data.rendering import TemplateLimitError
 from ivl_jax.data.sealed_folders import open_sealed_folder
 from ivl_jax.data.storage import DemonstrationSplit
 from ivl_jax.paths import is_local
@@ -32,6 +33,7 @@ _LOGGER = logging.getLogger(__name__)
 
 _CACHE_VERSION = 1  # of how dialogues become tokens; another number tokenises again
 _CHUNK = 512  # dialogues encoded together
+_BEYOND_LIMITS_AT_MOST = 3  # dialogues, each of which takes a second
 _BAR_FROM_DIALOGUES = 10_000  # about five seconds of tokenising
 
 
@@ -221,6 +223,7 @@ def _encode_into(
     """Writes the flat arrays, a chunk of dialogues at a time."""
     counts = dict.fromkeys(("kept", "tokens", "targets", "cut", "dropped", "special_texts"), 0)
     malformed: list[MalformedRow] = []
+    beyond = 0
 
     def write(name: str, values: Any) -> None:
         streams[name].write(np.asarray(values, _ARRAYS[name]).tobytes())
@@ -231,6 +234,12 @@ def _encode_into(
         for row, (demonstration, dialogue) in enumerate(zip(chunk, encoded, strict=True), first):
             if isinstance(dialogue, ChatTemplateError):
                 malformed.append(MalformedRow(demonstration.row_id, str(dialogue)))
+                beyond += isinstance(dialogue, TemplateLimitError)
+                if beyond > _BEYOND_LIMITS_AT_MOST:
+                    raise MalformedRowsError(
+                        f"demonstrations: the chat template exceeds its limits on row after row: "
+                        f"{demonstration.row_id}: {dialogue}; use another chat template"
+                    )
                 continue
             counts["special_texts"] += chat.has_special_text(demonstration.messages)
             tokens, loss_mask = (array[: sequence_length + 1] for array in dialogue)
