@@ -16,6 +16,8 @@ Mathematics, pure: `compose_logits`, `value_forward`, `value_penalty`.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ivl_jax.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from ivl_jax.checkpoint import ValueNetwork, load_value, save_value
     from ivl_jax.composition import compose_logits, value_forward, value_penalty
@@ -25,8 +27,6 @@ if TYPE_CHECKING:
     from ivl_jax.weights.language_model import LanguageModel
     from ivl_jax.weights.language_model import load_language_model as load_model
     from ivl_jax.weights.language_model import save_language_model as save_model
-
-__version__ = "0.1.0"
 
 __all__ = [
     "GenerationOptions",

@@ -1,11 +1,9 @@
-"""Loads tokenizers, identifies them by the bytes of their tokens, and says whether two agree.
+"""Loads tokenizers and identifies them by the bytes of their tokens.
 
-In: a Hugging Face folder. Out: the tokenizer, a `TokenizerInfo` that identifies it, and the ids
-that a value network does not know when it is put on another base.
+In: a Hugging Face folder. Out: the tokenizer, and a `TokenizerInfo` that identifies it.
 """
 
 import hashlib
-import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,14 +19,6 @@ else:
     PreTrainedTokenizerBase = (
         Any  # importing transformers costs about a second: only where it is used
     )
-
-_LOGGER = logging.getLogger(__name__)
-
-_NAMED_AT_MOST = 20  # how many ids a message lists
-
-
-class TokenizerMismatchError(ValueError):
-    """Two tokenizers disagree on tokens both of them have."""
 
 
 @dataclass(frozen=True)
@@ -104,23 +94,6 @@ class TokenizerInfo:
             pad_id=record["pad_id"],
             unk_id=record["unk_id"],
         )
-
-
-@dataclass(frozen=True)
-class UnknownIds:
-    """How a base's tokenizer goes beyond the value network's where they are compatible.
-
-    Attributes:
-        ids: Base ids that the value network does not know, ascending: their value logit is 0.
-        renamed: Ids whose special token has another text: id to (base's text, value's text).
-    """
-
-    ids: tuple[int, ...]
-    renamed: Mapping[int, tuple[str, str]]
-
-    def __bool__(self) -> bool:
-        """Whether there is anything to warn of."""
-        return bool(self.ids or self.renamed)
 
 
 def load_tokenizer(folder: epath.PathLike) -> PreTrainedTokenizerBase:
@@ -231,131 +204,6 @@ def describe_tokenizer(
         unk_id=role_ids["unk"],
         ordinary_tokens=ordinary,
     )
-
-
-def check_compatible(
-    base: TokenizerInfo, value: TokenizerInfo, *, base_name: str, value_name: str
-) -> UnknownIds:
-    """Says whether a value network's logits may be added to a base's, id by id.
-
-    Ordinary tokens must be the same bytes wherever both have the id. Special and appended tokens
-    are compared apart: another text under the same id is a renamed token. What is unknown or
-    renamed is logged as a warning.
-
-    Args:
-        base: The base model's tokenizer.
-        value: The value network's tokenizer.
-        base_name: What to call the base in messages, say its path.
-        value_name: What to call the value network in messages.
-
-    Returns:
-        The base's ids that the value network does not know, and the renamed special tokens.
-
-    Raises:
-        TokenizerMismatchError: An ordinary token differs, or the value network knows ids that the
-            base does not have.
-
-    Source: not in the paper. Llama 3, 3.1 and 3.2 rename reserved tokens, and continually
-        pre-trained bases append tokens; both may carry the same value network.
-    """
-    problems: list[str] = []
-    if base.fingerprint != value.fingerprint:
-        if not base.ordinary_tokens or not value.ordinary_tokens:
-            raise TokenizerMismatchError(
-                f"tokenizers differ: {base_name} has fingerprint {base.fingerprint[:12]}, "
-                f"{value_name} {value.fingerprint[:12]}, and the tokens of one are not at hand to "
-                "compare; load both tokenizers"
-            )
-        problems += _ordinary_differences(base, value)
-    base_ids, value_ids = _known_ids(base), _known_ids(value)
-    problems += [
-        f"id {token_id}: absent in the base, {_token_text(value, token_id)!r} in the value network"
-        for token_id in sorted(value_ids - base_ids)
-    ]
-    if problems:
-        raise TokenizerMismatchError(
-            f"the tokenizers of the base {base_name} ({base.vocab_size} ids) and of the value "
-            f"network {value_name} ({value.vocab_size} ids) differ in {len(problems)} tokens: "
-            f"{_listed(problems)}; build a vocabulary map between the two, or use a base of the "
-            "value network's family"
-        )
-    renamed = {
-        token_id: (base.special_tokens[token_id], value.special_tokens[token_id])
-        for token_id in sorted(base.special_tokens.keys() & value.special_tokens.keys())
-        if base.special_tokens[token_id] != value.special_tokens[token_id]
-    }
-    unknown = UnknownIds(ids=tuple(sorted(base_ids - value_ids)), renamed=renamed)
-    if unknown.ids:
-        _LOGGER.warning(
-            "%s has %d tokens that %s does not know; their value logit is 0: %s",
-            base_name,
-            len(unknown.ids),
-            value_name,
-            _listed(f"{token_id} {_token_text(base, token_id)!r}" for token_id in unknown.ids),
-        )
-    if unknown.renamed:
-        _LOGGER.warning(
-            "%d special tokens have other names in %s than in %s: %s",
-            len(renamed),
-            base_name,
-            value_name,
-            _listed(
-                f"{token_id} {ours!r}/{theirs!r}" for token_id, (ours, theirs) in renamed.items()
-            ),
-        )
-    return unknown
-
-
-def _ordinary_differences(base: TokenizerInfo, value: TokenizerInfo) -> list[str]:
-    """A phrase for each id that is ordinary on one side and spelled otherwise on the other."""
-    differences = []
-    for token_id in range(min(base.vocab_size, value.vocab_size)):
-        base_bytes, value_bytes = base.ordinary_tokens[token_id], value.ordinary_tokens[token_id]
-        if base_bytes == value_bytes:
-            continue
-        # Ordinary on one side, special or absent on the other.
-        base_bytes = _bytes_of(base, token_id)
-        value_bytes = _bytes_of(value, token_id)
-        if base_bytes != value_bytes and base_bytes is not None and value_bytes is not None:
-            differences.append(
-                f"id {token_id}: {base_bytes!r} in the base, {value_bytes!r} in the value network"
-            )
-    return differences
-
-
-def _bytes_of(info: TokenizerInfo, token_id: int) -> bytes | None:
-    """The bytes of an ordinary token, the text's bytes of a special one, None of a hole."""
-    ordinary = info.ordinary_tokens[token_id]
-    if ordinary is not None:
-        return ordinary
-    text = info.special_tokens.get(token_id)
-    return None if text is None else text.encode()
-
-
-def _known_ids(info: TokenizerInfo) -> set[int]:
-    """Ids that stand for a token; every id below `vocab_size` when the table is not at hand."""
-    if not info.ordinary_tokens:
-        return set(range(info.vocab_size))
-    ordinary = {
-        token_id for token_id, spelled in enumerate(info.ordinary_tokens) if spelled is not None
-    }
-    return ordinary | set(info.special_tokens)
-
-
-def _token_text(info: TokenizerInfo, token_id: int) -> str:
-    """A token as a message shows it."""
-    text = info.special_tokens.get(token_id)
-    if text is not None:
-        return text
-    spelled = info.ordinary_tokens[token_id] if info.ordinary_tokens else None
-    return "?" if spelled is None else spelled.decode(errors="backslashreplace")
-
-
-def _listed(items: Iterable[str]) -> str:
-    """The first few items, and how many more there are."""
-    listed = list(items)
-    more = len(listed) - _NAMED_AT_MOST
-    return ", ".join(listed[:_NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
 
 
 def _fingerprint(ordinary: tuple[bytes | None, ...]) -> str:

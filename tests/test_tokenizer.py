@@ -13,14 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ivl_jax.token_bytes import ordinary_token_bytes
-from ivl_jax.tokenizer import (
-    TokenizerInfo,
-    TokenizerMismatchError,
-    check_compatible,
-    describe_tokenizer,
-    load_tokenizer,
-    save_tokenizer,
-)
+from ivl_jax.tokenizer import TokenizerInfo, describe_tokenizer, load_tokenizer, save_tokenizer
+from ivl_jax.tokenizer_agreement import TokenizerMismatchError, check_compatible
 
 TEXTS = st.text(min_size=1, max_size=40) | st.sampled_from(
     [

@@ -80,7 +80,7 @@ def version_line() -> str:
     """The package's version, and what decides how it computes."""
     from importlib.metadata import PackageNotFoundError, version
 
-    from ivl_jax import __version__
+    from ivl_jax.version import __version__
 
     parts = []
     for name in ("jax", "flax"):

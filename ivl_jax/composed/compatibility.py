@@ -13,7 +13,7 @@ from etils import epath
 from ivl_jax.checkpoint.value_folder import TOKENIZER_FOLDER
 from ivl_jax.composed.sources import ModelSource
 from ivl_jax.composition import ConnectionScheme
-from ivl_jax.tokenizer import TokenizerMismatchError, check_compatible
+from ivl_jax.tokenizer_agreement import TokenizerMismatchError, check_compatible
 from ivl_jax.vocabulary.mapping import (
     BUILD_COMMAND,
     VocabularyMapError,

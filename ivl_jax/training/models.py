@@ -26,7 +26,7 @@ from ivl_jax.model.linear_map import LinearMapConfig
 from ivl_jax.model.network import Architecture, abstract_network, init_network
 from ivl_jax.model.projection import AS_TRAINED, KernelForm
 from ivl_jax.sharding import LAYOUTS, padded_vocab_rows, parameter_shardings
-from ivl_jax.tokenizer import check_compatible
+from ivl_jax.tokenizer_agreement import check_compatible
 from ivl_jax.weights.hf_checkpoint import load_params
 from ivl_jax.weights.language_model import check_rows
 

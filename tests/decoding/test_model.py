@@ -10,7 +10,8 @@ from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.device.programs import Programs
 from ivl_jax.decoding.model import Generation
 from ivl_jax.decoding.requests import GenerationOptions, PromptTooLongError
-from ivl_jax.tokenizer import TokenizerMismatchError, describe_tokenizer, load_tokenizer
+from ivl_jax.tokenizer import describe_tokenizer, load_tokenizer
+from ivl_jax.tokenizer_agreement import TokenizerMismatchError
 from tests.decoding.conftest import make_value
 from tests.decoding.tiny import assert_is_teacher_forced_arg_max, language_model, tiny_arch
 

@@ -25,7 +25,8 @@ from ivl_jax.decoding.own_vocabulary import (
 from ivl_jax.decoding.requests import GenerationOptions, PromptTooLongError
 from ivl_jax.model.kv_cache import KVCache
 from ivl_jax.text_codec import TextCodec
-from ivl_jax.tokenizer import TokenizerMismatchError, describe_tokenizer
+from ivl_jax.tokenizer import describe_tokenizer
+from ivl_jax.tokenizer_agreement import TokenizerMismatchError
 from ivl_jax.vocabulary.mapping import VocabularyMapError
 from ivl_jax.vocabulary.special_tokens import pair_special_tokens
 from tests.decoding.anew import compose_beside, random_map, read_anew, step_anew

@@ -1,6 +1,7 @@
 """What the tests of the benchmarks share: stories260k, alone and with random value networks."""
 
 import hashlib
+import warnings
 
 import pytest
 
@@ -51,3 +52,11 @@ def read_prompts(monkeypatch):
 
     monkeypatch.setattr(ComposedModel, "generate_prepared", generate_prepared)
     return read
+
+
+@pytest.fixture(scope="module")
+def lm_eval():
+    """The harness; importing it takes seconds and warns of much."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")

@@ -1,10 +1,7 @@
 """The harness model, run by the real lm_eval on local tasks, beside its own Hugging Face model."""
 
 import json
-import re
-import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -64,14 +61,6 @@ def tasks_and_data(gsm8k_dir, stories260k_dir):
         "local_rolling": [{"text": story[:200]}, {"text": story * 2}],
         "local_generate": [{"text": text} for text in ("Once upon a time", "Lily", "The dog said")],
     }
-
-
-@pytest.fixture(scope="module")
-def lm_eval():
-    """The harness; importing it takes seconds and warns of much."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -267,75 +256,6 @@ def test_dialogues_are_written_in_the_values_template_and_end_with_the_turn(mode
     assert model.chat_template(True) == "plain"
 
 
-def test_model_arguments_name_values_with_their_strengths(lm_eval, stories260k_dir, value_folder):
-    from ivl_jax.evaluation.harness import IvlLM
-
-    arguments = f"base={stories260k_dir},value={value_folder},strength=0.3,tensor=1"
-    model = IvlLM.create_from_arg_string(arguments, {"batch_size": "auto", "device": "cuda:0"})
-    assert model.model.strengths == (0.3,)
-    assert model.batch_size == 16
-    info = model.get_model_info()
-    assert info["value"] == [str(value_folder)]
-    assert re.fullmatch("[0-9a-f]{64}", info["base_fingerprint"])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ({}, "--base is missing"),
-        ({"base": "./absent"}, "./absent: no such folder"),
-        ({"base": "BASE", "values": "x"}, "unknown key values; did you mean value?"),
-        ({"base": "BASE", "dtype": "float16"}, "dtype must be one of float32, bfloat16"),
-        ({"base": "BASE", "batch_size": "many"}, "batch_size: expected a number ≥ 1 or auto"),
-        ({"base": "BASE", "value": "FUTURE"}, "format_version 99, this version of ivl_jax reads 1"),
-        ({"base": "BASE", "value": ["a", "b"], "strength": 1}, "strength is given 1 time"),
-        ({"base": "BASE", "chat_template": "nonsense"}, "nonsense"),
-        ({"base": "BASE", "max_length": 9999}, "max_length = 9999: expected 1 to 512 tokens"),
-        ({"base": "BASE", "tensor": 9}, "9"),
-    ],
-    ids=lambda case: str(case)[:60],
-)
-def test_model_arguments_that_name_no_model_are_refused_before_one_is_loaded(
-    lm_eval, stories260k_dir, tmp_path, monkeypatch, arguments, said
-):
-    from ivl_jax.evaluation.harness import IvlLM, ModelArgumentsError
-
-    def fail(*_, **__):
-        pytest.fail("a model was loaded")
-
-    monkeypatch.setattr("ivl_jax.composed.sources.ModelSource.load", fail)
-    (tmp_path / "ivl.json").write_text('{"format_version": 99}')
-    places = {"BASE": str(stories260k_dir), "FUTURE": str(tmp_path)}
-    arguments = {k: places.get(v, v) if isinstance(v, str) else v for k, v in arguments.items()}
-    with pytest.raises(ModelArgumentsError, match=re.escape(said)):
-        IvlLM.create_from_arg_obj(arguments)
-
-
-def test_the_command_hands_its_arguments_to_the_harness(lm_eval, monkeypatch, capsys):
-    from ivl_jax.evaluation.__main__ import main
-    from ivl_jax.evaluation.harness import ModelArgumentsError
-
-    seen = []
-
-    def cli_evaluate():
-        seen.append(sys.argv)
-        raise ModelArgumentsError("no such model")
-
-    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", cli_evaluate)
-    before = list(sys.argv)
-    assert main(["lm-eval", "run", "--model", "ivl", "--tasks", "x"]) == 2
-    assert main(["lm-eval", "run", "--include_path", "mine"]) == main(["lm-eval", "ls"]) == 2
-    assert seen[1:] == [["lm-eval", "run", "--include_path", "mine"], ["lm-eval", "ls"]]
-    assert seen[0][:6] == ["lm-eval", "run", "--model", "ivl", "--tasks", "x"]
-    assert seen[0][6] == "--include_path"
-    assert (Path(seen[0][7]) / "humaneval_n20.yaml").is_file()
-    assert capsys.readouterr().err == "no such model\n" * 3
-    assert sys.argv == before
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert main(["lm-eval", "run"]) == 2
-    assert "pip install 'ivl_jax[eval]'" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("group", "row"),
     [
@@ -391,18 +311,3 @@ def test_code_tasks_draw_twenty_samples_for_pass_at_k(
         "pass@1": 0.025,
         "pass@20": 0.5,
     }
-
-
-def test_help_imports_no_jax(project_root):
-    code = (
-        "import sys\nfrom ivl_jax.evaluation.__main__ import main\n"
-        "try:\n    main(['gsm8k', '--help'])\n"
-        "except SystemExit as end:\n    assert end.code in (0, None)\n"
-        "heavy = {'jax', 'flax', 'transformers', 'lm_eval'} & set(sys.modules)\n"
-        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
-    )
-    finished = subprocess.run(
-        [sys.executable, "-c", code], cwd=project_root, capture_output=True, check=False
-    )
-    assert finished.returncode == 0, finished.stderr.decode()
-    assert b"--max-new-tokens" in finished.stdout

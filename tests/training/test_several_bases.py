@@ -6,7 +6,7 @@ import pytest
 
 from ivl_jax.checkpoint import load_value
 from ivl_jax.config import BaseConfig, ConfigError
-from ivl_jax.tokenizer import TokenizerMismatchError
+from ivl_jax.tokenizer_agreement import TokenizerMismatchError
 from ivl_jax.training import programs
 from ivl_jax.training.base_turns import BaseTurns
 from ivl_jax.training.loop import run

@@ -20,7 +20,8 @@ from ivl_jax.decoding.speculative.draft_length import (
     round_costs,
 )
 from ivl_jax.decoding.streaming import FinishReason
-from ivl_jax.tokenizer import TokenizerMismatchError, describe_tokenizer, load_tokenizer
+from ivl_jax.tokenizer import describe_tokenizer, load_tokenizer
+from ivl_jax.tokenizer_agreement import TokenizerMismatchError
 from tests.decoding.conftest import make_value
 from tests.decoding.speculative.test_acceptance import assert_drawn_from
 from tests.decoding.tiny import (
