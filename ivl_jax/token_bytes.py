@@ -11,6 +11,7 @@ from typing import Any
 
 # Decoder steps that do not change what a single token spells.
 _NEUTRAL_DECODERS = frozenset({"Fuse", "Strip"})
+_MOST_IDS = 1 << 24  # 64 times the largest published vocabularies; a table of 2**31 takes 17 GB
 
 
 def ordinary_token_bytes(tokenizer: Any) -> tuple[bytes | None, ...]:
@@ -38,7 +39,8 @@ def split_vocabulary(tokenizer: Any) -> tuple[tuple[bytes | None, ...], dict[int
         text.
 
     Raises:
-        ValueError: The tokenizer spells its tokens in a way whose bytes are not known.
+        ValueError: The tokenizer spells its tokens in a way whose bytes are not known, or has an id
+            beyond any vocabulary.
     """
     backend = tokenizer.backend_tokenizer
     model_vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=False)
@@ -50,7 +52,13 @@ def split_vocabulary(tokenizer: Any) -> tuple[tuple[bytes | None, ...], dict[int
         for token_id, token in sorted(added.items())
         if token.special or token_id not in model_ids
     }
-    ordinary: list[bytes | None] = [None] * (max(model_ids | set(special), default=-1) + 1)
+    largest = max(model_ids | set(special), default=-1)
+    if largest >= _MOST_IDS:
+        raise ValueError(
+            f"{tokenizer.name_or_path}/tokenizer.json: expected token ids below {_MOST_IDS}, got "
+            f"{largest}; download the file again"
+        )
+    ordinary: list[bytes | None] = [None] * (largest + 1)
     spell = _speller(backend)
     for text, token_id in model_vocabulary.items():
         if token_id not in special:

@@ -133,6 +133,7 @@ def load_tokenizer(folder: epath.PathLike) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
+        tokenizer("a b")  # a malformed option may show itself only here
     except Exception as error:  # the tokenizers library raises bare ones
         raise ValueError(
             f"{folder}: its tokenizer files cannot be read ({type(error).__name__}: {error}); "

@@ -41,6 +41,22 @@ def test_a_broken_tokenizer_is_named_with_its_folder(folder):
         load_tokenizer(folder)
 
 
+def test_an_id_beyond_any_vocabulary_is_refused_before_a_table_is_made(folder):
+    path = folder / "tokenizer.json"
+    record = json.loads(path.read_text())
+    record["model"]["vocab"]["zebra"] = 2**31
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"S/tokenizer\.json: expected token ids .*got 2147483648"):
+        describe_tokenizer(load_tokenizer(folder), folder)
+
+
+def test_an_option_that_breaks_the_first_call_is_found_at_once(folder):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "x"}))
+    with pytest.raises(ValueError, match=r"S: its tokenizer files cannot be read .*TypeError"):
+        load_tokenizer(folder)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("{", "not JSON"), ("[]", "expected an object"), ('{"eos_token_id": "x"}', "eos_token_id")],

@@ -38,11 +38,11 @@ def read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
-            f"config.json: model_type: models of the family {shortened(model_type)} are not "
+            f"model_type: models of the family {shortened(model_type)} are not "
             f"supported; supported families: {', '.join([*FAMILIES, 'gemma3'])}"
         )
     family = FAMILIES[model_type]
-    reader = Reader(config, f"config.json of model_type {model_type!r}")
+    reader = Reader(config, f"model_type {model_type!r}")
     reader.take("model_type", None)
     fields: dict[str, Any] = {"model_type": model_type, **family.fixed}
     for name in _SIZES:
@@ -82,7 +82,7 @@ def read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The text model of a multimodal file, with the head's tying, which is said outside it."""
-    reader = Reader(config, "config.json of model_type 'gemma3'")
+    reader = Reader(config, "model_type 'gemma3'")
     text = reader.take("text_config", None, kinds=(dict,))
     if text is None:
         reader.complain("text_config", "nothing", "the text model's fields")

@@ -13,9 +13,11 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
+from ivl_jax.json_files import read_json_object
+from ivl_jax.text_files import MalformedFileError
 from ivl_jax.tree_compare import mismatch_error
 from ivl_jax.weights.hf_names import causal_name
-from ivl_jax.weights.safetensors_file import TensorRecord, parse_json, read_header
+from ivl_jax.weights.safetensors_file import TensorRecord, read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -98,11 +100,13 @@ def _shards(folder: Path) -> tuple[list[str], dict[str, str] | None]:
         return [SINGLE_FILE], None
     if index.exists():
         try:
-            weight_map = parse_json(index.read_bytes())["weight_map"]
-            if not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
-                raise TypeError("weight_map is not a mapping from tensor names to file names")
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{index}: not a shard index: {error!r}; download it again") from error
+            weight_map = read_json_object(index).get("weight_map")
+            named = isinstance(weight_map, dict) and weight_map
+            if not named or not all(isinstance(file, str) for file in weight_map.values()):
+                expected = "weight_map: expected file names by tensor name"
+                raise MalformedFileError(index, expected)
+        except MalformedFileError as error:
+            raise ValueError(f"{error} (not a shard index: download it again)") from error
         return sorted(set(weight_map.values())), weight_map
     raise FileNotFoundError(_nothing_to_load(folder))
 
@@ -135,7 +139,11 @@ def _outside(folder: Path, shard: str) -> str | None:
     if Path(shard).is_absolute() or ".." in Path(shard).parts:
         return f"{shard}: expected a file inside the folder (in {INDEX_FILE})"
     root = folder.resolve()
-    target = (folder / shard).resolve()
+    try:
+        target = (folder / shard).resolve()
+        target.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, links in a circle
+        return f"{shard[:60]!r}: not a file name ({error!r:.100}, in {INDEX_FILE})"
     # The hub's cache keeps <repository>/snapshots/<revision>/file -> ../../blobs/<hash>.
     cached = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
     if target.is_relative_to(root) or target.is_relative_to(cached):

@@ -4,7 +4,9 @@ In: a local folder or a hub id. Out: `LanguageModel`: architecture, parameters, 
 that stop a text; or a Hugging Face folder made of one.
 """
 
+import functools
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +24,7 @@ from huggingface_hub.errors import (
 from jax.sharding import Mesh
 from jaxtyping import DTypeLike
 
+from ivl_jax.json_files import read_json_object
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import Params, abstract_params
 from ivl_jax.model.projection import AS_TRAINED, KernelForm
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 else:
     PreTrainedTokenizerBase = Any  # importing transformers takes a second
+
+logger = logging.getLogger(__name__)
 
 # Weights as transformers names them, the configuration, and every file a tokenizer may need. Not
 # *.bin, and not a second copy of the weights in another layout (Mistral's
@@ -245,15 +250,30 @@ def read_arch(folder: Path) -> ArchConfig:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is no JSON object, or describes a model that is not supported.
+        ValueError: it is not a JSON object, or describes a model that is not supported; names the
+            file and the field.
     """
-    config = _read_json(folder / "config.json")
-    if config is None:
+    path = folder / "config.json"
+    if not path.exists():
         raise FileNotFoundError(f"{folder}: expected a config.json; is this a model's folder?")
+    config = read_json_object(path)
     try:
-        return ArchConfig.from_hf(config)
+        arch = ArchConfig.from_hf(config)
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
+    if config.get("auto_map"):
+        _say_that_code_stays_unused(path)
+    return arch
+
+
+@functools.cache
+def _say_that_code_stays_unused(path: Path) -> None:
+    """Once per folder: two models may be read from it, and each of them more than once."""
+    logger.warning(
+        "%s: auto_map names Python code of the folder, which is not run: its fields are those of a "
+        "supported family, so ivl_jax's own decoder computes the model",
+        path,
+    )
 
 
 def save_language_model(
@@ -293,15 +313,3 @@ def _generation_config(model: LanguageModel) -> Mapping[str, Any]:
         "pad_token_id": model.tokenizer_info.pad_id,
     }
     return {name: value for name, value in ids.items() if value not in (None, [])}
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(record).__name__}")
-    return record

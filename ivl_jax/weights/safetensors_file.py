@@ -1,9 +1,8 @@
 """The safetensors format: headers checked in full, tensors read by slices, files streamed out.
 
 In: a path. Out: where each tensor lies, its slices in given arrays, or a new file. Files are read,
-never
-mapped: mapped pages count as the process's memory, a read leaves them in the page cache. One tensor
-at a time passes through when writing (the safetensors package wants all of them at once).
+never mapped: mapped pages count as the process's memory, a read leaves them in the page cache. One
+tensor at a time passes through when writing (the safetensors package wants all of them at once).
 """
 
 import json
@@ -16,6 +15,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+
+from ivl_jax.json_files import json_kind, parse_json
+from ivl_jax.text_files import MalformedFileError
 
 # What parameters may be read from. Quantised and 64-bit checkpoints need a decision that is not
 # ours.
@@ -32,6 +34,8 @@ _ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
 }
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of the format's own readers
+_LARGEST_NUMBER = 2**63 - 1  # of a dimension or an offset; a product of a few stays quick
+_MOST_DIMENSIONS = 16
 _BLOCK_BYTES = 1 << 21  # what is transposed at once stays in the second-level cache
 
 
@@ -73,8 +77,8 @@ def read_header(path: Path) -> dict[str, TensorRecord]:
         Tensor name → record, in the order of the header.
 
     Raises:
-        ValueError: the file is truncated, is no safetensors file, names a tensor twice, or its
-            tensors overlap or leave gaps.
+        ValueError: the file is truncated or is not a safetensors file, its header is not what the
+            format says, or its tensors overlap or leave gaps; names the file and the tensor.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -95,51 +99,59 @@ def read_header(path: Path) -> dict[str, TensorRecord]:
                 f"{path.name}: truncated: expected a header of {length} bytes, got {size - 8}"
             )
         text = file.read(length)
+    data_start = 8 + length
     try:
-        header = parse_json(text)
+        header = parse_json(text, path.name)
+        if not isinstance(header, dict):
+            raise ValueError(f"expected an object as the header, got {json_kind(header)}")
         header.pop("__metadata__", None)
-        records = {
-            name: TensorRecord(
-                file=path,
-                name=name,
-                dtype=entry["dtype"],
-                shape=tuple(int(dim) for dim in entry["shape"]),
-                offset=8 + length + entry["data_offsets"][0],
-                nbytes=entry["data_offsets"][1] - entry["data_offsets"][0],
-            )
-            for name, entry in header.items()
-        }
-        _check_layout(records.values(), data_start=8 + length, file_bytes=size)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        records = {name: _record(path, name, entry, data_start) for name, entry in header.items()}
+        _check_layout(records.values(), data_start=data_start, file_bytes=size)
+    except MalformedFileError:  # names the file by itself
+        raise
+    except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
     return records
 
 
-def parse_json(text: bytes) -> dict[str, Any]:
-    """Read a JSON object, refusing a key that is given twice (Python keeps the last silently).
+def _record(path: Path, name: str, entry: Any, data_start: int) -> TensorRecord:
+    """What a header says of one tensor, every value of the kind it has to be."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{name}: expected an object, got {json_kind(entry)}")
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str):
+        raise ValueError(f"{name}: dtype: expected a name, got {json_kind(dtype)}")
+    if not _are_sizes(shape) or len(shape) > _MOST_DIMENSIONS:
+        raise ValueError(
+            f"{name}: shape: expected at most {_MOST_DIMENSIONS} numbers of elements, got "
+            f"{_shown(shape)}"
+        )
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(
+            f"{name}: data_offsets: expected a first and a last byte, got {_shown(offsets)}"
+        )
+    start, end = offsets
+    return TensorRecord(
+        file=path,
+        name=name,
+        dtype=dtype,
+        shape=tuple(shape),
+        offset=data_start + start,
+        nbytes=end - start,
+    )
 
-    Args:
-        text: UTF-8 JSON.
 
-    Returns:
-        The object.
+def _are_sizes(value: Any) -> bool:
+    """Whether a value of a header is a list of plain numbers from 0 on."""
+    return isinstance(value, list) and all(
+        type(one) is int and 0 <= one <= _LARGEST_NUMBER for one in value
+    )
 
-    Raises:
-        ValueError: no JSON, no object, or a key twice.
-    """
 
-    def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-        record = dict(pairs)
-        if len(record) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = sorted({name for name in names if names.count(name) > 1})
-            raise ValueError(f"set twice: {', '.join(twice[:20])}")
-        return record
-
-    record = json.loads(text, object_pairs_hook=unique)
-    if not isinstance(record, dict):
-        raise ValueError(f"expected a JSON object, got {type(record).__name__}")
-    return record
+def _shown(value: Any) -> str:
+    """A value of a header as an error shows it: its beginning, where it is long."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def _check_layout(records: Iterable[TensorRecord], *, data_start: int, file_bytes: int) -> None:
@@ -153,7 +165,7 @@ def _check_layout(records: Iterable[TensorRecord], *, data_start: int, file_byte
             )
         item = _ITEM_BYTES.get(record.dtype)
         expected = record.nbytes if item is None else item * math.prod(record.shape)
-        if record.nbytes != expected or min(record.shape, default=0) < 0:
+        if record.nbytes != expected:
             raise ValueError(
                 f"{record.name}: expected {expected} bytes for {record.dtype}{list(record.shape)}, "
                 f"got {record.nbytes}"

@@ -67,7 +67,7 @@ def test_a_tensor_named_twice_in_the_index_is_an_error(write_folder: Callable) -
     folder = write_folder({A: {"x": ONE}, B: {"y": ONE}})
     text = '{"weight_map": {"x": "%s", "y": "%s", "x": "%s"}}' % (A, B, B)  # noqa: UP031
     (folder / INDEX).write_text(text)
-    with pytest.raises(ValueError, match="set twice: x"):
+    with pytest.raises(ValueError, match=r"index\.json, line 1, .*the key 'x' stands twice"):
         find_tensors(folder)
 
 
@@ -76,8 +76,20 @@ def test_a_tensor_named_twice_in_the_index_is_an_error(write_folder: Callable) -
 )
 def test_an_index_that_is_none_is_an_error(tmp_path: Path, text: str) -> None:
     (tmp_path / INDEX).write_text(text)
-    with pytest.raises(ValueError, match=r"index\.json: not a shard index.*download it again"):
+    with pytest.raises(ValueError, match=r"index\.json.*not a shard index: download it again"):
         find_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a" * 5000, "loop", "\ud800"])
+def test_an_index_that_names_what_cannot_be_a_file_is_an_error(
+    write_folder: Callable, name: str
+) -> None:
+    folder = write_folder({}, index={"x": name})
+    (folder / "loop").symlink_to("loop")
+    with pytest.raises(
+        TreeMismatchError, match=r"not a file name \(.* in model\.safetensors\.index"
+    ):
+        find_tensors(folder)
 
 
 def test_everything_wrong_with_shards_is_listed_at_once(write_folder: Callable) -> None:

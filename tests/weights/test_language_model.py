@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import logging
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from ivl_jax.weights.language_model import (
     LanguageModel,
     find_model,
     load_language_model,
+    read_arch,
     save_language_model,
 )
 
@@ -171,14 +173,31 @@ def test_a_tokenizer_larger_than_the_model_is_an_error(stories_copy: Path) -> No
 
 def test_a_bad_config_is_named_with_its_folder(stories_copy: Path) -> None:
     (stories_copy / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(ValueError, match=r"stories: .*gpt2"):
+    with pytest.raises(ValueError, match=r"stories/config\.json: model_type: .*gpt2"):
+        load_language_model(stories_copy)
+    malformed = '{"model_type": "llama", "rope_scaling": {"rope_type": [1]}}'
+    (stories_copy / "config.json").write_text(malformed)
+    with pytest.raises(ValueError, match=r"(?s)config\.json: .*rope_type: got \[1\]"):
         load_language_model(stories_copy)
     (stories_copy / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json: expected JSON"):
+    with pytest.raises(ValueError, match=r"config\.json, line 1, column 2: not JSON"):
         load_language_model(stories_copy)
     (stories_copy / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"expected a config\.json"):
         load_language_model(stories_copy)
+
+
+def test_code_that_config_json_names_is_noticed_once_and_never_run(
+    stories_copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = json.loads((stories_copy / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Own"}
+    (stories_copy / "config.json").write_text(json.dumps(config))
+    (stories_copy / "modeling_own.py").write_text("raise SystemExit('ran')")
+    with caplog.at_level(logging.WARNING):
+        assert read_arch(stories_copy) == read_arch(stories_copy)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"{stories_copy}/config.json: auto_map names Python code" in caplog.text
 
 
 def test_a_local_folder_comes_before_the_hub(
