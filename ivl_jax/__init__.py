@@ -1,6 +1,6 @@
 """Inverse value learning in JAX: fine-tune once, small; use it everywhere.
 
-The public names, loaded when first used (importing them all takes seconds):
+The public names, loaded on first use (importing them all takes seconds):
 
     import ivl_jax
 

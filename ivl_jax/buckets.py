@@ -1,4 +1,4 @@
-"""Few shapes instead of many: sizes are rounded up, so that few programs are compiled.
+"""Rounds sizes up to a few buckets, so that few programs are compiled.
 
 In: a size. Out: the size of its bucket.
 """
@@ -10,7 +10,7 @@ def bucket(size: int, *, smallest: int, largest: int | None = None) -> int:
     Args:
         size: what must fit.
         smallest: the smallest bucket, a power of two.
-        largest: no bucket is larger; None: no limit. `size` itself must not be.
+        largest: the largest bucket, at least `size`; None: no limit.
 
     Returns:
         The smallest bucket that holds `size`.

@@ -1,4 +1,4 @@
-"""Inverse value learning itself: how a value network joins a base model. Read this first.
+"""Inverse value learning itself: how a value network is added to a base model. Read this first.
 
     z_value = value(emb(x))                         residual
     z_value = value(emb(x) + softmax(z_base) · E)   cascade
@@ -7,7 +7,8 @@
     z_value = z_base · A, or z_base · D · A         linear (a baseline: D and A are matrices)
     z       = z_base + Σ_i α_i · M_i(z_value_i)     M_i a vocabulary map; mostly the identity
 
-In: tokens and what a base computed of them. Out: value logits, composed logits, the penalty; pure.
+In: tokens and what a base computed from them. Out: value logits, composed logits, the penalty.
+All functions are pure.
 Source: arXiv 2410.21027, section 3; `hidden` is ours. The authors add in bfloat16, we in float32.
 """
 
@@ -35,7 +36,7 @@ from ivl_jax.vocabulary.value_term import ValueTerm, in_base_columns, real_colum
 
 
 class SchemeInputs(NamedTuple):
-    """What a value network may read, at the same positions; None is what it does not read."""
+    """What a value network may read, at the same positions; None for what it does not read."""
 
     tokens: Int[Array, "B T"]
     base_logits: Float[Array, "B T Vb"] | None = None
@@ -52,11 +53,11 @@ class ConnectionScheme:
     make_input: Callable[[nnx.GraphDef, Params, SchemeInputs], Array]
     reads_base_logits: bool = False
     reads_base_hidden: bool = False
-    has_layers: bool = True  # False: its input is what the head reads, and it keeps no cache
+    has_layers: bool = True  # False: the head reads its input directly, and there is no cache
 
     @property
     def reads_base(self) -> bool:
-        """Whether it reads more than the text: then neither a map nor a draft can serve it."""
+        """Whether it reads more than the text, which rules out vocabulary maps and drafts."""
         return self.reads_base_logits or self.reads_base_hidden
 
 
@@ -106,15 +107,15 @@ def compose_logits(
 
     Args:
         base_logits: [B T Vb], any float dtype.
-        value_terms: the summands; none gives the base alone. Tokens that a value does not know, or
-            that its map leaves out, get the value logit 0.
-        vocab_size: real tokens of the base's tokenizer; the columns from there on are padding.
+        value_terms: the summands; an empty list gives the base alone. Tokens that a value does not
+            know, or that its map leaves out, get value logit 0.
+        vocab_size: number of real tokens of the base's tokenizer; later columns are padding.
 
     Returns:
         Composed logits [B T Vb] in float32.
 
     Raises:
-        ValueError: a `vocab_size` exceeds the columns it counts.
+        ValueError: a `vocab_size` exceeds the number of logit columns.
 
     Source:
         arXiv 2410.21027, section 3 (one value, α = 1). Proxy-tuning (arXiv 2401.08565) is the same
@@ -156,7 +157,7 @@ def value_hidden(
         Hidden states [B T D] for `logits_from_hidden`, and the new cache (None without one).
 
     Raises:
-        ValueError: the scheme reads what `inputs` lack.
+        ValueError: the scheme reads something that `inputs` does not contain.
     """
     for name in ("base_logits", "base_hidden"):
         if getattr(scheme, f"reads_{name}") and getattr(inputs, name) is None:
@@ -174,7 +175,7 @@ def value_forward(
     inputs: SchemeInputs,
     **decoder_arguments: Any,
 ) -> tuple[Float[Array, "B T Vv"], KVCache | None]:
-    """Value logits in float32 and the new cache; arguments as `value_hidden` takes them."""
+    """Value logits in float32 and the new cache; takes the same arguments as `value_hidden`."""
     hidden, cache = value_hidden(scheme, graphdef, params, inputs, **decoder_arguments)
     return logits_from_hidden(graphdef, params, hidden), cache
 
@@ -184,7 +185,7 @@ def value_penalty(
 ) -> Float[Array, "B T"]:
     """Per token, the mean over the real vocabulary of |z_value| (`l1`) or z_value² (`l2`).
 
-    Source: arXiv 2410.21027, section 3.3. The objective says which tokens are averaged over.
+    Source: arXiv 2410.21027, section 3.3. The objective chooses which tokens are averaged.
 
     Example:
         >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What this machine offers: memory of a device, and accelerators that are left unused.
+"""What this machine offers: memory per device, and accelerators that JAX does not use.
 
 In: a mesh, or nothing. Out: bytes, or a sentence for the user.
 """
@@ -17,7 +17,7 @@ _EXTRAS = {"GPU": "cuda12", "TPU": "tpu"}
 
 
 def device_memory(mesh: Mesh) -> int | None:
-    """Say how many bytes one device of a mesh can hold; None where that is not known.
+    """Bytes that one device of a mesh can hold; None if unknown.
 
     Virtual CPU devices share the machine's memory.
     """
@@ -29,17 +29,17 @@ def device_memory(mesh: Mesh) -> int | None:
 
 
 def host_memory() -> int | None:
-    """Say how many bytes this machine's memory has; None where that is not known."""
+    """Bytes of this machine's memory; None if unknown."""
     if not hasattr(os, "sysconf"):
         return None
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def unused_accelerator() -> str | None:
-    """Say that the machine has an accelerator that JAX does not use.
+    """Find an accelerator on this machine that JAX does not use.
 
     Returns:
-        A sentence with the remedy when JAX runs on CPU beside a GPU or TPU; else None.
+        A sentence with the remedy if JAX runs on CPU although there is a GPU or TPU; else None.
     """
     if jax.default_backend() != "cpu":
         return None
@@ -48,7 +48,7 @@ def unused_accelerator() -> str | None:
         return None
     asked = os.environ.get("JAX_PLATFORMS", "")
     why = (
-        f"JAX_PLATFORMS={asked} says so: unset it"
+        f"JAX_PLATFORMS={asked} is set: unset it"
         if asked
         else "install the build of JAX for it: pip install -U "
         + " or ".join(f"'jax[{_EXTRAS[kind]}]'" for kind in present)

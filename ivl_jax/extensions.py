@@ -1,4 +1,4 @@
-"""Extensions: the package's tables, and beyond them a `module:attribute` that the user names.
+"""Extensions: entries of the package's tables, or a `module:attribute` that the user names.
 
 In: a name from the user's own config or flag, never from a file that people exchange. Out: an entry
 of a table, or the attribute of the module.
@@ -24,15 +24,15 @@ def load_extension(name: str, table: Mapping[str, T], kind: type[T], *, where: s
     Args:
         name: a key of the table, or `module:attribute`. A module of the current folder is found
             where Python finds it: with `python train.py` that is the folder of train.py.
-        table: the package's own.
-        kind: what it has to be.
+        table: the package's own entries.
+        kind: the class it must be an instance of.
         where: the config key or flag, for messages.
 
     Returns:
         The entry, or the module's attribute.
 
     Raises:
-        ValueError: no such entry, module or attribute, or something of another kind.
+        ValueError: no such entry, module or attribute, or an object of another class.
     """
     if name in table:
         return table[name]
@@ -46,8 +46,8 @@ def load_extension(name: str, table: Mapping[str, T], kind: type[T], *, where: s
         found = getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f'{where} = "{name}": {error}; is its folder on PYTHONPATH, and what it imports '
-            "installed?"
+            f'{where} = "{name}": {error}; check that its folder is on PYTHONPATH and that '
+            "everything it imports is installed"
         ) from error
     except AttributeError as error:
         raise ValueError(f'{where} = "{name}": {error}') from error

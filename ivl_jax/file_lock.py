@@ -1,8 +1,8 @@
-"""One process at a time: a lock file that says who holds it.
+"""One process at a time: a lock file that records who holds it.
 
 In: the path of the lock file. Out: the lock, or an error that names host, process and time. The
-lock is the operating system's, so it ends with its process, `kill -9` included; what a killed
-process leaves is a file that nobody holds.
+lock is the operating system's, so it ends with its process, even after `kill -9`; a killed process
+leaves a lock file that nobody holds.
 """
 
 import errno
@@ -25,7 +25,7 @@ except ImportError:  # not a POSIX system
 
 logger = logging.getLogger(__name__)
 
-# EACCES is how some file systems say that the lock is taken.
+# Some file systems report a taken lock as EACCES.
 _TAKEN = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES}
 
 
@@ -34,16 +34,16 @@ class LockedError(RuntimeError):
 
 
 class FileLock:
-    """Context manager that holds a lock file, which disappears when it is released.
+    """Context manager that holds a lock file, which is removed when the lock is released.
 
-    Where the file system cannot lock, a warning says so, with what the file says about its holder.
+    If the file system cannot lock, a warning says so and names the holder recorded in the file.
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Name the lock file; touches nothing.
+        """Set the path of the lock file, without creating it.
 
         Args:
-            path: the file, local; its folder must exist when the lock is taken.
+            path: a local file; its folder must exist when the lock is taken.
         """
         self.path = Path(path)
         self._descriptor: int | None = None
@@ -52,14 +52,14 @@ class FileLock:
         """Take the lock.
 
         Raises:
-            LockedError: another process holds it; says who.
+            LockedError: another process holds it; the message names the process.
             OSError: the file cannot be written.
         """
         while self._descriptor is None:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 self._lock(descriptor)
-                # Whoever held it may have removed the file after we opened it.
+                # The previous holder may have removed the file after we opened it.
                 if _is_file(descriptor, self.path):
                     self._descriptor, descriptor = descriptor, -1
             finally:
@@ -67,7 +67,7 @@ class FileLock:
                     os.close(descriptor)
         left = _read_holder(self.path)
         if left is not None and left["host"] != socket.gethostname():
-            # Locks of some shared file systems are known to one host only.
+            # On some shared file systems a lock is visible to one host only.
             logger.warning("%s left its lock behind: make sure that it has ended", _describe(left))
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, json.dumps(_this_process(), indent=1).encode() + b"\n", 0)
@@ -86,7 +86,7 @@ class FileLock:
             os.close(descriptor)
 
     def _lock(self, descriptor: int) -> None:
-        """Take the operating system's lock, or warn that there is none to take."""
+        """Take the operating system's lock, or warn that locking is not supported."""
         try:
             if fcntl is None:
                 raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -106,7 +106,7 @@ class FileLock:
 
 
 def _is_file(descriptor: int, path: Path) -> bool:
-    """Say whether an open file is still the one of this name."""
+    """Whether an open file is still the one at this path."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
@@ -123,7 +123,7 @@ def _this_process() -> dict[str, str | int]:
 
 
 def _read_holder(path: Path) -> dict[str, str | int] | None:
-    """Read what the last holder wrote; None where there is nothing to be read."""
+    """Read the record of the last holder; None if there is none."""
     try:
         holder = read_json_object(path)
         return {name: holder[name] for name in ("host", "pid", "since", "command")}

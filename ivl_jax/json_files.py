@@ -1,9 +1,9 @@
-"""Reads and writes JSON files, one reader for all of them, whatever a file holds.
+"""Reads and writes JSON files: the one reader for all of the project's JSON.
 
 In: a path, local or a URL that `etils.epath` reads. Out: the value; or a `MalformedFileError` that
 names file, line and column, for bytes that are not UTF-8, text that is not JSON, content after the
-value, integers and nesting beyond any use, and a key that stands twice in an object with different
-values. `NaN` and `Infinity` are read as Python does: who takes numbers checks that they are finite.
+value, excessively long integers or deep nesting, and a key that appears twice in an object with
+different values. `NaN` and `Infinity` are accepted, as in Python: callers check for finite numbers.
 
 How to use it:
 
@@ -11,10 +11,10 @@ How to use it:
     for line in read_json_lines(path):                   # .jsonl, line by line, errors included
         if line.error is not None: problems.append(str(line.error))
     for line in read_json_items(path):                   # a large .json list, item by item
-    write_json(folder / "ivl.json", record)              # durable: the old file or the new, whole
+    write_json(folder / "ivl.json", record)              # durable: either the old file or the new
 
-A missing file is a `FileNotFoundError`. `MalformedFileError` is a `ValueError`; to say what to do
-about it, add the remedy: `raise ValueError(f"{error}; delete the file") from error`.
+A missing file is a `FileNotFoundError`. `MalformedFileError` is a `ValueError`; callers add the
+remedy: `raise ValueError(f"{error}; delete the file") from error`.
 """
 
 import json
@@ -28,7 +28,7 @@ from etils import epath
 from ivl_jax.paths import write_atomically
 from ivl_jax.text_files import MalformedFileError, decode_text, read_text
 
-MAX_DEPTH = 100  # Python's own parser gives up near 1,000, and what walks the value earlier
+MAX_DEPTH = 100  # Python's own parser fails near 1,000, and code that walks the value earlier
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _STRING = r'"(?:[^"\\]++|\\.)*+"'
@@ -46,7 +46,7 @@ class JsonLine(NamedTuple):
 
 
 class _RepeatedKeyError(ValueError):
-    """An object that holds a key twice, with different values."""
+    """An object in which a key appears twice, with different values."""
 
 
 def read_json(path: epath.PathLike) -> Any:
@@ -60,17 +60,17 @@ def read_json(path: epath.PathLike) -> Any:
 
     Raises:
         FileNotFoundError: There is no such file.
-        MalformedFileError: It cannot be read, or holds anything but one JSON value.
+        MalformedFileError: It cannot be read, or is not exactly one JSON value.
     """
     return parse_json(read_text(path), path)
 
 
 def read_json_object(path: epath.PathLike) -> dict[str, Any]:
-    """Read a JSON file that must hold an object.
+    """Read a JSON file that must contain an object.
 
     Raises:
         FileNotFoundError: There is no such file.
-        MalformedFileError: As `read_json`; or the file holds something else.
+        MalformedFileError: As `read_json`; or the file contains something else.
     """
     value = read_json(path)
     if not isinstance(value, dict):
@@ -79,11 +79,11 @@ def read_json_object(path: epath.PathLike) -> dict[str, Any]:
 
 
 def read_json_list(path: epath.PathLike) -> list[Any]:
-    """Read a JSON file that must hold a list.
+    """Read a JSON file that must contain a list.
 
     Raises:
         FileNotFoundError: There is no such file.
-        MalformedFileError: As `read_json`; or the file holds something else.
+        MalformedFileError: As `read_json`; or the file contains something else.
     """
     value = read_json(path)
     if not isinstance(value, list):
@@ -92,7 +92,7 @@ def read_json_list(path: epath.PathLike) -> list[Any]:
 
 
 def parse_json(content: str | bytes, name: epath.PathLike, *, first_line: int = 1) -> Any:
-    r"""Parse JSON that comes from elsewhere than a file of its own.
+    r"""Parse JSON that is not a whole file.
 
     Args:
         content: The text, or its UTF-8 bytes.
@@ -132,7 +132,7 @@ def read_json_lines(path: epath.PathLike) -> Iterator[JsonLine]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        MalformedFileError: The system cannot read it.
+        MalformedFileError: The operating system cannot read it.
     """
     try:
         with epath.Path(path).open("rb") as file:
@@ -153,7 +153,7 @@ def read_json_lines(path: epath.PathLike) -> Iterator[JsonLine]:
 
 
 def read_json_items(path: epath.PathLike) -> Iterator[JsonLine]:
-    """Read a JSON file that holds a list, one item at a time, so that each item's line is known.
+    """Read a JSON file that contains a list, item by item, so that each item's line is known.
 
     Args:
         path: The file.
@@ -163,7 +163,7 @@ def read_json_items(path: epath.PathLike) -> Iterator[JsonLine]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        MalformedFileError: It is not one JSON list; said when the place is reached.
+        MalformedFileError: It is not one JSON list; raised when the faulty place is reached.
     """
     text = read_text(path)
     position = _skip(text, 0)
@@ -189,20 +189,20 @@ def read_json_items(path: epath.PathLike) -> Iterator[JsonLine]:
 
 
 def write_json(path: epath.PathLike, value: Any, *, indent: int | None = 1) -> None:
-    """Write a JSON file durably: at every moment it holds the old content or the new, whole.
+    """Write a JSON file durably: at every moment it has either the old content or the new.
 
     Args:
-        path: The file; its folder exists.
+        path: The file; its folder must exist.
         value: What `json.dumps` takes.
         indent: Spaces of each level; None writes one line.
     """
     text = json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
-    # Half of a surrogate pair has no UTF-8; JSON escapes it as this error handler does.
+    # A lone surrogate has no UTF-8 encoding; this error handler escapes it as JSON does.
     write_atomically(path, text.encode(errors="backslashreplace"))
 
 
 def json_kind(value: Any) -> str:
-    """Say what JSON calls a value: "an object", "a list", "text", "null", …."""
+    """What JSON calls a value: "an object", "a list", "text", "null", …."""
     if value is None:
         return "null"
     if isinstance(value, list):
@@ -230,11 +230,11 @@ def _decode(text: str, start: int, path: epath.PathLike, first_line: int) -> tup
         value, end = _DECODER.raw_decode(text, start)
     except json.JSONDecodeError as error:
         if start == len(text):
-            raise _error_at(text, start, path, first_line, "not JSON: nothing in it") from error
+            raise _error_at(text, start, path, first_line, "not JSON: it is empty") from error
         reason = f"not JSON: {error.msg[:1].lower()}{error.msg[1:]}"
         raise _error_at(text, error.pos, path, first_line, reason) from error
     except _RepeatedKeyError as error:
-        reason = f"the key {str(error)!r} stands twice in one object, with different values"
+        reason = f"the key {str(error)!r} appears twice in one object, with different values"
         where = _second_place(text, start, str(error))
         raise _error_at(text, where, path, first_line, reason) from error
     except RecursionError as error:
@@ -254,7 +254,7 @@ def _is_deep(text: str, start: int, end: int) -> bool:
     if text.count("[", start, end) + text.count("{", start, end) <= MAX_DEPTH:
         return False
     brackets = _BUT_BRACKETS.sub("", text[start:end]).translate(_ONE_KIND)
-    for _ in range(MAX_DEPTH):  # each pass takes the innermost level away
+    for _ in range(MAX_DEPTH):  # each pass removes the innermost level
         brackets = brackets.replace("[]", "")
         if not brackets:
             return False
@@ -262,7 +262,7 @@ def _is_deep(text: str, start: int, end: int) -> bool:
 
 
 def _second_place(text: str, start: int, key: str) -> int:
-    """Where a key stands for the second time in one object."""
+    """Where a key appears for the second time in one object."""
     seen: list[set[str]] = []
     for match in _STRING_OR_TOKEN.finditer(text, start):
         if match[0] in ("{", "["):
@@ -278,7 +278,7 @@ def _second_place(text: str, start: int, key: str) -> int:
 
 
 def _outside(text: str, start: int) -> Iterator[re.Match[str]]:
-    """Brackets and digits from `start` on that do not stand in a string."""
+    """Brackets and digits from `start` on that are not inside a string."""
     return (match for match in _STRING_OR_TOKEN.finditer(text, start) if match[0][0] != '"')
 
 
@@ -302,6 +302,6 @@ def _error_at(
 
 
 def _skip(text: str, position: int) -> int:
-    """Past white space."""
+    """The position after any white space."""
     match = _SPACE.match(text, position)
     return position if match is None else match.end()

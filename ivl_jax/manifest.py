@@ -1,8 +1,8 @@
-"""The hash manifest of a folder: what its files must be, so that one altered bit is named.
+"""The hash manifest of a folder: sizes and hashes of its files, so that one altered bit is found.
 
-In: a folder of files that nobody writes any more. Out: `manifest.json` in it, written atomically,
-and later the list of files that are missing, truncated or altered. Orbax itself returns altered
-bytes silently; only a truncated file makes it fail. Imports no JAX.
+In: a folder of finished files. Out: `manifest.json` in it, written atomically, and later the list
+of files that are missing, truncated or altered. Orbax itself returns altered bytes silently; only
+a truncated file makes it fail. Does not import JAX.
 """
 
 import hashlib
@@ -30,11 +30,11 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What the files of a folder were when they were written.
+    """The files of a folder as they were written.
 
     Attributes:
         files: path relative to the folder, with `/` → {"bytes": size, "sha256": hex digest}.
-        about: what the writer recorded beside them, any JSON.
+        about: what else the writer recorded, any JSON.
     """
 
     files: dict[str, dict[str, Any]]
@@ -42,7 +42,7 @@ class Manifest:
 
     @property
     def total_bytes(self) -> int:
-        """Size of all files together."""
+        """Total size of all files."""
         return sum(record["bytes"] for record in self.files.values())
 
 
@@ -55,12 +55,12 @@ def write_manifest(
     leave a manifest whose files were lost.
 
     Args:
-        folder: the folder; local or a URL that `etils.epath` reads. Nobody may write in it now.
+        folder: the folder; local or a URL that `etils.epath` reads. Nothing may write to it now.
         about: JSON recorded and protected with the hashes.
         threads: files hashed at once; 1 leaves the other cores to a training loop.
 
     Returns:
-        The manifest written.
+        The manifest that was written.
     """
     folder = epath.Path(folder)
     names = sorted(set(_file_names(folder)) - {MANIFEST_NAME})
@@ -73,7 +73,7 @@ def write_manifest(
 
 
 def replace_about(folder: epath.PathLike, about: Mapping[str, Any]) -> None:
-    """Record something else beside the hashes of a sealed folder; no file of it is read.
+    """Replace the `about` record of a sealed folder without reading its other files.
 
     Args:
         folder: the folder.
@@ -95,14 +95,14 @@ def read_manifest(folder: epath.PathLike) -> Manifest:
         The manifest.
 
     Raises:
-        ManifestError: it is missing, cannot be parsed, is of an unknown format or was altered.
+        ManifestError: it is missing, cannot be parsed, has an unknown format or was altered.
     """
     path = epath.Path(folder) / MANIFEST_NAME
     try:
         content = parse_json(path.read_bytes(), MANIFEST_NAME)
     except FileNotFoundError:
         raise ManifestError(
-            f"{MANIFEST_NAME} is missing: the folder was never completed, or not copied whole"
+            f"{MANIFEST_NAME} is missing: the folder is incomplete, or was only partly copied"
         ) from None
     except (ValueError, OSError) as error:
         raise ManifestError(f"{MANIFEST_NAME} cannot be read: {error}") from None
@@ -115,8 +115,8 @@ def read_manifest(folder: epath.PathLike) -> Manifest:
         )
     if content.get("format") != MANIFEST_FORMAT:
         raise ManifestError(
-            f"{MANIFEST_NAME} has format {content.get('format')}, this version of ivl_jax reads "
-            f"{MANIFEST_FORMAT}: install the version of ivl_jax that wrote it"
+            f"{MANIFEST_NAME} has format {content.get('format')}, but this version of ivl_jax "
+            f"reads {MANIFEST_FORMAT}: install the version of ivl_jax that wrote it"
         )
     _check_shape(content)
     return Manifest(files=content["files"], about=content["about"])
@@ -129,13 +129,13 @@ def file_problems(
 
     Args:
         folder: the folder.
-        manifest: what the files must be.
-        sizes_only: look only for missing and truncated files; reads none of them.
+        manifest: the expected files.
+        sizes_only: look only for missing and truncated files, without reading them.
         threads: files hashed at once.
 
     Returns:
         One sentence for each file that is missing, truncated or altered, at most 20 and then a
-        count; empty when all are as written. Files the manifest does not list are no problem.
+        count; empty if all are as written. Files that the manifest does not list are ignored.
     """
     folder = epath.Path(folder)
 
@@ -161,7 +161,7 @@ def file_problems(
 
 
 def shorten(problems: Sequence[str]) -> tuple[str, ...]:
-    """Keep the first 20 lines of a list of problems and count the others."""
+    """Keep the first 20 lines of a list of problems and count the rest."""
     shown = tuple(problems[:PROBLEMS_SHOWN])
     more = len(problems) - len(shown)
     return (*shown, f"and {more} more") if more > 0 else shown
@@ -174,7 +174,7 @@ def _write(folder: epath.Path, manifest: Manifest) -> None:
 
 
 def _check_shape(content: Mapping[str, Any]) -> None:
-    """Whether a manifest lists files with sizes and hashes: a matching checksum is no proof."""
+    """Check that a manifest lists files with sizes and hashes; a matching checksum proves less."""
     for field in ("files", "about"):
         if not isinstance(content.get(field), dict):
             raise ManifestError(
@@ -189,7 +189,7 @@ def _check_shape(content: Mapping[str, Any]) -> None:
                 f"{MANIFEST_NAME}: field 'files', {name!r}: expected 'bytes' and 'sha256'"
             )
         if not name or not inside:
-            raise ManifestError(f"{MANIFEST_NAME}: field 'files': {name!r} leads out of the folder")
+            raise ManifestError(f"{MANIFEST_NAME}: field 'files': {name!r} is outside the folder")
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
-"""Folders and files, local or on an object store, and what makes a write durable.
+"""Folders and files, local or on an object store, and durable writes.
 
-In: anything a path can be given as. Out: `etils.epath` paths that Orbax takes, and files that hold
-their old content or their new one, never a part. Imports no JAX.
+In: a path in any form. Out: `etils.epath` paths that Orbax accepts, and files that have either
+their old content or their new content, never part of it. Does not import JAX.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from etils import epath
 
 
 def absolute_path(path: epath.PathLike) -> epath.Path:
-    """Give a path as Orbax wants it: absolute, `~` resolved; URLs as they are.
+    """A path as Orbax expects it: absolute, `~` expanded; URLs unchanged.
 
     Args:
         path: a local path, relative to the working directory or not, or a URL such as `gs://…`.
@@ -25,17 +25,18 @@ def absolute_path(path: epath.PathLike) -> epath.Path:
 
 
 def is_local(path: epath.PathLike) -> bool:
-    """Say whether a path is in the local file system, not on an object store."""
+    """Whether a path is in the local file system rather than on an object store."""
     return "://" not in os.fspath(path)
 
 
 def write_atomically(path: epath.PathLike, content: bytes) -> None:
-    """Write a file such that it holds, at every moment, the old content or the new, never a part.
+    """Write a file so that at every moment it has either the old content or the new.
 
-    A local file is on the disk, its name included, when this returns: a power failure keeps it.
+    When this returns, a local file and its directory entry are on the disk and survive a power
+    failure.
 
     Args:
-        path: the file; on object stores, where one write is atomic already, it is written directly.
+        path: the file; on object stores, where a write is already atomic, it is written directly.
         content: its bytes.
     """
     path = epath.Path(path)
@@ -58,7 +59,7 @@ def write_atomically(path: epath.PathLike, content: bytes) -> None:
 
 
 def flush_folder(folder: str) -> None:
-    """Make the names in a local folder durable."""
+    """Flush a local folder's directory entries to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,6 @@
-"""A trace of a few steps for TensorBoard or xprof, whatever a step is to the caller.
+"""A trace of a few steps for TensorBoard or xprof; the caller defines what a step is.
 
-In: a folder, and the steps as they begin. Out: trace files in that folder.
+In: a folder, and each step as it begins. Out: trace files in that folder.
 """
 
 import logging
@@ -12,18 +12,18 @@ import jax
 
 logger = logging.getLogger(__name__)
 
-_SKIPPED = 2  # steps of a start: compilation, and what the first step still sets up
+_SKIPPED = 2  # steps after a start: compilation and remaining one-time setup
 _TRACED = 5
 
 
 class StepProfile:
-    """Traces the third to seventh step of a start; a context manager around the loop."""
+    """Traces the third to seventh step after a start; a context manager around the loop."""
 
     def __init__(self, folder: str, *, first_step: int, name: str) -> None:
-        """Say where the trace goes.
+        """Set where the trace is written.
 
         Args:
-            folder: where; empty: nothing is traced.
+            folder: where; empty: no trace.
             first_step: steps taken before this start.
             name: what the steps are called in the trace.
         """
@@ -35,12 +35,12 @@ class StepProfile:
         self._written = False
 
     def step(self, step: int, last_results: Any) -> AbstractContextManager[Any]:
-        """Mark a step in the trace; starts and stops it where it is due.
+        """Mark a step in the trace; starts or stops the trace when it is due.
 
         Args:
             step: steps taken before this one.
-            last_results: arrays of the step before, waited for where the trace begins or ends, so
-                that it holds whole steps.
+            last_results: arrays of the previous step, waited for when the trace starts or stops, so
+                that it contains whole steps.
 
         Returns:
             The context in which the step is dispatched.
@@ -68,7 +68,7 @@ class StepProfile:
         self._stop()
         if self._folder and not self._written:
             logger.warning(
-                "no trace in %s: there were no more than %d %s steps, which a start needs",
+                "no trace in %s: tracing starts after %d %s steps, and there were no more",
                 self._folder,
                 _SKIPPED,
                 self._name,

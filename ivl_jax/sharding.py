@@ -51,7 +51,7 @@ class ShardingRules:
     mlp: str | None = "tensor"
 
     def __post_init__(self) -> None:
-        """Check the mesh axes' names and that no matrix would be split twice by one axis."""
+        """Check the mesh axes' names, and that no axis would split a matrix twice."""
         widths = {f.name: getattr(self, f.name) for f in fields(self)}
         for name, axis in widths.items():
             if axis is not None and axis not in MESH_AXES:
@@ -60,16 +60,16 @@ class ShardingRules:
         clash = [name for name, axis in widths.items() if axis is not None and axis == embed]
         if clash:
             raise ValueError(
-                f"ShardingRules puts {embed!r} on embed and on {', '.join(clash)}: one mesh axis "
-                "splits one dimension of an array; choose another axis for one of them"
+                f"ShardingRules puts {embed!r} on embed and on {', '.join(clash)}: a mesh axis can "
+                "split only one dimension of an array; choose another axis for one of them"
             )
 
 
 DEFAULT_RULES = ShardingRules()
 NO_UNITS: Mapping[str, int] = MappingProxyType({})
 
-# Base and value may use different layouts of one mesh: a 1 B value fits whole beside a 70 B base
-# that does not.
+# Base and value may be sharded differently over one mesh: a 1 B value fits on each device, a 70 B
+# base does not.
 LAYOUTS: Mapping[str, ShardingRules] = MappingProxyType(
     {
         "full": DEFAULT_RULES,
@@ -92,20 +92,22 @@ def make_mesh(
         devices: the devices to use; None: all of `jax.devices()`.
 
     Returns:
-        The mesh, every axis of type Auto. One size may be −1: all devices that are left.
+        The mesh, every axis of type Auto. One size may be −1: all remaining devices.
 
     Raises:
         ValueError: the sizes do not fit the number of devices.
     """
     available = list(jax.devices() if devices is None else devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    said = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    sizes_text = ", ".join(f"{name}={size}" for name, size in sizes.items())
     if (
         sum(size == -1 for size in sizes.values()) > 1
         or min(sizes.values()) < -1
         or 0 in sizes.values()
     ):
-        raise ValueError(f"mesh sizes must be ≥ 1, or −1 on one axis for all that are left: {said}")
+        raise ValueError(
+            f"mesh sizes must be ≥ 1, or −1 on one axis for all remaining devices: {sizes_text}"
+        )
     fixed = math.prod(size for size in sizes.values() if size != -1)
     for name, size in sizes.items():
         if size == -1:
@@ -113,16 +115,16 @@ def make_mesh(
     total = math.prod(sizes.values())
     if total > len(available) or (-1 in (data, fsdp, tensor) and total != len(available)):
         raise ValueError(
-            f"mesh {said} does not fit {len(available)} device(s): the sizes must multiply to "
-            f"{len(available)}, or set one of them to −1"
+            f"mesh {sizes_text} does not fit {len(available)} device(s): the sizes must multiply "
+            f"to {len(available)}, or set one of them to −1"
         )
     if total < len(available):
         if jax.process_count() > 1:
             raise ValueError(
-                f"mesh {said} uses {total} of {len(available)} devices; with several processes "
-                "every device must take part: set one size to −1"
+                f"mesh {sizes_text} uses {total} of {len(available)} devices; with several "
+                "processes every device must be used: set one size to −1"
             )
-        logger.warning("mesh %s uses %d of %d devices", said, total, len(available))
+        logger.warning("mesh %s uses %d of %d devices", sizes_text, total, len(available))
     return jax.make_mesh(
         tuple(sizes.values()),
         MESH_AXES,
@@ -145,15 +147,15 @@ def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:
     """Name the dimensions of one parameter.
 
     Args:
-        path: dotted parameter path, `layers.3.mlp.up_proj.kernel`; without the number for stacked
-            layers, whose leading layer dimension is never split.
+        path: dotted parameter path, `layers.3.mlp.up_proj.kernel`; without the layer number for
+            stacked layers, whose leading layer dimension is never split.
         ndim: number of dimensions of the parameter.
 
     Returns:
-        One logical axis name, or None, a dimension.
+        One logical axis name, or None, per dimension.
 
     Raises:
-        ValueError: no module declares the path, or with another number of dimensions.
+        ValueError: no module declares the path, or it has another number of dimensions.
     """
     prefix = _LAYER_PREFIX.match(path)
     axes = declared_axes().get(path[prefix.end() :] if prefix else path)
@@ -163,7 +165,8 @@ def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:
         expected = "the path of a declared parameter" if axes is None else f"{len(axes)} dimensions"
         raise ValueError(
             f"no sharding is known for parameter {path} with {ndim} dimension(s): expected "
-            f"{expected}; a module of ivl_jax/model declares a parameter and its logical axes"
+            f"{expected}; parameters and their logical axes are declared by the modules in "
+            "ivl_jax/model"
         )
     return axes
 
@@ -183,7 +186,7 @@ def parameter_shardings(
         rules: logical axis → mesh axis.
         units: how many indivisible units a logical axis consists of, for example
             `{"heads": 32, "kv_heads": 8}`: a mesh axis must divide the units too, so that no head
-            is cut in two.
+            is split.
 
     Returns:
         The same nested dict with a `NamedSharding` for each leaf. A dimension that its mesh axis
@@ -212,12 +215,12 @@ def parameter_shardings(
     shardings = jax.tree_util.tree_map_with_path(one, dict(abstract_params))
     if notices:
         more = f"; and {len(notices) - 20} more" if len(notices) > 20 else ""
-        logger.warning("replicated, since it does not divide: %s%s", "; ".join(notices[:20]), more)
+        logger.warning("replicated, as not divisible: %s%s", "; ".join(notices[:20]), more)
     return shardings
 
 
 def padded_vocab_rows(vocab_size: int, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> int:
-    """Round the vocabulary's rows up so that they divide on this mesh and on usual others.
+    """Round the vocabulary's rows up so that they divide evenly on this and other common meshes.
 
     Args:
         vocab_size: rows of the model's own weights.
@@ -233,17 +236,17 @@ def padded_vocab_rows(vocab_size: int, mesh: Mesh, rules: ShardingRules = DEFAUL
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Give the sharding that puts a whole copy on every device."""
+    """The sharding that puts a whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_ways(mesh: Mesh) -> int:
-    """Count the parts into which the rows of a batch are split."""
+    """The number of parts into which the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def batch_sharding(mesh: Mesh, *, micro_batched: bool = False) -> NamedSharding:
-    """Give the sharding of a batch: rows over data × fsdp, positions whole.
+    """The sharding of a batch: rows split over data × fsdp, positions not split.
 
     Args:
         mesh: the device mesh.
@@ -256,7 +259,7 @@ def batch_sharding(mesh: Mesh, *, micro_batched: bool = False) -> NamedSharding:
 
 
 def data_shard(mesh: Mesh) -> tuple[int, int]:
-    """Say which share of each batch this process must read.
+    """Find which share of each batch this process must read.
 
     Processes whose devices hold the same rows (tensor parallelism across hosts) read the same
     share.
@@ -268,7 +271,7 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
         (index of this process's share, number of shares).
 
     Raises:
-        ValueError: processes share some of their rows but not all.
+        ValueError: two processes have some rows in common, but not all.
     """
     rows: dict[int, set[int]] = {}
     ways = batch_ways(mesh)
@@ -277,9 +280,9 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
     shares = sorted({tuple(sorted(own)) for own in rows.values()})
     if sum(len(share) for share in shares) != ways:
         raise ValueError(
-            f"mesh {dict(mesh.shape)} splits the rows of a batch unevenly over processes: choose "
+            f"mesh {dict(mesh.shape)} splits the rows of a batch unevenly over processes: make "
             "data × fsdp a multiple of the number of processes, or tensor a multiple of the "
-            "devices of a process"
+            "number of devices per process"
         )
     return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
 
@@ -304,19 +307,19 @@ def place_batch(batch: Tree, mesh: Mesh, *, micro_batched: bool = False) -> Tree
 def activation_constraint(
     mesh: Mesh, rules: ShardingRules = DEFAULT_RULES
 ) -> Callable[[Array, tuple[str, ...]], Array]:
-    """Make the callable that tells XLA how a model's activations are split.
+    """Make the callable that tells XLA how a model's activations are sharded.
 
-    Without it XLA may follow the fsdp-split weights and split the residual stream by D, and then
-    every device computes every row.
+    Without it XLA may follow the fsdp-sharded weights and split the residual stream along D, so
+    that every device computes every row.
 
     Args:
         mesh: the device mesh.
-        rules: the layout of the model's parameters.
+        rules: how the model's parameters are sharded.
 
     Returns:
         A function from (array, logical name of each dimension) to the constrained array: rows over
-        data × fsdp; heads, MLP width and vocabulary as the parameters; D and positions whole. A
-        dimension that does not divide (one prompt on many devices, few kv heads) stays whole.
+        data × fsdp; heads, MLP width and vocabulary like the parameters; D and positions not split.
+        A dimension that does not divide (one prompt on many devices, few kv heads) is not split.
     """
     split: dict[str, tuple[str, ...]] = {"batch": BATCH_AXES}
     for name in ("heads", "mlp", "vocabulary"):

@@ -1,7 +1,7 @@
-"""One tokenizer in both directions: what its tokens say, and how it reads text that goes on.
+"""One tokenizer in both directions: the bytes of its tokens, and how it tokenises part of a text.
 
 In: a tokenizer with a fast backend. Out: the bytes of each token, and the tokens of a stretch of
-text that begins a text, follows a special token, or goes on from other text: SentencePiece's space
+text that begins a text, follows a special token, or continues other text: SentencePiece's space
 before the first word must not appear before a stretch in the middle.
 """
 
@@ -13,30 +13,29 @@ from tokenizers import Tokenizer
 from ivl_jax.tokenizer import TokenizerInfo
 
 Prefix = Literal["none", "first", "every"]
-"""Where a tokenizer puts a space of its own: nowhere, at a text's start, or also after each special
-token."""
+"""Where a tokenizer adds a space: nowhere, at a text's start, or also after each special token."""
 Before = Literal["start", "special", "text"]
-"""What stands before a stretch of text: nothing, a special token, or other text."""
+"""What precedes a stretch of text: nothing, a special token, or other text."""
 
 
 class TextEncoders(NamedTuple):
-    """The two ways in which one tokenizer reads text; neither cuts nor pads."""
+    """The two ways in which one tokenizer reads text; neither truncates nor pads."""
 
     whole: Tokenizer
-    """As it reads a text."""
+    """As it reads a whole text."""
     bare: Tokenizer
-    """The same without a space of its own; the same object where it puts none."""
+    """The same without its added space; the same object if it adds none."""
     prefix: Prefix
-    """Where it puts one."""
+    """Where it adds a space."""
 
 
 class ReadText(NamedTuple):
     """A stretch of text whose special tokens were read as such."""
 
     token_ids: list[int]
-    """Tokens up to the last special one, that one included."""
+    """Tokens up to and including the last special one."""
     rest: str
-    """The text after it, still to be read; all of it where there is none."""
+    """The text after it, still to be tokenised; all of it if there is no special token."""
 
 
 def make_text_encoders(definition: str) -> TextEncoders:
@@ -58,10 +57,10 @@ def spoken_bytes(tokenizer: Any, info: TokenizerInfo) -> tuple[bytes, ...]:
 
     Args:
         tokenizer: a transformers tokenizer with a fast backend.
-        info: what identifies it, the bytes of its tokens included.
+        info: what identifies it, including the bytes of its tokens.
 
     Returns:
-        By id, bytes: none for special tokens and holes, the text itself for an appended word.
+        By id, bytes: empty for special tokens and unused ids, the text itself for an appended word.
     """
     table = [ordinary or b"" for ordinary in info.ordinary_tokens]
     silent = special_ids(tokenizer)
@@ -80,16 +79,16 @@ class TextCodec:
 
     Args:
         tokenizer: a transformers tokenizer with a fast backend.
-        info: what identifies it, the bytes of its tokens included.
+        info: what identifies it, including the bytes of its tokens.
 
     Attributes:
-        info: The same.
+        info: As given.
         token_bytes: By id, what a token stands for: `spoken_bytes`.
         special_ids: Tokens that stand for nothing in a text.
-        prefix: Where it puts a space of its own.
+        prefix: Where it adds a space.
         beginning: What it puts before every text: its begin-of-text token, or nothing.
-        is_bpe: Whether its tokens come from merging neighbours, so that what is far apart in a
-            text does not influence each other.
+        is_bpe: Whether its tokens come from merging neighbours, so that distant parts of a text do
+            not influence each other.
     """
 
     def __init__(self, tokenizer: Any, info: TokenizerInfo) -> None:
@@ -106,16 +105,16 @@ class TextCodec:
 
     @property
     def empty_id(self) -> int:
-        """What stands for an empty text: its begin of text, else an end, else the unknown token."""
+        """The token for an empty text: begin of text, else an end, else the unknown token."""
         ids = (self.info.bos_id, *self.info.eos_ids, self.info.unk_id, 0)
         return next(token_id for token_id in ids if token_id is not None)
 
     def encode(self, text: str, *, before: Before) -> list[int]:
-        """Read a stretch of text; what looks like a special token is ordinary text in it.
+        """Tokenise a stretch of text; special tokens spelled out in it are ordinary text.
 
         Args:
             text: the stretch.
-            before: what stands before it.
+            before: what precedes it.
 
         Returns:
             Token ids.
@@ -125,11 +124,11 @@ class TextCodec:
         return encoder.encode(text, add_special_tokens=False).ids
 
     def encode_special(self, text: str, *, before: Before) -> ReadText:
-        """Read a stretch of text, special tokens written in it included, up to the last of them.
+        """Tokenise a stretch of text up to the last special token spelled out in it.
 
         Args:
             text: the stretch.
-            before: what stands before it.
+            before: what precedes it.
 
         Returns:
             Token ids up to the last special token, and the text after it.
@@ -139,7 +138,7 @@ class TextCodec:
         encoding = encoder.encode(text, add_special_tokens=False)
         for place in reversed(range(len(encoding.ids))):
             start, end = encoding.offsets[place]
-            # An unknown token is special too, but is not what the text has in its place.
+            # The unknown token is special too, but the text does not spell it out.
             named = self.info.special_tokens.get(encoding.ids[place]) == text[start:end].strip()
             if named and encoding.ids[place] in self.special_ids:
                 return ReadText(encoding.ids[: place + 1], text[end:])
@@ -151,7 +150,7 @@ class TextCodec:
 
 
 def _encoder(definition: str) -> Tokenizer:
-    """A tokenizer that neither cuts nor pads."""
+    """A tokenizer that neither truncates nor pads."""
     encoder = Tokenizer.from_str(definition)
     encoder.no_truncation()
     encoder.no_padding()
@@ -159,7 +158,7 @@ def _encoder(definition: str) -> Tokenizer:
 
 
 def _without_prefix(definition: dict[str, Any]) -> tuple[dict[str, Any], Prefix]:
-    """The tokenizer without a space of its own, and where it puts one."""
+    """The tokenizer without its added space, and where it adds one."""
     where: Prefix = "none"
 
     def visit(part: dict[str, Any] | None, children: str) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Reads text files, and names the file and the place where one is not what it must be.
+"""Reads text files, and names the file and the place where one is malformed.
 
 In: a path, local or a URL that `etils.epath` reads. Out: its text, or a `MalformedFileError`.
 """
@@ -14,7 +14,7 @@ class MalformedFileError(ValueError):
     """A file whose content cannot be read: the file, the place in it, and what is wrong there.
 
     Args:
-        path: The file, or what else to call it.
+        path: The file, or another name for it.
         reason: What is wrong, and what was expected.
         line: The line of the place, from 1.
         column: Its column, in characters from 1.
@@ -22,8 +22,8 @@ class MalformedFileError(ValueError):
     Attributes:
         path: As given, a string.
         reason: As given.
-        line: As given; None where the whole file is meant.
-        column: As given; None where the whole line is meant.
+        line: As given; None for the whole file.
+        column: As given; None for the whole line.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class MalformedFileError(ValueError):
 
 
 def read_text(path: epath.PathLike) -> str:
-    """Read a UTF-8 file; a byte-order mark at its beginning is left out.
+    """Read a UTF-8 file; a byte-order mark at its beginning is dropped.
 
     Args:
         path: The file.
@@ -65,7 +65,7 @@ def read_bytes(path: epath.PathLike) -> bytes:
 
     Raises:
         FileNotFoundError: There is no such file.
-        MalformedFileError: It is a folder, or the system cannot read it.
+        MalformedFileError: It is a folder, or the operating system cannot read it.
     """
     try:
         return epath.Path(path).read_bytes()
@@ -84,13 +84,13 @@ def decode_text(
         content: The bytes of a file or of one of its lines.
         path: What to call the file in an error.
         first_byte: Where `content` begins in the file.
-        line: Which line of the file it is, from 1; None for all of it.
+        line: Which line of the file it is, from 1; None for the whole file.
 
     Returns:
         The text.
 
     Raises:
-        MalformedFileError: It is not UTF-8; the byte is named, counted from the file's beginning.
+        MalformedFileError: It is not UTF-8; names the byte, counted from the file's beginning.
     """
     begins = content.startswith(_BYTE_ORDER_MARK) and first_byte == 0
     start = len(_BYTE_ORDER_MARK) if begins else 0

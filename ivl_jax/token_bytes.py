@@ -1,7 +1,7 @@
-"""Reads, off a tokenizer's own decoder, the bytes that each of its tokens stands for.
+"""Derives the bytes that each token stands for from the tokenizer's own decoder.
 
-In: a tokenizer with a fast backend. Out: by id, the bytes of its ordinary tokens; and its special
-and appended tokens apart, by id, as text.
+In: a tokenizer with a fast backend. Out: by id, the bytes of its ordinary tokens, and separately
+the text of its special and appended tokens.
 """
 
 import functools
@@ -15,15 +15,15 @@ _MOST_IDS = 1 << 24  # 64 times the largest published vocabularies; a table of 2
 
 
 def ordinary_token_bytes(tokenizer: Any) -> tuple[bytes | None, ...]:
-    """Returns, by id, the bytes of ordinary tokens; None for special and appended ids and holes.
+    """Returns, by id, the bytes of ordinary tokens; None for special, appended and unused ids.
 
     Args:
         tokenizer: What `load_tokenizer` returned. Byte-level BPE (the GPT-2 alphabet) and
-            SentencePiece style (a word mark for the space, `<0x0A>` for single bytes) are both read
-            as the bytes they decode to in the middle of a text.
+            SentencePiece style (a word mark for the space, `<0x0A>` for single bytes) both give
+            the bytes they decode to in the middle of a text.
 
     Raises:
-        ValueError: The tokenizer spells its tokens in a way whose bytes are not known.
+        ValueError: The bytes of the tokenizer's tokens cannot be determined.
     """
     return split_vocabulary(tokenizer)[0]
 
@@ -35,18 +35,18 @@ def split_vocabulary(tokenizer: Any) -> tuple[tuple[bytes | None, ...], dict[int
         tokenizer: A transformers tokenizer with a fast backend.
 
     Returns:
-        By id, each ordinary token's bytes (None elsewhere); and special and appended tokens, id to
-        text.
+        By id, each ordinary token's bytes (None elsewhere); and id to text for special and appended
+        tokens.
 
     Raises:
-        ValueError: The tokenizer spells its tokens in a way whose bytes are not known, or has an id
-            beyond any vocabulary.
+        ValueError: The bytes of the tokenizer's tokens cannot be determined, or an id is beyond any
+            vocabulary.
     """
     backend = tokenizer.backend_tokenizer
     model_vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=False)
     added = backend.get_added_tokens_decoder()
     model_ids = set(model_vocabulary.values())
-    # A token of the model's vocabulary that is only kept whole (Gemma's "\n\n") is ordinary.
+    # An added token that is also in the model's vocabulary (Gemma's "\n\n") is ordinary.
     special = {
         token_id: token.content
         for token_id, token in sorted(added.items())
@@ -67,7 +67,7 @@ def split_vocabulary(tokenizer: Any) -> tuple[tuple[bytes | None, ...], dict[int
 
 
 def _speller(backend: Any) -> Callable[[str], bytes]:
-    """Returns the function from a token's text to its bytes, read off the tokenizer's decoder."""
+    """Returns the function from a token's text to its bytes, derived from the decoder."""
     steps = _flatten(backend.decoder, "decoders")
     kinds = {step["type"] for step in steps}
     if not steps and any(
@@ -78,8 +78,8 @@ def _speller(backend: Any) -> Callable[[str], bytes]:
     if unknown:
         raise ValueError(
             f"tokenizer decoder: expected ByteLevel, Metaspace, Replace or ByteFallback, got "
-            f"{sorted(unknown)}; the bytes of such tokens are not known, so no two tokenizers of "
-            "this kind can be compared"
+            f"{sorted(unknown)}; the bytes of such tokens are not known, so tokenizers of this "
+            "kind cannot be compared"
         )
     replacements: list[tuple[str, str]] = []
     for step in steps:
@@ -88,7 +88,7 @@ def _speller(backend: Any) -> Callable[[str], bytes]:
         elif step["type"] == "Replace":
             if "String" not in step["pattern"]:
                 raise ValueError(
-                    f"tokenizer decoder: a Replace by regular expression is not supported: {step}"
+                    f"tokenizer decoder: Replace with a regular expression is not supported: {step}"
                 )
             replacements.append((step["pattern"]["String"], step["content"]))
 
@@ -112,7 +112,7 @@ def _speller(backend: Any) -> Callable[[str], bytes]:
 
 
 def _flatten(part: Any, children: str) -> list[dict[str, Any]]:
-    """The steps of one of a tokenizer's parts, sequences opened."""
+    """The steps of one component of a tokenizer, with nested sequences flattened."""
     if part is None:
         return []
 
@@ -126,7 +126,7 @@ def _flatten(part: Any, children: str) -> list[dict[str, Any]]:
 
 @functools.cache
 def _byte_alphabet() -> dict[str, int]:
-    """Byte-level BPE's characters to bytes: printable ones themselves, others from U+0100 on.
+    """Byte-level BPE's characters to bytes: printable bytes as themselves, others from U+0100 on.
 
     Source: `bytes_to_unicode` in openai/gpt-2, encoder.py.
     """

@@ -32,11 +32,11 @@ class TokenizerInfo:
         bos_id: The begin-of-sequence id, or None where the tokenizer has none.
         eos_ids: Every id that ends a text, the tokenizer's own first, then those of
             `generation_config.json` (or `config.json` where that is absent).
-        pad_id: The padding id; the first of `eos_ids`, else 0, where the tokenizer names none.
-            Nothing may be concluded from a token being equal to it.
+        pad_id: The padding id; where the tokenizer has none, the first of `eos_ids`, else 0. A real
+            token may have the same id, so never use it to recognise padding.
         unk_id: The id of the unknown token, or None.
         ordinary_tokens: By id, the bytes of each ordinary token and None elsewhere. Empty in an
-            info read from JSON; it takes no part in comparisons between infos.
+            info read from JSON; ignored when infos are compared.
     """
 
     vocab_size: int
@@ -107,8 +107,8 @@ def load_tokenizer(folder: epath.PathLike) -> PreTrainedTokenizerBase:
         A tokenizer backed by the `tokenizers` library.
 
     Raises:
-        FileNotFoundError: The folder holds no tokenizer files.
-        ValueError: The folder holds only a SentencePiece `.model`, which transformers 5 does not
+        FileNotFoundError: The folder has no tokenizer files.
+        ValueError: The folder has only a SentencePiece `.model`, which transformers 5 does not
             convert faithfully, or a tokenizer without the fast backend.
     """
     folder = epath.Path(folder)
@@ -148,14 +148,14 @@ def load_tokenizer(folder: epath.PathLike) -> PreTrainedTokenizerBase:
 
 
 def _refuse_own_code(folder: epath.Path) -> None:
-    """Code of a folder is never run, and nobody is asked whether it may be."""
+    """Never run Python code from a model's folder, and never ask whether to."""
     path = folder / "tokenizer_config.json"
     code = read_json_object(path).get("auto_map") if path.exists() else None
     if code:
         raise ValueError(
-            f"{path}: auto_map: the tokenizer is Python code of the folder ({code}), which is "
-            "never run; use a model whose tokenizer.json stands alone, or, where it does here, "
-            "remove auto_map and tokenizer_class"
+            f"{path}: auto_map: the tokenizer is Python code in the folder ({code}), which is "
+            "never run; use a model whose tokenizer.json needs no code, or, if this one needs "
+            "none, remove auto_map and tokenizer_class"
         )
 
 
@@ -179,13 +179,13 @@ def describe_tokenizer(
     Args:
         tokenizer: What `load_tokenizer` returned.
         folder: The model's folder, whose `generation_config.json` (else `config.json`) may list
-            further ids that end a text; None when only the tokenizer's own counts.
+            further ids that end a text; None to use only the tokenizer's own.
 
     Returns:
         The tokenizer's identity.
 
     Raises:
-        ValueError: The tokenizer spells its tokens in a way whose bytes are not known.
+        ValueError: The bytes of the tokenizer's tokens cannot be determined.
     """
     ordinary, special = split_vocabulary(tokenizer)
     role_ids: dict[str, Any] = {
@@ -218,7 +218,7 @@ def _fingerprint(ordinary: tuple[bytes | None, ...]) -> str:
 
 
 def _configured_eos_ids(folder: epath.PathLike | None) -> tuple[int, ...]:
-    """The ids that end a text by `generation_config.json`, else by `config.json`."""
+    """The ids that end a text according to `generation_config.json`, else `config.json`."""
     if folder is None:
         return ()
     for name in ("generation_config.json", "config.json"):
@@ -232,7 +232,7 @@ def _configured_eos_ids(folder: epath.PathLike | None) -> tuple[int, ...]:
 
 
 def _checked_ids(value: Any, path: epath.Path) -> tuple[int, ...]:
-    """Ids as a file has them."""
+    """The ids in a file's field, checked."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(one) is int and one >= 0 for one in ids):
         raise ValueError(f"{path}: eos_token_id: expected token ids, got {str(value)[:60]}")

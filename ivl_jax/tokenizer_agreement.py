@@ -1,7 +1,7 @@
-"""Says whether the tokenizers of a base and a value network agree.
+"""Checks whether the tokenizers of a base and a value network agree.
 
-In: two `TokenizerInfo`. Out: the ids that the value network does not know when it is put on the
-base; tokenizers that disagree are an error.
+In: two `TokenizerInfo`. Out: the base's ids that the value network does not know; tokenizers that
+disagree are an error.
 """
 
 import logging
@@ -16,39 +16,39 @@ _NAMED_AT_MOST = 20  # how many ids a message lists
 
 
 class TokenizerMismatchError(ValueError):
-    """Two tokenizers disagree on tokens both of them have."""
+    """Two tokenizers disagree on tokens that both have."""
 
 
 @dataclass(frozen=True)
 class UnknownIds:
-    """How a base's tokenizer goes beyond the value network's where they are compatible.
+    """How a base's tokenizer differs from a compatible value network's.
 
     Attributes:
         ids: Base ids that the value network does not know, ascending: their value logit is 0.
-        renamed: Ids whose special token has another text: id to (base's text, value's text).
+        renamed: Ids whose special tokens have different texts: id to (base's text, value's text).
     """
 
     ids: tuple[int, ...]
     renamed: Mapping[int, tuple[str, str]]
 
     def __bool__(self) -> bool:
-        """Whether there is anything to warn of."""
+        """Whether there is anything to warn about."""
         return bool(self.ids or self.renamed)
 
 
 def check_compatible(
     base: TokenizerInfo, value: TokenizerInfo, *, base_name: str, value_name: str
 ) -> UnknownIds:
-    """Says whether a value network's logits may be added to a base's, id by id.
+    """Checks that a value network's logits can be added to a base's, id by id.
 
-    Ordinary tokens must be the same bytes wherever both have the id. Special and appended tokens
-    are compared apart: another text under the same id is a renamed token. What is unknown or
-    renamed is logged as a warning.
+    Ordinary tokens must have the same bytes wherever both have the id. Special and appended tokens
+    are compared separately: a different text under the same id is a renamed token. Unknown and
+    renamed tokens are logged as a warning.
 
     Args:
         base: The base model's tokenizer.
         value: The value network's tokenizer.
-        base_name: What to call the base in messages, say its path.
+        base_name: What to call the base in messages, such as its path.
         value_name: What to call the value network in messages.
 
     Returns:
@@ -66,8 +66,8 @@ def check_compatible(
         if not base.ordinary_tokens or not value.ordinary_tokens:
             raise TokenizerMismatchError(
                 f"tokenizers differ: {base_name} has fingerprint {base.fingerprint[:12]}, "
-                f"{value_name} {value.fingerprint[:12]}, and the tokens of one are not at hand to "
-                "compare; load both tokenizers"
+                f"{value_name} {value.fingerprint[:12]}, and the tokens of one of them are not "
+                "available to compare; load both tokenizers"
             )
         problems += _ordinary_differences(base, value)
     base_ids, value_ids = _known_ids(base), _known_ids(value)
@@ -79,7 +79,7 @@ def check_compatible(
         raise TokenizerMismatchError(
             f"the tokenizers of the base {base_name} ({base.vocab_size} ids) and of the value "
             f"network {value_name} ({value.vocab_size} ids) differ in {len(problems)} tokens: "
-            f"{_listed(problems)}; build a vocabulary map between the two, or use a base of the "
+            f"{_listed(problems)}; build a vocabulary map between the two, or use a base from the "
             "value network's family"
         )
     renamed = {
@@ -110,13 +110,13 @@ def check_compatible(
 
 
 def _ordinary_differences(base: TokenizerInfo, value: TokenizerInfo) -> list[str]:
-    """A phrase for each id that is ordinary on one side and spelled otherwise on the other."""
+    """One phrase per id that is ordinary in one tokenizer and has other bytes in the other."""
     differences = []
     for token_id in range(min(base.vocab_size, value.vocab_size)):
         base_bytes, value_bytes = base.ordinary_tokens[token_id], value.ordinary_tokens[token_id]
         if base_bytes == value_bytes:
             continue
-        # Ordinary on one side, special or absent on the other.
+        # Ordinary in one, special or absent in the other.
         base_bytes = _bytes_of(base, token_id)
         value_bytes = _bytes_of(value, token_id)
         if base_bytes != value_bytes and base_bytes is not None and value_bytes is not None:
@@ -127,7 +127,7 @@ def _ordinary_differences(base: TokenizerInfo, value: TokenizerInfo) -> list[str
 
 
 def _bytes_of(info: TokenizerInfo, token_id: int) -> bytes | None:
-    """The bytes of an ordinary token, the text's bytes of a special one, None of a hole."""
+    """The bytes of an ordinary token, of a special token's text, or None for an unused id."""
     ordinary = info.ordinary_tokens[token_id]
     if ordinary is not None:
         return ordinary
@@ -136,7 +136,7 @@ def _bytes_of(info: TokenizerInfo, token_id: int) -> bytes | None:
 
 
 def _known_ids(info: TokenizerInfo) -> set[int]:
-    """Ids that stand for a token; every id below `vocab_size` when the table is not at hand."""
+    """Ids that have a token; every id below `vocab_size` if the tokens are not available."""
     if not info.ordinary_tokens:
         return set(range(info.vocab_size))
     ordinary = {
@@ -155,7 +155,7 @@ def _token_text(info: TokenizerInfo, token_id: int) -> str:
 
 
 def _listed(items: Iterable[str]) -> str:
-    """The first few items, and how many more there are."""
+    """The first few items, and the number of further ones."""
     listed = list(items)
     more = len(listed) - _NAMED_AT_MOST
     return ", ".join(listed[:_NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")

@@ -1,4 +1,4 @@
-"""Reads TOML files, one reader for all of them, whatever a file holds.
+"""Reads TOML files: the one reader for all of the project's TOML.
 
 In: a path, local or a URL that `etils.epath` reads. Out: the document; or a `MalformedFileError`
 that names the file and the place.
@@ -28,7 +28,7 @@ def read_toml(path: epath.PathLike) -> dict[str, Any]:
     Raises:
         FileNotFoundError: There is no such file.
         MalformedFileError: It cannot be read, is not UTF-8 or not TOML, is nested too deeply, or
-            holds an integer beyond any use; the line is named.
+            has an excessively long integer; names the line.
     """
     text = read_text(path)
     try:

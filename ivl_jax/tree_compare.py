@@ -1,4 +1,4 @@
-"""The one comparison of two trees of arrays: which path, what was expected, what was got.
+"""The one comparison of two trees of arrays: path, expected, got.
 
 In: two trees whose leaves have a shape and a dtype (arrays, `ShapeDtypeStruct`s, stored metadata).
 Out: nothing, or an error that lists every difference, at most 20 of them.
@@ -22,7 +22,7 @@ def path_name(path: Sequence[Any]) -> str:
 
 
 def key_name(key: Any) -> str:
-    """Name one entry of a pytree key path: a field, a dictionary key or an index."""
+    """The name of one entry of a pytree key path: a field, a dictionary key or an index."""
     for attribute in ("name", "key", "idx"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
@@ -49,10 +49,10 @@ def tree_mismatches(
     Args:
         expected: dotted path → leaf with shape and dtype, as `named_leaves` gives.
         got: the same for the other tree.
-        with_dtype: other dtypes count as a difference.
+        with_dtype: whether a different dtype counts as a difference.
 
     Returns:
-        One line a path that is missing, unexpected, or has another shape or dtype.
+        One line per path that is missing, unexpected, or has another shape or dtype.
     """
     lines = []
     for name, leaf in expected.items():
@@ -80,24 +80,24 @@ def check_same_tree(
     """Check that two flat trees have the same paths, shapes and dtypes.
 
     Args:
-        expected: dotted path → leaf, what the program needs.
-        got: dotted path → leaf, what was found.
+        expected: dotted path → leaf that the program needs.
+        got: dotted path → leaf that was found.
         what: the subject of the error's first line: which tree, from where.
         remedy: what to do about it.
-        with_dtype: other dtypes count as a difference.
+        with_dtype: whether a different dtype counts as a difference.
 
     Raises:
-        TreeMismatchError: they differ; lists path, expected and got, at most 20 of them.
+        TreeMismatchError: they differ; lists path, expected and got, for at most 20 leaves.
     """
     if lines := tree_mismatches(expected, got, with_dtype=with_dtype):
         raise mismatch_error(lines, what=what, remedy=remedy)
 
 
 def mismatch_error(lines: Sequence[str], *, what: str, remedy: str) -> TreeMismatchError:
-    """Write one error about all mismatches of one subject, listing at most 20 of them.
+    """Make one error that lists at most 20 mismatches of one tree.
 
     Args:
-        lines: one line a mismatch: path, expected, got.
+        lines: one line per mismatch: path, expected, got.
         what: the subject of the error's first line: which tree, from where.
         remedy: what to do about it.
 

@@ -76,7 +76,7 @@ def test_a_connection_scheme_of_ones_own_trains_saves_and_decodes(tiny_config, t
 def test_a_value_folder_never_causes_an_import(tiny_config, tmp_path):
     name = f"{HERE}:CONFIDENT"
     result = run(replace(tiny_config, value=replace(tiny_config.value, connection=name)))
-    with pytest.raises(ValueError, match=f"no code is imported .* --connection {name}"):
+    with pytest.raises(ValueError, match=f"never causes an import.* --connection {name}"):
         read_value(str(result.output))
     assert read_value(str(result.output), schemes={name: CONFIDENT}).scheme is CONFIDENT
 

@@ -46,8 +46,8 @@ def _message(read: Callable[[Path], Any], path: Path) -> str | None:
     [
         ('{"a": 1,\n "b" 2}', "line 2, column 6", "not JSON: expecting ':' delimiter"),
         ('{"a": 1}\n[2]', "line 2, column 1", "content after the value"),
-        ("", "line 1, column 1", "nothing in it"),
-        (" \n ", "line 2, column 2", "nothing in it"),
+        ("", "line 1, column 1", "it is empty"),
+        (" \n ", "line 2, column 2", "it is empty"),
         ('["é", x]', "line 1, column 7", "not JSON: expecting value"),
         (b'{"a": "caf\xe9"}', "line 1", r"byte 10: not UTF-8 \(found 0xe9\)"),
         (b'{\n"\xc3\xa9": "\xff"}', "line 2", "byte 9: not UTF-8"),
@@ -56,8 +56,8 @@ def _message(read: Callable[[Path], Any], path: Path) -> str | None:
         ("[" * 101 + "]" * 101, "line 1, column 101", "nested too deeply: more than 100"),
         ('{"a":' * 101 + "1" + "}" * 101, "line 1, column 501", "nested too deeply"),
         ("[" * 100_000, "line 1, column 101", "nested too deeply"),
-        ('{"a": 1,\n "a": 2}', "line 2, column 2", "the key 'a' stands twice in one object"),
-        ('{"b": {"a": 1},\n "a": 2, "a": 3}', "line 2, column 10", "the key 'a' stands twice"),
+        ('{"a": 1,\n "a": 2}', "line 2, column 2", "the key 'a' appears twice in one object"),
+        ('{"b": {"a": 1},\n "a": 2, "a": 3}', "line 2, column 10", "the key 'a' appears twice"),
     ],
 )
 def test_every_malformed_file_is_named_with_the_place(
@@ -131,7 +131,7 @@ def test_a_list_is_read_item_by_item_with_each_line(tmp_path: Path, indent: int 
         ("[1,,2]", 1, "line 1, column 4", "not JSON: expecting value"),
         ("[1,]", 1, "line 1, column 4", "not JSON: expecting value"),
         ("[1,\n2", 2, "line 2, column 2", "expected ',' or ']'"),
-        ("[1,\n", 1, "line 2, column 1", "nothing in it"),
+        ("[1,\n", 1, "line 2, column 1", "it is empty"),
         ('{"a": 1}', 0, "line 1, column 1", "expected a list"),
         (f"[1, {HUGE}]", 1, "line 1, column 5", "an integer of more than"),
     ],

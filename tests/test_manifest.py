@@ -105,7 +105,7 @@ def test_a_manifest_of_an_unknown_format_is_refused(folder: Path, monkeypatch) -
     monkeypatch.setattr("ivl_jax.manifest.MANIFEST_FORMAT", 2)
     write_manifest(folder, {})
     monkeypatch.undo()
-    with pytest.raises(ManifestError, match="has format 2, this version of ivl_jax reads 1"):
+    with pytest.raises(ManifestError, match="has format 2, but this version of ivl_jax reads 1"):
         read_manifest(folder)
 
 
@@ -124,7 +124,7 @@ def test_a_forged_value_in_the_manifest_is_found(folder: Path) -> None:
         ({"about": [1]}, "field 'about': expected an object, got a list"),
         ({"files": {"top.bin": {"bytes": 1}}}, "'top.bin': expected 'bytes' and 'sha256'"),
         ({"files": {"top.bin": 3}}, "'top.bin': expected 'bytes' and 'sha256'"),
-        ({"files": {"../a": {"bytes": 1, "sha256": ""}}}, "'../a' leads out of the folder"),
+        ({"files": {"../a": {"bytes": 1, "sha256": ""}}}, "'../a' is outside the folder"),
         ({"format": None}, "has format None"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Command lines to config dataclasses.
+"""Parses command lines into config dataclasses.
 
 In: a dataclass whose fields may carry the marks of `ivl_jax.config.annotations`. Out: an instance.
 """
@@ -30,21 +30,21 @@ def parse_flags(
     description: str | None = None,
     default: ConfigT | None = None,
 ) -> ConfigT:
-    """Read a command line; prints the help or what is wrong, and exits, where it must.
+    """Parse a command line; after `--help` or an error, prints a message and exits.
 
     Args:
         config_type: the dataclass.
         arguments: without the program's name.
         prog: the program's name.
-        description: the head of the help; None: the dataclass's docstring.
-        default: what flags change; None: the dataclass's defaults.
+        description: the first paragraph of the help; None: the dataclass's docstring.
+        default: the values that flags override; None: the dataclass's defaults.
 
     Returns:
         The instance.
 
     Raises:
-        SystemExit: after `--help`, or flags that cannot be read (status 2).
-        ConfigError: of the dataclass's own checks.
+        SystemExit: after `--help`, or if the flags cannot be parsed (status 2).
+        ConfigError: one of the dataclass's own checks failed.
     """
     return tyro.cli(
         config_type,
@@ -63,13 +63,13 @@ def parse_subcommand(
     prog: str,
     description: str,
 ) -> Any:
-    """Read a command line that begins with the name of a command.
+    """Parse a command line that begins with the name of a command.
 
     Args:
         commands: name → dataclass, or function whose arguments are flags.
         arguments: without the program's name.
         prog: the program's name.
-        description: the head of the help.
+        description: the first paragraph of the help.
 
     Returns:
         The dataclass's instance, or what the function returned.
@@ -88,7 +88,7 @@ def parse_subcommand(
 
 
 def _registry() -> ConstructorRegistry:
-    """Rules that read our marks on the fields of dataclasses."""
+    """The tyro rules for our marks on dataclass fields."""
     registry = ConstructorRegistry()
     inner: list[type] = []  # dataclasses whose fields tyro is listing for us
 
@@ -137,7 +137,7 @@ def _read_marks(spec: StructConstructorSpec) -> StructConstructorSpec:
 
 
 def _as_paragraph(helptext: str | Callable[[], str | None] | None) -> Callable[[], str | None]:
-    """A help text without the line breaks of the source, found when it is shown."""
+    """A help text without the source's line breaks, joined only when it is shown."""
 
     def joined() -> str | None:
         text = helptext() if callable(helptext) else helptext

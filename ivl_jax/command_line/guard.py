@@ -1,7 +1,7 @@
-"""How a command line ends: exit statuses, one line per failure, and where its traceback is.
+"""How a command line ends: its exit status, one line per failure, and where the traceback is.
 
-In: what a command does, as a function. Out: its exit status. Imports only the standard library, so
-that a package which is missing is reported like everything else.
+In: a command as a function. Out: its exit status. Imports only the standard library, so that a
+missing package is reported like any other error.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ _PACKAGE = "ivl_jax"
 
 
 class StoppedBySignal(KeyboardInterrupt):
-    """SIGTERM or SIGHUP came; cleaned up after as after Ctrl-C."""
+    """SIGTERM or SIGHUP was received; handled like Ctrl-C."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -37,19 +37,19 @@ def run_command(
     when_stopped: Callable[[], str] = lambda: "stopped",
     failure_status: int = WRONG_INPUT,
 ) -> int:
-    """Run a command line; never ends with a traceback on the console.
+    """Run a command line; never prints a traceback on the console.
 
     Args:
         program: what the user called, for messages: `infer.py`.
         command: takes the arguments; returns the exit status, None for 0.
-        arguments: without the program's name; None: of this process. `--version` is answered here.
-        when_stopped: what to say after Ctrl-C, SIGTERM or SIGHUP.
-        failure_status: exit status of errors whose message is for the user, apart from wrong
+        arguments: without the program's name; None: this process's. `--version` is handled here.
+        when_stopped: returns what to print after Ctrl-C, SIGTERM or SIGHUP.
+        failure_status: exit status of errors whose message is for the user, except invalid
             configurations, whose status is 2.
 
     Returns:
         The exit status: 0, `failure_status`, 2, 1 after an unexpected error, 128 + the number of
-        the signal that stopped it, 141 where a pipe's reader went away.
+        the signal that stopped it, or 141 if the reader of a pipe closed it.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     if "--version" in given:
@@ -77,7 +77,7 @@ def run_command(
 
 
 def version_line() -> str:
-    """The package's version, and what decides how it computes."""
+    """The versions of the package, JAX, Flax and Python."""
     from importlib.metadata import PackageNotFoundError, version
 
     from ivl_jax.version import __version__
@@ -91,11 +91,10 @@ def version_line() -> str:
 
 
 def is_for_the_user(error: Exception) -> bool:
-    """Say whether an error's message tells the user what to change.
+    """Whether an error's message tells the user what to change.
 
-    Args:
-        error: what was raised: of a class of this package, of the operating system, or a ValueError
-            that this package raised itself.
+    That holds for this package's own exception classes, for errors of the operating system, and for
+    a ValueError that this package raised itself.
     """
     if type(error).__module__.split(".")[0] == _PACKAGE or isinstance(error, OSError):
         return True
@@ -105,7 +104,7 @@ def is_for_the_user(error: Exception) -> bool:
 
 
 def describe_unexpected(error: BaseException, *, program: str, arguments: Sequence[str]) -> str:
-    """Save the traceback of an error that nobody expected.
+    """Save the traceback of an unexpected error.
 
     Args:
         error: what was raised.
@@ -151,14 +150,14 @@ def _message(error: Exception) -> str:
 
 
 def _say(program: str, message: str) -> None:
-    # Standard error may be a pipe, too, whose reader is gone.
+    # Standard error may be a closed pipe, too.
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(f"{program}: {message}\n")
         sys.stderr.flush()
 
 
 def _discard_output() -> None:
-    """Let nothing be written to a closed pipe when the interpreter ends."""
+    """Prevent writes to a closed pipe when the interpreter exits."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
@@ -167,7 +166,7 @@ def _discard_output() -> None:
 
 @contextlib.contextmanager
 def _signals_as_exceptions() -> Iterator[None]:
-    """Raise SIGTERM and SIGHUP as exceptions, so that files are closed; ignored ones stay so."""
+    """Raise SIGTERM and SIGHUP as exceptions, so that files are closed, unless they are ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,8 +1,8 @@
-"""Whether a value network can go on a base: its tokenizer, its vocabulary map, its scheme.
+"""Whether a value network fits a base: its tokenizer, its vocabulary map, its scheme.
 
-In: what identifies two tokenizers, the connection scheme, perhaps a map. Out: the base's ids that
-the value network does not know, or an error that names both sides and the remedy. Reads no weights.
-A draft, which proposes tokens for a base, is checked here too.
+In: the identities of two tokenizers, the connection scheme, optionally a map. Out: the base's ids
+that the value network does not know, or an error that names both models and the remedy. Reads no
+weights. A draft, which proposes tokens for a base, is checked here too.
 """
 
 from collections.abc import Sequence
@@ -24,13 +24,13 @@ from ivl_jax.weights.language_model import check_rows
 
 @dataclass(frozen=True, eq=False)
 class ComposedSources:
-    """Models that fit each other, before their weights: what every composed model begins with.
+    """Models that fit each other, before their weights are read; every composed model starts here.
 
     Attributes:
         base: The base.
         values: The value networks.
         draft: A base that proposes tokens, or None.
-        unknown_ids: For each value network, base ids that mean something else to it.
+        unknown_ids: For each value network, the base ids that it does not know.
         draft_unknown_ids: The same for the draft.
     """
 
@@ -49,10 +49,10 @@ def check_sources(
     Args:
         base: the base.
         values: the value networks.
-        draft: a base that is to propose tokens, or None.
+        draft: a base that will propose tokens, or None.
 
     Returns:
-        The models, with what each value network does not know of the base's tokens.
+        The models, with the base ids that each value network does not know.
 
     Raises:
         ValueError: as `check_fit` and `check_draft_fit`; or a language model whose tokenizer has
@@ -74,14 +74,14 @@ def check_fit(base: ModelSource, value: ModelSource) -> tuple[int, ...]:
         value: the value network, with its connection scheme and its vocabulary map, if it has one.
 
     Returns:
-        Base ids that mean something else to the value network, or nothing; none with a map.
+        Base ids that the value network does not know; always empty with a map.
 
     Raises:
-        TokenizerMismatchError: without a map, the two vocabularies disagree; the message gives the
-            command that builds one.
+        TokenizerMismatchError: there is no map and the two vocabularies disagree; the message gives
+            the command that builds one.
         VocabularyMapError: the map was built for other tokenizers.
-        ValueError: a scheme that reads the base's logits or hidden states, across vocabularies or
-            from a base of another width.
+        ValueError: the scheme reads the base's logits or hidden states, and the vocabularies or
+            widths differ.
     """
     described_map, scheme = value.described_map, value.scheme
     _check_width(base, value)
@@ -97,9 +97,9 @@ def check_fit(base: ModelSource, value: ModelSource) -> tuple[int, ...]:
     )
     if described_map.metadata.value_vocab_size > value.info.vocab_size:
         raise VocabularyMapError(
-            f"the vocabulary map {described_map.path} points at value ids up to "
+            f"the vocabulary map {described_map.path} refers to value ids up to "
             f"{described_map.metadata.value_vocab_size - 1}, but {value.label} has only "
-            f"{value.info.vocab_size}: its tokenizer lacks appended tokens that the map knows; "
+            f"{value.info.vocab_size} ids: its tokenizer lacks appended tokens that the map uses; "
             f"build the map again: {_build_command(base, value)}"
         )
     if scheme.reads_base:
@@ -123,26 +123,26 @@ def check_draft_fit(
         values: the value networks.
 
     Returns:
-        Base ids that mean something else to the draft; it never proposes those beyond its own.
+        Base ids that the draft does not know; it never proposes ids beyond its own vocabulary.
 
     Raises:
-        TokenizerMismatchError: base and draft disagree on tokens both have.
+        TokenizerMismatchError: base and draft disagree on tokens that both have.
         ValueError: a value network reads base logits, or has its own vocabulary.
     """
     for value in values:
         scheme, described_map = value.scheme, value.described_map
         if scheme.reads_base:
             raise ValueError(
-                f"{value.label} reads {_reads(scheme)} (connection {scheme.name}): what it says "
-                f"under the draft {draft.path} is not what it says under the base {base.path}, and "
-                "only value networks that read no more than the text (residual) can be drafted "
-                "for; leave the draft out, or train a residual one"
+                f"{value.label} reads {_reads(scheme)} (connection {scheme.name}), so its logits "
+                f"under the draft {draft.path} differ from those under the base {base.path}: a "
+                "draft works only with value networks that read nothing but the text (residual); "
+                "leave the draft out, or train a residual value network"
             )
         if described_map is not None:
             raise ValueError(
-                f"{value.label} has its own vocabulary (the map {described_map.path}) and is read "
-                f"token by token on the host: the draft {draft.path} cannot propose for it; leave "
-                "the draft out"
+                f"{value.label} has its own vocabulary (the map {described_map.path}) and is "
+                f"re-tokenised on the host after every token, so the draft {draft.path} cannot "
+                "propose for it; leave the draft out"
             )
     try:
         return check_compatible(
@@ -157,7 +157,7 @@ def check_draft_fit(
 
 
 def tokenizer_folder(value_path: str) -> str:
-    """The folder with the tokenizer's files, of a value folder or of a language model's."""
+    """The folder with the tokenizer's files, in a value folder or in a language model's folder."""
     folder = epath.Path(value_path or "VALUE")
     inside = folder / TOKENIZER_FOLDER
     return str(inside if not value_path or inside.exists() else folder)
@@ -168,15 +168,15 @@ def _reads(scheme: ConnectionScheme) -> str:
 
 
 def _check_width(base: ModelSource, value: ModelSource) -> None:
-    """A value network that reads hidden states reads those of one width only."""
+    """A value network that reads hidden states accepts only one width."""
     if not value.scheme.reads_base_hidden:
         return
     expected, found = value.decoder.base_hidden_size, base.decoder.hidden_size
     if expected != found:
         raise ValueError(
             f"{value.label} reads the base's final hidden states (connection {value.scheme.name}) "
-            f"of width {expected}, and those of {base.label} have width {found}: use a base of "
-            "that width, or train a value network with a scheme that reads text (residual)"
+            f"and expects width {expected}, but {base.label} has width {found}: use a base of that "
+            "width, or train a value network with a scheme that reads only text (residual)"
         )
 
 
@@ -188,12 +188,12 @@ def _unknown_ids(base: ModelSource, value: ModelSource) -> tuple[int, ...]:
     except TokenizerMismatchError as error:
         raise TokenizerMismatchError(
             f"{error}. This builds the map:\n  {_build_command(base, value)}\n"
-            "and its file goes with the value network (infer.py: --map MAP.safetensors)"
+            "Then pass its file along with the value network (infer.py: --map MAP.safetensors)"
         ) from error
 
 
-def _identity(side: ModelSource) -> str:
-    return f"{side.info.vocab_size} ids, fingerprint {side.info.fingerprint[:12]}"
+def _identity(model: ModelSource) -> str:
+    return f"{model.info.vocab_size} ids, fingerprint {model.info.fingerprint[:12]}"
 
 
 def _build_command(base: ModelSource, value: ModelSource) -> str:

@@ -1,11 +1,11 @@
 """The forward pass of a composed model: the only one, for training, decoding and scoring.
 
-In: the networks' arrays, tokens and their positions, caches if there are any. Out: each network's
-final hidden states; then, for as many positions at a time as the caller likes, each network's
-logits and the composed ones. All functions are pure.
+In: the networks' arrays, tokens and their positions, optionally caches. Out: each network's final
+hidden states; then, for as many positions at a time as the caller likes, each network's logits and
+the composed ones. All functions are pure.
 
-    run_networks   tokens  → HiddenStates, one for each network
-    network_logits HiddenStates → NetworkLogits, one for each network
+    run_networks   tokens → HiddenStates of every network
+    network_logits HiddenStates → NetworkLogits of every network
     compose        NetworkLogits → composed logits
 
 The logits [B T V] are by far the largest arrays, so they are computed only where the caller asks.
@@ -32,14 +32,14 @@ from ivl_jax.vocabulary.value_term import ValueTerm
 
 
 class OwnTokens(NamedTuple):
-    """What one value network with its own vocabulary reads in a call."""
+    """What one value network with its own vocabulary reads in one call."""
 
     tokens: Int[Array, "B K"]
     """Its own tokens, right-padded with any id."""
     starts: Int[Array, " B"]
-    """Position of each row's first one; what its cache has from there on is forgotten."""
+    """Position of each row's first token; its cache is discarded from there on."""
     counts: Int[Array, " B"]
-    """Real tokens of each row, at least 1; the last one's prediction is composed."""
+    """Real tokens per row, at least 1; the prediction of the last one is composed."""
 
 
 class Caches(NamedTuple):
@@ -54,10 +54,10 @@ class HiddenStates(NamedTuple):
 
     base: Float[Array, "B T D"]
     values: tuple[Float[Array, "B T2 D2"], ...]
-    """One for each value network, at the base's positions; of one that was given `OwnTokens`, at
-    its own."""
+    """One per value network, at the base's positions; for a network that was given `OwnTokens`, at
+    its own positions."""
     base_logits: Float[Array, "B T V"] | None = None
-    """The base's logits, where a value network had to read them at every position."""
+    """The base's logits, if a value network had to read them at every position."""
 
 
 class NetworkLogits(NamedTuple):
@@ -86,13 +86,13 @@ def run_networks(
         tokens: [B T] token ids of the base.
         positions: [B T] position of each token, and its slot in every cache.
         segment_ids: [B T], 0 is padding; None: one text per row. Not with caches.
-        caches: what the networks have read; None: nothing is remembered.
-        base_hidden: the base's final hidden states, where they are known already; it is not run.
+        caches: keys and values of what the networks have read; None: no cache.
+        base_hidden: the base's final hidden states if already known; the base is then not run.
         own_texts: what each value network with its own vocabulary reads, in their order: its tokens
             in this call, or (without caches) every prefix of the text.
 
     Returns:
-        The states, and the caches with what this call read (None without caches).
+        The states, and the caches with this call's tokens added (None without caches).
     """
     base = composition.base
     base_cache = None
@@ -138,7 +138,7 @@ def run_values(
     base_logits: Float[Array, "B T V"] | None = None,
     own_texts: Sequence[OwnTokens | OwnPrefixes] = (),
 ) -> tuple[tuple[Array, ...], tuple[KVCache, ...] | None]:
-    """Run the value networks alone; arguments as `run_networks` takes them.
+    """Run the value networks alone.
 
     Args:
         composition: the static half.
@@ -194,14 +194,14 @@ def pick(
     wanted: Int[Array, "B C"],
     own_tokens: Sequence[OwnTokens] = (),
 ) -> HiddenStates:
-    """Pick positions.
+    """Pick the hidden states at some positions.
 
     Args:
         composition: the static half.
-        hidden: of `run_networks`.
+        hidden: from `run_networks`.
         wanted: [B C] which of its T positions.
-        own_tokens: what `run_networks` was given of this kind: of these networks the state of each
-            row's last token is picked, and C is 1.
+        own_tokens: the `OwnTokens` that `run_networks` was given: for these networks the state of
+            each row's last token is picked, and C is 1.
 
     Returns:
         The states there, [B C D].
@@ -222,7 +222,7 @@ def network_logits(
     Args:
         composition: the static half.
         params: the arrays of all networks; only their heads are read.
-        hidden: of `run_networks`, all positions or a part of them.
+        hidden: from `run_networks`, all positions or some of them.
 
     Returns:
         Logits of every network at these positions.
@@ -242,12 +242,13 @@ def compose(
     *,
     strengths: Float[Array, "#B M"],
 ) -> Float32[Array, "B T V"]:
-    """Add what the value networks say to what the base says.
+    """Add the value networks' logits to the base's.
 
     Args:
         composition: the static half.
-        arrays: of each value network: its unknown ids and its map are read.
-        logits: of `network_logits`; the base's may be those of a draft in its columns.
+        arrays: of each value network; only its unknown ids and its map are read.
+        logits: from `network_logits`; a draft's logits, in the base's columns, may replace the
+            base's.
         strengths: [B M] α of each value network, or one row for all.
 
     Returns:
@@ -271,7 +272,7 @@ def compose(
 def head_logits(
     network: Network, params: Params, hidden: Float[Array, "B T D"]
 ) -> Float32[Array, "B T V"]:
-    """Logits of one network's final hidden states, split over the mesh like its head."""
+    """Logits of one network's final hidden states, sharded like its head."""
     logits = logits_from_hidden(network.graphdef, params, hidden)
     constrain = network.constrain
     return logits if constrain is None else constrain(logits, ("batch", "length", "vocabulary"))

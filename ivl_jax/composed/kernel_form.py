@@ -1,10 +1,10 @@
-"""How a network's parameters lie while it decodes, decided once, when it is loaded.
+"""The form in which a network's parameters are stored for decoding, decided once, at loading.
 
 In: parameters as they were loaded, layers unstacked. Out: a graphdef and parameters in the form
-that this device reads fastest a token at a time, or split over a mesh.
+that this device reads fastest one token at a time, or sharded over a mesh.
 
     one CPU device   (out, in) kernels, q·k·v and gate·up fused; a tied head is the embedding
-    anything else    (in, out) kernels as in training, which shard by one table; head untied
+    anything else    (in, out) kernels as in training, which shard by one table; untied head
 """
 
 import jax
@@ -29,24 +29,24 @@ def lay_out_network(
     """Arrange a network for decoding.
 
     Args:
-        params: layers unstacked, as loaded or as this function has laid them out; left as they are.
+        params: layers unstacked, as loaded or as returned by this function; not modified.
         arch: their architecture.
-        layout: where they are to lie on a mesh; None: where they are, on one device.
-        int8: round the kernels to int8, the head among them.
+        layout: how to place them on a mesh; None: they stay where they are, on one device.
+        int8: round the kernels to int8, including the head.
 
     Returns:
-        The static half of the network, which computes in the parameters' dtype, and parameters for
-        it. Layers stay unstacked everywhere: scanned, a step of 134 M + 24 M parameters takes 1.6
+        The static half of the network, which computes in the parameters' dtype, and its parameters.
+        Layers stay unstacked everywhere: with a scan, a step of 134 M + 24 M parameters takes 1.6
         times as long on CPU.
 
     Raises:
-        ValueError: laid out for one CPU device already, and wanted on a mesh.
+        ValueError: the parameters are already arranged for one CPU device, but a mesh is given.
     """
     head = params["lm_head"]["kernel"] if "lm_head" in params else _embedding(params)
     given = _form_of(params)
     if given.rows and layout is not None:
         raise ValueError(
-            "a network that is laid out for decoding on one CPU device cannot go onto a mesh: "
+            "a network arranged for decoding on one CPU device cannot be placed on a mesh: "
             "compose the model as it was loaded"
         )
     rows = layout is None and isinstance(arch, ArchConfig) and _on_cpu(head)
@@ -69,27 +69,27 @@ def lay_out_network(
 
 
 def loading_form(mesh: Mesh | None, *, int8: bool = False) -> KernelForm:
-    """The form in which to load a network that is only to decode: then each weight is held once.
+    """The form in which to load a network that only decodes, so that each weight is held once.
 
     Args:
         mesh: where it will decode; None: one device.
-        int8: its kernels are to be in int8.
+        int8: whether its kernels will be in int8.
 
     Returns:
-        The form, for `load_language_model`; `lay_out_network` leaves such kernels as they are.
+        The form, for `load_language_model`; `lay_out_network` leaves kernels of this form alone.
     """
     return KernelForm(rows=mesh is None and jax.default_backend() == "cpu", int8=int8)
 
 
 def output_rows(params: Params) -> int:
-    """Columns of the logits, padding included, of parameters as loaded or as laid out."""
+    """Number of logit columns, padding included, of parameters in either form."""
     if "lm_head" in params:
         return params["lm_head"]["kernel"].shape[0 if _form_of(params).rows else 1]
     return _embedding(params).shape[0]
 
 
 def _form_of(params: Params) -> KernelForm:
-    """The form in which parameters come: as loaded, or as a composed model has laid them out."""
+    """The form of these parameters: as loaded, or as arranged for a composed model."""
     layers = params.get("layers", {})
     if 0 not in layers:
         return AS_TRAINED
@@ -99,9 +99,9 @@ def _form_of(params: Params) -> KernelForm:
 
 
 def _with_even_rows(head: Params) -> Params:
-    """A head [V D] whose rows make large tiles (`projection`), with empty ones after its own.
+    """A head [V D] padded with zero rows, so that the rows form large tiles (`projection`).
 
-    32,001 rows would be 10,667 tiles of 3; composition masks the columns that are no token.
+    32,001 rows would be 10,667 tiles of 3; composition masks the padding columns.
     """
     more = -head["kernel"].shape[0] % VOCABULARY_ROW_MULTIPLE
     if not more:

@@ -1,7 +1,7 @@
-"""The networks of a composition: what is static about each of them, and its arrays.
+"""The networks of a composition: the static half of each, and its arrays.
 
-In: nothing; these are records. Static ones are hashable and key the compiled programs, the others
-are pytrees of arrays. `ivl_jax.composed.forward` runs them.
+These are records only. The static ones are hashable and key the compiled programs; the others are
+pytrees of arrays. `ivl_jax.composed.forward` runs them.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from ivl_jax.vocabulary.mapping import VocabularyMap
 
 @dataclass(frozen=True)
 class Layout:
-    """How one network's arrays are split over a mesh."""
+    """How one network's arrays are sharded over a mesh."""
 
     mesh: Mesh
     rules: ShardingRules
@@ -34,16 +34,16 @@ class Network:
     graphdef: nnx.GraphDef
     arch: Architecture
     vocab_size: int
-    """Real tokens that the network knows; output columns after them are padding."""
+    """Number of real tokens that the network knows; later output columns are padding."""
     cache_dtype: str = "float32"
     scheme: ConnectionScheme | None = None
-    """How it is connected to the base; None for the base itself, and for its draft."""
+    """How it is connected to the base; None for the base itself and for its draft."""
     replacement_id: int = 0
     """What a value network reads in place of a token it does not know."""
     mapped: bool = False
-    """A value network that reads and speaks its own vocabulary, through a vocabulary map."""
+    """Whether a value network has its own vocabulary, used through a vocabulary map."""
     centred: bool = False
-    """Its value logits are centred before they are mapped."""
+    """Whether its value logits are centred before they are mapped."""
     layout: Layout | None = None
     """None: one device."""
 
@@ -62,14 +62,14 @@ class Network:
 
 @dataclass(frozen=True)
 class Composition:
-    """The static half of a composed model: hashable, the key of its compiled programs."""
+    """The static half of a composed model; hashable, and the key of its compiled programs."""
 
     base: Network
     values: tuple[Network, ...] = ()
     draft: Network | None = None
-    """A small base that proposes tokens; None: one token a step."""
+    """A small base that proposes tokens; None: one token per step."""
     draft_length: int = 0
-    """Tokens proposed at a time; 0: as many as pay."""
+    """Tokens proposed at a time; 0: chosen while decoding."""
 
     @property
     def mapped(self) -> tuple[Network, ...]:
@@ -88,9 +88,9 @@ class ValueArrays(NamedTuple):
     params: Params
     """Its parameters."""
     unknown_ids: Int[Array, " U"] | None = None
-    """Base ids that mean something else to it; None: there are none."""
+    """Base ids that it does not know; None: there are none."""
     vocabulary_map: VocabularyMap | None = None
-    """How the base reads its logits; None where the two share a vocabulary."""
+    """Maps its logits to the base's vocabulary; None where the two share a vocabulary."""
 
 
 class DraftArrays(NamedTuple):
@@ -99,7 +99,7 @@ class DraftArrays(NamedTuple):
     params: Params
     """Its parameters."""
     unknown_ids: Int[Array, " U"]
-    """Base ids that mean something else to it."""
+    """Base ids that it does not know."""
 
 
 class ComposedParams(NamedTuple):
@@ -116,7 +116,7 @@ class ComposedParams(NamedTuple):
 def known_tokens(
     network: Network, tokens: Int[Array, "B T"], unknown_ids: Int[Array, " U"] | None
 ) -> Int[Array, "B T"]:
-    """Replace the tokens that a network beside the base cannot read.
+    """Replace the tokens that a value network or a draft does not know.
 
     Args:
         network: a value network, or the draft.
@@ -124,7 +124,7 @@ def known_tokens(
         unknown_ids: ids that mean something else to the network.
 
     Returns:
-        [B T] ids that it knows.
+        [B T] ids that the network knows.
     """
     unknown = tokens >= network.vocab_size
     if unknown_ids is not None:

@@ -1,11 +1,11 @@
-"""Teacher forcing across vocabularies: a value network reads every prefix of a text, re-tokenised.
+"""Teacher forcing across vocabularies: a value network reads every re-tokenised prefix of a text.
 
 In: texts in the base's tokens. Out: for each base position, the value network's final hidden state
-after the text up to there, in its own tokens, as decoding would have it.
+after the text up to that position, in its own tokens, as in decoding.
 
-Nearly every prefix is the beginning of the whole text's tokens, so those are read once. The few
-that end otherwise ("unbeliev" before "able" follows) are short tails, each read after the cached
-beginning that it shares: two passes, however long the text.
+Most prefixes tokenise to a prefix of the whole text's tokens, so one pass covers them. The few
+that end differently ("unbeliev" before "able" follows) need only a short tail each, read after the
+cached beginning that they share: two passes, however long the text.
 """
 
 from collections.abc import Sequence
@@ -25,24 +25,24 @@ from ivl_jax.sharding import batch_ways
 from ivl_jax.vocabulary.retokenize import RetokenizedText
 
 _SMALLEST_LENGTH, _SMALLEST_TAIL, _SMALLEST_TAILS = 16, 4, 16
-# Each tail has a copy of its row's cache; so many bytes of copies exist at once.
+# Each tail has a copy of its row's cache; at most this many bytes of copies exist at once.
 _CACHE_BYTES = 1 << 27
 
 
 class OwnPrefixes(NamedTuple):
-    """What a value network reads so that it has read every prefix of the texts in a batch."""
+    """What a value network reads to cover every prefix of the texts in a batch."""
 
     tokens: Int[Array | np.ndarray, "B U"]
     """The whole texts in its own tokens, right-padded."""
     tails: Int[Array | np.ndarray, "N K"]
-    """Ends of the prefixes that are no beginning of the whole text, right-padded."""
+    """Ends of the prefixes whose tokens are not a prefix of the whole text's, right-padded."""
     tail_rows: Int[Array | np.ndarray, " N"]
-    """The text each tail is of."""
+    """The row of the text that each tail belongs to."""
     tail_starts: Int[Array | np.ndarray, " N"]
-    """Position of its first token: before it, the prefix is as the whole text."""
+    """Position of its first token; before it, the prefix has the whole text's tokens."""
     places: Int[Array | np.ndarray, "B T"]
-    """For each base position, where its prefix's last token is: an index into B × U whole texts'
-    tokens, then N × K tails' tokens."""
+    """For each base position, where its prefix's last token is: an index into the B × U tokens of
+    the whole texts, followed by the N × K tokens of the tails."""
 
 
 def plan_prefixes(
@@ -56,18 +56,18 @@ def plan_prefixes(
     """Find what a value network has to read.
 
     Args:
-        beginnings: for each row, its text up to the first position wanted; copies grow here.
-        following: for each row, the base tokens that follow, one a position.
+        beginnings: for each row, its text up to the first position wanted; not modified.
+        following: for each row, the base tokens that follow, one per position.
         starts: for each row, the base position at which its beginning ends.
-        batch: rows on device; those beyond the real ones only fill the batch.
-        length: base positions of a row, T.
+        batch: rows on the device; those beyond the real rows only fill the batch.
+        length: base positions per row, T.
 
     Returns:
         NumPy arrays of bucketed shapes. Positions before a row's start point at its first token.
     """
     whole: list[list[int]] = []
     tails: list[tuple[int, int, list[int]]] = []
-    # Of each wanted position: its tail, or −1; and the number of its prefix's last token there.
+    # For each wanted position: its tail, or −1; and the index of its prefix's last token there.
     found: list[list[tuple[int, int]]] = []
     for row, (beginning, ids) in enumerate(zip(beginnings, following, strict=True)):
         text, steps = beginning.fork(), []
@@ -112,7 +112,7 @@ def run_prefixes(network: Network, params: Params, prefixes: OwnPrefixes) -> Flo
     """
     batch, width = prefixes.tokens.shape
     tails, tail_width = prefixes.tails.shape
-    # A tail may end beyond the whole text, which is shorter where tokens have joined.
+    # A tail may end beyond the whole text, which is shorter where tokens have merged.
     capacity = width + tail_width
     dtype = jnp.dtype(network.cache_dtype)
     empty = init_cache(network.arch, batch_size=batch, capacity=capacity, dtype=dtype)
@@ -145,7 +145,7 @@ def _read(
     starts: Int[Array, " B"],
     cache: KVCache,
 ) -> tuple[Float[Array, "B U D"], KVCache]:
-    """Read each row's tokens from its own position on."""
+    """Run the network over each row's tokens, from that row's own position on."""
     steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
     hidden, cache_after = value_hidden(
         network.connection,
@@ -161,7 +161,7 @@ def _read(
 
 
 def _tails_at_once(network: Network, tails: int, capacity: int) -> int:
-    """How many copies of a row's cache may exist."""
+    """How many copies of a row's cache may exist at once."""
     arch = network.arch
     row = 2 * arch.num_hidden_layers * arch.num_key_value_heads * capacity * arch.head_dim
     size = row * jnp.dtype(network.cache_dtype).itemsize
@@ -177,9 +177,9 @@ def _trace_back(
     row: int,
     tails: list[tuple[int, int, list[int]]],
 ) -> list[tuple[int, int]]:
-    """Place every prefix of one row, from the last to the first; add the tails that it needs.
+    """Place every prefix of one row, from the last to the first, and add the tails it needs.
 
-    Each step says how many tokens it kept, and which ones after them it took away.
+    Each step is how many tokens it kept, and which tokens after them it removed.
     """
     shared, end = len(whole), list[int]()
     found = [_place(shared, end, row=row, tails=tails)]
@@ -196,7 +196,7 @@ def _trace_back(
 def _place(
     shared: int, end: list[int], *, row: int, tails: list[tuple[int, int, list[int]]]
 ) -> tuple[int, int]:
-    """The tail (−1: the whole text) that has a prefix's last token, and its number there."""
+    """The tail (−1: the whole text) that holds a prefix's last token, and its index there."""
     if not end:
         return -1, shared - 1
     if tails and tails[-1][:2] == (row, shared):

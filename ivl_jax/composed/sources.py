@@ -1,7 +1,7 @@
-"""A model before its weights: everything about it that can be known, and checked, cheaply.
+"""A model before its weights: everything about it that is cheap to read and check.
 
 In: a language model's folder or hub id, or a value folder. Out: `ModelSource`, whose `load` reads
-the weights. Training, decoding and evaluation all begin with these; nothing is read twice.
+the weights. Training, decoding and evaluation all start from these; nothing is read twice.
 """
 
 import dataclasses
@@ -41,25 +41,25 @@ else:
     PreTrainedTokenizerBase = Any
 
 Schemes = Mapping[str, ConnectionScheme]
-"""Connection schemes of the user's own, by the name that a value folder has for them."""
+"""The user's own connection schemes, by the name that a value folder has for them."""
 NO_SCHEMES: Schemes = {}
 
 
 @dataclass(frozen=True, eq=False)
 class ModelSource:
-    """A language model or a value network before its weights.
+    """A language model or a value network before its weights are read.
 
     Attributes:
         label: What messages call it.
-        path: As the user named it; empty where it was made in memory.
+        path: As the user wrote it; empty for a model made in memory.
         folder: Where it is.
         arch: Its architecture.
         tokenizer: Its tokenizer.
         info: What identifies the tokenizer.
-        stop_ids: Ids of its own that end a text.
+        stop_ids: Its own ids that end a text.
         chat_template: A named format, `auto` or a template's text.
-        scheme: How it is connected to a base where it is a value network; a language model in the
-            place of one reads the text only.
+        scheme: How a value network is connected to a base; a language model used as a value
+            network reads only the text.
         metadata: Of a value folder; None for a language model.
         described_map: The vocabulary map that it needs on the base, or None.
     """
@@ -78,12 +78,12 @@ class ModelSource:
 
     @property
     def context(self) -> int:
-        """Tokens that it reads at most."""
+        """The most tokens it can read."""
         return self.arch.max_position_embeddings
 
     @property
     def decoder(self) -> ArchConfig:
-        """The architecture of a model with layers, so of every language model."""
+        """The architecture of a model with layers, which every language model has."""
         assert isinstance(self.arch, ArchConfig), f"{self.label} is a linear map"
         return self.arch
 
@@ -103,16 +103,16 @@ class ModelSource:
         """Read the weights.
 
         Args:
-            param_dtype: float32 or bfloat16, of every parameter that is not in int8.
-            form: how the kernels of a language model are stored; a value network's are as trained.
+            param_dtype: float32 or bfloat16, for every parameter that is not in int8.
+            form: how a language model's kernels are stored; a value network's are as trained.
             mesh: where the parameters live, or None.
-            sharding_rules: how they are split over the mesh.
+            sharding_rules: how they are sharded over the mesh.
 
         Returns:
             The loaded model.
 
         Raises:
-            ValueError: weights that are not what the architecture says.
+            ValueError: the weights do not match the architecture.
         """
         where: dict[str, Any] = {"mesh": mesh, "sharding_rules": sharding_rules}
         if self.metadata is not None:
@@ -133,19 +133,19 @@ class ModelSource:
 def read_language_model(
     path: str | Path, *, revision: str | None = None, role: str = ""
 ) -> ModelSource:
-    """Read all but the weights of a language model.
+    """Read everything but the weights of a language model.
 
     Args:
         path: a folder, or a hub id.
         revision: branch, tag or commit on the hub.
-        role: what messages call it before its path.
+        role: the word that precedes its path in messages.
 
     Returns:
         The source.
 
     Raises:
-        FileNotFoundError: no such folder or hub id, or no `config.json` in it.
-        ValueError: its architecture or its tokenizer cannot be used.
+        FileNotFoundError: there is no such folder or hub id, or it has no `config.json`.
+        ValueError: its architecture or its tokenizer is not supported.
     """
     folder = find_model(path, revision=revision)
     arch = read_arch(folder)
@@ -163,21 +163,20 @@ def read_language_model(
 
 
 def read_value(path: str, *, schemes: Schemes = NO_SCHEMES) -> ModelSource:
-    """Read all but the weights of a value network, or of a language model in the place of one.
+    """Read everything but the weights of a value network, or of a language model used as one.
 
     Args:
         path: a value folder, local or a URL that `etils.epath` reads; or a Hugging Face folder or
             hub id.
         schemes: connection schemes beyond the package's own that a value folder may name, by the
-            name it has there (`module:attribute`).
+            name used there (`module:attribute`).
 
     Returns:
-        The source; the hash of every file of a value folder is right.
+        The source; the hash of every file of a value folder has been checked.
 
     Raises:
         FileNotFoundError: it is neither.
-        ValueError: its files are not what they should be, or it has a connection scheme that is
-            not known.
+        ValueError: its files are damaged or invalid, or its connection scheme is unknown.
     """
     folder = epath.Path(path)
     if (folder / METADATA_NAME).exists():
@@ -196,8 +195,8 @@ def read_value(path: str, *, schemes: Schemes = NO_SCHEMES) -> ModelSource:
         )
     if folder.is_dir() and not (folder / "config.json").exists():
         raise FileNotFoundError(
-            f"--value {path}: the folder has neither {METADATA_NAME} (a value folder, as train.py "
-            "writes one to RUN_DIR/value) nor config.json (a language model)"
+            f"--value {path}: the folder has neither {METADATA_NAME} (a value folder, which "
+            "train.py writes to RUN_DIR/value) nor config.json (a language model)"
         )
     try:
         return read_language_model(path)
@@ -210,19 +209,19 @@ def read_value(path: str, *, schemes: Schemes = NO_SCHEMES) -> ModelSource:
 def read_values(
     paths: Sequence[str], maps: Sequence[str], *, schemes: Schemes = NO_SCHEMES
 ) -> list[ModelSource]:
-    """Read all but the weights of value networks, and their vocabulary maps.
+    """Read everything but the weights of value networks, and their vocabulary maps.
 
     Args:
-        paths: as `read_value` takes them; `none` is left out.
-        maps: for each of them a map's file, or `none`; empty: none at all.
-        schemes: as `read_value` takes them.
+        paths: as in `read_value`; `none` is left out.
+        maps: for each of them a map's file, or `none`; empty: no maps at all.
+        schemes: as in `read_value`.
 
     Returns:
         One source each, in order.
 
     Raises:
         FileNotFoundError: as `read_value`.
-        ValueError: as `read_value`, or a map that cannot be read.
+        ValueError: as `read_value`; or a map cannot be read.
     """
     sources = [read_value(path, schemes=schemes) for path in paths if path != "none"]
     if not sources or not maps:
@@ -240,19 +239,19 @@ def source_of(
     described_map: DescribedMap | None = None,
     schemes: Schemes = NO_SCHEMES,
 ) -> ModelSource:
-    """The source of a model that is loaded already.
+    """The source of a model that is already loaded.
 
     Args:
         model: the model.
         label: what messages call it.
         described_map: the vocabulary map that it needs on the base, or None.
-        schemes: as `read_value` takes them.
+        schemes: as in `read_value`.
 
     Returns:
         The source, without the model's arrays.
 
     Raises:
-        ValueError: a connection scheme that is not known.
+        ValueError: its connection scheme is unknown.
     """
     value = model if isinstance(model, ValueNetwork) else None
     return ModelSource(
@@ -271,24 +270,24 @@ def source_of(
 
 
 def known_scheme(name: str, schemes: Schemes, label: str) -> ConnectionScheme:
-    """The connection scheme that a value folder names; nothing is imported for it.
+    """The connection scheme that a value folder names; never imports anything.
 
     Args:
-        name: as the folder has it.
-        schemes: as `read_value` takes them.
+        name: as written in the folder.
+        schemes: as in `read_value`.
         label: what messages call the value network.
 
     Returns:
         The scheme.
 
     Raises:
-        ValueError: it is neither one of the package's nor one of these.
+        ValueError: it is neither one of the package's schemes nor in `schemes`.
     """
     found = SCHEMES.get(name) or schemes.get(name)
     if found is None:
         raise ValueError(
             f"{label}: its connection scheme {name} is not part of ivl_jax ({', '.join(SCHEMES)}), "
-            "and no code is imported because a value folder names it: if you trust it, say so with "
+            "and a value folder never causes an import: if you trust it, pass "
             f"--connection {name} (from Python: schemes={{{name!r}: …}})"
         )
     return found

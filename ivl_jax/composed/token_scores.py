@@ -1,10 +1,10 @@
-"""What a composed model says of each token: the per-token scores that losses and evaluations share.
+"""How a composed model scores each token: the scores that losses and evaluations share.
 
-In: final hidden states and the tokens that follow. Out: for each position, named scores, such as
-the log-probability of the token that follows, the entropy, the KL divergence from the base.
+In: final hidden states and the tokens that follow. Out: named scores per position, such as the
+log-probability of the token that follows, the entropy, or the KL divergence from the base.
 
-`score_positions` makes the logits [B T V] of the positions it is given; long texts go through it
-in chunks of positions (`split_positions`), so that no array of that size exists for a whole text.
+`score_positions` makes the logits [B T V] of the positions it is given; long texts are scored in
+chunks of positions (`split_positions`), so that no array of that size exists for a whole text.
 All functions are pure, and differentiable where that makes sense.
 """
 
@@ -22,7 +22,7 @@ from ivl_jax.composition import compose_logits, value_penalty
 
 
 class PositionLogits(NamedTuple):
-    """All that a score may look at."""
+    """Everything a score may use."""
 
     composition: Composition
     composed: Float32[Array, "B T V"]
@@ -56,12 +56,12 @@ SCORES: Mapping[str, Score] = {
     "top1": lambda at: is_largest(at.composed, at.targets),
     # entropy of the next token, nats
     "entropy": lambda at: entropy(at.composed),
-    # the same of the base alone
+    # the same for the base alone
     "base_log_prob": lambda at: log_probs(at.base, at.targets),
     "base_top1": lambda at: is_largest(at.base, at.targets),
     # KL(composed ‖ base) of the next token, nats
     "base_kl": lambda at: kl_divergence(at.composed, at.base),
-    # mean over the vocabulary of |z_value| and z_value², [B T M]: one for each value network
+    # mean over the vocabulary of |z_value| and z_value², [B T M]: one per value network
     "value_l1": lambda at: _value_size(at, "l1"),
     "value_l2": lambda at: _value_size(at, "l2"),
 }
@@ -84,10 +84,10 @@ def score_positions(
         hidden: final hidden states at these positions.
         targets: [B T] the token that follows each.
         strengths: [B M] α of each value network, or one row for all.
-        names: of `SCORES`; only these are computed.
+        names: keys of `SCORES`; only these are computed.
 
     Returns:
-        Name → scores [B T]; of `value_l1` and `value_l2`, [B T M].
+        Name → scores [B T]; [B T M] for `value_l1` and `value_l2`.
     """
     logits = network_logits(composition, params, hidden)
     composed = compose(composition, params.values, logits, strengths=strengths)
@@ -98,8 +98,8 @@ def score_positions(
 def log_probs(logits: Float32[Array, "*B V"], targets: Int[Array, "*B"]) -> Float32[Array, "*B"]:
     """Log softmax(logits)[target], in nats.
 
-    A comparison with a column index fuses with what is around it; a gather of [B T V] would not,
-    and its gradient would be a scatter.
+    A comparison with a column index fuses with the operations around it; a gather from [B T V]
+    would not, and its gradient would be a scatter.
     """
     largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
     log_sum = largest + jnp.log(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1))
@@ -107,14 +107,14 @@ def log_probs(logits: Float32[Array, "*B V"], targets: Int[Array, "*B"]) -> Floa
 
 
 def is_largest(logits: Float32[Array, "*B V"], targets: Int[Array, "*B"]) -> Bool[Array, "*B"]:
-    """Whether the target has the largest logit, ties included: an arg-max is slow on CPU."""
+    """Whether the target has the largest logit, ties included (an arg-max is slow on CPU)."""
     return _chosen(logits, targets) >= jnp.max(logits, axis=-1)
 
 
 def candidate_scores(
     logits: Float32[Array, "B V"], candidates: Int[Array, "B C"]
 ) -> tuple[Float32[Array, "B C"], Bool[Array, "B C"]]:
-    """Log p of several tokens that may follow, and which of them have the largest logit."""
+    """Log p of several candidate next tokens, and which of them have the largest logit."""
     chosen = jnp.take_along_axis(logits, candidates, axis=-1)
     log_sum = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     return chosen - log_sum, chosen >= jnp.max(logits, axis=-1, keepdims=True)
@@ -147,12 +147,12 @@ def choose_chunk_length(
         length: positions per row, T.
         vocab_rows: output rows of the widest head, V.
         max_logits: logits of one network that one device should hold at once.
-        min_tokens: tokens of a chunk, over all rows, below which it does not pay, whatever the
-            vocabulary: each chunk reads all heads.
+        min_tokens: tokens per chunk, over all rows, below which smaller chunks do not pay,
+            whatever the vocabulary: each chunk reads all heads.
 
     Returns:
-        Positions per chunk, so that the chunks of T are even and hold at most `max_logits` each, or
-        `min_tokens` if that is more (but at least one position).
+        Positions per chunk, such that the chunks of T are even and hold at most `max_logits` each,
+        or `min_tokens` if that is more (but at least one position).
     """
     positions = max(1, max(max_logits // vocab_rows, min_tokens) // rows)
     return math.ceil(length / math.ceil(length / positions))
@@ -173,7 +173,7 @@ def split_positions(chunk_length: int, tree: Any) -> Any:
 
 
 def join_positions(length: int, tree: Any) -> Any:
-    """[C B t …] back to [B T …], the padding cut off."""
+    """[C B t …] back to [B T …], without the padding."""
 
     def one(array: Array) -> Array:
         together = jnp.moveaxis(array, 0, 1)
@@ -190,5 +190,5 @@ def _chosen(logits: Float32[Array, "*B V"], targets: Int[Array, "*B"]) -> Float3
 
 
 def _masked_exp(log_p: Array, real: Array) -> Array:
-    """exp, 0 where not real; also its gradient, which 0 · −inf would make NaN."""
+    """Exp, 0 where not real; so is its gradient, which 0 · −inf would make NaN."""
     return jnp.where(real, jnp.exp(jnp.where(real, log_p, 0.0)), 0.0)

@@ -1,1 +1,1 @@
-"""Vocabulary maps: how the logits of one vocabulary are read in another, and how a map is built."""
+"""Vocabulary maps, which carry logits from one vocabulary to another: how to build and use them."""

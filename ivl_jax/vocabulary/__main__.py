@@ -34,17 +34,17 @@ def build(
     """Build a vocabulary map from running text and write it as a safetensors file.
 
     Args:
-        base_tokenizer: Folder with the base's tokenizer (a model's folder will do).
+        base_tokenizer: Folder with the base's tokenizer (a model's folder also works).
         value_tokenizer: Folder with the value network's tokenizer.
         text: Files of running text: .jsonl or .json rows (all string fields, or dialogues), or
-            plain text. Best is text of the kind the models will read and write.
-        output: Where to write the map, a .safetensors file; an older one is replaced.
+            plain text; ideally the kind of text that the models will read and write.
+        output: Where to write the map, a .safetensors file; an existing one is replaced.
         method: dtw: the authors' dynamic time warping with edit distance; bytes: alignment by byte
             offsets, many times faster.
-        centred: Store in the map that value logits should be centred over the mapped tokens before
+        centred: Record in the map that value logits should be centred over the mapped tokens before
             they are mapped.
-        pair: Special tokens to pair by hand, each BASE_TOKEN=VALUE_TOKEN, where the roles found
-            (begin, end, turn end, same name) are not what you want.
+        pair: Special tokens to pair by hand, each BASE_TOKEN=VALUE_TOKEN, where pairing by role
+            (begin, end, turn end, same name) is not what you want.
     """
     from ivl_jax.vocabulary.alignment import build_vocabulary_map
     from ivl_jax.vocabulary.mapping import save_vocabulary_map
@@ -52,7 +52,7 @@ def build(
 
     if output.suffix != ".safetensors" or not output.parent.is_dir():
         raise ValueError(
-            f"--output {output}: expected the name of a .safetensors file in a folder that exists"
+            f"--output {output}: expected the name of a .safetensors file in an existing folder"
         )
     texts, cut = read_texts(text)
     base = _tokenizer("--base-tokenizer", base_tokenizer)
@@ -72,7 +72,7 @@ def build(
         )
     save_vocabulary_map(output, built.vocabulary_map, built.metadata)
     if cut:
-        console.print(f"{cut:,} texts were longer than {MAX_TEXT_BYTES:,} bytes and cut in pieces")
+        console.print(f"{cut:,} texts were longer than {MAX_TEXT_BYTES:,} bytes and were split")
     _report(console, built, base, value, len(texts))
     console.print(f"wrote {escape(str(output))} ({output.stat().st_size / 1e6:.2f} MB)")
 
@@ -111,7 +111,7 @@ def show(map_file: Annotated[Path, tyro.conf.Positional], /) -> None:
 
 
 def main() -> int:
-    """Run the command line; the exit status is 1 where the input cannot be used."""
+    """Run the command line; the exit status is 1 if the input is invalid."""
     # Handlers belong to command lines; this is one.
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
@@ -127,7 +127,7 @@ def main() -> int:
 
 
 def _tokenizer(option: str, folder: Path) -> "NamedTokenizer":
-    """Load a tokenizer; whatever its files do, the error names the option and the folder."""
+    """Load a tokenizer; any error names the option and the folder."""
     from ivl_jax.tokenizer import load_tokenizer
     from ivl_jax.vocabulary.alignment import named_tokenizer
 
@@ -136,7 +136,7 @@ def _tokenizer(option: str, folder: Path) -> "NamedTokenizer":
         return named_tokenizer(folder.resolve().name, tokenizer, str(folder))
     except Exception as error:
         # The tokenizers library raises bare Exception for a file it cannot parse.
-        raise ValueError(f"{option} {folder}: no tokenizer could be read there: {error}") from error
+        raise ValueError(f"{option} {folder}: cannot read a tokenizer there: {error}") from error
 
 
 def _report(
@@ -157,7 +157,7 @@ def _report(
         f"tokenised in {built.tokenise_seconds:.1f} s, aligned in {built.align_seconds:.1f} s",
     )
     if built.unequal_texts:
-        line("left out", f"{len(built.unequal_texts):,} texts whose bytes the tokenizers change")
+        line("left out", f"{len(built.unequal_texts):,} texts whose bytes a tokenizer changes")
     line("base tokens mapped", f"{mapped:,} ({coverage.tokens:.2%})")
     line(
         "running text mapped",
@@ -174,12 +174,12 @@ def _report(
     line("unmapped, not in text", "  ".join(unseen) + (" …" if unseen else "none"))
 
 
-def _token(side: "NamedTokenizer", token_id: int) -> str:
-    """A token as people can read it, its bytes where they are no text."""
-    special = side.info.special_tokens.get(token_id)
+def _token(named: "NamedTokenizer", token_id: int) -> str:
+    """A token in readable form: its text, or its bytes if they are not UTF-8."""
+    special = named.info.special_tokens.get(token_id)
     if special is not None:
         return special
-    spelled: Any = side.info.ordinary_tokens[token_id] or b""
+    spelled: Any = named.info.ordinary_tokens[token_id] or b""
     try:
         return repr(spelled.decode())
     except UnicodeDecodeError:

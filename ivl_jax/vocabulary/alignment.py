@@ -1,4 +1,4 @@
-"""Builds a vocabulary map from running text read by both tokenizers.
+"""Builds a vocabulary map from running text tokenised by both tokenizers.
 
 In: two tokenizers and texts. Out: the map, its metadata, and what it covers.
 """
@@ -26,14 +26,14 @@ TOKENISE_BASE, TOKENISE_VALUE, ALIGN = range(3)
 
 
 class NamedTokenizer(NamedTuple):
-    """A tokenizer with what aligning needs to know of it."""
+    """A tokenizer with what alignment needs to know about it."""
 
     name: str
     """What messages and the map's metadata call it."""
     tokenizer: Any
     """A transformers tokenizer."""
     info: TokenizerInfo
-    """What identifies it, the bytes of its tokens included."""
+    """What identifies it, including the bytes of its tokens."""
     strings: Sequence[str]
     """By id, the token without its word-start mark."""
 
@@ -44,10 +44,11 @@ class Coverage:
 
     Attributes:
         tokens: Share of the base's ids that are mapped, 0 to 1.
-        text: Share of the running text's base tokens (special ones apart) that are mapped.
+        text: Share of the running text's base tokens (special ones excluded) that are mapped.
         mean_weight: Mean weight over the running text's base tokens, unmapped ones as 0.
-        unmapped_in_text: (base id, times seen) of unmapped tokens, most frequent first, a few.
-        unmapped_elsewhere: Base ids, spread over the vocabulary, that are unmapped and unseen.
+        unmapped_in_text: (base id, times seen) of the most frequent unmapped tokens, descending.
+        unmapped_elsewhere: Some unmapped base ids that the text never shows, spread over the
+            vocabulary.
     """
 
     tokens: float
@@ -63,10 +64,10 @@ class BuiltMap:
 
     Attributes:
         vocabulary_map: The map.
-        metadata: What its file will say.
+        metadata: What its file will record.
         coverage: What it covers.
         base_tokens: Base tokens in the running text.
-        unequal_texts: Texts that `bytes` left out, because the two tokenizers do not give back the
+        unequal_texts: Texts that `bytes` left out, because the two tokenizers do not decode to the
             same bytes.
         tokenise_seconds: Seconds spent in the two tokenizers.
         align_seconds: Seconds spent after them.
@@ -97,7 +98,7 @@ def named_tokenizer(name: str, tokenizer: Any, folder: str) -> NamedTokenizer:
         The tokenizer with its info.
 
     Raises:
-        ValueError: the bytes of its tokens are not known.
+        ValueError: the bytes of its tokens cannot be determined.
     """
     info = describe_tokenizer(tokenizer, folder)
     return NamedTokenizer(name, tokenizer, info, token_strings(tokenizer, info.ordinary_tokens))
@@ -118,33 +119,34 @@ def build_vocabulary_map(
     Args:
         base: the base's tokenizer.
         value: the value network's tokenizer.
-        texts: running text, each aligned by itself; not empty.
+        texts: running text, each text aligned separately; not empty.
         method: `dtw`, the authors' dynamic time warping, or `bytes`, alignment by byte offsets.
-        centred: stored in the metadata: whether value logits should be centred when mapped.
-        pairs_by_hand: special tokens to pair, each `BASE_TOKEN=VALUE_TOKEN`; overrules the roles.
+        centred: recorded in the metadata: whether value logits should be centred when mapped.
+        pairs_by_hand: special tokens to pair, each `BASE_TOKEN=VALUE_TOKEN`; overrides the roles.
         progress: called with a stage (`TOKENISE_BASE`, `TOKENISE_VALUE`, `ALIGN`) and the number of
             texts just done in it.
 
     Returns:
-        The map, whose rows of special tokens are paired by role with weight 1 and whose other rows
-        come from the text.
+        The map; special tokens are paired by role with weight 1, the other entries come from the
+        text.
 
     Raises:
-        AlignmentError: no texts, or (`bytes`) not one text whose bytes both tokenizers give back.
-        ValueError: a pair by hand that names no special token.
+        AlignmentError: no texts; or (`bytes`) no text that both tokenizers decode to the same
+            bytes.
+        ValueError: a pair by hand does not name special tokens.
 
     Source:
         arXiv 2410.21027 for `dtw`; `bytes` is ours.
     """
     if not texts:
-        raise AlignmentError("no texts to align; give running text of the kind the models read")
+        raise AlignmentError("no texts to align; provide the kind of text that the models read")
     special = pair_special_tokens(
         base.info, value.info, base_name=base.name, value_name=value.name, by_hand=pairs_by_hand
     )
     started = time.perf_counter()
     base_rows, value_rows = (
-        tokenise(side.tokenizer, texts, lambda done, stage=stage: progress(stage, done))
-        for stage, side in ((TOKENISE_BASE, base), (TOKENISE_VALUE, value))
+        tokenise(named.tokenizer, texts, lambda done, stage=stage: progress(stage, done))
+        for stage, named in ((TOKENISE_BASE, base), (TOKENISE_VALUE, value))
     )
     tokenise_seconds = time.perf_counter() - started
     built = build_from_rows(
@@ -180,14 +182,14 @@ def build_from_rows(
         value_rows: the same texts in the value network's ids.
         method: `dtw` or `bytes`.
         special_pairs: (role, base id, value id), from `pair_special_tokens`.
-        centred: stored in the metadata.
+        centred: recorded in the metadata.
         progress: called with the number of texts just aligned.
 
     Returns:
         The map; `tokenise_seconds` is 0.
 
     Raises:
-        AlignmentError: (`bytes`) not one text whose bytes both tokenizers give back.
+        AlignmentError: (`bytes`) no text that both tokenizers decode to the same bytes.
     """
     started = time.perf_counter()
     unequal: tuple[int, ...] = ()
@@ -227,7 +229,7 @@ def build_from_rows(
 def tokenise(
     tokenizer: Any, texts: Sequence[str], progress: Callable[[int], None] = lambda texts: None
 ) -> list[np.ndarray]:
-    """Turn texts into ids, the special tokens that the tokenizer adds included.
+    """Tokenise texts, including the special tokens that the tokenizer adds.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -278,8 +280,8 @@ def _by_bytes(
     counts = count_same_starts(value_rows, base_rows, **tables)
     if len(counts.unequal) == len(base_rows):
         raise AlignmentError(
-            f"{base.name} and {value.name} do not give back the same bytes for any of the "
-            f"{len(base_rows)} texts (one of them changes the text before splitting it); "
+            f"{base.name} and {value.name} do not decode to the same bytes for any of the "
+            f"{len(base_rows)} texts (one of them normalises the text before splitting it); "
             "use --method dtw"
         )
     return *weigh_same_starts(counts, **tables), counts.unequal

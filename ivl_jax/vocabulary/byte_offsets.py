@@ -1,4 +1,4 @@
-"""A vocabulary map from byte offsets: the value token that begins where the base token begins.
+"""A vocabulary map from byte offsets: pairs tokens that begin at the same byte.
 
 In: texts tokenised by both tokenizers, the bytes of the tokens. Out: the best value token of each
 base token with its weight. Linear in the text; no edit distance, no word marks.
@@ -23,18 +23,18 @@ _TOKENS_AT_ONCE = 500_000
 
 
 class ByteCounts(NamedTuple):
-    """What aligning by byte offsets saw."""
+    """The counts from alignment by byte offsets."""
 
     pairs: PairCounts
-    """Per pair of tokens that begin at the same byte, the sum of the share of bytes in common."""
+    """Per pair of tokens that begin at the same byte, the summed share of common bytes."""
     aligned: np.ndarray
-    """[Vb] float64, times a base token began where a value token begins."""
+    """[Vb] float64, how often a base token began where a value token begins."""
     unequal: tuple[int, ...]
-    """Texts whose bytes the two tokenizers do not both give back; they are left out."""
+    """Texts that the two tokenizers do not decode to the same bytes; they are left out."""
 
 
 class _Spans(NamedTuple):
-    """Tokens of many texts on one common byte axis, tokens without bytes there left out."""
+    """Tokens of many texts on one common byte axis, without tokens that have no bytes there."""
 
     ids: np.ndarray
     """[N] token ids."""
@@ -43,7 +43,7 @@ class _Spans(NamedTuple):
     end: np.ndarray
     """[N] int64, where it ends."""
     length: np.ndarray
-    """[N] int64, bytes the token has by itself; the space before a text is not on the axis."""
+    """[N] int64, bytes of the token itself; the space before a text is not on the axis."""
 
 
 def count_same_starts(
@@ -55,16 +55,16 @@ def count_same_starts(
 ) -> ByteCounts:
     """Find the tokens that begin at the same byte of the same text.
 
-    A base token predicted at some byte competes with the value network's prediction at that byte:
-    so only a value token that begins there can speak for it. The share in common is the bytes of
-    the shorter of the two over those of the longer: 1 where they are the same.
+    A base token predicted at some byte competes with the value network's prediction at that byte,
+    so only a value token that begins there can be its counterpart. The share in common is the
+    shorter token's bytes over the longer one's: 1 if they are the same.
 
     Args:
         value_rows: per text, the value network's token ids.
         base_rows: per text, the base's.
         value_bytes: by id, the bytes of each ordinary token; None for special ones, which occupy
             no bytes of the text.
-        base_bytes: likewise.
+        base_bytes: the same for the base.
 
     Returns:
         The sums of shares, the number of aligned occurrences, and the texts left out: those whose
@@ -103,11 +103,11 @@ def count_same_starts(
 def weigh_same_starts(
     counts: ByteCounts, *, value_bytes: TokenBytes, base_bytes: TokenBytes
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each base token's best value token, and how far it can be trusted.
+    """Each base token's best value token, and how reliable it is.
 
-    A base token whose bytes are also a value token counts as having met it once: so tokens that
-    the text never shows are mapped where their bytes say how, and the text overrules where it
-    shows otherwise (SentencePiece's lone ▁ before digits, say).
+    A base token with the same bytes as a value token counts as aligned with it once. So tokens that
+    never occur in the text are mapped by their bytes, and the text overrides that where it shows
+    otherwise (for example SentencePiece's lone ▁ before digits).
 
     Args:
         counts: from `count_same_starts`.
@@ -115,9 +115,9 @@ def weigh_same_starts(
         base_bytes: likewise.
 
     Returns:
-        value_index [Vb] int32: the value token with the largest sum of shares, of equal ones the
-        lowest; weight [Vb] float32: that sum over the number of aligned occurrences, so 1 where
-        the two always are the same bytes. 0 and 0 where there is neither evidence nor equal bytes.
+        value_index [Vb] int32: the value token with the largest sum of shares, the lowest id on a
+        tie; weight [Vb] float32: that sum divided by the number of aligned occurrences, so 1 if the
+        bytes are always the same. 0 and 0 if there is neither evidence nor a token of equal bytes.
     """
     base_ids, value_ids = _equal_bytes(value_bytes=value_bytes, base_bytes=base_bytes)
     once = count_pairs(
@@ -141,7 +141,7 @@ def _spelled(row: np.ndarray, table: TokenBytes) -> bytes:
 
 
 def _prefixes(value_text: bytes, base_text: bytes) -> tuple[int, int] | None:
-    """Bytes each tokenizer put before the text they share: one space at most; None if unequal."""
+    """Bytes that each tokenizer puts before the common text, one space at most; None if unequal."""
     if value_text == base_text:
         return 0, 0
     if base_text == b" " + value_text:
@@ -152,13 +152,13 @@ def _prefixes(value_text: bytes, base_text: bytes) -> tuple[int, int] | None:
 
 
 def _spans(rows: Sequence[np.ndarray], lengths: np.ndarray, prefixes: np.ndarray) -> _Spans:
-    """Lay tokens on the common byte axis, each text's bytes after those of the text before it."""
+    """Place tokens on the common byte axis, one text after the other."""
     ids = np.concatenate(rows)
     length = lengths[ids]
     row_of = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
     text_bytes = np.bincount(row_of, weights=length, minlength=len(rows)).astype(np.int64)
     text_start = np.cumsum(text_bytes - prefixes) - (text_bytes - prefixes)
-    # The bytes before each text that are not on the axis: all prefixes up to its own.
+    # Bytes before each text that are not on the axis: all prefixes up to and including its own.
     end = np.cumsum(length) - np.cumsum(prefixes)[row_of]
     start = np.maximum(end - length, text_start[row_of])
     kept = end > start
@@ -170,7 +170,8 @@ def _equal_bytes(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pairs of tokens with the same bytes, each base token at most once.
 
-    Some bytes have two tokens (`A` and `<0x41>`): the last are paired, then the last but one.
+    Some bytes have two tokens (`A` and `<0x41>`): the last ones are paired first, then those
+    before.
     """
     by_bytes: list[dict[bytes, list[int]]] = []
     for table in (value_bytes, base_bytes):

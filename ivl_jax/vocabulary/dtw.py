@@ -22,27 +22,27 @@ from ivl_jax.vocabulary.pair_counts import (
     merge_counts,
 )
 
-# Texts aligned at once, and cells of their tables together: 48 MB of float64, one buffer a thread.
-# With fewer texts numpy waits for Python; a fresh buffer for each group costs more than the paths.
+# Texts aligned at once, and total cells of their tables: 48 MB of float64, one buffer per thread.
+# With fewer texts NumPy waits for Python; a new buffer per group costs more than the paths do.
 _THREADS = min(4, os.cpu_count() or 1)
 _TEXTS_AT_ONCE = 128
 _CELLS_AT_ONCE = 6_000_000
-# Costs between the most frequent tokens of either side are computed once: at most so many tokens
-# (50 MB), and at most one cost for so many cells of the texts, so that few texts do not wait.
+# Costs between the most frequent tokens of both vocabularies are computed once: for at most this
+# many tokens (50 MB), and one cost per this many table cells, so that a few texts do not wait.
 _FREQUENT = 2500
 _CELLS_PER_FREQUENT_COST = 8
 _CONTAINED = 0.1
 
 
 class _CostTable(NamedTuple):
-    """Costs between the frequent tokens of both sides; those of others are computed by text."""
+    """Costs between the frequent tokens of both vocabularies; others are computed per text."""
 
     costs: np.ndarray
     """[Rv Rb] float64."""
     value_rank: np.ndarray
-    """[Vv] int64, the row of a value token; −1 for rare ones."""
+    """[Vv] int64, the row of each value token; −1 for rare ones."""
     base_rank: np.ndarray
-    """[Vb] int64, the column of a base token; −1 for rare ones."""
+    """[Vb] int64, the column of each base token; −1 for rare ones."""
 
 
 def token_strings(tokenizer: Any, token_bytes: Sequence[bytes | None]) -> list[str]:
@@ -56,7 +56,7 @@ def token_strings(tokenizer: Any, token_bytes: Sequence[bytes | None]) -> list[s
         By id, the token's string in the tokenizer's own alphabet, every word-start mark removed.
 
     Source:
-        The authors' code strips one mark a tokenizer class, the wrong one for Llama's fast class.
+        The authors' code strips one mark per tokenizer class, the wrong one for Llama's fast class.
         Here the mark is the single character, other than the space itself, that stands for a
         space: Ġ in byte-level BPE, ▁ in SentencePiece.
     """
@@ -81,22 +81,23 @@ def count_coaligned(
     base_strings: Sequence[str],
     progress: Callable[[int], None],
 ) -> PairCounts:
-    """Align every text's two token sequences and count which tokens meet.
+    """Align every text's two token sequences and count which tokens are aligned.
 
     Args:
         value_rows: per text, the value network's token ids (special tokens included).
         base_rows: per text, the base's.
-        value_strings: by id, what `token_strings` gives.
-        base_strings: likewise.
+        value_strings: by id, what `token_strings` returns.
+        base_strings: the same for the base.
         progress: called with the number of texts just done.
 
     Returns:
-        For each pair of tokens, the number of steps of the warping paths at which they meet.
+        For each pair of tokens, the number of warping-path steps at which they are aligned.
 
     Source:
-        arXiv 2410.21027 and the authors' code: the value's tokens are the first series; the path
-        goes back from the end by the smallest neighbour, ties to the diagonal, then to a step in
-        the value, then in the base. Float64 throughout, as theirs: rounding decides some ties.
+        arXiv 2410.21027 and the authors' code: the value's tokens are the first series; the path is
+        traced back from the end to the smallest neighbour, ties going to the diagonal, then to a
+        step in the value, then in the base. Float64 throughout, like theirs: rounding decides some
+        ties.
     """
     sizes = np.array([[len(row) for row in rows] for rows in (value_rows, base_rows)])
     groups = list(_groups(*sizes.tolist()))
@@ -122,7 +123,7 @@ def count_coaligned(
         return count_pairs(base_ids, value_ids, ones, value_vocab_size=len(value_strings))
 
     parts = []
-    # Numpy lets go of the interpreter while it gathers and adds.
+    # NumPy releases the interpreter lock while it gathers and adds.
     with ThreadPoolExecutor(_THREADS) as pool:
         for group, part in zip(groups, pool.map(count, groups), strict=True):
             parts.append(part)
@@ -135,14 +136,14 @@ def pair_costs(values: Sequence[str], bases: Sequence[str]) -> np.ndarray:
 
     Args:
         values: n strings of value tokens, without word-start marks.
-        bases: m strings of base tokens, likewise.
+        bases: m strings of base tokens, also without marks.
 
     Returns:
         [n m] float64: the edit distance of the two, times 0.1 where one contains the other (the
         empty string is contained in every string).
     """
     distance = cdist(values, bases, scorer=Levenshtein.distance, dtype=np.int32)
-    # One can contain the other only where the distance is the difference of their lengths.
+    # One contains the other only where the distance equals the difference of their lengths.
     lengths = np.fromiter(map(len, values), np.int32), np.fromiter(map(len, bases), np.int32)
     candidates = np.nonzero(distance == np.abs(lengths[0][:, None] - lengths[1][None, :]))
     contained = [
@@ -163,15 +164,15 @@ def warping_paths(
     Args:
         totals: [max n + 1, max m + 1, K] float64, contiguous. Table k has its costs in
             `[1 : n[k] + 1, 1 : m[k] + 1, k]`, index 1 for the first token; other entries may be
-            anything finite. Overwritten by the cost of the cheapest path to each cell. Lying side
-            by side in the last axis, all tables advance by one strided slice an anti-diagonal.
-        n: [K] tokens of each first series, at least 1.
-        m: [K] tokens of each second series, at least 1.
+            anything finite. Overwritten with the cost of the cheapest path to each cell. With the
+            tables along the last axis, all advance by one strided slice per anti-diagonal.
+        n: [K] length of each first series, at least 1.
+        m: [K] length of each second series, at least 1.
 
     Returns:
         Three [steps] int64 arrays over all paths: which table, index i in the first series, index
         j in the second. Each path runs from (n − 1, m − 1) back to (0, 0); the steps of different
-        tables are mixed.
+        tables are interleaved.
     """
     rows, width, count = totals.shape
     totals[0], totals[:, 0] = np.inf, np.inf
@@ -189,7 +190,7 @@ def warping_paths(
         np.minimum(up, left, out=best)
         np.minimum(best, corner, out=best)
         here += best
-    # Where each path stands: row · width + column; it ends when it steps into the border.
+    # Current cell of each path: row · width + column; a path ends when it steps into the border.
     which, place = np.arange(count), n.astype(np.int64) * width + m
     steps = totals.reshape(-1)
     visited = []
@@ -212,9 +213,9 @@ def normalise_counts(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The authors' normalisation of the counts, and each base token's best value token.
 
-    From each count the mean of its row over all value tokens is subtracted; each column is then
-    scaled to run from 0 to 1, pairs that were never seen counting as 0 in its smallest and largest
-    entry (a column without a span is divided by 1); each row keeps its first largest entry.
+    The mean of its row over all value tokens is subtracted from each count; each column is then
+    scaled to [0, 1], where pairs that were never seen count as 0 in its minimum and maximum (a
+    column whose span is 0 is divided by 1); each row keeps its first largest entry.
 
     Args:
         counts: from `count_coaligned`.
@@ -230,7 +231,7 @@ def normalise_counts(
     base_ids, value_ids, amounts = counts
     row_sums = np.bincount(base_ids, weights=amounts, minlength=base_vocab_size)
     centred = amounts - row_sums[base_ids] / value_vocab_size
-    # A pair never seen enters as 0, unless the column has none such.
+    # Pairs never seen count as 0, if the column has any.
     seen = np.bincount(value_ids, minlength=value_vocab_size)
     low = np.where(seen < base_vocab_size, 0.0, np.inf)
     high = np.where(seen < base_vocab_size, 0.0, -np.inf)
@@ -244,9 +245,9 @@ def normalise_counts(
 
 
 def _groups(value_lengths: Sequence[int], base_lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Texts of about equal lengths, as many as are aligned at once; empty ones left out."""
+    """Groups of texts of similar lengths that are aligned at once; empty texts are left out."""
     rows = [r for r, both in enumerate(zip(value_lengths, base_lengths, strict=True)) if all(both)]
-    # Like lengths on both sides: 13 % of the cells are padding on GSM8K; 25 % by one length alone.
+    # Grouped by both lengths, 13 % of the cells are padding on GSM8K; by one length alone, 25 %.
     rows.sort(key=lambda row: (value_lengths[row] // 16, base_lengths[row]))
     group: list[int] = []
     n = m = 0
@@ -268,7 +269,7 @@ def _cells(sizes: np.ndarray) -> int:
 
 
 def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """[longest K] int64, one column a row, 0 beyond its end."""
+    """[longest K] int64, one column per text, 0 beyond its end."""
     padded = np.zeros((max(map(len, rows)), len(rows)), np.int64)
     for k, row in enumerate(rows):
         padded[: len(row), k] = row
@@ -278,7 +279,7 @@ def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
 def _frequent_costs(
     rows: tuple[Sequence[np.ndarray], Sequence[np.ndarray]], strings: tuple[np.ndarray, np.ndarray]
 ) -> _CostTable:
-    """Costs between the most frequent strings; tokens that differ by their mark share a string."""
+    """Costs between the most frequent strings; tokens that differ only by a mark share a string."""
     cells = sum(len(value) * len(base) for value, base in zip(*rows, strict=True))
     most = min(_FREQUENT, math.isqrt(cells // _CELLS_PER_FREQUENT_COST) + 1)
     frequent, ranks = [], []
@@ -303,7 +304,7 @@ def _fill(
     rows: tuple[Sequence[np.ndarray], Sequence[np.ndarray]],
     strings: tuple[np.ndarray, np.ndarray],
 ) -> None:
-    """Write the costs of a group's texts: looked up, then those of rare tokens over them."""
+    """Write the costs of a group's texts: from the table, then those of rare tokens over them."""
     n, m, count = totals.shape
     value_rank, base_rank = table.value_rank[_padded(rows[0])], table.base_rank[_padded(rows[1])]
     columns = np.maximum(base_rank, 0)

@@ -1,7 +1,7 @@
-"""A vocabulary map: value logits over one vocabulary, gathered into another; and its file.
+"""A vocabulary map, which gathers value logits into another vocabulary; and its file.
 
 In: value logits over the value network's tokens, a map. Out: value logits over the base's tokens.
-A map is two vectors, never a matrix: at most one value token speaks for each base token.
+A map is two vectors, never a matrix: each base token takes its logit from at most one value token.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class VocabularyMapError(ValueError):
 
 
 class VocabularyMap(NamedTuple):
-    """Which value token speaks for each base token, and how loudly."""
+    """The value token that each base token takes its logit from, and with what weight."""
 
     value_index: Int32[Array, " Vb"]
     """Id of the value token; 0 where the base token is unmapped."""
@@ -43,15 +43,15 @@ class MapMetadata:
 
     Attributes:
         method: `dtw` or `bytes`.
-        base_name: What the base's tokenizer was called when the map was built.
+        base_name: The base tokenizer's name when the map was built.
         base_fingerprint: Fingerprint of the base's ordinary tokens.
-        value_name: What the value network's tokenizer was called.
+        value_name: The value network's tokenizer's name.
         value_fingerprint: Fingerprint of the value network's ordinary tokens.
-        value_vocab_size: Ids of the value network's tokenizer; every index is below it.
+        value_vocab_size: Number of ids of the value network's tokenizer; every index is below it.
         centred: Whether value logits should be centred before they are mapped.
         token_coverage: Share of base tokens that are mapped, 0 to 1.
         text_coverage: Share of the running text's base tokens that are mapped, 0 to 1.
-        texts: Number of texts the map was counted on.
+        texts: Number of texts the map was built from.
         special_pairs: (role, base id, value id) of tokens paired by role.
     """
 
@@ -69,20 +69,20 @@ class MapMetadata:
 
 
 class DescribedMap(NamedTuple):
-    """A map with what is known of it."""
+    """A map with its metadata and its file."""
 
     vocabulary_map: VocabularyMap
     """The map."""
     metadata: MapMetadata
     """Where it comes from."""
     path: str
-    """Its file, for messages; empty where it was made in memory."""
+    """Its file, for messages; empty for a map made in memory."""
 
 
 def apply_vocabulary_map(
     value_logits: Float[Array, "B T Vv"], vocabulary_map: VocabularyMap, *, centred: bool = False
 ) -> Float32[Array, "B T Vb"]:
-    """Read value logits in the base's vocabulary.
+    """Map value logits to the base's vocabulary.
 
     Args:
         value_logits: [B T Vv], any float dtype; mapped in float32. Columns beyond the value
@@ -98,7 +98,7 @@ def apply_vocabulary_map(
 
     Source:
         arXiv 2410.21027 and the authors' code, which multiplies by a dense V×V matrix with at most
-        one entry a row; the gather gives the same numbers. Centring is ours.
+        one entry per row; the gather gives the same numbers. Centring is ours.
 
     Example:
         Three base tokens over four value tokens; the second is unmapped.
@@ -117,7 +117,8 @@ def apply_vocabulary_map(
         used = _used_value_tokens(vocabulary_map, logits.shape[-1])[None, None, :]
         total = jnp.sum(jnp.where(used, logits, 0.0), axis=-1, keepdims=True)
         logits = logits - total / jnp.maximum(jnp.sum(used, dtype=jnp.float32), 1.0)
-    # mode="fill" is NaN beyond the last column: a map for another model is loud, not wrong.
+    # mode="fill" gives NaN beyond the last column, so that a map for another model does not go
+    # unnoticed.
     gathered = jnp.take(logits, vocabulary_map.value_index, axis=-1, mode="fill")
     weighted = gathered * vocabulary_map.weight[None, None, :]
     return jnp.where(mapped[None, None, :], weighted, 0.0)
@@ -126,7 +127,7 @@ def apply_vocabulary_map(
 def save_vocabulary_map(
     path: epath.PathLike, vocabulary_map: VocabularyMap, metadata: MapMetadata
 ) -> None:
-    """Write a map and its metadata as one safetensors file, replacing an older one whole.
+    """Write a map and its metadata as one safetensors file, atomically replacing an older one.
 
     Args:
         path: the file; its folder must exist.
@@ -146,17 +147,17 @@ def save_vocabulary_map(
 
 
 def load_vocabulary_map(path: epath.PathLike) -> tuple[VocabularyMap, MapMetadata]:
-    """Read a map and where it comes from.
+    """Read a map and its metadata.
 
     Args:
         path: a file written by `save_vocabulary_map`.
 
     Returns:
-        The map and its metadata. Whether it fits two tokenizers: `check_vocabulary_map`.
+        The map and its metadata; `check_vocabulary_map` checks whether it fits two tokenizers.
 
     Raises:
-        VocabularyMapError: no such file, not a vocabulary map, another format version, or arrays
-            that no map can have (all problems are listed).
+        VocabularyMapError: no such file, not a vocabulary map, another format version, or invalid
+            arrays (all problems are listed).
     """
     path = epath.Path(path)
     if not path.exists():
@@ -177,14 +178,14 @@ def load_vocabulary_map(path: epath.PathLike) -> tuple[VocabularyMap, MapMetadat
     problems = _array_problems(tensors, metadata.value_vocab_size)
     if problems:
         raise VocabularyMapError(
-            f"{path}: {'; '.join(problems)}; the file was altered: build it again"
+            f"{path}: {'; '.join(problems)}; the file was altered: build the map again"
         )
     arrays = (jnp.asarray(tensors["value_index"]), jnp.asarray(tensors["weight"]))
     return VocabularyMap(*arrays), metadata
 
 
 def read_map(path: epath.PathLike) -> DescribedMap:
-    """Read a map together with where it comes from and where it is.
+    """Read a map with its metadata and its path.
 
     Args:
         path: a file written by `save_vocabulary_map`.
@@ -207,28 +208,28 @@ def check_vocabulary_map(
     value_name: str,
     value_fingerprint: str,
 ) -> None:
-    """Check that a map was built for these two tokenizers; before any model is loaded.
+    """Check that a map was built for these two tokenizers, before any model is loaded.
 
     Args:
         metadata: of the map.
         path: the map's file, for the message.
-        base_name: the base, as the message and the command in it should call it (its folder).
+        base_name: the base's name in the message and in the command it gives (its folder).
         base_fingerprint: `TokenizerInfo.fingerprint` of the base's tokenizer.
-        value_name: the value network, likewise.
+        value_name: the same for the value network.
         value_fingerprint: of the value network's tokenizer.
 
     Raises:
-        VocabularyMapError: built for another tokenizer on either side; both are named, and the
-            command that builds the right one.
+        VocabularyMapError: the map was built for another base or value tokenizer; the message names
+            both, and the command that builds the right map.
     """
-    sides = (
+    tokenizers = (
         ("base", metadata.base_name, metadata.base_fingerprint, base_name, base_fingerprint),
         ("value", metadata.value_name, metadata.value_fingerprint, value_name, value_fingerprint),
     )
     problems = [
-        f"its {side} tokenizer is {built} (fingerprint {expected[:12]}), but {here} has "
+        f"its {role} tokenizer is {built} (fingerprint {expected[:12]}), but {here} has "
         f"fingerprint {found[:12]}"
-        for side, built, expected, here, found in sides
+        for role, built, expected, here, found in tokenizers
         if expected != found
     ]
     if not problems:
@@ -237,7 +238,7 @@ def check_vocabulary_map(
         metadata.value_fingerprint,
         metadata.base_fingerprint,
     )
-    hint = "; base and value are exchanged" if swapped else ""
+    hint = "; base and value are swapped" if swapped else ""
     raise VocabularyMapError(
         f"the vocabulary map {path} was built for base {metadata.base_name} and value "
         f"{metadata.value_name}, not for base {base_name} and value {value_name}: "
@@ -247,7 +248,7 @@ def check_vocabulary_map(
 
 
 def _used_value_tokens(vocabulary_map: VocabularyMap, width: int) -> Bool[Array, " Vv"]:
-    """Value tokens that speak for at least one base token."""
+    """Value tokens that at least one base token takes its logit from."""
     used = jnp.zeros((width,), jnp.bool_)
     return used.at[vocabulary_map.value_index].max(vocabulary_map.weight != 0, mode="drop")
 
@@ -262,14 +263,14 @@ def _metadata(path: epath.Path, record: dict[str, Any]) -> MapMetadata:
     version = record.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise VocabularyMapError(
-            f"{path} has vocabulary map format {version}, this ivl_jax reads {FORMAT_VERSION}; "
+            f"{path} has vocabulary map format {version}, but this ivl_jax reads {FORMAT_VERSION}; "
             "build the map again, or use the version of ivl_jax that wrote it"
         )
     expected = {field.name for field in dataclasses.fields(MapMetadata)}
     if set(record) != expected:
         raise VocabularyMapError(
             f"{path}: expected the metadata keys {sorted(expected)}, got {sorted(record)}; "
-            "the file was altered: build it again"
+            "the file was altered: build the map again"
         )
     record["special_pairs"] = tuple((role, b, v) for role, b, v in record["special_pairs"])
     return MapMetadata(**record)

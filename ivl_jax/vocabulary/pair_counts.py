@@ -1,4 +1,4 @@
-"""How often base and value tokens go together: a sparse V×V table, never a dense one.
+"""How often base and value tokens are aligned: a sparse V×V table, never a dense one.
 
 In: pairs of token ids with amounts, chunk by chunk. Out: each pair once, with its sum.
 """
@@ -26,10 +26,10 @@ def count_pairs(
     """Sum the amounts of equal pairs.
 
     Args:
-        base_ids: [N] ids, pairs may repeat.
+        base_ids: [N] ids; pairs may repeat.
         value_ids: [N] ids below `value_vocab_size`.
-        amounts: [N] float64; added in their order.
-        value_vocab_size: ids of the value network's tokenizer.
+        amounts: [N] float64, added in this order.
+        value_vocab_size: number of ids of the value network's tokenizer.
 
     Returns:
         Each pair once.
@@ -42,11 +42,11 @@ def count_pairs(
 
 
 def merge_counts(parts: Sequence[PairCounts], *, value_vocab_size: int) -> PairCounts:
-    """Add tables up.
+    """Sum several tables.
 
     Args:
         parts: any number of tables.
-        value_vocab_size: ids of the value network's tokenizer.
+        value_vocab_size: number of ids of the value network's tokenizer.
 
     Returns:
         Each pair of any part once, with the sum of its amounts.
@@ -59,12 +59,12 @@ def merge_counts(parts: Sequence[PairCounts], *, value_vocab_size: int) -> PairC
 def best_per_base_token(
     counts: PairCounts, scores: np.ndarray, *, base_vocab_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Keep each base token's highest score; of equal ones the lowest value id.
+    """Keep each base token's highest score; ties go to the lowest value id.
 
     Args:
         counts: the pairs.
-        scores: [P] float64, one a pair, not negative.
-        base_vocab_size: ids of the base's tokenizer.
+        scores: [P] float64, one per pair, not negative.
+        base_vocab_size: number of ids of the base's tokenizer.
 
     Returns:
         value_index [Vb] int32 and score [Vb] float64; index 0 and score 0 for base tokens without

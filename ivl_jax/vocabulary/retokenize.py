@@ -1,11 +1,11 @@
-"""Reads the text that one tokenizer's tokens spell in another tokenizer's tokens, as it grows.
+"""Re-tokenises a growing text from one tokenizer's tokens to another's.
 
 In: source tokens (those of the base, as they are generated). Out: target tokens (what a value
-network with another vocabulary reads), equal at every step to reading the whole text anew, and how
-many of them are still those of the step before.
+network with another vocabulary reads), always equal to tokenising the whole text anew, and how many
+of them are unchanged since the previous step.
 
-Special tokens are paired by role, and no token reaches across one. Text that ends inside a UTF-8
-character is read up to there; bytes that can no longer become one are U+FFFD, as they are shown.
+Special tokens are paired by role, and no token spans one. Text that ends inside a UTF-8 character
+is read up to that character; bytes that can no longer complete one become U+FFFD, as in the output.
 """
 
 import codecs
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from ivl_jax.text_codec import Before, TextCodec
 from ivl_jax.vocabulary.special_tokens import SpecialPairs
 
-# The tail that is read anew at each step has between one and two times as many tokens.
+# The tail that is tokenised anew at each step has between one and two times this many tokens.
 _TAIL_TOKENS = 32
-# Places tried to cut a tail, from the newest on.
+# Places at which a cut of the tail is tried, from the newest backwards.
 _CUTS_TRIED = 8
 
 
@@ -26,11 +26,11 @@ class Retokenizer:
     """From one tokenizer's tokens to another's.
 
     Attributes:
-        source: The tokenizer whose tokens come in.
-        target: The tokenizer whose tokens go out.
-        pairs: Target id of each special source token that is read as a special token; only as the
-            very first token, the source's begin of text is always the target's. Those that are
-            not in it stand for nothing.
+        source: The tokenizer of the tokens that come in.
+        target: The tokenizer of the tokens that go out.
+        pairs: Target id of each special source token that is read as a special token. The source's
+            begin of text, as the very first token, always becomes the target's. Other special
+            tokens stand for nothing.
     """
 
     source: TextCodec
@@ -38,16 +38,16 @@ class Retokenizer:
     pairs: Mapping[int, int]
 
     def begin(self, source_ids: Sequence[int]) -> "RetokenizedText":
-        """Read a prompt.
+        """Start from a prompt.
 
-        Special tokens of the target that its text spells out are read as such; in what is pushed
-        later they are ordinary text.
+        Special tokens of the target that the prompt's text spells out are read as such; in text
+        pushed later they are ordinary text.
 
         Args:
-            source_ids: the prompt, perhaps empty.
+            source_ids: the prompt; may be empty.
 
         Returns:
-            The prompt as the target reads it: with its own beginning of text where it has one, and
+            The prompt as the target reads it: with its own begin-of-text token if it has one, and
             never empty.
         """
         first = self.pair(source_ids[0], first=True) if source_ids else None
@@ -58,21 +58,21 @@ class Retokenizer:
         return text
 
     def resume(self, target_ids: Sequence[int], *, source_ids: Sequence[int]) -> "RetokenizedText":
-        """Go on from a prompt that each side has in its own tokens; they never change.
+        """Continue a prompt given in both tokenizers' tokens, which never change.
 
         Args:
             target_ids: the prompt as the target reads it, not empty.
             source_ids: as the source reads it, not empty.
 
         Returns:
-            The prompt; what is pushed goes on from it.
+            The prompt; what is pushed continues it.
         """
         strip = self.source.prefix == "every" and source_ids[-1] in self.source.special_ids
         before = "special" if target_ids[-1] in self.target.special_ids else "text"
         return RetokenizedText(self, list(target_ids), before=before, strip=strip)
 
     def pair(self, source_id: int, *, first: bool) -> int | None:
-        """The special token that a source token is read as; None: no special one.
+        """The special target token that a source token is read as; None if there is none.
 
         Args:
             source_id: the source token.
@@ -88,7 +88,7 @@ def forward_pairs(pairs: SpecialPairs) -> dict[int, int]:
     """From base ids to value ids.
 
     Args:
-        pairs: (role, base id, value id), as a map's metadata has them.
+        pairs: (role, base id, value id), as in a map's metadata.
 
     Returns:
         Value id of each base id.
@@ -100,9 +100,9 @@ def backward_pairs(pairs: SpecialPairs) -> dict[int, int]:
     """From value ids to base ids.
 
     Args:
-        pairs: (role, base id, value id). One value token may play several roles (GPT-2's begins and
-            ends a text): a pair by hand goes first, then what ends a turn, then what ends a text;
-            of several, the lowest base id.
+        pairs: (role, base id, value id). One value token may have several roles (GPT-2's begins and
+            ends a text): a pair by hand takes precedence, then a turn end, then an end of text;
+            among several, the lowest base id.
 
     Returns:
         Base id of each value id.
@@ -113,16 +113,16 @@ def backward_pairs(pairs: SpecialPairs) -> dict[int, int]:
 
 
 class RetokenizedText:
-    """One text that grows, in the target's tokens; made by a `Retokenizer`.
+    """A growing text in the target's tokens; made by a `Retokenizer`.
 
-    Only the last tokens are read anew at each step. That equals reading everything: byte-pair
-    merging gives a sequence exactly if it gives each pair of neighbours in it, so tokens before the
-    tail stay as long as the tail's first token does (and what cuts text into words looks less far
-    ahead than the tail is long). Where that token changes, and with tokenizers of other kinds, all
-    text since the last special token is read anew.
+    Only the last tokens are tokenised anew at each step. The result equals tokenising everything:
+    byte-pair merging yields a sequence exactly if it yields each pair of neighbours in it, so
+    tokens before the tail stay as long as the tail's first token does (and pre-tokenizers look
+    ahead less far than the tail is long). If that token changes, and with other kinds of
+    tokenizers, all text since the last special token is tokenised anew.
 
     Attributes:
-        tokens: Target tokens of everything so far, never none; read only.
+        tokens: Target tokens of the text so far, never empty; read only.
     """
 
     def __init__(
@@ -131,12 +131,12 @@ class RetokenizedText:
         self.tokens = pinned
         self._retokenizer = retokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        # Whether the next text loses a space that the source's tokenizer put there.
+        # Whether to remove the space that the source's tokenizer puts before the next text.
         self._strip = strip
         self._open(before)
 
     def fork(self) -> "RetokenizedText":
-        """A copy that grows on its own."""
+        """An independent copy."""
         copy = object.__new__(RetokenizedText)
         copy.__dict__.update(self.__dict__)
         copy.tokens = list(self.tokens)
@@ -146,14 +146,15 @@ class RetokenizedText:
         return copy
 
     def push(self, source_ids: Sequence[int], *, is_prompt: bool = False) -> int:
-        """Take more source tokens.
+        """Append source tokens.
 
         Args:
-            source_ids: in order; perhaps none.
-            is_prompt: special tokens of the target that their text spells out are read as such.
+            source_ids: in order; may be empty.
+            is_prompt: whether special tokens of the target that their text spells out are read as
+                such.
 
         Returns:
-            How many of `tokens` are as they were before this call, and in the same places.
+            How many of the first `tokens` did not change.
         """
         rules = self._retokenizer
         unchanged, text = len(self.tokens), ""
@@ -190,7 +191,7 @@ class RetokenizedText:
         return text
 
     def _pin(self, special: int) -> None:
-        """Add a special token, across which no token reaches."""
+        """Add a special token, which no other token can span."""
         rules = self._retokenizer
         opens_text = self._at_start and not self.tokens and special == rules.target.info.bos_id
         self.tokens.append(special)
@@ -207,13 +208,13 @@ class RetokenizedText:
         self._read_from(self._stretch_start, "", before)
 
     def _read_from(self, fixed: int, tail: str, before: Before) -> None:
-        """Let the tail be `tail`, whose tokens begin at `fixed`."""
+        """Set the tail to `tail`, whose tokens begin at `fixed`."""
         self._fixed, self._tail = fixed, tail
         self._before: Before = before
         self._cut_beyond = 2 * _TAIL_TOKENS
 
     def _grow(self, text: str, *, is_prompt: bool) -> int:
-        """Add text; return how many tokens stay."""
+        """Append text; return how many tokens did not change."""
         if is_prompt:
             read = self._retokenizer.target.encode_special(text, before=self._before)
             if read.token_ids:
@@ -229,7 +230,7 @@ class RetokenizedText:
         found = target.encode(self._tail, before=self._before)
         first = self.tokens[self._fixed : self._fixed + 1]
         if self._fixed > self._stretch_start and found[:1] != first:
-            # The change reaches back to where the tail begins, perhaps further.
+            # The change reaches back to the beginning of the tail, perhaps further.
             self._read_from(self._stretch_start, "".join(self._stretch), self._stretch_before)
             found = target.encode(self._tail, before=self._before)
         same = self._fixed + _common_length(self.tokens[self._fixed :], found)
@@ -239,7 +240,7 @@ class RetokenizedText:
         return same
 
     def _cut(self, found: list[int]) -> None:
-        """Let the tail begin later, where reading it alone gives the same tokens."""
+        """Move the tail's beginning to a later place that gives the same tokens by itself."""
         target = self._retokenizer.target
         self._cut_beyond = 2 * len(found)
         if not target.is_bpe:
@@ -250,7 +251,7 @@ class RetokenizedText:
             head = b"".join([target.token_bytes[token_id] for token_id in found[:place]])
             if not whole.startswith(head) and self._before != "text":
                 head = head.removeprefix(b" ")
-            # The bytes differ where a normaliser changes text, or a character was unknown.
+            # The bytes differ if a normaliser changed the text, or a character was unknown.
             if not whole.startswith(head) or (whole[len(head)] & 0xC0) == 0x80:
                 continue
             tail = whole[len(head) :].decode()

@@ -1,7 +1,7 @@
-"""Pairs special tokens of two vocabularies by the role they play.
+"""Pairs special tokens of two vocabularies by role.
 
-In: what identifies two tokenizers. Out: (role, base id, value id). Running text never shows these
-tokens, so counting cannot pair them; and without a paired end, nothing ever stops.
+In: the identities of two tokenizers. Out: (role, base id, value id). These tokens never occur in
+running text, so counting cannot pair them; and without a paired end token, decoding never stops.
 """
 
 import logging
@@ -11,7 +11,7 @@ from ivl_jax.tokenizer import TokenizerInfo
 
 _LOGGER = logging.getLogger(__name__)
 
-# What ends a turn in the chat formats in use (ChatML, Llama 3, Gemma, Phi-3, OpenChat, Command R).
+# End-of-turn tokens of common chat formats (ChatML, Llama 3, Gemma, Phi-3, OpenChat, Command R).
 TURN_ENDS = (
     "<|im_end|>",
     "<|eot_id|>",
@@ -32,28 +32,28 @@ def pair_special_tokens(
     value_name: str,
     by_hand: Sequence[str] = (),
 ) -> SpecialPairs:
-    """Pair the tokens that play the same role.
+    """Pair the tokens that have the same role.
 
-    A turn end takes the value's token of the same name, else the value's first turn end, else its
-    first end of text. An end of text takes the value's first end of text that ends no turn; but
-    where the base has no turn end of its own, it takes whatever the value's tokenizer ends with
-    first, since that is what a value network trained on chats says when it is done. The begin of
-    text takes the value's. Other special tokens are paired where they have the same name.
+    A turn end is paired with the value's token of the same name, else the value's first turn end,
+    else its first end of text. An end of text is paired with the value's first end of text that is
+    not a turn end; but if the base has no turn end, with the first end token of the value's
+    tokenizer, since a value network trained on chats emits that one when it is done. Begin-of-text
+    tokens are paired with each other, other special tokens if they have the same name.
 
     Args:
         base: the base's tokenizer.
         value: the value network's tokenizer.
         base_name: what to call the base in messages.
         value_name: what to call the value network in messages.
-        by_hand: pairs that overrule the roles, each `BASE_TOKEN=VALUE_TOKEN`.
+        by_hand: pairs that override the roles, each `BASE_TOKEN=VALUE_TOKEN`.
 
     Returns:
         (role, base id, value id), by base id; the role is `turn end`, `end`, `begin`, `same name`
         or `by hand`.
 
     Raises:
-        ValueError: a pair by hand is not of that form, or names a token that is not special in
-            its tokenizer (the special ones are listed).
+        ValueError: a pair by hand does not have that form, or names a token that is not special in
+            its tokenizer (the message lists the special tokens).
     """
     base_turns, value_turns = _turn_ends(base), _turn_ends(value)
     value_names = {text: token_id for token_id, text in value.special_tokens.items()}
@@ -81,7 +81,7 @@ def pair_special_tokens(
 
 
 def _turn_ends(info: TokenizerInfo) -> tuple[int, ...]:
-    """Ids that end a turn: those that also end a text first, as the tokenizer prefers them."""
+    """Ids that end a turn; the tokenizer's own end of text comes first if it is one of them."""
     named = tuple(i for i, text in info.special_tokens.items() if text in TURN_ENDS)
     return tuple(sorted(named, key=lambda token_id: token_id not in info.eos_ids[:1]))
 
@@ -89,7 +89,7 @@ def _turn_ends(info: TokenizerInfo) -> tuple[int, ...]:
 def _by_hand(
     pair: str, base: TokenizerInfo, value: TokenizerInfo, *, base_name: str, value_name: str
 ) -> tuple[int, int]:
-    # A token may hold "=" itself: try every place to split at.
+    # A token may contain "=" itself, so every place to split is tried.
     splits = [(pair[:i], pair[i + 1 :]) for i, letter in enumerate(pair) if letter == "="]
     base_ids = {text: token_id for token_id, text in base.special_tokens.items()}
     value_ids = {text: token_id for token_id, text in value.special_tokens.items()}
@@ -111,17 +111,17 @@ def _warn_of_missing_ends(
     base_name: str,
     value_name: str,
 ) -> None:
-    """Say which of the value's ends no base token hears."""
-    heard = {value_id for _, value_id in pairs.values()}
-    unheard = [i for i in dict.fromkeys((*value.eos_ids, *value_turns)) if i not in heard]
-    if not unheard:
+    """Warn of the value's end tokens that are paired with no base token."""
+    paired = {value_id for _, value_id in pairs.values()}
+    unpaired = [i for i in dict.fromkeys((*value.eos_ids, *value_turns)) if i not in paired]
+    if not unpaired:
         return
-    names = ", ".join(value.special_tokens.get(i, str(i)) for i in unheard)
+    names = ", ".join(value.special_tokens.get(i, str(i)) for i in unpaired)
     base_end = base.special_tokens.get(base.eos_ids[0], "END") if base.eos_ids else "END"
-    value_end = value.special_tokens.get(unheard[0], str(unheard[0]))
+    value_end = value.special_tokens.get(unpaired[0], str(unpaired[0]))
     _LOGGER.warning(
-        "%s ends with %s, which no token of %s is paired with; if the value network's turns end "
-        "there, nothing would stop: pair it by hand, --pair '%s=%s'",
+        "%s has the end token %s, which is paired with no token of %s; if the value network ends "
+        "its turns with it, decoding would never stop: pair it by hand, --pair '%s=%s'",
         value_name,
         names,
         base_name,

@@ -1,4 +1,4 @@
-"""The running text that a vocabulary map is counted on.
+"""The running text that a vocabulary map is built from.
 
 In: files of plain text, JSON or JSON lines. Out: a list of texts, none longer than a limit.
 """
@@ -9,13 +9,13 @@ from typing import Any
 
 from etils import epath
 
-# Dynamic time warping holds one float64 a pair of tokens, and no token is shorter than a byte:
+# Dynamic time warping holds one float64 per pair of tokens, and a token has at least one byte:
 # 4,096² × 8 bytes = 134 MB at worst, 8 MB for ordinary English.
 MAX_TEXT_BYTES = 4096
 
 
 class TextFileError(ValueError):
-    """A text file that holds no text: which file, which line, what was expected."""
+    """A text file without usable text: which file, which line, what was expected."""
 
 
 def read_texts(
@@ -24,18 +24,18 @@ def read_texts(
     """Read texts from files.
 
     Args:
-        paths: `.jsonl` (one row a line), `.json` (a list of rows), anything else plain text in
+        paths: `.jsonl` (one row per line), `.json` (a list of rows), anything else plain text in
             UTF-8. A row is a string, a dialogue (`messages` or `conversations`), or an object whose
-            string fields are joined by line breaks, in their order.
-        max_bytes: a longer text is cut into pieces of at most this many UTF-8 bytes: after a line
+            string fields are joined by line breaks, in order.
+        max_bytes: a longer text is split into pieces of at most this many UTF-8 bytes: after a line
             end, else before a space, else between two characters.
 
     Returns:
-        The texts, and how many of them had to be cut.
+        The texts, and how many of them had to be split.
 
     Raises:
-        TextFileError: no such file, an empty one, bytes that are not UTF-8, JSON that cannot be
-            parsed, or a row without text (file and line are named).
+        TextFileError: no such file, an empty file, bytes that are not UTF-8, invalid JSON, or a row
+            without text (the message names file and line).
     """
     texts, cut = [], 0
     for path in map(epath.Path, paths):
@@ -68,14 +68,14 @@ def _file_texts(path: epath.Path) -> list[str]:
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise TextFileError(
-            f"{path} holds no text; give running text of the kind the models will read, "
-            "say the demonstrations"
+            f"{path} has no text; provide the kind of text that the models will read, such as the "
+            "demonstrations"
         )
     return texts
 
 
 def _json_lines(path: epath.Path, content: str) -> list[str]:
-    # Not splitlines(): JSON strings may hold U+2028 and the like unescaped.
+    # Not splitlines(): JSON strings may contain unescaped U+2028 and the like.
     lines = [(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
     return [
         _row_text(_parsed(line, f"{path}, line {number}"), f"{path}, line {number}")
@@ -107,7 +107,7 @@ def _row_text(row: Any, where: str) -> str:
     if not texts:
         found = f"fields {', '.join(row)}" if isinstance(row, Mapping) and row else _kind(row)
         raise TextFileError(
-            f"{where}: no text in it; expected a string, an object with string fields, or a "
+            f"{where} has no text; expected a string, an object with string fields, or a "
             f"dialogue (messages or conversations), got {found}"
         )
     return "\n".join(texts)
@@ -118,7 +118,7 @@ def _kind(value: Any) -> str:
 
 
 def _pieces(text: str, max_bytes: int) -> Iterator[str]:
-    """The text itself, or consecutive pieces of it that fit."""
+    """The text itself, or consecutive pieces of it that fit the limit."""
     content = text.encode("utf-8", errors="replace")
     start = 0
     while len(content) - start > max_bytes:

@@ -1,6 +1,6 @@
 """One summand of a composition, α · M(z_value), over the columns of the base's vocabulary.
 
-In: logits of a value network over its own vocabulary. Out: what they add to each column of the
+In: a value network's logits over its own vocabulary. Out: the summand for each column of the
 base's logits. All functions are pure.
 """
 
@@ -20,22 +20,22 @@ class ValueTerm(NamedTuple):
     strength: Float[Array, "#B"]
     """α: one for the batch, or one per row."""
     vocab_size: int
-    """Real tokens of the value's tokenizer; the columns after them count as 0."""
+    """Number of real tokens of the value's tokenizer; later columns count as 0."""
     unknown_ids: Int[Array, " U"] | None = None
-    """Ids of the base that mean something else to the value; their value logit counts as 0."""
+    """Base ids that the value network does not know; their value logit counts as 0."""
     vocabulary_map: VocabularyMap | None = None
-    """M: reads the value's logits in the base's vocabulary; None where the two share theirs."""
+    """M: maps the value's logits to the base's vocabulary; None where the two share one."""
     centred: bool = False
-    """Centre the value logits before they are mapped; without a map, nothing."""
+    """Whether to centre the value logits before they are mapped; no effect without a map."""
 
 
 def real_columns(width: int, vocab_size: int) -> Bool[Array, "1 1 V"]:
-    """Which of `width` logit columns are real tokens; the columns after them are padding."""
+    """Which of `width` logit columns are real tokens; later columns are padding."""
     return (jnp.arange(width) < vocab_size)[None, None, :]
 
 
 def in_base_columns(term: ValueTerm, width: int) -> Float32[Array, "B T Vb"]:
-    """What a term adds to a base's logits, 0 where the value knows no such token.
+    """What a term adds to a base's logits; 0 for tokens that the value network does not know.
 
     Args:
         term: the summand.

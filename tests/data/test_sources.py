@@ -130,7 +130,7 @@ def test_nothing_of_a_broken_list_is_dropped_in_silence(
         (b'{"n": ' + b"[" * 300 + b"]" * 300 + b"}", "nested too deeply"),
         (b'{"n": "caf\xe9"}', "byte 19: not UTF-8 (found 0xe9); save it as UTF-8"),
         (b'{"n": 1} {"n": 2}', "not JSON: content after the value (column 10)"),
-        (b'{"n": 1, "n": 2}', "the key 'n' stands twice in one object, with different values"),
+        (b'{"n": 1, "n": 2}', "the key 'n' appears twice in one object, with different values"),
     ],
 )
 def test_a_row_beyond_any_use_is_a_row_error_with_its_line(

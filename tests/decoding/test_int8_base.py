@@ -76,5 +76,7 @@ def test_what_is_composed_can_be_composed_again(stories, value, int8_base):
         rounded.composition.base.graphdef
         == compose(stories, int8_base=True).composition.base.graphdef
     )
-    with pytest.raises(ValueError, match="cannot go onto a mesh: compose the model as it was load"):
+    with pytest.raises(
+        ValueError, match="cannot be placed on a mesh: compose the model as it was load"
+    ):
         compose(model.base, mesh=make_mesh(data=2))

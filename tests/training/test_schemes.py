@@ -45,7 +45,7 @@ def test_hidden_starts_as_a_network_that_reads_text_and_goes_on_bases_of_its_wid
     base = load_language_model(tiny_pair / "base")
     compose(base, value)
     wide = save_tiny_model(tmp_path / "wide", seed=3, hidden_size=32, intermediate_size=64)
-    with pytest.raises(ValueError, match=r"of width 16, and those of .*wide have width 32"):
+    with pytest.raises(ValueError, match=r"expects width 16, but .*wide has width 32"):
         compose(load_language_model(wide), value)
 
 

@@ -97,7 +97,7 @@ def test_a_map_fits_the_tokenizers_it_was_built_for_only(
     _, metadata = load_vocabulary_map(output)
     names = {"path": output, "base_name": "B", "value_name": "V"}
     check_vocabulary_map(metadata, base_fingerprint=base, value_fingerprint=value, **names)
-    with pytest.raises(ValueError, match="base and value are exchanged"):
+    with pytest.raises(ValueError, match="base and value are swapped"):
         check_vocabulary_map(metadata, base_fingerprint=value, value_fingerprint=base, **names)
 
 
@@ -113,14 +113,20 @@ def test_unusable_input_is_a_sentence_and_status_1(
     (broken / "tokenizer_config.json").write_text("{}")
     base, value = folders
     for options, message in (
-        (_options(folders, empty, output), f"{empty} holds no text"),
+        (_options(folders, empty, output), f"{empty} has no text"),
         (_options(folders, tmp_path / "none.txt", output), "no text file at"),
-        (_options((tmp_path, value), text_file, output), f"--base-tokenizer {tmp_path}: no token"),
-        (_options((base, broken), text_file, output), f"--value-tokenizer {broken}: no tokenizer"),
+        (
+            _options((tmp_path, value), text_file, output),
+            f"--base-tokenizer {tmp_path}: cannot read",
+        ),
+        (
+            _options((base, broken), text_file, output),
+            f"--value-tokenizer {broken}: cannot read a tokenizer",
+        ),
         (_options(folders, text_file, tmp_path / "map.bin"), "expected the name of a .safetensors"),
         (
             _options(folders, text_file, tmp_path / "no" / "m.safetensors"),
-            "in a folder that exists",
+            "in an existing folder",
         ),
         ([*_options(folders, text_file, output), "--pair", "a"], "must be BASE_TOKEN=VALUE_TOKEN"),
     ):

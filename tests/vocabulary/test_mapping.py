@@ -155,7 +155,7 @@ def _altered(path: Path, *, tensors: dict[str, np.ndarray] | None = None, **reco
 def test_other_format_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "map.safetensors"
     _altered(path, format_version=2)
-    with pytest.raises(VocabularyMapError, match="format 2, this ivl_jax reads 1"):
+    with pytest.raises(VocabularyMapError, match="format 2, but this ivl_jax reads 1"):
         load_vocabulary_map(path)
 
 
@@ -208,7 +208,7 @@ def test_a_map_for_these_tokenizers_passes() -> None:
     [
         ("x", "v", ["base tokenizer is llama", "models/B has fingerprint xxxx"]),
         ("b", "x", ["value tokenizer is gpt", "runs/V has fingerprint xxxx"]),
-        ("v", "b", ["base and value are exchanged"]),
+        ("v", "b", ["base and value are swapped"]),
     ],
 )
 def test_a_map_for_other_tokenizers_names_both_and_the_command(

@@ -75,7 +75,9 @@ def test_same_tokenizer_pairs_every_special_token_with_itself() -> None:
 def test_an_end_nothing_is_paired_with_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert _pairs(LLAMA2, QWEN_BASE)[2] == ("end", 70)
-    assert "VALUE ends with <|im_end|>, which no token of BASE is paired with" in caplog.text
+    assert (
+        "VALUE has the end token <|im_end|>, which is paired with no token of BASE" in caplog.text
+    )
     assert "--pair '</s>=<|im_end|>'" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):

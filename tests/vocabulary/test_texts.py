@@ -35,18 +35,18 @@ def test_rows_give_all_string_fields_or_the_turns_of_a_dialogue(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.txt", "", "empty.txt holds no text"),
-        ("blank.txt", " \n\n", "blank.txt holds no text"),
-        ("empty.jsonl", "", "empty.jsonl holds no text"),
-        ("empty.json", "[]", "empty.json holds no text"),
-        ("blank.jsonl", '{"a": ""}', "blank.jsonl holds no text"),
+        ("empty.txt", "", "empty.txt has no text"),
+        ("blank.txt", " \n\n", "blank.txt has no text"),
+        ("empty.jsonl", "", "empty.jsonl has no text"),
+        ("empty.json", "[]", "empty.json has no text"),
+        ("blank.jsonl", '{"a": ""}', "blank.jsonl has no text"),
         ("bad.jsonl", '{"a": "b"}\n{"a": \n', "bad.jsonl, line 2: not JSON"),
         ("bad.json", "{", "bad.json: not JSON"),
         ("object.json", '{"a": "b"}', "expected a JSON list of rows, got dict"),
-        ("numbers.jsonl", '{"a": "b"}\n\n{"a": 1, "b": [2]}', "line 3: no text in it.*fields a, b"),
-        ("scalars.jsonl", "17", "line 1: no text in it.*got int"),
-        ("nothing.jsonl", "{}", "line 1: no text in it.*got an empty object"),
-        ("turns.jsonl", '{"messages": [{"role": "user"}]}', "no text in it.*fields messages"),
+        ("numbers.jsonl", '{"a": "b"}\n\n{"a": 1, "b": [2]}', "line 3 has no text.*fields a, b"),
+        ("scalars.jsonl", "17", "line 1 has no text.*got int"),
+        ("nothing.jsonl", "{}", "line 1 has no text.*got an empty object"),
+        ("turns.jsonl", '{"messages": [{"role": "user"}]}', "has no text.*fields messages"),
     ],
 )
 def test_files_without_text_are_errors_that_name_file_and_line(
