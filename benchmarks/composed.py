@@ -57,14 +57,14 @@ class Composed:
         rows = lay_out(
             prompts.tolist(),
             [GenerationOptions(max_new_tokens=new_tokens)] * batch,
-            rows=range(batch),
+            sample_indices=range(batch),
             context=self.composition.base.arch.max_position_embeddings,
             stop_ids=_NEVER,
             strengths=self.strengths,
             row_multiple=1,
         )
         programs = self._programs
-        keys = programs.row_keys(rows.seeds, rows.rows)
+        keys = programs.row_keys(rows.seeds, rows.sample_indices)
         requests = Requests(
             prompt_lengths=jnp.asarray(rows.prompt_lengths),
             limits=jnp.asarray(rows.limits),

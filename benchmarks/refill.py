@@ -17,11 +17,12 @@ from benchmarks.composed import Composed, composed, random_weights
 from benchmarks.report import Options, Peer, Report, Row
 from benchmarks.shapes import BASE_C, VALUE_C, parameter_count
 from benchmarks.timing import time_in_turn
+from ivl_jax.decoding.batch import EngineModel
+from ivl_jax.decoding.capacity import EngineLimits
 from ivl_jax.decoding.device.programs import build_programs
-from ivl_jax.decoding.engine import Decoder, decode_rows
+from ivl_jax.decoding.engine import Engine
 from ivl_jax.decoding.requests import EncodedPrompt, GenerationOptions
 from ivl_jax.decoding.streaming import Detokenizer, RowText
-from ivl_jax.profiling import NO_PROFILE
 
 ABOUT = "256 ragged requests: rows refilled as they end, beside static batches"
 
@@ -63,7 +64,7 @@ def run(options: Options) -> Report:
         The report.
     """
     plan = Plan(48, 4, (8,), 1) if options.quick else Plan(256, 4, (8, 32), 2)
-    decoder = _decoder(composed(random_weights(BASE_C, seed=0), random_weights(VALUE_C, seed=1)))
+    model = _engine_model(composed(random_weights(BASE_C, seed=0), random_weights(VALUE_C, seed=1)))
     rng = np.random.default_rng(0)
     prompts, answers = (_draw(rng, plan, *lengths) for lengths in (_QUESTIONS, _ANSWERS))
     ragged = _requests(rng, prompts, answers)
@@ -74,7 +75,7 @@ def run(options: Options) -> Report:
             _STATIC: Work(ragged, batch, batch),
         }
         timings = time_in_turn(
-            {name: partial(_decode, decoder, work) for name, work in works.items()},
+            {name: partial(_decode, model, work) for name, work in works.items()},
             repeats=plan.repeats,
         )
         rates = {name: timings[name].rate(work.tokens) for name, work in works.items()}
@@ -117,11 +118,12 @@ def _requests(
     ]
 
 
-def _decoder(model: Composed) -> Decoder:
-    return Decoder(
+def _engine_model(model: Composed) -> EngineModel:
+    return EngineModel(
         model.composition,
         model.params,
         build_programs(model.composition),
+        names=("the base", *("a value network" for _ in model.composition.values)),
         own_vocabularies=(),
         context=BASE_C.max_position_embeddings,
         stop_ids=(),
@@ -129,19 +131,21 @@ def _decoder(model: Composed) -> Decoder:
     )
 
 
-def _decode(decoder: Decoder, work: Work) -> None:
+def _decode(model: EngineModel, work: Work) -> None:
     """Generate everything; texts are not spelled, so that nothing but decoding is timed."""
     generated = 0
     for start in range(0, len(work.requests), work.at_once):
-        for progress in decode_rows(
-            decoder,
-            work.requests[start : start + work.at_once],
+        requests = work.requests[start : start + work.at_once]
+        rows = min(work.batch, len(requests))
+        engine = Engine(
+            model,
             new_text=lambda _: RowText(Detokenizer((), strip_leading_space=False), ()),
-            batch_size=work.batch,
-            chunk_tokens=16,
-            profile=NO_PROFILE,
-        ):
-            generated += sum(len(one.text.token_ids) for one in progress if one.text.finish.value)
+            limits=EngineLimits(max_rows=rows, least_rows=rows),
+        )
+        for request in requests:
+            engine.submit(request)
+        while not engine.idle:
+            generated += sum(len(one.token_ids) for one in engine.step())
     if generated != work.tokens:
         raise RuntimeError(f"{generated} tokens came out, {work.tokens} were asked for")
 

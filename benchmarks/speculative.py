@@ -1,8 +1,8 @@
 """Composed decoding with a draft, beside the same composition without one.
 
-In: nothing. Out: rows for pair A's shapes with a draft of a tenth of the base, for shares of kept
-proposals from 0.5 to 0.95, set by the weights; then what the embedded family does: L drafted by S
-under one value network, trained here for an epoch.
+In: nothing. Out: rows for pair A's shapes with a draft of a tenth of the base, for shares of
+accepted proposals from 0.5 to 0.95, set by the weights; then what the embedded family does: L
+drafted by S under one value network, trained here for an epoch.
 
 The shares are set by weights whose greedy text is known (`benchmarks.known_chain`): the draft's
 differs from the base's after a known share of the tokens. Every product is computed in full.
@@ -26,12 +26,12 @@ from benchmarks.shapes import BASE_A, DRAFT_A, VALUE_A, parameter_count
 from benchmarks.timing import time_in_turn
 from ivl_jax.decoding.device.state import DecodeState
 
-ABOUT = "speed with a draft against the share of its proposals kept; the peer is ours"
+ABOUT = "speed with a draft against the share of its proposals accepted; the peer is ours"
 
 _PLAIN = "without a draft"
 # Of the family's test questions, one in so many is asked.
 _EVERY = 115
-# Share of proposals kept → times as fast as without a draft.
+# Share of proposals accepted → times as fast as without a draft.
 _TARGETS = {0.5: 0.95, 0.8: 1.45}
 
 
@@ -39,7 +39,7 @@ class Plan(NamedTuple):
     """How much is measured."""
 
     shares: tuple[float, ...]
-    """Of proposals kept."""
+    """Of proposals accepted."""
     lengths: tuple[int, ...]
     """Fixed numbers of proposals, measured at 0.8."""
     batches: tuple[int, ...]
@@ -64,18 +64,18 @@ class _Pair(NamedTuple):
 
 @dataclass
 class _Drafted:
-    """A model with a draft, which remembers how much was kept."""
+    """A model with a draft, which remembers how much was accepted."""
 
     model: Composed
     accepted: int = 0
-    judged: int = 0
+    proposed: int = 0
 
     def decode(self, state: DecodeState) -> np.ndarray:
         """As `Composed.decode`."""
         tokens, state = self.model.decode_to_end(state)
-        assert state.draft is not None
-        self.accepted, self.judged = (
-            int(np.sum(each)) for each in (state.draft.accepted, state.draft.judged)
+        assert state.speculation is not None
+        self.accepted, self.proposed = (
+            int(np.sum(each)) for each in (state.speculation.accepted, state.speculation.proposed)
         )
         return tokens
 
@@ -111,7 +111,7 @@ def run(options: Options) -> Report:
 
 
 def _pair_rows(plan: Plan, pair: _Pair, batch: int, lengths: Mapping[float, int]) -> Iterator[Row]:
-    """One row for each share of kept proposals, with its number of proposals (0: adapting)."""
+    """One row for each share of accepted proposals, with its number of proposals (0: adapting)."""
     plain, order = pair.plain, pair.order
     prompts = random_prompts(batch, BASE_A.vocab_size)
     prompts[:, -1] = order[np.arange(batch) * (len(order) // batch)]
@@ -132,9 +132,9 @@ def _pair_rows(plan: Plan, pair: _Pair, batch: int, lengths: Mapping[float, int]
             raise RuntimeError(f"the tokens with a draft differ from those without, at {share}")
         bound = _TARGETS.get(share) if batch == 1 and not length else None
         yield Row(
-            f"pair A, batch {batch}: {share:.2f} kept, "
+            f"pair A, batch {batch}: {share:.2f} accepted, "
             + (f"{length} proposed at a time" if length else "length adapting")
-            + f" ({one.accepted} of {one.judged})",
+            + f" ({one.accepted} of {one.proposed})",
             outcome.rate,
             "tokens/s",
             "higher",
@@ -148,7 +148,7 @@ def _draft(order: np.ndarray, share: float) -> Weights:
 
 
 def _family_rows() -> Iterator[Row]:
-    """L drafted by S: what is kept of real proposals, and what that brings."""
+    """L drafted by S: what is accepted of real proposals, and what that brings."""
     from ivl_jax.assets import family_folder
     from ivl_jax.checkpoint import load_value
     from ivl_jax.config import TrainConfig, load_config
@@ -186,11 +186,11 @@ def _family_rows() -> Iterator[Row]:
     counts = {name: sum(len(each.token_ids) for each in texts) for name, texts in found.items()}
     alone = timings[_PLAIN].rate(counts[_PLAIN])
     for name in list(models)[1:]:
-        judged = sum(each.judged_proposals for each in found[name])
-        accepted = sum(each.accepted_proposals for each in found[name])
+        proposed = sum(each.proposed_tokens for each in found[name])
+        accepted = sum(each.accepted_tokens for each in found[name])
         same = _same(found[name], found[_PLAIN])
         yield Row(
-            f"family, L drafted by {name}: {accepted} of {judged} kept; "
+            f"family, L drafted by {name}: {accepted} of {proposed} accepted; "
             f"{same} of {len(prompts)} texts the same",
             timings[name].rate(counts[name]),
             "tokens/s",

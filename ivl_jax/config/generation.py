@@ -13,6 +13,8 @@ from ivl_jax.config.checks import ConfigError, found
 LARGEST_STRENGTH = 1e4
 """With value logits of 100 the product is 10⁶, where float32 has steps of 0.06: beyond that the
 base's logits are rounded away."""
+_MOST_TOP_LOG_PROBS = 100
+"""Each kept token has room for so many likeliest ones, in a state that lives on device."""
 
 
 def strength_problem(alpha: float | int) -> str | None:
@@ -58,6 +60,10 @@ class GenerationOptions:
     """Token ids that end the generation, besides those of the models."""
     strengths: NoFlag[Sequence[float] | None] = None
     """α of each value network; None: those of the composed model."""
+    log_probs: NoFlag[int | None] = None
+    """Log-probabilities (nats) of the generated tokens under the composed distribution, before
+    temperature, top-k, top-p and min-p. None: none; 0: of the tokens themselves; k: also of the k
+    likeliest tokens at each place."""
 
     def __post_init__(self) -> None:
         """Check ranges, all problems at once; lists become tuples, so that options can be keys."""
@@ -70,6 +76,8 @@ class GenerationOptions:
             "seed must be in [0, 2³²)": 0 <= self.seed < 2**32,
             "stop must hold strings that are not empty": not isinstance(self.stop, str)
             and all(self.stop),
+            f"log_probs must be None or in [0, {_MOST_TOP_LOG_PROBS}]": self.log_probs is None
+            or 0 <= self.log_probs <= _MOST_TOP_LOG_PROBS,
         }
         problems = [
             f"{rule}, {found(getattr(self, rule.split()[0]))}"

@@ -22,8 +22,9 @@ from ivl_jax.composed.compatibility import ComposedSources, check_sources
 from ivl_jax.composed.sources import read_language_model, read_values
 from ivl_jax.config import ConfigError, InferConfig, check_infer_config, config_to_mapping
 from ivl_jax.data.formats import Message
+from ivl_jax.decoding.generation import Generation
 from ivl_jax.decoding.loading import decoding_mesh, load_composed
-from ivl_jax.decoding.model import ComposedModel, Generation
+from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.decoding.prompt_files import (
     GenerationFile,
     PromptRow,
@@ -178,7 +179,7 @@ def _write_file(work: Work, output: GenerationFile, profile: StepProfile) -> Non
         TimeRemainingColumn(),
     )
     with output, Progress(*columns, console=Console(stderr=True)) as progress:
-        judged = accepted = 0
+        proposed = accepted = 0
         task = progress.add_task("", total=len(work.prompts), completed=output.done)
         generations = work.model.generate_prepared(
             left, batch_size=work.config.batch_size, profile=profile
@@ -194,10 +195,10 @@ def _write_file(work: Work, output: GenerationFile, profile: StepProfile) -> Non
                     }
                 ]
             )
-            judged += generation.judged_proposals
-            accepted += generation.accepted_proposals
+            proposed += generation.proposed_tokens
+            accepted += generation.accepted_tokens
             progress.update(task, completed=output.done)
-    _log_acceptance(work, judged, accepted)
+    _log_acceptance(work, proposed, accepted)
 
 
 def _show(work: Work, prompt: EncodedPrompt, profile: StepProfile) -> str:
@@ -223,19 +224,19 @@ def _show(work: Work, prompt: EncodedPrompt, profile: StepProfile) -> str:
         first,
         max(len(generation.token_ids) - 1, 0) / rest,
     )
-    _log_acceptance(work, generation.judged_proposals, generation.accepted_proposals)
+    _log_acceptance(work, generation.proposed_tokens, generation.accepted_tokens)
     return generation.text
 
 
-def _log_acceptance(work: Work, judged: int, accepted: int) -> None:
-    """Say how much of what a draft proposed was kept; nothing without a draft."""
+def _log_acceptance(work: Work, proposed: int, accepted: int) -> None:
+    """Log how many of the tokens that a draft proposed were accepted; nothing without a draft."""
     if not work.config.model.draft:
         return
-    if not judged:
+    if not proposed:
         logger.info("the draft: nothing was proposed, since it would not have paid")
         return
-    share = 100 * accepted / judged
-    logger.info("the draft: %d of %d proposals kept (%.0f %%)", accepted, judged, share)
+    share = 100 * accepted / proposed
+    logger.info("the draft: %d of %d proposed tokens accepted (%.0f %%)", accepted, proposed, share)
 
 
 def _talk(work: Work, profile: StepProfile) -> None:

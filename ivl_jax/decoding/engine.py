@@ -1,301 +1,319 @@
-"""Prompts through the rows of one batch: where a row ends, the next waiting prompt begins.
+"""The engine: requests arrive and leave while others are being decoded.
 
-In: prepared prompts, in the order in which they begin. Out: after each look of the host at the
-device, what every row has said since.
+In: `submit` a prepared prompt with its own options (strengths, sampling, stop ids and strings,
+seed, limits), `cancel` it. Out: what every `step` has brought each request: text that has become
+final, tokens, at the end a `Generation`.
 
-A row's tokens depend neither on the others nor on when it begins: they are those of its prompt
-alone, near-ties apart, samples included (a row's key comes from its prompt's index). This holds on
-a mesh and with value networks of their own vocabularies too.
+    engine = model.engine(EngineLimits(max_rows=32))
+    request = engine.submit(prompt)          # at any time between two steps
+    while not engine.idle:
+        for progress in engine.step():
+            ...
+
+One thread owns an engine: `submit`, `cancel` and `step` are plain calls that must not overlap. A
+server runs `step` in a loop and hands over what its clients want between two steps. An engine with
+nothing to do holds no caches and runs nothing.
+
+A request's tokens depend neither on the others nor on when it begins: they are those of its prompt
+alone, near-ties apart, samples included (their key is made of the request's seed and sample index).
+This holds on a mesh and with value networks of their own vocabularies too.
+
+Requests begin in the order in which they came, and each step that reads prompts is followed by one
+that generates for all rows, so that neither those that wait nor those that run are starved.
 """
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count, islice
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
-from ivl_jax.buckets import bucket
-from ivl_jax.composed.network import ComposedParams, Composition
-from ivl_jax.decoding.device.programs import Programs
-from ivl_jax.decoding.device.state import DecodeState, Requests
-from ivl_jax.decoding.own_vocabulary import OwnVocabulary, TextReader
-from ivl_jax.decoding.requests import (
-    EncodedPrompt,
-    RowArrays,
-    bucket_capacity,
-    bucket_stop_ids,
-    lay_out,
-    needed_slots,
-    row_end,
-)
+from ivl_jax.decoding.batch import EngineModel, Entry, News, RowBatch
+from ivl_jax.decoding.capacity import BatchShape, CapacityPlanner, EngineLimits, Need, Waiting
+from ivl_jax.decoding.generation import Generation, TokenLogProbs
+from ivl_jax.decoding.own_vocabulary import expected_slots
+from ivl_jax.decoding.requests import EncodedPrompt, bucket_stop_ids, needed_slots, row_end
 from ivl_jax.decoding.streaming import FinishReason, RowText
-from ivl_jax.profiling import StepProfile
-from ivl_jax.sharding import batch_ways
+
+logger = logging.getLogger(__name__)
 
 # Rows that end before prompts are admitted, as a share of the batch. Reading the weights for one
 # prompt costs about a step; letting k rows wait for k prompts costs, at L tokens a row and B rows,
-# (k − 1) L / 2B² steps a prompt. At L = 128 the best k is B / 8.
+# (k − 1) L / 2B² steps a prompt. At L = 128 the best k is B / 8. No row waits longer than until
+# its free steps have cost as much as reading the weights once more: B of them.
 _ROWS_A_REFILL = 8
 
-
-class Decoder(NamedTuple):
-    """What all rows of a model have in common."""
-
-    composition: Composition
-    params: ComposedParams
-    programs: Programs
-    own_vocabularies: tuple[OwnVocabulary, ...]
-    """The text side of each value network that has its own vocabulary."""
-    context: int
-    """Tokens a row may hold."""
-    stop_ids: tuple[int, ...]
-    """Ids that end every row."""
-    strengths: tuple[float, ...]
-    """α of each value network, where a prompt names none."""
+DEFAULT_LIMITS = EngineLimits()
 
 
 class Progress(NamedTuple):
-    """What one row has said since the last look."""
+    """What one request has got since the last step."""
 
-    index: int
-    """The prompt it goes on from."""
+    id: int
+    """The request, as `submit` returned it."""
     piece: str
     """Text that has become final, perhaps none."""
-    text: RowText
-    """All that the row has said; its `finish` says whether that was the last."""
-    judged: int = 0
-    """Tokens that a draft has proposed for it, up to each first one that was not kept."""
-    accepted: int = 0
-    """Those that were kept."""
-
-
-def decode_rows(
-    decoder: Decoder,
-    prompts: Sequence[EncodedPrompt],
-    *,
-    new_text: Callable[[EncodedPrompt], RowText],
-    batch_size: int,
-    chunk_tokens: int,
-    profile: StepProfile,
-) -> Iterator[list[Progress]]:
-    """Decode prompts in as many rows as there are, refilled as they end.
-
-    Args:
-        decoder: the model.
-        prompts: in the order in which they begin.
-        new_text: makes the text of a prompt's continuation, empty so far.
-        batch_size: prompts decoded together.
-        chunk_tokens: tokens between two looks, at most; 1 in any case where a value network has its
-            own vocabulary: the host reads for it.
-        profile: traces some steps, each from one look to the next.
-
-    Yields:
-        After each look, one entry a row that was decoded; the last one of a prompt has a text that
-        is finished.
-    """
-    if not prompts:
-        return
-    batch = _Batch(decoder, prompts, new_text=new_text, batch_size=batch_size)
-    yield batch.look()
-    for step in itertools.count():
-        if batch.done:
-            return
-        with profile.step(step, None):
-            # The host reads a first token before the next one is decoded: value networks with
-            # their own vocabulary read what it says.
-            if not batch.refill():
-                batch.advance(chunk_tokens)
-            progress = batch.look()
-        yield progress
+    token_ids: tuple[int, ...]
+    """New tokens."""
+    log_probs: tuple[TokenLogProbs, ...]
+    """Of these tokens, where the request asks for them; else none."""
+    generation: Generation | None
+    """The whole of it, once it has ended; nothing follows."""
 
 
 @dataclass
-class _Row:
-    """A prompt that is being continued."""
+class _Request:
+    """A request that runs, and what has come of it so far."""
 
-    index: int
+    entry: Entry
     text: RowText
-    seen: int  # tokens that the host has looked at, prompt included
-    end: int  # length at which it ends
+    seen: int = 0  # tokens that the caller knows
+    log_probs: list[TokenLogProbs] = field(default_factory=list)
 
 
-class _Batch:
-    """The rows on device, which prompt each of them continues, and the prompts that wait."""
+class Engine:
+    """Decodes requests together, as many as its limits allow.
+
+    Args:
+        model: the model.
+        new_text: makes the text of a prompt's continuation, empty so far.
+        limits: how many requests are decoded together, and how long they may be.
+    """
 
     def __init__(
         self,
-        decoder: Decoder,
-        prompts: Sequence[EncodedPrompt],
+        model: EngineModel,
         *,
         new_text: Callable[[EncodedPrompt], RowText],
-        batch_size: int,
+        limits: EngineLimits = DEFAULT_LIMITS,
     ) -> None:
-        """Begin as many prompts as there are rows."""
-        self._decoder, self._prompts, self._new_text = decoder, prompts, new_text
-        context, layout = decoder.context, decoder.composition.base.layout
-        self._ways = 1 if layout is None else batch_ways(layout.mesh)
-        batch = bucket(min(batch_size, len(prompts)), smallest=1)
-        batch = -(-batch // self._ways) * self._ways
-        self._rows: list[_Row | None] = [None] * batch
-        self._at_once = max(1, batch // _ROWS_A_REFILL)
-        self._stop_ids = bucket_stop_ids([each.options for each in prompts], decoder.stop_ids)
-        slots = [needed_slots(each.token_ids, each.options, context=context) for each in prompts]
-        # Of each prompt, the slots that it or a later one needs: caches never grow, so that a
-        # batch that fits the memory at its beginning fits it to its end.
-        self._needed = [*itertools.accumulate(reversed(slots), max)][::-1]
-        self._capacity = bucket_capacity(self._needed[0], context=context)
-        self._reader = TextReader(decoder.own_vocabularies, batch=batch)
-        for each, needed in zip(prompts, slots, strict=True):
-            more = needed - len(each.token_ids)
-            self._reader.reserve(each.own_texts, new_tokens=more)
-        self._begun = 0
-        rows = range(min(batch, len(prompts)))
-        arrays = self._begin(rows, least_rows=batch)
-        self._mapped_capacity = self._reader.capacity
-        self._state: DecodeState = decoder.programs.prefill(
-            decoder.params,
-            arrays.prompts,
-            self._requests(arrays),
-            self._reader.own_tokens(rows, size=batch),
-            capacity=self._capacity,
-            mapped_capacity=self._mapped_capacity,
+        self._model, self._new_text = model, new_text
+        self._planner = CapacityPlanner(
+            limits, model.context, model.row_multiple, cache_bytes=self._cache_bytes
         )
+        self._ids = count()
+        self._waiting: OrderedDict[int, Entry] = OrderedDict()
+        self._needs = Waiting()
+        self._running: dict[int, _Request] = {}
+        self._batch: RowBatch | None = None
+        # Whether rows that run have waited for a group of prompts, and come next.
+        self._just_admitted = False
+        # Whether a request waits for memory, not for a row.
+        self._no_room = False
+        # Steps that free rows have waited for a refill, all of them together.
+        self._free_steps = 0
+        self._bytes: dict[BatchShape, int] = {}
 
     @property
-    def done(self) -> bool:
-        """Whether every prompt has been continued to its end."""
-        return self._waiting == 0 and not any(self._rows)
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self._waiting and not self._running
 
     @property
-    def _waiting(self) -> int:
-        return len(self._prompts) - self._begun
+    def waiting(self) -> int:
+        """Requests that have not begun."""
+        return len(self._waiting)
 
-    def look(self) -> list[Progress]:
-        """Take what the rows have generated since the last look; rows that ended are free."""
-        state = self._state
-        tokens, lengths, finish = jax.device_get((state.tokens, state.lengths, state.finish))
-        judged = accepted = np.zeros_like(lengths)
-        if state.draft is not None:
-            judged, accepted = jax.device_get((state.draft.judged, state.draft.accepted))
-        new_ids = {
-            place: tokens[place, row.seen : lengths[place]].tolist()
-            for place, row in enumerate(self._rows)
-            if row is not None
-        }
-        full = self._reader.push(new_ids)
-        progress = []
-        for place, ids in new_ids.items():
-            row = self._rows[place]
-            assert row is not None
-            piece = row.text.push(ids, _finish(int(finish[place]), full=place in full))
-            row.seen = int(lengths[place])
-            counts = int(judged[place]), int(accepted[place])
-            progress.append(Progress(row.index, piece, row.text, *counts))
-            if row.text.finish != FinishReason.RUNNING:
-                self._rows[place] = None
+    @property
+    def running(self) -> int:
+        """Requests that are being decoded."""
+        return len(self._running)
+
+    @property
+    def shape(self) -> BatchShape | None:
+        """The batch that is held on device; None: there is none."""
+        return None if self._batch is None else self._batch.shape
+
+    def submit(self, prompt: EncodedPrompt) -> int:
+        """Let a request wait for its turn; nothing is computed yet.
+
+        Args:
+            prompt: of `ComposedModel.prepare`, with its options.
+
+        Returns:
+            The request's id: what `step` and `cancel` call it. Ids are never used again.
+
+        Raises:
+            RequestTooLargeError: it can never be decoded within the engine's limits.
+        """
+        planner, option = self._planner, prompt.options
+        tokens = row_end(prompt.token_ids, option, context=self._model.context)
+        need = Need(
+            needed_slots(prompt.token_ids, option, context=planner.longest),
+            expected_slots(
+                self._model.own_vocabularies,
+                prompt.own_texts,
+                new_tokens=tokens - len(prompt.token_ids),
+            ),
+            bucket_stop_ids(option, self._model.stop_ids),
+        )
+        planner.check(need, tokens=tokens)
+        request = next(self._ids)
+        self._waiting[request] = Entry(request, prompt, need)
+        self._needs.add(need)
+        return request
+
+    def cancel(self, request: int) -> bool:
+        """Forget a request; its row is free at once.
+
+        Args:
+            request: of `submit`.
+
+        Returns:
+            Whether it was still waiting or running; no more is heard of it in any case.
+        """
+        if entry := self._waiting.pop(request, None):
+            self._needs.remove(entry.need)
+        elif self._running.pop(request, None):
+            assert self._batch is not None
+            self._batch.release(request)
+        else:
+            return False
+        self._rest_if_idle()
+        return True
+
+    def step(self, *, max_tokens: int = 16) -> list[Progress]:
+        """Begin waiting requests in free rows, or generate for the running ones; then look.
+
+        Args:
+            max_tokens: tokens per row between two looks, at most: how late a stop string is seen,
+                and how long a new request waits. 1 in any case where a value network has its own
+                vocabulary: the host reads for it.
+
+        Returns:
+            What each request has got, those that got nothing apart. Where this raises, the running
+            requests are lost and the waiting ones still wait.
+        """
+        if self.idle:
+            return []
+        try:
+            # The host reads a first token before the next one is decoded: value networks with
+            # their own vocabulary read what it says.
+            if self._just_admitted or not self._admit():
+                self._advance(max_tokens)
+            progress = self._look()
+        except BaseException:
+            self._running, self._batch = {}, None
+            self._just_admitted = False
+            raise
+        self._rest_if_idle()
         return progress
 
-    def refill(self) -> bool:
-        """Begin waiting prompts in free rows, if enough of these are free; was any begun?"""
-        begun = self._begun
-        self._shrink()  # first, so that fewer capacities are compiled for
-        free = [place for place, row in enumerate(self._rows) if row is None]
-        while self._waiting and len(free) >= self._enough_free:
-            count = self._enough_free
-            self._admit(free[:count])
-            free = free[count:]
-        return self._begun > begun
+    def _admit(self) -> bool:
+        """Begin waiting requests if there is room and it pays; was any begun?"""
+        running = [] if self._batch is None else self._batch.needs()
+        plan = self._planner.plan(running, self._needs, self._first_needs, current=self.shape)
+        admitted, rows, others = plan.admitted, plan.shape.rows, bool(self._running)
+        if self._batch is None:
+            self._batch = RowBatch(self._model, plan.shape, context=self._planner.longest)
+        self._batch.reshape(plan.shape)
+        self._no_room = bool(self._waiting) and not admitted
+        if not others and (self._batch.is_empty or 2 * admitted >= rows):
+            self._batch.start(self._begin(admitted))
+            return True
+        free = rows - len(self._running)
+        enough = min(self._group, admitted)
+        if not admitted or (free < enough and self._free_steps < rows):
+            return False
+        while admitted:
+            size = min(self._group, admitted)
+            self._batch.admit(self._begin(size), group=self._group)
+            # Rows that run wait for one group of prompts, and then go on by a token at least.
+            admitted = 0 if others else admitted - size
+        self._just_admitted, self._free_steps = others, 0
+        return True
 
-    def advance(self, chunk_tokens: int) -> None:
-        """Generate until there is something to look at."""
-        decoder = self._decoder
-        free = np.asarray([row is None for row in self._rows])
-        if not decoder.own_vocabularies:
-            self._state = decoder.programs.decode_chunk(
-                decoder.params,
-                self._state,
-                np.int32(chunk_tokens),
-                free,
-                np.int32(self._enough_free),
-            )
-            return
-        self._grow_mapped()
-        own_tokens = self._reader.own_tokens(range(len(free)), size=len(free))
-        self._state = decoder.programs.decode_step(decoder.params, self._state, own_tokens, free)
+    def _advance(self, max_tokens: int) -> None:
+        """Generate, until enough rows are free for those that wait."""
+        assert self._batch is not None
+        rows, free = self._batch.shape.rows, len(self._batch.free)
+        enough = min(self._group, len(self._waiting)) or rows
+        if self._no_room:
+            enough = free + 1
+        if enough <= free:
+            # More could begin right away: the running rows get one token before they do.
+            max_tokens, enough = 1, rows
+        elif free and self._waiting:
+            left = (rows - self._free_steps) // free
+            max_tokens = max(1, min(max_tokens, left))
+        self._just_admitted = False
+        self._batch.advance(max_tokens, enough_free=enough)
+
+    def _look(self) -> list[Progress]:
+        """Take what the rows have generated; those that have ended are free."""
+        assert self._batch is not None
+        waits = len(self._batch.free) if self._waiting else 0
+        progress, steps = [], 0
+        for news in self._batch.look():
+            steps = max(steps, len(news.token_ids))
+            request = self._running[news.id]
+            piece = request.text.push(news.token_ids, news.finish)
+            new = tuple(request.text.token_ids[request.seen :])
+            log_probs = tuple(news.log_probs[: len(new)])
+            request.seen += len(new)
+            request.log_probs += log_probs
+            generation = None
+            if request.text.finish != FinishReason.RUNNING:
+                generation = self._end(request, news)
+            if new or piece or generation:
+                progress.append(Progress(news.id, piece, new, log_probs, generation))
+        self._free_steps += waits * steps
+        return progress
+
+    def _end(self, request: _Request, news: News) -> Generation:
+        """Free the row of a request that has ended, and say what came out."""
+        assert self._batch is not None
+        self._batch.release(news.id)
+        del self._running[news.id]
+        text, prompt = request.text, request.entry.prompt
+        error = news.error if text.finish == FinishReason.ERROR else None
+        if error is not None:
+            logger.error("request %d: %s", news.id, error)
+        asked = prompt.options.log_probs is not None
+        return Generation(
+            text=text.text,
+            token_ids=tuple(text.token_ids),
+            finish_reason=text.finish.name.lower(),
+            prompt_tokens=len(prompt.token_ids),
+            error=error,
+            log_probs=tuple(request.log_probs) if asked else None,
+            proposed_tokens=news.proposed,
+            accepted_tokens=news.accepted,
+        )
+
+    def _begin(self, number: int) -> list[Entry]:
+        """Take the first requests out of the queue."""
+        entries = [self._waiting.popitem(last=False)[1] for _ in range(number)]
+        for entry in entries:
+            self._needs.remove(entry.need)
+            self._running[entry.id] = _Request(entry, self._new_text(entry.prompt))
+        return entries
+
+    def _first_needs(self, number: int) -> list[Need]:
+        return [entry.need for entry in islice(self._waiting.values(), number)]
 
     @property
-    def _enough_free(self) -> int:
-        """Free rows that are worth a refill; all of them, where no prompt waits."""
-        return min(self._at_once, self._waiting) or len(self._rows)
+    def _group(self) -> int:
+        """Prompts that are read together beside running rows."""
+        assert self._batch is not None
+        return max(1, self._batch.shape.rows // _ROWS_A_REFILL)
 
-    def _admit(self, places: Sequence[int]) -> None:
-        """Begin the next prompts in these rows."""
-        decoder = self._decoder
-        arrays = self._begin(places, least_rows=self._at_once)
-        size = len(arrays.prompts)
-        rows = np.full(size, len(self._rows), np.int32)  # beyond the batch: nowhere
-        rows[: len(places)] = places
-        own_tokens = self._reader.own_tokens(places, size=size)
-        self._grow_mapped()
-        self._state = decoder.programs.admit(
-            decoder.params, self._state, arrays.prompts, self._requests(arrays), rows, own_tokens
-        )
+    def _rest_if_idle(self) -> None:
+        """Hold no caches where there is nothing to decode."""
+        if self.idle:
+            self._batch, self._just_admitted = None, False
 
-    def _begin(self, places: Sequence[int], *, least_rows: int) -> RowArrays:
-        """Give the next prompts these rows; return their arrays."""
-        decoder = self._decoder
-        first, self._begun = self._begun, self._begun + len(places)
-        group = self._prompts[first : self._begun]
-        for index, place in enumerate(places, first):
-            prompt = self._prompts[index]
-            end = row_end(prompt.token_ids, prompt.options, context=decoder.context)
-            text = self._new_text(prompt)
-            self._rows[place] = _Row(index, text, seen=len(prompt.token_ids), end=end)
-            self._reader.admit(place, prompt.own_texts)
-        return lay_out(
-            [prompt.token_ids for prompt in group],
-            [prompt.options for prompt in group],
-            rows=[prompt.row for prompt in group],
-            context=decoder.context,
-            stop_ids=decoder.stop_ids,
-            strengths=decoder.strengths,
-            row_multiple=self._ways,
-            least_rows=least_rows,
-            least_stop_ids=self._stop_ids,
-        )
-
-    def _requests(self, arrays: RowArrays) -> Requests:
-        # NumPy arrays: each becomes a device array as the program is called.
-        return Requests(
-            prompt_lengths=arrays.prompt_lengths,  # pyright: ignore[reportArgumentType]
-            limits=arrays.limits,  # pyright: ignore[reportArgumentType]
-            stop_ids=arrays.stop_ids,  # pyright: ignore[reportArgumentType]
-            strengths=arrays.strengths,  # pyright: ignore[reportArgumentType]
-            keys=self._decoder.programs.row_keys(arrays.seeds, arrays.rows),
-            sampling=arrays.sampling,
-        )
-
-    def _shrink(self) -> None:
-        """Give up half of the slots, or more, once no prompt needs them."""
-        needed = [row.end for row in self._rows if row is not None]
-        needed += self._needed[self._begun : self._begun + 1]
-        capacity = bucket_capacity(max(needed, default=1), context=self._decoder.context)
-        if 2 * capacity <= self._capacity:
-            self._capacity = capacity
-            self._state = self._decoder.programs.shrink(self._state, capacity=capacity)
-
-    def _grow_mapped(self) -> None:
-        """Give the value networks with their own vocabulary the slots that they need by now."""
-        if self._reader.capacity > self._mapped_capacity:
-            self._mapped_capacity = self._reader.capacity
-            self._state = self._decoder.programs.grow_mapped(
-                self._state, mapped_capacity=self._mapped_capacity
+    def _cache_bytes(self, shape: BatchShape) -> int:
+        """Bytes of caches that each device holds in a batch of this shape."""
+        if shape not in self._bytes:
+            state = self._model.programs.empty.eval_shape(**shape._asdict())
+            self._bytes[shape] = sum(
+                math.prod(leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape)
+                * leaf.dtype.itemsize
+                for leaf in jax.tree.leaves((state.caches, state.speculation))
             )
-
-
-def _finish(code: int, *, full: bool) -> FinishReason:
-    """Why a row ends; one whose value network can read no more ends by its length."""
-    reason = FinishReason(code)
-    return FinishReason.LENGTH if full and reason == FinishReason.RUNNING else reason
+        return self._bytes[shape]

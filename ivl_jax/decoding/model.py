@@ -4,6 +4,7 @@ In: prompts as texts, dialogues or token ids. Out: `Generation`s, or pieces of t
 final. `ivl_jax.decoding.compose` makes the model.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 from ivl_jax.checkpoint import ValueNetwork
 from ivl_jax.composed.network import ComposedParams, Composition
 from ivl_jax.data.chat import ChatFormat
+from ivl_jax.decoding.batch import EngineModel
+from ivl_jax.decoding.capacity import EngineLimits
 from ivl_jax.decoding.device.programs import Programs
-from ivl_jax.decoding.engine import Decoder, Progress, decode_rows
+from ivl_jax.decoding.engine import DEFAULT_LIMITS, Engine
+from ivl_jax.decoding.generation import Generation
 from ivl_jax.decoding.own_vocabulary import OwnVocabulary
 from ivl_jax.decoding.prompts import GREEDY, Prompt, PromptReader
 from ivl_jax.decoding.requests import EncodedPrompt, GenerationOptions
-from ivl_jax.decoding.streaming import Detokenizer, FinishReason, RowText
+from ivl_jax.decoding.streaming import Detokenizer, RowText
 from ivl_jax.profiling import NO_PROFILE, StepProfile
 from ivl_jax.weights.language_model import LanguageModel
 
@@ -24,30 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 else:
     PreTrainedTokenizerBase = Any
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One continuation.
-
-    Attributes:
-        text: What was generated, cut before a stop string; special tokens stand for nothing.
-        token_ids: Generated ids. The last one is the stop id that ended the row, or the token that
-            completed the stop string.
-        finish_reason: `eos` (a stop id), `stop_string`, or `length` (the limit asked for, or the
-            end of the context).
-        prompt_tokens: Tokens of the prompt.
-        judged_proposals: Tokens that a draft proposed, up to each first one that was not kept; 0
-            without a draft. Not compared.
-        accepted_proposals: Those that were kept. Not compared.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str
-    prompt_tokens: int
-    judged_proposals: int = field(default=0, compare=False)
-    accepted_proposals: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,11 +120,11 @@ class ComposedModel:
 
         Args:
             prompts: texts, dialogues or token ids.
-            options: one for all prompts, or one a prompt.
+            options: one for all prompts, or one per prompt.
             batch_size: prompts decoded together.
 
         Returns:
-            One generation a prompt, in order.
+            One generation per prompt, in order.
 
         Raises:
             PromptTooLongError: a prompt exceeds the context; all such prompts are named, before
@@ -165,7 +145,7 @@ class ComposedModel:
 
         Args:
             prompts: texts, dialogues or token ids.
-            options: one for all prompts, or one a prompt.
+            options: one for all prompts, or one per prompt.
             names: what to call each prompt in messages; empty: "prompt 0", "prompt 1", …
 
         Returns:
@@ -176,6 +156,28 @@ class ComposedModel:
             ValueError: as `generate`.
         """
         return self.prompts.prepare(prompts, options, names=names)
+
+    def engine(self, limits: EngineLimits = DEFAULT_LIMITS) -> Engine:
+        """Make an engine, which decodes prompts that come and go while others are decoded.
+
+        Args:
+            limits: how many requests it decodes together, and how long they may be.
+
+        Returns:
+            The engine; it takes what `prepare` returns. Engines share the model and its programs.
+        """
+        base, values = self.prompts.base, self.prompts.values
+        model = EngineModel(
+            self.composition,
+            self.params,
+            self.programs,
+            names=(base.label, *(value.label for value in values)),
+            own_vocabularies=tuple(own for own in self.own_vocabularies if own),
+            context=self.context,
+            stop_ids=self.stop_ids,
+            strengths=self.strengths,
+        )
+        return Engine(model, new_text=self._row_text, limits=limits)
 
     def generate_prepared(
         self,
@@ -196,20 +198,24 @@ class ComposedModel:
             profile: traces some of the steps between two looks.
 
         Yields:
-            One generation a prompt, in order, as soon as it and those before it are done.
+            One generation per prompt, in order, as soon as it and those before it are done.
         """
+        if not prompts:
+            return
+        rows = min(batch_size, len(prompts))
+        engine = self.engine(EngineLimits(max_rows=rows, least_rows=rows))
+        order = iter([engine.submit(prompt) for prompt in prompts])
         done: dict[int, Generation] = {}
-        following = 0
-        looks = self._decode(
-            prompts, batch_size=batch_size, chunk_tokens=chunk_tokens, profile=profile
-        )
-        for progress in looks:
-            for row in progress:
-                if row.text.finish != FinishReason.RUNNING:
-                    done[row.index] = _generation(prompts[row.index], row)
+        following = next(order, None)
+        for step in itertools.count():
+            if engine.idle:
+                return
+            with profile.step(step, None):
+                progress = engine.step(max_tokens=chunk_tokens)
+            done |= {one.id: one.generation for one in progress if one.generation is not None}
             while following in done:
                 yield done.pop(following)
-                following += 1
+                following = next(order, None)
 
     def stream(
         self, prompt: Prompt, options: GenerationOptions = GREEDY, *, chunk_tokens: int = 4
@@ -246,53 +252,21 @@ class ComposedModel:
         Yields:
             As `stream`.
         """
-        looks = self._decode([prompt], batch_size=1, chunk_tokens=chunk_tokens, profile=profile)
-        for (row,) in looks:
-            if row.piece:
-                yield row.piece
-            if row.text.finish != FinishReason.RUNNING:
-                yield _generation(prompt, row)
-
-    def _decode(
-        self,
-        prompts: Sequence[EncodedPrompt],
-        *,
-        batch_size: int,
-        chunk_tokens: int,
-        profile: StepProfile = NO_PROFILE,
-    ) -> Iterator[list[Progress]]:
-        decoder = Decoder(
-            self.composition,
-            self.params,
-            self.programs,
-            tuple(own for own in self.own_vocabularies if own),
-            self.context,
-            self.stop_ids,
-            self.strengths,
-        )
-        return decode_rows(
-            decoder,
-            prompts,
-            new_text=self._row_text,
-            batch_size=batch_size,
-            chunk_tokens=chunk_tokens,
-            profile=profile,
-        )
+        engine = self.engine(EngineLimits(max_rows=1))
+        engine.submit(prompt)
+        for step in itertools.count():
+            if engine.idle:
+                return
+            with profile.step(step, None):
+                progress = engine.step(max_tokens=chunk_tokens)
+            for one in progress:
+                if one.piece:
+                    yield one.piece
+                if one.generation is not None:
+                    yield one.generation
 
     def _row_text(self, prompt: EncodedPrompt) -> RowText:
         starts_text = not any(self.token_bytes[token_id] for token_id in prompt.token_ids)
         strip = self.strips_leading_space and starts_text
         detokenizer = Detokenizer(self.token_bytes, strip_leading_space=strip)
         return RowText(detokenizer, prompt.options.stop)
-
-
-def _generation(prompt: EncodedPrompt, row: Progress) -> Generation:
-    text = row.text
-    return Generation(
-        text=text.text,
-        token_ids=tuple(text.token_ids),
-        finish_reason=text.finish.name.lower(),
-        prompt_tokens=len(prompt.token_ids),
-        judged_proposals=row.judged,
-        accepted_proposals=row.accepted,
-    )

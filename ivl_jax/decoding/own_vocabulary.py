@@ -154,37 +154,55 @@ def base_chat_format(base: PreTrainedTokenizerBase, own: OwnVocabulary) -> ChatF
     return make_chat_format(base, template=text)
 
 
+def expected_slots(
+    values: Sequence[OwnVocabulary], texts: Sequence[RetokenizedText], *, new_tokens: int
+) -> int:
+    """Estimate the slots that a prompt will need in the caches of value networks; a bucket.
+
+    Args:
+        values: value networks with their own vocabularies.
+        texts: the prompt as each of them reads it.
+        new_tokens: base tokens that may be generated after it, at most.
+
+    Returns:
+        Slots (tokens); 0 without such networks. A row that needs more has the caches grow.
+    """
+    # Two tokenizers rarely differ by more than a quarter.
+    more = new_tokens + new_tokens // 4
+    return _slots(
+        [
+            min(len(text.tokens) + more, own.context)
+            for own, text in zip(values, texts, strict=True)
+        ],
+        contexts=[own.context for own in values],
+    )
+
+
 class TextReader:
     """The rows of a batch as value networks with their own vocabulary read them, step by step.
 
     Args:
         values: these value networks.
         batch: rows on device; none of them has a text yet.
-
-    Attributes:
-        capacity: Slots a row needs in the networks' caches so far (tokens).
     """
 
     def __init__(self, values: Sequence[OwnVocabulary], *, batch: int) -> None:
         self._contexts = [own.context for own in values]
-        # Of each network, each row's text; None: the row has had none.
+        # Of each network, each row's text; None: the row is free.
         self._texts: list[list[RetokenizedText | None]] = [[None] * batch for _ in values]
         # Tokens that a network's cache still holds of each row.
         self._read = [[0] * batch for _ in values]
         self._full = [False] * batch
-        self.capacity = 0
 
-    def reserve(self, texts: Sequence[RetokenizedText], *, new_tokens: int) -> None:
-        """Make room for a prompt before its turn, so that caches need not grow then.
-
-        Args:
-            texts: the prompt as each network reads it.
-            new_tokens: base tokens that may be generated after it, at most.
-        """
-        # Two tokenizers rarely differ by more than a quarter; where they do, the caches grow.
-        more = new_tokens + new_tokens // 4
-        for text, context in zip(texts, self._contexts, strict=True):
-            self._make_room(min(len(text.tokens) + more, context))
+    def slots(self) -> int:
+        """Slots per row that the networks' caches need by now (tokens); a bucket."""
+        lengths = [
+            min(len(text.tokens), context)
+            for texts, context in zip(self._texts, self._contexts, strict=True)
+            for text in texts
+            if text is not None
+        ]
+        return _slots(lengths, contexts=self._contexts)
 
     def admit(self, row: int, texts: Sequence[RetokenizedText]) -> None:
         """Begin a prompt in a row, in place of what was there.
@@ -195,8 +213,27 @@ class TextReader:
         """
         for own_texts, read, text in zip(self._texts, self._read, texts, strict=True):
             own_texts[row], read[row] = text.fork(), 0
-            self._make_room(len(text.tokens))
         self._full[row] = False
+
+    def release(self, row: int) -> None:
+        """Forget the text of a row that is free."""
+        for own_texts, read in zip(self._texts, self._read, strict=True):
+            own_texts[row], read[row] = None, 0
+        self._full[row] = False
+
+    def rearrange(self, rows: Sequence[int | None]) -> None:
+        """Move rows, as they are moved on device.
+
+        Args:
+            rows: for each row from now on, the row that it was; None: it is free.
+        """
+
+        def moved(old: list[Any], nothing: Any) -> list[Any]:
+            return [nothing if row is None else old[row] for row in rows]
+
+        self._texts = [moved(texts, None) for texts in self._texts]
+        self._read = [moved(read, 0) for read in self._read]
+        self._full = moved(self._full, False)
 
     def push(self, new_ids: Mapping[int, Sequence[int]]) -> set[int]:
         """Take newly generated base tokens.
@@ -213,7 +250,6 @@ class TextReader:
                 if ids and text is not None and not self._full[row]:
                     read[row] = min(read[row], text.push(ids))
                     self._full[row] = len(text.tokens) > context
-                    self._make_room(min(len(text.tokens), context))
         return {row for row, full in enumerate(self._full) if full}
 
     def own_tokens(self, rows: Sequence[int], *, size: int) -> tuple[OwnTokens, ...]:
@@ -224,7 +260,7 @@ class TextReader:
             size: rows of the result, whose first ones these are; the rest only fill it.
 
         Returns:
-            NumPy arrays of one width, which comes from a small set; one `OwnTokens` a network.
+            NumPy arrays of one width, which comes from a small set; one `OwnTokens` per network.
         """
         if not self._texts:
             return ()
@@ -248,10 +284,11 @@ class TextReader:
         read[row] = len(text.tokens)
         return start, text.tokens[start:]
 
-    def _make_room(self, length: int) -> None:
-        if length > self.capacity:
-            largest = max(self._contexts)
-            self.capacity = bucket(length, smallest=_SMALLEST_CAPACITY, largest=largest)
+
+def _slots(lengths: Sequence[int], *, contexts: Sequence[int]) -> int:
+    if not contexts:
+        return 0
+    return bucket(max(lengths, default=0), smallest=_SMALLEST_CAPACITY, largest=max(contexts))
 
 
 def _padded(pieces: Sequence[tuple[int, list[int]]], *, size: int, width: int) -> OwnTokens:

@@ -1,6 +1,6 @@
 """What callers ask for, checked on the host and laid out as arrays of bucketed shapes.
 
-In: prompts as token ids and one `GenerationOptions` a prompt. Out: NumPy arrays whose shapes come
+In: prompts as token ids and one `GenerationOptions` per prompt. Out: NumPy arrays whose shapes come
 from a small set, so that prompts of other lengths reuse what was compiled.
 """
 
@@ -18,6 +18,7 @@ from ivl_jax.vocabulary.retokenize import RetokenizedText
 _SMALLEST_PROMPT = 16
 _SMALLEST_CAPACITY = 64
 _SMALLEST_STOP_IDS = 8
+_SMALLEST_TOP_LOG_PROBS = 8
 
 
 class PromptTooLongError(ValueError):
@@ -29,8 +30,8 @@ class EncodedPrompt(NamedTuple):
 
     token_ids: list[int]
     options: GenerationOptions
-    row: int
-    """Index in the request it belongs to; its sampling seed depends on it."""
+    sample_index: int
+    """Index in the request it belongs to; folded into its sampling seed."""
     own_texts: tuple[RetokenizedText, ...] = ()
     """The prompt as each value network with its own vocabulary reads it."""
 
@@ -50,7 +51,7 @@ class RowArrays(NamedTuple):
     """[B M] float32."""
     seeds: np.ndarray
     """[B] uint32."""
-    rows: np.ndarray
+    sample_indices: np.ndarray
     """[B] int32 index of each prompt in its request."""
     sampling: Sampling
     """Four arrays [B]."""
@@ -62,7 +63,7 @@ def lay_out(
     prompts: Sequence[Sequence[int]],
     options: Sequence[GenerationOptions],
     *,
-    rows: Sequence[int],
+    sample_indices: Sequence[int],
     context: int,
     stop_ids: Sequence[int],
     strengths: Sequence[float],
@@ -74,8 +75,8 @@ def lay_out(
 
     Args:
         prompts: token ids of each prompt, none empty, none longer than the context.
-        options: one a prompt.
-        rows: index of each prompt in the request it belongs to.
+        options: one per prompt.
+        sample_indices: index of each prompt in the request it belongs to.
         context: tokens a row may hold, prompt included.
         stop_ids: ids that end every row.
         strengths: α of each value network, for options that name none.
@@ -117,7 +118,7 @@ def lay_out(
         stop_ids=np.asarray([(*own, *[-1] * (most - len(own))) for own in row_stops], np.int32),
         strengths=np.asarray(alphas, np.float32).reshape(batch, len(strengths)),
         seeds=asked("seed", np.uint32),
-        rows=column(rows, np.int32),
+        sample_indices=column(sample_indices, np.int32),
         sampling=Sampling(
             temperature=asked("temperature", np.float32),
             top_k=asked("top_k", np.int32),
@@ -144,10 +145,17 @@ def bucket_capacity(length: int, *, context: int) -> int:
     return bucket(length, smallest=_SMALLEST_CAPACITY, largest=context)
 
 
-def bucket_stop_ids(options: Sequence[GenerationOptions], stop_ids: Sequence[int]) -> int:
-    """Stop ids of a row of a batch into which prompts with any of these options may come."""
-    most = max(len(_row_stops(option, stop_ids)) for option in options)
-    return bucket(most, smallest=_SMALLEST_STOP_IDS)
+def bucket_stop_ids(option: GenerationOptions, stop_ids: Sequence[int]) -> int:
+    """Room for stop ids that a row with these options needs, besides the ids that end every row."""
+    return bucket(len(_row_stops(option, stop_ids)), smallest=_SMALLEST_STOP_IDS)
+
+
+def bucket_top_log_probs(option: GenerationOptions, *, vocab_size: int) -> int | None:
+    """Likeliest tokens to keep per generated token; None: no log-probabilities are asked for."""
+    if not option.log_probs:
+        return option.log_probs
+    most = min(option.log_probs, vocab_size)
+    return bucket(most, smallest=_SMALLEST_TOP_LOG_PROBS, largest=vocab_size)
 
 
 def _prompt_width(length: int, *, context: int) -> int:

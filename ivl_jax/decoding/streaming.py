@@ -19,6 +19,8 @@ class FinishReason(enum.IntEnum):
     """The host found one of its stop strings in the text."""
     LENGTH = 3
     """It reached its own limit or the end of the context."""
+    ERROR = 4
+    """No next token could be chosen: the composed logits were not finite numbers."""
 
 
 class Detokenizer:

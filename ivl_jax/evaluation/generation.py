@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ivl_jax.config import ConfigError
-from ivl_jax.decoding.model import ComposedModel, Generation
+from ivl_jax.decoding.generation import Generation
+from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.decoding.prompt_files import GenerationFile
 from ivl_jax.decoding.requests import EncodedPrompt
 

@@ -146,7 +146,7 @@ class _Answerer:
         )
         token_ids = self._chat.encode_prompt(messages).tolist()
         (prompt,) = self._model.prepare([token_ids], options, names=[name])
-        return prompt._replace(row=index * _MOST_TURNS + len(messages) // 2)
+        return prompt._replace(sample_index=index * _MOST_TURNS + len(messages) // 2)
 
     def answer(self, batch: Sequence[tuple[int, dict[str, Any]]]) -> list[list[str]]:
         """Answer every turn of some questions."""

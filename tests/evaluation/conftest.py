@@ -7,7 +7,8 @@ import pytest
 
 from ivl_jax.checkpoint import save_value
 from ivl_jax.decoding.compose import compose
-from ivl_jax.decoding.model import ComposedModel, Generation
+from ivl_jax.decoding.generation import Generation
+from ivl_jax.decoding.model import ComposedModel
 from tests.decoding.conftest import composed, make_value, stories, value
 
 __all__ = ["composed", "stories", "value"]

@@ -17,19 +17,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ivl_jax.composed.forward import (
-    Caches,
     OwnTokens,
     compose,
     network_logits,
     pick,
     run_networks,
 )
-from ivl_jax.composed.network import ComposedParams, Composition, Network, known_tokens
-from ivl_jax.decoding.device.sampling import sample_tokens
-from ivl_jax.decoding.device.state import DecodeState, DraftState, Requests
+from ivl_jax.composed.network import ComposedParams, Composition, Network
+from ivl_jax.decoding.device.log_probs import score_chosen
+from ivl_jax.decoding.device.placement import empty_rows
+from ivl_jax.decoding.device.sampling import are_finite, sample_tokens
+from ivl_jax.decoding.device.state import DecodeState, Requests
+from ivl_jax.decoding.speculative.proposals import Proposer
 from ivl_jax.decoding.streaming import FinishReason
 from ivl_jax.model.decoder import Params, hidden_states
-from ivl_jax.model.kv_cache import KVCache, init_cache
+from ivl_jax.model.kv_cache import KVCache
 
 
 def prefill(
@@ -41,6 +43,8 @@ def prefill(
     capacity: int,
     own_tokens: tuple[OwnTokens, ...] = (),
     mapped_capacity: int = 0,
+    top_log_probs: int | None = None,
+    proposer: Proposer | None = None,
 ) -> DecodeState:
     """Read the prompts into fresh caches and generate the first token of every row.
 
@@ -49,32 +53,33 @@ def prefill(
         params: the arrays of all networks.
         prompts: [B P] int32 token ids, right-padded with any id.
         requests: what each row asks for.
-        capacity: slots a row has, S ≥ P (tokens).
+        capacity: slots per row, S ≥ P (tokens).
         own_tokens: the prompts as each value network with its own vocabulary reads them.
-        mapped_capacity: slots a row has in their caches (tokens).
+        mapped_capacity: slots per row in their caches (tokens).
+        top_log_probs: likeliest tokens kept per generated token; None: no log-probabilities.
+        proposer: where proposals come from; None: one token per step.
 
     Returns:
         The state after one generated token; rows whose limit leaves no room are done at once.
     """
     batch, width = prompts.shape
-
-    def empty_cache(network: Network) -> KVCache:
-        slots = mapped_capacity if network.mapped else capacity
-        dtype = jnp.dtype(network.cache_dtype)
-        return init_cache(network.arch, batch_size=batch, capacity=slots, dtype=dtype)
-
     lengths = requests.prompt_lengths
-    state = DecodeState(
+    empty = empty_rows(
+        composition,
+        rows=batch,
+        capacity=capacity,
+        stop_ids=requests.stop_ids.shape[1],
+        mapped_capacity=mapped_capacity,
+        top_log_probs=top_log_probs,
+        proposer=proposer,
+    )
+    state = empty._replace(
         tokens=jnp.pad(prompts, ((0, 0), (0, capacity - width))),
         lengths=lengths,
         finish=jnp.where(
             lengths < requests.limits, int(FinishReason.RUNNING), int(FinishReason.LENGTH)
         ).astype(jnp.int32),
         requests=requests,
-        caches=Caches(
-            empty_cache(composition.base),
-            tuple(empty_cache(network) for network in composition.values),
-        ),
     )
     positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (batch, width))
     logits, state = read_tokens(
@@ -86,13 +91,12 @@ def prefill(
         wanted=lengths[:, None] - 1,
         own_tokens=own_tokens,
     )
-    if composition.draft is not None:
-        cache = empty_cache(composition.draft)
-        cache = run_draft(composition, params, cache, prompts, positions=positions)[1]
-        nothing = jnp.zeros(batch, jnp.int32)
-        recent = jnp.zeros(batch, jnp.float32)
-        draft = DraftState(cache, lengths, nothing, nothing, recent, recent)
-        state = state._replace(draft=draft)
+    if proposer is not None:
+        assert state.speculation is not None
+        own = proposer.read_prompts(
+            composition, params, state.speculation.proposer, prompts, lengths
+        )
+        state = state._replace(speculation=state.speculation._replace(proposer=own))
     return _append(state, logits[:, 0])
 
 
@@ -113,7 +117,7 @@ def decode_chunk(
         composition: the static half.
         params: the arrays of all networks.
         state: where the rows are.
-        max_tokens: tokens a row, at most.
+        max_tokens: tokens per row, at most.
         stopped: [B], rows that the host has ended since the last chunk (a stop string).
         enough_done: rows that are done when it ends, those that were done before included: B, or
             fewer where prompts wait for the rows that they leave.
@@ -143,7 +147,7 @@ def decode_step(
     *,
     own_tokens: tuple[OwnTokens, ...] = (),
 ) -> DecodeState:
-    """Generate one token a running row.
+    """Generate one token per running row.
 
     Args:
         composition: the static half.
@@ -182,31 +186,6 @@ def halt(state: DecodeState, stopped: Bool[Array, " B"]) -> DecodeState:
     halted = stopped & state.running
     reason = jnp.int32(FinishReason.STOP_STRING)
     return state._replace(finish=jnp.where(halted, reason, state.finish))
-
-
-def grow_mapped(
-    composition: Composition, state: DecodeState, *, mapped_capacity: int
-) -> DecodeState:
-    """Give the value networks with their own vocabulary more slots.
-
-    Args:
-        composition: the static half.
-        state: where the rows are.
-        mapped_capacity: slots a row has afterwards, no fewer than before (tokens).
-
-    Returns:
-        The state with larger caches, what was in them included.
-    """
-
-    def grown(array: Array) -> Array:
-        more = mapped_capacity - array.shape[-2]
-        return jnp.pad(array, ((0, 0), (0, 0), (0, more), (0, 0)))
-
-    values = tuple(
-        jax.tree.map(grown, cache) if network.mapped else cache
-        for network, cache in zip(composition.values, state.caches.values, strict=True)
-    )
-    return state._replace(caches=state.caches._replace(values=values))
 
 
 def read_tokens(
@@ -248,33 +227,6 @@ def read_tokens(
     return composed, state._replace(caches=caches)
 
 
-def run_draft(
-    composition: Composition,
-    params: ComposedParams,
-    cache: KVCache,
-    tokens: Int[Array, "B T"],
-    *,
-    positions: Int[Array, "B T"],
-) -> tuple[Float[Array, "B T D"], KVCache]:
-    """Run the draft over tokens, up to its head.
-
-    Args:
-        composition: the static half, with a draft.
-        params: the arrays of all networks.
-        cache: what the draft has read.
-        tokens: [B T] ids of the base.
-        positions: [B T] position of each token, and its slot in the cache.
-
-    Returns:
-        Hidden states [B T D] for its head, and the new cache.
-    """
-    draft, arrays = composition.draft, params.draft
-    assert draft is not None
-    assert arrays is not None
-    known = known_tokens(draft, tokens, arrays.unknown_ids)
-    return run_cached(draft, arrays.params, cache, known, positions=positions)
-
-
 def run_cached(
     network: Network,
     params: Params,
@@ -283,7 +235,18 @@ def run_cached(
     *,
     positions: Int[Array, "B T"],
 ) -> tuple[Float[Array, "B T D"], KVCache]:
-    """Run a base, or its draft, over tokens, up to its head; as `run_draft`."""
+    """Run a base, or its draft, over tokens, up to its head.
+
+    Args:
+        network: its static half.
+        params: its parameters.
+        cache: what it has read.
+        tokens: [B T] token ids.
+        positions: [B T] position of each token, and its slot in the cache.
+
+    Returns:
+        Hidden states [B T D] for its head, and the new cache.
+    """
     hidden, cache_after = hidden_states(
         network.graphdef,
         params,
@@ -302,4 +265,11 @@ def _append(state: DecodeState, logits: Float[Array, "B V"]) -> DecodeState:
     token_indices = state.lengths - requests.prompt_lengths
     chosen = sample_tokens(logits, requests.sampling, requests.keys, token_indices)
     stopped = jnp.any(chosen[:, None] == requests.stop_ids, axis=1)
-    return state.extended(chosen[:, None], state.running.astype(jnp.int32), stopped=stopped)
+    finite, top = are_finite(logits), state.top_log_probs
+    return state.extended(
+        chosen[:, None],
+        (state.running & finite).astype(jnp.int32),
+        stopped=stopped,
+        failed=~finite,
+        log_probs=None if top is None else score_chosen(logits, chosen, top=top),
+    )

@@ -5,59 +5,71 @@ In: a `Composition`. Out: `Programs`, kept for each composition, with donation a
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int
 
-from ivl_jax.composed.forward import Caches, OwnTokens
-from ivl_jax.composed.network import ComposedParams, Composition, Network
-from ivl_jax.decoding.device.admission import admit, shrink
-from ivl_jax.decoding.device.generate import decode_chunk, decode_step, grow_mapped, halt, prefill
+from ivl_jax.composed.forward import OwnTokens
+from ivl_jax.composed.network import ComposedParams, Composition
+from ivl_jax.decoding.device.diagnosis import finite_networks
+from ivl_jax.decoding.device.generate import decode_chunk, decode_step, halt, prefill
+from ivl_jax.decoding.device.log_probs import empty_log_probs, latest_log_probs
+from ivl_jax.decoding.device.placement import clear, empty_rows, place
 from ivl_jax.decoding.device.sampling import row_keys
-from ivl_jax.decoding.device.state import DecodeState, DraftState, Requests
+from ivl_jax.decoding.device.shardings import state_shardings
+from ivl_jax.decoding.device.state import DecodeState, LogProbs, Requests
+from ivl_jax.decoding.speculative.draft_proposer import DRAFT_PROPOSER
+from ivl_jax.decoding.speculative.proposals import Proposer
 from ivl_jax.decoding.speculative.rounds import speculate_chunk
-from ivl_jax.sharding import BATCH_AXES, replicated
 
 
 class Programs(NamedTuple):
-    """The compiled programs of a composition."""
+    """The compiled programs of a composition; sizes and numbers of tokens kept are static."""
 
     prefill: Callable[..., DecodeState]
-    """(params, prompts [B P], requests, own_tokens, capacity, mapped_capacity) → state whose rows
-    have one generated token; the capacities are static."""
+    """(params, prompts [B P], requests, own_tokens, capacity, mapped_capacity, top_log_probs) →
+    state whose rows have one generated token."""
     decode_chunk: Callable[..., DecodeState]
     """(params, state, max_tokens, stopped [B], enough_done = B) → state; the state's buffers are
     donated."""
     decode_step: Callable[..., DecodeState]
-    """(params, state, own_tokens, stopped [B]) → state with one token more a row, donated too."""
-    grow_mapped: Callable[..., DecodeState]
-    """(state, mapped_capacity) → state with more slots for own tokens; the number is static."""
-    admit: Callable[..., DecodeState]
-    """(params, state, prompts [A P], requests, rows [A], own_tokens) → state with these prompts in
-    these rows, donated too."""
-    shrink: Callable[..., DecodeState]
-    """(state, capacity) → state with fewer slots a row; the number is static."""
+    """(params, state, own_tokens, stopped [B]) → state with one token more per row, donated too."""
+    empty: Callable[..., DecodeState]
+    """(rows, capacity, stop_ids, mapped_capacity, top_log_probs) → state whose rows are all
+    done."""
+    place: Callable[..., DecodeState]
+    """(state, others of A rows, rows [A]) → state, donated, with these rows there."""
+    clear: Callable[..., DecodeState]
+    """(state, rows [B]) → state, donated, with zeros in the caches of these rows."""
+    empty_log_probs: Callable[..., LogProbs]
+    """(rows, capacity, top) → room for log-probabilities in a state that has none."""
+    latest_log_probs: Callable[..., LogProbs]
+    """(log-probabilities, starts [B], width) → those of `width` slots per row."""
+    finite_networks: Callable[..., Array]
+    """(params, state, own_tokens) → [B N] which networks' next logits are finite."""
     row_keys: Callable[..., Array]
-    """(seeds [B], rows [B]) → keys [B]."""
+    """(seeds [B], sample indices [B]) → keys [B]."""
 
 
 @functools.cache
-def build_programs(composition: Composition) -> Programs:
+def build_programs(composition: Composition, proposer: Proposer | None = None) -> Programs:
     """Compile-once entry points of a composition: the one place where decoding is jitted.
 
     Kept for each composition: other parameters of the same architectures reuse what was compiled.
 
     Args:
         composition: the static half.
+        proposer: where proposals come from; None: from the composition's draft, if it has one.
 
     Returns:
-        The programs under jit, shardings and donation said. Each compiles once a shape: batch,
+        The programs under jit, shardings and donation said. Each compiles once per shape: batch,
         prompt bucket and capacity.
     """
-    shardings = _state_shardings(composition)
+    if proposer is None and composition.draft is not None:
+        proposer = DRAFT_PROPOSER
+    shardings = state_shardings(composition, proposer)
 
     def prefill_program(
         params: ComposedParams,
@@ -67,6 +79,7 @@ def build_programs(composition: Composition) -> Programs:
         *,
         capacity: int,
         mapped_capacity: int = 0,
+        top_log_probs: int | None = None,
     ) -> DecodeState:
         return prefill(
             composition,
@@ -76,6 +89,8 @@ def build_programs(composition: Composition) -> Programs:
             own_tokens=own_tokens,
             capacity=capacity,
             mapped_capacity=mapped_capacity,
+            top_log_probs=top_log_probs,
+            proposer=proposer,
         )
 
     def chunk_program(
@@ -85,11 +100,11 @@ def build_programs(composition: Composition) -> Programs:
         stopped: Bool[Array, " B"],
         enough_done: Int[Array, ""] | None = None,
     ) -> DecodeState:
+        decode = functools.partial(decode_chunk, composition, params)
+        if proposer is not None:
+            decode = functools.partial(speculate_chunk, composition, params, proposer)
         rows = jnp.int32(stopped.shape[0])
-        decode = decode_chunk if composition.draft is None else speculate_chunk
         return decode(
-            composition,
-            params,
             state,
             max_tokens=max_tokens,
             stopped=stopped,
@@ -104,60 +119,51 @@ def build_programs(composition: Composition) -> Programs:
     ) -> DecodeState:
         return decode_step(composition, params, halt(state, stopped), own_tokens=own_tokens)
 
-    def grow_program(state: DecodeState, *, mapped_capacity: int) -> DecodeState:
-        return grow_mapped(composition, state, mapped_capacity=mapped_capacity)
-
-    def admit_program(
-        params: ComposedParams,
-        state: DecodeState,
-        prompts: Int[Array, "A P"],
-        requests: Requests,
-        rows: Int[Array, " A"],
-        own_tokens: tuple[OwnTokens, ...] = (),
+    def empty_program(
+        *,
+        rows: int,
+        capacity: int,
+        stop_ids: int,
+        mapped_capacity: int = 0,
+        top_log_probs: int | None = None,
     ) -> DecodeState:
-        return admit(composition, params, state, prompts, requests, rows, own_tokens=own_tokens)
+        return empty_rows(
+            composition,
+            rows=rows,
+            capacity=capacity,
+            stop_ids=stop_ids,
+            mapped_capacity=mapped_capacity,
+            top_log_probs=top_log_probs,
+            proposer=proposer,
+        )
 
-    def shrink_program(state: DecodeState, *, capacity: int) -> DecodeState:
-        return shrink(composition, state, capacity=capacity)
+    def finite_program(
+        params: ComposedParams, state: DecodeState, own_tokens: tuple[OwnTokens, ...] = ()
+    ) -> Array:
+        return finite_networks(composition, params, state, own_tokens=own_tokens)
 
     return Programs(
         prefill=jax.jit(
             prefill_program,
-            static_argnames=("capacity", "mapped_capacity"),
+            static_argnames=("capacity", "mapped_capacity", "top_log_probs"),
             out_shardings=shardings,
         ),
         decode_chunk=jax.jit(chunk_program, donate_argnames="state", out_shardings=shardings),
         decode_step=jax.jit(step_program, donate_argnames="state", out_shardings=shardings),
-        grow_mapped=jax.jit(
-            grow_program, static_argnames="mapped_capacity", out_shardings=shardings
+        empty=jax.jit(
+            empty_program,
+            static_argnames=("rows", "capacity", "stop_ids", "mapped_capacity", "top_log_probs"),
+            out_shardings=shardings,
         ),
-        admit=jax.jit(admit_program, donate_argnames="state", out_shardings=shardings),
-        shrink=jax.jit(shrink_program, static_argnames="capacity", out_shardings=shardings),
+        place=jax.jit(place, donate_argnames="state", out_shardings=shardings),
+        clear=jax.jit(clear, donate_argnames="state", out_shardings=shardings),
+        empty_log_probs=jax.jit(
+            empty_log_probs,
+            static_argnums=(0, 1),
+            static_argnames="top",
+            out_shardings=None if shardings is None else shardings.log_probs,
+        ),
+        latest_log_probs=jax.jit(latest_log_probs, static_argnames="width"),
+        finite_networks=jax.jit(finite_program),
         row_keys=jax.jit(row_keys),
     )
-
-
-def _state_shardings(composition: Composition) -> DecodeState | None:
-    """Caches: rows over data × fsdp, kv heads as the network's layout says. The rest: whole."""
-    if composition.base.layout is None:
-        return None
-    whole = replicated(composition.base.layout.mesh)
-    shardings: dict[str, Any] = dict.fromkeys(DecodeState._fields, whole)
-    values: Any = tuple(map(_cache_sharding, composition.values))
-    base: Any = _cache_sharding(composition.base)
-    shardings["caches"] = Caches(base, values)
-    shardings["draft"] = None
-    if composition.draft is not None:
-        of_draft: dict[str, Any] = dict.fromkeys(DraftState._fields, whole)
-        of_draft["cache"] = _cache_sharding(composition.draft)
-        shardings["draft"] = DraftState(**of_draft)
-    return DecodeState(**shardings)
-
-
-def _cache_sharding(network: Network) -> NamedSharding:
-    layout = network.layout
-    assert layout is not None
-    axis = layout.rules.kv_heads
-    if axis and network.arch.num_key_value_heads % layout.mesh.shape[axis]:
-        axis = None
-    return NamedSharding(layout.mesh, PartitionSpec(BATCH_AXES, axis, None, None))

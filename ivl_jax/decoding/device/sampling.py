@@ -1,7 +1,7 @@
 """From logits to the next token, row by row, on device.
 
-In: composed logits, what each row asks for (temperature, top-k, top-p, min-p) and one key a row.
-Out: one token id a row. All functions are pure, and every setting is an array: changing it never
+In: composed logits, what each row asks for (temperature, top-k, top-p, min-p) and one key per row.
+Out: one token id per row. All functions are pure, and every setting is an array: changing it never
 compiles anything.
 """
 
@@ -25,21 +25,22 @@ class Sampling(NamedTuple):
     """Drop tokens below this share of the likeliest token's probability; 0 keeps all."""
 
 
-def row_keys(seeds: Integer[Array, " B"], rows: Int[Array, " B"]) -> Key[Array, " B"]:
-    """Make one key a row.
+def row_keys(seeds: Integer[Array, " B"], sample_indices: Int[Array, " B"]) -> Key[Array, " B"]:
+    """Make one key per row.
 
     Args:
         seeds: [B] seed of each row's request.
-        rows: [B] index of the row in its request (for example its line in the input file).
+        sample_indices: [B] which sample of that seed the row is (for example the prompt's line in
+            the input file).
 
     Returns:
         [B] typed threefry keys; that generator gives a key the same numbers in every batch.
     """
 
-    def one(seed: Integer[Array, ""], row: Int[Array, ""]) -> Key[Array, ""]:
-        return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), row)
+    def one(seed: Integer[Array, ""], index: Int[Array, ""]) -> Key[Array, ""]:
+        return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), index)
 
-    return jax.vmap(one)(seeds, rows)
+    return jax.vmap(one)(seeds, sample_indices)
 
 
 def likeliest(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
@@ -53,6 +54,15 @@ def likeliest(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
     is_largest = logits == jnp.max(logits, axis=-1, keepdims=True)
     first = jnp.min(jnp.where(is_largest, columns, width), axis=-1)
     return jnp.where(first < width, first, 0)
+
+
+def are_finite(logits: Float[Array, "B V"]) -> Bool[Array, " B"]:
+    """Whether a token can be chosen in each row: its largest logit is a finite number.
+
+    A NaN or +inf anywhere in a row shows there, and so does a row of −inf only. The reduction is
+    the one that `likeliest` makes: compiled together they are one.
+    """
+    return jnp.isfinite(jnp.max(logits, axis=-1))
 
 
 def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
@@ -90,7 +100,7 @@ def sample_tokens(
     keys: Key[Array, " B"],
     token_indices: Int[Array, " B"],
 ) -> Int[Array, " B"]:
-    """Choose one token a row.
+    """Choose one token per row.
 
     A row's token depends on its own logits, settings, key and token index only: not on the other
     rows, nor on how many padding columns the vocabulary has.
@@ -98,7 +108,7 @@ def sample_tokens(
     Args:
         logits: [B V] float32 composed logits; −inf marks what is no token.
         sampling: what each row asks for.
-        keys: [B] one key a row, the same at every step.
+        keys: [B] one key per row, the same at every step.
         token_indices: [B] how many tokens the row has generated before this one; folded into
             the key.
 

@@ -1,14 +1,15 @@
-"""Which proposed tokens are kept: the rule that makes speculative decoding lossless.
+"""Which proposed tokens are accepted: the rule that makes speculative decoding lossless.
 
-In: what a draft proposed, its logits and those of the composition it stands for, row by row. Out:
-whether each proposal is kept, and what takes its place where it is not. All functions are pure.
+In: what was proposed, the logits that it was drawn from and those of the composition at the same
+place, row by row. Out: whether each proposal is accepted, and what takes its place where it is not.
+All functions are pure.
 
-    greedy    a proposal is kept where it is the composition's own arg-max
-    sampled   a proposal x ~ q is kept with probability min(1, p(x) / q(x)), and otherwise
+    greedy    a proposal is accepted where it is the composition's own arg-max
+    sampled   a proposal x ~ q is accepted with probability min(1, p(x) / q(x)), and otherwise
               replaced by a draw from max(0, p − q), normalised
 
 p and q are the distributions left by temperature, top-k, top-p and min-p, so what comes out is
-drawn from p, whatever q is.
+drawn from p, whatever q is; a proposer that says one token for certain has q = 1 there.
 
 Source: Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318.
 """
@@ -36,12 +37,12 @@ def propose(
     keys: Key[Array, " B"],
     token_indices: Int[Array, " B"],
 ) -> tuple[Int[Array, " B"], Float[Array, "B V"]]:
-    """Choose the draft's next token for each row.
+    """Choose a draft's next token for each row.
 
     Args:
         logits: [B V] float32 of the draft; −inf marks what is no token.
         sampling: what each row asks for.
-        keys: [B] one key a row, the same at every step.
+        keys: [B] one key per row, the same at every step.
         token_indices: [B] how many tokens the row has generated before this one.
 
     Returns:
@@ -59,26 +60,26 @@ def propose(
     return jax.lax.cond(jnp.any(is_sampled), sampled, lambda: (greedy, logits))
 
 
-def judge(
+def verify(
     proposals: Int[Array, " B"],
-    q_logits: Float[Array, "B V"],
+    q_logits: Float[Array, "B V"] | None,
     logits: Float[Array, "B V"],
     sampling: Sampling,
     keys: Key[Array, " B"],
     token_indices: Int[Array, " B"],
 ) -> tuple[Bool[Array, " B"], Int[Array, " B"]]:
-    """Decide whether each row's proposal is kept.
+    """Decide whether each row's proposal is accepted.
 
     Args:
-        proposals: [B] of `propose`.
-        q_logits: [B V] of `propose`.
+        proposals: [B] what was proposed.
+        q_logits: [B V] of `propose`; None: the proposals were certain.
         logits: [B V] float32 of the composition at the same place; −inf marks what is no token.
         sampling: as in `propose`, like the rest.
-        keys: [B] one key a row.
+        keys: [B] one key per row.
         token_indices: [B] how many tokens the row has generated before this one.
 
     Returns:
-        [B] whether the proposal is kept, and [B] the token for its place where it is not.
+        [B] whether the proposal is accepted, and [B] the token for its place where it is not.
     """
     best = likeliest(logits)
     is_sampled = sampling.temperature > 0
@@ -88,19 +89,23 @@ def judge(
 
     def mixed() -> tuple[Bool[Array, " B"], Int[Array, " B"]]:
         p = jax.nn.softmax(filter_logits(logits, sampling), axis=-1)
-        q = jax.nn.softmax(q_logits, axis=-1)
+        if q_logits is None:
+            columns = jnp.arange(p.shape[-1], dtype=jnp.int32)[None, :]
+            q = (columns == proposals[:, None]).astype(p.dtype)
+        else:
+            q = jax.nn.softmax(q_logits, axis=-1)
         p_chosen, q_chosen = (
             jnp.take_along_axis(each, proposals[:, None], axis=-1)[:, 0] for each in (p, q)
         )
         uniform = jax.vmap(jax.random.uniform)(_keys(keys, token_indices, _Draw.ACCEPTANCE))
-        kept = uniform * q_chosen < p_chosen
+        accepted = uniform * q_chosen < p_chosen
         residual = jnp.maximum(p - q, 0.0)
         # Equal but for rounding: then hardly anything is refused, and p is as good.
         has_mass = jnp.sum(residual, axis=-1, keepdims=True) > 0
         left = jnp.log(jnp.where(has_mass, residual, p))
         drawn = _draw(_keys(keys, token_indices, _Draw.REPLACEMENT), left)
         return (
-            jnp.where(is_sampled, kept, proposals == best),
+            jnp.where(is_sampled, accepted, proposals == best),
             jnp.where(is_sampled, drawn, best),
         )
 

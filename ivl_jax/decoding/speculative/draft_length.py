@@ -1,12 +1,12 @@
-"""How many tokens a draft should propose: what they bring against what they cost.
+"""How many tokens should be proposed: what they bring against what they cost.
 
-In: the networks' sizes, and how many of the latest proposals were kept. Out: the length of the next
-block, chosen on device; 0 is plain decoding. Only speed depends on it, never what greedy decoding
-generates nor the distribution that sampling draws from.
+In: the networks' sizes, and how many of the latest proposals were accepted. Out: the length of the
+next block, chosen on device; 0 is plain decoding. Only speed depends on it, never what greedy
+decoding generates nor the distribution that sampling draws from.
 
-A round of k proposals costs k passes of the draft over two tokens a row and k + 1 of the value
-networks over one, and one pass of the base over a block of k + 1. With every proposal kept with
-probability a, it brings 1 + a + … + aᵏ tokens.
+A round of k proposals costs what the proposer takes for them, one pass of the base over a block of
+k + 1, and one of the value networks, or k + 1 passes over one token where the proposer runs them.
+With every proposal accepted with probability a, it brings 1 + a + … + aᵏ tokens.
 """
 
 from dataclasses import dataclass
@@ -17,18 +17,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ivl_jax.composed.network import ComposedParams, Composition, Network
+from ivl_jax.decoding.speculative.proposals import BLOCK_WIDTHS, LONGEST, Proposer
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import Params
 
-BLOCK_WIDTHS = (1, 2, 4, 8)
-"""Tokens that the base may read at once, the one before the proposals included."""
-LONGEST = BLOCK_WIDTHS[-1] - 1
-"""Proposals in a round, at most."""
-
-# A draft is tried out as if this share of this many proposals had been kept.
+# A proposer is tried out as if this share of this many proposals had been accepted.
 _PRIOR_ACCEPTANCE = 0.75
 _PRIOR_WEIGHT = 3.0
-# What a proposal of the round before weighs beside one of this round: some 20 rounds count.
+# The weight of a proposal of the round before, where one of this round has 1: some 20 rounds count.
 _MEMORY = 0.95
 # Proposing has to promise this much: an estimate from 20 rounds is no better.
 _LEAST_GAIN = 1.03
@@ -100,33 +96,35 @@ _ACCELERATOR = _Device(
 
 
 def round_costs(
-    composition: Composition, params: ComposedParams, *, batch: int
+    composition: Composition, params: ComposedParams, proposer: Proposer, *, batch: int
 ) -> Float[np.ndarray, " K"]:
-    """What a round of 0, 1, … proposals costs.
+    """Estimate what a round of 0, 1, … proposals costs.
 
     Args:
-        composition: the static half, with a draft.
+        composition: the static half.
         params: the arrays, of which only the shapes are looked at.
+        proposer: where proposals come from.
         batch: rows decoded together.
 
     Returns:
-        One cost for each of 0 … `LONGEST` proposals, beside 1 for none.
+        One cost for each of 0 … `LONGEST` proposals, relative to that of none.
     """
-    assert composition.draft is not None
-    assert params.draft is not None
     device = _CPU if jax.default_backend() == "cpu" else _ACCELERATOR
-    values = sum(
-        device.seconds(network, own.params, batch)
-        for network, own in zip(composition.values, params.values, strict=True)
-    )
-    draft = device.seconds(composition.draft, params.draft.params, 2 * batch)
-    costs = [
-        count * draft
-        + (count + 1) * values
-        + device.seconds(composition.base, params.base, batch * block_width(count))
-        + (device.round_seconds if count else 0.0)
-        for count in range(LONGEST + 1)
-    ]
+
+    def values(rows: int) -> float:
+        each = zip(composition.values, params.values, strict=True)
+        return sum((device.seconds(network, own.params, rows) for network, own in each), 0.0)
+
+    def seconds(count: int) -> float:
+        rows = batch * block_width(count)
+        base = device.seconds(composition.base, params.base, rows)
+        if not count:
+            return base + values(batch)
+        proposing = count * proposer.seconds(composition, params, device.seconds, batch)
+        reading = (count + 1) * values(batch) if proposer.runs_values else values(rows)
+        return proposing + reading + base + device.round_seconds
+
+    costs = [seconds(count) for count in range(LONGEST + 1)]
     return np.asarray(costs, np.float32) / np.float32(costs[0])
 
 
@@ -138,16 +136,18 @@ def block_width(count: int) -> int:
 def choose_length(
     costs: Float[np.ndarray, " K"],
     *,
-    judged: Float[Array, " B"],
+    proposed: Float[Array, " B"],
     accepted: Float[Array, " B"],
+    available: Int[Array, " B"],
     running: Bool[Array, " B"],
 ) -> Int[Array, ""]:
     """Choose the number of proposals that brings most tokens for its cost.
 
     Args:
         costs: of `round_costs`.
-        judged: [B] proposals of each row that were decided upon, later ones weighing more.
-        accepted: [B] those of them that were kept.
+        proposed: [B] proposals of each row that were verified, later ones weighing more.
+        accepted: [B] those of them that were accepted.
+        available: [B] how many tokens can be proposed for each row.
         running: [B] the rows that count.
 
     Returns:
@@ -157,15 +157,27 @@ def choose_length(
         >>> one = jnp.ones(1)
         >>> costs = np.asarray([1.0, 1.4, 1.9, 2.4], np.float32)
         >>> [
-        ...     int(choose_length(costs, judged=99 * one, accepted=kept * one, running=one > 0))
-        ...     for kept in (9.0, 60.0, 90.0)
+        ...     int(
+        ...         choose_length(
+        ...             costs,
+        ...             proposed=99 * one,
+        ...             accepted=accepted * one,
+        ...             available=jnp.full(1, 7),
+        ...             running=one > 0,
+        ...         )
+        ...     )
+        ...     for accepted in (9.0, 60.0, 90.0)
         ... ]
         [0, 1, 3]
     """
-    kept = jnp.sum(jnp.where(running, accepted, 0.0)) + _PRIOR_ACCEPTANCE * _PRIOR_WEIGHT
-    acceptance = kept / (jnp.sum(jnp.where(running, judged, 0.0)) + _PRIOR_WEIGHT)
-    powers = acceptance ** jnp.arange(len(costs), dtype=jnp.float32)
-    gains = jnp.cumsum(powers) / costs
+    successes = jnp.sum(jnp.where(running, accepted, 0.0)) + _PRIOR_ACCEPTANCE * _PRIOR_WEIGHT
+    trials = jnp.sum(jnp.where(running, proposed, 0.0)) + _PRIOR_WEIGHT
+    lengths = jnp.arange(len(costs), dtype=jnp.int32)
+    reached = running[:, None] & (lengths[None, :] <= available[:, None])
+    rows = jnp.maximum(jnp.sum(running), 1).astype(jnp.float32)
+    share = jnp.sum(reached, axis=0).astype(jnp.float32) / rows
+    powers = (successes / trials) ** lengths.astype(jnp.float32)
+    gains = jnp.cumsum(powers * share) / costs
     best = jnp.argmax(gains).astype(jnp.int32)
     return jnp.where(jnp.max(gains) >= _LEAST_GAIN, best, jnp.int32(0))
 

@@ -1,0 +1,384 @@
+"""The rows on device, and which request each of them continues.
+
+In: requests that are to begin. Out: after each look of the host at the device, what every row has
+generated since. One batch owns one `DecodeState`; nobody else holds it, since every step donates
+it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from ivl_jax.buckets import bucket
+from ivl_jax.composed.network import ComposedParams, Composition
+from ivl_jax.decoding.capacity import BatchShape, Need
+from ivl_jax.decoding.device.log_probs import LogProbs
+from ivl_jax.decoding.device.programs import Programs
+from ivl_jax.decoding.device.state import DecodeState, Requests
+from ivl_jax.decoding.generation import TokenLogProbs
+from ivl_jax.decoding.own_vocabulary import OwnVocabulary, TextReader
+from ivl_jax.decoding.requests import (
+    EncodedPrompt,
+    RowArrays,
+    bucket_top_log_probs,
+    lay_out,
+    row_end,
+)
+from ivl_jax.decoding.streaming import FinishReason
+from ivl_jax.sharding import batch_ways
+
+# New tokens whose log-probabilities are fetched at once: few widths, few programs.
+_SMALLEST_FETCH = 16
+
+
+class EngineModel(NamedTuple):
+    """What all rows of a model have in common."""
+
+    composition: Composition
+    params: ComposedParams
+    programs: Programs
+    names: tuple[str, ...]
+    """What messages call the base and each value network."""
+    own_vocabularies: tuple[OwnVocabulary, ...]
+    """The text side of each value network that has its own vocabulary."""
+    context: int
+    """Tokens a row may hold."""
+    stop_ids: tuple[int, ...]
+    """Ids that end every row."""
+    strengths: tuple[float, ...]
+    """α of each value network, where a prompt names none."""
+
+    @property
+    def row_multiple(self) -> int:
+        """Rows of a batch come in multiples of it: the devices that they are split over."""
+        layout = self.composition.base.layout
+        return 1 if layout is None else batch_ways(layout.mesh)
+
+
+class Entry(NamedTuple):
+    """A request that is to begin."""
+
+    id: int
+    prompt: EncodedPrompt
+    need: Need
+
+
+class News(NamedTuple):
+    """What one row has generated since the last look."""
+
+    id: int
+    """The request that it continues."""
+    token_ids: list[int]
+    """New tokens, in order."""
+    finish: FinishReason
+    """Whether the row goes on, as the device and the value networks' contexts say."""
+    log_probs: list[TokenLogProbs]
+    """Of the new tokens, where the request asks for them; else none."""
+    proposed: int
+    """Tokens proposed and verified so far."""
+    accepted: int
+    """Those that were accepted."""
+    error: str | None
+    """Why no next token could be chosen, where none could."""
+
+
+@dataclass
+class _Row:
+    """A request that is being continued."""
+
+    entry: Entry
+    end: int  # length at which it ends
+    seen: int  # tokens that the host has looked at, prompt included
+
+
+class RowBatch:
+    """Rows on device.
+
+    Args:
+        model: what all of them have in common.
+        shape: how many rows there are, and of how many slots.
+        context: tokens that a row may hold, at most those of the model.
+
+    Attributes:
+        shape: As it is now.
+    """
+
+    def __init__(self, model: EngineModel, shape: BatchShape, *, context: int) -> None:
+        self._model, self._context = model, context
+        self.shape = shape
+        self._rows: list[_Row | None] = [None] * shape.rows
+        self._reader = TextReader(model.own_vocabularies, batch=shape.rows)
+        self._held: DecodeState | None = None
+
+    @property
+    def free(self) -> list[int]:
+        """Rows that continue nothing."""
+        return [place for place, row in enumerate(self._rows) if row is None]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it holds nothing on device yet."""
+        return self._held is None
+
+    def needs(self) -> list[Need]:
+        """What the running requests still need."""
+        read = self._reader.slots()
+        return [
+            Need(row.end, max(row.entry.need.mapped_slots, read), row.entry.need.stop_ids)
+            for row in self._rows
+            if row is not None
+        ]
+
+    def start(self, entries: Sequence[Entry]) -> None:
+        """Begin requests where nothing runs, all prompts at once.
+
+        Args:
+            entries: at most as many as there are rows.
+        """
+        model, rows = self._model, range(len(entries))
+        self._held = None  # its memory goes to the new state
+        arrays = self._take(entries, rows, least_rows=self.shape.rows)
+        self._held = model.programs.prefill(
+            model.params,
+            arrays.prompts,
+            self._requests(arrays),
+            self._reader.own_tokens(rows, size=self.shape.rows),
+            capacity=self.shape.capacity,
+            mapped_capacity=self.shape.mapped_capacity,
+            top_log_probs=self._top_log_probs(),
+        )
+
+    def admit(self, entries: Sequence[Entry], *, group: int) -> None:
+        """Begin requests in free rows, while the others stay where they are.
+
+        Args:
+            entries: at most `group`, and no more than rows are free.
+            group: prompts that are read together; missing ones are filled up, so that one program
+                serves all groups of prompts of a bucket.
+        """
+        model, rows = self._model, self.free[: len(entries)]
+        arrays = self._take(entries, rows, least_rows=group)
+        size, width = arrays.prompts.shape
+        own_tokens = self._reader.own_tokens(rows, size=size)
+        top_log_probs = self._top_log_probs()
+        admitted = model.programs.prefill(
+            model.params,
+            arrays.prompts,
+            self._requests(arrays),
+            own_tokens,
+            # One slot for the first token; a prompt that fills its row's last slot gets none.
+            capacity=width + 1,
+            mapped_capacity=max((own.tokens.shape[1] for own in own_tokens), default=0),
+            top_log_probs=top_log_probs,
+        )
+        places = np.full(size, self.shape.rows, np.int32)  # beyond the batch: nowhere
+        places[: len(rows)] = rows
+        self._keep_log_probs(top_log_probs)
+        self._held = model.programs.place(self._state, admitted, places)
+
+    def advance(self, max_tokens: int, *, enough_free: int) -> None:
+        """Generate until there is something to look at.
+
+        Args:
+            max_tokens: tokens per row, at most; 1 in any case where a value network has its own
+                vocabulary: the host reads for it.
+            enough_free: rows that are free when it ends early.
+        """
+        model, read = self._model, self._reader.slots()
+        if read > self.shape.mapped_capacity:  # a text has more tokens than was expected
+            self.reshape(self.shape._replace(mapped_capacity=read))
+        stopped = np.asarray([row is None for row in self._rows])
+        self._keep_log_probs(self._top_log_probs())
+        if not model.own_vocabularies:
+            self._held = model.programs.decode_chunk(
+                model.params, self._state, np.int32(max_tokens), stopped, np.int32(enough_free)
+            )
+            return
+        own_tokens = self._reader.own_tokens(range(len(stopped)), size=len(stopped))
+        self._held = model.programs.decode_step(model.params, self._state, own_tokens, stopped)
+
+    def look(self) -> list[News]:
+        """Take what the rows have generated since the last look.
+
+        A row stays its request's until it is released.
+        """
+        state = self._state
+        tokens, lengths, finish = jax.device_get((state.tokens, state.lengths, state.finish))
+        proposed = accepted = np.zeros_like(lengths)
+        if state.speculation is not None:
+            speculation = state.speculation
+            proposed, accepted = jax.device_get((speculation.proposed, speculation.accepted))
+        live = [(place, row) for place, row in enumerate(self._rows) if row is not None]
+        new_ids = {place: tokens[place, row.seen : lengths[place]].tolist() for place, row in live}
+        log_probs = self._fetch_log_probs(new_ids)
+        failed = [place for place, _ in live if finish[place] == FinishReason.ERROR]
+        errors = self._blame(failed) if failed else {}
+        full = self._reader.push(new_ids)
+        news = []
+        for place, row in live:
+            row.seen = int(lengths[place])
+            reason = FinishReason(int(finish[place]))
+            # A value network that can read no more ends the row by its length.
+            ended = place in full and reason == FinishReason.RUNNING
+            news.append(
+                News(
+                    row.entry.id,
+                    new_ids[place],
+                    FinishReason.LENGTH if ended else reason,
+                    log_probs.get(place, []),
+                    int(proposed[place]),
+                    int(accepted[place]),
+                    errors.get(place),
+                )
+            )
+        return news
+
+    def release(self, request: int) -> None:
+        """Free the row of a request that has ended, or is wanted no longer."""
+        for place, row in enumerate(self._rows):
+            if row is not None and row.entry.id == request:
+                self._rows[place] = None
+                self._reader.release(place)
+
+    def reshape(self, shape: BatchShape) -> None:
+        """Move the running rows into a batch of another shape.
+
+        Args:
+            shape: has room for all of them.
+        """
+        if shape == self.shape:
+            return
+        live = [place for place, row in enumerate(self._rows) if row is not None]
+        # Rows stay where they are unless the last ones go.
+        targets = live if shape.rows >= self.shape.rows else list(range(len(live)))
+        moved: list[int | None] = [None] * shape.rows
+        for target, place in zip(targets, live, strict=True):
+            moved[target] = place
+        if live:
+            places = np.full(self.shape.rows, shape.rows, np.int32)
+            places[live] = targets
+            empty = self._model.programs.empty(
+                **shape._asdict(), top_log_probs=self._state.top_log_probs
+            )
+            self._held = self._model.programs.place(empty, self._state, places)
+        else:
+            self._held = None
+        self._rows = [None if place is None else self._rows[place] for place in moved]
+        self._reader.rearrange(moved)
+        self.shape = shape
+
+    @property
+    def _state(self) -> DecodeState:
+        if self._held is None:
+            empty = self._model.programs.empty
+            self._held = empty(**self.shape._asdict(), top_log_probs=self._top_log_probs())
+        return self._held
+
+    def _take(self, entries: Sequence[Entry], rows: Sequence[int], *, least_rows: int) -> RowArrays:
+        """Give requests these rows; return their arrays."""
+        model, prompts = self._model, [entry.prompt for entry in entries]
+        for place, entry in zip(rows, entries, strict=True):
+            length = len(entry.prompt.token_ids)
+            end = row_end(entry.prompt.token_ids, entry.prompt.options, context=self._context)
+            self._rows[place] = _Row(entry, end, seen=length)
+            self._reader.admit(place, entry.prompt.own_texts)
+        return lay_out(
+            [prompt.token_ids for prompt in prompts],
+            [prompt.options for prompt in prompts],
+            sample_indices=[prompt.sample_index for prompt in prompts],
+            context=self._context,
+            stop_ids=model.stop_ids,
+            strengths=model.strengths,
+            row_multiple=model.row_multiple,
+            least_rows=least_rows,
+            least_stop_ids=self.shape.stop_ids,
+        )
+
+    def _requests(self, arrays: RowArrays) -> Requests:
+        # NumPy arrays: each becomes a device array as the program is called.
+        return Requests(
+            prompt_lengths=arrays.prompt_lengths,  # pyright: ignore[reportArgumentType]
+            limits=arrays.limits,  # pyright: ignore[reportArgumentType]
+            stop_ids=arrays.stop_ids,  # pyright: ignore[reportArgumentType]
+            strengths=arrays.strengths,  # pyright: ignore[reportArgumentType]
+            keys=self._model.programs.row_keys(arrays.seeds, arrays.sample_indices),
+            sampling=arrays.sampling,
+        )
+
+    def _top_log_probs(self) -> int | None:
+        """Likeliest tokens to keep for the running requests; None: nobody asks for any."""
+        size = self._model.composition.base.vocab_size
+        asked = [
+            bucket_top_log_probs(row.entry.prompt.options, vocab_size=size)
+            for row in self._rows
+            if row is not None
+        ]
+        return max((top for top in asked if top is not None), default=None)
+
+    def _keep_log_probs(self, top: int | None) -> None:
+        """Let the state have room for them, or none; what it had has been fetched."""
+        state = self._state
+        if state.top_log_probs != top:
+            room = None
+            if top is not None:
+                make = self._model.programs.empty_log_probs
+                room = make(self.shape.rows, self.shape.capacity, top=top)
+            self._held = state._replace(log_probs=room)
+
+    def _fetch_log_probs(self, new_ids: dict[int, list[int]]) -> dict[int, list[TokenLogProbs]]:
+        """Log-probabilities of new tokens, by row, of the rows that ask for them."""
+        held, asking = self._state.log_probs, dict[int, int]()
+        starts = np.zeros(self.shape.rows, np.int32)
+        for place, row in enumerate(self._rows):
+            if row is not None and row.entry.prompt.options.log_probs is not None:
+                asking[place], starts[place] = row.entry.prompt.options.log_probs, row.seen
+        longest = max((len(new_ids[place]) for place in asking), default=0)
+        if held is None or not longest:
+            return {}
+        width = bucket(longest, smallest=_SMALLEST_FETCH)
+        fetch = self._model.programs.latest_log_probs
+        latest = jax.device_get(fetch(held, starts, width=width))
+        return {
+            place: [_token_log_probs(latest, place, i, top) for i in range(len(new_ids[place]))]
+            for place, top in asking.items()
+        }
+
+    def _blame(self, failed: Sequence[int]) -> dict[int, str]:
+        """Say whose logits were not finite numbers, by row; then forget what these rows hold."""
+        model = self._model
+        rows = range(self.shape.rows)
+        # All of their tokens have been read by now: this reads each row's last one again.
+        own_tokens = self._reader.own_tokens(rows, size=len(rows))
+        finite = jax.device_get(
+            model.programs.finite_networks(model.params, self._state, own_tokens)
+        )
+        self._held = model.programs.clear(self._state, np.isin(rows, failed))
+        return {place: _error(model, finite[place].tolist()) for place in failed}
+
+
+def _token_log_probs(latest: LogProbs, place: int, index: int, top: int) -> TokenLogProbs:
+    pairs = zip(latest.top_ids[place, index, :top], latest.top[place, index, :top], strict=True)
+    return TokenLogProbs(
+        float(latest.chosen[place, index]), tuple((int(token), float(p)) for token, p in pairs)
+    )
+
+
+def _error(model: EngineModel, finite: Sequence[bool]) -> str:
+    """What a row says that could not go on, of which networks' logits are finite."""
+    *networks, composed = finite
+    guilty = [name for name, ok in zip(model.names, networks, strict=True) if not ok]
+    if not guilty and not composed:
+        return (
+            "the logits of every network are finite, but not their weighted sum: expected smaller "
+            "strengths; one that large leaves nothing of the base"
+        )
+    if not guilty:
+        guilty = ["the draft" if model.composition.draft is not None else "the proposer"]
+    return (
+        f"the logits of {' and of '.join(guilty)} are not finite (NaN or infinite), so that no "
+        "next token can be chosen: its weights hold such numbers, or overflow in this dtype; check "
+        "the weights, or decode in float32"
+    )

@@ -1,0 +1,258 @@
+"""How large a batch is: rows and slots for the requests that run and wait, within given limits.
+
+In: `EngineLimits`, and what each request needs. Out: a `BatchShape`, and how many of the waiting
+requests fit it. Plain arithmetic on the host; the same requests give the same shapes.
+
+A batch is as large as the requests that are known need: those that all wait from the beginning get
+one batch that never grows, while requests that come later make it grow. It shrinks where half of
+its slots or three quarters of its rows are of no use to anybody, and ends where nothing is left.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ivl_jax.buckets import bucket
+from ivl_jax.decoding.requests import bucket_capacity
+
+# Rows shrink where so many times as many are there as are needed: each number of rows compiles.
+_ROWS_TO_SPARE = 4
+
+
+class RequestTooLargeError(ValueError):
+    """A request cannot fit an engine's limits, however little else is decoded."""
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """What an engine may take.
+
+    A batch of `least_rows` = `max_rows` rows of `least_capacity` = `max_capacity` slots has one
+    shape: nothing is compiled after the first requests of each length. Where caches grow, the old
+    ones and the new ones are there together for a moment.
+
+    Attributes:
+        max_rows: Requests decoded together, at most; rounded up to a bucket.
+        max_capacity: Tokens that a request may hold, its prompt included; None: the context.
+        max_cache_bytes: Bytes of caches that each device may hold; None: as many as rows and
+            slots take. A request that needs more than the others leaves room for waits its turn.
+        least_rows: Rows that a batch has at least, where the bytes allow it.
+        least_capacity: Slots that they have at least, likewise.
+    """
+
+    max_rows: int = 8
+    max_capacity: int | None = None
+    max_cache_bytes: int | None = None
+    least_rows: int = 1
+    least_capacity: int = 1
+
+    def __post_init__(self) -> None:
+        """Check ranges; all problems are named at once."""
+        names = ("max_rows", "max_capacity", "max_cache_bytes", "least_rows", "least_capacity")
+        given = {name: getattr(self, name) for name in names}
+        problems = [
+            f"{name} must be ≥ 1, got {value}"
+            for name, value in given.items()
+            if value is not None and value < 1
+        ]
+        if self.least_rows > self.max_rows:
+            problems.append(
+                f"least_rows must be ≤ max_rows, got {self.least_rows} > {self.max_rows}"
+            )
+        if self.max_capacity is not None and self.least_capacity > self.max_capacity:
+            problems.append(
+                "least_capacity must be ≤ max_capacity, got "
+                f"{self.least_capacity} > {self.max_capacity}"
+            )
+        if problems:
+            raise ValueError("engine limits: " + "; ".join(problems))
+
+
+class Need(NamedTuple):
+    """What one request needs of the batch it is decoded in."""
+
+    slots: int
+    """Tokens of its row, those of the prompt with padding."""
+    mapped_slots: int = 0
+    """Slots in the caches of value networks with their own vocabulary, as far as is known."""
+    stop_ids: int = 1
+    """Room for its stop ids."""
+
+
+class BatchShape(NamedTuple):
+    """The static sizes of a batch: each of them, together, compiles its own programs."""
+
+    rows: int
+    capacity: int
+    """Slots per row (tokens)."""
+    mapped_capacity: int
+    """Slots per row in the caches of value networks with their own vocabulary."""
+    stop_ids: int
+    """Room for stop ids per row."""
+
+
+class Plan(NamedTuple):
+    """What is to be decoded next."""
+
+    shape: BatchShape
+    """What the batch should be like."""
+    admitted: int
+    """Waiting requests that fit it beside those that run, from the first one on."""
+
+
+class Waiting:
+    """The needs of the waiting requests, counted: their largest is known at once."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[Need] = Counter()
+
+    def add(self, need: Need) -> None:
+        """One more request waits."""
+        self._counts[need] += 1
+
+    def remove(self, need: Need) -> None:
+        """One of them waits no longer."""
+        self._counts[need] -= 1
+        if not self._counts[need]:
+            del self._counts[need]
+
+    def __len__(self) -> int:
+        return self._counts.total()
+
+    def kinds(self) -> Iterable[Need]:
+        """Every need that is different."""
+        return self._counts.keys()
+
+
+@dataclass(frozen=True)
+class CapacityPlanner:
+    """Chooses shapes within limits.
+
+    Attributes:
+        limits: What the caller allows.
+        context: Tokens that the networks can read.
+        row_multiple: Rows come in multiples of it (for a mesh).
+        cache_bytes: Bytes of caches that each device holds in a batch of this shape.
+    """
+
+    limits: EngineLimits
+    context: int
+    row_multiple: int
+    cache_bytes: Callable[[BatchShape], int]
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a request may hold, its prompt included."""
+        return min(self.context, self.limits.max_capacity or self.context)
+
+    @property
+    def most_rows(self) -> int:
+        """Requests decoded together, at most."""
+        return self._rows(self.limits.max_rows)
+
+    def check(self, need: Need, *, tokens: int) -> None:
+        """Refuse a request that can never be decoded.
+
+        Args:
+            need: what it needs.
+            tokens: tokens it may hold, its prompt included.
+
+        Raises:
+            RequestTooLargeError: alone it exceeds the limits.
+        """
+        if tokens > self.longest:
+            raise RequestTooLargeError(
+                f"the request may hold {tokens} tokens, its prompt included: "
+                f"{tokens - self.longest} more than the engine's max_capacity of {self.longest}; "
+                "shorten the prompt, ask for fewer new tokens (max_new_tokens), or give the engine "
+                "a larger max_capacity"
+            )
+        alone = self._smallest(1, [need])
+        if not self._fits(alone):
+            raise RequestTooLargeError(
+                f"the request may hold {tokens} tokens, whose caches alone take "
+                f"{self.cache_bytes(alone):,} bytes on each device, more than the engine's "
+                f"max_cache_bytes of {self.limits.max_cache_bytes:,}: shorten the prompt, ask for "
+                "fewer new tokens (max_new_tokens), or give the engine a larger max_cache_bytes"
+            )
+
+    def plan(
+        self,
+        running: Sequence[Need],
+        waiting: Waiting,
+        first_waiting: Callable[[int], Sequence[Need]],
+        *,
+        current: BatchShape | None,
+    ) -> Plan:
+        """Choose the shape of the batch, and how many waiting requests it takes.
+
+        Requests begin in the order in which they came. One that does not fit beside those that run
+        waits until it does, and those after it wait too, so that every one has its turn.
+
+        Args:
+            running: what the running requests still need.
+            waiting: what the waiting ones need.
+            first_waiting: gives the needs of so many of them, in order.
+            current: the shape so far; None: there is no batch.
+
+        Returns:
+            The plan; with nothing running it admits at least one request.
+        """
+        wanted = len(running) + len(waiting)
+        needs = [*running, *waiting.kinds()]
+        ahead = self._kept(current, self._least(wanted, needs))
+        if self._fits(ahead):
+            return Plan(ahead, min(len(waiting), ahead.rows - len(running)))
+        first = first_waiting(self.most_rows - len(running))
+        for count in range(len(first), 0, -1):
+            smallest = self._smallest(len(running) + count, [*running, *first[:count]])
+            for shape in (self._kept(current, smallest), smallest):
+                if self._fits(shape):
+                    return Plan(shape, count)
+        # Nothing shrinks while a request waits for room: it would be moved twice.
+        shape = self._smallest(len(running), running)
+        if current is not None:
+            shape = BatchShape(*[max(pair) for pair in zip(shape, current, strict=True)])
+        return Plan(shape, 0)
+
+    def _smallest(self, requests: int, needs: Sequence[Need]) -> BatchShape:
+        """The smallest shape that holds so many requests with these needs."""
+        return BatchShape(
+            rows=self._rows(min(requests, self.limits.max_rows)),
+            capacity=bucket_capacity(max(need.slots for need in needs), context=self.longest),
+            mapped_capacity=max(need.mapped_slots for need in needs),
+            stop_ids=max(need.stop_ids for need in needs),
+        )
+
+    def _least(self, requests: int, needs: Sequence[Need]) -> BatchShape:
+        """As `_smallest`, no smaller than the caller asks."""
+        least = Need(min(self.limits.least_capacity, self.longest))
+        return self._smallest(max(requests, self.limits.least_rows), [*needs, least])
+
+    def _kept(self, current: BatchShape | None, wanted: BatchShape) -> BatchShape:
+        """The current shape, except where it is too small or far too large."""
+        if current is None:
+            return wanted
+        rows, capacity = current.rows, current.capacity
+        if wanted.rows > rows:
+            # Requests that come one by one: not every bucket on the way is compiled.
+            rows = min(max(wanted.rows, self._rows(2 * rows)), self.most_rows)
+        elif _ROWS_TO_SPARE * wanted.rows <= rows:
+            rows = wanted.rows
+        if wanted.capacity > capacity or 2 * wanted.capacity <= capacity:
+            capacity = wanted.capacity
+        return BatchShape(
+            rows,
+            capacity,
+            max(current.mapped_capacity, wanted.mapped_capacity),
+            max(current.stop_ids, wanted.stop_ids),
+        )
+
+    def _rows(self, requests: int) -> int:
+        rows = bucket(requests, smallest=1)
+        return -(-rows // self.row_multiple) * self.row_multiple
+
+    def _fits(self, shape: BatchShape) -> bool:
+        most = self.limits.max_cache_bytes
+        return most is None or self.cache_bytes(shape) <= most

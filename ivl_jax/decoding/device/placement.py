@@ -1,0 +1,130 @@
+"""Rows come, go and move: batches without requests, and rows put into another batch in place.
+
+In: two `DecodeState`s. Out: one of them with rows of the other, which keep what they have read. So
+prompts that were read by themselves join a running batch, and a batch becomes larger or smaller.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from ivl_jax.composed.forward import Caches
+from ivl_jax.composed.network import Composition, Network
+from ivl_jax.decoding.device.log_probs import empty_log_probs
+from ivl_jax.decoding.device.sampling import Sampling, row_keys
+from ivl_jax.decoding.device.state import DecodeState, Requests, SpeculationState
+from ivl_jax.decoding.speculative.proposals import Proposer
+from ivl_jax.decoding.streaming import FinishReason
+from ivl_jax.model.kv_cache import KVCache, init_cache
+
+
+def empty_rows(
+    composition: Composition,
+    *,
+    rows: int,
+    capacity: int,
+    stop_ids: int,
+    mapped_capacity: int = 0,
+    top_log_probs: int | None = None,
+    proposer: Proposer | None = None,
+) -> DecodeState:
+    """Make rows that only fill a batch.
+
+    Args:
+        composition: the static half.
+        rows: how many, B.
+        capacity: slots per row, S (tokens).
+        stop_ids: room for stop ids per row, E.
+        mapped_capacity: slots per row in the caches of value networks with their own vocabulary.
+        top_log_probs: likeliest tokens kept per generated token, K; None: no log-probabilities.
+        proposer: where proposals come from; None: one token per step.
+
+    Returns:
+        A state all of whose rows are done.
+    """
+
+    def empty_cache(network: Network) -> KVCache:
+        slots = mapped_capacity if network.mapped else capacity
+        dtype = jnp.dtype(network.cache_dtype)
+        return init_cache(network.arch, batch_size=rows, capacity=slots, dtype=dtype)
+
+    integers, floats = jnp.zeros(rows, jnp.int32), jnp.zeros(rows, jnp.float32)
+    speculation = None
+    if proposer is not None:
+        own = proposer.empty(composition, rows, capacity)
+        speculation = SpeculationState(own, integers, integers, floats, floats)
+    return DecodeState(
+        tokens=jnp.zeros((rows, capacity), jnp.int32),
+        lengths=integers,
+        finish=jnp.full(rows, int(FinishReason.LENGTH), jnp.int32),
+        requests=Requests(
+            prompt_lengths=jnp.ones(rows, jnp.int32),
+            limits=integers,
+            stop_ids=jnp.full((rows, stop_ids), -1, jnp.int32),
+            strengths=jnp.zeros((rows, len(composition.values)), jnp.float32),
+            keys=row_keys(integers, integers),
+            sampling=Sampling(floats, integers, floats + 1.0, floats),
+        ),
+        caches=Caches(
+            empty_cache(composition.base),
+            tuple(empty_cache(network) for network in composition.values),
+        ),
+        speculation=speculation,
+        log_probs=None
+        if top_log_probs is None
+        else empty_log_probs(rows, capacity, top=top_log_probs),
+    )
+
+
+def place(state: DecodeState, others: DecodeState, rows: Int[Array, " A"]) -> DecodeState:
+    """Put rows of one batch into another, in place of what was there.
+
+    Both may have other numbers of slots: what lies beyond the smaller one is cut off, or left as it
+    was. That is never seen: slot = position, and a position is written before it is read.
+
+    Args:
+        state: the batch that receives them, of the same kinds of parts as the other one; its stop
+            ids are at least as wide, and where they are wider, these rows' were −1.
+        others: A rows.
+        rows: [A] the row each goes to, no two the same; B, the number of rows: nowhere.
+
+    Returns:
+        The first batch with these rows.
+    """
+    put = jax.tree.map(lambda old, new: _put(old, new, rows), state, others)
+    assert isinstance(put, DecodeState)
+    return put
+
+
+def clear(state: DecodeState, rows: Bool[Array, " B"]) -> DecodeState:
+    """Forget what rows hold, so that others may take their place whatever it was.
+
+    A slot that no query sees still counts 0 times what is in it, which is NaN where that is NaN.
+
+    Args:
+        state: where the rows are.
+        rows: [B] which of them.
+
+    Returns:
+        The state with zeros in their caches.
+    """
+
+    def cleared(array: Array) -> Array:
+        mask = rows.reshape(-1, *[1] * (array.ndim - 1))
+        return jnp.where(mask, jnp.zeros((), array.dtype), array)
+
+    state = state._replace(caches=jax.tree.map(cleared, state.caches))
+    if state.speculation is None:
+        return state
+    return state._replace(speculation=jax.tree.map(cleared, state.speculation))
+
+
+def _put(old: Array, new: Array, rows: Int[Array, " A"]) -> Array:
+    """Overwrite the beginning of some rows: [B …], [B S], [B S K] or [B K S H]; S may differ."""
+    slots = {2: 1, 3: 1, 4: 2}.get(old.ndim)
+    if slots is None or old.shape[slots] == new.shape[slots]:
+        return old.at[rows].set(new, mode="drop")
+    length = min(old.shape[slots], new.shape[slots])
+    new = jax.lax.slice_in_dim(new, 0, length, axis=slots)
+    index = (rows, *[slice(None)] * (slots - 1), slice(length))
+    return old.at[index].set(new, mode="drop")
