@@ -33,6 +33,6 @@ def test_greedy_text_follows_the_chain_and_the_drafts_agreement_is_what_is_kept(
     tokens, state = drafted.decode_to_end(drafted.prefill(prompts, 100))
     assert tokens[0, 15:].tolist() == expected
     assert plain.decode(plain.prefill(prompts, 100))[0, 15:].tolist() == expected
-    # A proposal is judged where those before it were kept: not every one of the stretch.
-    share = int(state.draft.accepted[0]) / int(state.draft.judged[0])
+    # A proposal is verified where those before it were accepted: not every one of the stretch.
+    share = int(state.speculation.accepted[0]) / int(state.speculation.proposed[0])
     assert share == pytest.approx(0.8, abs=0.06)

@@ -11,19 +11,17 @@ from transformers import PreTrainedTokenizerFast
 
 from ivl_jax.assets import family_folder
 from ivl_jax.checkpoint import ValueMetadata, ValueNetwork
-from ivl_jax.composed.forward import Caches
 from ivl_jax.data.formats import Message
 from ivl_jax.decoding.compose import compose
-from ivl_jax.decoding.device.generate import grow_mapped
+from ivl_jax.decoding.device.programs import build_programs
 from ivl_jax.decoding.device.sampling import Sampling, row_keys, sample_tokens
-from ivl_jax.decoding.device.state import DecodeState
 from ivl_jax.decoding.own_vocabulary import (
     TextReader,
     base_chat_format,
+    expected_slots,
     make_own_vocabulary,
 )
 from ivl_jax.decoding.requests import GenerationOptions, PromptTooLongError
-from ivl_jax.model.kv_cache import KVCache
 from ivl_jax.text_codec import TextCodec
 from ivl_jax.tokenizer import describe_tokenizer
 from ivl_jax.tokenizer_agreement import TokenizerMismatchError
@@ -214,8 +212,8 @@ def test_readings_hold_what_changed_and_at_least_the_last_token(swapped):
     prompts = ["One", "水と火"]
     rows = [model.prepare([prompt])[0] for prompt in prompts]
     reader = TextReader([own], batch=3)
+    slots = [expected_slots([own], row.own_texts, new_tokens=10) for row in rows]
     for place, row in enumerate(rows):
-        reader.reserve(row.own_texts, new_tokens=10)
         reader.admit(place, row.own_texts)
     caches = [[], []]
     pushed = [rows[0].token_ids + rows[1].token_ids, rows[1].token_ids + rows[0].token_ids]
@@ -229,19 +227,22 @@ def test_readings_hold_what_changed_and_at_least_the_last_token(swapped):
             text = own.retokenizer.begin(rows[row].token_ids)
             text.push(pushed[row][:step])
             assert caches[row] == text.tokens
-            assert len(text.tokens) <= reader.capacity
+            assert len(text.tokens) <= reader.slots() <= max(slots)
         assert reader.push({row: pushed[row][step : step + 1] for row in range(2)}) == set()
 
 
 def test_caches_grow_and_keep_what_they_hold(swapped):
     model, _ = swapped
-    composition = model.composition
-    cache = KVCache((jnp.ones((2, 1, 4, 8)),), (jnp.ones((2, 1, 4, 8)),))
-    state = DecodeState(*[jnp.zeros(2)] * 4, caches=Caches(cache, (cache,)))
-    (grown,) = grow_mapped(composition, state, mapped_capacity=6).caches.values
-    np.testing.assert_array_equal(grown.keys[0][:, :, :4], cache.keys[0])
+    programs = build_programs(model.composition)
+    sizes = {"rows": 2, "capacity": 16, "stop_ids": 8}
+    state = programs.empty(**sizes, mapped_capacity=4)
+    ones = jax.tree.map(jnp.ones_like, state.caches)
+    larger = programs.empty(**sizes, mapped_capacity=6)
+    moved = programs.place(larger, state._replace(caches=ones), np.arange(2, dtype=np.int32))
+    (grown,), (held,) = moved.caches.values, ones.values
+    assert grown.keys[0].shape[2] == 6
+    np.testing.assert_array_equal(grown.keys[0][:, :, :4], held.keys[0])
     np.testing.assert_array_equal(grown.values[0][:, :, 4:], 0)
-    assert grown.keys[0].shape == (2, 1, 6, 8)
 
 
 def test_a_template_written_for_the_value_has_its_special_tokens_by_role_in_the_base():

@@ -22,7 +22,7 @@ def test_buckets_are_few_and_end_at_the_context():
 
 def lay_out_three(**changes):
     arguments = {
-        "rows": [4, 5, 6],
+        "sample_indices": [4, 5, 6],
         "context": 100,
         "stop_ids": (2, 7),
         "strengths": (1.0, -0.5),
@@ -47,7 +47,7 @@ def test_requests_are_laid_out_row_by_row_and_filled_up():
     assert arrays.stop_ids[0].tolist() == [2, 7] + [-1] * 6
     assert arrays.stop_ids[1].tolist() == [2, 7, 9] + [-1] * 5
     assert arrays.strengths.tolist() == [[1.0, -0.5], [1.0, -0.5], [0.0, 2.0], [1.0, -0.5]]
-    assert arrays.rows.tolist() == [4, 5, 6, 0]
+    assert arrays.sample_indices.tolist() == [4, 5, 6, 0]
     assert arrays.seeds.tolist() == [3, 0, 0, 0]
     np.testing.assert_array_equal(arrays.sampling.temperature, np.float32([0, 0.5, 0, 0]))
 
@@ -58,7 +58,7 @@ def test_rows_that_the_caller_has_already_are_not_made_more():
     arrays = lay_out(
         prompts,
         options,
-        rows=range(9),
+        sample_indices=range(9),
         context=9,
         stop_ids=(),
         strengths=(),
@@ -74,7 +74,13 @@ def test_generation_never_passes_the_context():
 
 def test_without_value_networks_strengths_have_no_columns():
     arrays = lay_out(
-        [[1]], [GenerationOptions()], rows=[0], context=9, stop_ids=(), strengths=(), row_multiple=1
+        [[1]],
+        [GenerationOptions()],
+        sample_indices=[0],
+        context=9,
+        stop_ids=(),
+        strengths=(),
+        row_multiple=1,
     )
     assert arrays.strengths.shape == (1, 0)
     assert arrays.capacity == 9

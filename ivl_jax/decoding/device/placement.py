@@ -106,14 +106,19 @@ def clear(state: DecodeState, rows: Bool[Array, " B"]) -> DecodeState:
         rows: [B] which of them.
 
     Returns:
-        The state with zeros in their caches.
+        The state with zeros in their caches, and no tokens in these rows: a row that is done reads
+        its last token again at every step, and would write there what was cleared.
     """
 
     def cleared(array: Array) -> Array:
         mask = rows.reshape(-1, *[1] * (array.ndim - 1))
         return jnp.where(mask, jnp.zeros((), array.dtype), array)
 
-    state = state._replace(caches=jax.tree.map(cleared, state.caches))
+    state = state._replace(
+        tokens=cleared(state.tokens),
+        lengths=cleared(state.lengths),
+        caches=jax.tree.map(cleared, state.caches),
+    )
     if state.speculation is None:
         return state
     return state._replace(speculation=jax.tree.map(cleared, state.speculation))

@@ -27,8 +27,9 @@ def decode(state, tokens=99, enough=3):
 def admit(state, prompts, new_tokens, rows):
     composition, params = tiny_composition()
     padded, requests = make_requests(prompts, new_tokens=new_tokens, width=16)
-    rows = np.asarray(rows, np.int32)
-    return build_programs(composition).admit(params, state, padded, requests, rows)
+    programs = build_programs(composition)
+    admitted = programs.prefill(params, padded, requests, capacity=17)
+    return programs.place(state, admitted, np.asarray(rows, np.int32))
 
 
 def texts(state):
@@ -74,7 +75,8 @@ def test_caches_are_overwritten_in_place():
     state = programs.prefill.eval_shape(params, padded, requests, capacity=CAPACITY)
     late, asked = make_requests(random_prompts([8]), new_tokens=20)
     rows = np.asarray([7], np.int32)
-    memory = programs.admit.lower(params, state, late, asked, rows).compile().memory_analysis()
+    admitted = programs.prefill.eval_shape(params, late, asked, capacity=9)
+    memory = programs.place.lower(state, admitted, rows).compile().memory_analysis()
     caches = jax.tree.leaves(state.caches)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in caches)
     assert memory.alias_size_in_bytes >= size

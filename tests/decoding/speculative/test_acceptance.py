@@ -1,4 +1,4 @@
-"""What is kept of a draft's proposals comes out distributed as the composition's own tokens."""
+"""Accepted proposals and their replacements are distributed as the composition's own tokens."""
 
 import functools
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ivl_jax.decoding.device.sampling import Sampling, filter_logits, row_keys
-from ivl_jax.decoding.speculative.acceptance import judge, propose
+from ivl_jax.decoding.speculative.acceptance import propose, verify
 
 ROWS, VOCAB = 20_000, 9
 # The 1 − 1e-4 quantile of χ² with 1 … 8 degrees of freedom. Seeds are fixed: no test is flaky.
@@ -25,16 +25,16 @@ def sampling_of(temperature, top_k=0, top_p=1.0, min_p=0.0, rows=ROWS):
 
 
 @functools.partial(jax.jit, static_argnames="rows")
-def propose_and_judge(draft_logits, logits, sampling, seed, *, rows=ROWS):
-    """One place in many rows: (proposals, kept, what comes out)."""
+def propose_and_verify(draft_logits, logits, sampling, seed, *, rows=ROWS):
+    """One place in many rows: (proposals, accepted, what comes out)."""
     keys = row_keys(jnp.full(rows, seed, jnp.int32), jnp.arange(rows, dtype=jnp.int32))
     index = jnp.full(rows, 3, jnp.int32)
     draft_logits, logits = (
         jnp.broadcast_to(each[None], (rows, len(each))) for each in (draft_logits, logits)
     )
     proposals, q_logits = propose(draft_logits, sampling, keys, index)
-    kept, replacement = judge(proposals, q_logits, logits, sampling, keys, index)
-    return proposals, kept, jnp.where(kept, proposals, replacement)
+    accepted, replacement = verify(proposals, q_logits, logits, sampling, keys, index)
+    return proposals, accepted, jnp.where(accepted, proposals, replacement)
 
 
 def two_distributions(seed, *, spread=1.5):
@@ -70,7 +70,7 @@ def assert_drawn_from(tokens, probabilities):
 def test_tokens_are_drawn_from_the_compositions_filtered_distribution(options, seed):
     draft_logits, logits = two_distributions(seed)
     sampling = sampling_of(**options)
-    proposals, kept, tokens = propose_and_judge(draft_logits, logits, sampling, seed)
+    proposals, accepted, tokens = propose_and_verify(draft_logits, logits, sampling, seed)
     p, q = (
         np.asarray(jax.nn.softmax(filter_logits(each[None], sampling_of(**options, rows=1))[0]))
         for each in (logits, draft_logits)
@@ -80,22 +80,22 @@ def test_tokens_are_drawn_from_the_compositions_filtered_distribution(options, s
     assert_drawn_from(proposals, q.astype(np.float64))
     with pytest.raises(AssertionError):
         assert_drawn_from(proposals, p.astype(np.float64))
-    # A proposal is kept as often as the two distributions overlap, which is the most there can be.
-    assert np.mean(np.asarray(kept)) == pytest.approx(np.minimum(p, q).sum(), abs=0.02)
+    # Proposals are accepted as often as the two distributions overlap: the most there can be.
+    assert np.mean(np.asarray(accepted)) == pytest.approx(np.minimum(p, q).sum(), abs=0.02)
 
 
 def test_a_draft_without_a_token_that_the_composition_has_changes_nothing():
     _, logits = two_distributions(5)
     draft_logits = jnp.full(VOCAB, -jnp.inf).at[2].set(0.0)
-    _, kept, tokens = propose_and_judge(draft_logits, logits, sampling_of(1.0), 0)
-    assert 0 < np.mean(np.asarray(kept)) < 1
+    _, accepted, tokens = propose_and_verify(draft_logits, logits, sampling_of(1.0), 0)
+    assert 0 < np.mean(np.asarray(accepted)) < 1
     assert_drawn_from(tokens, np.asarray(jax.nn.softmax(logits), np.float64))
 
 
 def test_a_draft_equal_to_the_composition_is_always_kept():
     _, logits = two_distributions(6)
-    _, kept, _ = propose_and_judge(logits, logits, sampling_of(0.8, top_k=5), 0)
-    assert kept.all()
+    _, accepted, _ = propose_and_verify(logits, logits, sampling_of(0.8, top_k=5), 0)
+    assert accepted.all()
 
 
 def test_greedy_rows_keep_the_arg_max_alone_beside_rows_that_sample():
@@ -105,10 +105,10 @@ def test_greedy_rows_keep_the_arg_max_alone_beside_rows_that_sample():
     index = jnp.zeros(3, jnp.int32)
     proposals = jnp.asarray([1, 2, 2], jnp.int32)
     q_logits = jnp.zeros((3, 3)).at[2, 2].set(50.0)
-    kept, replacement = judge(proposals, q_logits, logits, sampling, keys, index)
+    accepted, replacement = verify(proposals, q_logits, logits, sampling, keys, index)
     # Of two equal logits the lowest id wins, as in plain decoding.
-    assert kept.tolist()[:2] == [True, False]
+    assert accepted.tolist()[:2] == [True, False]
     assert replacement.tolist()[:2] == [1, 1]
     greedy = sampling_of(0.0, rows=3)
-    alone, following = judge(proposals, q_logits, logits, greedy, keys, index)
+    alone, following = verify(proposals, q_logits, logits, greedy, keys, index)
     assert (alone.tolist(), following.tolist()) == ([True, False, True], [1, 1, 2])

@@ -14,11 +14,12 @@ from ivl_jax.decoding.device.programs import build_programs
 from ivl_jax.decoding.requests import GenerationOptions, PromptTooLongError
 from ivl_jax.decoding.speculative import rounds
 from ivl_jax.decoding.speculative.draft_length import (
-    LONGEST,
     block_width,
     choose_length,
     round_costs,
 )
+from ivl_jax.decoding.speculative.draft_proposer import DRAFT_PROPOSER
+from ivl_jax.decoding.speculative.proposals import LONGEST
 from ivl_jax.decoding.streaming import FinishReason
 from ivl_jax.tokenizer import describe_tokenizer, load_tokenizer
 from ivl_jax.tokenizer_agreement import TokenizerMismatchError
@@ -100,10 +101,10 @@ def test_greedy_tokens_and_ends_are_those_of_plain_decoding(plain, length, liken
     # No near-tie lies on these paths.
     assert (generated, reasons) == plain
     assert run(composition, params, chunk=7)[:2] == plain
-    judged, accepted = np.asarray(state.draft.judged), np.asarray(state.draft.accepted)
-    assert (judged >= accepted).all()
+    proposed, accepted = map(np.asarray, state.speculation[1:3])
+    assert (proposed >= accepted).all()
     assert accepted.min() > 0
-    assert (judged > accepted).any()
+    assert (proposed > accepted).any()
 
 
 def test_a_draft_that_is_the_base_is_kept_whole_and_saves_its_share_of_rounds():
@@ -117,7 +118,7 @@ def test_a_draft_that_is_the_base_is_kept_whole_and_saves_its_share_of_rounds():
         rounds.append(int(state.lengths[0]))
     # The first token is the prompt's; then four proposals and one more in each round.
     assert np.diff([6, *rounds]).tolist() == [5] * 6
-    assert int(state.draft.judged[0]) == int(state.draft.accepted[0]) == 24
+    assert int(state.speculation.proposed[0]) == int(state.speculation.accepted[0]) == 24
 
 
 def test_a_stop_id_within_a_block_ends_the_row_there(plain):
@@ -128,7 +129,7 @@ def test_a_stop_id_within_a_block_ends_the_row_there(plain):
     assert (ended, reasons) == run(*tiny_composition(), stop_ids=(stop,))[:2]
     assert ended[0] == free[0][: free[0].index(stop) + 1]
     assert reasons[0] == FinishReason.EOS
-    assert np.asarray(state.draft.accepted)[0] <= len(ended[0]) - 1
+    assert np.asarray(state.speculation.accepted)[0] <= len(ended[0]) - 1
 
 
 def test_a_row_that_the_host_ends_stays_as_it_is():
@@ -150,16 +151,18 @@ def test_a_draft_that_has_fallen_behind_reads_what_it_missed():
 
     def forget(state):
         """The draft has read the prompt alone."""
-        draft = state.draft
+        speculation = state.speculation
+        draft = speculation.proposer
         seen = jnp.array(state.requests.prompt_lengths)  # a buffer of its own, to be donated
         kept = jnp.arange(CAPACITY)[None, None, :, None] < seen[:, None, None, None]
         cache = jax.tree.map(lambda array: jnp.where(kept, array, 7.0), draft.cache)
-        return state._replace(draft=draft._replace(cache=cache, lengths=seen))
+        draft = draft._replace(cache=cache, lengths=seen)
+        return state._replace(speculation=speculation._replace(proposer=draft))
 
     expected, _, state = run(composition, params, chunk=9)
     found, _, after = run(composition, params, chunk=9, change=forget)
     assert found == expected
-    assert after.draft.accepted.tolist() == state.draft.accepted.tolist()
+    assert after.speculation.accepted.tolist() == state.speculation.accepted.tolist()
 
 
 def test_whole_texts_are_sampled_with_the_probability_that_the_composition_gives_them():
@@ -167,7 +170,8 @@ def test_whole_texts_are_sampled_with_the_probability_that_the_composition_gives
     prompt, rows = PROMPTS[0], 3000
     options = {"new_tokens": 4, "temperature": 3.0, "top_k": 2}
     generated, _, state = run(composition, params, [prompt] * rows, width=5, **options)
-    assert 0.2 < float(state.draft.accepted.sum() / state.draft.judged.sum()) < 0.95
+    learned = state.speculation
+    assert 0.2 < float(learned.accepted.sum() / learned.proposed.sum()) < 0.95
 
     # The first token comes with the prompt; each later one is one of the two likeliest.
     def continued(text):
@@ -197,7 +201,7 @@ def test_caches_are_donated_and_updated_in_place_at_every_block_width():
     programs = build_programs(composition)
     padded, requests = make_requests(PROMPTS, new_tokens=NEW_TOKENS, width=20)
     state = programs.prefill(params, padded, requests, capacity=4096)
-    caches = (state.caches.base, state.caches.values, state.draft.cache)
+    caches = (state.caches.base, state.caches.values, state.speculation.proposer.cache)
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
     nothing = np.zeros(3, bool)
     memory = programs.decode_chunk.lower(params, state, np.int32(4), nothing).compile()
@@ -209,7 +213,7 @@ def test_caches_are_donated_and_updated_in_place_at_every_block_width():
 
 def test_proposing_stops_where_it_does_not_pay_and_grows_where_it_does():
     composition, params = drafted(0, likeness=0.02)
-    costs = round_costs(composition, params, batch=1)
+    costs = round_costs(composition, params, DRAFT_PROPOSER, batch=1)
     assert costs[0] == 1
     assert (np.diff(costs) > 0).all()
     dear = np.asarray([1.0, *itertools.repeat(9.0, LONGEST)], np.float32)
@@ -218,7 +222,8 @@ def test_proposing_stops_where_it_does_not_pay_and_grows_where_it_does():
     def chosen(costs, kept, running=(True, True)):
         running = jnp.asarray(running)
         rows = jnp.asarray(kept) * one * 50
-        return int(choose_length(costs, judged=50 * one, accepted=rows, running=running))
+        counts = {"proposed": 50 * one, "accepted": rows, "available": jnp.full(2, LONGEST)}
+        return int(choose_length(costs, **counts, running=running))
 
     assert chosen(dear, 1.0) == 0
     cheap = 1 + 0.2 * np.arange(LONGEST + 1, dtype=np.float32)
@@ -256,8 +261,8 @@ def test_texts_with_a_draft_are_those_without(composed, with_draft):
     found = with_draft.generate(prompts, options)
     assert found == expected
     assert expected[1].finish_reason == "stop_string"
-    assert all(g.accepted_proposals == g.judged_proposals > 0 for g in found)
-    assert expected[0].judged_proposals == 0
+    assert all(g.accepted_tokens == g.proposed_tokens > 0 for g in found)
+    assert expected[0].proposed_tokens == 0
     # Two rows, refilled as they end.
     assert with_draft.generate(prompts, options, batch_size=2) == expected
     *pieces, last = with_draft.stream(prompts[0], options[0])
