@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import pytest
 
@@ -48,3 +50,20 @@ def value(stories):
 def composed(stories, value):
     """stories260k + value; the value is weak enough that the text stays words."""
     return compose(stories, value, strengths=[0.3])
+
+
+@pytest.fixture
+def recorded(composed):
+    """The model, and the programs that it runs, with what they are given."""
+    calls = []
+
+    def recording(name, program):
+        def call(*arguments, **named):
+            calls.append((name, arguments, named))
+            return program(*arguments, **named)
+
+        return call
+
+    programs = composed.programs._asdict().items()
+    recorded = type(composed.programs)(*[recording(*pair) for pair in programs])
+    return dataclasses.replace(composed, programs=recorded), calls

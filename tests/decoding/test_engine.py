@@ -1,13 +1,10 @@
 """Refilled rows say what their prompts alone would say, and wait for nobody."""
 
-import dataclasses
-
 import pytest
 
 from ivl_jax.decoding import engine
-from ivl_jax.decoding.model import ComposedModel
+from ivl_jax.decoding.capacity import EngineLimits
 from ivl_jax.decoding.requests import GenerationOptions
-from ivl_jax.decoding.streaming import FinishReason
 
 PROMPTS = ["Once upon a time", "", "The big dog ran to the park and it was", "Lily said", "A"] * 2
 LIMITS = (30, 3, 7, 1, 12, 25, 4, 18, 2, 9)
@@ -15,23 +12,6 @@ LIMITS = (30, 3, 7, 1, 12, 25, 4, 18, 2, 9)
 
 def options(**changes):
     return [GenerationOptions(max_new_tokens=limit, **changes) for limit in LIMITS]
-
-
-@pytest.fixture
-def recorded(composed):
-    """The model, and the programs that it runs, with what they are given."""
-    calls = []
-
-    def recording(name, program):
-        def call(*arguments, **named):
-            calls.append((name, arguments, named))
-            return program(*arguments, **named)
-
-        return call
-
-    programs = composed.programs._asdict().items()
-    recorded = type(composed.programs)(*[recording(*pair) for pair in programs])
-    return dataclasses.replace(composed, programs=recorded), calls
 
 
 def test_rows_that_are_refilled_give_what_each_prompt_alone_gives(composed):
@@ -53,27 +33,29 @@ def test_samples_depend_neither_on_the_row_nor_on_when_it_begins(composed):
 def test_a_waiting_prompt_begins_while_the_longest_row_goes_on(recorded):
     model, calls = recorded
     prepared = model.prepare(PROMPTS, options())
-    ended = []
-    for progress in model._decode(prepared, batch_size=4, chunk_tokens=100):
-        ended += [one.index for one in progress if one.text.finish != FinishReason.RUNNING]
+    decoding = model.engine(EngineLimits(max_rows=4, least_rows=4))
+    ids, ended = [decoding.submit(prompt) for prompt in prepared], []
+    while not decoding.idle:
+        progress = decoding.step(max_tokens=100)
+        ended += [ids.index(one.id) for one in progress if one.generation is not None]
     assert sorted(ended) == list(range(10))
     # The first prompt has 30 tokens; three rows have 3 + 7 + 1 + 12 + 25 + 4 + … beside it.
     assert set(ended[: ended.index(0)]) > {1, 2, 3, 4, 6}
     names = [name for name, *_ in calls]
-    assert names.count("admit") == 6
+    assert names.count("place") == 6
     assert names.count("decode_chunk") < 10
 
 
 def test_generations_come_in_order_each_as_soon_as_those_before_it_are_done(composed, monkeypatch):
     looks, yielded = [], []
-    decode = ComposedModel._decode
+    step = engine.Engine.step
 
-    def watched(self, *arguments, **named):
-        for progress in decode(self, *arguments, **named):
-            looks.append(len(yielded))
-            yield progress
+    def watched(self, **named):
+        progress = step(self, **named)
+        looks.append(len(yielded))
+        return progress
 
-    monkeypatch.setattr(ComposedModel, "_decode", watched)
+    monkeypatch.setattr(engine.Engine, "step", watched)
     prepared = composed.prepare(PROMPTS, options()[::-1])
     for generation in composed.generate_prepared(prepared, batch_size=4, chunk_tokens=4):
         yielded.append(generation)
@@ -84,15 +66,26 @@ def test_generations_come_in_order_each_as_soon_as_those_before_it_are_done(comp
     assert list(dict.fromkeys(looks))[:3] == [0, 2, 4]
 
 
-@pytest.mark.parametrize(("limits", "capacities"), [((100, 5, 5), [128, 64]), ((5, 5, 100), [128])])
-def test_rows_give_up_slots_once_no_prompt_needs_them(recorded, limits, capacities):
+@pytest.mark.parametrize(
+    ("limits", "rows", "capacities"),
+    [
+        ((100, 5, 5), 1, [128, 64]),
+        ((5, 5, 100), 1, [128]),
+        # The third row runs on while the first, which is long, gives its place to the fourth.
+        ((100, 50, 55, 50), 2, [128, 64]),
+    ],
+    ids=str,
+)
+def test_rows_give_up_slots_once_no_prompt_needs_them(recorded, limits, rows, capacities):
     model, calls = recorded
     each = [GenerationOptions(max_new_tokens=limit) for limit in limits]
-    prompts = [[1, 6 + i] for i in range(3)]
-    generations = model.generate(prompts, each, batch_size=1)
+    prompts = [[1, 6 + i] for i in range(len(limits))]
+    generations = model.generate(prompts, each, batch_size=rows)
     assert [len(generation.token_ids) for generation in generations] == list(limits)
-    found = [named["capacity"] for name, _, named in calls if name in ("prefill", "shrink")]
-    assert found == capacities
+    found = [named["capacity"] for name, _, named in calls if name in ("prefill", "empty")]
+    # Prompts beside running rows are read into 17 slots, then put where they belong.
+    assert list(dict.fromkeys(slots for slots in found if slots > 17)) == capacities
+    assert ("empty" in [name for name, *_ in calls]) == (rows > 1)
 
 
 def test_a_large_batch_waits_until_several_rows_are_free(recorded, monkeypatch):
@@ -105,7 +98,7 @@ def test_a_large_batch_waits_until_several_rows_are_free(recorded, monkeypatch):
     assert enough[0] == 2
     assert enough[-1] == 4
     # Three prompts wait: two together, then one beside a row that only fills the group.
-    admitted = [arguments[4].tolist() for name, arguments, _ in calls if name == "admit"]
+    admitted = [arguments[2].tolist() for name, arguments, _ in calls if name == "place"]
     assert admitted == [[0, 1], [2, 4]]
 
 
