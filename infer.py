@@ -24,6 +24,7 @@ def main() -> int:
         config = parse_flags(InferConfig, sys.argv[1:], prog="infer.py", description=__doc__)
         # Imported after the flags are read: JAX takes a second that --help need not wait for.
         from ivl_jax.decoding import command
+        from ivl_jax.decoding.generation import GenerationError
 
         work = command.prepare(config)
         if work is None:
@@ -40,6 +41,9 @@ def main() -> int:
         resumable = "" if config.output is None else "; the same command goes on where it stopped"
         sys.stderr.write(f"infer.py: stopped{resumable}\n")
         return 130
+    except GenerationError as error:
+        sys.stderr.write(f"infer.py: {error}\n")
+        return 1
     return 0
 
 

@@ -10,6 +10,7 @@ The public names, loaded on first use (importing them all takes seconds):
     print(model.generate(["Question: …"])[0].text)
 
 Stages: `load_model`, `save_model`, `load_config`, `train`, `load_value`, `save_value`, `compose`.
+Records: `GenerationOptions`, `Message`, `Generation`; `EngineLimits` for `model.engine`.
 Mathematics, pure: `compose_logits`, `value_forward`, `value_penalty`.
 """
 
@@ -22,15 +23,21 @@ if TYPE_CHECKING:
     from ivl_jax.checkpoint import ValueNetwork, load_value, save_value
     from ivl_jax.composition import compose_logits, value_forward, value_penalty
     from ivl_jax.config import GenerationOptions, TrainConfig, load_config
+    from ivl_jax.data.formats import Message
+    from ivl_jax.decoding.capacity import EngineLimits
     from ivl_jax.decoding.compose import compose
+    from ivl_jax.decoding.generation import Generation
     from ivl_jax.training.loop import run as train
     from ivl_jax.weights.language_model import LanguageModel
     from ivl_jax.weights.language_model import load_language_model as load_model
     from ivl_jax.weights.language_model import save_language_model as save_model
 
 __all__ = [
+    "EngineLimits",
+    "Generation",
     "GenerationOptions",
     "LanguageModel",
+    "Message",
     "TrainConfig",
     "ValueNetwork",
     "compose",
@@ -46,7 +53,10 @@ __all__ = [
 ]
 
 _HOMES = {
+    "EngineLimits": "ivl_jax.decoding.capacity:EngineLimits",
+    "Generation": "ivl_jax.decoding.generation:Generation",
     "GenerationOptions": "ivl_jax.config:GenerationOptions",
+    "Message": "ivl_jax.data.formats:Message",
     "LanguageModel": "ivl_jax.weights.language_model:LanguageModel",
     "TrainConfig": "ivl_jax.config:TrainConfig",
     "ValueNetwork": "ivl_jax.checkpoint:ValueNetwork",

@@ -104,11 +104,11 @@ def test_a_language_model_counts_as_a_value_and_two_opposed_ones_cancel(
 def test_a_draft_changes_no_text_and_how_much_is_kept_is_said(infer, base_flags, stories260k_dir):
     flags = (*base_flags, "--prompt", "Once", "--max-new-tokens", 20)
     _, expected, messages = infer(*flags)
-    assert "proposals" not in messages
+    assert "proposed" not in messages
     status, found, messages = infer(*flags, "--draft", stories260k_dir, "--draft-length", 3)
     assert (status, found) == (0, expected)
     # The draft is the base itself. After the first token: four rounds of 3 + 1, one of 2 + 1.
-    assert "the draft: 14 of 14 proposals kept (100 %)" in messages
+    assert "the draft: 14 of 14 proposed tokens accepted (100 %)" in messages
 
 
 def test_each_line_of_a_file_may_have_its_own_strengths(infer, base_flags, tmp_path):
@@ -438,3 +438,50 @@ def test_an_interrupt_while_loading_is_one_line(infer, base_flags, monkeypatch):
     status, _, messages = infer(*base_flags, "--prompt", "a")
     assert status == 130
     assert messages.startswith("infer.py: stopped before anything was decoded\n")
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """The second of all prompts, or the only one, ends with an error; nothing is computed."""
+    from ivl_jax.decoding.generation import Generation
+    from ivl_jax.decoding.model import ComposedModel
+
+    def generate_prepared(self, prompts, **_):
+        for index, prompt in enumerate(prompts):
+            error = "not finite" if index == 1 else None
+            reason = "error" if error else "eos"
+            yield Generation(f"text {index}", (5,), reason, len(prompt.token_ids), error)
+
+    def stream_prepared(self, prompt, **_):
+        yield "begun"
+        yield Generation("begun", (5,), "error", len(prompt.token_ids), "not finite")
+
+    monkeypatch.setattr(ComposedModel, "generate_prepared", generate_prepared)
+    monkeypatch.setattr(ComposedModel, "stream_prepared", stream_prepared)
+
+
+def test_a_prompt_that_ended_with_an_error_says_so_in_its_line_and_in_the_status(
+    infer, failing, base_flags, tmp_path
+):
+    source, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    # A field of that name in the row is the row's own where nothing went wrong.
+    rows = [{"prompt": "One", "error": "mine"}, {"prompt": "Two", "error": "mine"}]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = (*base_flags, "--input", source, "--output", output)
+    status, _, messages = infer(*flags)
+    assert status == 1
+    assert "1 of 2 prompts ended with an error: see the field `error`" in messages
+    assert f"of their lines in {output}" in messages
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["error"] for line in lines] == ["mine", "not finite"]
+    assert [line["finish_reason"] for line in lines] == ["eos", "error"]
+    # The same command finds both lines done.
+    assert infer(*flags)[0] == 0
+
+
+def test_one_prompt_that_ended_with_an_error_shows_its_text_and_then_the_error(
+    infer, failing, base_flags
+):
+    status, shown, messages = infer(*base_flags, "--prompt", "Once")
+    assert (status, shown) == (1, "begun")
+    assert "infer.py: not finite" in messages

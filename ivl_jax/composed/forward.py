@@ -230,9 +230,26 @@ def network_logits(
     base = hidden.base_logits
     if base is None:
         base = head_logits(composition.base, params.base, hidden.base)
-    each = zip(composition.values, params.values, hidden.values, strict=True)
-    values = tuple(head_logits(network, value.params, states) for network, value, states in each)
-    return NetworkLogits(base, values)
+    return NetworkLogits(base, all_value_logits(composition, params.values, hidden.values))
+
+
+def all_value_logits(
+    composition: Composition,
+    arrays: Sequence[ValueArrays],
+    hidden: Sequence[Float[Array, "B T D"]],
+) -> tuple[Float32[Array, "B T V2"], ...]:
+    """Run the heads of the value networks alone.
+
+    Args:
+        composition: the static half.
+        arrays: of each value network.
+        hidden: of `run_values`: each value network's final hidden states.
+
+    Returns:
+        Logits of each value network.
+    """
+    each = zip(composition.values, arrays, hidden, strict=True)
+    return tuple(head_logits(network, value.params, states) for network, value, states in each)
 
 
 def compose(

@@ -347,7 +347,7 @@ class RowBatch:
         }
 
     def _blame(self, failed: Sequence[int]) -> dict[int, str]:
-        """Say whose logits were not finite numbers, by row; then forget what these rows hold."""
+        """Say whose logits were not finite numbers, by row."""
         model = self._model
         rows = range(self.shape.rows)
         # All of their tokens have been read by now: this reads each row's last one again.
@@ -355,7 +355,6 @@ class RowBatch:
         finite = jax.device_get(
             model.programs.finite_networks(model.params, self._state, own_tokens)
         )
-        self._held = model.programs.clear(self._state, np.isin(rows, failed))
         return {place: _error(model, finite[place].tolist()) for place in failed}
 
 

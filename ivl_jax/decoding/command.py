@@ -22,7 +22,7 @@ from ivl_jax.composed.compatibility import ComposedSources, check_sources
 from ivl_jax.composed.sources import read_language_model, read_values
 from ivl_jax.config import ConfigError, InferConfig, check_infer_config, config_to_mapping
 from ivl_jax.data.formats import Message
-from ivl_jax.decoding.generation import Generation
+from ivl_jax.decoding.generation import Generation, GenerationError
 from ivl_jax.decoding.loading import decoding_mesh, load_composed
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.decoding.prompt_files import (
@@ -131,6 +131,9 @@ def decode(work: Work) -> None:
 
     Args:
         work: what `prepare` returned.
+
+    Raises:
+        GenerationError: texts ended with an error; what there is of them has been written.
     """
     with StepProfile(work.config.profile, first_step=0, name="decode") as profile:
         if work.output is not None:
@@ -179,26 +182,23 @@ def _write_file(work: Work, output: GenerationFile, profile: StepProfile) -> Non
         TimeRemainingColumn(),
     )
     with output, Progress(*columns, console=Console(stderr=True)) as progress:
-        proposed = accepted = 0
+        proposed = accepted = failed = 0
         task = progress.add_task("", total=len(work.prompts), completed=output.done)
         generations = work.model.generate_prepared(
             left, batch_size=work.config.batch_size, profile=profile
         )
         for generation in generations:
-            output.append(
-                [
-                    {
-                        "text": generation.text,
-                        "finish_reason": generation.finish_reason,
-                        "prompt_tokens": generation.prompt_tokens,
-                        "generated_tokens": len(generation.token_ids),
-                    }
-                ]
-            )
+            output.append([generation.to_record()])
+            failed += generation.error is not None
             proposed += generation.proposed_tokens
             accepted += generation.accepted_tokens
             progress.update(task, completed=output.done)
     _log_acceptance(work, proposed, accepted)
+    if failed:
+        raise GenerationError(
+            f"{failed} of {len(left)} prompts ended with an error: see the field `error` of their "
+            f"lines in {work.config.output}"
+        )
 
 
 def _show(work: Work, prompt: EncodedPrompt, profile: StepProfile) -> str:
@@ -225,6 +225,8 @@ def _show(work: Work, prompt: EncodedPrompt, profile: StepProfile) -> str:
         max(len(generation.token_ids) - 1, 0) / rest,
     )
     _log_acceptance(work, generation.proposed_tokens, generation.accepted_tokens)
+    if generation.error is not None:
+        raise GenerationError(generation.error)
     return generation.text
 
 
@@ -265,5 +267,8 @@ def _talk(work: Work, profile: StepProfile) -> None:
             answer = _show(work, prompt, profile)
         except KeyboardInterrupt:
             sys.stdout.write("\n")
+            continue
+        except GenerationError as error:
+            logger.error("%s", error)
             continue
         messages = [*asked, Message("assistant", answer.strip())]

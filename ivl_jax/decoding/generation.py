@@ -4,6 +4,7 @@ In: nothing; these are records.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -49,3 +50,30 @@ class Generation:
     log_probs: tuple[TokenLogProbs, ...] | None = field(default=None, compare=False, repr=False)
     proposed_tokens: int = field(default=0, compare=False)
     accepted_tokens: int = field(default=0, compare=False)
+
+    def text_of(self, name: str) -> str:
+        """Give the text where an error must not pass for an empty or a short one.
+
+        Args:
+            name: what messages call the prompt.
+
+        Raises:
+            GenerationError: it ended with an error.
+        """
+        if self.error is not None:
+            raise GenerationError(f"{name}: {self.error}")
+        return self.text
+
+    def to_record(self) -> dict[str, Any]:
+        """What a line of an output file says of it; `error` only where there is one."""
+        record = {
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+            "prompt_tokens": self.prompt_tokens,
+            "generated_tokens": len(self.token_ids),
+        }
+        return record if self.error is None else record | {"error": self.error}
+
+
+class GenerationError(RuntimeError):
+    """Generations that ended with an error where a text was needed."""

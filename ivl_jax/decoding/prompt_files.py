@@ -26,6 +26,8 @@ from ivl_jax.config import ConfigError
 logger = logging.getLogger(__name__)
 
 _ADDED_FIELDS = ("text", "finish_reason", "prompt_tokens", "generated_tokens")
+# Fields that a line has besides those of its row where something went wrong.
+_OPTIONAL_FIELDS = ("error",)
 _ROLES = ("system", "user", "assistant")
 _MOST_PROBLEMS_NAMED = 20
 _SAMPLED_BYTES = 1 << 20
@@ -148,6 +150,11 @@ class GenerationFile:
             self.done = 0
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
+    @property
+    def next_row(self) -> PromptRow:
+        """The first row that has no line yet."""
+        return self._rows[self.done]
+
     def append(self, results: Iterable[Mapping[str, Any]]) -> None:
         """Write the next rows' results, each line in one piece.
 
@@ -268,12 +275,13 @@ def _count_done(path: Path, rows: Sequence[PromptRow], added: Sequence[str]) -> 
             f"--output: {path} has {len(lines)} lines, but the input only {len(rows)} prompts: "
             "name another file"
         )
+    replaced = {*added, *_OPTIONAL_FIELDS}
     for number, (line, row) in enumerate(zip(lines, rows, strict=False), 1):
         try:
             record = json.loads(line)
         except ValueError as error:
             raise ConfigError(f"--output: {path}:{number} is not JSON ({error})") from error
-        own = {name: value for name, value in row.record.items() if name not in added}
+        own = {name: value for name, value in row.record.items() if name not in replaced}
         if any(record.get(name) != value for name, value in own.items()) or not all(
             name in record for name in added
         ):

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ivl_jax.config import ConfigError
-from ivl_jax.decoding.generation import Generation
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.decoding.prompt_files import GenerationFile
 from ivl_jax.decoding.requests import EncodedPrompt
@@ -40,6 +39,9 @@ def generate_to_file(
         batch_size: prompts decoded together.
         judge: what a line says of a generation besides itself, from the prompt's index and the
             text.
+
+    Raises:
+        GenerationError: a generation ended with an error; the lines before it are in the file.
     """
     if output.done:
         logger.info("%d of %d items are done already", output.done, len(prompts))
@@ -47,19 +49,10 @@ def generate_to_file(
         task = progress.add_task("", total=len(prompts), completed=output.done)
         left = prompts[output.done :]
         for generation in model.generate_prepared(left, batch_size=batch_size):
-            judged = judge(output.done, generation.text)
-            output.append([describe(generation) | dict(judged)])
+            text = generation.text_of(output.next_row.where)
+            judged = judge(output.done, text)
+            output.append([generation.to_record() | dict(judged)])
             progress.update(task, completed=output.done)
-
-
-def describe(generation: Generation) -> dict[str, Any]:
-    """What a line of a file says of a generation."""
-    return {
-        "text": generation.text,
-        "finish_reason": generation.finish_reason,
-        "prompt_tokens": generation.prompt_tokens,
-        "generated_tokens": len(generation.token_ids),
-    }
 
 
 def progress_bar(doing: str) -> Progress:

@@ -258,6 +258,7 @@ class IvlLM(TemplateLM):
             [prompts[index] for index in order], batch_size=self.batch_size
         )
         for index, generation in zip(order, generations, strict=True):
+            generation.text_of(f"request {index}")  # an error must not pass for an empty text
             # The harness' models decode a continuation by itself: no space at its beginning where
             # the tokenizer drops it.
             text = str(self.tokenizer.decode([*generation.token_ids], skip_special_tokens=True))

@@ -72,6 +72,7 @@ def run(flags: Flags) -> None:
     Raises:
         ConfigError: flags or questions that cannot be used, or an output of other settings.
         PromptTooLongError: first turns that exceed the context; all are named, nothing is computed.
+        GenerationError: an answer ended with an error.
         ValueError: models that do not fit each other.
     """
     # Imported here: JAX takes a second that --help need not wait for.
@@ -155,7 +156,7 @@ class _Answerer:
         dialogues: list[list[Message]] = [[] for _ in batch]
         answers: list[list[str]] = [[] for _ in batch]
         for turn in range(max(len(question["turns"]) for _, question in batch)):
-            prompts, asked = [], []
+            prompts, asked, names = [], [], []
             for place, (index, question) in enumerate(batch):
                 if turn >= len(question["turns"]):
                     continue
@@ -164,13 +165,14 @@ class _Answerer:
                 try:
                     prompts.append(self.prompt(index, dialogues[place], question, name=name))
                     asked.append(place)
+                    names.append(name)
                 except PromptTooLongError as error:
                     logger.warning("%s; its answer is %s", error, _NO_ANSWER)
                     answers[place].append(_NO_ANSWER)
                     dialogues[place].append(Message("assistant", _NO_ANSWER))
             generations = self._model.generate_prepared(prompts, batch_size=len(batch))
-            for place, generation in zip(asked, generations, strict=True):
-                text = generation.text.strip()
+            for place, name, generation in zip(asked, names, generations, strict=True):
+                text = generation.text_of(name).strip()
                 answers[place].append(text)
                 dialogues[place].append(Message("assistant", text))
         return answers

@@ -66,10 +66,15 @@ def answers(
 
     Returns:
         One text an item.
+
+    Raises:
+        GenerationError: an answer ended with an error.
     """
     prompts = [_messages(item) for item in items]
     options = GenerationOptions(max_new_tokens=max_new_tokens)
-    return [one.text.strip() for one in model.generate(prompts, options, batch_size=batch_size)]
+    generations = model.generate(prompts, options, batch_size=batch_size)
+    pairs = zip(generations, items, strict=True)
+    return [generation.text_of(item.question).strip() for generation, item in pairs]
 
 
 def exact_match(texts: Sequence[str], items: Sequence[Item]) -> float:

@@ -68,7 +68,7 @@ def test_turns_see_the_answers_before_them_at_their_categorys_temperature(
     second = base_alone.tokenizer.decode(read_prompts[1][0].token_ids)
     assert "Tell me of Lily.\nAnswer: It is" in second
     assert second.endswith("Question: And then?\nAnswer:")
-    assert len({prompt.row for prompts in read_prompts for prompt in prompts}) == 6
+    assert len({prompt.sample_index for prompts in read_prompts for prompt in prompts}) == 6
 
 
 def test_a_dialogue_that_outgrows_the_context_costs_one_answer_not_the_run(run, tmp_path):

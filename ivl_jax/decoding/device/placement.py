@@ -6,7 +6,7 @@ prompts that were read by themselves join a running batch, and a batch becomes l
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from ivl_jax.composed.forward import Caches
 from ivl_jax.composed.network import Composition, Network
@@ -79,8 +79,9 @@ def empty_rows(
 def place(state: DecodeState, others: DecodeState, rows: Int[Array, " A"]) -> DecodeState:
     """Put rows of one batch into another, in place of what was there.
 
-    Both may have other numbers of slots: what lies beyond the smaller one is cut off, or left as it
-    was. That is never seen: slot = position, and a position is written before it is read.
+    Both may have other numbers of slots: what lies beyond the smaller one is cut off, or becomes 0.
+    Slot = position, and a position is written before it is read; yet a slot that no query sees
+    still counts 0 times what is in it, which is NaN where a row before has left a NaN.
 
     Args:
         state: the batch that receives them, of the same kinds of parts as the other one; its stop
@@ -96,40 +97,13 @@ def place(state: DecodeState, others: DecodeState, rows: Int[Array, " A"]) -> De
     return put
 
 
-def clear(state: DecodeState, rows: Bool[Array, " B"]) -> DecodeState:
-    """Forget what rows hold, so that others may take their place whatever it was.
-
-    A slot that no query sees still counts 0 times what is in it, which is NaN where that is NaN.
-
-    Args:
-        state: where the rows are.
-        rows: [B] which of them.
-
-    Returns:
-        The state with zeros in their caches, and no tokens in these rows: a row that is done reads
-        its last token again at every step, and would write there what was cleared.
-    """
-
-    def cleared(array: Array) -> Array:
-        mask = rows.reshape(-1, *[1] * (array.ndim - 1))
-        return jnp.where(mask, jnp.zeros((), array.dtype), array)
-
-    state = state._replace(
-        tokens=cleared(state.tokens),
-        lengths=cleared(state.lengths),
-        caches=jax.tree.map(cleared, state.caches),
-    )
-    if state.speculation is None:
-        return state
-    return state._replace(speculation=jax.tree.map(cleared, state.speculation))
-
-
 def _put(old: Array, new: Array, rows: Int[Array, " A"]) -> Array:
-    """Overwrite the beginning of some rows: [B …], [B S], [B S K] or [B K S H]; S may differ."""
+    """Overwrite some rows: [B …], [B S], [B S K] or [B K S H]; S may differ."""
     slots = {2: 1, 3: 1, 4: 2}.get(old.ndim)
     if slots is None or old.shape[slots] == new.shape[slots]:
         return old.at[rows].set(new, mode="drop")
     length = min(old.shape[slots], new.shape[slots])
     new = jax.lax.slice_in_dim(new, 0, length, axis=slots)
-    index = (rows, *[slice(None)] * (slots - 1), slice(length))
-    return old.at[index].set(new, mode="drop")
+    before = (rows, *[slice(None)] * (slots - 1))
+    cleared = old.at[(*before, slice(length, None))].set(jnp.zeros((), old.dtype), mode="drop")
+    return cleared.at[(*before, slice(length))].set(new, mode="drop")

@@ -16,7 +16,7 @@ from ivl_jax.composed.network import ComposedParams, Composition
 from ivl_jax.decoding.device.diagnosis import finite_networks
 from ivl_jax.decoding.device.generate import decode_chunk, decode_step, halt, prefill
 from ivl_jax.decoding.device.log_probs import empty_log_probs, latest_log_probs
-from ivl_jax.decoding.device.placement import clear, empty_rows, place
+from ivl_jax.decoding.device.placement import empty_rows, place
 from ivl_jax.decoding.device.sampling import row_keys
 from ivl_jax.decoding.device.shardings import state_shardings
 from ivl_jax.decoding.device.state import DecodeState, LogProbs, Requests
@@ -41,8 +41,6 @@ class Programs(NamedTuple):
     done."""
     place: Callable[..., DecodeState]
     """(state, others of A rows, rows [A]) → state, donated, with these rows there."""
-    clear: Callable[..., DecodeState]
-    """(state, rows [B]) → state, donated, with zeros in the caches of these rows."""
     empty_log_probs: Callable[..., LogProbs]
     """(rows, capacity, top) → room for log-probabilities in a state that has none."""
     latest_log_probs: Callable[..., LogProbs]
@@ -156,7 +154,6 @@ def build_programs(composition: Composition, proposer: Proposer | None = None) -
             out_shardings=shardings,
         ),
         place=jax.jit(place, donate_argnames="state", out_shardings=shardings),
-        clear=jax.jit(clear, donate_argnames="state", out_shardings=shardings),
         empty_log_probs=jax.jit(
             empty_log_probs,
             static_argnums=(0, 1),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ivl_jax.composed.forward import head_logits, run_values
+from ivl_jax.composed.forward import all_value_logits, run_values
 from ivl_jax.composed.network import ComposedParams, Composition
 from ivl_jax.decoding.device.state import DecodeState
 from ivl_jax.model.kv_cache import KVCache
@@ -46,9 +46,7 @@ def run_values_ahead(
         caches=caches,
     )
     assert caches_after is not None
-    each = zip(composition.values, params.values, hidden, strict=True)
-    logits = tuple(head_logits(network, value.params, states) for network, value, states in each)
-    return logits, caches_after
+    return all_value_logits(composition, params.values, hidden), caches_after
 
 
 def empty_value_logits(

@@ -59,6 +59,16 @@ def test_a_row_without_room_for_a_token_ends_at_once():
     assert (int(state.lengths[1]), int(state.finish[1])) == (16, FinishReason.LENGTH)
 
 
+def test_what_a_row_held_never_reaches_the_prompt_that_takes_its_place():
+    """A masked slot still counts 0 times what is in it: a NaN that was left there would show."""
+    prompts = [[5] * 7]
+    alone = texts(decode(prefill([30, 1, 1], [*prompts, [3], [3]])))[0]
+    state = decode(prefill([20, 3, 20]), tokens=6)
+    caches = jax.tree.map(lambda leaf: leaf.at[1].set(np.nan), state.caches)
+    state = admit(state._replace(caches=caches), prompts, [30], rows=[1])
+    assert texts(decode(state))[1] == alone
+
+
 def test_a_chunk_ends_as_soon_as_enough_rows_are_done():
     state, lengths = prefill([20, 3, 9]), []
     for enough in (1, 2, 3):
