@@ -236,8 +236,8 @@ def network_logits(
 def all_value_logits(
     composition: Composition,
     arrays: Sequence[ValueArrays],
-    hidden: Sequence[Float[Array, "B T D"]],
-) -> tuple[Float32[Array, "B T V2"], ...]:
+    hidden: Sequence[Array],
+) -> tuple[Array, ...]:
     """Run the heads of the value networks alone.
 
     Args:
