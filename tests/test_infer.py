@@ -212,25 +212,24 @@ def test_a_file_of_prompts_goes_on_where_a_killed_run_stopped(
 def test_lines_are_written_as_they_are_done_and_an_interrupt_loses_none(
     infer, base_flags, tmp_path, monkeypatch
 ):
-    from ivl_jax.decoding.model import ComposedModel
+    from ivl_jax.decoding.engine import Engine
 
     source, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"prompt": "Once"}\n' * 5)
     seen = []
-    decode = ComposedModel._decode
+    step = Engine.step
 
-    def watched(self, *arguments, **named):
-        for progress in decode(self, *arguments, **named):
-            seen.append(len(output.read_bytes().splitlines()))
-            if seen[-1] == 4 and len(set(seen)) == 3:
-                raise KeyboardInterrupt
-            yield progress
+    def watched(self, **named):
+        seen.append(len(output.read_bytes().splitlines()))
+        if seen[-1] == 4:
+            raise KeyboardInterrupt
+        return step(self, **named)
 
-    monkeypatch.setattr(ComposedModel, "_decode", watched)
+    monkeypatch.setattr(Engine, "step", watched)
     flags = ("--input", source, "--output", output, "--batch-size", 2, "--max-new-tokens", 12)
     assert infer(*base_flags, *flags)[0] == 130
     assert list(dict.fromkeys(seen)) == [0, 2, 4]
-    monkeypatch.setattr(ComposedModel, "_decode", decode)
+    monkeypatch.setattr(Engine, "step", step)
     assert infer(*base_flags, *flags)[0] == 0
     lines = output.read_bytes().splitlines()
     assert len(lines) == 5
@@ -253,7 +252,7 @@ def test_a_profile_holds_marked_steps_and_names_the_programs(infer, base_flags, 
     flags = (*flags[:-1], tmp_path / "file", "--input", source, "--output", output)
     assert infer(*flags, "--batch-size", 2)[0] == 0
     (trace,) = (tmp_path / "file").rglob("*.xplane.pb")
-    assert b"admit_program" in trace.read_bytes()
+    assert b"prefill_program" in trace.read_bytes()
     flags = (*base_flags, "--prompt", "Once", "--max-new-tokens", 4)
     assert "no trace in" in infer(*flags, "--profile", tmp_path / "none")[2]
 

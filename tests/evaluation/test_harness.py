@@ -213,7 +213,7 @@ def test_repeated_requests_are_sampled_apart_and_again_the_same(model, read_prom
     asked = ("Once", {"do_sample": True, "temperature": 0.1, "top_p": 0.95, "max_gen_toks": 9})
     model.generate_until(requests("generate_until", asked, asked, ("A longer one", {}), asked))
     prompts = [prompt for batch in read_prompts for prompt in batch]
-    assert [prompt.row for prompt in prompts] == [2, 0, 1, 3], "longest first, samples by index"
+    assert [prompt.sample_index for prompt in prompts] == [2, 0, 1, 3], "longest first, samples by index"
     assert [prompt.options.temperature for prompt in prompts] == [0.0, 0.1, 0.1, 0.1]
     assert [prompt.options.max_new_tokens for prompt in prompts] == [256, 9, 9, 9]
     assert prompts[1].options.top_p == 0.95
@@ -301,7 +301,7 @@ def test_code_tasks_draw_twenty_samples_for_pass_at_k(
     )
     prompts = [prompt for batch in read_prompts for prompt in batch]
     assert len(prompts) == 40
-    assert {prompt.row for prompt in prompts} == set(range(40))
+    assert {prompt.sample_index for prompt in prompts} == set(range(40))
     assert {(p.options.temperature, p.options.top_p) for p in prompts} == {(0.1, 0.95)}
     samples = judged[-1][0]
     assert len(samples) == 20
