@@ -211,11 +211,11 @@ class Engine:
         if self._batch is None:
             self._batch = RowBatch(self._model, plan.shape, context=self._planner.longest)
         self._batch.reshape(plan.shape)
-        self._no_room = bool(self._waiting) and not admitted
+        free = rows - len(self._running)
+        self._no_room = bool(self._waiting) and not admitted and free > 0
         if not others and (self._batch.is_empty or 2 * admitted >= rows):
             self._batch.start(self._begin(admitted))
             return True
-        free = rows - len(self._running)
         enough = min(self._group, admitted)
         if not admitted or (free < enough and self._free_steps < rows):
             return False

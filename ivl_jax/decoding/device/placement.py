@@ -79,9 +79,10 @@ def empty_rows(
 def place(state: DecodeState, others: DecodeState, rows: Int[Array, " A"]) -> DecodeState:
     """Put rows of one batch into another, in place of what was there.
 
-    Both may have other numbers of slots: what lies beyond the smaller one is cut off, or becomes 0.
-    Slot = position, and a position is written before it is read; yet a slot that no query sees
-    still counts 0 times what is in it, which is NaN where a row before has left a NaN.
+    Both may have other numbers of slots: what lies beyond the smaller one is cut off, or left as it
+    was. That is never seen, since slot = position, and a position is written before it is read. Yet
+    a slot of a cache that no query sees counts 0 times what is in it, which is NaN where the row
+    before has left a NaN: floats become 0.
 
     Args:
         state: the batch that receives them, of the same kinds of parts as the other one; its stop
@@ -105,5 +106,6 @@ def _put(old: Array, new: Array, rows: Int[Array, " A"]) -> Array:
     length = min(old.shape[slots], new.shape[slots])
     new = jax.lax.slice_in_dim(new, 0, length, axis=slots)
     before = (rows, *[slice(None)] * (slots - 1))
-    cleared = old.at[(*before, slice(length, None))].set(jnp.zeros((), old.dtype), mode="drop")
-    return cleared.at[(*before, slice(length))].set(new, mode="drop")
+    if jnp.issubdtype(old.dtype, jnp.floating):
+        old = old.at[(*before, slice(length, None))].set(jnp.zeros((), old.dtype), mode="drop")
+    return old.at[(*before, slice(length))].set(new, mode="drop")
