@@ -213,7 +213,8 @@ def test_repeated_requests_are_sampled_apart_and_again_the_same(model, read_prom
     asked = ("Once", {"do_sample": True, "temperature": 0.1, "top_p": 0.95, "max_gen_toks": 9})
     model.generate_until(requests("generate_until", asked, asked, ("A longer one", {}), asked))
     prompts = [prompt for batch in read_prompts for prompt in batch]
-    assert [prompt.sample_index for prompt in prompts] == [2, 0, 1, 3], "longest first, samples by index"
+    # Longest first, samples by index.
+    assert [prompt.sample_index for prompt in prompts] == [2, 0, 1, 3]
     assert [prompt.options.temperature for prompt in prompts] == [0.0, 0.1, 0.1, 0.1]
     assert [prompt.options.max_new_tokens for prompt in prompts] == [256, 9, 9, 9]
     assert prompts[1].options.top_p == 0.95
