@@ -24,7 +24,7 @@ def test_zero_value_network_leaves_base_logits_unchanged() -> None:
     base = _logits(0)
     zero = ValueTerm(jnp.zeros((B, T, V)), _ones(), V)
     np.testing.assert_array_equal(compose_logits(base, [zero], vocab_size=V), base)
-    nothing = ValueTerm(_logits(1), jnp.zeros((1,)), V)
+    nothing = ValueTerm(_logits(1).at[0, 0, 0].set(jnp.nan), jnp.zeros((1,)), V)
     np.testing.assert_array_equal(compose_logits(base, [nothing], vocab_size=V), base)
     np.testing.assert_array_equal(compose_logits(base, [], vocab_size=V), base)
 

@@ -123,6 +123,13 @@ class RowBatch:
         """Whether it holds nothing on device yet."""
         return self._held is None
 
+    @property
+    def is_intact(self) -> bool:
+        """Whether it holds a state that no failed program has taken."""
+        return self._held is not None and not any(
+            leaf.is_deleted() for leaf in jax.tree.leaves(self._held)
+        )
+
     def needs(self) -> list[Need]:
         """What the running requests still need."""
         read = self._reader.slots()

@@ -106,6 +106,9 @@ class Engine:
         self._no_room = False
         # Steps that free rows have waited for a refill, all of them together.
         self._free_steps = 0
+        # Requests that begin in this step.
+        self._beginning: list[int] = []
+        self._lost: tuple[int, ...] = ()
         self._bytes: dict[BatchShape, int] = {}
 
     @property
@@ -124,6 +127,11 @@ class Engine:
         return len(self._running)
 
     @property
+    def lost(self) -> tuple[int, ...]:
+        """Requests that were lost when `step` last raised; no more is heard of them."""
+        return self._lost
+
+    @property
     def shape(self) -> BatchShape | None:
         """The batch that is held on device; None: there is none."""
         return None if self._batch is None else self._batch.shape
@@ -139,8 +147,15 @@ class Engine:
 
         Raises:
             RequestTooLargeError: it can never be decoded within the engine's limits.
+            ValueError: it has a strength for more or fewer value networks than there are.
         """
         planner, option = self._planner, prompt.options
+        networks = len(self._model.strengths)
+        if option.strengths is not None and len(option.strengths) != networks:
+            raise ValueError(
+                f"strengths: expected {networks}, one per value network, got "
+                f"{len(option.strengths)}: {option.strengths}"
+            )
         tokens = row_end(prompt.token_ids, option, context=self._model.context)
         need = Need(
             needed_slots(prompt.token_ids, option, context=planner.longest),
@@ -185,11 +200,13 @@ class Engine:
                 vocabulary: the host reads for it.
 
         Returns:
-            What each request has got, those that got nothing apart. Where this raises, the running
-            requests are lost and the waiting ones still wait.
+            What each request has got, those that got nothing apart. Where this raises, `lost` names
+            the requests that are lost: where reading new prompts failed, these alone; else all that
+            were running. The others run or wait on.
         """
         if self.idle:
             return []
+        self._beginning = []
         try:
             # The host reads a first token before the next one is decoded: value networks with
             # their own vocabulary read what it says.
@@ -197,8 +214,7 @@ class Engine:
                 self._advance(max_tokens)
             progress = self._look()
         except BaseException:
-            self._running, self._batch = {}, None
-            self._just_admitted = False
+            self._drop_lost()
             raise
         self._rest_if_idle()
         return progress
@@ -214,6 +230,7 @@ class Engine:
         free = rows - len(self._running)
         self._no_room = bool(self._waiting) and not admitted and free > 0
         if not others and (self._batch.is_empty or 2 * admitted >= rows):
+            self._just_admitted, self._free_steps = False, 0
             self._batch.start(self._begin(admitted))
             return True
         enough = min(self._group, admitted)
@@ -222,6 +239,7 @@ class Engine:
         while admitted:
             size = min(self._group, admitted)
             self._batch.admit(self._begin(size), group=self._group)
+            self._beginning = []
             # Rows that run wait for one group of prompts, and then go on by a token at least.
             admitted = 0 if others else admitted - size
         self._just_admitted, self._free_steps = others, 0
@@ -285,9 +303,24 @@ class Engine:
             accepted_tokens=news.accepted,
         )
 
+    def _drop_lost(self) -> None:
+        """Forget the requests that a failed step has lost."""
+        batch = self._batch
+        if self._beginning and batch is not None and batch.is_intact:
+            self._lost = tuple(self._beginning)
+            for request in self._lost:
+                del self._running[request]
+                batch.release(request)
+        else:
+            self._lost = tuple(self._running)
+            self._running, self._batch = {}, None
+        self._just_admitted, self._free_steps, self._no_room = False, 0, False
+        self._rest_if_idle()
+
     def _begin(self, number: int) -> list[Entry]:
         """Take the first requests out of the queue."""
         entries = [self._waiting.popitem(last=False)[1] for _ in range(number)]
+        self._beginning = [entry.id for entry in entries]
         for entry in entries:
             self._needs.remove(entry.need)
             self._running[entry.id] = _Request(entry, self._new_text(entry.prompt))
@@ -305,7 +338,8 @@ class Engine:
     def _rest_if_idle(self) -> None:
         """Hold no caches where there is nothing to decode."""
         if self.idle:
-            self._batch, self._just_admitted = None, False
+            self._batch = None
+            self._just_admitted, self._free_steps, self._no_room = False, 0, False
 
     def _cache_bytes(self, shape: BatchShape) -> int:
         """Bytes of caches that each device holds in a batch of this shape."""

@@ -237,7 +237,8 @@ def test_a_nan_in_one_values_weights_ends_its_row_alone_and_names_it(small, draf
         other, params={**other.params, "embed_tokens": {"embedding": embedding}}
     )
     more = {"draft": small, "draft_length": 3} if draft else {}
-    model = compose(small, value, broken, strengths=[0.3, 0.0], **more)
+    # Too small a strength to move a logit, but not one that leaves the network out.
+    model = compose(small, value, broken, strengths=[0.3, 1e-12], **more)
     # Both rows of the batch, then the row that has failed: a prompt that is itself unreadable, and
     # one that is as good as any.
     found = model.generate([*PROMPTS[:2], [5, token], PROMPTS[2]], options, batch_size=2)
@@ -250,3 +251,51 @@ def test_a_nan_in_one_values_weights_ends_its_row_alone_and_names_it(small, draf
         assert "value network 1" not in generation.error
         assert "not finite" in generation.error
     assert {g.error for g in (*free, found[1], found[3])} == {None}
+
+
+def test_a_failed_step_names_what_is_lost_and_the_others_are_decoded(composed):
+    """A failure while new prompts are read costs these alone; one while decoding, all that run."""
+    options = GenerationOptions(max_new_tokens=12)
+    prepared = composed.prepare(PROMPTS[:3], options)
+    alone = [composed.generate([prompt], options)[0] for prompt in PROMPTS[:3]]
+    fails = {"prefill": False, "decode_chunk": False}
+
+    def failing(name):
+        def run(*arguments, **more):
+            if fails[name]:
+                raise MemoryError(name)
+            return getattr(composed.programs, name)(*arguments, **more)
+
+        return run
+
+    programs = composed.programs._replace(**{name: failing(name) for name in fails})
+    engine = dataclasses.replace(composed, programs=programs).engine(EngineLimits(max_rows=4))
+    ended = {}
+    first = engine.submit(prepared[0])
+    take(engine, ended, max_tokens=2)
+    second = engine.submit(prepared[1])
+    fails["prefill"] = True
+    # The running row waits for a free row's worth of steps at most, then the prompt is read.
+    with pytest.raises(MemoryError, match="prefill"):
+        run(engine, ended, max_tokens=2)
+    assert (engine.lost, engine.running) == ((second,), 1)
+    fails["prefill"] = False
+    third = engine.submit(prepared[2])
+    assert run(engine, ended) == {first: alone[0], third: alone[2]}
+    fourth = engine.submit(prepared[1])
+    take(engine, ended)
+    fails["decode_chunk"] = True
+    with pytest.raises(MemoryError, match="decode_chunk"):
+        take(engine, ended)
+    assert engine.lost == (fourth,)
+    assert engine.idle
+    fails["decode_chunk"] = False
+    fifth = engine.submit(prepared[1])
+    assert run(engine, {})[fifth] == alone[1]
+
+
+def test_strengths_for_other_networks_than_there_are_are_refused_on_arrival(composed):
+    (prompt,) = composed.prepare(["One"], GenerationOptions(max_new_tokens=5))
+    wrong = prompt._replace(options=dataclasses.replace(prompt.options, strengths=(0.1, 0.2)))
+    with pytest.raises(ValueError, match="expected 1, one per value network, got 2"):
+        composed.engine().submit(wrong)
