@@ -14,6 +14,7 @@ LEVELS = {
     "ivl_jax.command_line": 1,
     "ivl_jax.token_bytes": 0,
     "ivl_jax.buckets": 0,
+    "ivl_jax.finite_arrays": 0,
     "ivl_jax.extensions": -2,
     "ivl_jax.version": -2,
     "ivl_jax.profiling": 0,

@@ -34,6 +34,7 @@ from ivl_jax.checkpoint.value_metadata import (
     ValueMetadata,
     read_value_metadata,
 )
+from ivl_jax.finite_arrays import check_finite
 from ivl_jax.manifest import ManifestError, file_problems, read_manifest, write_manifest
 from ivl_jax.model.decoder import Params, unstack_layers
 from ivl_jax.model.network import (
@@ -140,6 +141,7 @@ def load_value(
         ValueFolderError: an unknown format version; files that are missing, truncated or altered; a
             tokenizer or an architecture that is not what `ivl.json` says. Lists all files.
         TreeMismatchError: the arrays are not those of the architecture.
+        NonFiniteWeightsError: an array holds NaN or infinity.
     """
     folder = absolute_path(folder)
     described = read_description(folder)
@@ -175,6 +177,7 @@ def load_described_value(
     Raises:
         ValueFolderError: it holds no arrays.
         TreeMismatchError: the arrays are not those of the architecture.
+        NonFiniteWeightsError: an array holds NaN or infinity.
     """
     folder = absolute_path(folder)
     arch = value_architecture(metadata, folder)
@@ -183,26 +186,26 @@ def load_described_value(
             f"{folder} holds no arrays: it only describes a run; its value network is in "
             f"{folder.parent}/value, or `python -m ivl_jax.checkpoint export-value` makes one"
         )
-    vocab_rows, shardings = None, None
+    vocab_rows, name = None, f"the value network in {folder}"
     if mesh is not None:
         vocab_rows = padded_vocab_rows(arch.vocab_size, mesh, sharding_rules)
     target = abstract_network(arch, param_dtype=param_dtype, vocab_rows=vocab_rows)
     if mesh is not None:
         units = {"heads": arch.num_attention_heads, "kv_heads": arch.num_key_value_heads}
-        shardings = parameter_shardings(target, mesh, sharding_rules, units=units)
         target = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             target,
-            shardings,
+            parameter_shardings(target, mesh, sharding_rules, units=units),
         )
     params = restore_arrays(
         folder / PARAMS_FOLDER,
         target,
         stored_like=abstract_network(arch, param_dtype=param_dtype),
-        what=f"the value network in {folder}",
+        what=name,
         remedy="its arrays are not those of the architecture in its ivl.json: export it again",
         cast=True,
     )
+    check_finite(named_leaves(params), what=name, remedy="its training diverged: train it again")
     return ValueNetwork(
         arch=arch,
         params=params,

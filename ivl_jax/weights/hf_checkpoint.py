@@ -25,6 +25,7 @@ from jaxtyping import Array, DTypeLike
 from rich.console import Console
 from rich.progress import Progress
 
+from ivl_jax.finite_arrays import NonFiniteWeightsError, count_non_finite
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.assembly import Params, abstract_params, parameter_declarations
 from ivl_jax.model.decode_layout import FUSED
@@ -102,6 +103,7 @@ def load_params(
         FileNotFoundError: the folder has no safetensors files.
         TreeMismatchError: a tensor is unknown, missing, set twice, or has another shape or dtype;
             or a shard is damaged or misplaced. All of them are listed, at most 20.
+        NonFiniteWeightsError: a tensor holds NaN or infinity.
         ValueError: `param_dtype` is not supported, `vocab_rows` is below the vocabulary, or
             shardings for the form of one device (`form.rows`).
     """
@@ -286,6 +288,8 @@ def _read_parts(
             )
         )
     read_slices(descriptors[record.file], record, targets)
+    for buffer in buffers.values():
+        _check_finite(buffer, record)
     return buffers
 
 
@@ -303,10 +307,21 @@ def _read_stacked(descriptors: Mapping[Path, int], records: tuple[TensorRecord, 
         read_slices(
             descriptors[record.file], record, [Target(alone, slice(0, record.shape[0]), columns)]
         )
+        _check_finite(alone, record)
         if alone is not rows:
             rows[:] = alone
         start += record.shape[0]
     return stacked
+
+
+def _check_finite(array: np.ndarray, record: TensorRecord) -> None:
+    """Refuse NaN and infinity: every token would come out of them as garbage."""
+    if count := count_non_finite(array):
+        raise NonFiniteWeightsError(
+            f"{record.file}: {record.name}: expected finite numbers, found {count} that are NaN or "
+            "infinite: the file is damaged, or the model diverged in training; copy it again, or "
+            "take an earlier checkpoint"
+        )
 
 
 def _new_pages(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
