@@ -11,7 +11,9 @@ from ivl_jax.composed.sources import read_value
 from ivl_jax.composition import ConnectionScheme
 from ivl_jax.config import StepConfig
 from ivl_jax.decoding.compose import compose
+from ivl_jax.decoding.device.programs import build_programs
 from ivl_jax.decoding.requests import GenerationOptions
+from ivl_jax.decoding.speculative.proposals import Proposals, Proposer, longest_round
 from ivl_jax.extensions import load_extension
 from ivl_jax.model.decoder import embed
 from ivl_jax.training.loop import run
@@ -88,6 +90,46 @@ def test_an_objective_of_ones_own_trains_with_weights_from_a_first_pass(tiny_con
     assert all(record["loss"] - record["penalty"] < record["nll"] for record in figures)
     assert result.held_out["nll"] < records(result.run_dir)[0]["held_out"]["nll"] - 0.05
     assert np.isfinite(result.held_out["base_nll"])
+
+
+def _repeat(composition, params, state, count):
+    """Propose what followed the last token where the text had it before."""
+    places = jnp.arange(state.tokens.shape[1])[None, :]
+    seen = (state.tokens == state.last_tokens[:, None]) & (places < state.last_positions[:, None])
+    found = jnp.max(jnp.where(seen, places, 0), axis=1)
+    following = found[:, None] + 1 + jnp.arange(longest_round(composition))[None, :]
+    return (
+        Proposals(
+            tokens=jnp.take_along_axis(state.tokens, following, axis=1, mode="clip"),
+            counts=jnp.full_like(state.lengths, count),
+            failed=jnp.zeros_like(state.running),
+        ),
+        state,
+    )
+
+
+REPEATING = Proposer(
+    name="repetition",
+    empty=lambda composition, rows, capacity: (),
+    read_prompts=lambda composition, params, own, prompts, lengths: own,
+    available=lambda state: jnp.full_like(state.lengths, state.tokens.shape[1]),
+    propose=_repeat,
+    settle=lambda state, count, gained: state.speculation.proposer,
+    seconds=lambda composition, params, pass_seconds, rows: 0.0,
+    shardings=lambda composition: (),
+)
+
+
+def test_a_proposer_of_ones_own_changes_no_token_and_has_some_accepted(tiny_pair):  # noqa: F811
+    base = load_language_model(tiny_pair / "base")
+    plain = compose(base, base, strengths=0.5)
+    composition = replace(plain.composition, draft_length=3)
+    model = replace(plain, composition=composition, programs=build_programs(composition, REPEATING))
+    prompts, options = ["1 + 1? 1 + 1? 1 + 1", "abc abc ab", ""], {"max_new_tokens": 24}
+    found = model.generate(prompts, options, batch_size=2)
+    assert found == plain.generate(prompts, options)
+    assert sum(generation.accepted_tokens for generation in found) > 0
+    assert all(each.accepted_tokens <= each.proposed_tokens for each in found)
 
 
 def test_a_name_that_is_nothing_says_what_is_expected():
