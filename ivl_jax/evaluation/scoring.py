@@ -45,6 +45,10 @@ _NAMES = {
 }
 
 
+class NonFiniteScoresError(ArithmeticError):
+    """A composition whose log-probabilities are not finite numbers."""
+
+
 class TokenScores(NamedTuple):
     """What a composition says of the tokens it reads; numpy [N] a row on the host."""
 
@@ -99,6 +103,7 @@ def score_rows(
     Raises:
         ValueError: a row has fewer than two tokens, is too long, or has ids outside the vocabulary;
             raised before anything is computed.
+        NonFiniteScoresError: the composed logits of a row are not finite numbers.
     """
     for index, row in enumerate(rows):
         _check_row(model, index, row)
@@ -250,9 +255,21 @@ def _apart(
         targets = len(row.token_ids) - 1
         own_choices = _cut(choices, place, len(row.other_last) + 1)
         own_tokens, own_base = _cut(tokens, place, targets), _cut(base, place, targets)
+        first = _first_scored(row) if mapped else 0
+        _check_finite(index, own_tokens.log_prob[first:], own_choices.log_prob)
         if mapped:
-            _blank((own_tokens, own_base), _first_scored(row))
+            _blank((own_tokens, own_base), first)
         yield index, RowScores(own_tokens, own_choices, own_base)
+
+
+def _check_finite(index: int, *log_probs: np.ndarray) -> None:
+    """A figure that counts such a row would be NaN, or count it as wrong in silence."""
+    if not all(np.isfinite(each).all() for each in log_probs):
+        raise NonFiniteScoresError(
+            f"row {index}: log-probabilities that are not finite (NaN or infinite): the weights of "
+            "a network hold such numbers, its logits overflow in this dtype, or a strength is too "
+            "large; check the weights, score in float32, or use a smaller strength"
+        )
 
 
 def _cut(scores: Any, place: int, length: int) -> Any:

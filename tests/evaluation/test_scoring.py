@@ -6,7 +6,7 @@ import pytest
 
 from ivl_jax.decoding.compose import compose
 from ivl_jax.evaluation import scoring
-from ivl_jax.evaluation.scoring import Row, score_rows
+from ivl_jax.evaluation.scoring import NonFiniteScoresError, Row, score_rows
 from ivl_jax.sharding import make_mesh
 from tests.decoding.tiny import VOCAB, plain_logits, tiny_composition
 
@@ -155,3 +155,16 @@ def test_a_mesh_gives_the_scores_of_one_device(stories, value, composed):
     rows = [Row([1, *range(5, 5 + length)]) for length in (15, 9, 4)]  # 3 rows on 4 ways
     alone, found = (scored(model, rows, with_base=True) for model in (composed, spread))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), alone, found)
+
+
+def test_a_row_whose_logits_are_not_finite_is_named_and_counts_for_nothing(model):
+    # The value network reads tokens below 37, but 7.
+    token, other = 5, 6
+    rows = [Row([other] * 16), Row([other, token, other, other]), Row([other] * 2)]
+    (value,) = model.params.values
+    embedding = value.params["embed_tokens"]["embedding"].at[token].set(np.nan)
+    broken = {**value.params, "embed_tokens": {"embedding": embedding}}
+    params = model.params._replace(values=(value._replace(params=broken),))
+    with pytest.raises(NonFiniteScoresError, match=r"row 1: log-probabilities that are not finite"):
+        scored(dataclasses.replace(model, params=params), rows)
+    assert len(scored(model, rows)) == 3
