@@ -121,13 +121,23 @@ def read_value_metadata(folder: epath.PathLike) -> ValueMetadata:
         content = read_json_object(path)
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{path} does not exist: {folder} is not a value folder; a training run writes one to "
-            "`RUN_DIR/value`, and `python -m ivl_jax.checkpoint export-value RUN_DIR OUT` makes "
-            "one from a checkpoint"
+            f"{path} does not exist: {folder} is not a value folder; {_remedy(epath.Path(folder))}"
         ) from None
     except ValueError as error:
         raise ValueFolderError(f"{error}; copy the folder again") from None
     return _from_json(content, path)
+
+
+def _remedy(folder: epath.Path) -> str:
+    """What to give instead of a folder that is not a value folder."""
+    if (folder / "value" / METADATA_NAME).exists():
+        return f"it is the directory of a training run, whose value folder is {folder / 'value'}"
+    if (folder / "config.json").exists():
+        return "it holds a language model, which ivl_jax.load_model loads"
+    return (
+        "a training run writes one to `RUN_DIR/value`, and `python -m ivl_jax.checkpoint "
+        "export-value RUN_DIR OUT` makes one from a checkpoint"
+    )
 
 
 def _from_json(content: Mapping[str, Any], path: epath.Path) -> ValueMetadata:

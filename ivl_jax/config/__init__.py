@@ -11,8 +11,14 @@ from ivl_jax.config.files import (
     config_to_mapping,
     config_to_toml,
     load_config,
+    train_config_of,
 )
-from ivl_jax.config.generation import GenerationOptions, strength_problem
+from ivl_jax.config.generation import (
+    GenerationKeywords,
+    GenerationOptions,
+    options_with,
+    strength_problem,
+)
 from ivl_jax.config.infer import InferConfig, check_infer_config
 from ivl_jax.config.model import (
     ComposedModelConfig,
@@ -45,6 +51,7 @@ __all__ = [
     "DType",
     "DataConfig",
     "DemonstrationFormat",
+    "GenerationKeywords",
     "GenerationOptions",
     "InferConfig",
     "LayoutName",
@@ -67,6 +74,8 @@ __all__ = [
     "is_connection",
     "load_config",
     "model_problems",
+    "options_with",
     "require",
     "strength_problem",
+    "train_config_of",
 ]

@@ -7,6 +7,7 @@ an error that names it. Imports no JAX.
 import dataclasses
 import functools
 import json
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -47,6 +48,31 @@ def load_config(path: str | Path, config_type: type[ConfigT] = TrainConfig) -> C
     except MalformedFileError as error:
         raise ConfigError(str(error)) from error
     return config_from_mapping(document, config_type, where=str(path))
+
+
+def train_config_of(given: Any) -> TrainConfig:
+    """Take a training config in any form whose meaning is plain.
+
+    Args:
+        given: a `TrainConfig`, the path of a TOML file, or a mapping of what such a file holds.
+
+    Returns:
+        The config.
+
+    Raises:
+        TypeError: something else.
+        ConfigError: as `load_config`.
+    """
+    if isinstance(given, TrainConfig):
+        return given
+    if isinstance(given, str | os.PathLike):
+        return load_config(Path(given))
+    if isinstance(given, Mapping):
+        return config_from_mapping(given)
+    raise TypeError(
+        "expected a TrainConfig, the path of a TOML file such as configs/debug.toml, or a mapping "
+        f"of what it holds, got {given!r:.60}"
+    )
 
 
 def config_from_mapping(

@@ -3,9 +3,13 @@
 In: values from a command line or a caller. Out: a frozen dataclass whose own checks have passed.
 """
 
+import dataclasses
+import difflib
 import math
-from collections.abc import Sequence
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypedDict
 
 from ivl_jax.config.annotations import NoFlag, Repeatable
 from ivl_jax.config.checks import ConfigError, found
@@ -66,7 +70,10 @@ class GenerationOptions:
     likeliest tokens at each place."""
 
     def __post_init__(self) -> None:
-        """Check ranges, all problems at once; lists become tuples, so that options can be keys."""
+        """Check kinds, then ranges, all problems at once; lists become tuples, for hashing."""
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name, value in _plain_values(given).items():
+            object.__setattr__(self, name, value)
         checks = {
             "max_new_tokens must be ≥ 1": self.max_new_tokens >= 1,
             "temperature must be ≥ 0 and finite": 0 <= self.temperature < math.inf,
@@ -74,8 +81,7 @@ class GenerationOptions:
             "top_p must be in (0, 1]": 0 < self.top_p <= 1,
             "min_p must be in [0, 1)": 0 <= self.min_p < 1,
             "seed must be in [0, 2³²)": 0 <= self.seed < 2**32,
-            "stop must hold strings that are not empty": not isinstance(self.stop, str)
-            and all(self.stop),
+            "stop must hold strings that are not empty": all(self.stop),
             f"log_probs must be None or in [0, {_MOST_TOP_LOG_PROBS}]": self.log_probs is None
             or 0 <= self.log_probs <= _MOST_TOP_LOG_PROBS,
         }
@@ -91,6 +97,122 @@ class GenerationOptions:
         ]
         if problems:
             raise ConfigError("generation options: " + "; ".join(problems))
-        for name in ("stop", "stop_ids", "strengths"):
-            if isinstance(given := getattr(self, name), list):
-                object.__setattr__(self, name, tuple(given))
+
+
+class GenerationKeywords(TypedDict, total=False):
+    """The fields of `GenerationOptions` as keywords of a call."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    stop: str | Sequence[str]
+    stop_ids: int | Sequence[int]
+    strengths: float | Sequence[float] | None
+    log_probs: int | None
+
+
+def options_with(
+    options: Any, keywords: Mapping[str, Any] | GenerationKeywords
+) -> GenerationOptions:
+    """Give options with some fields changed.
+
+    Args:
+        options: `GenerationOptions`, or a mapping of their fields.
+        keywords: fields that take the place of theirs.
+
+    Returns:
+        The options.
+
+    Raises:
+        TypeError: neither of these, a field that does not exist, or a value of another kind.
+        ConfigError: a value out of its range.
+
+    Example:
+        >>> options_with(GenerationOptions(seed=3), {"max_new_tokens": 5, "stop": "."}).stop
+        ('.',)
+    """
+    if not isinstance(options, GenerationOptions | Mapping):
+        raise TypeError(
+            "options: expected GenerationOptions, or its fields as keywords such as "
+            f"max_new_tokens=5, got {options!r}"
+        )
+    if isinstance(options, Mapping):
+        options, keywords = GenerationOptions(), {**options, **keywords}
+    for name in keywords:
+        if name not in _KINDS:
+            close = difflib.get_close_matches(name, _KINDS, n=1)
+            raise TypeError(
+                f"unknown generation option {name!r}"
+                + (f"; did you mean {close[0]}?" if close else "")
+                + f" Expected one of {', '.join(_KINDS)}"
+            )
+    return dataclasses.replace(options, **_plain_values(keywords))
+
+
+def _plain_values(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of fields in their one form: Python's numbers, and tuples where there are several.
+
+    One string, id or strength stands for a sequence of it.
+    """
+    values, problems = {}, []
+    for name, value in given.items():
+        kind = _KINDS[name]
+        several = kind.several and isinstance(value, Iterable) and not isinstance(value, str)
+        each = tuple(value) if several else (value,)
+        if value is None and kind.optional:
+            values[name] = None
+        elif all(kind.fits(one) for one in each):
+            plain = tuple(kind.convert(one) for one in each)
+            values[name] = plain if kind.several else plain[0]
+        else:
+            more = ", or several" if kind.several else ""
+            problems.append(f"{name} must be {kind.expected}{more}, got {value!r}")
+    if problems:
+        raise TypeError("generation options: " + "; ".join(problems))
+    return values
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What the value of a field may be."""
+
+    expected: str
+    fits: Callable[[Any], bool]
+    convert: Callable[[Any], Any]
+    several: bool = False
+    optional: bool = False
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _to_float(value: Any) -> float | int:
+    try:
+        return float(value)
+    except OverflowError:  # an integer that no float holds; its range is checked later
+        return value
+
+
+_INTEGER = _Kind("an integer", _is_integer, int)
+_NUMBER = _Kind("a number", _is_number, _to_float)
+_STRING = _Kind("a string", lambda value: isinstance(value, str), str)
+_KINDS = {
+    "max_new_tokens": _INTEGER,
+    "temperature": _NUMBER,
+    "top_k": _INTEGER,
+    "top_p": _NUMBER,
+    "min_p": _NUMBER,
+    "seed": _INTEGER,
+    "stop": dataclasses.replace(_STRING, several=True),
+    "stop_ids": dataclasses.replace(_INTEGER, expected="a token id", several=True),
+    "strengths": dataclasses.replace(_NUMBER, several=True, optional=True),
+    "log_probs": dataclasses.replace(_INTEGER, optional=True),
+}

@@ -23,6 +23,7 @@ from ivl_jax.composed.sources import read_language_model, read_values
 from ivl_jax.config import ConfigError, InferConfig, check_infer_config, config_to_mapping
 from ivl_jax.data.formats import Message
 from ivl_jax.decoding.generation import Generation, GenerationError
+from ivl_jax.decoding.given_prompts import Prompt
 from ivl_jax.decoding.loading import decoding_mesh, load_composed
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.decoding.prompt_files import (
@@ -31,7 +32,7 @@ from ivl_jax.decoding.prompt_files import (
     folder_fingerprint,
     read_prompts,
 )
-from ivl_jax.decoding.prompts import Prompt, PromptReader, make_prompt_reader
+from ivl_jax.decoding.prompts import PromptReader, make_prompt_reader
 from ivl_jax.decoding.requests import EncodedPrompt, PromptTooLongError
 from ivl_jax.profiling import StepProfile
 

@@ -5,17 +5,20 @@ model may take a value network's place: its logits are added like theirs (proxy-
 """
 
 import dataclasses
+import numbers
+import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from ivl_jax.checkpoint import ValueNetwork
 from ivl_jax.composed.compatibility import ComposedSources, check_sources
-from ivl_jax.composed.kernel_form import lay_out_network, output_rows
+from ivl_jax.composed.kernel_form import lay_out_network, loading_form, output_rows
 from ivl_jax.composed.network import (
     ComposedParams,
     Composition,
@@ -24,8 +27,10 @@ from ivl_jax.composed.network import (
     Network,
     ValueArrays,
 )
-from ivl_jax.composed.sources import NO_SCHEMES, ModelSource, Schemes, source_of
+from ivl_jax.composed.sources import NO_SCHEMES, ModelSource, Schemes
+from ivl_jax.config import strength_problem
 from ivl_jax.decoding.device.programs import build_programs
+from ivl_jax.decoding.given_models import is_path, language_model_source, value_source
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.decoding.prompts import make_prompt_reader
 from ivl_jax.model.decoder import Params
@@ -42,25 +47,31 @@ else:
 
 
 def compose(
-    base: LanguageModel,
-    *values: ValueNetwork | LanguageModel,
-    strengths: Sequence[float] = (),
-    maps: Sequence[epath.PathLike | DescribedMap | None] = (),
+    base: LanguageModel | epath.PathLike,
+    *values: ValueNetwork | LanguageModel | epath.PathLike,
+    strengths: float | Sequence[float] = (),
+    maps: epath.PathLike | DescribedMap | Sequence[epath.PathLike | DescribedMap | None] = (),
     schemes: Schemes = NO_SCHEMES,
     mesh: Mesh | None = None,
     base_rules: ShardingRules = DEFAULT_RULES,
     value_rules: ShardingRules = DEFAULT_RULES,
-    draft: LanguageModel | None = None,
+    draft: LanguageModel | epath.PathLike | None = None,
     draft_length: int = 0,
     int8_base: bool = False,
+    param_dtype: DTypeLike = jnp.float32,
 ) -> ComposedModel:
     """Put value networks on a base model: z = z_base + Σ α · z_value.
 
+        compose("meta-llama/Llama-2-13b-hf", "runs/mine/value", strengths=0.8)
+
     Args:
-        base: the base model.
-        values: value networks; none gives the base alone. A language model counts as one that reads
-            the text only: `compose(base, tuned, untuned, strengths=(α, −α))` is proxy-tuning.
-        strengths: α of each value network; empty: 1 each.
+        base: the base model: loaded, or its folder or hub id. Of what is given by its path, all is
+            checked before any weights are read, and each weight is held once, in the form it
+            decodes in.
+        values: value networks, loaded or their folders; none gives the base alone. A language model
+            counts as one that reads the text only: `compose(base, tuned, untuned,
+            strengths=(α, −α))` is proxy-tuning.
+        strengths: α of each value network, or one number for all; empty: 1 each.
         maps: for each value network, the vocabulary map between the base's tokenizer and its own,
             as a file or read already; None for those that share the base's. Empty: all do.
         schemes: connection schemes of your own that value folders name, by the name they have
@@ -69,16 +80,20 @@ def compose(
             not lie as the rules say are moved there.
         base_rules: the base's layout on the mesh.
         value_rules: the value networks' layout on the mesh; it may differ from the base's.
-        draft: a small base of the same family that proposes tokens under the same value networks.
-            Greedy text stays the same but for near-ties, samples keep their distribution.
+        draft: a small base of the same family that proposes tokens under the same value networks,
+            loaded or by its path. Greedy text stays the same but for near-ties, samples keep their
+            distribution.
         draft_length: tokens it proposes at a time; 0: as many as pay, none where it slows down.
         int8_base: round the base's kernels to int8: a quarter of their float32 memory, and faster
             where memory is what decoding waits for.
+        param_dtype: float32 or bfloat16, of what is given by its path.
 
     Returns:
         A model that generates. Computation runs in the dtype each network's parameters are held in.
 
     Raises:
+        TypeError: something that is neither a model nor the path of one.
+        FileNotFoundError: no model at a path.
         TokenizerMismatchError: base and a value network disagree on tokens both have; it gives the
             command that builds a map between them.
         VocabularyMapError: a map that cannot be read, or that was built for other tokenizers.
@@ -86,23 +101,34 @@ def compose(
             network with a map reads base logits (only the residual scheme reads no more than text);
             or a draft beside a value network that reads base logits or has a map.
     """
-    if maps and len(maps) != len(values):
-        raise ValueError(f"{len(maps)} maps for {len(values)} value network(s)")
-    described = [_described(given) for given in maps] or [None] * len(values)
+    alphas = _strengths_of(strengths, number=len(values))
+    given_maps = [maps] if isinstance(maps, str | os.PathLike | DescribedMap) else list(maps)
+    if given_maps and len(given_maps) != len(values):
+        raise ValueError(f"{len(given_maps)} maps for {len(values)} value network(s)")
+    described = [_described(given) for given in given_maps] or [None] * len(values)
     sources = check_sources(
-        source_of(base, f"the base {base.path}"),
+        language_model_source(base, "the base"),
         [
-            source_of(value, _value_label(value, index), described_map=one_map, schemes=schemes)
+            value_source(value, index, described_map=one_map, schemes=schemes)
             for index, (value, one_map) in enumerate(zip(values, described, strict=True))
         ],
-        draft=None if draft is None else source_of(draft, f"the draft {draft.path}"),
+        draft=None if draft is None else language_model_source(draft, "the draft"),
     )
+
+    def loaded(given: Any, source: ModelSource, rules: ShardingRules, *, int8: bool = False) -> Any:
+        if not is_path(given):
+            return given
+        form = loading_form(mesh, int8=int8)
+        return source.load(param_dtype=param_dtype, form=form, mesh=mesh, sharding_rules=rules)
+
+    # The values first: they are small, and a damaged one is found before the base is read.
+    networks = [loaded(*pair, value_rules) for pair in zip(values, sources.values, strict=True)]
     return compose_loaded(
         sources,
-        base,
-        values,
-        draft,
-        strengths=strengths,
+        loaded(base, sources.base, base_rules, int8=int8_base),
+        networks,
+        sources.draft and loaded(draft, sources.draft, value_rules),
+        strengths=alphas,
         mesh=mesh,
         base_rules=base_rules,
         value_rules=value_rules,
@@ -234,17 +260,21 @@ def _value_network(
     return connected, params
 
 
+def _strengths_of(given: Any, *, number: int) -> tuple[float, ...]:
+    """α of each value network; one number counts for each."""
+    each = (given,) * max(number, 1) if isinstance(given, numbers.Real) else tuple(given)
+    for alpha in each:
+        if not isinstance(alpha, numbers.Real):
+            raise TypeError(f"strengths: expected numbers, got {alpha!r:.60}")
+        if problem := strength_problem(cast(float, alpha)):
+            raise ValueError(f"strengths {problem}")
+    return tuple(float(alpha) for alpha in each)
+
+
 def _described(given: epath.PathLike | DescribedMap | None) -> DescribedMap | None:
     if given is None or isinstance(given, DescribedMap):
         return given
     return read_map(given)
-
-
-def _value_label(value: ValueNetwork | LanguageModel, index: int) -> str:
-    if isinstance(value, LanguageModel):
-        return f"value network {index + 1} (the language model {value.path})"
-    trained_on = value.metadata.training_base.get("name", "an unnamed base")
-    return f"value network {index + 1} (trained on {trained_on})"
 
 
 def _strips_leading_space(tokenizer: PreTrainedTokenizerBase, info: TokenizerInfo) -> bool:

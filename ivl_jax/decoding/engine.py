@@ -146,9 +146,15 @@ class Engine:
             The request's id: what `step` and `cancel` call it. Ids are never used again.
 
         Raises:
+            TypeError: it is not prepared.
             RequestTooLargeError: it can never be decoded within the engine's limits.
             ValueError: it has a strength for more or fewer value networks than there are.
         """
+        if not isinstance(prompt, EncodedPrompt):
+            raise TypeError(
+                "expected a prepared prompt, one of `model.prepare([text], options)`, got "
+                f"{prompt!r:.60}"
+            )
         planner, option = self._planner, prompt.options
         networks = len(self._model.strengths)
         if option.strengths is not None and len(option.strengths) != networks:

@@ -5,20 +5,22 @@ final. `ivl_jax.decoding.compose` makes the model.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 from ivl_jax.checkpoint import ValueNetwork
 from ivl_jax.composed.network import ComposedParams, Composition
+from ivl_jax.config import GenerationKeywords
 from ivl_jax.data.chat import ChatFormat
 from ivl_jax.decoding.batch import EngineModel
 from ivl_jax.decoding.capacity import EngineLimits
 from ivl_jax.decoding.device.programs import Programs
 from ivl_jax.decoding.engine import DEFAULT_LIMITS, Engine
 from ivl_jax.decoding.generation import Generation
+from ivl_jax.decoding.given_prompts import OnePrompt, Prompt, is_one_prompt, plain_prompt
 from ivl_jax.decoding.own_vocabulary import OwnVocabulary
-from ivl_jax.decoding.prompts import GREEDY, Prompt, PromptReader
+from ivl_jax.decoding.prompts import GREEDY, Options, PromptReader
 from ivl_jax.decoding.requests import EncodedPrompt, GenerationOptions
 from ivl_jax.decoding.streaming import Detokenizer, RowText
 from ivl_jax.profiling import NO_PROFILE, StepProfile
@@ -97,8 +99,9 @@ class ComposedModel:
 
         Args:
             prompt: a text, which gets the special tokens the tokenizer puts around texts ("" is the
-                beginning-of-sequence token alone); a dialogue, which goes through `chat_format`; or
-                token ids, which stay as they are.
+                beginning-of-sequence token alone, and one that is spelled out at the beginning is
+                not added again); a dialogue, which goes through `chat_format`; or token ids, which
+                stay as they are.
 
         Returns:
             Token ids, at least one.
@@ -109,53 +112,85 @@ class ComposedModel:
         """
         return self.prompts.encode(prompt)
 
+    @overload
+    def generate(
+        self,
+        prompts: OnePrompt,
+        options: Options = GREEDY,
+        *,
+        batch_size: int = 8,
+        **keywords: Unpack[GenerationKeywords],
+    ) -> Generation: ...
+
+    @overload
     def generate(
         self,
         prompts: Sequence[Prompt],
-        options: GenerationOptions | Sequence[GenerationOptions] = GREEDY,
+        options: Options = GREEDY,
         *,
         batch_size: int = 8,
-    ) -> list[Generation]:
-        """Continue prompts.
+        **keywords: Unpack[GenerationKeywords],
+    ) -> list[Generation]: ...
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        options: Options = GREEDY,
+        *,
+        batch_size: int = 8,
+        **keywords: Unpack[GenerationKeywords],
+    ) -> Generation | list[Generation]:
+        """Continue one prompt, or several.
+
+            model.generate("Once upon a time", max_new_tokens=20).text
+            [one.text for one in model.generate(["Once", "There was"], temperature=0.8, seed=1)]
+            model.generate([{"role": "user", "content": "Explain tides."}]).text
 
         Args:
-            prompts: texts, dialogues or token ids.
+            prompts: one text, one dialogue or the token ids of one prompt; or a list of these.
             options: one for all prompts, or one per prompt.
             batch_size: prompts decoded together.
+            keywords: fields of `GenerationOptions` that take the place of those of the options.
 
         Returns:
-            One generation per prompt, in order.
+            The generation of one prompt; of several a list, one each, in order.
 
         Raises:
+            TypeError: not a prompt, or an option that does not exist; says what is expected.
             PromptTooLongError: a prompt exceeds the context; all such prompts are named, before
                 anything is computed.
-            ValueError: a prompt without tokens or with ids outside the vocabulary, or strengths
-                that do not match the value networks.
+            ValueError: a prompt without tokens or with ids outside the vocabulary, options out of
+                their range, or strengths that do not match the value networks.
         """
-        return list(self.generate_prepared(self.prepare(prompts, options), batch_size=batch_size))
+        prepared = self.prepare(prompts, options, **keywords)
+        generations = list(self.generate_prepared(prepared, batch_size=batch_size))
+        return generations[0] if is_one_prompt(prompts) else generations
 
     def prepare(
         self,
-        prompts: Sequence[Prompt],
-        options: GenerationOptions | Sequence[GenerationOptions] = GREEDY,
+        prompts: Prompt | Sequence[Prompt],
+        options: Options = GREEDY,
         *,
         names: Sequence[str] = (),
+        **keywords: Unpack[GenerationKeywords],
     ) -> list[EncodedPrompt]:
         """Encode and check prompts, before anything is computed.
 
         Args:
-            prompts: texts, dialogues or token ids.
+            prompts: as `generate` takes them, like the options.
             options: one for all prompts, or one per prompt.
             names: what to call each prompt in messages; empty: "prompt 0", "prompt 1", …
+            keywords: fields of `GenerationOptions` that take the place of those of the options.
 
         Returns:
             One encoded prompt each, in order.
 
         Raises:
-            PromptTooLongError: as `generate`.
-            ValueError: as `generate`.
+            TypeError: as `generate`, like the rest.
+            PromptTooLongError: a prompt exceeds the context.
+            ValueError: a prompt or options that cannot be used.
         """
-        return self.prompts.prepare(prompts, options, names=names)
+        return self.prompts.prepare(prompts, options, names=names, keywords=keywords)
 
     def engine(self, limits: EngineLimits = DEFAULT_LIMITS) -> Engine:
         """Make an engine, which decodes prompts that come and go while others are decoded.
@@ -218,7 +253,12 @@ class ComposedModel:
                 following = next(order, None)
 
     def stream(
-        self, prompt: Prompt, options: GenerationOptions = GREEDY, *, chunk_tokens: int = 4
+        self,
+        prompt: Prompt,
+        options: GenerationOptions | Mapping[str, Any] = GREEDY,
+        *,
+        chunk_tokens: int = 4,
+        **keywords: Unpack[GenerationKeywords],
     ) -> Iterator[str | Generation]:
         """Continue one prompt and yield its text as it becomes final.
 
@@ -226,6 +266,7 @@ class ComposedModel:
             prompt: a text, a dialogue or token ids.
             options: how it is continued.
             chunk_tokens: tokens computed between two pieces.
+            keywords: fields of `GenerationOptions` that take the place of those of the options.
 
         Returns:
             An iterator over pieces of text, none empty, of whole characters only, which together
@@ -233,10 +274,11 @@ class ComposedModel:
             the prompt is raised by this call.
 
         Raises:
-            PromptTooLongError: as `generate`.
-            ValueError: as `generate`.
+            TypeError: as `generate`, like the rest.
+            PromptTooLongError: the prompt exceeds the context.
+            ValueError: a prompt or options that cannot be used.
         """
-        (prepared,) = self.prepare([prompt], options)
+        (prepared,) = self.prepare([plain_prompt(prompt)], options, **keywords)
         return self.stream_prepared(prepared, chunk_tokens=chunk_tokens)
 
     def stream_prepared(

@@ -11,7 +11,6 @@ same settings and the same prompts.
 import hashlib
 import json
 import logging
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import Any
 
 from etils import epath
 
-from ivl_jax.config import ConfigError
+from ivl_jax.config import ConfigError, strength_problem
 
 logger = logging.getLogger(__name__)
 
@@ -227,13 +226,14 @@ def _strengths(record: Mapping[str, Any], values: int) -> tuple[float, ...] | No
     given = record.get("strengths")
     if given is None:
         return None
-    numbers = isinstance(given, list) and all(
-        type(alpha) in (int, float) and math.isfinite(alpha) for alpha in given
-    )
+    numbers = isinstance(given, list) and all(type(alpha) in (int, float) for alpha in given)
     if not numbers or len(given) != values:
         raise ValueError(
-            f"strengths must be a list of {values} number(s), one a value network, got {given!r}"
+            f"strengths must be a list of {values} number(s), one per value network, got {given!r}"
         )
+    for alpha in given:
+        if problem := strength_problem(alpha):
+            raise ValueError(f"each of strengths {problem}")
     return tuple(float(alpha) for alpha in given)
 
 

@@ -6,20 +6,25 @@ check.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 from ivl_jax.composed.compatibility import ComposedSources
 from ivl_jax.composed.sources import ModelSource
+from ivl_jax.config import GenerationKeywords, options_with
 from ivl_jax.data.chat import ChatFormat, make_chat_format
 from ivl_jax.data.formats import Message
+from ivl_jax.decoding.given_prompts import PlainPrompt, Prompt, plain_prompt, plain_prompts
 from ivl_jax.decoding.own_vocabulary import OwnVocabulary, base_chat_format, make_own_vocabulary
 from ivl_jax.decoding.requests import EncodedPrompt, GenerationOptions, PromptTooLongError
 from ivl_jax.text_codec import TextCodec
 
-Prompt = str | Sequence[int] | Sequence[Message]
-"""A text, token ids, or a dialogue whose last message is the user's."""
+logger = logging.getLogger(__name__)
+
+Options = GenerationOptions | Mapping[str, Any] | Sequence[GenerationOptions | Mapping[str, Any]]
+"""One for all prompts, or one per prompt; a mapping holds fields of `GenerationOptions`."""
 
 GREEDY = GenerationOptions()
 _MOST_PROBLEMS_NAMED = 20
@@ -65,50 +70,84 @@ class PromptReader:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """As `ComposedModel.encode`."""
+        token_ids, begun = self._token_ids(plain_prompt(prompt))
+        self._say_begun(["the prompt"] if begun else [])
+        return token_ids
+
+    def prepare(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        options: Options = GREEDY,
+        *,
+        names: Sequence[str] = (),
+        keywords: GenerationKeywords | None = None,
+    ) -> list[EncodedPrompt]:
+        """As `ComposedModel.prepare`."""
+        plain = plain_prompts(prompts)
+        each = _options_of(options, keywords or {}, number=len(plain))
+        encoded, problems, begun = [], [], []
+        too_long = False
+        for row, (prompt, option) in enumerate(zip(plain, each, strict=True)):
+            name = names[row] if names else f"prompt {row}"
+            try:
+                token_ids, begins = self._token_ids(prompt)
+                encoded.append(self._encode(prompt, token_ids, option, row))
+                self._check(encoded[-1])
+            except ValueError as error:
+                too_long |= isinstance(error, PromptTooLongError)
+                problems.append(f"{name}: {error}")
+            else:
+                begun += [name] if begins else []
+        if problems:
+            raise (PromptTooLongError if too_long else ValueError)(_listed(problems))
+        self._say_begun(begun)
+        return encoded
+
+    def _token_ids(self, prompt: PlainPrompt) -> tuple[list[int], bool]:
+        """The tokens of a prompt, and whether the token that begins texts was in it already."""
+        bos_id = self.base.info.bos_id
         if isinstance(prompt, str):
             token_ids = list(self.base.tokenizer(prompt, verbose=False)["input_ids"])
+            if token_ids[:2] == [bos_id, bos_id] and self._adds_bos:
+                return token_ids[1:], True
         elif _is_dialogue(prompt):
-            token_ids = self.chat_format.encode_prompt(cast(Sequence[Message], prompt)).tolist()
+            token_ids = self.chat_format.encode_prompt(prompt).tolist()
         else:
-            token_ids = [int(token_id) for token_id in cast(Sequence[int], prompt)]
+            token_ids = cast(list[int], prompt)
         if token_ids:
-            return token_ids
-        bos_id = self.base.info.bos_id
+            return token_ids, False
         if not isinstance(prompt, str) or bos_id is None:
             raise ValueError(
                 f"{prompt!r} has no tokens, and the tokenizer of {self.base.path} has "
                 f"{'no' if bos_id is None else 'a'} beginning-of-sequence token: give some text"
             )
-        return [bos_id]
+        return [bos_id], False
 
-    def prepare(
-        self,
-        prompts: Sequence[Prompt],
-        options: GenerationOptions | Sequence[GenerationOptions] = GREEDY,
-        *,
-        names: Sequence[str] = (),
-    ) -> list[EncodedPrompt]:
-        """As `ComposedModel.prepare`."""
-        each = [options] * len(prompts) if isinstance(options, GenerationOptions) else list(options)
-        if len(each) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts, but {len(each)} options: give one a prompt")
-        encoded, problems = [], []
-        too_long = False
-        for row, (prompt, option) in enumerate(zip(prompts, each, strict=True)):
-            try:
-                encoded.append(self._encode(prompt, option, row))
-                self._check(encoded[-1])
-            except ValueError as error:
-                too_long |= isinstance(error, PromptTooLongError)
-                problems.append(f"{names[row] if names else f'prompt {row}'}: {error}")
-        if problems:
-            raise (PromptTooLongError if too_long else ValueError)(_listed(problems))
-        return encoded
+    @functools.cached_property
+    def _adds_bos(self) -> bool:
+        """Whether the base's tokenizer itself begins every text with the token for it."""
+        begins = list(self.base.tokenizer("", verbose=False)["input_ids"])[:1]
+        return begins == [self.base.info.bos_id]
 
-    def _encode(self, prompt: Prompt, option: GenerationOptions, row: int) -> EncodedPrompt:
-        token_ids, messages = self.encode(prompt), None
-        if not isinstance(prompt, str) and _is_dialogue(prompt):
-            messages = cast(Sequence[Message], prompt)
+    def _say_begun(self, names: Sequence[str]) -> None:
+        """Warn once of texts that spell out the token that begins them."""
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            logger.warning(
+                "%s%s: the text begins with %s, which the tokenizer of %s adds by itself: it is "
+                "read once; leave it out of the text",
+                names[0],
+                more,
+                self.base.tokenizer.bos_token,
+                self.base.path,
+            )
+
+    def _encode(
+        self, prompt: PlainPrompt, token_ids: list[int], option: GenerationOptions, row: int
+    ) -> EncodedPrompt:
+        messages = None
+        if _is_dialogue(prompt):
+            messages = prompt
             ends = (*option.stop_ids, *self.chat_format.stop_ids)
             option = dataclasses.replace(option, stop_ids=ends)
         texts = [own.read_prompt(token_ids, messages) for own in self.own_vocabularies if own]
@@ -172,8 +211,20 @@ def _own_vocabulary(base_codec: TextCodec, value: ModelSource) -> OwnVocabulary:
     )
 
 
-def _is_dialogue(prompt: Sequence[Any]) -> bool:
-    return len(prompt) > 0 and isinstance(prompt[0], Message)
+def _is_dialogue(prompt: PlainPrompt) -> TypeGuard[list[Message]]:
+    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Message)
+
+
+def _options_of(
+    options: Options, keywords: GenerationKeywords, *, number: int
+) -> list[GenerationOptions]:
+    """Options of each prompt."""
+    if isinstance(options, GenerationOptions | Mapping) or not isinstance(options, Iterable):
+        return [options_with(options, keywords)] * number
+    each = [options_with(one, keywords) for one in options]
+    if len(each) != number:
+        raise ValueError(f"{number} prompts, but {len(each)} options: give one per prompt")
+    return each
 
 
 def _listed(problems: list[str]) -> str:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from ivl_jax.checkpoint import TrainCheckpointer, write_value_description
-from ivl_jax.config import ConfigError, TrainConfig, check_train_config
+from ivl_jax.config import ConfigError, TrainConfig, check_train_config, train_config_of
 from ivl_jax.devices import unused_accelerator
 from ivl_jax.profiling import StepProfile
 from ivl_jax.sharding import place_batch
@@ -66,21 +66,23 @@ class NonFiniteLossError(RuntimeError):
     """Loss or gradient became inf or NaN: which step, which rows; nothing of it was saved."""
 
 
-def run(config: TrainConfig) -> TrainResult:
+def run(config: TrainConfig | str | os.PathLike[str] | Mapping[str, Any]) -> TrainResult:
     """Train a value network (or fine-tune a model alone) as a config says.
 
     Args:
-        config: of the run.
+        config: of the run, or the path of its TOML file, or a mapping of what that would hold.
 
     Returns:
         What came out.
 
     Raises:
+        TypeError: something else was given.
         ConfigError: something in the config cannot work; said before anything expensive.
         RunDirectoryError: the run directory exists and `resume` was not said, or the like.
         NoUsableCheckpointError: `resume` was said and no checkpoint is sound.
         NonFiniteLossError: the loss or a gradient became inf or NaN.
     """
+    config = train_config_of(config)
     check_train_config(config)
     directory = RunDirectory(config.run_dir)
     if config.distributed:

@@ -7,6 +7,7 @@ that stop a text; or a Hugging Face folder made of one.
 import functools
 import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,7 @@ else:
 
 logger = logging.getLogger(__name__)
 
+_VALUE_METADATA = "ivl.json"  # marks a value folder
 # Weights as transformers names them, the configuration, and every file a tokenizer may need. Not
 # *.bin, and not a second copy of the weights in another layout (Mistral's
 # consolidated.safetensors).
@@ -204,11 +206,15 @@ def find_model(path_or_hub_id: str | Path, *, revision: str | None = None) -> Pa
     Raises:
         FileNotFoundError: there is no such folder, and the hub cannot be reached or has no such
             model.
-        ValueError: a revision was given with a local folder.
+        TypeError: something else than a path was given.
+        ValueError: a revision was given with a local folder, or the folder is a value folder.
     """
-    name = str(path_or_hub_id)
+    if not isinstance(path_or_hub_id, str | os.PathLike):
+        raise TypeError(f"expected a model's folder or hub id, got {path_or_hub_id!r:.60}")
+    name = os.fspath(path_or_hub_id)
     folder = Path(name).expanduser()
     if folder.is_dir():
+        _check_is_language_model(folder, name)
         if revision is not None:
             raise ValueError(
                 f"{name}: revision {revision!r} is of the hub, but a local folder has this name"
@@ -243,6 +249,20 @@ def find_model(path_or_hub_id: str | Path, *, revision: str | None = None) -> Pa
             f"({type(error).__name__}): download it where there is a network "
             f"(`hf download {name}`) and give the folder"
         ) from error
+
+
+def _check_is_language_model(folder: Path, name: str) -> None:
+    """Say what a folder of this package is, and how it is used, where it is not a model."""
+    if (folder / "config.json").exists():
+        return
+    value = "load it with ivl_jax.load_value and put it on a base: ivl_jax.compose, or --value"
+    if (folder / _VALUE_METADATA).exists():
+        raise ValueError(f"{name} is a value folder, not a language model: {value}")
+    if (folder / "value" / _VALUE_METADATA).exists():
+        raise ValueError(
+            f"{name} is the directory of a training run, not a language model: its value folder "
+            f"is {name}/value; {value}"
+        )
 
 
 def read_arch(folder: Path) -> ArchConfig:

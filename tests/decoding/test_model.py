@@ -202,7 +202,7 @@ def test_impossible_requests_are_named(composed):
     with pytest.raises(ValueError, match=r"temperature must be ≥ 0.*top_p must be in"):
         GenerationOptions(temperature=-1.0, top_p=0.0)
     with pytest.raises(ValueError, match="stop"):
-        GenerationOptions(stop="END")
+        GenerationOptions(stop=("END", ""))
 
 
 def test_no_prompts_give_no_generations(composed):

@@ -103,8 +103,10 @@ def test_a_value_folder_names_its_arrays(tmp_path: Path, on_mesh):
     from ivl_jax.checkpoint import load_value, save_value
     from ivl_jax.weights.language_model import load_language_model
     from tests.decoding.conftest import make_value
+    from tests.decoding.tiny import tiny_arch
 
-    value = make_value(load_language_model(family_folder("S")))
+    arch = tiny_arch(layers=2, rows=2048)
+    value = make_value(load_language_model(family_folder("S")), arch=arch)
     value.params["layers"][1]["mlp"]["up_proj"]["kernel"] = (
         value.params["layers"][1]["mlp"]["up_proj"]["kernel"].at[2, 5].set(jnp.nan)
     )
