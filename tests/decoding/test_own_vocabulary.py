@@ -112,6 +112,30 @@ def test_tokens_equal_reading_and_running_everything_anew_at_each_step(request, 
     assert len({generation.text for generation in together}) == len(PROMPTS)
 
 
+def test_a_nan_that_one_value_reads_ends_the_row_and_names_the_value(mixed):
+    model, _ = mixed
+    options = GenerationOptions(max_new_tokens=6)
+    prepared = model.prepare(PROMPTS, options)
+    free = list(model.generate_prepared(prepared, batch_size=4))
+    # A token of the last prompt alone, as the third value network reads it: the second with a map.
+    texts = [prompt.own_texts[1].tokens for prompt in prepared]
+    token = next(t for t in texts[3] if all(t not in text for text in texts[:3]))
+    broken = model.params.values[2]
+    embedding = broken.params["embed_tokens"]["embedding"].at[token].set(np.nan)
+    broken = broken._replace(params=broken.params | {"embed_tokens": {"embedding": embedding}})
+    values = (*model.params.values[:2], broken)
+    model = dataclasses.replace(model, params=model.params._replace(values=values))
+    *others, failed = model.generate_prepared(prepared, batch_size=4)
+    assert (failed.finish_reason, failed.token_ids) == ("error", ())
+    assert "value network 3" in failed.error
+    assert "value network 1" not in failed.error
+    # The others say what they said, unless they come to that token themselves.
+    assert [one for one in others if one.error is None] == [
+        before for before, one in zip(free, others, strict=False) if one.error is None
+    ]
+    assert any(one.error is None for one in others)
+
+
 def test_dialogues_are_read_through_the_values_template_by_both_sides(swapped):
     model, maps = swapped
     dialogues = [[Message("user", text)] for text in ("Hi", "Why?", "水", "One more")]
