@@ -13,7 +13,9 @@ from rich.console import Console
 from benchmarks.discovery import Benchmark, BenchmarkError, find_benchmarks, read_reference
 from benchmarks.report import Options, show, to_json, write_json
 from benchmarks.setting import describe_setting
+from ivl_jax.command_line.guard import FAILED, describe_unexpected, run_command
 
+_PROGRAM = "python -m benchmarks"
 _WIDTH_OF_A_FILE = 160
 
 
@@ -23,6 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: of the command line; None for this process' own.
     """
+    return run_command(_PROGRAM, _run, arguments, failure_status=FAILED)
+
+
+def _run(arguments: Sequence[str]) -> int:
     options, chosen, path = _parse(arguments)
     # A pipe has no width; rich would take 80 columns and break every cell.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH_OF_A_FILE)
@@ -37,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:
             # The others' hours are not lost for one that fails.
             failures[name] = f"{type(error).__name__}: {error}"
-            console.print_exception()
+            said = describe_unexpected(error, program=_PROGRAM, arguments=arguments)
+            console.print(f"{name}: {said}", style="red", markup=False, soft_wrap=True)
         record = to_json(reports, failures=failures, options=options, setting=setting)
         if path is not None:
             write_json(path, record)
@@ -48,14 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(
-    arguments: Sequence[str] | None,
+    arguments: Sequence[str],
 ) -> tuple[Options, dict[str, Benchmark], Path | None]:
     try:
         found = find_benchmarks()
     except BenchmarkError as error:
-        raise SystemExit(f"python -m benchmarks: {error}") from error
+        raise SystemExit(f"{_PROGRAM}: {error}") from error
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks",
+        prog=_PROGRAM,
         description="Measure ivl_jax beside its peers and the machine's limits.",
         epilog="\n".join(f"{name}: {one.about}" for name, one in found.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,8 +1,11 @@
 import importlib.util
+import io
 import json
 import logging
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import types
@@ -68,19 +71,38 @@ def base_flags(stories260k_dir, value_folder):
     return ("--base", stories260k_dir, "--value", value_folder, "--strength", 0.3)
 
 
-def test_the_base_alone_from_bos_prints_the_published_greedy_text(stories260k_dir, project_root):
+@pytest.fixture
+def without_torch(tmp_path):
+    """A folder that hides PyTorch, which transformers then advises to install."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "from importlib.machinery import PathFinder\n"
+        "find = PathFinder.find_spec\n"
+        "PathFinder.find_spec = lambda name, *more: name != 'torch' and find(name, *more) or None\n"
+    )
+    return tmp_path
+
+
+def test_the_base_alone_from_bos_prints_the_published_greedy_text(
+    stories260k_dir, project_root, without_torch
+):
     flags = ["--base", str(stories260k_dir), "--value", "none", "--prompt", ""]
     finished = subprocess.run(
         [sys.executable, "infer.py", *flags, "--max-new-tokens", "200"],
         capture_output=True,
         cwd=project_root,
-        env={**os.environ, "XLA_FLAGS": ""},
+        env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(without_torch)},
         timeout=600,
         check=False,
     )
     assert finished.returncode == 0, finished.stderr.decode()
-    assert finished.stdout == (stories260k_dir / "expected_greedy.txt").read_bytes()
-    assert b"200 tokens (length)" in finished.stderr
+    expected = (stories260k_dir / "expected_greedy.txt").read_bytes()
+    assert finished.stdout == expected + b"\n"
+    said = finished.stderr.decode().splitlines()
+    assert [line.split(" in ")[0].split(" (length)")[0] for line in said] == [
+        f"INFO loaded {stories260k_dir}",
+        "INFO compiling; programs are kept",
+        "INFO 200 tokens",
+    ]
 
 
 def test_strength_zero_prints_the_bases_text_and_another_strength_another(infer, base_flags):
@@ -144,9 +166,9 @@ def test_a_value_with_another_tokenizer_decodes_through_its_map(infer, mapped_fl
     source, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"prompt": "Once upon"}\n')
     assert infer(*flags, "--input", source, "--output", output)[0] == 0
-    assert json.loads(output.read_text())["text"] == shown
+    assert json.loads(output.read_text())["text"] + "\n" == shown
     weak = infer(*flags, "--prompt", "Once upon", "--strength", 0)[1]
-    assert weak not in ("", shown)
+    assert weak not in ("\n", shown)
     settings = output.with_name(output.name + ".settings.json")
     assert len(json.loads(settings.read_text())["map_fingerprints"]) == 1
 
@@ -286,6 +308,66 @@ def test_talking_keeps_the_conversation_until_it_is_reset(infer, base_flags, mon
     assert messages.count("30 tokens (length)") == 4
 
 
+def test_messages_may_come_through_a_pipe(infer, base_flags, monkeypatch):
+    flags = (*base_flags, "--chat", "--max-new-tokens", 12)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n/reset\nHello\n"))
+    status, output, _ = infer(*flags)
+    assert status == 0
+    once = infer(*flags, "--prompt", "Hello")[1]
+    assert output == once * 2
+    monkeypatch.setattr(sys, "stdin", io.StringIO("word " * 600))
+    status, output, messages = infer(*flags)
+    assert (status, output) == (1, "")
+    assert "more than the context of 512 tokens" in messages
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8"))
+    status, _, messages = infer(*flags)
+    assert status == 2
+    assert "standard input is not UTF-8" in messages
+
+
+def test_a_termination_signal_ends_a_conversation(infer, base_flags, monkeypatch):
+    from ivl_jax.command_line.guard import StoppedBySignal
+
+    def stopped(mark):
+        raise StoppedBySignal(signal.SIGTERM)
+
+    monkeypatch.setattr("builtins.input", stopped)
+    status, _, messages = infer(*base_flags, "--chat")
+    assert status == 143
+    assert "infer.py: stopped (SIGTERM)" in messages
+
+
+@pytest.mark.slow
+def test_two_processes_that_decode_together_write_every_line_once(
+    infer, stories260k_dir, project_root, tmp_path
+):
+    source, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps({"prompt": f"Once {i}"}) + "\n" for i in range(5)))
+    flags = ["--base", stories260k_dir, "--value", "none", "--input", source, "--batch-size", 2]
+    flags = [*map(str, flags), "--max-new-tokens", "12", "--output"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    cluster = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "infer.py", *flags, str(output), "--distributed"],
+            cwd=project_root,
+            env={**os.environ, "XLA_FLAGS": "", **cluster, "JAX_PROCESS_ID": str(index)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert "5/5" in said[0]
+    assert "5/5" not in said[1]
+    assert infer(*flags, tmp_path / "alone.jsonl")[0] == 0
+    assert output.read_text() == (tmp_path / "alone.jsonl").read_text()
+
+
 def test_the_end_of_input_ends_a_conversation(infer, base_flags, monkeypatch):
     def read_line(mark):
         raise EOFError
@@ -331,7 +413,10 @@ def test_the_end_of_input_ends_a_conversation(infer, base_flags, monkeypatch):
             ("--base", "BASE", "--value", "none", "--draft-length", "3", "--prompt", "a"),
             ["--draft-length 3 needs --draft"],
         ),
-        (("--base", "BASE", "--value", "none", "--chat"), ["terminal"]),
+        (
+            ("--base", "BASE", "--value", "none", "--chat", "--distributed"),
+            ["--distributed needs --prompt or --input"],
+        ),
         (
             ("--base", "BASE", "--value", "none", "--prompt", "a", "--top-p", "0"),
             ["top_p must"],
@@ -371,6 +456,8 @@ def test_compiled_programs_are_kept_where_the_flag_says(infer, base_flags, tmp_p
         status, _, _ = infer(*base_flags, "--prompt", "a", "--compilation-cache", tmp_path / "kept")
         assert status == 0
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "kept")
+        infer(*base_flags, "--prompt", "a", "--compilation-cache", "none")
+        assert jax.config.jax_compilation_cache_dir is None
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
 
@@ -482,5 +569,5 @@ def test_one_prompt_that_ended_with_an_error_shows_its_text_and_then_the_error(
     infer, failing, base_flags
 ):
     status, shown, messages = infer(*base_flags, "--prompt", "Once")
-    assert (status, shown) == (1, "begun")
+    assert (status, shown) == (1, "begun\n")
     assert "infer.py: not finite" in messages

@@ -5,18 +5,20 @@ from pathlib import Path
 
 # First match decides; the number is the level.
 LEVELS = {
+    "ivl_jax.version": -2,
     "ivl_jax.paths": -1,
     "ivl_jax.text_files": -1,
     "ivl_jax.json_files": 0,
     "ivl_jax.toml_files": 0,
     "ivl_jax.manifest": 1,
     "ivl_jax.config": 0.5,
+    "ivl_jax.compilation_cache": 0,
+    "ivl_jax.processes": 1,
     "ivl_jax.command_line": 1,
     "ivl_jax.token_bytes": 0,
     "ivl_jax.buckets": 0,
     "ivl_jax.finite_arrays": 0,
     "ivl_jax.extensions": -2,
-    "ivl_jax.version": -2,
     "ivl_jax.profiling": 0,
     "ivl_jax.devices": 0,
     "ivl_jax.file_lock": 1,
@@ -40,6 +42,7 @@ LEVELS = {
     "ivl_jax.evaluation": 6,
     "ivl_jax.experiments": 7,
     "ivl_jax.assets": 0,
+    "ivl_jax.commands": 7,
     "ivl_jax": 8,
 }
 FORBIDDEN = {

@@ -1,6 +1,5 @@
 """Every command that README and configs name can be given: targets, flags and files exist."""
 
-import importlib.util
 import re
 import shlex
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ivl_jax.command_line.flags import parse_flags
+from ivl_jax.commands.train import read_flags
 from ivl_jax.config import InferConfig
 
 _ROOT = Path(__file__).parents[1]
@@ -32,12 +32,7 @@ def _arguments(command: str) -> list[str]:
 
 
 def _parse_train(arguments: list[str]) -> None:
-    spec = importlib.util.spec_from_file_location("train_command", _ROOT / "train.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.read_command_line(arguments)
+    read_flags(arguments)
 
 
 def _parse_infer(arguments: list[str]) -> None:

@@ -4,23 +4,30 @@ In: a command line. Out: the folder it names, one line on stdout, or the error o
 """
 
 import argparse
-import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from ivl_jax.checkpoint.steps import NoUsableCheckpointError
+from ivl_jax.command_line.console import log_to_stderr
+from ivl_jax.command_line.guard import FAILED, run_command
+
+_PROGRAM = "python -m ivl_jax.checkpoint"
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
         arguments: the command line without the program's name; None: of this process.
 
     Returns:
-        The exit status.
+        The exit status; 1 where a folder cannot be used or written.
     """
-    parser = argparse.ArgumentParser(prog="python -m ivl_jax.checkpoint")
+    return run_command(_PROGRAM, _run, arguments, failure_status=FAILED)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog=_PROGRAM)
     commands = parser.add_subparsers(dest="command", required=True)
 
     value = commands.add_parser("export-value", help="make a value folder from a run's checkpoint")
@@ -40,12 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     hugging_face.add_argument("--overwrite", action="store_true", help="replace a folder there")
 
     chosen = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
-        said = _export_value(chosen) if chosen.command == "export-value" else _export_hf(chosen)
-    except (OSError, NoUsableCheckpointError, ValueError) as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
+    log_to_stderr()
+    said = _export_value(chosen) if chosen.command == "export-value" else _export_hf(chosen)
     sys.stdout.write(f"{said}\n")
     return 0
 

@@ -12,13 +12,17 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
+from ivl_jax.command_line.console import silence_advice
+
 WRONG_INPUT = 2
 FAILED = 1
 _PACKAGE = "ivl_jax"
+_SAME_REQUEST_SECONDS = 0.1
 
 
 class StoppedBySignal(KeyboardInterrupt):
@@ -35,7 +39,7 @@ def run_command(
     arguments: Sequence[str] | None = None,
     *,
     when_stopped: Callable[[], str] = lambda: "stopped",
-    failure_status: int = WRONG_INPUT,
+    failure_status: int | Callable[[], int] = WRONG_INPUT,
 ) -> int:
     """Run a command line; never prints a traceback on the console.
 
@@ -45,12 +49,14 @@ def run_command(
         arguments: without the program's name; None: this process's. `--version` is handled here.
         when_stopped: returns what to print after Ctrl-C, SIGTERM or SIGHUP.
         failure_status: exit status of errors whose message is for the user, except invalid
-            configurations, whose status is 2.
+            configurations, whose status is 2; a function where it depends on how far the command
+            got.
 
     Returns:
         The exit status: 0, `failure_status`, 2, 1 after an unexpected error, 128 + the number of
         the signal that stopped it, or 141 if the reader of a pipe closed it.
     """
+    silence_advice()
     given = sys.argv[1:] if arguments is None else list(arguments)
     if "--version" in given:
         sys.stdout.write(f"{version_line()}\n")
@@ -61,7 +67,7 @@ def run_command(
             sys.stdout.flush()
         return status or 0
     except KeyboardInterrupt as stop:
-        number = stop.number if isinstance(stop, StoppedBySignal) else signal.SIGINT
+        number = signal.Signals(getattr(stop, "number", signal.SIGINT))
         by = "" if number == signal.SIGINT else f" ({number.name})"
         _say(program, f"{when_stopped()}{by}")
         return 128 + number
@@ -71,9 +77,22 @@ def run_command(
     except Exception as error:
         if is_for_the_user(error):
             _say(program, _message(error))
-            return WRONG_INPUT if type(error).__name__ == "ConfigError" else failure_status
+            if type(error).__name__ == "ConfigError":
+                return WRONG_INPUT
+            return failure_status() if callable(failure_status) else failure_status
         _say(program, describe_unexpected(error, program=program, arguments=given))
         return FAILED
+    finally:
+        # Text that a full disk refused must not be tried again when the interpreter ends.
+        try:
+            sys.stdout.flush()
+        except (OSError, ValueError):
+            _discard_output()
+
+
+def called_as() -> str:
+    """What the user called, for messages: `train.py` or `ivl-train`."""
+    return os.path.basename(sys.argv[0])
 
 
 def version_line() -> str:
@@ -166,14 +185,26 @@ def _discard_output() -> None:
 
 @contextlib.contextmanager
 def _signals_as_exceptions() -> Iterator[None]:
-    """Raise SIGTERM and SIGHUP as exceptions, so that files are closed, unless they are ignored."""
+    """Raise SIGTERM and SIGHUP as exceptions, so that files are closed, unless they are ignored.
+
+    A second SIGTERM ends the process at once.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
+    last: dict[int, float] = {}
+
     def stop(number: int, frame: FrameType | None) -> None:
         del frame
-        raise StoppedBySignal(number)
+        now, before = time.monotonic(), last.get(number)
+        if before is None:
+            last[number] = now
+            raise StoppedBySignal(number)
+        # A closing terminal may send SIGHUP twice; GNU timeout sends SIGTERM twice, at one time.
+        if number == signal.SIGTERM and now - before > _SAME_REQUEST_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     names = ("SIGTERM", "SIGHUP")
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]

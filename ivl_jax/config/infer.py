@@ -24,11 +24,14 @@ class InferConfig:
     output: str | None = None
     """JSONL file written as it goes; a second run continues where it stopped."""
     chat: bool = False
-    """Treat prompts as user messages in the first value's template; without a prompt, talk."""
+    """Treat prompts as user messages in the first value's template; without a prompt, talk: each
+    line of standard input is a message."""
     generation: Inline[GenerationOptions] = field(default_factory=GenerationOptions)
     batch_size: int = 8
     """Prompts decoded together, with --input; where one ends, the next takes its place."""
     runtime: Inline[RuntimeConfig] = field(default_factory=RuntimeConfig)
+    distributed: bool = False
+    """Call `jax.distributed.initialize` first (several hosts); the first process writes."""
     profile: str = ""
     """Write a trace of the third to seventh step, of up to 16 tokens a row each (4 of a single
     prompt), to this folder, for TensorBoard or xprof."""
@@ -55,6 +58,10 @@ def check_infer_config(config: InferConfig) -> None:
         problems.append("--prompt and --input exclude each other: remove one")
     if config.prompt is None and config.input is None and not config.chat:
         problems.append("nothing to decode: give --prompt, --input with --output, or --chat")
+    if config.distributed and config.prompt is None and config.input is None:
+        problems.append(
+            "--distributed needs --prompt or --input: only one process can read messages"
+        )
     if (config.input is None) != (config.output is None):
         problems.append("--input and --output belong together: give both or none")
     if config.input is not None and config.input == config.output:

@@ -41,7 +41,8 @@ class RuntimeConfig:
     """How programs are compiled; changes no result."""
 
     compilation_cache: str = ""
-    """Folder of JAX's persistent compilation cache; empty: none."""
+    """Folder of JAX's persistent compilation cache; empty: among the user's caches
+    (`XDG_CACHE_HOME`), unless `JAX_COMPILATION_CACHE_DIR` names another; `none`: no cache."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ In: messages, a tokenizer and a chat template. Out: for training, tokens and whi
 assistant must produce; for decoding, a prompt's tokens, which are a prefix of the training tokens.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -212,7 +213,7 @@ def make_chat_format(tokenizer: Any, *, template: str = "auto") -> ChatFormat:
     """
     if template == "auto":
         template = "tokenizer" if tokenizer.chat_template else "plain"
-        _LOGGER.info("chat template: %s", template)
+        _announce(f"chat template: {template} ({tokenizer.name_or_path or 'made in memory'})")
     if template in NAMED_TEMPLATES:
         variables = named_template_variables(tokenizer, template)
         text = NAMED_TEMPLATES[template].text
@@ -245,6 +246,12 @@ def make_chat_format(tokenizer: Any, *, template: str = "auto") -> ChatFormat:
             PINNED_DATE.date(),
         )
     return chat
+
+
+@functools.cache
+def _announce(message: str) -> None:
+    """Log a message once: training and evaluation make many formats of the same tokenizer."""
+    _LOGGER.info(message)
 
 
 def _check_prompt(messages: Sequence[Message]) -> None:

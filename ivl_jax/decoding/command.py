@@ -9,15 +9,20 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ivl_jax.command_line.guard import StoppedBySignal
+from ivl_jax.compilation_cache import describe_compiling, use_compilation_cache
 from ivl_jax.composed.compatibility import ComposedSources, check_sources
 from ivl_jax.composed.sources import read_language_model, read_values
 from ivl_jax.config import ConfigError, InferConfig, check_infer_config, config_to_mapping
@@ -34,6 +39,7 @@ from ivl_jax.decoding.prompt_files import (
 )
 from ivl_jax.decoding.prompts import PromptReader, make_prompt_reader
 from ivl_jax.decoding.requests import EncodedPrompt, PromptTooLongError
+from ivl_jax.processes import join_processes
 from ivl_jax.profiling import StepProfile
 
 logger = logging.getLogger(__name__)
@@ -50,6 +56,7 @@ _FREE_FLAGS = frozenset(
         "value_layout",
         "profile",
         "compilation_cache",
+        "distributed",
         "stop_ids",
     }
 )
@@ -87,28 +94,41 @@ def prepare(config: InferConfig) -> Work | None:
         ValueError: tokenizers or prompts that do not fit, also before; or weights.
     """
     check_infer_config(config)
-    if config.input is None and config.prompt is None and not sys.stdin.isatty():
-        raise ConfigError("--chat without --prompt talks on a terminal: give --prompt or --input")
     flags, values = config.model, len(config.model.values)
     rows = [] if config.input is None else read_prompts(Path(config.input), values=values)
-    if config.runtime.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", config.runtime.compilation_cache)
+    if config.distributed:
+        join_processes()
+    use_compilation_cache(config.runtime.compilation_cache)
     mesh = decoding_mesh(flags.mesh)
     base = read_language_model(flags.base, role="the base")
     networks = read_values(flags.value, flags.map)
     draft = read_language_model(flags.draft, role="the draft") if flags.draft else None
     sources = check_sources(base, networks, draft=draft)
     prompts = _encode(config, rows, make_prompt_reader(sources))
-    output = None
-    if config.output is not None:
-        settings = _settings(config, sources)
-        output = GenerationFile(Path(config.output), settings=settings, rows=rows)
+    if config.output is None:
+        return Work(config, load_composed(sources, flags, mesh=mesh), prompts, None)
+    with ExitStack() as opened:
+        output = _open_output(config, sources, rows)
+        opened.callback(output.close)
         if output.done == len(rows):
-            output.close()
             logger.info("all %d prompts are done already", len(rows))
             return None
-    model = load_composed(sources, flags, mesh=mesh)
+        model = load_composed(sources, flags, mesh=mesh)
+        opened.pop_all()  # from here on the file is closed by `decode`
     return Work(config, model, prompts, output)
+
+
+def _open_output(
+    config: InferConfig, sources: ComposedSources, rows: Sequence[PromptRow]
+) -> GenerationFile:
+    """Open the output file; of several processes the first one writes it."""
+    assert config.output is not None
+    path, settings = Path(config.output), _settings(config, sources)
+    output = GenerationFile(path, settings=settings, rows=rows, writes=jax.process_index() == 0)
+    if jax.process_count() > 1:
+        # The others may see the file later, or not at all.
+        output.done = int(multihost_utils.broadcast_one_to_all(np.int32(output.done)))
+    return output
 
 
 def _encode(
@@ -136,6 +156,7 @@ def decode(work: Work) -> None:
     Raises:
         GenerationError: texts ended with an error; what there is of them has been written.
     """
+    logger.info(describe_compiling())
     with StepProfile(work.config.profile, first_step=0, name="decode") as profile:
         if work.output is not None:
             _write_file(work, work.output, profile)
@@ -182,7 +203,9 @@ def _write_file(work: Work, output: GenerationFile, profile: StepProfile) -> Non
         TextColumn("prompts"),
         TimeRemainingColumn(),
     )
-    with output, Progress(*columns, console=Console(stderr=True)) as progress:
+    first = jax.process_index() == 0
+    bar = Progress(*columns, console=Console(stderr=True), disable=not first)
+    with output, bar as progress:
         proposed = accepted = failed = 0
         task = progress.add_task("", total=len(work.prompts), completed=output.done)
         generations = work.model.generate_prepared(
@@ -211,12 +234,10 @@ def _show(work: Work, prompt: EncodedPrompt, profile: StepProfile) -> str:
         if isinstance(piece, Generation):
             generation = piece
         else:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    # A file or a pipe gets the text and nothing else.
-    if sys.stdout.isatty():
-        sys.stdout.write("\n")
+            _write(piece)
     assert generation is not None
+    if not generation.text.endswith("\n"):
+        _write("\n")
     rest = max(time.perf_counter() - start - first, 1e-9)
     logger.info(
         "%d tokens (%s): the first after %.2f s, then %.1f tokens/s, compiling included",
@@ -231,6 +252,13 @@ def _show(work: Work, prompt: EncodedPrompt, profile: StepProfile) -> str:
     return generation.text
 
 
+def _write(text: str) -> None:
+    """Write a piece of text at once; of several processes the first one does."""
+    if jax.process_index() == 0:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
 def _log_acceptance(work: Work, proposed: int, accepted: int) -> None:
     """Log how many of the tokens that a draft proposed were accepted; nothing without a draft."""
     if not work.config.model.draft:
@@ -242,15 +270,27 @@ def _log_acceptance(work: Work, proposed: int, accepted: int) -> None:
     logger.info("the draft: %d of %d proposed tokens accepted (%.0f %%)", accepted, proposed, share)
 
 
+def _read_message(*, interactive: bool) -> str | None:
+    """The next line of standard input; None at its end, or after Ctrl-C."""
+    try:
+        return input("> " if interactive else "").strip()
+    except EOFError:
+        return None
+    except StoppedBySignal:
+        raise
+    except KeyboardInterrupt:
+        return None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"standard input is not UTF-8: {error}") from error
+
+
 def _talk(work: Work, profile: StepProfile) -> None:
-    """Talk until the end of input; Ctrl-C stops an answer."""
-    sys.stdout.write("/reset starts a new conversation, /exit (or Ctrl-D) ends it\n")
+    """Talk until the end of input, a line per message; Ctrl-C stops an answer."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        sys.stdout.write("/reset starts a new conversation, /exit (or Ctrl-D) ends it\n")
     messages: list[Message] = []
-    while True:
-        try:
-            line = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            return
+    while (line := _read_message(interactive=interactive)) is not None:
         if line == "/exit":
             return
         if line == "/reset":
@@ -262,14 +302,20 @@ def _talk(work: Work, profile: StepProfile) -> None:
         try:
             (prompt,) = work.model.prepare([asked], work.config.generation)
         except PromptTooLongError as error:
+            if not interactive:
+                raise
             logger.error("%s; /reset starts a new conversation", error)
             continue
         try:
             answer = _show(work, prompt, profile)
+        except StoppedBySignal:
+            raise
         except KeyboardInterrupt:
             sys.stdout.write("\n")
             continue
         except GenerationError as error:
+            if not interactive:
+                raise
             logger.error("%s", error)
             continue
         messages = [*asked, Message("assistant", answer.strip())]

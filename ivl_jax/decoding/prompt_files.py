@@ -4,15 +4,18 @@ In: `{"prompt": text}` or `{"messages": [{"role", "content"}, …]}` a line, per
 `"strengths": [α, …]`. Out: the same lines with `text`, `finish_reason` and token counts added.
 Imports no JAX: bad files are reported at once.
 
-Beside OUTPUT lies OUTPUT.settings.json, what it was made with; a second run goes on only with the
-same settings and the same prompts.
+OUTPUT.settings.json records what OUTPUT was made with; a second run resumes only with the same
+settings and the same prompts.
 """
 
+import errno
 import hashlib
 import json
 import logging
 import os
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +24,9 @@ from typing import Any
 from etils import epath
 
 from ivl_jax.config import ConfigError, strength_problem
+from ivl_jax.file_lock import FileLock, LockedError
+from ivl_jax.json_files import JsonLine, json_kind, read_json_lines, read_json_object, write_json
+from ivl_jax.text_files import MalformedFileError
 
 logger = logging.getLogger(__name__)
 
@@ -67,15 +73,16 @@ def read_prompts(path: Path, *, values: int) -> list[PromptRow]:
     if not path.is_file():
         raise ConfigError(f"--input: no file at {path}")
     rows, problems = [], []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                rows.append(_parse_row(json.loads(line), where, values=values))
-            except ValueError as error:
-                problems.append(f"{where}: {error}")
+    for line in read_json_lines(path):
+        where = f"{path}:{line.number}"
+        if line.error is not None:
+            column = "" if line.error.column is None else f":{line.error.column}"
+            problems.append(f"{where}{column}: {line.error.reason}")
+            continue
+        try:
+            rows.append(_parse_row(line.value, where, values=values))
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
     if problems:
         more = len(problems) - _MOST_PROBLEMS_NAMED
         named = "\n".join(f"  - {problem}" for problem in problems[:_MOST_PROBLEMS_NAMED])
@@ -115,14 +122,19 @@ def folder_fingerprint(folder: epath.PathLike) -> str:
 class GenerationFile:
     """The output file: knows what is done, and appends one whole line at a time.
 
+    While it is open, no other process can open it: OUTPUT.lock says who holds it.
+
     Args:
         path: the JSONL file.
         settings: everything that decides the texts; compared with what the file was made with.
         rows: the prompts, in order.
         added: fields that every finished line has besides those of its row.
+        writes: whether lines are written; of several processes that decode together, one does.
 
     Raises:
-        ConfigError: the file was made with other settings or other prompts, or by something else.
+        ConfigError: the file was made with other settings or other prompts, or by something else,
+            and is left as it is; or another process holds it.
+        OSError: it cannot be written.
     """
 
     def __init__(
@@ -132,22 +144,32 @@ class GenerationFile:
         settings: Mapping[str, Any],
         rows: Sequence[PromptRow],
         added: Sequence[str] = _ADDED_FIELDS,
+        writes: bool = True,
     ) -> None:
         self._path = path
         self._rows = rows
-        settings_path = path.with_name(path.name + ".settings.json")
+        self.done = 0
+        """Rows whose line is there already."""
+        self._file: int | None = None
+        with ExitStack() as stack:
+            if writes:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _lock(path, stack)
+            self._open(settings, added, writes=writes)
+            self._held = stack.pop_all()
+
+    def _open(self, settings: Mapping[str, Any], added: Sequence[str], *, writes: bool) -> None:
+        path, settings_path = self._path, self._path.with_name(self._path.name + ".settings.json")
+        whole = 0
         if path.exists() and path.stat().st_size:
             _compare_settings(path, settings_path, settings)
-            _drop_half_line(path)
-            self.done = _count_done(path, rows, added)
-            """Rows whose line is there already."""
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            staged = settings_path.with_name(settings_path.name + ".tmp")
-            staged.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-            staged.replace(settings_path)
-            self.done = 0
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            self.done, whole = _count_done(path, self._rows, added)
+        elif writes:
+            write_json(settings_path, settings, indent=2)
+        if writes:
+            if path.exists():
+                _drop_half_line(path, whole)
+            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     @property
     def next_row(self) -> PromptRow:
@@ -159,19 +181,38 @@ class GenerationFile:
 
         Args:
             results: the added fields of each row, and perhaps more.
+
+        Raises:
+            OSError: a line could not be written; what is in the file are whole lines.
         """
         for result in results:
             record = {**self._rows[self.done].record, **result}
-            line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+            if self._file is not None:
+                self._write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+            self.done += 1
+
+    def _write(self, line: bytes) -> None:
+        """Write a line, or nothing of it."""
+        assert self._file is not None
+        size = os.fstat(self._file).st_size
+        try:
             # One call, so that a reader or a kill sees the line whole but for a full disk.
             if os.write(self._file, line) != len(line):
-                raise OSError(f"{self._path}: the disk took only part of a line; is it full?")
-            self.done += 1
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(self._file, size)
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def close(self) -> None:
         """Flush to disk and close."""
-        os.fsync(self._file)
-        os.close(self._file)
+        with self._held:
+            if self._file is not None:
+                descriptor, self._file = self._file, None
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
 
     def __enter__(self) -> "GenerationFile":
         return self
@@ -183,6 +224,17 @@ class GenerationFile:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _lock(path: Path, stack: ExitStack) -> None:
+    """Keep every other process from writing the same file until the stack is closed."""
+    try:
+        stack.enter_context(FileLock(path.with_name(path.name + ".lock")))
+    except LockedError as error:
+        raise ConfigError(
+            f"--output: {path} is in use: {error}; wait until that process has ended or stop it, "
+            "or name another file"
+        ) from error
 
 
 def _files_below(folder: epath.Path) -> Iterator[epath.Path]:
@@ -229,7 +281,8 @@ def _strengths(record: Mapping[str, Any], values: int) -> tuple[float, ...] | No
     numbers = isinstance(given, list) and all(type(alpha) in (int, float) for alpha in given)
     if not numbers or len(given) != values:
         raise ValueError(
-            f"strengths must be a list of {values} number(s), one per value network, got {given!r}"
+            f"strengths must be a list of {values} number(s), one per value network, got "
+            f"{textwrap.shorten(repr(given), 80)}"
         )
     for alpha in given:
         if problem := strength_problem(alpha):
@@ -243,7 +296,12 @@ def _compare_settings(path: Path, settings_path: Path, settings: Mapping[str, An
             f"--output: {path} exists, but not {settings_path.name}, which says how it was made: "
             "name another file, or remove this one"
         )
-    then = json.loads(settings_path.read_text(encoding="utf-8"))
+    try:
+        then = read_json_object(settings_path)
+    except MalformedFileError as error:
+        raise ConfigError(
+            f"--output: {error}; it says how {path} was made: name another file, or remove both"
+        ) from error
     now = json.loads(json.dumps(settings))
     differing = [
         f"{name}: {then.get(name)!r} there, {now.get(name)!r} now"
@@ -257,36 +315,53 @@ def _compare_settings(path: Path, settings_path: Path, settings: Mapping[str, An
         )
 
 
-def _drop_half_line(path: Path) -> None:
+def _drop_half_line(path: Path, whole: int) -> None:
     """Cut off what follows the last newline: a line that a killed run did not finish."""
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        logger.warning(
-            "%s: dropped a half-written last line of %d bytes", path, len(content) - whole
-        )
+    rest = path.stat().st_size - whole
+    if rest:
+        logger.warning("%s: dropped a half-written last line of %d bytes", path, rest)
         os.truncate(path, whole)
 
 
-def _count_done(path: Path, rows: Sequence[PromptRow], added: Sequence[str]) -> int:
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    if len(lines) > len(rows):
+def _count_done(path: Path, rows: Sequence[PromptRow], added: Sequence[str]) -> tuple[int, int]:
+    """Check the lines of an output file.
+
+    Returns:
+        How many lines are whole, and their length in bytes.
+    """
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    count = content.count(b"\n", 0, whole)
+    if count > len(rows):
         raise ConfigError(
-            f"--output: {path} has {len(lines)} lines, but the input only {len(rows)} prompts: "
+            f"--output: {path} has {count} lines, but the input only {len(rows)} prompts: "
             "name another file"
         )
+    read = {line.number: line for line in read_json_lines(path) if line.number <= count}
     replaced = {*added, *_OPTIONAL_FIELDS}
-    for number, (line, row) in enumerate(zip(lines, rows, strict=False), 1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ConfigError(f"--output: {path}:{number} is not JSON ({error})") from error
+    for number, row in enumerate(rows[:count], 1):
+        if reason := _line_problem(read.get(number)):
+            raise ConfigError(
+                f"--output: {path}:{number}: {reason}; the file has been edited, and is kept: mend "
+                "the line, or name another file"
+            )
+        record = read[number].value
         own = {name: value for name, value in row.record.items() if name not in replaced}
         if any(record.get(name) != value for name, value in own.items()) or not all(
             name in record for name in added
         ):
             raise ConfigError(
-                f"--output: {path}:{number} is not the result of {row.where}: the input has "
-                "changed since; name another file"
+                f"--output: {path}:{number} is not the result of {row.where}: the input or this "
+                "file has been edited since; name another file"
             )
-    return len(lines)
+    return count, whole
+
+
+def _line_problem(line: JsonLine | None) -> str | None:
+    if line is None:
+        return "the line is empty"
+    if line.error is not None:
+        return line.error.reason
+    return (
+        None if isinstance(line.value, dict) else f"expected an object, got {json_kind(line.value)}"
+    )

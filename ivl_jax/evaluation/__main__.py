@@ -10,10 +10,10 @@ In: flags. Out: tables on the console, JSON and JSONL files.
 """
 
 import importlib
-import logging
 import sys
 from collections.abc import Sequence
 
+from ivl_jax.command_line.console import log_to_stderr
 from ivl_jax.command_line.guard import WRONG_INPUT, run_command
 from ivl_jax.evaluation.discovery import find_evaluations, import_evaluation
 
@@ -41,8 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str]) -> int:
     from ivl_jax.command_line.flags import parse_flags, parse_subcommand
 
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    logging.getLogger("ivl_jax").setLevel(logging.INFO)
+    log_to_stderr()
     if arguments[:1] == [_HARNESS]:
         harness = importlib.import_module("ivl_jax.evaluation.harness_command")
         return harness.run(arguments[1:])

@@ -3,7 +3,6 @@
 In: a composed model, prompts, a JSONL file that knows what is done. Out: the file, complete.
 """
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ivl_jax import json_files
 from ivl_jax.config import ConfigError
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.decoding.prompt_files import GenerationFile
@@ -81,19 +81,14 @@ def read_json_lines(
     if not path.is_file():
         raise ConfigError(f"{flag}: no file at {path}")
     rows, problems = [], []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                problem = problem_of(row) if isinstance(row, dict) else "no JSON object"
-            except ValueError as error:
-                row, problem = None, f"not JSON: {error}"
-            if problem:
-                problems.append(f"{path}:{number}: {problem}")
-            else:
-                rows.append((f"{path}:{number}", row))
+    for line in json_files.read_json_lines(path):
+        where = f"{path}:{line.number}"
+        if line.error is not None:
+            problems.append(f"{where}: {line.error.reason}")
+        elif problem := problem_of(line.value) if isinstance(line.value, dict) else "not an object":
+            problems.append(f"{where}: {problem}")
+        else:
+            rows.append((where, line.value))
     if problems:
         more = len(problems) - _MOST_PROBLEMS_NAMED
         named = "\n".join(f"  - {problem}" for problem in problems[:_MOST_PROBLEMS_NAMED])
@@ -108,6 +103,4 @@ def read_json_lines(
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
     """Write a JSON file that is either whole or absent."""
-    staged = path.with_name(path.name + ".tmp")
-    staged.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    staged.replace(path)
+    json_files.write_json(path, dict(summary), indent=2)

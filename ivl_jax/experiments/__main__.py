@@ -9,17 +9,22 @@ import dataclasses
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
-
+from ivl_jax.assets import config_file
+from ivl_jax.command_line.console import log_to_stdout
+from ivl_jax.command_line.flags import parse_flags
+from ivl_jax.command_line.guard import FAILED, run_command
 from ivl_jax.config import TrainConfig, load_config
 from ivl_jax.experiments.demonstrations import build_items
-from ivl_jax.experiments.lab import InterruptedTrainingError, Laboratory
+from ivl_jax.experiments.lab import Laboratory
 from ivl_jax.experiments.matrix import SEEDS, measurements
 from ivl_jax.experiments.report import write_report
 
 logger = logging.getLogger(__name__)
+
+_PROGRAM = "python -m ivl_jax.experiments"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,29 +37,40 @@ class Options:
     """Trained models and measured figures."""
     docs: Path = Path("docs")
     """Where the report goes."""
-    config: Path = Path("configs/demo.toml")
+    config: Path = dataclasses.field(default_factory=lambda: config_file("demo.toml"))
     """What every training starts from."""
     report_only: bool = False
     """Write the report on what has been measured so far."""
 
 
-def main() -> None:
-    """The command line."""
-    options = tyro.cli(Options)
-    form = "%(asctime)s %(message)s"
-    logging.basicConfig(level=logging.INFO, format=form, stream=sys.stdout, force=True)
-    for chatty in ("absl", "jax"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: without the program's name; None: of this process.
+
+    Returns:
+        The exit status.
+    """
+    return run_command(
+        _PROGRAM,
+        _run,
+        arguments,
+        when_stopped=lambda: "stopped; the same command resumes",
+        failure_status=FAILED,
+    )
+
+
+def _run(arguments: Sequence[str]) -> None:
+    options = parse_flags(Options, arguments, prog=_PROGRAM)
+    log_to_stdout(times=True)
     figures_file = options.docs / "experiments.json"
     if not options.report_only:
         config = load_config(options.config, TrainConfig)
         laboratory = Laboratory(options.work_dir, config, build_items())
-        try:
-            for measurement in measurements(options.seeds):
-                figures = laboratory.measure(measurement)
-                logger.info("%s: %s", measurement.name, figures)
-        except InterruptedTrainingError as error:
-            raise SystemExit(str(error)) from error
+        for measurement in measurements(options.seeds):
+            figures = laboratory.measure(measurement)
+            logger.info("%s: %s", measurement.name, figures)
     measured = options.work_dir / "measured"
     figures = {
         measurement.name: json.loads(file.read_text(encoding="utf-8"))
@@ -68,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

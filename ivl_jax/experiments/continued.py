@@ -9,13 +9,16 @@ import dataclasses
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import tyro
 
 from ivl_jax.assets import family_folder
+from ivl_jax.command_line.console import log_to_stdout
+from ivl_jax.command_line.flags import parse_flags
+from ivl_jax.command_line.guard import FAILED, run_command
 from ivl_jax.experiments.corpus import Corpus, load_corpus
 from ivl_jax.experiments.demonstrations import Item
 from ivl_jax.experiments.facts import Fact, build_facts, fact_questions
@@ -23,6 +26,8 @@ from ivl_jax.experiments.pretraining import Pace, Schedule, pretrain, write_mode
 from ivl_jax.weights.language_model import load_language_model
 
 logger = logging.getLogger(__name__)
+
+_PROGRAM = "python -m ivl_jax.experiments.continued"
 
 NEW_FACTS_SEED = "ivl-facts-2"
 NEW_PEOPLE = 64
@@ -106,16 +111,30 @@ class Options:
     """Where the finished folder and the checkpoints go."""
 
 
-def main() -> None:
-    """The command line."""
-    options = tyro.cli(Options)
-    form = "%(asctime)s %(message)s"
-    logging.basicConfig(level=logging.INFO, format=form, stream=sys.stdout, force=True)
-    for chatty in ("absl", "jax"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: without the program's name; None: of this process.
+
+    Returns:
+        The exit status.
+    """
+    return run_command(
+        _PROGRAM,
+        _run,
+        arguments,
+        when_stopped=lambda: "stopped; the same command resumes",
+        failure_status=FAILED,
+    )
+
+
+def _run(arguments: Sequence[str]) -> None:
+    options = parse_flags(Options, arguments, prog=_PROGRAM)
+    log_to_stdout(times=True)
     folder = continue_pretraining(options.model, work_dir=options.work_dir)
     logger.info("%s: %s", folder, (folder / "manifest.json").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,12 +10,16 @@ import hashlib
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from ivl_jax.experiments.facts import Fact, build_facts, statement_documents
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+else:
+    PreTrainedTokenizerFast = Any  # transformers takes seconds to import
 
 # Tests, vendored packages, tables that teach nothing (encodings 1.4 MB, pydoc's topics 0.8 MB), and
 # programs and deprecated packages (idlelib, distutils, … 2 MB): a small model has no room for all.

@@ -3,6 +3,9 @@
 In: the embedded family, demonstrations built on the spot. A value network is trained beside the
 small base S, then put on two bases that had no part in its training: the larger L, and X, which has
 another tokenizer, through a vocabulary map. Out: a table, a plot and `report.json` in `runs/demo`.
+
+The run is built in `runs/demo.new` and takes its place when it is complete; the result that was
+there before is kept as `runs/demo.previous`.
 """
 
 import dataclasses
@@ -11,16 +14,20 @@ import logging
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ivl_jax.assets import family_folder
+from ivl_jax.assets import config_file, family_folder
 from ivl_jax.checkpoint import ValueNetwork, load_value
-from ivl_jax.config import TrainConfig, load_config
+from ivl_jax.command_line.console import log_to_stdout
+from ivl_jax.command_line.flags import parse_flags
+from ivl_jax.command_line.guard import FAILED, run_command
+from ivl_jax.config import ConfigError, TrainConfig, config_to_toml, load_config
 from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.experiments.demo_plot import plot_report
@@ -39,10 +46,14 @@ from ivl_jax.experiments.measure import (
     response_nll,
     running_texts,
 )
+from ivl_jax.json_files import write_json
+from ivl_jax.paths import write_atomically
 from ivl_jax.training.loop import run
 from ivl_jax.weights.language_model import load_language_model
 
 logger = logging.getLogger(__name__)
+
+_PROGRAM = "python -m ivl_jax.experiments.demo"
 
 TARGETS: tuple[Literal["L", "X"], ...] = ("L", "X")
 _SHOWN = 4  # questions whose answers are printed
@@ -54,10 +65,10 @@ _WRITTEN = {"demonstrations", "data", "training", _MAP, _REPORT, _PLOT}
 class Options:
     """Train a value network on S (0.7 M parameters), lift L (6 M) and X (2 M) with it."""
 
-    config: Path = Path("configs/demo.toml")
+    config: Path = dataclasses.field(default_factory=lambda: config_file("demo.toml"))
     """The training run's settings."""
     run_dir: Path = Path("runs/demo")
-    """Replaced if a demo wrote it."""
+    """Where the result goes; an earlier one is kept beside it, as RUN_DIR.previous."""
 
 
 def demo_config(config: TrainConfig, files: dict[str, Path], *, run_dir: Path) -> TrainConfig:
@@ -77,21 +88,34 @@ def demo_config(config: TrainConfig, files: dict[str, Path], *, run_dir: Path) -
     )
 
 
-def remove_earlier_run(run_dir: Path) -> None:
-    """Removes what an earlier demo left, and nothing else.
+def check_folders(run_dir: Path) -> None:
+    """Check that the folders a demo replaces hold only what a demo wrote.
 
     Raises:
-        SystemExit: the folder holds something that no demo wrote.
+        ConfigError: one of them holds something else.
     """
-    if not run_dir.exists():
-        return
-    strange = sorted({path.name for path in run_dir.iterdir()} - _WRITTEN)
-    if strange:
-        raise SystemExit(
-            f"--run-dir {run_dir} holds {', '.join(strange[:5])}, which no demo wrote and this one "
-            "would remove: name another folder"
-        )
-    shutil.rmtree(run_dir)
+    for folder in (run_dir, *_beside(run_dir)):
+        names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+        if strange := sorted(names - _WRITTEN):
+            raise ConfigError(
+                f"--run-dir {run_dir}: {folder} holds {', '.join(strange[:5])}, which no demo "
+                "wrote and this one would remove: name another folder"
+            )
+
+
+def take_place(new: Path, run_dir: Path) -> None:
+    """Put a complete run in its place; the one that was there is kept as RUN_DIR.previous."""
+    previous = _beside(run_dir)[1]
+    if run_dir.exists():
+        if previous.exists():
+            shutil.rmtree(previous)
+        run_dir.rename(previous)
+    new.rename(run_dir)
+
+
+def _beside(run_dir: Path) -> tuple[Path, Path]:
+    """Where a run is built, and where the one before it is kept."""
+    return run_dir.with_name(f"{run_dir.name}.new"), run_dir.with_name(f"{run_dir.name}.previous")
 
 
 def recorded_finetune(model: str, test: list[Item]) -> dict[str, float] | None:
@@ -105,8 +129,25 @@ def recorded_finetune(model: str, test: list[Item]) -> dict[str, float] | None:
     return {"nll": record["nll"], "exact_match": record["exact_match"]}
 
 
+def how_chosen(models: Sequence[str]) -> str:
+    """The footnote to the recorded figures: how the fine-tuned models were chosen."""
+    runs = []
+    for model in models:
+        record = json.loads(record_file(model).read_text(encoding="utf-8"))
+        runs.append(
+            f"{model}: learning rate {record['learning_rate']:g}, {record['epochs']:g} epochs, "
+            f"batch {record['batch_size']}, the best of {len(record['tried'])}"
+        )
+    return (
+        "recorded: fully fine-tuned on the same demonstrations in earlier runs, not in this one, "
+        "and measured on the same questions. Of all settings tried, the one with the lowest NLL on "
+        f"the validation split was taken ({'; '.join(runs)}): "
+        "python -m ivl_jax.experiments.finetune_sweep"
+    )
+
+
 def compare(
-    value: ValueNetwork, items: list[Item], *, map_file: Path
+    value: ValueNetwork, items: list[Item], *, map_file: Path, console: Console
 ) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """Measures S, L and X, alone and with the value network on top.
 
@@ -114,6 +155,7 @@ def compare(
         value: Trained beside S.
         items: All of them; what is measured is the test split.
         map_file: Where the vocabulary map between X and S, built on the train split, goes.
+        console: Shows how far the measuring is.
 
     Returns:
         The report's `nll`, `exact_match` and `transfer_ratio`; each model's answers on the facts.
@@ -123,25 +165,34 @@ def compare(
     report: dict[str, Any] = {"nll": {}, "exact_match": {}, "transfer_ratio": {}}
     texts = {}
 
+    names = [f"{base_name}{kind}" for base_name in ("S", *TARGETS) for kind in ("", "+value")]
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+    task = bar.add_task("measuring", total=len(names) * (len(test) + len(facts)))
+
     def measure(name: str, model: ComposedModel) -> None:
-        logger.info("measuring %s", name)
-        report["nll"][name] = response_nll(model, test)
-        texts[name] = answers(model, facts, max_new_tokens=24)
+        logger.info("measuring %s (%d of %d)", name, names.index(name) + 1, len(names))
+        bar.update(task, description=f"measuring {name}")
+        report["nll"][name] = response_nll(model, test, advance=lambda: bar.advance(task))
+        texts[name] = answers(model, facts, max_new_tokens=24, advance=lambda: bar.advance(task))
         report["exact_match"][name] = exact_match(texts[name], facts)
 
-    for base_name in ("S", *TARGETS):
-        base = load_language_model(str(family_folder(base_name)))
-        maps: list[Path | None] = [None]
-        if base_name == "X":
-            family_map(base, value, running_texts(items), path=map_file)
-            maps = [map_file]
-        measure(base_name, compose(base))
-        measure(f"{base_name}+value", compose(base, value, maps=maps))
-        if base_name in TARGETS:
-            recorded = recorded_finetune(base_name, test) or {"nll": None, "exact_match": None}
-            for figure, number in recorded.items():
-                report[figure][f"{base_name}-finetuned"] = number
-            report["transfer_ratio"][base_name] = transfer_ratio(report["nll"], base_name)
+    with bar:
+        for base_name in ("S", *TARGETS):
+            base = load_language_model(str(family_folder(base_name)))
+            maps: list[Path | None] = [None]
+            if base_name == "X":
+                family_map(base, value, running_texts(items), path=map_file)
+                maps = [map_file]
+            measure(base_name, compose(base))
+            measure(f"{base_name}+value", compose(base, value, maps=maps))
+            if base_name in TARGETS:
+                recorded = recorded_finetune(base_name, test) or {"nll": None, "exact_match": None}
+                for figure, number in recorded.items():
+                    report[figure][f"{base_name}-finetuned"] = number
+                report["transfer_ratio"][base_name] = transfer_ratio(report["nll"], base_name)
+    if any(report["nll"][f"{target}-finetuned"] is not None for target in TARGETS):
+        report["recorded"] = how_chosen(TARGETS)
     return report, texts
 
 
@@ -157,32 +208,53 @@ def transfer_ratio(nll: dict[str, float | None], target: str) -> float | None:
     return (alone - lifted) / (alone - tuned)
 
 
-def main() -> None:
-    """The command line."""
-    options = tyro.cli(Options)
-    console = Console()
-    form = "%(message)s"
-    logging.basicConfig(level=logging.INFO, format=form, stream=sys.stdout, force=True)
-    for chatty in ("absl", "jax"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: without the program's name; None: of this process.
+
+    Returns:
+        The exit status.
+    """
+    return run_command(
+        _PROGRAM,
+        _run,
+        arguments,
+        when_stopped=lambda: "stopped; an earlier result is untouched, the next demo begins anew",
+        failure_status=FAILED,
+    )
+
+
+def _run(arguments: Sequence[str]) -> None:
+    options = parse_flags(Options, arguments, prog=_PROGRAM)
+    log_to_stdout()
     started = time.monotonic()
-    remove_earlier_run(options.run_dir)
+    check_folders(options.run_dir)
+    new = _beside(options.run_dir)[0]
+    if new.exists():  # of a demo that was stopped
+        shutil.rmtree(new)
 
     items = build_items()
-    files = write_demonstrations(options.run_dir / "demonstrations", items)
+    files = write_demonstrations(new / "demonstrations", items)
     config = load_config(options.config, TrainConfig)
-    result = run(demo_config(config, files, run_dir=options.run_dir))
+    result = run(demo_config(config, files, run_dir=new))
     if result.output is None:
-        raise SystemExit("interrupted; the next `make demo` begins anew")
+        raise KeyboardInterrupt
     value = load_value(result.output)
     test = select(items, "test")
-    report, texts = compare(value, items, map_file=options.run_dir / _MAP)
+    console = Console()
+    report, texts = compare(value, items, map_file=new / _MAP, console=console)
     report["items"] = {
         kind: sum(item.kind == kind for item in test) for kind in ("fact", "docstring")
     }
     report["seconds"] = round(time.monotonic() - started, 1)
-    (options.run_dir / _REPORT).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-    plot_report(report, options.run_dir / _PLOT)
+    write_json(new / _REPORT, report, indent=2)
+    plot_report(report, new / _PLOT)
+    files = {split: options.run_dir / "demonstrations" / file.name for split, file in files.items()}
+    there = demo_config(config, files, run_dir=options.run_dir)
+    write_atomically(new / "training" / "config.toml", (config_to_toml(there) + "\n").encode())
+    take_place(new, options.run_dir)
     print_report(console, report, texts, [item for item in test if item.kind == "fact"])
     console.print(f"Report, plot and value network: {options.run_dir}")
 
@@ -192,12 +264,12 @@ def print_report(
 ) -> None:
     """Prints some answers, and the figures of every model."""
     shown = Table(title="What they answer", show_lines=True)
-    for heading in ("question", *texts):
+    for heading in ("question", "right answer", *texts):
         shown.add_column(heading, overflow="fold")
     for index in range(0, len(facts), max(1, len(facts) // _SHOWN)):
         # A base goes on until it is stopped: its first words tell enough.
         answered = (" ".join(each[index].split())[:48] for each in texts.values())
-        shown.add_row(facts[index].question, *answered)
+        shown.add_row(facts[index].question, facts[index].answer, *answered)
     console.print(shown)
 
     counts = ", ".join(f"{count} {kind}s" for kind, count in report["items"].items())
@@ -207,12 +279,15 @@ def print_report(
     table.add_column("exact match on facts", justify="right")
     for name, nll in report["nll"].items():
         match = report["exact_match"][name]
+        recorded = name.endswith("-finetuned") and nll is not None
         table.add_row(
-            name,
+            f"{name} (recorded)" if recorded else name,
             "n/a" if nll is None else f"{nll:.3f}",
             "n/a" if match is None else f"{match:.1%}",
         )
     console.print(table)
+    if "recorded" in report:
+        console.print(report["recorded"])
     for target, ratio in report["transfer_ratio"].items():
         if ratio is None:
             console.print(
@@ -229,4 +304,4 @@ def print_report(
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

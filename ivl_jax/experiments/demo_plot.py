@@ -3,6 +3,7 @@
 In: the demo's report. Out: a PNG.
 """
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ _GREY, _BLUE, _DARK = "#b8bec7", "#2f6fde", "#20242b"
 _KINDS = {
     "": ("", _GREY),
     "+value": ("\n+ value", _BLUE),
-    "-finetuned": ("\nfine-tuned", _DARK),
+    "-finetuned": ("\nfine-tuned\n(recorded)", _DARK),
 }
 # Where the bars stand: what belongs to S, a gap, what belongs to L, a gap, what belongs to X.
 _PLACES = {
@@ -32,11 +33,11 @@ def plot_report(report: dict[str, Any], path: Path) -> None:
     """Draws response NLL and exact match of every model side by side.
 
     Args:
-        report: `nll` and `exact_match` (name → number or None) and `transfer_ratio` (target →
-            number or None).
+        report: `nll` and `exact_match` (name → number or None), `transfer_ratio` (target → number
+            or None), and perhaps `recorded`, a footnote.
         path: The PNG to write.
     """
-    figure = Figure(figsize=(13, 4.4), layout="constrained")
+    figure = Figure(figsize=(13, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     _bars(left, report["nll"], form="{:.2f}")
     left.set_title("Response NLL, nats per token (lower is better)", fontsize=10)
@@ -55,6 +56,8 @@ def plot_report(report: dict[str, Any], path: Path) -> None:
         fontsize=12,
         fontweight="bold",
     )
+    if "recorded" in report:
+        figure.supxlabel(textwrap.fill(report["recorded"], 200), fontsize=8, color=_DARK)
     figure.savefig(path, dpi=160)
 
 

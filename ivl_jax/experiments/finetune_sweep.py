@@ -13,13 +13,16 @@ import logging
 import platform
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import tyro
 
-from ivl_jax.assets import family_folder
+from ivl_jax.assets import config_file, family_folder
+from ivl_jax.command_line.console import log_to_stdout
+from ivl_jax.command_line.flags import parse_flags
+from ivl_jax.command_line.guard import FAILED, run_command
 from ivl_jax.config import TrainConfig, load_config
 from ivl_jax.decoding.compose import compose
 from ivl_jax.experiments.demonstrations import (
@@ -34,6 +37,8 @@ from ivl_jax.training.loop import run
 from ivl_jax.weights.language_model import load_language_model
 
 logger = logging.getLogger(__name__)
+
+_PROGRAM = "python -m ivl_jax.experiments.finetune_sweep"
 
 # Of every setting, on validation; the first one chooses.
 _MEASURED = ("validation_nll", "validation_exact_match")
@@ -51,7 +56,7 @@ class Options:
     """Passes over the training demonstrations."""
     batch_sizes: tuple[int, ...] = (4,)
     """Packed rows a step."""
-    config: Path = Path("configs/demo.toml")
+    config: Path = dataclasses.field(default_factory=lambda: config_file("demo.toml"))
     """What else there is to set: the demo's own settings."""
     work_dir: Path = Path("runs/finetune_sweep")
     """Where the runs go."""
@@ -150,13 +155,27 @@ def sweep(options: Options, items: list[Item]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """The command line."""
-    options = tyro.cli(Options)
-    form = "%(asctime)s %(message)s"
-    logging.basicConfig(level=logging.INFO, format=form, stream=sys.stdout, force=True)
-    for chatty in ("absl", "jax"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: without the program's name; None: of this process.
+
+    Returns:
+        The exit status.
+    """
+    return run_command(
+        _PROGRAM,
+        _run,
+        arguments,
+        when_stopped=lambda: "stopped; the same command resumes",
+        failure_status=FAILED,
+    )
+
+
+def _run(arguments: Sequence[str]) -> None:
+    options = parse_flags(Options, arguments, prog=_PROGRAM)
+    log_to_stdout(times=True)
     record = sweep(options, build_items())
     file = record_file(options.model)
     file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -164,4 +183,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,7 +4,7 @@ In: a composed model, items. Out: nats per token of the answers, and the share o
 answered word for word. Beside them, the vocabulary map between two models of the family.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +21,20 @@ from ivl_jax.vocabulary.mapping import save_vocabulary_map
 from ivl_jax.weights.language_model import LanguageModel
 
 
-def response_nll(model: ComposedModel, items: Sequence[Item], *, rows: int = 64) -> float:
+def response_nll(
+    model: ComposedModel,
+    items: Sequence[Item],
+    *,
+    rows: int = 64,
+    advance: Callable[[], object] = lambda: None,
+) -> float:
     """Mean negative log-likelihood of the answers, end-of-answer token included.
 
     Args:
         model: The composition; the base's tokenizer counts the tokens.
         items: Questions and answers.
         rows: Rows of a batch.
+        advance: Called after each item.
 
     Returns:
         Nats per token, over all answer tokens of all items.
@@ -46,6 +53,7 @@ def response_nll(model: ComposedModel, items: Sequence[Item], *, rows: int = 64)
     for index, scores in score_rows(model, whole, batch_size=rows):
         length = len(continuations[index])
         total -= float(scores.tokens.log_prob[-length:].sum(dtype=np.float64))
+        advance()
     return total / sum(map(len, continuations))
 
 
@@ -55,6 +63,7 @@ def answers(
     *,
     max_new_tokens: int = 48,
     batch_size: int = 64,
+    advance: Callable[[], object] = lambda: None,
 ) -> list[str]:
     """The greedy answers of a composition.
 
@@ -63,18 +72,22 @@ def answers(
         items: Questions.
         max_new_tokens: Tokens of an answer at most.
         batch_size: Questions decoded together.
+        advance: Called after each answer.
 
     Returns:
-        One text an item.
+        One text per item.
 
     Raises:
         GenerationError: an answer ended with an error.
     """
     prompts = [_messages(item) for item in items]
     options = GenerationOptions(max_new_tokens=max_new_tokens)
-    generations = model.generate(prompts, options, batch_size=batch_size)
-    pairs = zip(generations, items, strict=True)
-    return [generation.text_of(item.question).strip() for generation, item in pairs]
+    generations = model.generate_prepared(model.prepare(prompts, options), batch_size=batch_size)
+    texts = []
+    for generation, item in zip(generations, items, strict=True):
+        texts.append(generation.text_of(item.question).strip())
+        advance()
+    return texts
 
 
 def exact_match(texts: Sequence[str], items: Sequence[Item]) -> float:

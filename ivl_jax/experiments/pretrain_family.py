@@ -9,13 +9,16 @@ import dataclasses
 import functools
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import tyro
 from transformers import PreTrainedTokenizerFast
 
+from ivl_jax.command_line.console import log_to_stdout
+from ivl_jax.command_line.flags import parse_flags
+from ivl_jax.command_line.guard import FAILED, run_command
 from ivl_jax.experiments.corpus import Corpus, load_corpus
 from ivl_jax.experiments.facts import statement_documents
 from ivl_jax.experiments.family_tokenizers import (
@@ -30,6 +33,8 @@ from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import init_params
 
 logger = logging.getLogger(__name__)
+
+_PROGRAM = "python -m ivl_jax.experiments.pretrain_family"
 
 
 class Recipe(NamedTuple):
@@ -153,19 +158,31 @@ def make_model(name: str, corpus: Corpus, options: Options) -> dict[str, Any]:
     return manifest
 
 
-def main() -> None:
-    """The command line."""
-    options = tyro.cli(Options)
-    # Libraries may have installed a handler of their own by now: ours replaces it.
-    form = "%(asctime)s %(message)s"
-    logging.basicConfig(level=logging.INFO, format=form, stream=sys.stdout, force=True)
-    # Orbax tells about every file it touches.
-    for chatty in ("absl", "jax"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: without the program's name; None: of this process.
+
+    Returns:
+        The exit status.
+    """
+    return run_command(
+        _PROGRAM,
+        _run,
+        arguments,
+        when_stopped=lambda: "stopped; the same command resumes",
+        failure_status=FAILED,
+    )
+
+
+def _run(arguments: Sequence[str]) -> None:
+    options = parse_flags(Options, arguments, prog=_PROGRAM)
+    log_to_stdout(times=True)
     corpus = load_corpus()
     for name in RECIPES if options.model == "all" else (options.model,):
         logger.info("%s: %s", name, make_model(name, corpus, options))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

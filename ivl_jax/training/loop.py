@@ -6,7 +6,6 @@ checkpoints and the final value folder.
 
 import logging
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +15,10 @@ import jax.numpy as jnp
 from etils import epath
 
 from ivl_jax.checkpoint import TrainCheckpointer, write_value_description
-from ivl_jax.config import ConfigError, TrainConfig, check_train_config, train_config_of
+from ivl_jax.compilation_cache import describe_compiling, use_compilation_cache
+from ivl_jax.config import TrainConfig, check_train_config, train_config_of
 from ivl_jax.devices import unused_accelerator
+from ivl_jax.processes import join_processes
 from ivl_jax.profiling import StepProfile
 from ivl_jax.sharding import place_batch
 from ivl_jax.training.evaluation import Evaluation
@@ -86,9 +87,8 @@ def run(config: TrainConfig | str | os.PathLike[str] | Mapping[str, Any]) -> Tra
     check_train_config(config)
     directory = RunDirectory(config.run_dir)
     if config.distributed:
-        _initialize_distributed()
-    if config.runtime.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", config.runtime.compilation_cache)
+        join_processes()
+    use_compilation_cache(config.runtime.compilation_cache)
     if (notice := unused_accelerator()) is not None:
         logger.warning(notice)
     with directory.claim(config) as there:
@@ -168,6 +168,7 @@ class _Training:
         """
         state = self._begin()
         step = int(state.step)
+        logger.info(describe_compiling())
         with (
             Reporter(self._directory, first_step=step, total_steps=self._total) as report,
             StepProfile(self._config.profile, first_step=step, name="train") as profile,
@@ -325,26 +326,3 @@ class _Training:
 def _all_finite(params: Any) -> jax.Array:
     finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]
     return jnp.all(jnp.stack(finite))
-
-
-def _initialize_distributed() -> None:
-    """Join the other processes; clusters are detected, else three variables say it all."""
-    if jax.distributed.is_initialized():
-        return
-    # Gloo pairs collectives by the order they come in; two programs in flight may swap theirs.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-    count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
-    try:
-        jax.distributed.initialize(
-            num_processes=None if count is None else int(count),
-            process_id=None if index is None else int(index),
-        )
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"distributed = true, but jax.distributed.initialize failed: {error}; outside a "
-            "cluster that JAX knows, set JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES "
-            "and JAX_PROCESS_ID"
-        ) from error
-    if jax.process_index() > 0:
-        # One process talks; the others only when something is wrong.
-        logging.getLogger("ivl_jax").setLevel(logging.ERROR)

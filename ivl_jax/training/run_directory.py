@@ -79,7 +79,9 @@ class RunDirectory:
     @property
     def resume_command(self) -> str:
         """The command that continues this run."""
-        return f"python train.py --config {self.path / CONFIG_FILE} --resume"
+        in_a_clone = Path(sys.argv[0]).name == "train.py"
+        program = "python train.py" if in_a_clone else "ivl-train"
+        return f"{program} --config {self.path / CONFIG_FILE} --resume"
 
     @contextmanager
     def claim(self, config: TrainConfig) -> Iterator[bool]:

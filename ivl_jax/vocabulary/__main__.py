@@ -7,8 +7,8 @@
 In: two tokenizer folders and text files, or a map. Out: the map's file and a report on the console.
 """
 
-import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,8 +17,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
+from ivl_jax.command_line.console import log_to_stderr
+from ivl_jax.command_line.flags import parse_subcommand
+from ivl_jax.command_line.guard import FAILED, run_command
+
 if TYPE_CHECKING:
     from ivl_jax.vocabulary.alignment import BuiltMap, NamedTokenizer
+
+_PROGRAM = "python -m ivl_jax.vocabulary"
 
 
 def build(
@@ -110,20 +116,26 @@ def show(map_file: Annotated[Path, tyro.conf.Positional], /) -> None:
         console.print(f"{name:22}{escape(value)}", soft_wrap=True)
 
 
-def main() -> int:
-    """Run the command line; the exit status is 1 if the input is invalid."""
-    # Handlers belong to command lines; this is one.
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
-        tyro.extras.subcommand_cli_from_dict(
-            {"build": build, "show": show},
-            prog="python -m ivl_jax.vocabulary",
-            description="Vocabulary maps between two tokenizers.",
-        )
-    except (ValueError, OSError) as error:
-        Console(stderr=True, highlight=False).print(f"error: {escape(str(error))}", soft_wrap=True)
-        return 1
-    return 0
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: without the program's name; None: of this process.
+
+    Returns:
+        The exit status; 1 where the input cannot be used.
+    """
+    return run_command(_PROGRAM, _run, arguments, failure_status=FAILED)
+
+
+def _run(arguments: Sequence[str]) -> None:
+    log_to_stderr()
+    parse_subcommand(
+        {"build": build, "show": show},
+        arguments,
+        prog=_PROGRAM,
+        description="Vocabulary maps between two tokenizers.",
+    )
 
 
 def _tokenizer(option: str, folder: Path) -> "NamedTokenizer":

@@ -95,6 +95,8 @@ def command(arguments):
         time.sleep(60)
     finally:
         print("closed", file=sys.stderr, flush=True)
+        if arguments == ["close slowly"]:
+            time.sleep(60)
 
 sys.exit(run_command("it.py", command))
 """
@@ -123,6 +125,32 @@ def test_a_signal_closes_files_and_ends_with_its_status(project_root, name):
     assert process.returncode == 128 + getattr(signal, name)
     by = "" if name == "SIGINT" else f" ({name})"
     assert said == f"closed\nit.py: stopped{by}\n"
+
+
+def test_a_second_sigterm_ends_a_command_that_is_slow_to_close(project_root):
+    with child(project_root, "close slowly") as process:
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr is not None
+        assert process.stderr.readline() == "closed\n"
+        time.sleep(0.2)  # at once it would count as the same request
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == -signal.SIGTERM
+
+
+def test_output_that_a_full_disk_refuses_is_one_line(project_root):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD],
+            cwd=project_root,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "closed\nit.py: the disk is full: free some space and run the same command again\n"
+    )
 
 
 def test_an_ignored_hang_up_stays_ignored(project_root):

@@ -324,6 +324,16 @@ def test_a_prompt_ends_where_the_assistant_begins(byte_tokenizer: Any) -> None:
     assert text.endswith("2+3?<|im_end|>\n<|im_start|>assistant\n")
 
 
+def test_the_template_that_auto_takes_is_said_once(
+    byte_tokenizer: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(byte_tokenizer, "name_or_path", "said once")
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            make_chat_format(byte_tokenizer)
+    assert caplog.messages == ["chat template: plain (said once)"]
+
+
 def test_auto_takes_the_tokenizers_own_template_else_plain(byte_tokenizer: Any) -> None:
     assert make_chat_format(byte_tokenizer).template == "plain"
     with pytest.raises(ValueError, match="has none of its own"):

@@ -1,5 +1,7 @@
+import errno
 import json
 import logging
+import os
 
 import pytest
 
@@ -39,7 +41,7 @@ def test_texts_and_dialogues_are_read_with_their_lines(tmp_path):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("{", "Expecting property name"),
+        ("{", "not JSON"),
         ("[]", "expected an object, got list"),
         ("{}", "either prompt or messages"),
         ('{"prompt": "a", "messages": []}', "either prompt or messages"),
@@ -51,6 +53,7 @@ def test_texts_and_dialogues_are_read_with_their_lines(tmp_path):
         ('{"prompt": "a", "strengths": [1, NaN]}', "each of strengths must be finite, got nan$"),
         ('{"prompt": "a", "strengths": [1, 1e38]}', "must be between -10,000 and 10,000, got 1e"),
         ('{"prompt": "a", "strengths": [1, 1%s]}' % ("0" * 400), "got an integer of 1329 bits$"),
+        ("[" * 500 + "]" * 500, "nested"),
         ('{"messages": []}', "messages must be a list"),
         ('{"messages": [{"role": "robot", "content": "x"}]}', r"messages\[0\] must have a role"),
         ('{"messages": [{"role": "assistant", "content": "x"}]}', "last message must be the user"),
@@ -59,7 +62,7 @@ def test_texts_and_dialogues_are_read_with_their_lines(tmp_path):
 def test_malformed_lines_are_named_with_line_and_reason(tmp_path, line, reason):
     path = tmp_path / "in.jsonl"
     path.write_text('{"prompt": "fine"}\n' + line + "\n")
-    with pytest.raises(ConfigError, match=f"in.jsonl:2: .*{reason}"):
+    with pytest.raises(ConfigError, match=rf"in.jsonl:2(:\d+)?: .*{reason}"):
         read_prompts(path, values=2)
 
 
@@ -75,6 +78,23 @@ def test_a_missing_or_empty_input_is_refused(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ConfigError, match="no prompts"):
         read_prompts(tmp_path / "empty.jsonl", values=1)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (
+            '{"prompt": "é"}\n{"prompt": "é"}\n'.encode("latin-1"),
+            r"byte 12: not UTF-8 \(found 0xe9",
+        ),
+        ('{"prompt": "é"}\n'.encode("utf-16"), "byte 0: not UTF-8 .it begins as UTF-16"),
+    ],
+)
+def test_an_encoding_that_is_not_utf_8_is_named_with_file_and_position(tmp_path, content, reason):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"in\.jsonl:1: {reason}"):
+        read_prompts(path, values=1)
 
 
 def test_results_are_whole_lines_as_soon_as_they_are_appended(tmp_path, rows):
@@ -129,6 +149,69 @@ def test_a_file_of_something_else_is_never_touched(tmp_path, rows):
     with pytest.raises(ConfigError, match=r"out\.jsonl\.settings\.json"):
         GenerationFile(path, settings=SETTINGS, rows=rows)
     assert path.read_text() == "my notes\n"
+
+
+@pytest.mark.parametrize(
+    ("edited", "problem"),
+    [
+        (b"[[]]\n", "expected an object, got a list"),
+        (b"{]\n", "not JSON"),
+        (b"\n", "the line is empty"),
+        (b'{"prompt": "\xe9"}\n', "byte .*not UTF-8"),
+        (b'{"prompt": "p1", "id": 1}\n', "is not the result of .*in.jsonl:2"),
+    ],
+)
+def test_an_edited_file_is_refused_with_the_line_and_kept(tmp_path, rows, edited, problem):
+    path = tmp_path / "out.jsonl"
+    with GenerationFile(path, settings=SETTINGS, rows=rows) as output:
+        output.append([result("a"), result("b")])
+    first = path.read_bytes().splitlines(keepends=True)[0]
+    # The half line at the end shows that nothing at all is changed.
+    path.write_bytes(first + edited + b'{"prom')
+    with pytest.raises(ConfigError, match=rf"out\.jsonl:2:? {problem}"):
+        GenerationFile(path, settings=SETTINGS, rows=rows)
+    assert path.read_bytes() == first + edited + b'{"prom'
+    settings = path.with_name("out.jsonl.settings.json")
+    settings.write_text("[]")
+    with pytest.raises(ConfigError, match=r"out.jsonl.settings.json: expected an object"):
+        GenerationFile(path, settings=SETTINGS, rows=rows)
+
+
+def test_a_second_process_is_refused_and_told_who_writes(tmp_path, rows):
+    path = tmp_path / "out.jsonl"
+    with GenerationFile(path, settings=SETTINGS, rows=rows) as output:
+        with pytest.raises(ConfigError, match=rf"in use: process {os.getpid()} on .* holds"):
+            GenerationFile(path, settings=SETTINGS, rows=rows)
+        # Processes that compute together write once.
+        other = GenerationFile(path, settings=SETTINGS, rows=rows, writes=False)
+        for one in (output, other):
+            one.append([result("a")])
+        other.close()
+    assert len(path.read_text().splitlines()) == 1
+    assert not path.with_name("out.jsonl.lock").exists()
+
+
+@pytest.mark.parametrize("bytes_taken", [7, None])
+def test_a_line_that_a_full_disk_refuses_leaves_whole_lines(
+    tmp_path, rows, monkeypatch, bytes_taken
+):
+    path, write = tmp_path / "out.jsonl", os.write
+
+    def full(descriptor, line):
+        if bytes_taken is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, line[:bytes_taken])
+
+    with GenerationFile(path, settings=SETTINGS, rows=rows) as output:
+        output.append([result("a")])
+        whole = path.read_bytes()
+        monkeypatch.setattr(os, "write", full)
+        with pytest.raises(OSError, match="No space left") as caught:
+            output.append([result("b")])
+        monkeypatch.undo()
+        assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
+        assert path.read_bytes() == whole
+        assert output.done == 1
 
 
 def test_changed_prompts_are_noticed(tmp_path, rows):

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from matplotlib.image import imread
 
-from ivl_jax.config import TrainConfig, load_config
+from ivl_jax.config import ConfigError, TrainConfig, load_config
 from ivl_jax.experiments import demo
 from ivl_jax.experiments.demo_plot import plot_report
 from ivl_jax.experiments.demonstrations import Item, items_hash
@@ -35,18 +38,81 @@ def test_the_demo_trains_on_s_inside_its_own_folder(config: TrainConfig, tmp_pat
     assert str(files["test"]) not in (*own.data.train, *own.data.validation)
 
 
-def test_only_what_a_demo_wrote_is_removed_before_the_next(tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    demo.remove_earlier_run(run_dir)
-    (run_dir / "training").mkdir(parents=True)
-    (run_dir / "report.json").write_text("{}")
-    (run_dir / "thesis.tex").write_text("years of work")
-    with pytest.raises(SystemExit, match=r"holds thesis.tex, which no demo wrote"):
-        demo.remove_earlier_run(run_dir)
-    assert len(list(run_dir.iterdir())) == 3
-    (run_dir / "thesis.tex").unlink()
-    demo.remove_earlier_run(run_dir)
-    assert not run_dir.exists()
+@pytest.mark.parametrize("name", ["run", "run.new", "run.previous"])
+def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path, name: str) -> None:
+    demo.check_folders(tmp_path / "run")
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "report.json").write_text("{}")
+    demo.check_folders(tmp_path / "run")
+    (folder / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match=rf"{name} holds thesis.tex, which no demo wrote"):
+        demo.check_folders(tmp_path / "run")
+    assert len(list(folder.iterdir())) == 2
+
+
+@pytest.fixture
+def fake_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Runs the demo's command line; nothing is trained, and the figures are those given."""
+    monkeypatch.setattr(demo, "build_items", lambda: _TEST)
+    monkeypatch.setattr(demo, "load_value", lambda path: None)
+    monkeypatch.setattr(demo, "log_to_stdout", lambda: None)
+
+    def start(nll: float | None) -> int:
+        def run(config: TrainConfig) -> SimpleNamespace:
+            Path(config.run_dir).mkdir(parents=True)
+            if nll is None:
+                return SimpleNamespace(output=None)
+            return SimpleNamespace(output=Path(config.run_dir) / "value")
+
+        def compare(*arguments: Any, **named: Any) -> tuple[dict[str, Any], dict[str, list[str]]]:
+            report = json.loads(json.dumps(_REPORT)) | {"recorded": "recorded: long ago"}
+            report["nll"]["S"] = nll
+            return report, {"S": ["So"], "S+value": ["Someone does."]}
+
+        monkeypatch.setattr(demo, "run", run)
+        monkeypatch.setattr(demo, "compare", compare)
+        return demo.main(["--run-dir", str(tmp_path / "demo")])
+
+    return start
+
+
+def test_a_demo_takes_the_place_of_the_last_one_only_when_it_is_complete(
+    fake_demo: Callable[..., int], tmp_path: Path
+) -> None:
+    def nll(name: str) -> float:
+        return json.loads((tmp_path / name / "report.json").read_text())["nll"]["S"]
+
+    assert fake_demo(1.0) == 0
+    assert fake_demo(None) == 130  # stopped while it trains
+    assert nll("demo") == 1.0
+    assert fake_demo(2.0) == 0
+    assert fake_demo(3.0) == 0
+    assert (nll("demo"), nll("demo.previous")) == (3.0, 2.0)
+    assert not (tmp_path / "demo.new").exists()
+    config = load_config(tmp_path / "demo" / "training" / "config.toml", TrainConfig)
+    assert config.run_dir == str(tmp_path / "demo" / "training")
+    assert Path(config.data.train[0]).exists()
+
+
+def test_answers_stand_beside_the_right_one_and_recorded_figures_have_a_footnote(
+    fake_demo: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_demo(1.0)
+    shown = capsys.readouterr().out
+    assert "right answer" in shown
+    assert shown.count("Someone does.") == 2  # the right answer, and that of S+value
+    assert "L-finetuned (recorded)" in shown
+    assert "recorded: long ago" in shown
+
+
+def test_the_footnote_says_how_the_recorded_models_were_chosen() -> None:
+    note = demo.how_chosen(["L", "X"])
+    record = json.loads(demo.record_file("X").read_text(encoding="utf-8"))
+    assert "lowest NLL on the validation split" in note
+    best = min(record["tried"], key=lambda run: run["validation_nll"])
+    assert f"X: learning rate {best['learning_rate']:g}, {best['epochs']:g} epochs" in note
+    assert f"the best of {len(record['tried'])}" in note
 
 
 def test_the_fine_tune_differs_from_the_demo_in_what_is_trained_only(
@@ -88,6 +154,8 @@ def test_the_figure_is_drawn_with_and_without_the_fine_tune(recorded: bool, tmp_
     if not recorded:
         report["nll"]["L-finetuned"] = report["exact_match"]["L-finetuned"] = None
         report["transfer_ratio"]["L"] = None
+    else:
+        report["recorded"] = "recorded: long ago"
     plot_report(report, tmp_path / "plot.png")
     pixels = imread(tmp_path / "plot.png")
     assert pixels.shape[0] > 500

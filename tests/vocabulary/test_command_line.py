@@ -132,7 +132,7 @@ def test_unusable_input_is_a_sentence_and_status_1(
     ):
         assert _build(monkeypatch, *options) == 1
         captured = capsys.readouterr()
-        assert captured.err.startswith("error: ")
+        assert captured.err.startswith("python -m ivl_jax.vocabulary: ")
         assert message in captured.err.replace("\n", "")
         assert not output.exists()
     monkeypatch.setattr(sys, "argv", ["vocabulary", "show", str(output)])

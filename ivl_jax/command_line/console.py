@@ -1,0 +1,32 @@
+"""What command lines show beside their results: log records, and nothing of other packages' advice.
+
+In: what a command is. Out: handlers of the root logger.
+"""
+
+import logging
+import os
+import sys
+
+
+def log_to_stderr() -> None:
+    """Show our records and others' warnings on standard error, which results never go to."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("ivl_jax").setLevel(logging.INFO)
+
+
+def log_to_stdout(*, times: bool = False) -> None:
+    """Show every record on standard output, of commands that have no other output.
+
+    Args:
+        times: whether each line begins with the time.
+    """
+    form = "%(asctime)s %(message)s" if times else "%(message)s"
+    # Libraries may have installed a handler of their own by now: ours replaces it.
+    logging.basicConfig(level=logging.INFO, format=form, stream=sys.stdout, force=True)
+    for chatty in ("absl", "jax"):  # Orbax logs every file that it touches
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def silence_advice() -> None:
+    """Keep transformers from advising to install PyTorch, which no command line needs."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

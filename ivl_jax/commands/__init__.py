@@ -1,0 +1,1 @@
+"""What `train.py` and `infer.py` do, installed as `ivl-train` and `ivl-infer`."""
