@@ -6,6 +6,7 @@ checkpoints and the final value folder.
 
 import logging
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
