@@ -114,7 +114,9 @@ def test_a_wrong_entry_is_named_with_its_place(document: dict, message: str) -> 
 
 def test_a_missing_config_file_names_its_neighbours(tmp_path: Path) -> None:
     (tmp_path / "real.toml").write_text("seed = 1\n")
-    with pytest.raises(ConfigError, match=r"no config file at .*wrong.toml; beside it .*real.toml"):
+    with pytest.raises(
+        ConfigError, match=r"no config file at .*wrong.toml; this folder has.*real.toml"
+    ):
         load_config(tmp_path / "wrong.toml")
     (tmp_path / "broken.toml").write_text("seed = \n")
     with pytest.raises(ConfigError, match=r"broken.toml, line 1, column 8: not TOML"):

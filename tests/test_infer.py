@@ -383,7 +383,10 @@ def test_the_end_of_input_ends_a_conversation(infer, base_flags, monkeypatch):
         ((), ["--base is missing", "--value is missing", "nothing to decode"]),
         (("--base", "BASE", "--value", "none", "--prompt", "a", "--strength", "2"), ["--strength"]),
         (("--base", "BASE", "--value", "none", "--prompt", "a", "--input", "b"), ["exclude"]),
-        (("--base", "BASE", "--value", "none", "--input", "absent.jsonl"), ["belong together"]),
+        (
+            ("--base", "BASE", "--value", "none", "--input", "absent.jsonl"),
+            ["must be used together"],
+        ),
         (
             ("--base", "BASE", "--value", "none", "--input", "absent.jsonl", "--output", "o"),
             ["--input: no file at absent.jsonl"],

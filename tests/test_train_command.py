@@ -103,7 +103,7 @@ def test_a_run_stops_at_sigterm_and_its_printed_command_finishes_it(
     assert "value folder" in output
     status, output = finish(start(project_root, "--config", str(config_file), *flags))
     assert status == 1
-    assert "holds a run already" in output
+    assert "already contains a run" in output
 
 
 @pytest.mark.slow

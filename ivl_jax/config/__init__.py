@@ -1,7 +1,7 @@
-"""Every configuration dataclass, and TOML files to them and back.
+"""Every configuration dataclass, and their conversion from and to TOML.
 
 In: values from a TOML file or the command line. Out: frozen dataclasses whose cross-field checks
-have passed. Imports neither JAX nor the command line's parser, so that `--help` stays fast.
+have passed. Imports neither JAX nor the command-line parser, so that `--help` stays fast.
 """
 
 from ivl_jax.config.checks import ConfigError, require

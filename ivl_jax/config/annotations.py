@@ -24,7 +24,7 @@ REPEATABLE = Marker("REPEATABLE")
 NO_FLAG = Marker("NO_FLAG")
 
 Inline = Annotated[_T, INLINE]
-"""The fields of this dataclass stand among those around it: `--base`, not `--model.base`."""
+"""The fields of this dataclass appear among those around it: `--base`, not `--model.base`."""
 
 Repeatable = Annotated[_T, REPEATABLE]
 """The flag takes one value and is repeated for more: `--value A --value B`."""

@@ -1,4 +1,4 @@
-"""What every config dataclass is checked for.
+"""Checks shared by all config dataclasses.
 
 In: values of fields. Out: nothing, or a `ConfigError` that names the field.
 """
@@ -21,14 +21,14 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_numbers(config: Any, table: str = "") -> None:
-    """Check that every number of a config dataclass is finite, and every integer has 64 bits.
+    """Check that every number of a config dataclass is finite, and every integer fits 64 bits.
 
     Args:
         config: the dataclass.
-        table: what its fields are called before their name, such as `optimizer.`.
+        table: prefix of its fields in messages, such as `optimizer.`.
 
     Raises:
-        ConfigError: names all fields that do not hold such a number.
+        ConfigError: names all fields whose number is not usable.
     """
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     problems = [
@@ -41,7 +41,7 @@ def require_numbers(config: Any, table: str = "") -> None:
 
 
 def number_problem(value: Any) -> str | None:
-    """Say what keeps a value from being a usable number; None if nothing does.
+    """Say what is wrong with a number; None for a usable number or another type of value.
 
     Example:
         >>> number_problem(float("inf")), number_problem(1.5), number_problem("text")
@@ -55,7 +55,7 @@ def number_problem(value: Any) -> str | None:
 
 
 def found(value: Any) -> str:
-    """Say what was given; of an integer beyond 64 bits not the digits, which may be thousands."""
+    """Say what was given; for an integer beyond 64 bits its size rather than its digits."""
     if isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
         return f"got an integer of {value.bit_length()} bits"
     return f"got {value!r}"

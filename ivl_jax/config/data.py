@@ -1,4 +1,4 @@
-"""Demonstrations: where they are, how their rows are written, how they become batches.
+"""Demonstrations: where they are, their row format, and how they become batches.
 
 In: values from a TOML file or the command line. Out: frozen dataclasses whose own checks have
 passed.
@@ -27,7 +27,7 @@ class RowsConfig:
     """A larger share of malformed rows is an error."""
 
     def __post_init__(self) -> None:
-        """Check the share, and that templates are given where they are read."""
+        """Check the fraction, and that templates are given exactly when they are used."""
         require_numbers(self)
         require(
             0 <= self.max_malformed_fraction <= 1,
@@ -48,14 +48,14 @@ class RowsConfig:
 
     @property
     def templates(self) -> dict[str, str]:
-        """Role → template, of those that are given."""
+        """Role → template, for those that are given."""
         given = {"user": self.user_template, "assistant": self.assistant_template}
         return {role: template for role, template in given.items() if template}
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Demonstrations: where they are, what form they have, how they become batches."""
+    """Demonstrations: where they are, their row format, and how they become batches."""
 
     train: tuple[str, ...] = ()
     """JSON or JSONL files, or one `tfds:NAME[/CONFIG][:SPLIT]`."""
@@ -64,14 +64,14 @@ class DataConfig:
     validation_fraction: float = 0.02
     """Share of `train` held out when `validation` is empty (paper: 2 %)."""
     group_field: str | None = None
-    """Rows with equal values of this field stay on one side of the split."""
+    """Rows with equal values of this field stay in the same split."""
     rows: Inline[RowsConfig] = field(default_factory=RowsConfig)
     data_dir: str = "data_cache"
     """Where the ArrayRecord form of the demonstrations is stored."""
     chat_template: str = "auto"
     """`auto`: the tokenizer's own; or `llama-2`, `llama-3`, `chatml`, `vicuna`, `plain`."""
     max_length: int = 1024
-    """Tokens per row of a batch; a longer dialogue is cut, counted and reported."""
+    """Tokens per row of a batch; longer dialogues are truncated, counted and reported."""
     packing: bool = True
     """Put several demonstrations into one row; they never attend to each other."""
 

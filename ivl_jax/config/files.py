@@ -1,7 +1,7 @@
 """TOML files to config dataclasses and back, strictly.
 
 In: a TOML file or nested mappings. Out: a config dataclass; every unknown key or mistyped value is
-an error that names it. Imports no JAX.
+an error that names it. Does not import JAX.
 """
 
 import dataclasses
@@ -32,15 +32,15 @@ def load_config(path: str | Path, config_type: type[ConfigT] = TrainConfig) -> C
         The config, every field either from the file or the dataclass's default.
 
     Raises:
-        ConfigError: no such file, not UTF-8 or not TOML (with the place), an unknown key (the
-            closest known one is named), a value of another type, or a failed cross-field check.
+        ConfigError: no such file, not UTF-8 or not TOML (with the place), an unknown key (names the
+            closest known one), a value of the wrong type, or a failed cross-field check.
     """
     path = Path(path)
     if not path.is_file():
         known = ", ".join(sorted(p.name for p in path.parent.glob("*.toml")))
-        beside = f"; beside it there are: {known}" if known else ""
-        raise ConfigError(f"no config file at {path}{beside}")
-    # Not at the top: it takes longer to import than all configs.
+        others = f"; this folder has: {known}" if known else ""
+        raise ConfigError(f"no config file at {path}{others}")
+    # Imported here: it takes longer to import than all configs.
     from ivl_jax.toml_files import MalformedFileError, read_toml
 
     try:
@@ -83,13 +83,13 @@ def config_from_mapping(
     Args:
         document: field names to values; nested mappings for nested dataclasses.
         config_type: the dataclass to build.
-        where: names the source in errors.
+        where: what errors call the document.
 
     Returns:
         The config.
 
     Raises:
-        ConfigError: an unknown key, a value of another type, or a failed cross-field check.
+        ConfigError: an unknown key, a value of the wrong type, or a failed cross-field check.
     """
     return _build(config_type, document, where, "")
 
@@ -143,25 +143,25 @@ def _toml_lines(table: Mapping[str, Any], prefix: str) -> list[str]:
 
 
 def _toml_value(value: Any) -> str:
-    """A JSON string, number or list of strings is also valid TOML, but for the character DEL."""
+    """A JSON string, number or list of strings is also valid TOML, except for the DEL character."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False).replace("\x7f", "\\u007f")
 
 
 def _tables(value: Any) -> Sequence[dict[str, Any]]:
-    """The tables that a value is written as; none for a plain value."""
+    """The tables that a value is written as; empty for a plain value."""
     if isinstance(value, dict):
         return [value]
     return value if isinstance(value, tuple) and value and isinstance(value[0], dict) else []
 
 
 def field_types(config_type: type) -> dict[str, Any]:
-    """Give the type of every key that a config dataclass is read from.
+    """The type of every key that a config dataclass is read from.
 
     Args:
         config_type: the dataclass.
 
     Returns:
-        Key → type without annotations; the fields of inline dataclasses stand among the others.
+        Key → type without annotations; the fields of inline dataclasses are among the others.
     """
     types_of: dict[str, Any] = {}
     for name, hint in _annotated_types(config_type).items():
@@ -186,7 +186,7 @@ def _build(config_type: type, document: Mapping[str, Any], where: str, prefix: s
     known = field_types(config_type)
     for key in document:
         if key not in known:
-            import difflib  # a tenth of the time that importing all configs takes
+            import difflib  # a tenth of the import time of all configs
 
             close = difflib.get_close_matches(key, list(known), n=1)
             remedy = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(known)}"
@@ -201,7 +201,7 @@ def _build(config_type: type, document: Mapping[str, Any], where: str, prefix: s
 
 
 def _construct(config_type: type, values: Mapping[str, Any], default: Any = None) -> Any:
-    """Make a dataclass, and those inline in it, from values of all their fields."""
+    """Make a dataclass, and its inline dataclasses, from the values of all their fields."""
     hints = _annotated_types(config_type)
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(config_type):
@@ -216,7 +216,7 @@ def _construct(config_type: type, values: Mapping[str, Any], default: Any = None
 
 
 def _checked(value: Any, hint: Any, where: str, name: str) -> Any:
-    """Return the value in the field's type, or raise; int is taken for float, list for tuple."""
+    """Return the value in the field's type, or raise; accepts int for float and list for tuple."""
     what = f"{where}: {name}"
     if problem := number_problem(value):
         raise ConfigError(f"{what} {problem}")

@@ -15,17 +15,17 @@ from ivl_jax.config.annotations import NoFlag, Repeatable
 from ivl_jax.config.checks import ConfigError, found
 
 LARGEST_STRENGTH = 1e4
-"""With value logits of 100 the product is 10⁶, where float32 has steps of 0.06: beyond that the
-base's logits are rounded away."""
+"""With value logits of 100 the product is 10⁶, where float32 has a spacing of 0.06: beyond that the
+base's logits are lost to rounding."""
 _MOST_TOP_LOG_PROBS = 100
-"""Each kept token has room for so many likeliest ones, in a state that lives on device."""
+"""The device state has room for this many top log-probabilities per generated token."""
 
 
 def strength_problem(alpha: float | int) -> str | None:
-    """Say what keeps a number from being a strength; None if nothing does.
+    """Say what is wrong with a strength; None if nothing is.
 
     Args:
-        alpha: what is given as α.
+        alpha: the given α.
 
     Example:
         >>> strength_problem(1e38)
@@ -33,7 +33,7 @@ def strength_problem(alpha: float | int) -> str | None:
     """
     try:
         finite = math.isfinite(alpha)
-    except OverflowError:  # an integer that no float holds
+    except OverflowError:  # an integer too large for a float
         finite = True
     if not finite:
         return f"must be finite, got {alpha}"
@@ -47,21 +47,21 @@ class GenerationOptions:
     """How a prompt is continued."""
 
     max_new_tokens: int = 256
-    """Tokens generated at most; fewer where the context ends."""
+    """The most tokens to generate; fewer if the context is full before."""
     temperature: float = 0.0
     """0 is greedy: the arg-max, the lowest id among equal logits."""
     top_k: int = 0
     """Sample among the k likeliest tokens; 0: all."""
     top_p: float = 1.0
-    """Sample among the likeliest tokens that hold this probability mass; 1: all."""
+    """Sample among the likeliest tokens with this total probability; 1: all."""
     min_p: float = 0.0
     """Drop tokens below this share of the likeliest token's probability; 0: none."""
     seed: int = 0
     """Seed of sampling; the prompt's index is folded in, then the token's index."""
     stop: Repeatable[Sequence[str]] = ()
-    """String that ends the generation and is cut off; repeat the flag for several."""
+    """String that ends the generation and is removed; repeat the flag for several."""
     stop_ids: NoFlag[Sequence[int]] = ()
-    """Token ids that end the generation, besides those of the models."""
+    """Token ids that end the generation, in addition to the models' own."""
     strengths: NoFlag[Sequence[float] | None] = None
     """α of each value network; None: those of the composed model."""
     log_probs: NoFlag[int | None] = None
@@ -70,7 +70,7 @@ class GenerationOptions:
     likeliest tokens at each place."""
 
     def __post_init__(self) -> None:
-        """Check kinds, then ranges, all problems at once; lists become tuples, for hashing."""
+        """Check types, then ranges, reporting all problems; lists become tuples, for hashing."""
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name, value in _plain_values(given).items():
             object.__setattr__(self, name, value)

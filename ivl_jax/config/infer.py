@@ -19,21 +19,21 @@ class InferConfig:
     prompt: str | None = None
     """One prompt; "" starts from the beginning-of-sequence token."""
     input: str | None = None
-    """JSONL file with one {"prompt": …} or {"messages": […]} per line, perhaps with its own
+    """JSONL file with one {"prompt": …} or {"messages": […]} per line, optionally with its own
     "strengths": […], one per value; needs --output."""
     output: str | None = None
-    """JSONL file written as it goes; a second run continues where it stopped."""
+    """JSONL file, written line by line; a second run resumes where the first stopped."""
     chat: bool = False
-    """Treat prompts as user messages in the first value's template; without a prompt, talk: each
+    """Treat prompts as user messages in the first value's template; without a prompt, chat: each
     line of standard input is a message."""
     generation: Inline[GenerationOptions] = field(default_factory=GenerationOptions)
     batch_size: int = 8
-    """Prompts decoded together, with --input; where one ends, the next takes its place."""
+    """Prompts decoded together, with --input; when one ends, the next takes its place."""
     runtime: Inline[RuntimeConfig] = field(default_factory=RuntimeConfig)
     distributed: bool = False
     """Call `jax.distributed.initialize` first (several hosts); the first process writes."""
     profile: str = ""
-    """Write a trace of the third to seventh step, of up to 16 tokens a row each (4 of a single
+    """Write a trace of the third to seventh step, each of up to 16 tokens per row (4 for a single
     prompt), to this folder, for TensorBoard or xprof."""
 
     def __post_init__(self) -> None:
@@ -43,19 +43,19 @@ class InferConfig:
 
 
 def check_infer_config(config: InferConfig) -> None:
-    """Check what decoding cannot start without.
+    """Check that the flags are complete and consistent.
 
     Args:
         config: the flags.
 
     Raises:
-        ConfigError: flags that are missing or exclude each other; lists all of them.
+        ConfigError: flags are missing or conflict; lists all of them.
     """
     problems = model_problems(config.model)
     if not config.model.value:
         problems.append("--value is missing: name a value folder, or none for the base alone")
     if config.prompt is not None and config.input is not None:
-        problems.append("--prompt and --input exclude each other: remove one")
+        problems.append("--prompt and --input cannot be combined: remove one")
     if config.prompt is None and config.input is None and not config.chat:
         problems.append("nothing to decode: give --prompt, --input with --output, or --chat")
     if config.distributed and config.prompt is None and config.input is None:
@@ -63,7 +63,7 @@ def check_infer_config(config: InferConfig) -> None:
             "--distributed needs --prompt or --input: only one process can read messages"
         )
     if (config.input is None) != (config.output is None):
-        problems.append("--input and --output belong together: give both or none")
+        problems.append("--input and --output must be used together: give both or neither")
     if config.input is not None and config.input == config.output:
         problems.append(f"--input and --output are the same file, {config.input}: name another")
     if problems:

@@ -1,7 +1,7 @@
-"""What training, decoding and evaluation share: which models, composed how, computed where.
+"""Options that training, decoding and evaluation share: models, composition, devices.
 
 In: values from a TOML file or the command line. Out: frozen dataclasses whose own checks have
-passed, and what is wrong with their fields beside one another.
+passed, and the conflicts between their fields.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ LayoutName = Literal["full", "fsdp", "tensor", "replicated"]
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; −1 on at most one axis means all that are left."""
+    """Devices along each mesh axis; −1 on at most one axis means all remaining devices."""
 
     data: int = 1
     """Copies of the model, each with its own rows of the batch."""
@@ -31,14 +31,14 @@ class MeshConfig:
         sizes = (self.data, self.fsdp, self.tensor)
         require(
             all(size == -1 or size >= 1 for size in sizes) and sizes.count(-1) <= 1,
-            "mesh sizes must be ≥ 1, or −1 on one axis for all devices left; got "
+            "mesh sizes must be ≥ 1, or −1 on one axis for all remaining devices; got "
             f"data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}",
         )
 
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """How programs are compiled; changes no result."""
+    """How programs are compiled; does not affect results."""
 
     compilation_cache: str = ""
     """Folder of JAX's persistent compilation cache; empty: among the user's caches
@@ -47,33 +47,33 @@ class RuntimeConfig:
 
 @dataclass(frozen=True)
 class ComposedModelConfig:
-    """Which models, composed how: z = z_base + Σ α · M(z_value)."""
+    """The models and how they are composed: z = z_base + Σ α · M(z_value)."""
 
     base: str = ""
     """Hugging Face folder or hub id of the base model."""
     value: Repeatable[tuple[str, ...]] = ()
     """Value folder written by train.py, or `none` for the base alone; repeat the flag for several.
-    A language model (Hugging Face folder or hub id) counts as a value: `--value TUNED
+    A language model (Hugging Face folder or hub id) can serve as a value: `--value TUNED
     --value UNTUNED --strength 1 --strength -1` is proxy-tuning."""
     strength: Repeatable[tuple[float, ...]] = ()
-    """α in z = z_base + Σ α · z_value, one per value in their order (default 1); 0 gives the base,
-    negative values push away."""
+    """α in z = z_base + Σ α · z_value, one per value in the same order (default 1); 0 gives the
+    base, a negative α steers away from the value."""
     map: Repeatable[tuple[str, ...]] = ()
-    """Vocabulary map of a value with another tokenizer than the base's, built by
-    `python -m ivl_jax.vocabulary build`; one per value in their order, `none` for those without."""
+    """Vocabulary map of a value whose tokenizer differs from the base's, built by `python -m
+    ivl_jax.vocabulary build`; one per value in the same order, `none` for those without."""
     draft: str = ""
-    """A small model of the base's family that proposes tokens, which base and values then check
-    several at a time. Greedy text stays the same (but for near-ties), and samples are drawn from
+    """A small model of the base's family that proposes tokens, which base and values then verify
+    several at a time. Greedy text stays the same (except for near-ties), and samples are drawn from
     the same distribution."""
     draft_length: int = 0
-    """Tokens that the draft proposes at a time; 0: as many as pay."""
+    """Tokens that the draft proposes at a time; 0: chosen while decoding."""
     dtype: DType = "float32"
     """Parameters and computation; logits are always composed in float32."""
     int8_base: bool = False
     """Round the base's kernels to int8: a quarter of their float32 memory, and faster on CPU."""
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(fsdp=1, tensor=-1))
     base_layout: LayoutName = "full"
-    """How the base's parameters are split on the mesh; `full`: over fsdp and tensor."""
+    """How the base's parameters are sharded over the mesh; `full`: over fsdp and tensor."""
     value_layout: LayoutName = "full"
     """The same for the value networks; `replicated` keeps small ones whole on every device."""
 
@@ -95,10 +95,10 @@ class ComposedModelConfig:
 
 
 def model_problems(model: ComposedModelConfig) -> list[str]:
-    """Say which flags are missing or do not belong together; a phrase each.
+    """One phrase for each flag that is missing or conflicts with another.
 
     Args:
-        model: the flags; no value at all is the base alone.
+        model: the flags; without values, the base alone.
     """
     problems = []
     if not model.base:
@@ -111,14 +111,14 @@ def model_problems(model: ComposedModelConfig) -> list[str]:
         unused += [f"--map {path}" for path in model.map if path != "none"]
         if unused:
             problems.append(
-                f"--value none is the base alone, which {', '.join(unused)} cannot be combined "
-                "with: remove one"
+                f"--value none (the base alone) cannot be combined with {', '.join(unused)}: "
+                "remove one"
             )
         return problems
     for flag, given in (("--strength", model.strength), ("--map", model.map)):
         if given and len(given) != len(model.value):
             problems.append(
                 f"{len(model.value)} value(s), but {flag} is given {len(given)} time(s): give it "
-                "once for each --value, in the same order, or not at all"
+                "once per --value, in the same order, or not at all"
             )
     return problems

@@ -1,4 +1,4 @@
-"""One training run: its tables, with their defaults, help texts and checks.
+"""The config of a training run: its tables, with their defaults, help texts and checks.
 
 In: values from a TOML file or the command line. Out: frozen dataclasses whose own checks have
 passed.
@@ -20,25 +20,25 @@ PenaltyPositions = Literal["real", "all"]
 
 
 def is_connection(name: str) -> bool:
-    """Whether a connection scheme may have this name: one of the package's, or the user's own."""
+    """Whether a connection scheme may have this name: one of the package's or the user's own."""
     return name in CONNECTIONS or is_extension(name)
 
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """The frozen base beside which the value network is trained; several: `[[bases]]` in TOML."""
+    """The frozen base that the value network is trained with; several: `[[bases]]` in TOML."""
 
     path: str = ""
     """Hugging Face folder or hub id of the base model."""
     revision: str | None = None
     """Hub revision; only for hub ids."""
     param_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
-    """How the frozen parameters are held; bfloat16 halves memory on accelerators, int8 (kernels
-    alone, a scale for each output feature) nearly halves it again."""
+    """How the frozen parameters are stored; bfloat16 halves memory on accelerators, int8 (kernels
+    only, one scale per output feature) nearly halves it again."""
     layout: LayoutName = "full"
     """Mesh axes that split its parameters: `full` is fsdp and tensor, `replicated` is none."""
     cache_states: bool = False
-    """Write its final hidden states beside the demonstrations once, and never run it again."""
+    """Store its final hidden states with the demonstrations once, and never run it again."""
     weight: float = 1.0
     """With several bases: its share of the batches, relative to the other weights."""
 
@@ -60,16 +60,16 @@ class ValueConfig:
     revision: str | None = None
     """Hub revision; only for hub ids."""
     connection: str = "residual"
-    """How base and value are connected: `residual` (the paper's choice) reads text only, `cascade`
+    """How base and value are connected: `residual` (the paper's choice) reads only text, `cascade`
     and `cascade_no_text` read base predictions, `hidden` the base's final hidden states; `linear`
     is a matrix on base logits. Or `module:attribute` of a connection scheme of your own."""
     rank: int = 0
-    """With `connection = "linear"`: width between its two matrices; 0: one V × V matrix."""
+    """With `connection = "linear"`: width between its two matrices; 0: a single V × V matrix."""
     layout: LayoutName = "full"
     """Mesh axes that split its parameters and moments; may differ from the base's."""
 
     def __post_init__(self) -> None:
-        """Check that what is given is used."""
+        """Check that the fields fit each other."""
         require_numbers(self, "value.")
         require(
             is_connection(self.connection),
@@ -103,9 +103,9 @@ class PenaltyConfig:
     kind: PenaltyKind = "l1"
     """`l1` is mean |z|, `l2` is mean z²."""
     weight: float = 1.0
-    """λ; the authors' released code takes 1."""
+    """λ; the authors' released code uses 1."""
     positions: PenaltyPositions = "real"
-    """`real`: tokens that are not padding; `all`: also padding, as the authors' code does."""
+    """`real`: tokens that are not padding; `all`: also padding, as in the authors' code."""
 
     def __post_init__(self) -> None:
         """Check that λ is not negative."""
@@ -132,7 +132,7 @@ class OptimizerConfig:
     beta2: float = 0.999
     """Decay of the second moment."""
     epsilon: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
     max_gradient_norm: float = 1.0
     """Global norm above which gradients are scaled down; 0 turns clipping off."""
 
@@ -155,7 +155,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class StepConfig:
-    """How much is trained and how one step is computed."""
+    """How long to train and how a step is computed."""
 
     epochs: float = 3.0
     """Passes over the training demonstrations (paper: 3); ignored when `max_steps` is set."""
@@ -164,13 +164,13 @@ class StepConfig:
     batch_size: int = 32
     """Rows of the global batch, over all devices and micro-batches (paper: 32)."""
     micro_batches: int = 1
-    """The batch is computed in this many parts; the gradient equals that of the whole batch."""
+    """Parts in which the batch is computed; the gradient equals that of the whole batch."""
     compute_dtype: DType = "float32"
     """Activations and matmuls; master weights, norms, softmax and loss stay in float32."""
     remat: bool = False
     """Recompute each layer's activations in the backward pass: less memory, a third more work."""
     scan_layers: bool = False
-    """Run the layers as one scanned loop: shorter compile time for deep models."""
+    """Run the layers as one scan: shorter compile time for deep models."""
 
     def __post_init__(self) -> None:
         """Check that micro-batches divide the batch."""
@@ -191,20 +191,20 @@ class StepConfig:
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """What is reported and saved while training."""
+    """What is reported and saved during training."""
 
     log_every: int = 10
-    """Steps between two records of metrics.jsonl, the console and TensorBoard."""
+    """Steps between two records in metrics.jsonl, on the console and in TensorBoard."""
     evaluate_every: int = 200
     """Steps between two held-out evaluations; 0: only at the start and the end."""
     evaluation_rows: int = 512
-    """Held-out batch rows an evaluation reads at most; 0: all."""
+    """The most held-out batch rows that an evaluation reads; 0: all."""
     checkpoint_every: int = 200
     """Steps between two checkpoints; step 0 and the last step are always saved."""
     keep_checkpoints: int = 3
-    """Newest checkpoints kept, and besides them the best one (lowest held-out NLL). A resume takes
-    the newest and falls back to an older one where that is damaged; 1 keeps none to fall back to,
-    once the newest is on disk and checked."""
+    """Newest checkpoints kept, in addition to the best one (lowest held-out NLL). A resume uses the
+    newest and falls back to an older one if it is damaged; 1 keeps none to fall back to, once the
+    newest is on disk and checked."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -228,11 +228,11 @@ class TrainConfig:
     objective: str = "sft"
     """What is minimised: sft, or module:attribute of an objective of your own."""
     method: Literal["value", "sft"] = "value"
-    """`value`: train a value network beside the frozen base; `sft`: fine-tune the base itself."""
+    """`value`: train a value network with a frozen base; `sft`: fine-tune the base itself."""
     seed: int = 0
     """Seed of initialisation and of the order of demonstrations."""
     resume: bool = False
-    """Resume from the newest sound checkpoint of `run_dir`."""
+    """Resume from the newest intact checkpoint of `run_dir`."""
     distributed: bool = False
     """Call `jax.distributed.initialize` first (several hosts)."""
     runtime: Inline[RuntimeConfig] = field(default_factory=RuntimeConfig)
@@ -240,7 +240,7 @@ class TrainConfig:
     """Write a trace of the third to seventh step to this folder, for TensorBoard or xprof."""
     base: BaseConfig = field(default_factory=BaseConfig)
     bases: tuple[BaseConfig, ...] = ()
-    """Train against several bases in turns, a batch each, instead of `base` (TOML: `[[bases]]`)."""
+    """Train with several bases instead of `base`, alternating per batch (TOML: `[[bases]]`)."""
     value: ValueConfig = field(default_factory=ValueConfig)
     data: DataConfig = field(default_factory=DataConfig)
     penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
@@ -263,10 +263,10 @@ class TrainConfig:
 
 
 def check_train_config(config: TrainConfig) -> None:
-    """Check what a run cannot start without.
+    """Check that the config is complete and consistent.
 
     Raises:
-        ConfigError: a required field is empty; lists all of them.
+        ConfigError: a required field is empty, or fields conflict; lists all problems.
     """
     problems = []
     if not config.run_dir:
@@ -301,23 +301,25 @@ def _base_problems(config: TrainConfig) -> list[str]:
         if not path
     ]
     if repeated := {path for path in paths if path and paths.count(path) > 1}:
-        problems.append(f"[[bases]] names {', '.join(sorted(repeated))} twice: use its weight")
+        problems.append(
+            f"[[bases]] names {', '.join(sorted(repeated))} more than once: use its weight"
+        )
     if config.distributed and any(base.cache_states for base in config.all_bases):
         problems.append(
-            "cache_states = true needs distributed = false: which dialogues a process reads "
-            "changes with the shuffle, and hosts may have disks of their own"
+            "cache_states = true needs distributed = false: the dialogues that a process reads "
+            "change with each shuffle, and hosts may have separate disks"
         )
     if config.method == "sft":
         if config.bases:
             problems.append('method = "sft" fine-tunes one model: name it in [base], not [[bases]]')
         if config.base.cache_states:
             problems.append(
-                'base.cache_states cannot be combined with method = "sft": the states change in '
+                'base.cache_states cannot be combined with method = "sft": the states change at '
                 "every step"
             )
         if config.base.param_dtype != "float32":
             problems.append(
                 f'base.param_dtype = "{config.base.param_dtype}" cannot be combined with method = '
-                '"sft": what is trained is held in float32; see step.compute_dtype'
+                '"sft": trained parameters are stored in float32; see step.compute_dtype'
             )
     return problems

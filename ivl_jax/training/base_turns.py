@@ -1,7 +1,7 @@
-"""Which base each batch of a run is trained beside.
+"""Chooses the base for each batch of a run.
 
-In: the bases' weights and the run's seed. Out: a base for every batch, from its number alone, so
-that a run that goes on after a stop meets the same bases in the same order.
+In: the bases' weights and the run's seed. Out: a base for every batch, determined by the batch's
+number alone, so that a resumed run uses the same bases in the same order.
 """
 
 import bisect
@@ -10,13 +10,13 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Steps of the golden ratio's fraction fill [0, 1) evenly at every length (discrepancy log n / n).
+# Multiples of the golden ratio modulo 1 fill [0, 1) evenly at every length (discrepancy log n / n).
 _GOLDEN = 0.6180339887498949
 
 
 @dataclass(frozen=True)
 class BaseTurns:
-    """Takes turns between bases: among any n batches each base has its share within a few.
+    """Alternates between bases: in any n batches, each base gets its share to within a few.
 
     Example:
         >>> turns = BaseTurns(weights=(3.0, 1.0), seed=0)
@@ -27,10 +27,10 @@ class BaseTurns:
     weights: Sequence[float]
     """Each base's share of the batches, relative to the others'."""
     seed: int
-    """Of the run; decides where the turns begin."""
+    """The run's seed; decides where the sequence begins."""
 
     def __call__(self, batch: int) -> int:
-        """Give the base of a batch.
+        """The base of a batch.
 
         Args:
             batch: its number in the run, from 0.

@@ -1,8 +1,8 @@
-"""Runs each frozen base once over the demonstrations, so that no training step ever runs it.
+"""Runs each frozen base once over the demonstrations, so that no training step has to run it.
 
-In: bases whose config says `cache_states`, tokenised demonstrations. Out: their final hidden states
-beside the stored demonstrations. What depends on the value network or on a setting of the training
-is not in them: later epochs and other runs on the same demonstrations read them again.
+In: bases with `cache_states` in their config, tokenised demonstrations. Out: their final hidden
+states, stored with the demonstrations. They do not depend on the value network or on training
+settings, so later epochs and other runs on the same demonstrations reuse them.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 class CachedSplit(NamedTuple):
-    """One split of the demonstrations beside one base."""
+    """One split of the demonstrations with one base's states."""
 
     states: BaseStates
     tokenized: TokenizedDemonstrations
@@ -51,20 +51,20 @@ def open_cached_splits(
     *,
     data_name: str,
 ) -> dict[str, CachedSplit]:
-    """Find the cached states of a base, or begin them; checks what they belong to.
+    """Open the cached states of a base, or create them; checks what they were computed from.
 
     Args:
         config: of the run.
         base: the base.
         splits: the tokenised demonstrations by split.
         chat_format: how they were rendered.
-        data_name: of the stored demonstrations' folder.
+        data_name: name of the stored demonstrations' folder.
 
     Returns:
-        The states by split; empty where the base's config does not ask for them.
+        The states by split; empty if the base's config does not ask for them.
 
     Raises:
-        StatesError: what is there is stale; each difference is named.
+        StatesError: the stored states are stale; the message names each difference.
     """
     if not base.config.cache_states:
         return {}
@@ -103,17 +103,17 @@ def write_cached_states(
     pad_id: int,
     mesh: Mesh,
 ) -> None:
-    """Run a base over every dialogue whose states are not on disk; a stopped pass goes on.
+    """Run a base over every dialogue whose states are not on disk; an interrupted pass resumes.
 
     Args:
         config: of the run.
         base: the base.
         splits: from `open_cached_splits`.
-        pad_id: what stands where there is no token.
+        pad_id: token id of the padding.
         mesh: the device mesh.
 
     Raises:
-        OSError: the disk has not enough space; said before the base is read.
+        OSError: there is not enough disk space; raised before the base is read.
     """
     missing = [(split, shard) for split in splits for shard in split.states.missing()]
     if not missing:
@@ -128,9 +128,9 @@ def write_cached_states(
         task = progress.add_task("caching base states", total=len(missing))
         for split, shard in missing:
             found: dict[int, np.ndarray] = {}
-            for layout, batch in _shard_batches(split, shard, rows=rows, pad_id=pad_id):
+            for packed, batch in _shard_batches(split, shard, rows=rows, pad_id=pad_id):
                 states = np.asarray(program(params, place_batch(batch, mesh)))
-                found |= _take_apart(layout, states, split.tokenized.lengths)
+                found |= _unpack(packed, states, split.tokenized.lengths)
             split.states.write(shard, [found[dialogue] for dialogue in sorted(found)])
             progress.advance(task)
     seconds = time.perf_counter() - started
@@ -138,15 +138,15 @@ def write_cached_states(
 
 
 def _announce(base: FrozenBase, splits: Sequence[CachedSplit], *, missing: int) -> None:
-    """Say how much will be written, and stop when the disk cannot hold it."""
+    """Log how much will be written, and raise if the disk cannot hold it."""
     folder = splits[0].states.folder.parent
     total = sum(split.states.total_bytes for split in splits)
     share = missing / sum(len(split.states.shards) for split in splits)
     positions = sum(int((split.tokenized.lengths - 1).sum()) for split in splits)
     free = shutil.disk_usage(folder).free
     logger.info(
-        "base %s: final hidden states of %s positions take %s in %s (%.0f%% are there; %s "
-        "are free)",
+        "base %s: final hidden states of %s positions take %s in %s (%.0f%% exist already; %s "
+        "free)",
         base.model.path,
         f"{positions:,}",
         _megabytes(total),
@@ -157,9 +157,9 @@ def _announce(base: FrozenBase, splits: Sequence[CachedSplit], *, missing: int) 
     left = round(share * total)
     if left > free:
         raise OSError(
-            f"{folder}: the cached states of {base.model.path} need "
-            f"{_megabytes(left)} more, {_megabytes(free)} are free: make room, set "
-            "another data.data_dir, or cache_states = false"
+            f"{folder}: the cached states of {base.model.path} need {_megabytes(left)} more, but "
+            f"only {_megabytes(free)} are free: free some space, set another data.data_dir, or "
+            "cache_states = false"
         )
 
 
@@ -186,25 +186,25 @@ def _make_program(
 def _shard_batches(
     split: CachedSplit, shard: int, *, rows: int, pad_id: int
 ) -> Iterator[tuple[list[list[int]], Batch]]:
-    """Batches over the dialogues of one file, and which dialogues each row holds."""
+    """Batches over the dialogues of one file, and which dialogues are packed into each row."""
     first, end = split.states.shards[shard]
     tokenized = split.tokenized
     length = tokenized.sequence_length
     plan = pack(tokenized.lengths[first:end] - 1, row_length=length, seed=0)
     for start in range(0, plan.rows, rows):
         stop = min(start + rows, plan.rows)
-        layout = [(plan.row(row) + first).tolist() for row in range(start, stop)]
-        layout += [[] for _ in range(rows - len(layout))]
-        dialogues = [[tokenized[dialogue] for dialogue in row] for row in layout]
-        yield layout, lay_out_rows(dialogues, sequence_length=length, pad_id=pad_id)
+        packed = [(plan.row(row) + first).tolist() for row in range(start, stop)]
+        packed += [[] for _ in range(rows - len(packed))]
+        dialogues = [[tokenized[dialogue] for dialogue in row] for row in packed]
+        yield packed, lay_out_rows(dialogues, sequence_length=length, pad_id=pad_id)
 
 
-def _take_apart(
-    layout: Sequence[Sequence[int]], states: np.ndarray, lengths: np.ndarray
+def _unpack(
+    packed: Sequence[Sequence[int]], states: np.ndarray, lengths: np.ndarray
 ) -> dict[int, np.ndarray]:
-    """Dialogue → its states, from rows of several."""
+    """Dialogue → its states, from packed rows."""
     found = {}
-    for row, dialogues in zip(states, layout, strict=False):
+    for row, dialogues in zip(states, packed, strict=False):
         start = 0
         for dialogue in dialogues:
             end = start + int(lengths[dialogue]) - 1

@@ -1,4 +1,4 @@
-"""Held-out evaluation: the base alone and the base with its value network on the same batches.
+"""Held-out evaluation: the base alone and the base with the value network on the same batches.
 
 In: parameters. Out: NLL in nats per token, top-1 accuracy and mean |z_value|.
 """
@@ -19,19 +19,19 @@ from ivl_jax.training.step import EvalStep
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The held-out figures of one moment of a run."""
+    """The held-out figures at one step of a run."""
 
     mean: dict[str, float]
-    """The figures of the only base; of several, their mean by the bases' weights."""
+    """The figures of the only base; with several, their mean weighted by the bases' weights."""
     by_base: dict[str, dict[str, float]]
-    """With several bases: each one's figures, by its name; else empty."""
+    """With several bases: each base's figures, by its name; else empty."""
 
     @classmethod
     def of(cls, figures: Mapping[str, dict[str, float]], weights: Sequence[float]) -> "Evaluation":
-        """Put the figures of all bases together.
+        """Combine the figures of all bases.
 
         Args:
-            figures: of each base, by its name, as `HeldOut` gives them.
+            figures: of each base, by its name, as `HeldOut` returns them.
             weights: of each base.
 
         Returns:
@@ -48,7 +48,7 @@ class Evaluation:
         return cls(mean, dict(figures))
 
     def to_json(self) -> dict[str, Any]:
-        """What `from_json` reads."""
+        """The record that `from_json` reads."""
         return asdict(self)
 
     @classmethod
@@ -70,12 +70,12 @@ class HeldOut:
         figures: Mapping[str, tuple[str, str]],
         mesh: Mesh,
     ) -> None:
-        """Keep what an evaluation needs beside the parameters.
+        """Store what an evaluation needs besides the parameters.
 
         Args:
             step: from `make_eval_step`.
-            batches: this process's rows, one pass an iteration.
-            count: batches in a pass.
+            batches: this process's rows; each iteration is one pass.
+            count: batches per pass.
             base_params: of the frozen base; None without one.
             figures: name of a figure → the sums whose quotient it is.
             mesh: where batches are placed.
@@ -98,11 +98,11 @@ class HeldOut:
 
         Returns:
             The objective's figures, such as `nll` (nats per counted token) and `accuracy` (top-1),
-            and `tokens` (counted); beside a base also `base_nll`, `base_accuracy` and
+            and `tokens` (counted); with a base also `base_nll`, `base_accuracy` and
             `mean_abs_value`. Sums are added in float64.
 
         Raises:
-            ValueError: no batch holds a counted token.
+            ValueError: no batch has a counted token.
         """
         totals: dict[str, float] = {}
         waiting: Any = None
@@ -113,7 +113,7 @@ class HeldOut:
             advance()
         self._add(totals, waiting)
         if not totals.get("loss_tokens"):
-            raise ValueError("the held-out demonstrations hold no token that counts")
+            raise ValueError("the held-out demonstrations have no token that counts in the loss")
         figures = {
             name: totals[total] / max(totals[count], 1.0)
             for name, (total, count) in self._figures.items()

@@ -1,6 +1,6 @@
-"""SIGTERM, SIGHUP and Ctrl-C become a request that the loop answers at the next step boundary.
+"""Turns SIGTERM, SIGHUP and Ctrl-C into a request that the loop handles at the next step boundary.
 
-In: signals. Out: the name of the one that came, or None.
+In: signals. Out: the name of the one received, or None.
 """
 
 import logging
@@ -19,7 +19,7 @@ _NAMES: dict[int, str] = {
     for name in ("SIGTERM", "SIGINT", "SIGHUP")
     if hasattr(signal, name)  # Windows has no SIGHUP
 }
-# A closing terminal may send SIGHUP more than once; the others abort when they come again.
+# A closing terminal may send SIGHUP more than once; the others abort the second time.
 _ABORTING = (signal.SIGTERM, signal.SIGINT)
 # GNU timeout sends SIGTERM to its child and then to the child's group, microseconds apart.
 _SAME_REQUEST_SECONDS = 0.1
@@ -43,20 +43,20 @@ class Interrupts:
     """Context manager that catches SIGTERM, SIGHUP and Ctrl-C; the second of a kind aborts at once.
 
     A signal that the process was started to ignore, as `nohup` does with SIGHUP, stays ignored.
-    Outside the main thread signals cannot be caught, and nothing changes.
+    Outside the main thread signals cannot be caught, so this does nothing.
     """
 
     def __init__(self) -> None:
-        self._came: str | None = None
+        self._received: str | None = None
         self._last: dict[int, float] = {}
-        """Signal → when it came, seconds of the monotonic clock."""
+        """Signal → when it was received, in seconds of the monotonic clock."""
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():
             for number in _NAMES:
-                # With several processes JAX's preemption service has SIGTERM: it makes all of them
-                # stop at the same step.
+                # With several processes JAX's preemption service handles SIGTERM: it makes all of
+                # them stop at the same step.
                 if number == signal.SIGTERM and jax.process_count() > 1:
                     continue
                 if signal.getsignal(number) != signal.SIG_IGN:
@@ -74,18 +74,18 @@ class Interrupts:
         self._previous.clear()
 
     def requested(self, step: int) -> str | None:
-        """Say whether the run should save and stop after this step.
+        """Whether the run should save and stop after this step.
 
         Args:
-            step: the step just taken; with several processes all of them agree on it.
+            step: the step just taken; the same in all processes.
 
         Returns:
             The signal's name, or None.
         """
         if jax.process_count() > 1:
             stop = multihost_utils.reached_preemption_sync_point(step)
-            return (self._came or "SIGTERM") if stop else None
-        return self._came
+            return (self._received or "SIGTERM") if stop else None
+        return self._received
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         del frame
@@ -94,13 +94,13 @@ class Interrupts:
             if number in _ABORTING and (
                 number == signal.SIGINT or now - last > _SAME_REQUEST_SECONDS
             ):
-                # Whoever sends a third one will not wait for anything.
+                # A third signal ends the process immediately.
                 signal.signal(number, signal.SIG_DFL)
                 raise AbortedError(number)
             return
         self._last[number] = now
-        self._came = _NAMES[number]
+        self._received = _NAMES[number]
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        remedy = f"; {self._came} again aborts without saving" if number in _ABORTING else ""
-        logger.warning("%s: saving at the next step boundary%s", self._came, remedy)
+        again = f"; {self._received} again aborts without saving" if number in _ABORTING else ""
+        logger.warning("%s: saving at the next step boundary%s", self._received, again)

@@ -1,6 +1,6 @@
-"""What a run needs of disk and memory, said before it takes any of it.
+"""Disk space and memory that a run needs, checked before it allocates any.
 
-In: the config, the trained model, the run directory, the mesh. Out: a line for the user; or an
+In: the config, the trained model, the run directory, the mesh. Out: a line for the user, or an
 error for what cannot fit.
 """
 
@@ -23,7 +23,7 @@ from ivl_jax.training.step import TrainState
 
 logger = logging.getLogger(__name__)
 
-# Of a position in a batch: token, target, position and segment in int32, and the loss mask.
+# Per position of a batch: token, target, position and segment in int32, and the loss mask.
 _BATCH_BYTES = 17
 
 
@@ -33,26 +33,26 @@ class DiskUse(NamedTuple):
     first: int  # the checkpoint of step 0, which has no optimizer state
     checkpoint: int  # each later one
     output: int  # the value folder, or the fine-tuned model's
-    saving: int  # the newest checkpoints at once, while one more is being written
+    saving: int  # the newest checkpoints while one more is being written
     kept: int  # the newest checkpoints when the run has ended
-    best: int  # the best checkpoint where it is none of the newest
+    best: int  # the best checkpoint if it is not one of the newest
 
     @property
     def most(self) -> int:
-        """At any moment, at most."""
+        """The maximum at any moment."""
         return self.best + max(self.saving, self.kept + self.output)
 
 
 def disk_use(logging_config: LoggingConfig, state: TrainState, *, total_steps: int) -> DiskUse:
-    """Work out what a run writes to its checkpoints and its output.
+    """Compute how many bytes a run's checkpoints and output take.
 
     Args:
         logging_config: how often it saves and how many checkpoints it keeps.
-        state: its train state, or the shapes of it.
+        state: its train state, or its shapes.
         total_steps: steps of the whole run.
 
     Returns:
-        Bytes. Records and TensorBoard events, which are small, are not counted.
+        Bytes. Records and TensorBoard events are small and not counted.
     """
     params, whole = _bytes(state.params), _bytes(state)
     first = whole - _bytes(state.opt_state)
@@ -67,14 +67,14 @@ def disk_use(logging_config: LoggingConfig, state: TrainState, *, total_steps: i
 
 
 def check_disk(use: DiskUse, run_dir: epath.Path) -> None:
-    """Say what a run will write, and stop where the disk cannot hold it.
+    """Log what a run will write, and raise if the disk cannot hold it.
 
     Args:
         use: from `disk_use`.
-        run_dir: the run directory, which exists; an object store has no limit that is known.
+        run_dir: the run directory, which exists; the limit of an object store is not known.
 
     Raises:
-        OSError: there is not enough space; says how much is missing.
+        OSError: there is not enough space; the message says how much is missing.
     """
     if jax.process_index() > 0:
         return
@@ -87,29 +87,29 @@ def check_disk(use: DiskUse, run_dir: epath.Path) -> None:
         _size(use.first),
         _size(use.output),
         _size(use.most),
-        "" if free is None else f"; {_size(free)} are free",
+        "" if free is None else f"; {_size(free)} free",
     )
     if free is None:
         return
-    there = sum(path.stat().st_size for path in Path(run_dir).rglob("*") if path.is_file())
-    missing = use.most - there - free
+    written = sum(path.stat().st_size for path in Path(run_dir).rglob("*") if path.is_file())
+    missing = use.most - written - free
     if missing <= 0:
         return
-    said = (
-        f"{run_dir}: the disk lacks {_size(missing)} of what this run may write: make room, name a "
-        "run_dir on another disk, or lower logging.keep_checkpoints"
+    message = (
+        f"{run_dir}: the disk is {_size(missing)} short of what this run may write: free some "
+        "space, choose a run_dir on another disk, or lower logging.keep_checkpoints"
     )
     # The best checkpoint may be one of the newest.
     if missing > use.best:
-        raise OSError(said)
-    logger.warning(said)
+        raise OSError(message)
+    logger.warning(message)
 
 
 def check_batch(config: TrainConfig, arch: Architecture, mesh: Mesh) -> None:
-    """Refuse a batch that no memory of this machine can hold, before anything is allocated.
+    """Refuse a batch that does not fit this machine's memory, before anything is allocated.
 
-    Only what is certain counts: the batch's integers, and the inputs of the layers, which the
-    gradient needs whatever is recomputed. A batch that passes may still be too large.
+    Counts only what is certain: the batch's integers, and the layers' inputs, which the gradient
+    needs even with recomputation. A batch that passes may still be too large.
 
     Args:
         config: of the run.
@@ -117,7 +117,7 @@ def check_batch(config: TrainConfig, arch: Architecture, mesh: Mesh) -> None:
         mesh: the device mesh.
 
     Raises:
-        ConfigError: it cannot fit; says what it takes and what there is.
+        ConfigError: it cannot fit; the message says what it takes and what is available.
     """
     rows, length = config.step.batch_size, config.data.max_length
     batch = rows * length * _BATCH_BYTES
@@ -125,8 +125,8 @@ def check_batch(config: TrainConfig, arch: Architecture, mesh: Mesh) -> None:
     if host is not None and batch // jax.process_count() > host:
         raise ConfigError(
             f"step.batch_size = {rows:,}: a batch of {rows:,} rows of {length:,} tokens takes "
-            f"{_size(batch)} of memory before it is computed, this machine has {_size(host)}: "
-            "lower step.batch_size"
+            f"{_size(batch)} of memory before any computation, but this machine has only "
+            f"{_size(host)}: lower step.batch_size"
         )
     width = getattr(arch, "hidden_size", 0) * arch.num_hidden_layers
     itemsize = jnp.dtype(config.step.compute_dtype).itemsize
@@ -137,13 +137,13 @@ def check_batch(config: TrainConfig, arch: Architecture, mesh: Mesh) -> None:
         raise ConfigError(
             f"step.batch_size = {rows:,} in step.micro_batches = {config.step.micro_batches:,}: a "
             f"gradient takes at least {_size(needed)} of each device's memory (the batch, and "
-            f"every layer's input for the rows of one micro-batch, {_size(per_row)} per row), a "
-            f"device has {_size(available)}: raise step.micro_batches or lower step.batch_size"
+            f"every layer's input for the rows of one micro-batch, {_size(per_row)} per row), but "
+            f"a device has {_size(available)}: raise step.micro_batches or lower step.batch_size"
         )
 
 
 def _bytes(tree: Any) -> int:
-    """Size of the arrays of a tree, or of what it describes; a typed key counts as its data."""
+    """Bytes of the arrays (or `ShapeDtypeStruct`s) of a tree; a typed key counts as its data."""
     sizes = [leaf.size * getattr(leaf.dtype, "itemsize", 8) for leaf in jax.tree.leaves(tree)]
     return sum(sizes)
 

@@ -1,7 +1,7 @@
-"""The training run: check, prepare, train, evaluate, save, and go on after a stop.
+"""The training run: check, prepare, train, evaluate, save, resume.
 
-In: a `TrainConfig`. Out: `TrainResult`; beside it the run directory with config, metrics,
-checkpoints and the final value folder.
+In: a `TrainConfig`. Out: `TrainResult`, and the run directory with config, metrics, checkpoints and
+the final value folder.
 """
 
 import logging
@@ -45,43 +45,44 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What came out of a run."""
+    """The result of a run."""
 
     run_dir: epath.Path
     steps: int
     """Optimizer steps taken, over all starts."""
     total_steps: int
-    """Steps the whole run has."""
+    """Steps of the whole run."""
     held_out: Mapping[str, float] | None
-    """The last evaluation: `nll`, `accuracy`, `tokens`; beside a base also `base_nll`,
-    `base_accuracy`, `mean_abs_value`. Of several bases the mean by their weights. None without
-    held-out demonstrations."""
+    """The last evaluation: `nll`, `accuracy`, `tokens`; with a base also `base_nll`,
+    `base_accuracy`, `mean_abs_value`. With several bases, the mean weighted by their weights. None
+    without held-out demonstrations."""
     held_out_by_base: Mapping[str, Mapping[str, float]]
-    """With several bases: each one's figures, by its path; else empty."""
+    """With several bases: each base's figures, by its path; else empty."""
     output: epath.Path | None
     """The value folder, or with `method = "sft"` the model folder; None after an interruption."""
     interrupted: bool
-    """SIGTERM, SIGHUP or Ctrl-C came; the state is saved."""
+    """Whether SIGTERM, SIGHUP or Ctrl-C stopped the run; the state is saved."""
 
 
 class NonFiniteLossError(RuntimeError):
-    """Loss or gradient became inf or NaN: which step, which rows; nothing of it was saved."""
+    """Loss or gradient became inf or NaN: which step, which rows; that step was not saved."""
 
 
 def run(config: TrainConfig | str | os.PathLike[str] | Mapping[str, Any]) -> TrainResult:
-    """Train a value network (or fine-tune a model alone) as a config says.
+    """Train a value network, or fine-tune a model by itself, according to a config.
 
     Args:
-        config: of the run, or the path of its TOML file, or a mapping of what that would hold.
+        config: of the run, the path of its TOML file, or a mapping with the file's content.
 
     Returns:
-        What came out.
+        The result.
 
     Raises:
-        TypeError: something else was given.
-        ConfigError: something in the config cannot work; said before anything expensive.
-        RunDirectoryError: the run directory exists and `resume` was not said, or the like.
-        NoUsableCheckpointError: `resume` was said and no checkpoint is sound.
+        TypeError: the config is of another type.
+        ConfigError: the config cannot work; raised before anything expensive.
+        RunDirectoryError: the run directory cannot be used, for example because it exists and
+            `resume` is not set.
+        NoUsableCheckpointError: `resume` is set, but no checkpoint is intact.
         NonFiniteLossError: the loss or a gradient became inf or NaN.
     """
     config = train_config_of(config)
@@ -120,7 +121,7 @@ def _run(config: TrainConfig, directory: RunDirectory, *, there: bool) -> TrainR
             output = save_output(config, directory, prepared, weights, state)
             if config.method == "value" and best not in (None, int(state.step)):
                 logger.info(
-                    "the lowest held-out NLL was that of step %d; to export it: "
+                    "the lowest held-out NLL was at step %d; to export it: "
                     "python -m ivl_jax.checkpoint export-value %s OUT --step best",
                     best,
                     directory.path,
@@ -137,7 +138,7 @@ def _run(config: TrainConfig, directory: RunDirectory, *, there: bool) -> TrainR
 
 
 class _Training:
-    """One start of a run, from its first or restored step to its last."""
+    """One start of a run, from its first or restored step to the last."""
 
     def __init__(
         self,
@@ -157,15 +158,15 @@ class _Training:
         self._total = prepared.data.total_steps
         self._evaluation: Evaluation | None = None
         self._fresh = True
-        """Whether step 0 is yet to be evaluated and saved; a run may also go on from step 0."""
+        """Whether step 0 must still be evaluated and saved; a run may also resume from step 0."""
         self._evaluated = True
-        """Whether the held-out figures of the restored step were measured before the stop."""
+        """Whether the restored step had been evaluated before the stop."""
 
     def fit(self) -> tuple[TrainState, Evaluation | None, str | None]:
-        """Train to the last step or to a signal.
+        """Train until the last step or a signal.
 
         Returns:
-            The state, the last evaluation, and the signal's name if one came.
+            The state, the last evaluation, and the name of the signal that stopped it, or None.
         """
         state = self._begin()
         step = int(state.step)
@@ -177,50 +178,51 @@ class _Training:
             if self._fresh:
                 self._start(state, report)
             elif not self._evaluated:
-                # A signal had left no time for it; metrics.jsonl and the best step are as ever.
+                # A signal had left no time for it; so metrics.jsonl and the best step stay the same
+                # as without a stop.
                 evaluation = self._evaluate(step, state, report)
                 if evaluation is not None:
                     self._checkpoints.record_metrics(evaluation.mean)
-            came = self._interrupts.requested(step)
+            stop_signal = self._interrupts.requested(step)
             batches, waiting = self._prepared.data.train, None
-            while step < self._total and came is None:
+            while step < self._total and stop_signal is None:
                 batch = split_micro_batches(next(batches), self._config.step.micro_batches)
                 batch = place_batch(batch, self._prepared.mesh, micro_batched=True)
                 program = self._prepared.programs[self._prepared.turns(step)]
                 with profile.step(step, waiting):
                     state, metrics = program.step(state, program.base_params, batch)
                 step += 1
-                # The device works on this step while the host reads the figures of the last one.
+                # The device computes this step while the host reads the last one's figures.
                 self._settle(waiting, report)
                 waiting = (step, metrics)
-                came = self._interrupts.requested(step)
-                if self._is_boundary(step) or came is not None:
+                stop_signal = self._interrupts.requested(step)
+                if self._is_boundary(step) or stop_signal is not None:
                     self._settle(waiting, report)
                     waiting = None
-                    # There may be seconds left after a signal: the figures can wait for the resume.
-                    finished = came is None or step == self._total
+                    # Only seconds may be left after a signal: the evaluation waits for the resume.
+                    finished = stop_signal is None or step == self._total
                     evaluation = self._evaluate(step, state, report) if finished else None
-                    if self._is_checkpoint(step) or came is not None:
+                    if self._is_checkpoint(step) or stop_signal is not None:
                         self._save(state, evaluation)
-        if came is not None and step < self._total:
+        if stop_signal is not None and step < self._total:
             self._checkpoints.wait_until_finished()
             logger.warning(
-                "stopped by %s after step %d/%d, which is saved; go on with:\n  %s",
-                came,
+                "stopped by %s after step %d/%d, which is saved; resume with:\n  %s",
+                stop_signal,
                 step,
                 self._total,
                 self._directory.resume_command,
             )
-            return state, self._evaluation, came
+            return state, self._evaluation, stop_signal
         return state, self._evaluation, None
 
     def _begin(self) -> TrainState:
-        """Restore the newest sound checkpoint, or make the state of step 0."""
+        """Restore the newest intact checkpoint, or make the state of step 0."""
         metrics = self._directory.metrics
         if self._config.resume and self._checkpoints.has_started():
             restored = self._checkpoints.restore(
                 self._prepared.abstract_state,
-                # What a power failure took of the records is computed again.
+                # Steps whose records a power failure lost are computed again.
                 fits=lambda run: metrics.missing_records(run["metrics_bytes"]),
                 fill=lambda kept: self._prepared.state_from(kept.params),
             )
@@ -229,13 +231,13 @@ class _Training:
             self._evaluation = Evaluation.from_json(restored.run_metadata["evaluation"])
             self._evaluated = restored.run_metadata["evaluated"]
             self._fresh = False
-            logger.info("going on from step %d/%d", restored.step, self._total)
+            logger.info("resuming from step %d/%d", restored.step, self._total)
             return restored.state
         if metrics.last_step() > 0:
             raise RunDirectoryError(
-                f"{metrics.path} tells of {metrics.last_step()} steps, but "
-                f"{self._directory.checkpoints} holds no checkpoint to go on from: restore the "
-                "checkpoints, or name another run_dir to start over"
+                f"{metrics.path} records {metrics.last_step()} steps, but "
+                f"{self._directory.checkpoints} has no checkpoint to resume from: restore the "
+                "checkpoints, or choose another run_dir to start over"
             )
         if self._config.resume:
             logger.warning("nothing was saved before the stop: starting at step 0")
@@ -243,7 +245,7 @@ class _Training:
         return self._prepared.make_state()
 
     def _start(self, state: TrainState, report: Reporter) -> None:
-        """Evaluate and save step 0; training begins when it is safe on disk."""
+        """Evaluate and save step 0; training begins once it is on disk."""
         if self._config.method == "value":
             write_value_description(
                 self._directory.path,
@@ -254,7 +256,7 @@ class _Training:
         self._checkpoints.wait_until_finished()
 
     def _settle(self, waiting: tuple[int, StepMetrics] | None, report: Reporter) -> None:
-        """Read the figures of a step and check them; waits until the device has taken it."""
+        """Read and check the figures of a step; waits until the device has finished it."""
         if waiting is None:
             return
         step, metrics = waiting
@@ -276,10 +278,10 @@ class _Training:
         named = "\n".join(f"  row {i}: {', '.join(ids)}" for i, ids in enumerate(rows) if ids)
         values = ", ".join(f"{name} = {figures[name]}" for name in bad)
         raise NonFiniteLossError(
-            f"step {step}: {values}. Nothing of it was saved; the last good checkpoint is that of "
-            f"step {self._checkpoints.latest_step()}. Demonstrations of its batch (process "
-            f"{jax.process_index()}):\n{named}\nA lower optimizer.learning_rate, a longer "
-            "optimizer.warmup_fraction or float32 compute are the usual remedies"
+            f"step {step}: {values}. This step was not saved; the last good checkpoint is step "
+            f"{self._checkpoints.latest_step()}. Demonstrations in its batch (process "
+            f"{jax.process_index()}):\n{named}\nThe usual remedies are a lower "
+            "optimizer.learning_rate, a longer optimizer.warmup_fraction or float32 compute"
         )
 
     def _is_boundary(self, step: int) -> bool:
@@ -305,8 +307,8 @@ class _Training:
     def _save(self, state: TrainState, evaluation: Evaluation | None) -> None:
         if not bool(_all_finite(state.params)):
             raise NonFiniteLossError(
-                f"step {int(state.step)}: a parameter is inf or NaN; it is not saved. The last "
-                f"good checkpoint is that of step {self._checkpoints.latest_step()}"
+                f"step {int(state.step)}: a parameter is inf or NaN; this step is not saved. The "
+                f"last good checkpoint is step {self._checkpoints.latest_step()}"
             )
         self._checkpoints.save(
             state,
@@ -317,7 +319,7 @@ class _Training:
                 "evaluated": evaluation is not None or not self._is_evaluation(int(state.step)),
             },
             metrics=evaluation and evaluation.mean,
-            # The optimizer's state is a function of the parameters before the first step.
+            # Before the first step the optimizer's state follows from the parameters.
             leave_out=() if int(state.step) else ("opt_state",),
         )
         self._directory.timings.flush()

@@ -5,9 +5,9 @@ denominator and the sums behind the metrics; the caller divides once, over the g
 
     loss = Σ_tokens Σ_scores w · score / N  +  λ · mean |z_value|
 
-The logits [B T V] are the largest arrays of a step by far. They never exist at once: the heads run
-over chunks of positions, and the gradient of a chunk is taken in the forward pass, while its logits
-are at hand, so nothing of size V is stored or computed twice.
+The logits [B T V] are by far the largest arrays of a step. They never exist all at once: the heads
+run over chunks of positions, and a chunk's gradient is taken in the forward pass, while its logits
+exist, so nothing of size V is stored or computed twice.
 """
 
 import functools
@@ -29,14 +29,14 @@ from ivl_jax.training.objectives.objective import Objective
 from ivl_jax.training.objectives.sft import SFT
 
 Sums = dict[str, Float32[Array, ""]]
-"""Named sums over one batch; their quotients are the figures (`Loss.figures`)."""
+"""Named sums over a batch; their quotients are the figures (`Loss.figures`)."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """The static half of a loss: which networks, which objective, which penalty.
+    """The static half of a loss: networks, objective and penalty.
 
-    The network that is trained is the first value network, or the base where there is none.
+    The trained network is the first value network, or the base if there is none.
     """
 
     composition: Composition
@@ -50,16 +50,16 @@ class Loss:
     """Positions whose logits exist at once; see `choose_chunk_length`."""
 
     def __post_init__(self) -> None:
-        """Check what would make the loss meaningless."""
+        """Check that a penalty is only used with value networks."""
         if not self.has_base and self.penalty_kind != "none":
             raise ValueError(
-                f'penalty_kind = "{self.penalty_kind}" is a penalty on value logits; without a '
-                'base model there are none: use "none"'
+                f'penalty_kind = "{self.penalty_kind}" is a penalty on value logits, which do not '
+                'exist without a base model: use "none"'
             )
 
     @property
     def has_base(self) -> bool:
-        """Whether a value network is trained beside a frozen base."""
+        """Whether a value network is trained with a frozen base."""
         return bool(self.composition.values)
 
     @property
@@ -72,30 +72,30 @@ class Loss:
 
 
 class Counts(NamedTuple):
-    """The denominators of a batch, known before any compute."""
+    """The denominators of a batch, known before the forward pass."""
 
     objective: Float32[Array, ""]  # what the objective's sum is divided by
     penalty_tokens: Float32[Array, ""]  # positions that the penalty averages over
 
 
 class _Frozen(NamedTuple):
-    """What a chunk reads and never differentiates."""
+    """What a chunk reads but does not differentiate."""
 
     params: ComposedParams
     positions: Any
-    """Per position, [B T …]: the hidden states of the networks that are not trained, targets and
+    """Per position, [B T …]: hidden states of the networks that are not trained, targets and
     weights."""
 
 
 def count_tokens(loss: Loss, batch: Batch) -> Counts:
-    """Count what the two means of the loss average over.
+    """Count the denominators of the loss's two means.
 
     Args:
         loss: the static half.
         batch: arrays [B T], or [A B T] for a whole global batch of micro-batches.
 
     Returns:
-        Both counts, float32 (exact below 2^24 tokens a batch).
+        Both counts, float32 (exact below 2^24 tokens per batch).
     """
     return Counts(
         objective=loss.objective.count(batch),
@@ -124,24 +124,24 @@ def loss_sum(
     Args:
         loss: the static half.
         params: parameters of the trained network; differentiable.
-        base_params: frozen parameters of the base; None iff a model is trained alone. They get no
-            gradient. Its head is enough where the batch carries the base's states.
+        base_params: frozen parameters of the base, which get no gradient; None iff a model is
+            trained without a base. The head is enough if the batch contains the base's states.
         batch: one micro-batch, arrays [B T].
-        counts: of the global batch this micro-batch belongs to.
-        with_base: also sum what the objective evaluates of the base alone.
+        counts: of the global batch that this micro-batch belongs to.
+        with_base: also compute what the objective evaluates for the base alone.
 
     Returns:
         (sum, denominator, sums): the loss of the global batch is the sum over its micro-batches
-        divided by the denominator; the denominator is that of the global batch, at least 1. The
-        sums hold `loss` (without the penalty), `penalty`, `magnitude`, `loss_tokens`,
-        `real_tokens`, and the objective's own.
+        divided by the denominator, which is that of the global batch and at least 1. The sums
+        contain `loss` (without the penalty), `penalty`, `magnitude`, `loss_tokens`, `real_tokens`,
+        and the objective's own.
 
     Source:
         arXiv 2410.21027, sections 3.1 and 3.3; the authors' code averages the penalty over all
         positions (`penalty_positions = "all"`).
 
     Example:
-        Two counted targets on a vocabulary of four, and a model that gives equal logits.
+        Two counted targets, a vocabulary of four tokens, and a model whose logits are all equal.
 
         >>> import jax, math, jax.numpy as jnp
         >>> from ivl_jax.composed.network import Network
@@ -201,7 +201,7 @@ def _networks(loss: Loss, params: Params, base_params: Params | None) -> Compose
 
 
 def _with_head(loss: Loss, networks: ComposedParams, head: Params) -> ComposedParams:
-    """The networks with the trained one's head in the place of its own."""
+    """The networks, with `head` as the head of the trained one."""
     if not loss.has_base:
         return networks._replace(base=networks.base | head)
     trained, *others = networks.values
@@ -209,10 +209,10 @@ def _with_head(loss: Loss, networks: ComposedParams, head: Params) -> ComposedPa
 
 
 def _head_of(params: Params) -> Params:
-    """What `logits_from_hidden` reads; the only subtree a chunk's gradient is taken of.
+    """What `logits_from_hidden` reads; the only parameters in a chunk's gradient.
 
-    A tied head is transposed once a step: the gradient of `h · Eᵀ` by E would transpose the logits'
-    gradient [B T V] instead, at half the speed (2,048 × 128, CPU).
+    A tied head is transposed once per step: the gradient of `h · Eᵀ` with respect to E would
+    transpose the logits' gradient [B T V] instead, at half the speed (2,048 × 128, CPU).
     """
     if "lm_head" in params:
         return {"lm_head": params["lm_head"]}
@@ -255,7 +255,7 @@ def _sums(
 
 
 def _weighted(weight: Array, score: Array) -> Float32[Array, ""]:
-    """Σ w · score; a token of weight 0 counts as 0 whatever its score is."""
+    """Σ w · score; a token of weight 0 counts as 0 even if its score is not finite."""
     return jnp.sum(jnp.where(weight != 0, weight * score, 0.0))
 
 
@@ -319,7 +319,7 @@ def _chunk_loss(
 
 
 def _of_trained(scores: dict[str, Array]) -> dict[str, Array]:
-    """Scores that each value network has, [B T M]: those of the trained one."""
+    """Reduce scores per value network, [B T M], to those of the trained one."""
     return {name: score[..., 0] if score.ndim == 3 else score for name, score in scores.items()}
 
 
@@ -332,7 +332,7 @@ def _weighted_sum(
 ) -> tuple[Array, dict[str, Array]]:
     """Σ over chunks of the loss, and all scores [C B t]; differentiable through the loss only.
 
-    The gradient is by `head` and `trained`.
+    The gradient is with respect to `head` and `trained`.
     """
 
     def one(trained: Array, positions: Any) -> tuple[Array, dict[str, Array]]:
@@ -366,7 +366,7 @@ _weighted_sum.defvjp(_sum_forward, _sum_backward)
 
 
 def _scan_sum(one: Callable[..., tuple[Any, Any]], chunks: Any) -> tuple[Any, Any]:
-    """Add up the first result over chunks and stack the second; one chunk needs no loop."""
+    """Sum the first result over chunks and stack the second; a single chunk needs no loop."""
     count = jax.tree.leaves(chunks)[0].shape[0]
     first = jax.tree.map(lambda array: array[0], chunks)
     if count == 1:

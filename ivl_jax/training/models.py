@@ -1,7 +1,7 @@
-"""The models of a run: which folders, whether they fit, and their parameters on the mesh.
+"""The models of a run: their folders, whether they fit, and their parameters on the mesh.
 
-In: the config's model tables. Out: first what is cheap (architectures, tokenizers, every check),
-and later, when all else is known to be right, the parameters.
+In: the config's model tables. Out: first what is cheap (architectures, tokenizers, every check);
+later, when everything else has been checked, the parameters.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ _BYTES_TRAINED = 16  # a trained parameter: weight, gradient and two moments in 
 
 @dataclass(frozen=True)
 class FrozenBase:
-    """A base that the value network is trained beside, before its weights are read."""
+    """A base that the value network is trained with, before its weights are read."""
 
     model: ModelSource
     config: BaseConfig
@@ -47,17 +47,17 @@ class FrozenBase:
 
 @dataclass(frozen=True)
 class Models:
-    """Which model is trained, beside which bases."""
+    """The trained model and its bases."""
 
     trained: ModelSource
-    """Whose tokenizer the trained model has, and mostly its architecture and weights."""
+    """The source of the trained model's tokenizer, and usually of its architecture and weights."""
     arch: Architecture
-    """Of the trained model: that of `trained`, untied where its head is replaced; or a linear map
-    of base logits."""
+    """Of the trained model: that of `trained`, untied if its head is replaced; or a linear map of
+    base logits."""
     bases: tuple[FrozenBase, ...]
-    """The frozen bases; none when a model is fine-tuned alone."""
+    """The frozen bases; empty if a model is fine-tuned without one."""
     scheme: ConnectionScheme | None = None
-    """How the trained model is connected to a base; None where it is fine-tuned alone."""
+    """How the trained model is connected to a base; None without a base."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Placement:
     """ShapeDtypeStructs."""
     shardings: Params
     unstacked_shardings: Params
-    """As files hold them, one subtree a layer."""
+    """In the layout of the files, one subtree per layer."""
     vocab_rows: int
     scan_layers: bool
 
@@ -85,8 +85,8 @@ def choose_models(config: TrainConfig, mesh: Mesh) -> Models:
 
     Raises:
         FileNotFoundError: no such folder or hub id.
-        ConfigError: batch rows are longer than a model's context, more tokens than weights, or a
-            linear map that does not fit.
+        ConfigError: batch rows are longer than a model's context, a tokenizer has more ids than its
+            weights have rows, or a linear map does not fit.
         TokenizerMismatchError: a base and the value network have different vocabularies.
     """
     several = bool(config.bases)
@@ -111,7 +111,7 @@ def choose_models(config: TrainConfig, mesh: Mesh) -> Models:
         trained = read_model(config.value.path, config.value.revision, "value.path")
         arch = trained.arch
     if scheme.reads_base_hidden:
-        arch = _reading_hidden_states(arch, found)
+        arch = _with_base_width(arch, found)
     _check_context(config, [*found, trained])
     bases = []
     for model, base in zip(found, config.all_bases, strict=True):
@@ -124,25 +124,25 @@ def choose_models(config: TrainConfig, mesh: Mesh) -> Models:
     return Models(trained=trained, arch=arch, bases=tuple(bases), scheme=scheme)
 
 
-def _reading_hidden_states(arch: Architecture, bases: list[ModelSource]) -> ArchConfig:
+def _with_base_width(arch: Architecture, bases: list[ModelSource]) -> ArchConfig:
     """The architecture of a value network that reads the final hidden states of these bases."""
     assert isinstance(arch, ArchConfig)
     widths = {base.path: base.decoder.hidden_size for base in bases}
     if len(set(widths.values())) > 1:
-        said = ", ".join(f"{path}: {width}" for path, width in widths.items())
+        listed = ", ".join(f"{path}: {width}" for path, width in widths.items())
         raise ConfigError(
-            "value.connection: a value network that reads hidden states needs bases of one "
-            f"hidden_size, found {said}"
+            "value.connection: a value network that reads hidden states needs bases with the same "
+            f"hidden_size, found {listed}"
         )
     return dataclasses.replace(arch, base_hidden_size=bases[0].decoder.hidden_size)
 
 
 def read_model(path: str, revision: str | None, where: str) -> ModelSource:
-    """Read what is cheap of a model: architecture and tokenizer.
+    """Read a model's architecture and tokenizer, without its weights.
 
     Args:
         path: folder or hub id.
-        revision: of the hub.
+        revision: hub revision, or None.
         where: the config key, for errors.
 
     Returns:
@@ -150,7 +150,7 @@ def read_model(path: str, revision: str | None, where: str) -> ModelSource:
 
     Raises:
         FileNotFoundError: no such folder or hub id.
-        ConfigError: it cannot be used.
+        ConfigError: the model is not supported.
     """
     try:
         model = read_language_model(path, revision=revision)
@@ -174,8 +174,8 @@ def place_model(
     Args:
         arch: its architecture.
         layout: which mesh axes split it.
-        param_dtype: how parameters are held.
-        scan_layers: layers stacked; a linear map has none.
+        param_dtype: dtype of the parameters.
+        scan_layers: whether layers are stacked; a linear map has none.
         mesh: the device mesh.
         form: how kernels are stored.
 
@@ -214,12 +214,12 @@ def kernel_form(config: BaseConfig) -> KernelForm:
 
 
 def float_dtype(config: BaseConfig) -> DTypeLike:
-    """The dtype of a base's parameters, of an int8 one of those that are not kernels."""
+    """The dtype of a base's parameters; with int8 kernels, of the other parameters."""
     return jnp.dtype("float32" if config.param_dtype == "int8" else config.param_dtype)
 
 
 def head_only(arch: ArchConfig, place: Placement) -> Placement:
-    """Leave of a placement only what turns hidden states into logits."""
+    """Reduce a placement to the head, which turns hidden states into logits."""
     name = "embed_tokens" if arch.tie_word_embeddings else "lm_head"
     parts = (place.shapes, place.shardings, place.unstacked_shardings)
     shapes, shardings, unstacked = ({name: part[name]} for part in parts)
@@ -227,7 +227,7 @@ def head_only(arch: ArchConfig, place: Placement) -> Placement:
 
 
 def load_base(base: ModelSource, config: BaseConfig, place: Placement) -> Params:
-    """Load the frozen base's parameters onto the mesh, those that the placement has."""
+    """Load the frozen base's parameters onto the mesh, only those in the placement."""
     what = "the base" if "layers" in place.shardings else "the head of the base"
     logger.info("loading %s %s", what, base.path)
     return _load(base, float_dtype(config), place, form=kernel_form(config))
@@ -245,18 +245,18 @@ def make_trained_params(
         key: the run's PRNG key; random weights fold 0 into it.
 
     Returns:
-        Its parameters, born sharded.
+        Its parameters, created sharded.
     """
     trained = models.trained
     if config.method == "sft" or config.value.init == "pretrained":
-        logger.info("loading %s, to be trained", trained.path)
+        logger.info("loading %s for training", trained.path)
         params = _load(trained, jnp.dtype(jnp.float32), place)
         return params | _base_projection(models.arch, place)
     if config.value.init == "scratch":
         if isinstance(models.arch, LinearMapConfig):
-            logger.info("a linear map on base logits, its head zero")
+            logger.info("a linear map on base logits, initialised to zero output")
         else:
-            logger.info("random weights in the architecture of %s", trained.path)
+            logger.info("random weights with the architecture of %s", trained.path)
         make = functools.partial(
             init_network,
             models.arch,
@@ -264,7 +264,7 @@ def make_trained_params(
             scan_layers=place.scan_layers,
         )
         return jax.jit(make, out_shardings=place.shardings)(jax.random.fold_in(key, 0))
-    logger.info("loading the base's own weights, to be trained behind a zeroed head")
+    logger.info("loading the base's own weights for training, with a zeroed head")
     params = _load(trained, jnp.dtype(jnp.float32), place)
     zeros = functools.partial(jnp.zeros_like, place.shapes["lm_head"]["kernel"])
     head = jax.jit(zeros, out_shardings=place.shardings["lm_head"]["kernel"])()
@@ -272,7 +272,7 @@ def make_trained_params(
 
 
 def _base_projection(arch: Architecture, place: Placement) -> Params:
-    """What a value network that reads hidden states has beyond a pre-trained model: zeros."""
+    """The zero projection that a value network reading hidden states adds to its weights."""
     if not isinstance(arch, ArchConfig) or not arch.base_hidden_size:
         return {}
     make = functools.partial(zero_base_projection, arch, jnp.float32)
@@ -283,7 +283,7 @@ def _base_projection(arch: Architecture, place: Placement) -> Params:
 def _load(
     model: ModelSource, param_dtype: DTypeLike, place: Placement, form: KernelForm = AS_TRAINED
 ) -> Params:
-    # Not a head that is tied in the files, nor a projection that only a value network has.
+    # The files have no tied head, and no projection, which only value networks have.
     absent = {"base_projection"} | ({"lm_head"} if model.arch.tie_word_embeddings else set())
     shardings = {name: at for name, at in place.unstacked_shardings.items() if name not in absent}
     params = load_params(
@@ -299,7 +299,7 @@ def _load(
 
 
 def _stack_layers(params: Params, shardings: Params) -> Params:
-    """Stack the layers kind by kind, giving up the old arrays: peak memory is one kind more."""
+    """Stack the layers one parameter at a time, freeing the old arrays: peak memory is one more."""
     layers = [params["layers"][index] for index in sorted(params["layers"])]
 
     def stack(sharding: NamedSharding, *leaves: Array) -> Array:
@@ -317,14 +317,14 @@ def _check_linear_map_fits(arch: LinearMapConfig, layout: LayoutName, mesh: Mesh
     ways = math.prod(mesh.shape[axis] for axis in (rules.embed, rules.vocabulary) if axis)
     parameters = 2 * size * arch.rank if arch.rank else size * size
     needed = parameters * _BYTES_TRAINED // ways
-    said = f"2 · V · rank = 2 · {size:,} · {arch.rank}" if arch.rank else f"V² = {size:,}²"
-    logger.info("linear map on base logits: %s = %s parameters", said, f"{parameters:,}")
+    formula = f"2 · V · rank = 2 · {size:,} · {arch.rank}" if arch.rank else f"V² = {size:,}²"
+    logger.info("linear map on base logits: %s = %s parameters", formula, f"{parameters:,}")
     available = device_memory(mesh)
     if available is not None and needed > available:
         rank = min(256, size // 2)
         raise ConfigError(
-            f"value.rank = {arch.rank}: training a linear map of {said} parameters takes "
-            f"{needed / 1e9:,.0f} GB a device (weights, gradient, two moments in float32), and a "
+            f"value.rank = {arch.rank}: training a linear map of {formula} parameters takes "
+            f"{needed / 1e9:,.0f} GB per device (weights, gradient, two moments in float32), but a "
             f"device has {available / 1e9:,.0f} GB: set value.rank; {rank} takes "
             f"{2 * size * rank * _BYTES_TRAINED / ways / 1e9:,.1f} GB"
         )
@@ -339,6 +339,6 @@ def _check_context(config: TrainConfig, models: list[ModelSource]) -> None:
     ]
     if long:
         raise ConfigError(
-            f"data.max_length = {config.data.max_length} is more tokens than the context of "
+            f"data.max_length = {config.data.max_length} exceeds the context of "
             f"{', '.join(long)}: lower it"
         )

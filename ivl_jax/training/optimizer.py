@@ -26,8 +26,8 @@ def make_schedule(
     Args:
         learning_rate: peak.
         schedule: shape after warm-up.
-        warmup_fraction: share of all steps with a linear rise from 0; a share above 0 is at least
-            one step.
+        warmup_fraction: share of all steps with a linear rise from 0; a share above 0 means at
+            least one step.
         final_fraction: learning rate after the last step, as a share of the peak (`cosine` and
             `linear`).
         total_steps: optimizer steps of the whole run.
@@ -52,7 +52,7 @@ def make_schedule(
     }[schedule]
     if not warmup:
         return decay
-    # The first step already moves: with a rise from exactly 0 one batch would be read for nothing.
+    # The first step's rate is not 0: a rise from exactly 0 would waste one batch.
     rise = optax.linear_schedule(learning_rate / warmup, learning_rate, max(warmup - 1, 1))
     return optax.join_schedules([rise, decay], [warmup])
 
@@ -68,15 +68,15 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Make AdamW with decoupled weight decay on matrices, after clipping by the global norm.
 
-    Weight decay acts on kernels and embeddings and leaves norm scales and biases alone, as the
-    Hugging Face trainer that the paper used does.
+    Weight decay applies to kernels and embeddings but not to norm scales and biases, as in the
+    Hugging Face trainer that the paper used.
 
     Args:
         schedule: step number → learning rate.
-        weight_decay: share of a matrix removed a step, times the learning rate (paper: 0.01).
+        weight_decay: share of a matrix removed per step, times the learning rate (paper: 0.01).
         beta1: decay of the first moment.
         beta2: decay of the second moment.
-        epsilon: added to the root of the second moment.
+        epsilon: added to the square root of the second moment.
         max_gradient_norm: global norm above which gradients are scaled down; 0: never.
 
     Returns:
@@ -91,7 +91,7 @@ def make_optimizer(
 
 
 def decay_mask(params: Any) -> Any:
-    """Mark the leaves that weight decay acts on: matrices, by their name.
+    """Mark the leaves that weight decay applies to: matrices, recognised by name.
 
     Args:
         params: nested dict of parameters (or any tree of the same structure).

@@ -1,6 +1,6 @@
-"""What a finished run leaves: the value folder, or the fine-tuned model's folder.
+"""The output of a finished run: the value folder, or the fine-tuned model's folder.
 
-In: the state after the last step, models and data of the run. Out: a folder that stands alone.
+In: the state after the last step, models and data of the run. Out: a self-contained folder.
 """
 
 import logging
@@ -28,12 +28,12 @@ logger = logging.getLogger(__name__)
 def value_metadata(
     config: TrainConfig, prepared: Preparation, weights: UsedWeights, *, steps: int
 ) -> ValueMetadata:
-    """Say what the value folder of a run tells about its network.
+    """Describe the value network of a run for its value folder.
 
     Args:
         config: of the run.
         prepared: its models and data.
-        weights: fingerprints of what it reads.
+        weights: fingerprints of the weights it reads.
         steps: optimizer steps taken.
 
     Returns:
@@ -74,7 +74,7 @@ def save_output(
         config: of the run.
         directory: its run directory.
         prepared: its models and data.
-        weights: fingerprints of what it reads.
+        weights: fingerprints of the weights it reads.
         state: after the last step.
 
     Returns:
@@ -107,6 +107,6 @@ def save_output(
 
 
 def _stop_ids(models: Models, prepared: Preparation) -> tuple[int, ...]:
-    """What ends a text: the tokenizer's eos ids and what ends a turn of the chat format."""
+    """The ids that end a text: the tokenizer's eos ids and the chat format's end of turn."""
     ids = (*models.trained.info.eos_ids, *prepared.data.chat_format.stop_ids)
     return tuple(dict.fromkeys(ids))

@@ -1,7 +1,7 @@
-"""The compiled programs of a run: for every base a training step and a held-out evaluation.
+"""The compiled programs of a run: a training step and a held-out evaluation for every base.
 
-In: a config, models and their places on the mesh. Out: `BaseProgram`s. Bases of one architecture
-share their programs; all of them share the train state.
+In: a config, models and their places on the mesh. Out: `BaseProgram`s. Bases of the same
+architecture share their programs; all of them share the train state.
 """
 
 from collections.abc import Hashable, Sequence
@@ -33,23 +33,24 @@ from ivl_jax.training.models import (
 from ivl_jax.training.objectives import find_objective
 from ivl_jax.training.step import EvalStep, TrainState, TrainStep, make_eval_step, make_train_step
 
-# Logits of one model that exist at once on one device. On CPU a chunk that stays near the caches is
-# as fast as the whole and takes a fraction of the memory (8 MB in f32); accelerators want matmuls
+# Logits of one model that exist at once on one device. On CPU a chunk that fits the caches is as
+# fast as the whole and takes a fraction of the memory (8 MB in f32); accelerators need matmuls
 # large enough to fill them (512 MB).
 _MAX_LOGITS = {"cpu": 1 << 21}
 _MAX_LOGITS_ACCELERATOR = 1 << 27
-# At a vocabulary of 128,256 on CPU, heads of 288: 16 tokens a chunk take 1.46 × the time of 128.
+# With a vocabulary of 128,256 and heads of 288 on CPU, chunks of 16 tokens take 1.46 × as long as
+# chunks of 128.
 _MIN_TOKENS = 128
 
 
 @dataclass(frozen=True)
 class BaseProgram:
-    """Training and evaluation beside one base, or of a model alone."""
+    """Training and evaluation with one base, or of a model without one."""
 
     name: str
-    """The base as the config says it."""
+    """The base's path in the config."""
     base_params: Params | None
-    """Its frozen parameters, of one whose states are cached only the head; None without a base."""
+    """Its frozen parameters (only the head if its states are cached); None without a base."""
     step: TrainStep
     held_out: HeldOut | None
     """None without held-out demonstrations."""
@@ -79,7 +80,7 @@ def build_programs(
         mesh: the device mesh.
 
     Returns:
-        One a base in the config's order; without a base, one.
+        One per base in the config's order; a single one without a base.
     """
     compiled: dict[Hashable, tuple[Loss, TrainStep, EvalStep]] = {}
     programs = []
@@ -129,12 +130,12 @@ def build_programs(
 def make_loss(
     config: TrainConfig, models: Models, base: FrozenBase | None, place: Placement, mesh: Mesh
 ) -> Loss:
-    """Put the static half of the loss together.
+    """Make the static half of the loss.
 
     Args:
         config: of the run.
         models: from `choose_models`.
-        base: the base beside which the step trains; None: a model alone.
+        base: the base that the step trains with; None: without a base.
         place: of the trained model.
         mesh: the device mesh.
 
@@ -189,11 +190,11 @@ def default_chunk_length(rows: int, length: int, vocab_rows: int) -> int:
 
     Args:
         rows: rows of a micro-batch on one device.
-        length: positions a row.
+        length: positions per row.
         vocab_rows: output rows of the wider head.
 
     Returns:
-        Positions a chunk.
+        Positions per chunk.
     """
     max_logits = _MAX_LOGITS.get(jax.default_backend(), _MAX_LOGITS_ACCELERATOR)
     return choose_chunk_length(
@@ -202,7 +203,7 @@ def default_chunk_length(rows: int, length: int, vocab_rows: int) -> int:
 
 
 def _kind(base: FrozenBase) -> Hashable:
-    """What decides a base's programs beside the run's config."""
+    """What determines a base's programs besides the run's config."""
     model = base.model
     settings = base.config.param_dtype, base.config.layout, base.config.cache_states
     return model.arch, settings, model.info.vocab_size, base.unknown_ids

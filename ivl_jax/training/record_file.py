@@ -1,6 +1,7 @@
-"""A file of JSON lines that survives what happens to its process.
+"""A JSON-lines file whose records survive a crash of the process.
 
-In: records. Out: a line each, durable when asked for, and the file cut back to what it once was.
+In: records. Out: one line each, durable on request, and a file that can be cut back to an earlier
+size.
 """
 
 import json
@@ -27,7 +28,7 @@ class RecordFile:
         self._lines: list[bytes] | None = None
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add a record; it survives a kill of the process from here on (local files).
+        """Add a record; from then on it survives a kill of the process (local files).
 
         Raises:
             OSError: it cannot be written; names the file.
@@ -40,7 +41,7 @@ class RecordFile:
                 with Path(self.path).open("ab") as file:
                     file.write(line)
             except OSError as error:
-                # A write that fails, on a full disk say, does not name its file.
+                # A failed write, for example on a full disk, does not name its file.
                 raise OSError(error.errno, error.strerror, str(self.path)) from None
             return
         if self._lines is None:
@@ -48,7 +49,7 @@ class RecordFile:
         self._lines.append(line)
 
     def flush(self) -> int:
-        """Make the records durable: they survive a power failure from here on.
+        """Make the records durable: from then on they survive a power failure.
 
         Returns:
             The size of the file, bytes.
@@ -66,17 +67,17 @@ class RecordFile:
         return self.path.stat().length
 
     def missing_records(self, size: int) -> str | None:
-        """Say whether the file is shorter than `flush` once returned, in bytes.
+        """Check whether the file is shorter than a size that `flush` returned, in bytes.
 
         Returns:
-            A sentence, or None where the file is long enough.
+            A sentence, or None if the file is long enough.
         """
         found = self.path.stat().length if self.path.exists() else 0
         if found >= size:
             return None
         return (
-            f"{self.path} has {found} bytes, this checkpoint was saved when it had {size}: records "
-            "are missing"
+            f"{self.path} has {found} bytes, but had {size} when this checkpoint was saved: "
+            "records are missing"
         )
 
     def cut(self, size: int) -> None:
@@ -88,14 +89,14 @@ class RecordFile:
         if jax.process_index() > 0:
             return
         if (problem := self.missing_records(size)) is not None:
-            raise RecordsError(f"{problem}; restore the file, or name another run_dir")
+            raise RecordsError(f"{problem}; restore the file, or choose another run_dir")
         content = self.path.read_bytes() if self.path.exists() else b""
         if len(content) > size:
             write_atomically(self.path, content[:size])
         self._lines = None
 
     def last_step(self) -> int:
-        """Give the largest `step` of the whole records; −1 if there is none."""
+        """The largest `step` of all complete records; −1 if there is none."""
         last = -1
         if self.path.exists():
             for line in self.path.read_bytes().split(b"\n"):

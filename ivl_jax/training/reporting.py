@@ -1,6 +1,6 @@
-"""What a person sees of a run, and where its figures go.
+"""Reports a run's progress and records its figures.
 
-In: metrics of a step, figures of an evaluation. Out: a progress bar, one console line a log
+In: metrics of a step, figures of an evaluation. Out: a progress bar, one console line per log
 interval, metrics.jsonl, timings.jsonl and TensorBoard events.
 """
 
@@ -51,7 +51,7 @@ class Reporter:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            # Written to a file a bar would be noise between the lines.
+            # In a log file a bar would only be noise between the lines.
             disable=not (self._writes and rich.get_console().is_terminal),
         )
         self._task: TaskID | None = None
@@ -78,12 +78,12 @@ class Reporter:
             self._events.close()
 
     def step(self, step: int, metrics: Mapping[str, float], *, base: str, record: bool) -> None:
-        """Take note of a step; `record` writes it down.
+        """Count a step, and record it if `record` is set.
 
         Args:
             step: its number, from 1.
-            metrics: of `StepMetrics`.
-            base: with several bases, which one its batch met; else empty.
+            metrics: `StepMetrics` as floats.
+            base: with several bases, the base of its batch; else empty.
             record: whether this step ends a log interval.
         """
         self._tokens += metrics["real_tokens"]
@@ -95,7 +95,7 @@ class Reporter:
         self._run.metrics.append({"step": step, **({"base": base} if base else {}), **metrics})
         seconds = (self._seconds + time.perf_counter() - self._since) / self._steps
         speed = self._tokens / self._steps / seconds
-        # The first step of a start holds the compilation: no basis for a forecast.
+        # The first step of a start includes compilation, so it cannot be extrapolated.
         remaining = "—" if step == self._first + 1 else _clock(seconds * (self._total - step))
         self._run.timings.append(
             {"step": step, "seconds_per_step": seconds, "tokens_per_second": speed}
@@ -104,7 +104,7 @@ class Reporter:
             "step %d/%d%s · loss %.4f · nll %.4f · lr %.2e · grad norm %.3g · %s tokens/s · ETA %s",
             step,
             self._total,
-            f" · beside {base}" if base else "",
+            f" · base {base}" if base else "",
             metrics["loss"],
             metrics["nll"],
             metrics["learning_rate"],
@@ -117,7 +117,7 @@ class Reporter:
         self._since = time.perf_counter()
 
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
-        """Write down a held-out evaluation.
+        """Record a held-out evaluation.
 
         Args:
             step: steps taken.
@@ -130,20 +130,20 @@ class Reporter:
             record["held_out_by_base"] = evaluation.by_base
         self._run.metrics.append(record)
         for name, figures in (evaluation.by_base or {"": evaluation.mean}).items():
-            beside = f" beside {name}" if name else ""
-            said = _evaluation_text(figures)
-            logger.info("held out after step %d/%d%s · %s", step, self._total, beside, said)
+            base = f" with {name}" if name else ""
+            text = _evaluation_text(figures)
+            logger.info("held out after step %d/%d%s · %s", step, self._total, base, text)
             if name:
                 self._scalars(f"held_out/{name}", figures, step)
         self._scalars("held_out", evaluation.mean, step)
 
     @contextmanager
     def aside(self, what: str, count: int | None = None) -> Iterator[Callable[[], None]]:
-        """Show work that is no training step, and keep it out of tokens/s.
+        """Show work that is not a training step, and exclude it from tokens/s.
 
         Args:
-            what: its name beside the bar.
-            count: its parts; None: unknown.
+            what: its name next to the bar.
+            count: number of its parts; None: unknown.
 
         Yields:
             A function to call after each part.
@@ -177,7 +177,7 @@ def _open_tensorboard(run: RunDirectory, first_step: int) -> Any:
     if "://" in str(run.path):
         logger.info("TensorBoard events are written to local run directories only")
         return None
-    # Imported here: protobuf takes a third of a second, and only a run needs it.
+    # Imported here: protobuf takes a third of a second to import, and only a run needs it.
     from tensorboardX import SummaryWriter
 
     # Events of steps that a killed process took after its last checkpoint are hidden.

@@ -1,10 +1,10 @@
-"""The run directory: what a run was told, what it ran on, and what it measured.
+"""The run directory: a run's config, its environment, and its measurements.
 
 In: the config and records. Out: config.toml, starts.json, metrics.jsonl, timings.jsonl, and the
-places of TensorBoard events, checkpoints and the final model.
+locations of TensorBoard events, checkpoints and the final model.
 
-metrics.jsonl holds only what is a function of config and data, so a run that was killed and resumed
-writes the same bytes as one that never stopped; wall-clock figures go to timings.jsonl.
+metrics.jsonl contains only what is a function of config and data, so a run that was killed and
+resumed writes the same bytes as an uninterrupted one; wall-clock figures go to timings.jsonl.
 """
 
 import logging
@@ -44,8 +44,8 @@ WEIGHTS_FILE = "weights.json"
 
 WeightsRecord = Mapping[str, str]
 
-# What may differ between the start of a run and its continuation: where and how it is computed and
-# reported, never what is computed.
+# What may differ between the start of a run and a resume: where and how it is computed and
+# reported, but not what is computed.
 _MAY_CHANGE = (
     "run_dir",
     "resume",
@@ -78,20 +78,20 @@ class RunDirectory:
 
     @property
     def resume_command(self) -> str:
-        """The command that continues this run."""
+        """The command that resumes this run."""
         in_a_clone = Path(sys.argv[0]).name == "train.py"
         program = "python train.py" if in_a_clone else "ivl-train"
         return f"{program} --config {self.path / CONFIG_FILE} --resume"
 
     @contextmanager
     def claim(self, config: TrainConfig) -> Iterator[bool]:
-        """Check that a run may begin or continue here, and keep every other process out meanwhile.
+        """Check that a run may start or resume here, and keep other processes out meanwhile.
 
         Args:
-            config: of the run that wants to.
+            config: of the run.
 
         Yields:
-            Whether there is a run to continue.
+            Whether there is a run to resume.
 
         Raises:
             RunDirectoryError: another process runs here, on this machine or another; or as `check`.
@@ -108,24 +108,24 @@ class RunDirectory:
                 stack.enter_context(FileLock(Path(self.path / LOCK_FILE)))
             except LockedError as error:
                 raise RunDirectoryError(
-                    f"{self.path} is in use: {error}; wait until that run has ended or stop it, or "
-                    "name another run_dir"
+                    f"{self.path} is in use: {error}; wait until that run has ended, stop it, or "
+                    "choose another run_dir"
                 ) from None
             yield self.check(config)
 
     def check(self, config: TrainConfig) -> bool:
-        """Check that a run may begin or continue here; changes nothing.
+        """Check that a run may start or resume here; changes nothing.
 
         Args:
-            config: of the run that wants to.
+            config: of the run.
 
         Returns:
-            Whether there is a run to continue.
+            Whether there is a run to resume.
 
         Raises:
-            RunDirectoryError: a run is there and `resume` was not said; or the folder holds
-                something else.
-            ConfigError: the run there was started with another config; names each difference.
+            RunDirectoryError: the folder has a run and `resume` is not set, or it is not a run
+                directory.
+            ConfigError: its run was started with another config; the message names each difference.
         """
         if not self._check_is_run_directory():
             if config.resume:
@@ -133,15 +133,15 @@ class RunDirectory:
             return False
         if not config.resume:
             raise RunDirectoryError(
-                f"{self.path} holds a run already: continue it with `{self.resume_command}`, or "
-                "name another run_dir"
+                f"{self.path} already contains a run: resume it with `{self.resume_command}`, or "
+                "choose another run_dir"
             )
         self._check_same(config, self.path / CONFIG_FILE)
         return True
 
     def _check_is_run_directory(self) -> bool:
-        """Say whether there is anything; what is there must be a run."""
-        # A run killed while it wrote its very first file has not begun.
+        """Whether the folder contains a run; anything else in it is an error."""
+        # A run killed while it wrote its very first file has not started.
         if not self.path.exists() or all(
             path.name.startswith((f"{CONFIG_FILE}.tmp", LOCK_FILE)) for path in self.path.iterdir()
         ):
@@ -149,14 +149,14 @@ class RunDirectory:
         if not (self.path / CONFIG_FILE).exists():
             raise RunDirectoryError(
                 f"{self.path} exists, is not empty and is not a run directory (it has no "
-                f"{CONFIG_FILE}): name another run_dir"
+                f"{CONFIG_FILE}): choose another run_dir"
             )
         return True
 
     def open(
         self, config: TrainConfig, *, there: bool, weights: Mapping[str, WeightsRecord]
     ) -> None:
-        """Make the folder and write down the config and the weights (once) and this start.
+        """Create the folder, and record the config and the weights (once) and this start.
 
         Args:
             config: of the run.
@@ -164,7 +164,7 @@ class RunDirectory:
             weights: config key → `path` and `fingerprint` of the weights it reads.
 
         Raises:
-            RunDirectoryError: what earlier starts wrote down cannot be read.
+            RunDirectoryError: the records of earlier starts cannot be read.
         """
         if jax.process_index() > 0:
             return
@@ -177,7 +177,7 @@ class RunDirectory:
         now = _this_start()
         if starts and starts[-1]["versions"] != now["versions"]:
             logger.warning(
-                "other library versions than at the last start; the continuation may differ in "
+                "library versions differ from those of the last start, so results may differ in "
                 "the last bits: %s",
                 _differences(starts[-1]["versions"], now["versions"]),
             )
@@ -189,14 +189,14 @@ class RunDirectory:
         """Check that the run reads the weights it was started with.
 
         Args:
-            weights: config key → `path` and `fingerprint` of what is there now.
+            weights: config key → `path` and `fingerprint` of the current weights.
 
         Raises:
-            RunDirectoryError: files under the same path have changed; names each of them.
-            MalformedFileError: what was recorded at the start cannot be read.
+            RunDirectoryError: files under the same path have changed; the message names each.
+            MalformedFileError: the record made at the start cannot be read.
         """
         stored = self.path / WEIGHTS_FILE
-        if not stored.exists():  # a new run, or one of a version that did not record them
+        if not stored.exists():  # a new run, or one by a version that did not record them
             return
         before = read_json_object(stored)
         changed = [
@@ -209,7 +209,7 @@ class RunDirectory:
             listed = "".join(f"\n  - {line}" for line in changed)
             raise RunDirectoryError(
                 f"{self.path} was started with other weights in the same place:{listed}\n"
-                "put the files back as they were, or name another run_dir"
+                "restore the original files, or choose another run_dir"
             )
 
     def _check_same(self, config: TrainConfig, stored: epath.Path) -> None:
@@ -220,24 +220,24 @@ class RunDirectory:
         if changed:
             raise ConfigError(
                 f"{self.path} was started with another config: {changed}; resume with "
-                f"`{self.resume_command}`, or name another run_dir"
+                f"`{self.resume_command}`, or choose another run_dir"
             )
 
 
 def _read_starts(path: epath.Path) -> list[dict[str, Any]]:
-    """Read what earlier starts wrote down."""
+    """Read the records of earlier starts."""
     starts = read_json_list(path) if path.exists() else []
     for number, start in enumerate(starts):
         if not isinstance(start, dict) or not isinstance(start.get("versions"), dict):
             raise RunDirectoryError(
                 f"{path}: entry {number}: expected an object with the object 'versions'; move the "
-                "file away, it only tells of earlier starts"
+                "file away (it only records earlier starts)"
             )
     return starts
 
 
 def _fingerprint(record: Any) -> str:
-    """The beginning of the fingerprint in a record, which may be anything."""
+    """The beginning of the fingerprint in a record, which may be malformed."""
     found = record.get("fingerprint") if isinstance(record, Mapping) else None
     return found[:12] if isinstance(found, str) else "none"
 
@@ -263,7 +263,7 @@ def _this_start() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the sources, `+changes` when the working tree differs; None outside git."""
+    """The commit of the source code, `+changes` if the working tree differs; None outside git."""
 
     def git(*arguments: str) -> str | None:
         folder = Path(__file__).parent
@@ -276,7 +276,7 @@ def _commit() -> str | None:
         return done.stdout.strip() if done.returncode == 0 else None
 
     commit = git("rev-parse", "HEAD")
-    # Only when this very file belongs to the repository: an installed package lies in others'.
+    # Only if this file belongs to the repository: a package may be installed inside another one.
     if not commit or git("ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None
     return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")

@@ -1,6 +1,6 @@
 """From a config to everything a run needs: data, models, objective, compiled steps.
 
-In: a config. Out: `Preparation`. What is cheap and can be wrong comes first; weights are read last.
+In: a config. Out: `Preparation`. Cheap checks come first; weights are read last.
 """
 
 import logging
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Data:
-    """Batches to train on and to evaluate on, and how their text was made."""
+    """Batches to train on and to evaluate on, and the chat format of their text."""
 
     train: TrainIterator
     held_out: tuple[EvalBatches, ...]
@@ -40,18 +40,18 @@ class Data:
     chat_format: ChatFormat
     total_steps: int
     cached: tuple[dict[str, CachedSplit], ...]
-    """For each base its cached states by split; empty where it runs in every step."""
+    """For each base its cached states by split; empty if it runs at every step."""
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """Everything a run needs once its weights are read."""
+    """Everything a run needs once its weights have been read."""
 
     mesh: Mesh
     models: Models
     data: Data
     programs: tuple[BaseProgram, ...]
-    """One a base; one without a base where a model is trained alone."""
+    """One per base; a single one without a base if a model is trained alone."""
     turns: BaseTurns
     """Batch number → index into `programs`."""
     abstract_state: TrainState
@@ -62,10 +62,10 @@ class Preparation:
 
 
 def make_run_mesh(config: TrainConfig) -> Mesh:
-    """Make the mesh and check that the batch divides over it.
+    """Make the mesh and check that the batch divides evenly over it.
 
     Raises:
-        ConfigError: the mesh does not fit the devices, or the batch does not divide.
+        ConfigError: the mesh does not fit the devices, or the batch does not divide evenly.
     """
     try:
         sizes = config.mesh
@@ -75,8 +75,8 @@ def make_run_mesh(config: TrainConfig) -> Mesh:
     rows, ways = config.step.batch_size // config.step.micro_batches, batch_ways(mesh)
     if rows % ways:
         raise ConfigError(
-            f"step.batch_size / step.micro_batches = {rows} rows do not divide over data × fsdp = "
-            f"{ways} devices: make it a multiple of {ways}, or set mesh.tensor"
+            f"step.batch_size / step.micro_batches = {rows} rows do not divide evenly over data × "
+            f"fsdp = {ways} devices: make it a multiple of {ways}, or set mesh.tensor"
         )
     return mesh
 
@@ -86,7 +86,7 @@ def prepare_data(config: TrainConfig, models: Models, mesh: Mesh) -> Data:
 
     Args:
         config: of the run.
-        models: whose tokenizer turns dialogues into tokens (the trained model's).
+        models: from `choose_models`; the trained model's tokenizer is used.
         mesh: decides which rows this process reads.
 
     Returns:
@@ -99,8 +99,8 @@ def prepare_data(config: TrainConfig, models: Models, mesh: Mesh) -> Data:
     options = config.data
     info = models.trained.info
     chat_format = make_chat_format(models.trained.tokenizer, template=options.chat_template)
-    # Every process does this by itself: hosts may have disks of their own, and on a shared one what
-    # they write is the same.
+    # Every process does this by itself: hosts may have separate disks, and on a shared one they all
+    # write the same.
     stored = store_demonstrations(
         _source(options),
         data_dir=options.data_dir,
@@ -119,7 +119,7 @@ def prepare_data(config: TrainConfig, models: Models, mesh: Mesh) -> Data:
         if stored.counts.get(name)
     }
     index, count = data_shard(mesh)
-    layout: dict[str, Any] = {
+    batch_options: dict[str, Any] = {
         "pad_id": info.pad_id,
         "packing": options.packing,
         "process_index": index,
@@ -136,7 +136,7 @@ def prepare_data(config: TrainConfig, models: Models, mesh: Mesh) -> Data:
         seed=config.seed,
         states=[one["train"].states if one else None for one in cached],
         turns=base_turns(config),
-        **layout,
+        **batch_options,
     )
     held_out = []
     if "validation" in split:
@@ -146,7 +146,7 @@ def prepare_data(config: TrainConfig, models: Models, mesh: Mesh) -> Data:
                 batch_size=rows // config.step.micro_batches,
                 max_rows=config.logging.evaluation_rows,
                 states=one["validation"].states if one else None,
-                **layout,
+                **batch_options,
             )
             for one in cached
         ]
@@ -157,7 +157,7 @@ def prepare_data(config: TrainConfig, models: Models, mesh: Mesh) -> Data:
 
 
 def cache_base_states(config: TrainConfig, models: Models, data: Data, mesh: Mesh) -> None:
-    """Run each base whose states are wanted over what is not on disk yet.
+    """Run each base with cached states over the dialogues whose states are not on disk yet.
 
     Args:
         config: of the run.
@@ -166,7 +166,7 @@ def cache_base_states(config: TrainConfig, models: Models, data: Data, mesh: Mes
         mesh: the device mesh.
 
     Raises:
-        OSError: the disk has not enough space.
+        OSError: there is not enough disk space.
     """
     pad_id = models.trained.info.pad_id
     for base, cached in zip(models.bases, data.cached, strict=False):
@@ -235,7 +235,7 @@ def prepare(config: TrainConfig, models: Models, data: Data, mesh: Mesh) -> Prep
 
 
 def base_turns(config: TrainConfig) -> BaseTurns:
-    """Decide which base each batch meets."""
+    """The sequence of bases, one per batch."""
     return BaseTurns(tuple(base.weight for base in config.all_bases), config.seed)
 
 

@@ -1,7 +1,7 @@
 """One optimizer step and one evaluation step, each a single compiled program.
 
 In: the train state, the frozen base's parameters, a batch. Out: the next state and metrics. The
-same program trains a value network beside its base and, where the loss has no base, a model alone.
+same program trains a value network with its base or, if the loss has no base, a model alone.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,12 +20,12 @@ from ivl_jax.training.loss import Loss, Sums, count_tokens, loss_sum
 
 
 class TrainState(NamedTuple):
-    """Everything that a step changes; the base model is no part of it."""
+    """Everything that a step changes; the base model is not part of it."""
 
     step: Int32[Array, ""]  # optimizer steps taken
     params: Params  # parameters of the trained model, float32 master weights
     opt_state: optax.OptState  # moments of `params` only
-    key: Key[Array, ""]  # the run's key; whatever draws folds the step into it
+    key: Key[Array, ""]  # the run's key; random draws fold the step into it
 
 
 StepMetrics = dict[str, Float32[Array, ""]]
@@ -43,11 +43,11 @@ def state_shardings(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
 ) -> TrainState:
-    """Decide where each array of a train state lives: moments beside their parameters.
+    """Decide where each array of a train state lives: moments are sharded like their parameters.
 
     Args:
         abstract_params: shapes of the parameters.
-        param_shardings: their shardings, same structure.
+        param_shardings: their shardings, in the same structure.
         optimizer: the optax chain.
         mesh: scalars are replicated on it.
 
@@ -71,10 +71,10 @@ def init_state(
     key: Key[Array, ""],
     shardings: TrainState,
 ) -> TrainState:
-    """Make the state of step 0 around parameters; the moments are born sharded.
+    """Make the state of step 0 from parameters; the moments are created sharded.
 
     Args:
-        params: float32 parameters, placed as `shardings.params`; donated.
+        params: float32 parameters, sharded as `shardings.params`; donated.
         optimizer: the optax chain.
         key: the run's typed PRNG key.
         shardings: from `state_shardings`.
@@ -100,7 +100,7 @@ def abstract_state(
     Args:
         abstract_params: shapes of the parameters.
         optimizer: the optax chain.
-        key: a key of the run's kind.
+        key: a PRNG key of the same type as the run's.
         shardings: from `state_shardings`.
 
     Returns:
@@ -137,12 +137,12 @@ def make_train_step(
         schedule: the learning rate the chain follows, reported in the metrics.
         shardings: of the state.
         base_shardings: of the frozen base's parameters; None without a base.
-        mesh: all of them live on it.
+        mesh: the mesh of all these shardings.
 
     Returns:
         A function (state, base parameters or None, batch [A B T]) → (state, metrics). A is the
         number of micro-batches: their gradients are summed by a scan and divided once, by the
-        counts of the whole global batch. The state is donated, the base never.
+        counts of the whole global batch. The state is donated, the base never is.
     """
 
     def step(
@@ -152,7 +152,7 @@ def make_train_step(
             loss, state.params, base_params, batch, shardings.params
         )
         gradient = jax.tree.map(lambda leaf: leaf / denominator.astype(leaf.dtype), gradient)
-        # optax mixes dtypes and ranks by design; ours stay strict where a test asks for it.
+        # optax mixes dtypes and ranks by design; our own code stays strict in tests.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             norm = optax.tree.norm(gradient)
             rate = jnp.asarray(schedule(state.step), jnp.float32)
@@ -187,7 +187,7 @@ def make_eval_step(
         loss: its static half.
         shardings: of the trained parameters.
         base_shardings: of the base's parameters; None without a base.
-        mesh: all of them live on it.
+        mesh: the mesh of all these shardings.
 
     Returns:
         A function (parameters, base parameters or None, batch [B T]) → sums; nothing is donated.
@@ -228,7 +228,7 @@ def _summed_gradient(
     batch: Batch,
     shardings: Params,
 ) -> tuple[Params, Array, Sums, Any]:
-    """Σ over micro-batches of the gradient of loss_sum, the one denominator, and the sums."""
+    """Σ over micro-batches of the gradient of loss_sum, the common denominator, and the sums."""
     counts = count_tokens(loss, batch)
 
     def of_micro(params: Params, micro: Batch) -> tuple[Array, tuple[Array, Sums]]:
@@ -238,7 +238,7 @@ def _summed_gradient(
     def one(micro: Batch) -> tuple[Params, Array, Sums]:
         gradient_of = jax.value_and_grad(of_micro, has_aux=True)
         (_, (denominator, sums)), gradient = gradient_of(params, micro)
-        # Where the parameters are split, so are their gradients: reduce-scatter, not all-reduce.
+        # Gradients are sharded like their parameters: reduce-scatter instead of all-reduce.
         return jax.lax.with_sharding_constraint(gradient, shardings), denominator, sums
 
     first = jax.tree.map(lambda rows: rows[0], batch)

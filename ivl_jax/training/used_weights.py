@@ -1,6 +1,6 @@
-"""Which pre-trained weights a run reads, so that a resumed run reads the same.
+"""Identifies the pre-trained weights that a run reads, so that a resumed run reads the same.
 
-In: the config and the models it names. Out: a fingerprint for each of them.
+In: the config and the models it names. Out: a fingerprint of each.
 """
 
 from typing import NamedTuple
@@ -12,17 +12,17 @@ from ivl_jax.weights.fingerprint import remembered_weights, weights_fingerprint
 
 
 class UsedWeights(NamedTuple):
-    """What a run reads."""
+    """The weights that a run reads."""
 
     bases: tuple[str, ...]
     """Fingerprint of each frozen base."""
     records: dict[str, dict[str, str]]
-    """Config key → `path` and `fingerprint`, of the bases and of what the trained model begins
-    with."""
+    """Config key → `path` and `fingerprint`, for the bases and for the trained model's initial
+    weights."""
 
 
 def fingerprint_weights(config: TrainConfig, models: Models) -> UsedWeights:
-    """Hash the weights that a run reads; those that have not changed since are not read again.
+    """Hash the weights that a run reads; files that have not changed since are not read again.
 
     Args:
         config: of the run.

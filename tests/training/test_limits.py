@@ -81,11 +81,11 @@ def test_a_disk_that_cannot_hold_the_run_is_said_before_it_is_written(
             shutil, "disk_usage", lambda _, disk=disk: shutil._ntuple_diskusage(*disk)
         )
         if outcome == "error":
-            with pytest.raises(OSError, match=r"the disk lacks 0\.00 MB.*keep_checkpoints"):
+            with pytest.raises(OSError, match=r"the disk is 0\.00 MB.*keep_checkpoints"):
                 check_disk(use, epath.Path(tmp_path))
         else:
             check_disk(use, epath.Path(tmp_path))
-            assert ("the disk lacks" in caplog.text) == (outcome == "warning")
+            assert ("the disk is" in caplog.text) == (outcome == "warning")
 
 
 @pytest.mark.parametrize("micro_batches", [1, 10**9])

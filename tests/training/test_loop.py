@@ -108,7 +108,7 @@ def test_lost_records_are_computed_again_from_a_checkpoint_that_fits(
     metrics.write_bytes(content)
     resumed = run(replace(tiny_config, resume=True))
     assert f"step 4: {metrics} has {len(content)} bytes" in caplog.text
-    assert f"going on from step {2 if lost == 'a few bytes' else 0}" in caplog.text
+    assert f"resuming from step {2 if lost == 'a few bytes' else 0}" in caplog.text
     assert_same_run(resumed, whole)
 
 
@@ -185,7 +185,7 @@ def test_lost_checkpoints_stop_a_resume(tiny_config, tmp_path, monkeypatch):
         run(tiny_config)
     monkeypatch.undo()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 5, "loss": 1.0}\n')
-    with pytest.raises(RunDirectoryError, match="tells of 5 steps"):
+    with pytest.raises(RunDirectoryError, match="records 5 steps"):
         run(replace(tiny_config, resume=True))
     assert records(tmp_path / "run") == [{"step": 5, "loss": 1.0}]
 
@@ -198,7 +198,7 @@ def test_a_non_finite_loss_names_step_and_rows_and_keeps_the_last_good_checkpoin
     assert "step 2" in str(caught.value)
     assert "rows.jsonl:" in str(caught.value)
     checkpoints = TrainCheckpointer(f"{tiny_config.run_dir}/checkpoints", keep=3)
-    assert "last good checkpoint is that of step 1" in str(caught.value)
+    assert "last good checkpoint is step 1" in str(caught.value)
     assert checkpoints.steps() == [0, 1]
 
 

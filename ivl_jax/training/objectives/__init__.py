@@ -1,4 +1,4 @@
-"""Objectives: what a run minimises. One objective is one file of this package and one entry here.
+"""Objectives: what a run minimises. Each is one file in this package and one entry here.
 
 In: a name, or `module:attribute` from the user's own config. Out: an `Objective`.
 """
@@ -11,15 +11,15 @@ OBJECTIVES = {objective.name: objective for objective in (SFT,)}
 
 
 def find_objective(name: str) -> Objective:
-    """Give an objective.
+    """Find an objective by name.
 
     Args:
-        name: of `OBJECTIVES`, or `module:attribute` of an `Objective` of your own.
+        name: a key of `OBJECTIVES`, or `module:attribute` of an `Objective` of your own.
 
     Returns:
         The objective.
 
     Raises:
-        ValueError: neither.
+        ValueError: it is neither.
     """
     return load_extension(name, OBJECTIVES, Objective, where="objective")

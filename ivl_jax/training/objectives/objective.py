@@ -1,14 +1,12 @@
 """What an objective is: which per-token scores it needs, and how they become a loss.
 
-In: nothing; this is the record that every file of this package fills. Out: `Objective`, which
-`ivl_jax.training.loss` evaluates.
+Every file of this package defines an `Objective`, which `ivl_jax.training.loss` evaluates.
 
 A loss is a sum over tokens of w · score, for one or several scores of
 `ivl_jax.composed.token_scores`. The weights w are known before the gradient is taken: they come
-from the batch, and where they depend on the model itself (a sigmoid of a whole answer's
-log-probability, a clipped ratio), from a first pass that computes the scores without a gradient. So
-the gradient is taken while a chunk's logits are at hand, and no array of the vocabulary's size is
-stored.
+from the batch or, if they depend on the model itself (a sigmoid of a whole answer's
+log-probability, a clipped ratio), from a first pass that computes scores without a gradient. So
+the gradient is taken while a chunk's logits exist, and no array of the vocabulary's size is stored.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +19,7 @@ from ivl_jax.data.batching import Batch
 Scores = Mapping[str, Array]
 """Name → per-token scores [B T] of a micro-batch, float32 or bool."""
 Weights = Mapping[str, Float32[Array, "B T"]]
-"""Name of a score → its weight in the loss, token by token; 0 is a token that does not count."""
+"""Name of a score → its weight in the loss per token; 0 for a token that does not count."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,23 +28,23 @@ class Objective:
 
     name: str
     scores: tuple[str, ...]
-    """What the loss is linear in; differentiated."""
+    """The scores that the loss is linear in; differentiated."""
     weigh: Callable[[Batch, Scores], Weights]
-    """(micro-batch, scores of the first pass) → the weight of each of `scores`, for each token."""
+    """(micro-batch, scores of the first pass) → the weight of each of `scores`, per token."""
     count: Callable[[Batch], Float32[Array, ""]]
-    """Batch → what the loss is divided by, once, over the global batch; arrays [*A B T]."""
+    """Batch → the loss's denominator, applied once over the global batch; arrays [*A B T]."""
     sums: Callable[[Batch, Scores], Mapping[str, Float32[Array, ""]]]
     """(micro-batch, all scores) → named sums, which are added over micro-batches and batches."""
     figures: Mapping[str, tuple[str, str]]
-    """Name of a figure → the sums whose quotient it is; those whose sums are missing are left out.
-    `loss_tokens` and `real_tokens` are there in any case."""
+    """Name of a figure → the sums whose quotient it is; figures whose sums are missing are left
+    out. The sums `loss_tokens` and `real_tokens` always exist."""
     first_pass: tuple[str, ...] = ()
-    """Scores that `weigh` reads, computed without a gradient before it is called; none: no such
+    """Scores that `weigh` reads, computed without a gradient before it is called; empty: no first
     pass."""
     monitored: tuple[str, ...] = ()
-    """Further scores that `sums` reads, in every step."""
+    """Further scores that `sums` reads, at every step."""
     evaluated: tuple[str, ...] = ()
-    """Further scores that `sums` reads in evaluations beside a base."""
+    """Further scores that `sums` reads in evaluations with a base."""
     loss: Callable[[Batch, Scores], Float32[Array, ""]] | None = None
-    """(micro-batch, all scores) → the sum that is reported as the loss, where it is not Σ w · score
-    (that only has its gradient); None: it is."""
+    """(micro-batch, all scores) → the sum that is reported as the loss, if Σ w · score has only its
+    gradient, not its value; None: report Σ w · score."""

@@ -3,7 +3,7 @@
     loss = Σ loss_mask · (−log p(target)) / Σ loss_mask
 
 In: batches whose loss mask marks the assistant's tokens. Out: the objective. The penalty on value
-logits is not part of it: `ivl_jax.training.loss` adds that to every objective.
+logits is not part of it: `ivl_jax.training.loss` adds it to every objective.
 """
 
 import jax.numpy as jnp
