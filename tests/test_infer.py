@@ -481,7 +481,7 @@ def test_a_damaged_value_folder_is_found_before_the_base_is_read(
     flags = ("--base", stories260k_dir, "--value", damaged, "--prompt", "a")
     status, output, messages = infer(*flags)
     assert (status, output) == (2, "")
-    assert "is not as it was written" in messages
+    assert "was changed after it was written" in messages
 
 
 def test_a_prompt_beyond_the_context_says_by_how_much_before_a_model_is_loaded(

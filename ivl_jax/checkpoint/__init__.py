@@ -1,4 +1,4 @@
-"""Checkpoints: the train state of a run, and the value folder that stands alone."""
+"""Checkpoints: the train state of a run, and the self-contained value folder."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
         read_value_metadata,
     )
 
-# Loaded when first used: reading a value folder's metadata needs neither JAX nor Orbax (2 s).
+# Loaded on first use: reading a value folder's metadata needs neither JAX nor Orbax (2 s).
 _HOME = {
     "NoUsableCheckpointError": "steps",
     "RejectedStep": "steps",

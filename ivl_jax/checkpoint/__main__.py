@@ -1,4 +1,4 @@
-"""`python -m ivl_jax.checkpoint`: a checkpoint as a value folder, that as a Hugging Face folder.
+"""`python -m ivl_jax.checkpoint`: checkpoint → value folder → Hugging Face folder.
 
 In: a command line. Out: the folder it names, one line on stdout, or the error on stderr.
 """
@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: the command line without the program's name; None: of this process.
+        arguments: the command line without the program's name; None: this process's.
 
     Returns:
         The exit status; 1 where a folder cannot be used or written.
@@ -48,8 +48,8 @@ def _run(arguments: Sequence[str]) -> int:
 
     chosen = parser.parse_args(arguments)
     log_to_stderr()
-    said = _export_value(chosen) if chosen.command == "export-value" else _export_hf(chosen)
-    sys.stdout.write(f"{said}\n")
+    line = _export_value(chosen) if chosen.command == "export-value" else _export_hf(chosen)
+    sys.stdout.write(f"{line}\n")
     return 0
 
 

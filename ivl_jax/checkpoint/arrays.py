@@ -1,7 +1,7 @@
 """Arrays on disk: any pytree as nested string dictionaries of plain arrays, written by Orbax.
 
-In: a pytree of arrays (NamedTuples, optax states, typed PRNG keys) or what it should become. Out:
-an Orbax item that plain Orbax reads too, and the same pytree back, each leaf born in its place.
+In: a pytree of arrays (NamedTuples, optax states, typed PRNG keys), or its structure. Out: an Orbax
+item that plain Orbax can read too, and the same pytree back, each leaf created in its final place.
 """
 
 from collections.abc import Mapping
@@ -20,8 +20,9 @@ from ivl_jax.tree_compare import check_same_tree, key_name, named_leaves
 def to_storable(tree: Any) -> dict[str, Any]:
     """Turn a pytree into nested dictionaries with string keys.
 
-    Field names, dictionary keys and indices become the keys, so the layout on disk depends on no
-    Python class; nodes without leaves vanish. Typed PRNG keys become their uint32 data.
+    Field names, dictionary keys and indices become the keys, so the structure on disk does not
+    depend on any Python class; nodes without leaves are dropped. Typed PRNG keys become their
+    uint32 data.
 
     Args:
         tree: pytree of arrays or `ShapeDtypeStruct`s; not a single array.
@@ -81,11 +82,11 @@ def restore_arrays(
             device of this process.
         what: the subject of an error's first line.
         remedy: what to do when the trees differ.
-        stored_like: what must be stored, where that is smaller than the target in some dimensions:
-            those are filled up with zeros at their end. None: exactly the target.
-        cast: read floating-point leaves as the target's dtype instead of insisting on it.
+        stored_like: the expected stored tree, if it is smaller than the target in some dimensions,
+            which are then padded with zeros at the end. None: the same as the target.
+        cast: convert floating-point leaves to the target's dtype instead of requiring it.
         partial: read only the target's top-level entries, for example the parameters of a train
-            state; other stored entries are no error.
+            state; other stored entries are ignored.
 
     Returns:
         The pytree of arrays, with the target's structure and shardings.
@@ -114,14 +115,14 @@ def restore_arrays(
 
 
 def read_host_arrays(folder: epath.PathLike, entry: str) -> Any:
-    """Read one top-level entry of stored arrays into host memory, on no device.
+    """Read one top-level entry of stored arrays into host memory, not onto a device.
 
     Args:
         folder: the Orbax item.
         entry: the entry's name, for example `params`.
 
     Returns:
-        Nested string dictionaries of NumPy arrays (or one array), the stored dtypes.
+        Nested string dictionaries of NumPy arrays (or one array), in the stored dtypes.
 
     Raises:
         KeyError: the item has no such entry.
@@ -134,7 +135,7 @@ def read_host_arrays(folder: epath.PathLike, entry: str) -> Any:
 
 
 def stored_leaves(folder: epath.PathLike) -> dict[str, Any]:
-    """Read which arrays an Orbax item holds, without reading any of them.
+    """List the arrays of an Orbax item, without reading them.
 
     Args:
         folder: the Orbax item.
@@ -171,7 +172,7 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _plain(leaf: Any) -> Any:
-    """Give a leaf as Orbax stores it: arrays as they are, typed keys as their uint32 data."""
+    """A leaf as Orbax stores it: arrays unchanged, typed keys as their uint32 data."""
     if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return leaf
     if not isinstance(leaf, jax.ShapeDtypeStruct):

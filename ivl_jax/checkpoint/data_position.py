@@ -1,6 +1,6 @@
-"""Where each process was in its data, as one JSON object in a checkpoint.
+"""Each process's position in its data, as one JSON object in a checkpoint.
 
-In: a process's own position. Out: all positions gathered, and later the own one again.
+In: a process's own position. Out: all positions gathered, and later this process's own again.
 """
 
 import base64
@@ -44,23 +44,23 @@ def pack_data_states(data_state: DataState) -> dict[str, Any]:
 
 
 def unpack_data_state(stored: Mapping[str, Any], folder: epath.Path) -> Any:
-    """Take this process's own data position out of the gathered ones.
+    """Extract this process's own data position from the gathered ones.
 
     Args:
         stored: from `pack_data_states`.
         folder: where it was read, for the error.
 
     Returns:
-        What this process had saved.
+        What this process saved.
 
     Raises:
-        ValueError: they are those of another number of processes.
+        ValueError: they were saved by another number of processes.
     """
     states = stored["processes"]
     if len(states) != jax.process_count():
         raise ValueError(
-            f"{folder} holds the data positions of {len(states)} process(es), this run has "
-            f"{jax.process_count()}: resume with as many processes as it was saved with"
+            f"{folder} has the data positions of {len(states)} process(es), but this run has "
+            f"{jax.process_count()}: resume with the number of processes that saved it"
         )
     own = states[jax.process_index()]
     return base64.b64decode(own["base64"]) if "base64" in own else own["json"]

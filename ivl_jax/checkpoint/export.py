@@ -1,4 +1,4 @@
-"""A value folder out of a run's checkpoint, so that every saved step can be used and passed on.
+"""Makes a value folder from a run's checkpoint, so that every saved step can be used and shared.
 
 In: a run directory with `value_description/` (written once, at the start) and `checkpoints/`. Out:
 a value folder.
@@ -39,11 +39,11 @@ Which = int | Literal["best", "latest"]
 def write_value_description(
     run_dir: epath.PathLike, *, metadata: ValueMetadata, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Write, at the start of a run, all of its value folder but arrays and steps.
+    """Write, at the start of a run, its value folder without the arrays.
 
     Args:
         run_dir: the run directory.
-        metadata: what the value folder will say; its `steps` is set at export.
+        metadata: content of the later `ivl.json`; `steps` is set at export.
         tokenizer: the value network's own.
     """
     folder = absolute_path(run_dir) / DESCRIPTION_FOLDER
@@ -55,20 +55,20 @@ def export_value(
 ) -> int:
     """Make a value folder from one of a run's checkpoints.
 
-    Runs on one process; the arrays go through host memory, never onto a device.
+    Runs in one process; the arrays pass through host memory, not through a device.
 
     Args:
-        run_dir: the run directory; nothing in it is changed.
-        which: a step, `best` (lowest held-out NLL among those kept) or `latest`.
+        run_dir: the run directory; not modified.
+        which: a step, `best` (lowest held-out NLL among the kept steps) or `latest`.
         out: the value folder to write.
-        overwrite: replace a value folder of this name.
+        overwrite: replace an existing value folder.
 
     Returns:
         The step that was exported.
 
     Raises:
         FileNotFoundError: the run directory has no value description.
-        FileExistsError: `out` exists, and `overwrite` was not said or it is no value folder.
+        FileExistsError: `out` exists, and `overwrite` is not set or it is not a value folder.
         NoUsableCheckpointError: the checkpoint does not exist or was altered; lists the reasons.
         ValueFolderError: the run's value description was altered.
     """
@@ -89,7 +89,7 @@ def export_value(
     try:
         params = read_host_arrays(state, "params")
     except KeyError:
-        raise ValueFolderError(f"{state} holds no `params`: it is not a train state") from None
+        raise ValueFolderError(f"{state} has no `params`: it is not a train state") from None
     save_value(
         out,
         params=_with_integer_layers(params),
@@ -114,12 +114,12 @@ def _wanted_step(checkpoints: epath.Path, which: Which) -> int | None:
             return best
     raise NoUsableCheckpointError(
         f"none of the checkpoints {list(manifests)} in {checkpoints} has a held-out figure, so "
-        "none is the best: say a step, or latest"
+        "the best is not known: give a step, or latest"
     )
 
 
 def _with_integer_layers(params: dict[str, Any]) -> dict[str, Any]:
-    """Give unstacked layers their integer keys back; stacked ones stay."""
+    """Restore the integer keys of unstacked layers; stacked layers are unchanged."""
     layers = params.get("layers", {})  # a linear map has none
     if layers and all(name.isdecimal() for name in layers):
         return params | {"layers": {int(name): layer for name, layer in layers.items()}}

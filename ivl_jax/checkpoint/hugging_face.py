@@ -1,7 +1,7 @@
-"""A value network as a Hugging Face model folder, for programs that know nothing of this package.
+"""Exports a value network as a Hugging Face model folder, for programs without this package.
 
 In: a value folder. Out: a folder that `transformers` loads: weights, configuration, tokenizer with
-chat template, stop ids. Its logits are z_value; adding them to a base's is the caller's part
+chat template, stop ids. Its logits are z_value; the caller adds them to a base's
 (`examples/logits_processor.py`).
 """
 
@@ -18,26 +18,26 @@ from ivl_jax.weights.language_model import LanguageModel, save_language_model
 
 
 def check_exportable(value: epath.PathLike, out: Path, *, overwrite: bool) -> None:
-    """Check what can be checked without reading an array.
+    """Check everything that can be checked without reading an array.
 
     Args:
         value: the value folder.
-        out: the Hugging Face folder to be made.
-        overwrite: a model folder of that name is replaced.
+        out: the Hugging Face folder to create.
+        overwrite: replace an existing model folder.
 
     Raises:
-        FileNotFoundError: `value` is no value folder.
+        FileNotFoundError: `value` is not a value folder.
         FileExistsError: `out` exists and may not be replaced.
-        ValueFolderError: an unknown format version, or entries that cannot be.
+        ValueFolderError: an unknown format version, or invalid entries.
         ValueError: the network reads more than text.
     """
     connection = read_value_metadata(value).connection
     if connection != "residual":
         raise ValueError(
             f"{value}: connection {connection}, expected residual: this network reads the base's "
-            "predictions at every position, and a Hugging Face model reads text alone (a "
-            "LogitsProcessor sees the base's logits at the last position only, never those of the "
-            "prompt). Decode it with infer.py, or train a residual one"
+            "predictions at every position, but a Hugging Face model reads only text (a "
+            "LogitsProcessor sees only the base's logits at the last position, not those of the "
+            "prompt). Decode it with infer.py, or train a residual value network"
         )
     check_new_folder(out, overwrite=overwrite)
 
@@ -50,18 +50,18 @@ def export_hugging_face(
     chat_template: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a residual value network as a Hugging Face folder; it appears when it is complete.
+    """Write a residual value network as a Hugging Face folder, which appears once complete.
 
     Args:
-        value: the network, layers unstacked, vocabulary rows perhaps padded.
-        out: the folder to make.
+        value: the network, layers unstacked; vocabulary rows may be padded.
+        out: the folder to create.
         dtype: of every tensor written.
-        chat_template: Jinja text for `tokenizer_config.json`; None leaves the tokenizer's own.
-        overwrite: a model folder of that name is replaced.
+        chat_template: Jinja text for `tokenizer_config.json`; None keeps the tokenizer's own.
+        overwrite: replace an existing model folder.
 
     Raises:
         FileExistsError: `out` exists and may not be replaced.
-        ValueError: the network is no decoder.
+        ValueError: the network is not a decoder.
     """
     if not isinstance(value.arch, ArchConfig):
         raise ValueError(f"{value.path}: expected a decoder, got a linear map on base logits")

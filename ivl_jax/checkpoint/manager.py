@@ -1,11 +1,11 @@
-"""Checkpoints of a training run: written in the background, checked to the last bit when read.
+"""Checkpoints of a training run: written in the background, verified bit by bit when read.
 
-In: the train state, the data position and JSON about the run. Out: a folder a step, labelled
-`state.step`, written by Orbax and sealed with a hash manifest; later the newest sound one of them.
+In: the train state, the data position and JSON about the run. Out: one folder per step, labelled
+`state.step`, written by Orbax and sealed with a hash manifest; later the newest intact one.
 
-A step's folder appears under its name by one rename, when Orbax has written it whole; then a thread
-of ours hashes the files and writes the manifest, which seals it, and only then deletes old steps:
-at every moment at least one sealed checkpoint exists.
+Once Orbax has written a step completely, a single rename gives its folder the final name; then a
+background thread hashes the files, writes the manifest, which seals the step, and only then deletes
+old steps: at least one sealed checkpoint always exists.
 """
 
 import json
@@ -42,19 +42,19 @@ logger = logging.getLogger(__name__)
 
 
 class RestoredRun(NamedTuple):
-    """A run as it was when a checkpoint was saved."""
+    """The state of a run when a checkpoint was saved."""
 
     step: int  # the checkpoint's label, equal to state.step
     state: Any  # the train state, with the target's structure and shardings
-    data_state: Any  # what `data_state` was in this process: bytes, a JSON mapping or None
-    run_metadata: dict[str, Any]  # what `run_metadata` was
+    data_state: Any  # this process's saved `data_state`: bytes, a JSON mapping or None
+    run_metadata: dict[str, Any]  # the saved `run_metadata`
     rejected: tuple[RejectedStep, ...]  # newer checkpoints that cannot be used
 
 
 class TrainCheckpointer:
     """Saves and restores a run; a context manager that waits for its last save.
 
-    Reading changes nothing on disk. The first save after a `restore` clears away what the restore
+    Reading does not change the disk. The first save after a `restore` removes what the restore
     rejected: unfinished saves are deleted, altered ones are renamed to `STEP.unusable`.
 
     Attributes:
@@ -69,14 +69,14 @@ class TrainCheckpointer:
         metric: str = "nll",
         lower_is_better: bool = True,
     ) -> None:
-        """Name the folder and what is kept in it; touches no file.
+        """Set the folder and how many checkpoints to keep; touches no file.
 
         Args:
             directory: the checkpoint folder, local or a URL that `etils.epath` writes.
-            keep: newest checkpoints kept, at least 1; there is one more while the newest is being
-                written and sealed.
-            metric: the best checkpoint by this entry of `metrics` is kept besides.
-            lower_is_better: whether a small value of the metric is good.
+            keep: newest checkpoints kept, at least 1; one more while the newest is being written
+                and sealed.
+            metric: the best checkpoint by this entry of `metrics` is kept as well.
+            lower_is_better: whether smaller values of the metric are better.
 
         Raises:
             ValueError: `keep` is below 1.
@@ -106,23 +106,23 @@ class TrainCheckpointer:
     ) -> bool:
         """Save a train state under the label `state.step`, in the background.
 
-        Returns once the arrays are copied from the devices; their buffers may be donated then.
-        Waits first for the save before this one.
+        Waits for the previous save, and returns once the arrays have been copied from the devices,
+        so that their buffers may be donated.
 
         Args:
-            state: pytree of arrays with a field `step`; typed PRNG keys are fine.
+            state: pytree of arrays with a field `step`; typed PRNG keys are allowed.
             data_state: this process's data position: bytes, JSON or None.
             run_metadata: JSON about the run, equal in every process.
-            metrics: held-out figures of this very state, if they were measured.
-            leave_out: fields of the state that `restore` gets again from its `fill`.
+            metrics: held-out figures of this state, if measured.
+            leave_out: fields of the state that are not stored; `fill` of `restore` makes them.
 
         Returns:
-            False when this step is saved already, by this object or by the run it restored.
+            False if this step is already saved, by this object or by the run it restored.
 
         Raises:
-            FileExistsError: the folder holds checkpoints that this run did not continue from.
+            FileExistsError: the folder has checkpoints that this run did not resume from.
             TypeError: the metadata or the data position is not JSON.
-            Exception: whatever the save before this one failed with.
+            Exception: whatever the previous save failed with.
         """
         self.wait_until_finished()
         step = int(state.step)
@@ -150,7 +150,7 @@ class TrainCheckpointer:
         """Record held-out figures of the newest step that were measured after it was saved.
 
         Args:
-            metrics: of this very state.
+            metrics: of the newest saved state.
         """
         self.wait_until_finished()
         assert self._newest is not None
@@ -165,7 +165,7 @@ class TrainCheckpointer:
         """Wait until the last save is committed and sealed.
 
         Raises:
-            Exception: whatever it failed with; the older checkpoints are untouched then.
+            Exception: whatever it failed with; the older checkpoints are untouched.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -183,23 +183,23 @@ class TrainCheckpointer:
         fits: Callable[[dict[str, Any]], str | None] = lambda run_metadata: None,
         fill: Callable[[Any], Any] | None = None,
     ) -> RestoredRun:
-        """Read the newest sound checkpoint, or a given one.
+        """Read the newest intact checkpoint, or a given one.
 
         Args:
             target: the train state or its `ShapeDtypeStruct`s; each array is read directly onto the
-                devices of its sharding, which may be another mesh than the one that saved.
-            step: this step and no other; None: the newest whose every byte is as written. A newer
-                one that is unfinished, truncated or altered is named in a warning.
-            fits: says of a checkpoint's `run_metadata` why it cannot be used, or None; one that
-                does not fit counts as unsound. Asked in process 0 only.
-            fill: makes the whole state out of one whose fields that were left out are None.
+                devices of its sharding, whose mesh may differ from the one that saved.
+            step: only this step; None: the newest one with every byte as written. Newer ones that
+                are unfinished, truncated or altered are named in a warning.
+            fits: given a checkpoint's `run_metadata`, returns why it cannot be used, or None; one
+                that does not fit is rejected. Called in process 0 only.
+            fill: makes the whole state from one whose left-out fields are None.
 
         Returns:
             The run as it was saved.
 
         Raises:
-            NoUsableCheckpointError: no checkpoint is sound; lists each one's reason.
-            TreeMismatchError: the checkpoint holds other arrays than the target.
+            NoUsableCheckpointError: no checkpoint is intact; lists the reason for each.
+            TreeMismatchError: the checkpoint has other arrays than the target.
             ValueError: it was saved by another number of processes.
         """
         self.wait_until_finished()
@@ -218,38 +218,38 @@ class TrainCheckpointer:
             folder / "state",
             target._replace(**dict.fromkeys(left_out)) if left_out else target,
             what=f"the train state in {folder}",
-            remedy="resume with the configuration the run was started with (config.toml in its "
-            "run directory), or start a new run",
+            remedy="resume with the configuration that the run was started with (config.toml in "
+            "its run directory), or start a new run",
         )
         if int(state.step) != found:
-            raise ValueError(f"{folder} holds state.step = {int(state.step)}, expected {found}")
+            raise ValueError(f"{folder} has state.step = {int(state.step)}, expected {found}")
         if left_out:
             if fill is None:
-                raise ValueError(f"{folder} holds no {', '.join(left_out)}: nothing can fill it")
+                raise ValueError(f"{folder} has no {', '.join(left_out)}, and no `fill` was given")
             state = fill(state)
         self._newest, self._rejected = found, rejected
         if rejected:
-            logger.warning("going on from step %d of %s", found, self.directory)
+            logger.warning("resuming from step %d of %s", found, self.directory)
         return RestoredRun(found, state, data_state, dict(items["run"]), rejected)
 
     def steps(self) -> list[int]:
-        """List the steps that are complete (all files there, not hashed), oldest first."""
+        """List the complete steps (all files exist; hashes not checked), oldest first."""
         self.wait_until_finished()
         return list(complete_steps(self.directory))
 
     def latest_step(self) -> int | None:
-        """Give the newest complete step, or None."""
+        """The newest complete step, or None."""
         return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
-        """Give the complete step with the best metric, or None when none was measured."""
+        """The complete step with the best metric, or None if none was measured."""
         self.wait_until_finished()
         manifests = complete_steps(self.directory)
         metrics = {step: recorded_metrics(manifest) for step, manifest in manifests.items()}
         return best_step(metrics, self._metric, lower_is_better=self._lower_is_better)
 
     def has_started(self) -> bool:
-        """Say whether a run in this folder can have taken a training step."""
+        """Whether a run in this folder may have taken a training step."""
         self.wait_until_finished()
         return has_started(self.directory)
 
@@ -268,7 +268,7 @@ class TrainCheckpointer:
                 try:
                     manager.close()
                 except Exception:
-                    if not self._failed:  # else it repeats what was raised already
+                    if not self._failed:  # otherwise it repeats an error already raised
                         raise
 
     def __enter__(self) -> "TrainCheckpointer":
@@ -283,7 +283,7 @@ class TrainCheckpointer:
         self.close()
 
     def _delete_old(self) -> None:
-        """Delete what need not stay beside the newest, which is sealed."""
+        """Delete steps that need not be kept, now that the newest is sealed."""
         newest = sorted(self._metrics)[-self._keep :]
         best = best_step(self._metrics, self._metric, lower_is_better=self._lower_is_better)
         kept = {*newest, best}
@@ -294,27 +294,27 @@ class TrainCheckpointer:
                     delete_step(self.directory, step)
 
     def _open(self, step: int) -> ocp.CheckpointManager:
-        """Clear away what was rejected, check that nothing is in the way, start Orbax's manager."""
+        """Remove rejected steps, check for conflicting ones, and start Orbax's manager."""
         if jax.process_index() == 0:
             self._clear_rejected()
         _barrier("checkpoint_cleared")
         existing = committed_steps(self.directory)
         if self._newest is None and existing:
             raise FileExistsError(
-                f"{self.directory} holds checkpoints of steps {existing}: continue that run "
-                "(--resume), or name another run_dir"
+                f"{self.directory} has checkpoints of steps {existing}: resume that run "
+                "(--resume), or choose another run_dir"
             )
         if newer := [other for other in existing if other >= step]:
             raise FileExistsError(
-                f"{self.directory} holds checkpoints of steps {newer}, not older than step {step} "
-                f"after a restore of step {self._newest}: a run goes on from its newest "
-                "checkpoint only; name another run_dir"
+                f"{self.directory} has checkpoints of steps {newer}, not older than step {step} "
+                f"after a restore of step {self._newest}: a run resumes only from its newest "
+                "checkpoint; choose another run_dir"
             )
         manifests = complete_steps(self.directory)
         self._metrics = {seen: recorded_metrics(manifest) for seen, manifest in manifests.items()}
         return ocp.CheckpointManager(
             self.directory,
-            # Without a limit it keeps every step: what is deleted, and when, is ours to say.
+            # Without a limit it keeps every step: we decide what is deleted, and when.
             options=ocp.CheckpointManagerOptions(
                 cleanup_tmp_directories=True, lightweight_initialize=True
             ),
@@ -328,7 +328,7 @@ class TrainCheckpointer:
         for step in rejected:
             folder = self.directory / str(step)
             if not folder.exists():
-                continue  # a temporary folder: Orbax's manager removes those when it starts
+                continue  # a temporary folder, which Orbax's manager removes when it starts
             if (folder / MANIFEST_NAME).exists():
                 logger.warning("step %d is set aside as %s", step, set_aside(self.directory, step))
             else:
@@ -351,7 +351,7 @@ class TrainCheckpointer:
     def _about(
         self, step: int, metrics: dict[str, float], left_out: Sequence[str]
     ) -> dict[str, Any]:
-        """What a step's manifest says beside the hashes."""
+        """What a step's manifest records besides the hashes."""
         best_by = {"metric": self._metric, "lower_is_better": self._lower_is_better}
         about = {"step": step, "metrics": metrics, "best_by": best_by}
         return about | ({"left_out": list(left_out)} if left_out else {})
@@ -359,7 +359,7 @@ class TrainCheckpointer:
     def _agree_on_step(
         self, step: int | None, fits: Callable[[dict[str, Any]], str | None]
     ) -> tuple[int, tuple[RejectedStep, ...]]:
-        """Let process 0 read and check the files, and tell the others what it found."""
+        """Let process 0 read and check the files and broadcast the result."""
         if jax.process_count() == 1:
             return find_usable_step(self.directory, step, fits)
         found, rejected, error = -1, (), None

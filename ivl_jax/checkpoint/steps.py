@@ -1,7 +1,7 @@
-"""The checkpoint folder of a run, read only: which steps it holds and which of them are sound.
+"""The checkpoint folder of a run: which steps it has and which of them are intact.
 
-In: a folder with one sub-folder a step, each with its hash manifest. Out: the newest step that is
-exactly as it was written, and for every newer one what is wrong with it. Imports no JAX.
+In: a folder with one sub-folder per step, each with its hash manifest. Out: the newest step that is
+exactly as it was written, and what is wrong with each newer one. Does not import JAX.
 """
 
 import json
@@ -32,7 +32,7 @@ class RejectedStep(NamedTuple):
     """A checkpoint that cannot be used."""
 
     step: int  # its label
-    reasons: tuple[str, ...]  # one sentence a file that is missing, truncated or altered
+    reasons: tuple[str, ...]  # one sentence per file that is missing, truncated or altered
 
     def __str__(self) -> str:
         """Name the step and each reason."""
@@ -40,19 +40,19 @@ class RejectedStep(NamedTuple):
 
 
 class NoUsableCheckpointError(RuntimeError):
-    """No checkpoint of a run is exactly as it was written; lists each one's reason."""
+    """No checkpoint of a run is exactly as it was written; lists the reason for each."""
 
 
 def committed_steps(directory: epath.PathLike) -> list[int]:
-    """List the steps that Orbax committed, oldest first, sound or not."""
+    """List the steps that Orbax committed, oldest first, whether intact or not."""
     return sorted(int(name) for name in _folders(directory) if _STEP_FOLDER.fullmatch(name))
 
 
 def has_started(directory: epath.PathLike) -> bool:
-    """Say whether a run in this folder can have taken a training step.
+    """Whether a run in this folder may have taken a training step.
 
-    Step 0 is complete before the first training step. So a folder with nothing but unfinished
-    saves and at most a step 0 without a manifest belongs to a run that was stopped before it began.
+    Step 0 is complete before the first training step. So a folder that has only unfinished saves
+    and at most a step 0 without a manifest belongs to a run that was stopped before it began.
 
     Args:
         directory: the checkpoint folder; it need not exist.
@@ -76,7 +76,7 @@ def step_problems(directory: epath.PathLike, step: int) -> tuple[str, ...]:
         step: the step's label.
 
     Returns:
-        What is wrong, one sentence a file; empty when the step is as it was written.
+        What is wrong, one sentence per file; empty if the step is as it was written.
     """
     folder = epath.Path(directory) / str(step)
     try:
@@ -84,7 +84,7 @@ def step_problems(directory: epath.PathLike, step: int) -> tuple[str, ...]:
     except ManifestError as error:
         return (str(error),)
     if manifest.about.get("step") != step:
-        return (f"the folder {step} holds step {manifest.about.get('step')}: it was renamed",)
+        return (f"the folder {step} contains step {manifest.about.get('step')}: it was renamed",)
     logger.info("checking step %d: %.1f MB", step, manifest.total_bytes / 1e6)
     return file_problems(folder, manifest)
 
@@ -94,25 +94,25 @@ def find_usable_step(
     step: int | None,
     fits: Callable[[dict[str, Any]], str | None] = lambda run_metadata: None,
 ) -> tuple[int, tuple[RejectedStep, ...]]:
-    """Find the newest sound step, and name each newer one that is not.
+    """Find the newest intact step, and what is wrong with each newer one.
 
     Args:
         directory: the checkpoint folder.
-        step: this step and no other; None: the newest sound one.
-        fits: says of a step's JSON about the run why it cannot be used, or None.
+        step: only this step; None: the newest intact one.
+        fits: given a step's JSON about the run, returns why it cannot be used, or None.
 
     Returns:
-        The step, and the newer ones that cannot be used, newest first. A save that was cut off
-        (Orbax's temporary folder) counts as one of them.
+        The step, and the newer ones that cannot be used, newest first. An interrupted save (Orbax's
+        temporary folder) counts as one of them.
 
     Raises:
-        NoUsableCheckpointError: none is sound; lists the reasons.
+        NoUsableCheckpointError: none is intact; lists the reasons.
     """
     directory = epath.Path(directory)
     committed = committed_steps(directory)
     if step is not None and step not in committed:
         raise NoUsableCheckpointError(
-            f"{directory} holds no step {step}; it holds {committed or 'none'}"
+            f"{directory} has no step {step}; it has {committed or 'none'}"
         )
     unfinished = {}
     for name in _folders(directory):
@@ -131,7 +131,7 @@ def find_usable_step(
         else:
             problems = (f"{unfinished[candidate]}: the process stopped while it was being saved",)
         rejected.append(RejectedStep(candidate, problems))
-    listed = "".join(f"\n  - {one}" for one in rejected) or "\n  - it holds no checkpoint"
+    listed = "".join(f"\n  - {one}" for one in rejected) or "\n  - it has no checkpoint"
     raise NoUsableCheckpointError(
         f"no checkpoint in {directory} can be used:{listed}\n"
         "restore the files from a copy, or start a new run in another run_dir; "
@@ -145,7 +145,7 @@ def run_metadata(directory: epath.PathLike, step: int) -> dict[str, Any]:
 
 
 def complete_steps(directory: epath.PathLike) -> dict[int, Manifest]:
-    """Read the manifests of the steps whose files are all there with their sizes (not hashed).
+    """Read the manifests of the steps whose files all exist with the right size (not hashed).
 
     Args:
         directory: the checkpoint folder.
@@ -168,15 +168,15 @@ def complete_steps(directory: epath.PathLike) -> dict[int, Manifest]:
 def best_step(
     metrics: Mapping[int, Mapping[str, float]], metric: str, *, lower_is_better: bool
 ) -> int | None:
-    """Choose the step with the best value of a metric; the earliest of equals.
+    """Choose the step with the best value of a metric; ties go to the earliest.
 
     Args:
         metrics: step → its recorded metrics.
         metric: which of them decides.
-        lower_is_better: whether small values are good.
+        lower_is_better: whether smaller values are better.
 
     Returns:
-        The step; None when no step has a finite value.
+        The step; None if no step has a finite value.
     """
     sign = 1.0 if lower_is_better else -1.0
     scores = {
@@ -195,7 +195,7 @@ def set_aside(directory: epath.PathLike, step: int) -> str:
         step: the step's label.
 
     Returns:
-        The folder's new name; it is never read, only kept for whoever wants to look.
+        The folder's new name; it is never read again, only kept for inspection.
     """
     directory = epath.Path(directory)
     taken = set(_folders(directory))
@@ -206,7 +206,7 @@ def set_aside(directory: epath.PathLike, step: int) -> str:
 
 
 def delete_step(directory: epath.PathLike, step: int) -> None:
-    """Delete a step's folder; one that is half deleted is not sealed any more.
+    """Delete a step's folder, its manifest first, so that a half-deleted step is not sealed.
 
     Args:
         directory: the checkpoint folder.
@@ -223,5 +223,5 @@ def _folders(directory: epath.PathLike) -> list[str]:
 
 
 def recorded_metrics(manifest: Manifest) -> dict[str, Any]:
-    """Give the metrics recorded with a step."""
+    """The metrics recorded with a step."""
     return manifest.about.get("metrics", {})

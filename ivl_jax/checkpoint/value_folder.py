@@ -1,4 +1,4 @@
-"""The value folder: a value network that stands alone and goes on top of any base.
+"""The value folder: a self-contained value network for any base.
 
 In: parameters, metadata and tokenizer of a value network. Out: one folder with Orbax arrays,
 `ivl.json`, the tokenizer's files and a hash manifest; and the value network back, on any mesh.
@@ -7,7 +7,7 @@ In: parameters, metadata and tokenizer of a value network. Out: one folder with 
       ivl.json        architecture, connection, penalty, tokenizer fingerprint, training base, …
       params/         the arrays, layers unstacked, exactly the vocabulary's rows
       tokenizer/      the tokenizer's files, chat template included
-      manifest.json   size and SHA-256 of each of them; written last
+      manifest.json   size and SHA-256 of each file; written last
 """
 
 import dataclasses
@@ -61,18 +61,18 @@ TOKENIZER_FOLDER = "tokenizer"
 
 @dataclass(frozen=True)
 class ValueNetwork:
-    """A trained value network, ready to go on top of a base.
+    """A trained value network, ready to be composed with a base.
 
     Attributes:
         arch: its architecture.
-        params: its parameters, layers unstacked, vocabulary rows perhaps padded with zeros.
+        params: its parameters, layers unstacked; vocabulary rows may be padded with zeros.
         connection: how base and value are connected.
-        metadata: what its folder says about it.
+        metadata: the content of its `ivl.json`.
         tokenizer: from its folder.
         tokenizer_info: what identifies the tokenizer.
         chat_template: a named format, `auto` or a template's text.
         stop_ids: every token id that ends a text.
-        path: the folder it came from; empty where it was made in memory.
+        path: the folder it came from; empty if made in memory.
     """
 
     arch: Architecture
@@ -94,19 +94,19 @@ def save_value(
     tokenizer: PreTrainedTokenizerBase,
     overwrite: bool = False,
 ) -> None:
-    """Write a value folder; it appears under its name whole or not at all.
+    """Write a value folder, which appears only once it is complete.
 
     Args:
         folder: where, local or a URL that `etils.epath` writes; its parent is created.
-        params: parameters on any mesh; stored with layers unstacked and without padded rows.
-        metadata: what the folder says about the network.
+        params: parameters on any mesh; stored with layers unstacked and without padding rows.
+        metadata: the content of `ivl.json`.
         tokenizer: the value network's own; its files are copied.
-        overwrite: replace a value folder of this name; anything else is never replaced.
+        overwrite: replace an existing value folder; anything else is never replaced.
 
     Raises:
-        FileExistsError: the folder exists, and `overwrite` was not said or it is no value folder.
-        TreeMismatchError: the parameters are not those of the architecture.
-        ValueFolderError: the tokenizer is not the one of the metadata, or has more ids than the
+        FileExistsError: the folder exists, and `overwrite` is not set or it is not a value folder.
+        TreeMismatchError: the parameters do not match the architecture.
+        ValueFolderError: the tokenizer does not match the metadata, or has more ids than the
             architecture has vocabulary rows.
     """
     folder = absolute_path(folder)
@@ -124,13 +124,13 @@ def load_value(
     mesh: Mesh | None = None,
     sharding_rules: ShardingRules = DEFAULT_RULES,
 ) -> ValueNetwork:
-    """Read a value folder; everything that can be wrong is found before an array is read.
+    """Read a value folder; everything is checked before an array is read.
 
     Args:
         folder: the value folder, local or a URL that `etils.epath` reads.
         param_dtype: dtype of every parameter in memory.
-        mesh: where the parameters live, split by `sharding_rules`, vocabulary rows padded with
-            zeros to divide; None: this process's first device, no padding.
+        mesh: where the parameters live, sharded by `sharding_rules`, vocabulary rows padded with
+            zeros to divide evenly; None: this process's first device, no padding.
         sharding_rules: which mesh axis splits which dimension.
 
     Returns:
@@ -139,9 +139,9 @@ def load_value(
     Raises:
         FileNotFoundError: it is not a value folder.
         ValueFolderError: an unknown format version; files that are missing, truncated or altered; a
-            tokenizer or an architecture that is not what `ivl.json` says. Lists all files.
-        TreeMismatchError: the arrays are not those of the architecture.
-        NonFiniteWeightsError: an array holds NaN or infinity.
+            tokenizer or an architecture that differs from `ivl.json`. Lists all files.
+        TreeMismatchError: the arrays do not match the architecture.
+        NonFiniteWeightsError: an array has NaN or infinity.
     """
     folder = absolute_path(folder)
     described = read_description(folder)
@@ -160,30 +160,30 @@ def load_described_value(
     mesh: Mesh | None,
     sharding_rules: ShardingRules,
 ) -> ValueNetwork:
-    """Read the arrays of a value folder of which all else has been read and checked.
+    """Read the arrays of a value folder whose other files have been read and checked.
 
     Args:
         folder: the value folder.
-        metadata: of `read_description`, like the next two.
+        metadata: from `read_description`, like the next two.
         tokenizer: its tokenizer.
         info: what identifies the tokenizer.
-        param_dtype: as `load_value` takes it, like the rest.
+        param_dtype: as in `load_value`, like the rest.
         mesh: where the parameters live, or None.
-        sharding_rules: how they are split over the mesh.
+        sharding_rules: how they are sharded over the mesh.
 
     Returns:
         The value network.
 
     Raises:
-        ValueFolderError: it holds no arrays.
-        TreeMismatchError: the arrays are not those of the architecture.
-        NonFiniteWeightsError: an array holds NaN or infinity.
+        ValueFolderError: it has no arrays.
+        TreeMismatchError: the arrays do not match the architecture.
+        NonFiniteWeightsError: an array has NaN or infinity.
     """
     folder = absolute_path(folder)
     arch = value_architecture(metadata, folder)
     if not (folder / PARAMS_FOLDER).exists():
         raise ValueFolderError(
-            f"{folder} holds no arrays: it only describes a run; its value network is in "
+            f"{folder} has no arrays: it only describes a run; its value network is in "
             f"{folder.parent}/value, or `python -m ivl_jax.checkpoint export-value` makes one"
         )
     vocab_rows, name = None, f"the value network in {folder}"
@@ -202,7 +202,7 @@ def load_described_value(
         target,
         stored_like=abstract_network(arch, param_dtype=param_dtype),
         what=name,
-        remedy="its arrays are not those of the architecture in its ivl.json: export it again",
+        remedy="its arrays do not match the architecture in its ivl.json: export it again",
         cast=True,
     )
     check_finite(named_leaves(params), what=name, remedy="its training diverged: train it again")
@@ -222,17 +222,17 @@ def load_described_value(
 def read_description(
     folder: epath.PathLike,
 ) -> tuple[ValueMetadata, PreTrainedTokenizerBase, TokenizerInfo]:
-    """Read and check everything of a value folder but its arrays.
+    """Read and check everything in a value folder except its arrays.
 
     Args:
         folder: the value folder, or a run's description without arrays.
 
     Returns:
-        Metadata, tokenizer, and what identifies the tokenizer; the hash of every file is right.
+        Metadata, tokenizer, and what identifies the tokenizer; the hash of every file is checked.
 
     Raises:
         FileNotFoundError: it is not a value folder.
-        ValueFolderError: its files or its tokenizer are not what they should be.
+        ValueFolderError: its files or its tokenizer are damaged or inconsistent.
     """
     folder = absolute_path(folder)
     metadata = read_value_metadata(folder)
@@ -243,7 +243,7 @@ def read_description(
     if problems:
         listed = "".join(f"\n  - {problem}" for problem in problems)
         raise ValueFolderError(
-            f"{folder} is not as it was written:{listed}\n"
+            f"{folder} was changed after it was written:{listed}\n"
             "copy the folder again, or export the value network again"
         )
     recorded = TokenizerInfo.from_json(metadata.tokenizer)
@@ -258,16 +258,16 @@ def check_replaceable(folder: epath.PathLike, *, overwrite: bool) -> None:
     """Check that a value folder may be written here.
 
     Raises:
-        FileExistsError: something is there, and it is no value folder or `overwrite` was not said.
+        FileExistsError: the folder exists, and it is not a value folder or `overwrite` is not set.
     """
     folder = absolute_path(folder)
     if not folder.exists():
         return
     if not overwrite:
-        raise FileExistsError(f"{folder} exists: say overwrite, or choose another folder")
+        raise FileExistsError(f"{folder} exists: set overwrite, or choose another folder")
     if not (folder / METADATA_NAME).exists():
         raise FileExistsError(
-            f"{folder} exists and has no {METADATA_NAME}: it is no value folder, so it is not "
+            f"{folder} exists and has no {METADATA_NAME}: it is not a value folder, so it is not "
             "replaced; choose another folder"
         )
 
@@ -279,13 +279,13 @@ def write_value_folder(
     tokenizer: PreTrainedTokenizerBase,
     params: Mapping[str, Any] | None,
 ) -> None:
-    """Write the files beside the folder, seal them, and give them its name by one rename.
+    """Write the files to a temporary folder, seal them, and rename it to the final name.
 
     Args:
-        folder: the final folder; what is there is replaced.
+        folder: the final folder; an existing one is replaced.
         metadata: content of `ivl.json`.
         tokenizer: its files are copied.
-        params: nested string dictionaries of arrays as they are to be stored; None: no arrays.
+        params: nested string dictionaries of arrays in the stored form; None: no arrays.
     """
     building = folder.parent / f"{folder.name}.unfinished"
     first = jax.process_index() == 0
@@ -314,7 +314,7 @@ def write_value_folder(
 
 
 def _canonical(params: Params, arch: Architecture) -> dict[str, Any]:
-    """Unstack layers, leave out padded vocabulary rows, and check the tree strictly."""
+    """Unstack layers, drop padding rows of the vocabulary, and check the tree strictly."""
     if not all(isinstance(index, int) for index in params.get("layers", ())):
         params = unstack_layers(params)
     dimensions = vocabulary_dimensions(arch)
@@ -326,7 +326,7 @@ def _canonical(params: Params, arch: Architecture) -> dict[str, Any]:
             cut[dimension] = slice(min(arch.vocab_size, leaf.shape[dimension]))
         cropped = leaf[tuple(cut)] if name in dimensions else leaf
         if cropped.shape != leaf.shape:
-            logger.info("%s: padded vocabulary rows are not stored: %s", name, leaf.shape)
+            logger.info("%s: vocabulary padding rows are not stored: %s", name, leaf.shape)
         return cropped
 
     params = jax.tree_util.tree_map_with_path(crop, params)
@@ -335,7 +335,7 @@ def _canonical(params: Params, arch: Architecture) -> dict[str, Any]:
         named_leaves(to_storable(abstract_network(arch))),
         named_leaves(stored),
         what="the value network to be saved",
-        remedy="metadata.architecture must describe these parameters (tie_word_embeddings too)",
+        remedy="metadata.architecture must match these parameters (also tie_word_embeddings)",
         with_dtype=False,
     )
     return stored
@@ -345,7 +345,7 @@ def value_architecture(metadata: ValueMetadata, folder: epath.PathLike) -> Archi
     """The architecture of a value network.
 
     Raises:
-        ValueFolderError: its `ivl.json` describes none that is known.
+        ValueFolderError: its `ivl.json` describes an unknown architecture.
     """
     try:
         return architecture_from_json(metadata.architecture)
@@ -364,7 +364,7 @@ def _check_tokenizer(
     ]
     if found.vocab_size > arch.vocab_size:
         problems.append(
-            f"vocab_size: {found.vocab_size} ids, the architecture has {arch.vocab_size} rows"
+            f"vocab_size: {found.vocab_size} ids, but the architecture has {arch.vocab_size} rows"
         )
     if problems:
         listed = "".join(f"\n  - {problem}" for problem in problems)
@@ -375,7 +375,7 @@ def _check_tokenizer(
 
 
 def _copy_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: epath.Path) -> None:
-    """Write the tokenizer's files, which transformers does only locally, anywhere."""
+    """Write the tokenizer's files, also to URLs, to which transformers cannot write."""
     folder.mkdir()
     with tempfile.TemporaryDirectory() as local:
         save_tokenizer(tokenizer, local)
@@ -384,7 +384,7 @@ def _copy_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: epath.Path) -> N
 
 
 def load_value_tokenizer(value_folder: epath.PathLike) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a value folder, which transformers does only locally, from anywhere."""
+    """Load the tokenizer of a value folder, also from URLs, which transformers cannot read."""
     folder = absolute_path(value_folder) / TOKENIZER_FOLDER
     if is_local(folder):
         return load_tokenizer(folder)

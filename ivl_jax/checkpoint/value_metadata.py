@@ -1,4 +1,4 @@
-"""What a value folder says about itself: `ivl.json`.
+"""The metadata of a value folder: `ivl.json`.
 
 In: a value folder, or what a training run knows about its value network. Out: `ValueMetadata`, read
 without JAX and without touching any array.
@@ -20,12 +20,12 @@ from ivl_jax.manifest import shorten
 logger = logging.getLogger(__name__)
 
 METADATA_NAME = "ivl.json"
-# 2: the training base's fingerprint is that of its weights; in 1 it was its tokenizer's.
+# 2: the training base's fingerprint is of its weights; in 1 it was of its tokenizer.
 FORMAT_VERSION = 2
 _OLDEST_READ = 1
 _CONNECTION = f"one of {', '.join(CONNECTIONS)} or module:attribute"
-# Entry of ivl.json → what it must be, in the order of writing. A list names what is in it, an
-# object its entries; one that ends in "?" may be absent.
+# Entry of ivl.json → its expected kind, in the order of writing. A list gives the kind of its
+# items, an object that of its entries; an entry whose name ends in "?" may be absent.
 _SHAPE: dict[str, Any] = {
     "format_version": "a count",
     "connection": _CONNECTION,
@@ -54,36 +54,36 @@ class ValueFolderError(ValueError):
 
 
 def library_versions() -> dict[str, str]:
-    """Give the versions of Python and of the packages that shape a checkpoint."""
+    """The versions of Python and of the packages that affect a checkpoint."""
     versions = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
             versions[name] = packages.version(name)
-        except packages.PackageNotFoundError:  # ivl_jax itself, run from its sources
+        except packages.PackageNotFoundError:  # ivl_jax itself, run from a source tree
             versions[name] = "not installed"
     return versions
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValueMetadata:
-    """Everything about a value network but its arrays and its tokenizer's files.
+    """Everything about a value network except its arrays and its tokenizer's files.
 
     Attributes:
-        architecture: the network's `config.json`, or the sizes of a linear map: what
-            `architecture_to_json` gives.
+        architecture: the network's `config.json`, or the sizes of a linear map, as returned by
+            `architecture_to_json`.
         connection: name of the connection scheme, such as `residual`; or `module:attribute` of one
             that is not part of the package.
         penalty: the penalty it was trained with: `kind`, `weight`, `positions`.
         tokenizer: `TokenizerInfo.to_json`; its fingerprint decides which bases fit.
-        training_base: the base it was trained beside: `name`, and as `fingerprint` that of its
-            weights (`weights_fingerprint`), empty where it is not known; of several bases the names
-            joined and the fingerprints combined.
+        training_base: the base it was trained with: `name`, and the `fingerprint` of its weights
+            (`weights_fingerprint`), empty if unknown; with several bases, their joined names and
+            combined fingerprints.
         chat_template: a named format (`llama-2`, `chatml`, …), `auto` for the template in the
             tokenizer's own files, or a template's text.
-        stop_ids: every token id that ends a text, the `generation_config.json` list included.
+        stop_ids: every token id that ends a text, including the `generation_config.json` list.
         steps: optimizer steps taken.
         library_versions: package → version that wrote the folder.
-        format_version: of the folder.
+        format_version: the folder's format version.
     """
 
     architecture: dict[str, Any]
@@ -98,23 +98,23 @@ class ValueMetadata:
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> dict[str, Any]:
-        """Give the content of `ivl.json`."""
+        """The content of `ivl.json`."""
         return {name: getattr(self, name) for name in _SHAPE} | {"stop_ids": list(self.stop_ids)}
 
 
 def read_value_metadata(folder: epath.PathLike) -> ValueMetadata:
-    """Read `ivl.json`, and nothing else, of a value folder.
+    """Read only `ivl.json` of a value folder.
 
     Args:
         folder: the value folder, local or a URL that `etils.epath` reads.
 
     Returns:
-        What it says; hashes are not checked (`load_value` does).
+        Its content; hashes are not checked (`load_value` does that).
 
     Raises:
         FileNotFoundError: the folder has no `ivl.json`.
-        ValueFolderError: it is not JSON, of a format version this package does not read, or has a
-            missing, unknown or impossible entry.
+        ValueFolderError: it is not JSON, has a format version that this package does not read, or a
+            missing, unknown or invalid entry.
     """
     path = epath.Path(folder) / METADATA_NAME
     try:
@@ -152,19 +152,19 @@ def _from_json(content: Mapping[str, Any], path: epath.Path) -> ValueMetadata:
     if problems:
         listed = "".join(f"\n  - {problem}" for problem in shorten(problems))
         raise ValueFolderError(
-            f"{path} is not what format_version {found_version} says:{listed}\n"
+            f"{path} does not match format_version {found_version}:{listed}\n"
             "copy the folder again, or export the value network again"
         )
     base = content["training_base"]
     if found_version == 1:
-        logger.info("%s: format 1, which weights the training base had is not recorded", path)
+        logger.info("%s: format 1 does not record the weights of the training base", path)
         base = base | {"fingerprint": ""}
     current = {"format_version": FORMAT_VERSION, "training_base": base}
     return ValueMetadata(**{**content, **current, "stop_ids": tuple(content["stop_ids"])})
 
 
 def _problems(value: Any, shape: Any, name: str) -> list[str]:
-    """What of a JSON value is not of its shape, each with the place."""
+    """Where a JSON value differs from its expected shape, one line per place."""
     if isinstance(shape, dict):
         if not isinstance(value, dict):
             return [_problem(name, "an object", value)]
@@ -198,7 +198,7 @@ def _problem(name: str, expected: str, value: Any) -> str:
 
 
 def _is_count(value: Any) -> bool:
-    """Whether it is an integer that NumPy holds, not below zero; JSON's true is none."""
+    """Whether it is a non-negative integer that NumPy can hold; JSON's true is not one."""
     return type(value) is int and 0 <= value < _MOST
 
 

@@ -1,7 +1,7 @@
-"""What a decoder computes, as one frozen record; read from and written to a config.json's mapping.
+"""A decoder's architecture as one frozen record, read from and written to a `config.json`.
 
-In: fields, or the mapping a Hugging Face `config.json` holds. Out: `ArchConfig`, each field of
-which changes the numbers, checked against the others.
+In: fields, or the mapping of a Hugging Face `config.json`. Out: `ArchConfig`, whose fields affect
+the numbers and are checked against each other.
 """
 
 import dataclasses
@@ -17,19 +17,19 @@ HIDDEN_ACTS = ("silu", "gelu", "gelu_pytorch_tanh")
 
 @dataclasses.dataclass(frozen=True)
 class ArchConfig:
-    """All that decides a decoder's arithmetic; Hugging Face's field names where it has one.
+    """Everything that determines a decoder's arithmetic, under Hugging Face's field names.
 
-    What a family of models has hard-wired in its code is a field here too (`qk_norm`, …), so the
-    decoder never asks for the family.
+    What a family hard-wires in its code is a field here too (`qk_norm`, …), so the decoder never
+    checks the family.
 
     Raises:
-        ValueError: Fields that contradict each other; all of them are listed.
+        ValueError: Fields contradict each other; lists all of them.
     """
 
     model_type: str
-    """Hugging Face's name of the family; decides no number, but what `to_hf` writes."""
+    """Hugging Face's name of the family; affects only what `to_hf` writes, not the numbers."""
     vocab_size: int
-    """Rows of embedding and head, V; a mesh may pad the parameters beyond it."""
+    """Rows of embedding and head, V; parameters may be padded beyond it for a mesh."""
     hidden_size: int
     """Width of the residual stream, D."""
     intermediate_size: int
@@ -43,19 +43,19 @@ class ArchConfig:
     head_dim: int
     """Width of one head, H; even."""
     max_position_embeddings: int
-    """The longest context the model was made for, tokens; limits nothing inside the decoder."""
+    """The longest context the model was made for, in tokens; not enforced inside the decoder."""
     rms_norm_eps: float
     """Added to the mean square inside every norm."""
     rope_parameters: RopeParameters
-    """Rotary embedding of all layers, or of the full-attention ones where they differ."""
+    """Rotary embedding of all layers, or of the full-attention ones if they differ."""
     query_pre_attn_scalar: float
     """Attention scores are divided by its square root; H in most families."""
     layer_types: tuple[str, ...]
     """Attention span of each layer: `full_attention` or `sliding_attention`."""
     sliding_window: int | None = None
-    """Keys a sliding layer's query sees, itself included; None iff no layer slides."""
+    """Keys that a query of a sliding layer sees, including its own; None iff no layer slides."""
     sliding_rope_parameters: RopeParameters | None = None
-    """Rotary embedding of the sliding layers; None: the same as of the others."""
+    """Rotary embedding of the sliding layers; None: the same as the others."""
     hidden_act: str = "silu"
     """Activation of the MLP's gate: `silu`, `gelu` or `gelu_pytorch_tanh`."""
     tie_word_embeddings: bool = False
@@ -67,28 +67,28 @@ class ArchConfig:
     qk_norm: bool = False
     """RMS norm of each query and key head, before the rotary embedding."""
     joint_qk_norm: bool = False
-    """That norm spans all heads together instead of each (OLMo-2)."""
+    """The query and key norms span all heads together instead of each (OLMo-2)."""
     rotary_layers: tuple[bool, ...] = ()
-    """Which layers have positions at all (SmolLM3 leaves some out); empty: all."""
+    """Which layers have rotary embeddings (SmolLM3 omits some); empty: all."""
     pre_norms: bool = True
-    """Norms before attention and MLP (all but OLMo-2)."""
+    """Norms before attention and MLP (all families but OLMo-2)."""
     post_norms: bool = False
-    """Norms after attention and MLP, before their sums are added (Gemma, OLMo-2)."""
+    """Norms after attention and MLP, before the residual addition (Gemma, OLMo-2)."""
     unit_offset_norms: bool = False
     """Norms multiply by 1 + scale instead of scale (Gemma)."""
     scale_embeddings: bool = False
     """Embeddings are multiplied by √D (Gemma)."""
     attn_logit_softcapping: float | None = None
-    """Attention scores become c·tanh(score / c); None: they stay."""
+    """Attention scores become c·tanh(score / c); None: unchanged."""
     final_logit_softcapping: float | None = None
-    """Logits become c·tanh(logit / c); None: they stay."""
+    """Logits become c·tanh(logit / c); None: unchanged."""
     fused_projections: bool = False
-    """Files hold q, k and v in one tensor, gate and up in another (Phi-3); decides no number."""
+    """Files store q, k and v in one tensor, gate and up in another (Phi-3); affects only files."""
     initializer_range: float = 0.02
-    """Standard deviation of freshly made kernels and embeddings."""
+    """Standard deviation of newly initialised kernels and embeddings."""
     base_hidden_size: int = 0
-    """Width of the base hidden states the network also reads (ours, in no published file); 0: it
-    reads only text."""
+    """Width of the base hidden states that the network also reads (ours, not in published files);
+    0: it reads only text."""
 
     @property
     def rotates(self) -> tuple[bool, ...]:
@@ -123,20 +123,20 @@ class ArchConfig:
         width = self.rope_parameters.rotated_width(self.head_dim)
         if width < 2 or width % 2:
             problems.append(
-                f"head_dim: got {self.head_dim}, of which {width} are rotated; rotary embeddings "
-                "need an even number"
+                f"head_dim: got {self.head_dim}, of which {width} are rotated; expected a positive "
+                "even number"
             )
         if self.joint_qk_norm and not self.qk_norm:
-            problems.append("joint_qk_norm: there is no qk_norm")
+            problems.append("joint_qk_norm: needs qk_norm")
         if not self.pre_norms and not self.post_norms:
-            problems.append("pre_norms, post_norms: expected at least one of them")
+            problems.append("pre_norms, post_norms: expected at least one to be true")
         if self.hidden_act not in HIDDEN_ACTS:
             supported = ", ".join(HIDDEN_ACTS)
             problems.append(f"hidden_act: got {self.hidden_act!r}, supported: {supported}")
         _raise_if_any("ArchConfig", problems + self._span_problems())
 
     def _span_problems(self) -> list[str]:
-        """What is wrong with layer types and windows."""
+        """Problems with layer types and windows."""
         problems = []
         if len(self.layer_types) != self.num_hidden_layers:
             problems.append(
@@ -164,22 +164,22 @@ class ArchConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ArchConfig":
-        """Reads the mapping of a Hugging Face `config.json`, of today or of older releases.
+        """Reads the mapping of a Hugging Face `config.json`, current or from older releases.
 
-        A field left out takes the default of transformers' config class of that family.
+        An absent field takes the default of transformers' config class for that family.
 
         Args:
             config: The parsed file.
 
         Returns:
-            The architecture; of a multimodal Gemma 3 file, that of its text model.
+            The architecture; for a multimodal Gemma 3 file, that of its text model.
 
         Raises:
-            ValueError: Fields that are unknown, contradictory, or would change the outputs in a way
-                this decoder does not implement; each is named with its value and what is supported.
+            ValueError: Fields are unknown, contradictory, or would change the outputs in a way that
+                this decoder does not implement; names each with its value and what is supported.
 
         Source: `configuration_*.py` and `modeling_*.py` of transformers 5. Stricter: transformers
-        keeps unknown fields without a word.
+        silently keeps unknown fields.
         """
         fields = hf_config.read_fields(config)
         for name in ("rope_parameters", "sliding_rope_parameters"):
@@ -188,16 +188,16 @@ class ArchConfig:
         return cls(**fields)
 
     def to_hf(self) -> dict[str, Any]:
-        """The mapping of a `config.json` that transformers loads as this very model.
+        """The mapping of a `config.json` that transformers loads as the same model.
 
-        Token ids are written as None: they belong to the tokenizer, and a family's defaults would
-        be taken for facts.
+        Token ids are written as None: they belong to the tokenizer, and without them a family's
+        defaults would apply.
 
         Returns:
-            A JSON-able dict.
+            A JSON-compatible dict.
 
         Raises:
-            ValueError: The family, as transformers knows it, cannot express some fields.
+            ValueError: transformers' class for the family cannot express some fields.
         """
         config = hf_config.write_fields(dataclasses.asdict(self))
         again = ArchConfig.from_hf(config)

@@ -1,7 +1,7 @@
-"""A decoder's parameters without values, and the module put together from its two halves.
+"""A decoder's abstract parameters, and the module assembled from graphdef and parameters.
 
 In: an `ArchConfig`; or a graphdef and a nested dict of arrays. Out: shapes and declarations of its
-parameters; or the module, once the arrays' paths are found to be those it needs.
+parameters; or the module, after checking the arrays' paths.
 """
 
 import functools
@@ -33,12 +33,13 @@ def abstract_params(
     Args:
         arch: The architecture.
         param_dtype: Dtype the parameters are stored in.
-        vocab_rows: Rows of embedding and head; None: `arch.vocab_size`. More pads for a mesh.
+        vocab_rows: Rows of embedding and head, more than the vocabulary to pad for a mesh; None:
+            `arch.vocab_size`.
         scan_layers: Stack the layers.
         form: How kernels are stored.
 
     Returns:
-        A nested dict whose paths mirror Hugging Face's names, fused kernels apart.
+        A nested dict whose paths mirror Hugging Face's names, except for fused kernels.
     """
     rows = arch.vocab_size if vocab_rows is None else vocab_rows
     params = abstract_tree(_bare(arch, form=form, scan_layers=scan_layers, rows=rows), param_dtype)
@@ -59,7 +60,7 @@ def parameter_declarations(
 
 
 def _bare(arch: ArchConfig, *, form: KernelForm, scan_layers: bool, rows: int) -> Decoder:
-    """A decoder of which only the parameters count."""
+    """A decoder of which only the parameters are used."""
     return Decoder(
         arch,
         compute_dtype=jnp.float32,
@@ -76,9 +77,9 @@ def static_attribute(graphdef: nnx.GraphDef, name: str) -> Any:
 
 
 def assemble(graphdef: nnx.GraphDef, params: Params) -> Decoder:
-    """The module again; a head that params carry beyond the architecture's is left out.
+    """The module; a head in `params` is left out if the architecture ties it.
 
-    `nnx.merge` matches leaves by their order alone, so the paths are compared here.
+    `nnx.merge` matches leaves only by their order, so the paths are checked here.
     """
     arch = static_attribute(graphdef, "arch")
     form = (static_attribute(graphdef, "scan_layers"), static_attribute(graphdef, "form"))
@@ -112,7 +113,7 @@ def _structure_problem(
     expected, found = paths(fitting), paths(params)
     lines = [f"missing {path}" for path in sorted(expected - found)]
     lines += [f"unexpected {path}" for path in sorted(found - expected)]
-    said = "scanned (stack_layers)" if scan_layers else "unstacked (unstack_layers)"
-    said += ", laid out for decoding (to_decode_layout)" if form.rows else ""
-    said += ", in int8 (quantize)" if form.int8 else ""
-    return "\n  ".join([f"params do not fit this decoder, layers {said}:", *lines[:20]])
+    wanted = "scanned (stack_layers)" if scan_layers else "unstacked (unstack_layers)"
+    wanted += ", arranged for decoding (to_decode_layout)" if form.rows else ""
+    wanted += ", in int8 (quantize)" if form.int8 else ""
+    return "\n  ".join([f"params do not fit this decoder, layers {wanted}:", *lines[:20]])

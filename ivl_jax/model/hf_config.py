@@ -1,7 +1,7 @@
-"""Hugging Face's config.json, both ways: its fields of today and of older releases ↔ our fields.
+"""Hugging Face's config.json, both ways: current and older field names ↔ our fields.
 
-In: a parsed `config.json`. Out: keyword arguments of `ArchConfig`; and back. One table says where a
-family departs from the Llama line. transformers itself is not needed.
+In: a parsed `config.json`. Out: keyword arguments of `ArchConfig`; and back. One table lists where
+a family differs from Llama. Does not need transformers.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ def read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         config: A parsed `config.json`.
 
     Returns:
-        Fields of `ArchConfig`; those left out have its defaults.
+        Fields of `ArchConfig`; absent ones have its defaults.
 
     Raises:
         ValueError: See `ArchConfig.from_hf`.
@@ -67,7 +67,7 @@ def read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     )
     fields["hidden_act"] = reader.take(family.activation_field, family.hidden_act, kinds=(str,))
     if family.activation_field != "hidden_act":
-        reader.take("hidden_act", None)  # Older Gemma files carry it; transformers never reads it.
+        reader.take("hidden_act", None)  # In older Gemma files; transformers never reads it.
     fields |= _read_biases(reader, family)
     fields |= _read_spans(reader, family, fields["num_hidden_layers"])
     fields |= read_ropes(reader, family, fields)
@@ -81,7 +81,7 @@ def read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The text model of a multimodal file, with the head's tying, which is said outside it."""
+    """The text model of a multimodal file, with the head's tying, which is stored outside it."""
     reader = Reader(config, "model_type 'gemma3'")
     text = reader.take("text_config", None, kinds=(dict,))
     if text is None:
@@ -105,7 +105,7 @@ def _read_biases(reader: Reader, family: Family) -> dict[str, bool]:
 
 
 def _read_spans(reader: Reader, family: Family, layers: int) -> dict[str, Any]:
-    """Each layer's type, the window where some layer slides, and which layers rotate."""
+    """Each layer's type, the window if any layer slides, and which layers rotate."""
     full, sliding = "full_attention", "sliding_attention"
     window, rotary = None, [True] * layers
     if family.span != "full":
@@ -123,7 +123,7 @@ def _read_spans(reader: Reader, family: Family, layers: int) -> dict[str, Any]:
         pattern = 2
         if family.span == "gemma3":
             pattern = reader.size("sliding_window_pattern", 6)
-            reader.take("_sliding_window_pattern", None)  # Saved beside layer_types, never read.
+            reader.take("_sliding_window_pattern", None)  # Saved with layer_types, never read.
         elif (size := reader.take("sliding_window_size", None)) not in (None, window):
             reader.complain("sliding_window_size", size, f"the same as sliding_window, {window}")
         implied = [sliding if (index + 1) % pattern else full for index in range(layers)]
@@ -150,7 +150,7 @@ def _read_spans(reader: Reader, family: Family, layers: int) -> dict[str, Any]:
 
 
 def _read_rotary_layers(reader: Reader, layers: int) -> list[bool]:
-    """SmolLM3's `no_rope_layers`, in which 1 stands for a layer that does rotate."""
+    """SmolLM3's `no_rope_layers`, in which 1 marks a layer that does rotate."""
     interval = reader.size("no_rope_layer_interval", 4)
     given = reader.take("no_rope_layers", None, kinds=(list, tuple, type(None)))
     if given is None:
@@ -162,13 +162,13 @@ def _read_rotary_layers(reader: Reader, layers: int) -> list[bool]:
 
 
 def write_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A `config.json` for the fields of an `ArchConfig`, in the form transformers writes today.
+    """A `config.json` for the fields of an `ArchConfig`, in the form transformers now writes.
 
     Args:
         fields: `dataclasses.asdict` of an `ArchConfig`.
 
     Returns:
-        A JSON-able dict; whether the family can express the fields is for the caller to check.
+        A JSON-compatible dict; the caller checks whether the family can express the fields.
 
     Raises:
         ValueError: The model_type is not a supported family.

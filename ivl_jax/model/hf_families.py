@@ -1,7 +1,7 @@
-"""The supported families: one table of what each has by default, and fields that change nothing.
+"""The supported families: a table of their defaults, and config fields that have no effect.
 
-In: nothing. Out: constants that `hf_config` reads. Defaults are those of transformers' config
-classes; a test compares them with the installed release.
+`hf_config` reads these constants. Defaults are those of transformers' config classes; a test
+compares them with the installed release.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ class Family:
     """One `model_type`: the defaults of its config class, and what its code hard-wires."""
 
     architecture: str
-    """Class of transformers for language modelling."""
+    """transformers' class for causal language modelling."""
     span: str
-    """How its files say which layers slide or rotate: full, mistral, qwen, gemma2, gemma3 or
+    """How its files encode which layers slide or rotate: full, mistral, qwen, gemma2, gemma3 or
     smollm3."""
     max_position_embeddings: int
     num_key_value_heads: int | None = None
@@ -29,23 +29,23 @@ class Family:
     hidden_act: str = "silu"
     tie_word_embeddings: bool = False
     attention_bias: bool | None = None
-    """None: the field decides, and covers o_proj as well."""
+    """None: the file's field decides, also for o_proj."""
     sliding_window: int | None = 4096
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
     rope_types: tuple[str, ...] = tuple(ROPE_KEYS)
-    """What its code can do, of what ours can."""
+    """The types that both its code and ours support."""
     partial_rotary: bool = False
-    """Its code rotates a part of each head where the file says so."""
+    """Whether its code can rotate only part of each head."""
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """Defaults of sizes that a file may leave out."""
+    """Defaults of sizes that a file may omit."""
     optional: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Further fields of `ArchConfig` that its files have, with their defaults."""
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Fields of `ArchConfig` that its code hard-wires, where they differ from the default."""
+    """Fields of `ArchConfig` that its code hard-wires, if they differ from the default."""
 
 
-# No field of a Gemma file says these; its code has them.
+# Not fields of a Gemma file, but hard-wired in its code.
 _GEMMA = {"post_norms": True, "unit_offset_norms": True, "scale_embeddings": True}
 
 FAMILIES = {
@@ -97,7 +97,7 @@ FAMILIES = {
         activation_field="hidden_activation",
         hidden_act="gelu_pytorch_tanh",
         tie_word_embeddings=True,
-        # The text_config of the released multimodal files leaves out what equals the class.
+        # The text_config of the released multimodal files omits values equal to the defaults.
         sizes={
             "vocab_size": 262_208,
             "hidden_size": 2304,
@@ -105,7 +105,7 @@ FAMILIES = {
             "num_hidden_layers": 26,
             "num_attention_heads": 8,
         },
-        # attn_logit_softcapping is no part: transformers' Gemma 3 never applies it.
+        # Without attn_logit_softcapping: transformers' Gemma 3 never applies it.
         optional={"query_pre_attn_scalar": 256, "final_logit_softcapping": None},
         rope_theta=1_000_000.0,
         fixed=_GEMMA | {"qk_norm": True},
@@ -159,11 +159,11 @@ HARMLESS = frozenset({
     "auto_map", "internal_version", "gradient_checkpointing", "model_max_length", "_commit_hash",
     "use_flash_attention", "use_flash_attention_2", "_flash_attn_2_enabled",
 })
-# What a multimodal Gemma 3 file holds beside its text model.
+# Fields of a multimodal Gemma 3 file other than its text model.
 MULTIMODAL = frozenset({
     "vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index",
     "image_token_index",
 })
-# Switches whose false would be no default: everything here is causal and rotates.
+# Switches that must not be false: every supported model is causal and rotates.
 ON = frozenset({"is_causal", "use_rope"})
 # fmt: on

@@ -1,6 +1,6 @@
-"""Takes fields out of a config.json one by one and complains, at the end, about all of them.
+"""Reads the fields of a config.json one by one and reports all problems at the end.
 
-In: the parsed file. Out: values of the right kind; one error that names every field that is
+In: the parsed file. Out: values of the right type; one error that names every field that is
 malformed, unknown, or would change the outputs in a way that is not implemented.
 """
 
@@ -13,11 +13,11 @@ from ivl_jax.model.hf_families import HARMLESS, ON
 
 _SHOWN = 60  # characters of a value
 _LARGEST_SIZE = 2**31 - 1
-_MOST_LAYERS = 10_000  # a module is made for each; the deepest published models have 126
+_MOST_LAYERS = 10_000  # each becomes a module; the deepest published models have 126
 
 
 class Reader:
-    """Takes fields out of a config, keeps every complaint, and knows what was never asked for."""
+    """Takes fields out of a config, and collects problems, also about fields never taken."""
 
     def __init__(self, config: Mapping[str, Any], where: str):
         self.left = dict(config)
@@ -26,7 +26,7 @@ class Reader:
         self.problems: list[str] = []
 
     def take(self, name: str, default: Any, *, kinds: tuple[type, ...] = ()) -> Any:
-        """The field's value, or the default; a value that does not fit the kinds is a problem."""
+        """The field's value, or the default; a value of another type is a problem."""
         self.known.add(name)
         value = self.left.pop(name, default)
         if not kinds or value is default or self.fits(value, kinds):
@@ -37,15 +37,15 @@ class Reader:
 
     @staticmethod
     def fits(value: Any, kinds: tuple[type, ...]) -> bool:
-        """Whether a value is of one of these kinds and, as a number, finite.
+        """Whether a value has one of these types and, if a number, is finite.
 
-        JSON's true is not a number, though Python's bool is an int.
+        JSON's true is not a number, although Python's bool is an int.
         """
         if isinstance(value, bool) is not (kinds == (bool,)) or not isinstance(value, kinds):
             return False
         try:
             return not isinstance(value, int | float) or math.isfinite(value)
-        except OverflowError:  # an integer beyond every float
+        except OverflowError:  # an integer too large for a float
             return False
 
     def size(self, name: str, default: int | None) -> int:
@@ -68,10 +68,10 @@ class Reader:
         self.problems.append(f"{name}: got {shown}, supported: {supported}")
 
     def finish(self) -> None:
-        """Raise all complaints, those about fields nobody took included.
+        """Raise an error with all problems, including fields that were never taken.
 
         Raises:
-            ValueError: There are some.
+            ValueError: There are problems.
         """
         for name, value in self.left.items():
             if _changes_nothing(name, value):
@@ -79,8 +79,8 @@ class Reader:
             if name in ("quantization_config", "compression_config"):
                 method = value.get("quant_method") if isinstance(value, dict) else None
                 self.problems.append(
-                    f"{name}: quantised weights ({method or 'of some kind'}) are not supported; "
-                    "use the unquantised model that they were made from"
+                    f"{name}: quantised weights ({method or 'unknown method'}) are not supported; "
+                    "use the original, unquantised model"
                 )
                 continue
             near = difflib.get_close_matches(name[:_SHOWN], self.known, n=1, cutoff=0.85)
@@ -91,28 +91,28 @@ class Reader:
             self.complain(shortened(name)[1:-1], value, expected + hint)
         if self.problems:
             raise ValueError(
-                f"{self.where}: fields this decoder cannot honour:\n  "
+                f"{self.where}: fields that this decoder does not support:\n  "
                 + "\n  ".join(self.problems[:20])
                 + "\nRemove a field only if the model's outputs do not depend on it."
             )
 
 
 def shortened(value: Any) -> str:
-    """A value as an error shows it: its beginning, where it is long."""
+    """A value as shown in an error, shortened if it is long."""
     try:
         shown = repr(value)
-    except ValueError:  # an integer of more digits than Python converts
-        return "a number of thousands of digits"
+    except ValueError:  # an integer with more digits than Python converts
+        return "a number with thousands of digits"
     return shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 1]}…"
 
 
 def is_dropout(name: str) -> bool:
-    """Whether a field is a probability of dropout; only 0 is what we compute."""
+    """Whether a field is a dropout probability, which must be 0."""
     return name.endswith(("dropout", "_pdrop", "dropout_prob", "dropout_rate"))
 
 
 def _changes_nothing(name: str, value: Any) -> bool:
-    """Whether a field that no reader asked for leaves the outputs as they are."""
+    """Whether a field that was never taken does not affect the outputs."""
     ids = name.endswith(("_token_id", "_token_ids", "_token_index"))
     off = value is None or (value is False and name not in ON)
     on = value is True and name in ON

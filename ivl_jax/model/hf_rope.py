@@ -1,4 +1,4 @@
-"""Rotary parameters of a config.json, both ways: today's `rope_parameters` and older spellings.
+"""Rotary parameters of a config.json, both ways: `rope_parameters` and its older spellings.
 
 In: a reader of the file. Out: keyword arguments of `RopeParameters`; and back.
 """
@@ -14,7 +14,7 @@ from ivl_jax.model.rope_parameters import ROPE_KEYS
 _LOCAL_THETA = 10_000.0  # of Gemma 3's sliding layers
 _OPTIONAL_DICT = (dict, type(None))
 _OPTIONAL_NUMBER = (int, float, type(None))
-# What yarn and llama3 call the context before scaling, an integer; the other keys are numbers.
+# The context before scaling in yarn and llama3, an integer; the other keys are floats.
 _CONTEXT = "original_max_position_embeddings"
 _BY_LENGTH = ("dynamic", "longrope", "su")
 _YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0}
@@ -23,15 +23,15 @@ _YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0}
 def read_ropes(
     reader: Reader, family: Family, fields: Mapping[str, Any]
 ) -> dict[str, dict[str, Any] | None]:
-    """Read `rope_parameters`, or the older `rope_theta` beside `rope_scaling`.
+    """Read `rope_parameters`, or the older `rope_theta` with `rope_scaling`.
 
     Args:
-        reader: Of the file; complaints go there.
+        reader: Of the file; collects the problems.
         family: What its code supports.
-        fields: Those of `ArchConfig` that are read already.
+        fields: The fields of `ArchConfig` that have been read.
 
     Returns:
-        Keyword arguments for `rope_parameters` and `sliding_rope_parameters`; None: not of its own.
+        Keyword arguments for `rope_parameters` and `sliding_rope_parameters` (None: the same).
     """
     now = reader.take("rope_parameters", None, kinds=_OPTIONAL_DICT)
     scaling = reader.take("rope_scaling", None, kinds=_OPTIONAL_DICT)
@@ -62,7 +62,7 @@ def read_ropes(
 
 
 class _OneRope:
-    """Reads the rotary parameters of one layer type beside what the file says outside of them."""
+    """Reads the rotary parameters of one layer type, and the related fields outside of them."""
 
     def __init__(self, reader: Reader, family: Family, outside: Mapping[str, Any], context: int):
         self.reader = reader
@@ -71,7 +71,7 @@ class _OneRope:
         self.context = context
 
     def read(self, name: str, given: Mapping[str, Any], default_theta: float) -> dict[str, Any]:
-        """Keyword arguments of `RopeParameters`; those of a plain one where there is a problem."""
+        """Keyword arguments of `RopeParameters`; plain ones if there is a problem."""
         found, complaints = dict(given), len(self.reader.problems)
         legacy_type = found.pop("type", None)
         rope_type = found.pop("rope_type", None) or legacy_type or "default"
@@ -85,12 +85,12 @@ class _OneRope:
         if not isinstance(rope_type, str) or rope_type not in self.family.rope_types:
             supported = ", ".join(self.family.rope_types)
             if rope_type in _BY_LENGTH:
-                supported += " (frequencies that change with the length of a text are not)"
+                supported += " (not frequencies that depend on the text's length)"
             self.reader.complain(f"{name}.rope_type", rope_type, supported)
             return {"rope_theta": 1.0}
         if _CONTEXT in ROPE_KEYS[rope_type]:
             outer = self.outside[_CONTEXT]
-            # As transformers: what stands outside counts first.
+            # As in transformers, the outer field takes precedence.
             found[_CONTEXT] = outer if outer is not None else found.get(_CONTEXT, self.context)
         if rope_type == "yarn":
             self._fill_yarn(found, name)
@@ -102,7 +102,7 @@ class _OneRope:
         return rope if len(self.reader.problems) == complaints else {"rope_theta": 1.0}
 
     def _add(self, rope: dict[str, Any], name: str, key: str, value: Any) -> None:
-        """A value of the right kind, as the architecture holds it."""
+        """Add a value of the right type."""
         expected, kinds = "a number", (int, float)
         if key == _CONTEXT:
             expected, kinds = "an integer", (int,)
@@ -124,7 +124,7 @@ class _OneRope:
             self._add(rope, name, "partial_rotary_factor", part)
 
     def _fill_yarn(self, found: dict[str, Any], name: str) -> None:
-        """What a file leaves out, as transformers computes it."""
+        """Fill in what a file omits, as transformers computes it."""
         context = found[_CONTEXT]
         if found.get("factor") is None and self.reader.fits(context, (int,)) and context > 0:
             found["factor"] = self.context / context
@@ -143,12 +143,12 @@ class _OneRope:
 
 
 def _magnitude(factor: Any, scale: Any) -> float:
-    """By how much yarn scales queries and keys for a context longer by `factor`."""
+    """Yarn's scale of queries and keys for a context longer by `factor`."""
     return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def write_rope(rope: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """One layer type's `rope_parameters`, in the form transformers writes today."""
+    """One layer type's `rope_parameters`, in the form transformers now writes."""
     rope_type = rope.get("rope_type", "default")
     written = {"rope_type": rope_type, "rope_theta": rope["rope_theta"]}
     if family.partial_rotary:
@@ -157,7 +157,7 @@ def write_rope(rope: Mapping[str, Any], family: Family) -> dict[str, Any]:
 
 
 def write_ropes(fields: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """What goes into `rope_parameters`."""
+    """The value of `rope_parameters`."""
     rope = write_rope(fields["rope_parameters"], family)
     if family.span != "gemma3":
         return rope

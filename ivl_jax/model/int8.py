@@ -1,7 +1,7 @@
-"""Int8 kernels: a quarter of the memory of a frozen network, and of what decoding has to read.
+"""Int8 kernels: a quarter of a frozen network's memory, and of what decoding has to read.
 
-In: parameters in float. Out: the same with int8 kernels and a float32 scale an output feature, for
-`build_decoder(…, form=KernelForm(int8=True))`. Embeddings, norms and biases stay.
+In: parameters in float. Out: the same with int8 kernels and one float32 scale per output feature,
+for `build_decoder(…, form=KernelForm(int8=True))`. Embeddings, norms and biases are unchanged.
 """
 
 from typing import Any
@@ -18,13 +18,13 @@ def quantize(params: dict[Any, Any], *, rows: bool) -> dict[Any, Any]:
     """Round every kernel to int8, symmetrically, each output feature by its largest weight.
 
     Args:
-        params: Of a decoder, layers unstacked or stacked; they are left as they are, and so are
-            kernels in int8 and `base_projection`. A tied head is the embedding and stays a float.
-        rows: Kernels are (out, in), as `to_decode_layout` leaves them.
+        params: Of a decoder, layers unstacked or stacked; not modified. Kernels already in int8 and
+            `base_projection` are kept. A tied head is the embedding and stays a float.
+        rows: Kernels are (out, in), as `to_decode_layout` returns them.
 
     Returns:
-        The parameters, `{"kernel": int8, "scale": float32}` in place of each `{"kernel": float}`.
-        A kernel's error is at most half its scale a weight.
+        The parameters, with `{"kernel": int8, "scale": float32}` for each `{"kernel": float}`. The
+        error per weight is at most half the scale.
     """
     if "kernel" in params:
         given = "scale" in params
@@ -38,7 +38,7 @@ def quantize(params: dict[Any, Any], *, rows: bool) -> dict[Any, Any]:
 
 
 def without_scales(tree: dict[Any, Any]) -> dict[Any, Any]:
-    """Take the scales off: the tree that the parameters had before `quantize`."""
+    """Remove the scales: the tree that the parameters had before `quantize`."""
     return {
         name: without_scales(part) if isinstance(part, dict) else part
         for name, part in tree.items()

@@ -1,7 +1,7 @@
-"""Key-value caches: what a decoder remembers of the tokens it has read.
+"""Key-value caches of the tokens that a decoder has read.
 
-In: an architecture, batch size and capacity. Out: a pytree the decoder reads and writes. Slot p of
-a row holds position p; the caller keeps each row's length, and rolls back by using a smaller one.
+In: an architecture, batch size and capacity. Out: a pytree that the decoder reads and writes. Slot
+p of a row is position p; the caller keeps each row's length, and rolls back by using a smaller one.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from ivl_jax.model.linear_map import LinearMapConfig
 class KVCache(NamedTuple):
     """Rotated keys, and values, of every layer; heads before slots.
 
-    With slots before heads XLA transposes a whole cache in every step on CPU: 25 ms instead of 4
+    With slots before heads XLA on CPU transposes the whole cache at every step: 25 ms instead of 4
     for one layer of 8 rows × 2,048 slots × 4 heads × 64.
     """
 
@@ -36,10 +36,10 @@ def init_cache(
     """An empty cache.
 
     Args:
-        arch: The decoder's architecture; a linear map has no layers, so its cache holds nothing.
+        arch: The decoder's architecture; a linear map has no layers, so its cache is empty.
         batch_size: Rows, B.
-        capacity: Slots a row has, S, tokens: prompt plus everything generated.
-        dtype: Of keys and values; the compute dtype as a rule.
+        capacity: Slots per row, S, in tokens: prompt plus everything generated.
+        dtype: Of keys and values; usually the compute dtype.
         scan_layers: Stack the layers, for a decoder built with `scan_layers`.
 
     Returns:
@@ -57,14 +57,14 @@ def init_cache(
 
 
 def cache_capacity(cache: KVCache) -> int:
-    """Slots a row of the cache has, S, tokens."""
+    """Slots per row of the cache, S, in tokens."""
     return cache.keys[0].shape[-2]
 
 
 def write_slots(
     cached: Float[Array, "B K S H"], new: Float[Array, "B K T H"], slots: Int[Array, "B T"]
 ) -> Float[Array, "B K S H"]:
-    """Writes row b's token t into slot `slots[b, t]`; tokens beyond the capacity are dropped."""
+    """Write row b's token t into slot `slots[b, t]`; tokens beyond the capacity are dropped."""
     rows, slots, updates = _scattered(cached, new, slots)
     return cached.at[rows, :, slots].set(updates, mode="drop")
 
@@ -76,18 +76,18 @@ def write_stacked_slots(
     *,
     layer: Int[Array, ""],
 ) -> Float[Array, "L B K S H"]:
-    """`write_slots` into one layer of a stacked cache; in place if that is a loop's carry."""
+    """`write_slots` into one layer of a stacked cache; in place if the cache is a loop's carry."""
     rows, slots, updates = _scattered(cached, new, slots)
     return cached.at[layer, rows, :, slots].set(updates, mode="drop")
 
 
 def _scattered(cached: Array, new: Array, slots: Array) -> tuple[Array, Array, Array]:
-    """Row and slot indices, and what goes there, [B T K H]."""
+    """Row and slot indices, and the updates, [B T K H]."""
     rows = jnp.arange(slots.shape[0], dtype=slots.dtype)[:, None]
     updates = new.astype(cached.dtype).swapaxes(1, 2)
     if slots.size == 1:
-        # XLA makes a slice update of a scatter to one place, fuses it into both its uses and copies
-        # the cache four times. A second place, beyond the capacity and dropped, keeps it in place.
+        # XLA turns a scatter to a single slot into a slice update, fuses it into both its uses and
+        # copies the cache four times. A second, dropped slot beyond the capacity keeps it in place.
         nowhere = jnp.full_like(slots, cached.shape[-2])
         slots = jnp.concatenate([slots, nowhere], axis=1)
         updates = jnp.concatenate([updates, updates], axis=1)
@@ -97,7 +97,7 @@ def _scattered(cached: Array, new: Array, slots: Array) -> tuple[Array, Array, A
 def visible_slots(
     positions: Int[Array, "B T"], *, capacity: int, window: int | None
 ) -> Bool[Array, "B 1 T S"]:
-    """The slots each query sees: s ≤ p, and p − s < window where the layer has one."""
+    """The slots each query sees: s ≤ p, and p − s < window if the layer has one."""
     slots = jnp.arange(capacity, dtype=positions.dtype)
     distance = positions[:, None, :, None] - slots[None, None, None, :]
     visible = distance >= 0

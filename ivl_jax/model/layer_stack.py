@@ -1,7 +1,7 @@
-"""Runs a decoder's layers: one after another or as a `lax.scan`, with or without a cache.
+"""Runs a decoder's layers: unrolled or as a `lax.scan`, with or without a cache.
 
-In: embeddings `[B T D]`, positions, and who may see whom. Out: the residual stream after the last
-layer and the new cache. Rotations and masks are made once per kind of layer and shared.
+In: embeddings `[B T D]`, positions, segments. Out: the residual stream after the last layer and the
+new cache. Rotations and masks are made once per kind of layer and shared.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from ivl_jax.model.layers import Constrain, Decoder, Memory, Write
 from ivl_jax.model.rope import Rotation, no_rotation, rotation
 
 _Kind = tuple[str, bool]
-"""Of a layer: its attention span, and whether it rotates queries and keys."""
+"""A layer's attention span, and whether it rotates queries and keys."""
 # (layer state, residual stream, rotation, mask, memory, slots, layer) → (residual stream, memory)
 _Step = Callable[[Any, Array, Rotation, Array, Memory, Array, Array], tuple[Array, Memory]]
 
@@ -43,9 +43,9 @@ def run_layers(
     Args:
         decoder: Module with its parameters.
         x: Embeddings in the compute dtype.
-        positions: See `decoder.hidden_states`, as for the rest.
+        positions: See `decoder.hidden_states`, also for the rest.
         segment_ids: Sequences packed in a row.
-        cache: What earlier calls remembered.
+        cache: Keys and values of earlier calls.
         constrain: Adds sharding constraints.
 
     Returns:
@@ -80,7 +80,7 @@ def _mask(
     window = arch.sliding_window if kind[0] == "sliding_attention" else None
     if cache is not None:
         return visible_slots(positions, capacity=cache_capacity(cache), window=window)
-    # Within a row the distance of two indices is that of their positions, packed or padded.
+    # Within a sequence the distance of two indices equals that of their positions.
     index = jnp.arange(positions.shape[1])[None]
     visible = visible_slots(index, capacity=positions.shape[1], window=window)
     if segment_ids is None:
@@ -93,7 +93,7 @@ def _step(decoder: Decoder, write: Callable[[Array, Array], Write], constrain: C
     structure = nnx.split(decoder.layers if decoder.scan_layers else decoder.layers[0])[0]
 
     def step(
-        state: Any,  # nnx.State; its annotation is one that beartype warns of
+        state: Any,  # nnx.State, about whose annotation beartype warns
         x: Array,
         rotation: Rotation,
         mask: Array,
@@ -110,7 +110,7 @@ def _step(decoder: Decoder, write: Callable[[Array, Array], Write], constrain: C
             constrain=constrain,
         )
 
-    # Inside a scan XLA cannot merge the forward and the recomputed backward pass anyway.
+    # Inside a scan XLA cannot merge the forward and the recomputed pass anyway.
     return jax.checkpoint(step, prevent_cse=not decoder.scan_layers) if decoder.remat else step
 
 
@@ -175,7 +175,7 @@ def _run_scanned(
     all_rotations = jax.tree.map(lambda *parts: jnp.stack(parts), *rotations)
     all_masks = jnp.stack(masks)
 
-    # The whole cache is the carry: as inputs and outputs of the scan it would be copied each call.
+    # The whole cache is the carry: as scan inputs and outputs it would be copied at each call.
     def body(carry: tuple[Array, Memory], inputs: tuple) -> tuple[tuple[Array, Memory], None]:
         state, kind, layer = inputs
         x, memory = carry

@@ -1,10 +1,10 @@
-"""A linear map on base logits: the value network that is no decoder, the paper's linear probe.
+"""A linear map on base logits: the only value network without layers, the paper's linear probe.
 
     z_value = z_base · head              rank 0: one V × V matrix
     z_value = (z_base · down) · head     rank R: V × R and R × V
 
-In: the base's logits. Out: what its head reads, so that one loss and one decoder serve every
-network. It reads no text, so it has no layers, no positions and no cache.
+In: the base's logits. Out: the input of its head, so that the same loss and decoding work for every
+network. It does not read text, so it has no layers, no positions and no cache.
 """
 
 import dataclasses
@@ -33,14 +33,14 @@ MODEL_TYPE = "linear_map"
 
 @dataclasses.dataclass(frozen=True)
 class LinearMapConfig:
-    """The shape of a linear map on logits; also answers what is asked of every architecture.
+    """The shape of a linear map on logits, with the attributes that every architecture has.
 
     Raises:
-        ValueError: Sizes that no map can have.
+        ValueError: Invalid sizes.
     """
 
     vocab_size: int
-    """Real tokens, V; the padding columns of a base never enter."""
+    """Real tokens, V; a base's padding columns are not used."""
     rank: int = 0
     """Width between the two matrices, R; 0: one V × V matrix."""
 
@@ -51,7 +51,7 @@ class LinearMapConfig:
     head_dim: ClassVar[int] = 0
     base_hidden_size: ClassVar[int] = 0
     max_position_embeddings: ClassVar[int] = sys.maxsize
-    """It reads no positions, so it limits no context."""
+    """It has no positions, so it does not limit the context."""
     tie_word_embeddings: ClassVar[bool] = False
     final_logit_softcapping: ClassVar[None] = None
 
@@ -63,7 +63,7 @@ class LinearMapConfig:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """What `from_json` reads."""
+        """The record that `from_json` reads."""
         return {"model_type": MODEL_TYPE, "vocab_size": self.vocab_size, "rank": self.rank}
 
     @classmethod
@@ -71,7 +71,7 @@ class LinearMapConfig:
         """Reads what `to_json` wrote.
 
         Raises:
-            ValueError: Entries that are unknown, missing, or no integers.
+            ValueError: Entries are unknown, missing, or not integers.
         """
         sizes = {name: value for name, value in record.items() if name != "model_type"}
         expected = {"vocab_size", "rank"}
@@ -91,8 +91,8 @@ class LinearMap(nnx.Module):
             self.down_proj = Projection(
                 ("vocabulary", vocab_rows), ("embed", arch.rank), use_bias=False
             )
-        # A full matrix has the vocabulary on both sides; only one of them can be split over the
-        # vocabulary's devices.
+        # Both dimensions of a full matrix are the vocabulary; only one can be split over its mesh
+        # axis.
         self.lm_head = Projection(
             ("embed", arch.rank or vocab_rows),
             ("vocabulary", vocab_rows),
@@ -105,7 +105,7 @@ class LinearMap(nnx.Module):
 def build_linear_map(
     arch: LinearMapConfig, *, compute_dtype: DTypeLike = jnp.float32
 ) -> nnx.GraphDef:
-    """The static half of a linear map, as `build_decoder` gives that of a decoder."""
+    """The static half of a linear map; the counterpart of `build_decoder`."""
     return static_half(LinearMap(arch, compute_dtype=compute_dtype, vocab_rows=arch.vocab_size))
 
 
@@ -120,8 +120,8 @@ def abstract_linear_map(
     Args:
         arch: The map's shape.
         param_dtype: Dtype the parameters are stored in.
-        vocab_rows: Rows and columns of the vocabulary; None: `arch.vocab_size`. More pads for a
-            mesh.
+        vocab_rows: Rows and columns of the vocabulary, more than it has to pad for a mesh; None:
+            `arch.vocab_size`.
 
     Returns:
         `lm_head.kernel`, and with a rank `down_proj.kernel`.
@@ -143,12 +143,12 @@ def init_linear_map(
     param_dtype: DTypeLike = jnp.float32,
     vocab_rows: int | None = None,
 ) -> dict[str, Any]:
-    """Fresh parameters: the head is zero, so that the map starts as nothing added to the base.
+    """Initial parameters: the head is zero, so that at first nothing is added to the base.
 
     Args:
         arch: The map's shape.
         key: A typed PRNG key.
-        param_dtype: See `abstract_linear_map`, as for the rest.
+        param_dtype: See `abstract_linear_map`, also for the rest.
         vocab_rows: Rows and columns of the vocabulary.
 
     Returns:
@@ -158,7 +158,7 @@ def init_linear_map(
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     if arch.rank:
         kernel = shapes["down_proj"]["kernel"]
-        # Also on one device the rows drawn must not depend on how many are padding.
+        # The random rows must not depend on the number of padding rows.
         real = jax.random.normal(key, (arch.vocab_size, arch.rank), kernel.dtype)
         padding = ((0, kernel.shape[0] - arch.vocab_size), (0, 0))
         params["down_proj"]["kernel"] = jnp.pad(real * arch.vocab_size**-0.5, padding)
@@ -168,13 +168,13 @@ def init_linear_map(
 def linear_map_hidden(
     graphdef: nnx.GraphDef, params: Mapping[str, Any], logits: Float[Array, "B T Vb"]
 ) -> Float[Array, "B T D"]:
-    """What the map's head reads of a base's logits.
+    """The input of the map's head for a base's logits.
 
     Args:
         graphdef: From `build_linear_map`.
         params: Nested dict of arrays.
-        logits: fp32, the padding columns zero; of another width than the map's (a base with more or
-            fewer padding rows), the columns that only one of them has count as 0.
+        logits: fp32, padding columns zero; if their width differs from the map's (a base with more
+            or fewer padding rows), columns that only one of them has count as 0.
 
     Returns:
         [B T R], or with rank 0 the logits themselves in the map's width; in the compute dtype.

@@ -1,7 +1,7 @@
-"""Every kind of network by one name: decoders, and the linear map on base logits.
+"""A common interface to both kinds of network: decoders, and the linear map on base logits.
 
-In: an architecture of either kind. Out: its static half, its parameters' shapes, fresh parameters;
-and the logical axes of the parameters of all kinds.
+In: an architecture of either kind. Out: its static half, its parameters' shapes, initial
+parameters; and the logical axes of all parameters.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ Architecture = ArchConfig | LinearMapConfig
 
 
 def architecture_to_json(arch: Architecture) -> dict[str, Any]:
-    """A JSON-able record; of a decoder, the `config.json` that transformers reads."""
+    """A JSON-compatible record; for a decoder, the `config.json` that transformers reads."""
     return arch.to_json() if isinstance(arch, LinearMapConfig) else arch.to_hf()
 
 
@@ -34,7 +34,7 @@ def architecture_from_json(record: Mapping[str, Any]) -> Architecture:
     """Reads what `architecture_to_json` wrote.
 
     Raises:
-        ValueError: Entries that are unknown or contradict each other.
+        ValueError: Entries are unknown or contradict each other.
     """
     if record.get("model_type") == MODEL_TYPE:
         return LinearMapConfig.from_json(record)
@@ -49,7 +49,7 @@ def build_network(
     scan_layers: bool = False,
     form: KernelForm = AS_TRAINED,
 ) -> nnx.GraphDef:
-    """The static half of a network; see `decoder.build_decoder`. A linear map has one form only."""
+    """The static half of a network; see `decoder.build_decoder`. A linear map has only one form."""
     if isinstance(arch, LinearMapConfig):
         return linear_map.build_linear_map(arch, compute_dtype=compute_dtype)
     return decoder.build_decoder(
@@ -85,7 +85,7 @@ def init_network(
     vocab_rows: int | None = None,
     scan_layers: bool = False,
 ) -> Params:
-    """Fresh parameters; see `decoder.init_params` and `linear_map.init_linear_map`."""
+    """Initial parameters; see `decoder.init_params` and `linear_map.init_linear_map`."""
     if isinstance(arch, LinearMapConfig):
         return linear_map.init_linear_map(arch, key, param_dtype=param_dtype, vocab_rows=vocab_rows)
     return decoder.init_params(
@@ -94,7 +94,7 @@ def init_network(
 
 
 def vocabulary_dimensions(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Dotted path of each parameter with vocabulary rows → the dimensions that have them."""
+    """Dotted path of each parameter with vocabulary rows → its vocabulary dimensions."""
     exact, longer = (
         jax.tree_util.tree_leaves_with_path(abstract_network(arch, vocab_rows=rows))
         for rows in (arch.vocab_size, arch.vocab_size + 1)
@@ -113,11 +113,11 @@ def vocabulary_dimensions(arch: Architecture) -> dict[str, tuple[int, ...]]:
 
 @functools.cache
 def declared_axes() -> Mapping[str, tuple[str | None, ...]]:
-    """Logical axes of every parameter that some network has, by dotted path.
+    """Logical axes of every parameter of any network, by dotted path.
 
     Returns:
-        Path, without the number of its layer → logical name of each dimension, as declared by the
-        parameter's module; int8 kernels and their scales included.
+        Path without the layer number → logical name of each dimension, as declared by the
+        parameter's module; including int8 kernels and their scales.
     """
     decoders = (
         decoder.parameter_declarations(_with_every_parameter(), form=form)
@@ -132,7 +132,7 @@ def declared_axes() -> Mapping[str, tuple[str | None, ...]]:
 
 
 def _with_every_parameter() -> ArchConfig:
-    """An architecture whose switches are all on, so that no optional parameter is missing."""
+    """An architecture with all switches on, so that it has every optional parameter."""
     smallest = ArchConfig(
         model_type="",
         vocab_size=1,

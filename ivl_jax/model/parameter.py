@@ -1,8 +1,8 @@
-"""A parameter, declared once: shape, logical axes, first values, tensor in a Hugging Face file.
+"""Parameters, each declared once: shape, logical axes, initial values, Hugging Face tensor.
 
 In: a module whose parameters were made by `declare`. Out: their declarations by path, their
 abstract tree, the module's static half. Initialisation, sharding, loading and saving derive from
-these; nothing else lists parameters.
+these; parameters are listed nowhere else.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -20,21 +20,21 @@ Initial = Literal["normal", "zeros", "ones"]
 
 
 class Fused(NamedTuple):
-    """Where in a larger tensor of a Hugging Face file a parameter's tensor lies."""
+    """Where a parameter is stored within a larger tensor of a Hugging Face file."""
 
-    module: str  # in the place of the parameter's own module: qkv_proj
-    start: int  # its first row there
+    module: str  # replaces the parameter's own module in the name: qkv_proj
+    start: int  # the parameter's first row
 
 
 class Declaration(NamedTuple):
-    """What is known of a parameter before it has values, its shape apart."""
+    """What is known about a parameter before it has values, except its shape."""
 
     axes: tuple[str | None, ...]  # logical name of each dimension
-    initial: Initial  # what fresh parameters hold
-    dtype: jnp.dtype | None  # None: the one that all parameters are stored in
-    hf_suffix: str | None  # its tensor in its module's place: weight, bias; None: in no file
-    transposed: bool  # a file's tensor has the two dimensions the other way round
-    fused_in: Fused | None  # in files, its tensor is a part of another module's
+    initial: Initial  # initial values
+    dtype: jnp.dtype | None  # None: the common dtype of all parameters
+    hf_suffix: str | None  # last part of its tensor's name: weight, bias; None: not in files
+    transposed: bool  # the file's tensor has its two dimensions swapped
+    fused_in: Fused | None  # in files, its tensor is part of another module's
 
 
 def declare(
@@ -45,21 +45,21 @@ def declare(
     transposed: bool = False,
     fused_in: Fused | None = None,
 ) -> nnx.Param:
-    """Declare a parameter; its values come with `nnx.merge`.
+    """Declare a parameter; `nnx.merge` supplies its values.
 
     Args:
         *axes: Logical name and size of each dimension.
-        initial: What it starts as: `normal`, with the architecture's standard deviation, `zeros` or
+        initial: Initial values: `normal`, with the architecture's standard deviation, `zeros` or
             `ones`.
-        dtype: What it is always stored in; None: in whatever the other parameters are.
-        hf_suffix: Last part of the name of its tensor in a Hugging Face file, after the module's
-            path; None: it is in no file.
-        transposed: The file has (out, in) where the parameter has (in, out).
-        fused_in: The larger tensor of the file that holds the parameter's among its rows; None: it
-            is alone.
+        dtype: The dtype it is always stored in; None: that of the other parameters.
+        hf_suffix: Last part of its tensor's name in a Hugging Face file, after the module's path;
+            None: not in files.
+        transposed: Whether the file has (out, in) and the parameter (in, out).
+        fused_in: The larger tensor of the file that contains the parameter's rows; None: a tensor
+            of its own.
 
     Returns:
-        The parameter, its shape in place of values.
+        The parameter, with its shape in place of values.
     """
     fixed = None if dtype is None else jnp.dtype(dtype)
     shape = jax.ShapeDtypeStruct(tuple(size for _, size in axes), fixed or jnp.float32)
@@ -85,12 +85,12 @@ def abstract_tree(module: nnx.Module, param_dtype: DTypeLike) -> dict[Any, Any]:
 
 
 def static_half(module: nnx.Module) -> nnx.GraphDef:
-    """The graphdef of a module, without declarations: it is hashed at every call of a program."""
+    """The graphdef of a module, without declarations, since it is hashed at every call."""
     for _, param in _parameters(module):
         param.del_metadata("declaration")
     return nnx.split(module)[0]
 
 
 def _parameters(module: nnx.Module) -> Any:
-    """(path, parameter) of each; nnx types the keys of a path more loosely than they are."""
+    """(path, parameter) of each; Any, because nnx types path keys more loosely."""
     return nnx.to_flat_state(nnx.state(module, nnx.Param))

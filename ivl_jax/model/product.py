@@ -1,6 +1,6 @@
 """Products of two arrays: factors in the compute dtype, sums in float32, forward and backward.
 
-In: a contraction and two arrays. Out: their product in the dtype asked for.
+In: a contraction and two arrays. Out: their product in the requested dtype.
 """
 
 import functools
@@ -16,16 +16,16 @@ def multiply(
 ) -> Float[Array, "..."]:
     """Contract activations with activations or with a parameter, in the dtype of `x`.
 
-    Like `jnp.einsum`, but for what happens at other dtypes than float32. JAX multiplies the
-    gradient of a float32 result (logits, scores) in float32 at half the speed or less; here it is
-    rounded to the dtype of `x` first, as is the result itself where one in that dtype is asked for.
-    And the gradient of a float32 parameter comes in float32, unrounded.
+    Differs from `jnp.einsum` only for dtypes other than float32. JAX multiplies the gradient of a
+    float32 result (logits, scores) in float32 at half the speed or less; here it is first rounded
+    to the dtype of `x`, like the result itself if requested in that dtype. The gradient of a
+    float32 parameter is float32, unrounded.
 
     Args:
         contraction: two operands and a result of `jnp.einsum`, each index in at least two of
             the three.
-        x: Activations; their dtype is the one that is multiplied in.
-        y: Cast to it.
+        x: Activations; the product is computed in their dtype.
+        y: Cast to that dtype.
         dtype: Of the result.
 
     Returns:
@@ -36,8 +36,8 @@ def multiply(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _multiply(contraction: str, dtype: jnp.dtype, x: Array, y: Array) -> Array:
-    # XLA on CPU multiplies bfloat16 into float32 at twice the speed of float32, and into bfloat16
-    # at float32's (Zen 4); accelerators sum in float32 whatever the result is.
+    # On CPU, XLA multiplies bfloat16 into float32 at twice the speed of float32, but into bfloat16
+    # only at the speed of float32 (Zen 4); accelerators always sum in float32.
     sums = jnp.float32 if jax.default_backend() == "cpu" else dtype
     return jnp.einsum(contraction, x, y.astype(x.dtype), preferred_element_type=sums).astype(dtype)
 

@@ -1,7 +1,7 @@
-"""Projections: a kernel, stored as it is trained, as it decodes fastest, or in int8.
+"""Projections: a kernel stored as trained, as it decodes fastest, or in int8.
 
 In: activations `[B T I]`. Out: `[B T O]`. The form is static; `ivl_jax.model.decode_layout` and
-`ivl_jax.model.int8` turn parameters of one form into another.
+`ivl_jax.model.int8` convert parameters between forms.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int8
 from ivl_jax.model.parameter import Axis, Fused, Initial, declare
 from ivl_jax.model.product import multiply
 
-# Rows of an int8 kernel that become floats at a time: 3 MB in float32 at a width of 768, what
+# Rows of an int8 kernel converted to floats at a time: 3 MB in float32 at a width of 768, which
 # stays in a core's cache until it is multiplied.
 _INT8_ROWS = 1024
 
@@ -25,8 +25,8 @@ class KernelForm:
     """How a decoder's kernels are stored.
 
     Attributes:
-        rows: (out, in), projections of one input fused, instead of (in, out).
-        int8: In int8, with one float32 scale an output feature.
+        rows: (out, in), with projections of the same input fused, instead of (in, out).
+        int8: In int8, with one float32 scale per output feature.
     """
 
     rows: bool = False
@@ -37,7 +37,7 @@ AS_TRAINED = KernelForm()
 
 
 class Projection(nnx.Module):
-    """x @ kernel (+ bias), the kernel stored as `form` says."""
+    """x @ kernel (+ bias), with the kernel stored in `form`."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Projection(nnx.Module):
         if form.int8:
             self.scale = declare(size_out, initial="ones", dtype=jnp.float32, hf_suffix=None)
         if use_bias:
-            # Of the whole residual stream it is small and stays whole, like the norms.
+            # A bias on the residual stream is small and not split, like the norms.
             axis = (None, size_out[1]) if size_out[0] == "embed" else size_out
             self.bias = declare(axis, initial="zeros", hf_suffix="bias", fused_in=fused_in)
         self.use_bias = use_bias
@@ -85,8 +85,8 @@ def project(
     Args:
         x: Activations.
         kernel: [I O], or [O I] with `rows`.
-        scale: Of each output feature, of an int8 kernel.
-        rows: The kernel has one row an output feature.
+        scale: Of each output feature, for an int8 kernel.
+        rows: The kernel has one row per output feature.
         dtype: Of the result.
 
     Returns:
@@ -94,7 +94,7 @@ def project(
     """
     sums = dtype if scale is None else jnp.float32
     if not rows:
-        # Floats first: the gradient's kernel then has a float's dtype too.
+        # Convert to float first, so that the gradient's kernel is a float too.
         y = multiply(
             "bti,io->bto", x, kernel if scale is None else kernel.astype(x.dtype), dtype=sums
         )
@@ -108,13 +108,13 @@ def project(
 def _multiply_rows(
     x: Float[Array, "B T I"], kernel: Float[Array, "O I"], *, dtype: DTypeLike
 ) -> Float[Array, "B T O"]:
-    """Multiply x @ kernelᵀ with the kernel on the left of the product, its rows read in order.
+    """Multiply x @ kernelᵀ with the kernel as the left factor, so its rows are read in order.
 
-    For few tokens on CPU this is the fastest form there is: the kernels of twelve 768-wide layers
-    take one token in 0.7 × the time of `x @ kernel`, 8 and 32 tokens in 0.7 ×, 512 in the same.
+    For few tokens on CPU this is the fastest form: with the kernels of twelve 768-wide layers, 1, 8
+    and 32 tokens take 0.7 × the time of `x @ kernel`, 512 tokens the same time.
     """
     # Without the barriers XLA folds the transpositions into the product, and 8 tokens take five
-    # times as long; beside the kernel they cost nothing.
+    # times as long; the transpositions themselves cost nothing compared with the kernel.
     columns = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
     y = jnp.dot(kernel.astype(x.dtype), columns, preferred_element_type=dtype)
     return jax.lax.optimization_barrier(y).T.reshape((*x.shape[:2], kernel.shape[0]))
@@ -123,11 +123,11 @@ def _multiply_rows(
 def _multiply_int8_rows(
     x: Float[Array, "B T I"], kernel: Int8[Array, "O I"]
 ) -> Float[Array, "B T O"]:
-    """Multiply x @ kernelᵀ in float32, the kernel made floats tile by tile.
+    """Multiply x @ kernelᵀ in float32, converting the kernel to floats tile by tile.
 
-    A tile is multiplied while it is still in the cache, so that of memory only the int8 numbers are
-    read: 1.7 × as fast as the float32 kernel for one token, 1.2 to 1.9 × for eight (2 CPU cores,
-    `python -m benchmarks int8`). `lax.map` keeps XLA from making a loop over single numbers of it.
+    A tile is multiplied while it is still in the cache, so that only int8 numbers are read from
+    memory: 1.7 × as fast as the float32 kernel for one token, 1.2 to 1.9 × for eight (2 CPU cores,
+    `python -m benchmarks int8`). `lax.map` keeps XLA from turning it into a loop over scalars.
     """
     features, width = kernel.shape
     columns = jax.lax.optimization_barrier(x.reshape(-1, width).T)
@@ -142,6 +142,6 @@ def _multiply_int8_rows(
 
 
 def _tile_rows(features: int) -> int:
-    """The largest number of rows up to `_INT8_ROWS` that divides them into two tiles or more."""
+    """The largest tile of up to `_INT8_ROWS` rows that divides them into at least two tiles."""
     most = min(_INT8_ROWS, max(features // 2, 1))
     return next(size for size in range(most, 0, -1) if features % size == 0)

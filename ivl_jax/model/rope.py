@@ -1,7 +1,7 @@
 """Rotary position embeddings: parameters and positions in, rotated heads out.
 
-Everything is computed from the positions of the call; nothing is cached, so two models with
-different bases of wavelengths live side by side.
+Everything is computed from the positions of the call; nothing is cached, so that models with
+different `rope_theta` can coexist in a process.
 """
 
 import math
@@ -18,7 +18,7 @@ class Rotation(NamedTuple):
     """How queries and keys are rotated in one kind of layer."""
 
     angles: Array  # [B T R] radians of every rotated pair, fp32
-    scale: Array  # [] what the rotated numbers are multiplied by, fp32
+    scale: Array  # [] factor of the rotated numbers, fp32
 
 
 def rope_frequencies(rope: RopeParameters, *, head_dim: int) -> Float[np.ndarray, " R"]:
@@ -29,7 +29,7 @@ def rope_frequencies(rope: RopeParameters, *, head_dim: int) -> Float[np.ndarray
         head_dim: H; pairs are (i, i + R).
 
     Returns:
-        fp32, R = H/2 where the whole head is rotated.
+        fp32, R = H/2 if the whole head is rotated.
 
     Source: transformers `modeling_rope_utils.py`, in the same fp32 arithmetic.
     """
@@ -49,7 +49,7 @@ def rope_frequencies(rope: RopeParameters, *, head_dim: int) -> Float[np.ndarray
 
 
 def _kept_by_llama3(rope: RopeParameters, frequencies: np.ndarray) -> np.ndarray:
-    """How much of each frequency stays, 0 to 1: a ramp over its turns in the original context."""
+    """The share of each frequency that is kept, 0 to 1: a ramp over turns per original context."""
     low, high = rope.low_freq_factor, rope.high_freq_factor
     context = rope.original_max_position_embeddings
     assert low is not None
@@ -60,7 +60,7 @@ def _kept_by_llama3(rope: RopeParameters, frequencies: np.ndarray) -> np.ndarray
 
 
 def _kept_by_yarn(rope: RopeParameters, width: int) -> np.ndarray:
-    """The same; the ramp is over the number of the pair, and may begin and end at whole ones."""
+    """The same for yarn: a ramp over the pair's index, whose ends may be rounded to integers."""
     context, fast, slow = rope.original_max_position_embeddings, rope.beta_fast, rope.beta_slow
     assert context is not None
     assert fast is not None
@@ -96,12 +96,12 @@ def rotation(positions: Int[Array, "B T"], rope: RopeParameters, *, head_dim: in
 
 
 def no_rotation(like: Rotation) -> Rotation:
-    """A rotation of the same shapes that changes nothing, for layers without positions."""
+    """An identity rotation of the same shapes, for layers without rotary embedding."""
     return Rotation(jnp.zeros_like(like.angles), jnp.ones_like(like.scale))
 
 
 def rotate(x: Float[Array, "B T N H"], rotation: Rotation) -> Float[Array, "B T N H"]:
-    """Rotates pair (i, i + R) of every head by its angle: in fp32, returned in x's dtype."""
+    """Rotate pair (i, i + R) of every head by its angle, in fp32; returns x's dtype."""
     pairs = rotation.angles.shape[-1]
     cos = jnp.cos(rotation.angles)[:, :, None, :] * rotation.scale
     sin = jnp.sin(rotation.angles)[:, :, None, :] * rotation.scale

@@ -1,4 +1,4 @@
-"""Parameters of a rotary position embedding, and which of them each type has.
+"""Parameters of a rotary position embedding, and which of them each type uses.
 
 In: fields. Out: `RopeParameters`, checked.
 """
@@ -28,7 +28,7 @@ ROPE_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         ),
     }
 )
-"""Supported type → the parameters it has beside `rope_theta` and `partial_rotary_factor`."""
+"""Supported type → its parameters besides `rope_theta` and `partial_rotary_factor`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,32 +36,32 @@ class RopeParameters:
     """Rotary position embedding of one layer type; names as in Hugging Face's `rope_parameters`.
 
     Raises:
-        ValueError: A value no rotary embedding can have, or one its `rope_type` does not use.
+        ValueError: An invalid value, or one that its `rope_type` does not use.
     """
 
     rope_theta: float
     """Base of the geometric series of wavelengths."""
     rope_type: str = "default"
-    """`default`; `linear`: all frequencies divided by `factor`; `llama3`, `yarn`: only the low
+    """`default`; `linear`: all frequencies are divided by `factor`; `llama3`, `yarn`: only the low
     ones."""
     factor: float = 1.0
     """Divisor of the scaled frequencies; 1 with `default`."""
     low_freq_factor: float | None = None
     """`llama3`: frequencies of at most this many turns in the original context are divided."""
     high_freq_factor: float | None = None
-    """`llama3`: frequencies of at least this many turns in it stay as they are."""
+    """`llama3`: frequencies of at least this many turns in it are unchanged."""
     original_max_position_embeddings: int | None = None
-    """`llama3` and `yarn`: the original context, tokens."""
+    """`llama3` and `yarn`: the original context, in tokens."""
     attention_factor: float | None = None
-    """`yarn`: rotated queries and keys are multiplied by it."""
+    """`yarn`: factor of rotated queries and keys."""
     beta_fast: float | None = None
-    """`yarn`: frequencies of at least this many turns in the original context stay."""
+    """`yarn`: frequencies of at least this many turns in the original context are unchanged."""
     beta_slow: float | None = None
     """`yarn`: frequencies of at most this many turns in it are divided."""
     truncate: bool | None = None
-    """`yarn`: the range between the two ends at whole pairs."""
+    """`yarn`: whether the ends of the range in between are rounded to whole pairs."""
     partial_rotary_factor: float = 1.0
-    """The share of each head that is rotated, its first numbers; the rest has no position."""
+    """The share of each head that is rotated, from its first element; the rest is not."""
 
     def __post_init__(self):
         if self.rope_type not in ROPE_KEYS:
@@ -74,7 +74,7 @@ class RopeParameters:
             value = getattr(self, field.name)
             if field.name not in keys and value != field.default:
                 problems.append(
-                    f"{field.name}: got {value}, but rope_type {self.rope_type!r} has none"
+                    f"{field.name}: got {value}, but rope_type {self.rope_type!r} does not use it"
                 )
             elif field.name in keys and not _in_range(field.name, value):
                 expected = "true or false" if field.name == "truncate" else "a positive number"
@@ -95,7 +95,7 @@ class RopeParameters:
             raise ValueError("RopeParameters:\n  " + "\n  ".join(problems))
 
     def rotated_width(self, head_dim: int) -> int:
-        """How many of a head's numbers are rotated, its first ones."""
+        """How many of a head's first elements are rotated."""
         return int(head_dim * self.partial_rotary_factor)
 
 

@@ -1,1 +1,1 @@
-"""Hugging Face folders to parameters and back."""
+"""Reads and writes Hugging Face model folders."""

@@ -1,4 +1,4 @@
-"""Which weights a model folder holds: one hash over every byte of them.
+"""Identifies a model folder's weights by one hash over all their bytes.
 
 In: a folder with safetensors files. Out: its fingerprint; files that have not changed since they
 were last hashed are not read again.
@@ -26,12 +26,12 @@ _THREADS = 4
 
 
 def weights_fingerprint(folder: Path, *, remembered: epath.PathLike | None = None) -> str:
-    """Hash a model's weights, every byte of them.
+    """Hash all bytes of a model's weights.
 
     Args:
         folder: with the safetensors files.
-        remembered: a file that keeps, for each weights file, what tells whether it has changed, and
-            its hash; None: everything is read.
+        remembered: a file that keeps, for each weights file, its size, times and hash, so that
+            unchanged files are not read; None: everything is read.
 
     Returns:
         SHA-256 over names and contents.
@@ -52,7 +52,7 @@ def weights_fingerprint(folder: Path, *, remembered: epath.PathLike | None = Non
 
 
 def combined_fingerprint(fingerprints: Sequence[str]) -> str:
-    """One fingerprint for several models in their order; of one model its own.
+    """One fingerprint for several models, in order; for a single model its own.
 
     Args:
         fingerprints: at least one.
@@ -66,10 +66,10 @@ def combined_fingerprint(fingerprints: Sequence[str]) -> str:
 
 
 def remembered_weights(data_dir: epath.PathLike, model: str) -> epath.Path:
-    """Name the file that remembers the hashes of a model's weights.
+    """The file that remembers the hashes of a model's weights.
 
     Args:
-        data_dir: where a run keeps what other runs may use again.
+        data_dir: where a run keeps what other runs can reuse.
         model: folder or hub id.
 
     Returns:
@@ -79,13 +79,13 @@ def remembered_weights(data_dir: epath.PathLike, model: str) -> epath.Path:
 
 
 def folder_name(model: str) -> str:
-    """The last part of a model's name, made fit for a folder, and a hash of the whole name."""
+    """A folder name for a model: the last part of its name and a hash of the whole name."""
     last = re.sub(r"[^A-Za-z0-9.-]+", "_", model.rstrip("/").rsplit("/", 1)[-1]) or "base"
     return f"{last}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
 
 
 def _read_remembered(path: epath.PathLike | None) -> dict[str, Any]:
-    """What was remembered; what cannot be read is forgotten, which only costs time."""
+    """The remembered hashes; an unreadable file is ignored, which only costs time."""
     if path is None:
         return {}
     try:
@@ -99,7 +99,7 @@ def _read_remembered(path: epath.PathLike | None) -> dict[str, Any]:
 
 
 def _state(path: Path) -> list[str | int]:
-    """What changes when a file does; nobody can set the time of its last change of status."""
+    """What changes when a file does (a program cannot set the ctime)."""
     stat = path.stat()
     return [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 

@@ -1,7 +1,7 @@
-"""Parameters from a Hugging Face folder: streamed, sharded, strict, in the form they are used in.
+"""Loads parameters from a Hugging Face folder: streamed, sharded, strict, in their final form.
 
-In: a folder and an architecture. Out: the nested dict of parameters, each device holding only its
-slice.
+In: a folder and an architecture. Out: the nested dict of parameters, with only its own slice on
+each device.
 """
 
 import collections
@@ -57,7 +57,7 @@ Bounds = tuple[tuple[int, int], ...]  # start and stop of a slice along each dim
 class _Source(NamedTuple):
     """Where one parameter comes from and what it becomes."""
 
-    records: tuple[TensorRecord, ...]  # more than one: on top of one another, a fused projection
+    records: tuple[TensorRecord, ...]  # several are stacked along their rows: a fused projection
     transposed: bool
     shape: tuple[int, ...]  # of the parameter, vocabulary padding included
     sharding: Sharding | None
@@ -80,21 +80,22 @@ def load_params(
 ) -> Params:
     """Load the parameters of a Hugging Face folder.
 
-    Every process reads the rows its own devices need, once; on CPU the arrays read become the
-    parameters without a copy. Rows beyond the vocabulary are zero. Of kernels in int8 few are
-    floats at a time.
+    Every process reads the rows that its own devices need, once; on CPU the arrays become the
+    parameters without a copy. Rows beyond the vocabulary are zero. With int8 kernels, only a few
+    exist as floats at a time.
 
     Args:
         folder: with `model.safetensors`, or `model.safetensors.index.json` and its shards; float32,
             bfloat16 or float16.
         arch: the architecture, from the folder's `config.json`.
         param_dtype: float32 or bfloat16, of every parameter that is not in int8.
-        form: how kernels are stored. A tied head in int8 is left to who needs one: the embedding
-            stays a float.
-        vocab_rows: rows of embedding and head; None: `arch.vocab_size`. More pads for a mesh.
+        form: how kernels are stored. The embedding stays a float, so a tied head is not converted
+            to int8 here.
+        vocab_rows: rows of embedding and head, more than the vocabulary to pad for a mesh; None:
+            `arch.vocab_size`.
         shardings: a sharding for each parameter; None: everything on the default device.
-        entries: read only these top-level entries, for example `lm_head`; empty: all. The folder is
-            checked as a whole.
+        entries: read only these top-level entries, for example `lm_head`; empty: all. The whole
+            folder is checked in any case.
 
     Returns:
         The parameters, layers unstacked, in the paths of `abstract_params(arch, form=form)`.
@@ -102,10 +103,10 @@ def load_params(
     Raises:
         FileNotFoundError: the folder has no safetensors files.
         TreeMismatchError: a tensor is unknown, missing, set twice, or has another shape or dtype;
-            or a shard is damaged or misplaced. All of them are listed, at most 20.
-        NonFiniteWeightsError: a tensor holds NaN or infinity.
-        ValueError: `param_dtype` is not supported, `vocab_rows` is below the vocabulary, or
-            shardings for the form of one device (`form.rows`).
+            or a shard is damaged or misplaced. Lists at most 20 of them.
+        NonFiniteWeightsError: a tensor has NaN or infinity.
+        ValueError: `param_dtype` is not supported, `vocab_rows` is below the vocabulary, or there
+            are shardings for the single-device form (`form.rows`).
     """
     folder = Path(folder)
     dtype = jnp.dtype(param_dtype)
@@ -116,7 +117,7 @@ def load_params(
             f"vocab_rows: expected at least the vocabulary, {arch.vocab_size}, got {vocab_rows}"
         )
     if form.rows and shardings is not None:
-        raise ValueError("kernels (out, in) are for one device: expected no shardings")
+        raise ValueError("kernels (out, in) are for a single device: expected no shardings")
     records = _match(folder, arch)
     target = flat_paths(abstract_params(arch, vocab_rows=vocab_rows, form=form))
     if entries:
@@ -141,7 +142,7 @@ def load_params(
     params: dict[ParamPath, Array] = {}
     for path, array in _read_all(sources, dtype, folder.name):
         if declared[path].dtype == jnp.int8:
-            # Waits, as reading does: the floats are gone before the next ones come.
+            # Waits, as reading does: the floats are freed before the next ones are read.
             for name, part in jax.block_until_ready(_rounded(array, rows=form.rows)).items():
                 key = (*path[:-1], name)
                 params[key] = jax.device_put(part, placed[key]) if placed else part
@@ -151,7 +152,7 @@ def load_params(
 
 
 def _parts(path: ParamPath) -> list[ParamPath]:
-    """The parameters as trained that lie on top of one another in a parameter of some form."""
+    """The parameters as trained whose rows a parameter of this form contains, in order."""
     *modules, name, leaf = path
     return [(*modules, part, leaf) for part in FUSED.get(str(name), (name,))]
 
@@ -162,12 +163,12 @@ def _rounded(kernel: Array, *, rows: bool) -> Params:
 
 
 def _match(folder: Path, arch: ArchConfig) -> dict[ParamPath, TensorRecord]:
-    """Parameter → where it lies, once the tensors are just what the architecture needs."""
+    """Parameter → where it is stored, after checking that the tensors match the architecture."""
     found = {name: rec for name, rec in find_tensors(folder).items() if not is_derived(name)}
     vision = [name for name in found if is_vision(name)] if arch.model_type == "gemma3_text" else []
     if vision:
         logger.warning(
-            "%s: left out %d tensors of its image encoder (%s, …): only its text decoder is loaded",
+            "%s: ignored %d tensors of its image encoder (%s, …): only its text decoder is loaded",
             folder,
             len(vision),
             vision[0],
@@ -177,8 +178,8 @@ def _match(folder: Path, arch: ArchConfig) -> dict[ParamPath, TensorRecord]:
     if arch.tie_word_embeddings and LM_HEAD in found and EMBEDDING in found:
         if not same_bytes(found[LM_HEAD], found[EMBEDDING]):
             problems.append(
-                f"{LM_HEAD}: expected the same bits as {EMBEDDING}, since config.json says "
-                "tie_word_embeddings, got others; if the head is its own, set that to false"
+                f"{LM_HEAD}: expected the same bits as {EMBEDDING}, since config.json sets "
+                "tie_word_embeddings, got others; if the head is separate, set that to false"
             )
         del found[LM_HEAD]
     expected = {
@@ -194,9 +195,9 @@ def _match(folder: Path, arch: ArchConfig) -> dict[ParamPath, TensorRecord]:
         raise mismatch_error(
             problems,
             what=f"{folder}: the checkpoint against its config.json ({arch.model_type})",
-            remedy="Check that weights and config.json are of the same model; a quantised one, or "
-            "one with adapters, must be saved plainly first. A model without lm_head.weight has "
-            "tie_word_embeddings set.",
+            remedy="Check that weights and config.json belong to the same model; a quantised one, "
+            "or one with adapters, must first be saved as a plain model. A model without "
+            "lm_head.weight needs tie_word_embeddings.",
         )
     return {
         path: found[tensor.name].rows(tensor.start, tensor.shape[0])
@@ -207,9 +208,9 @@ def _match(folder: Path, arch: ArchConfig) -> dict[ParamPath, TensorRecord]:
 def _read_all(
     sources: Mapping[ParamPath, _Source], dtype: np.dtype, name: str
 ) -> Iterator[tuple[ParamPath, Array]]:
-    """Read with a few threads, largest first: little is loaded while much is in flight.
+    """Read with a few threads, largest first, so that little is loaded while much is in flight.
 
-    They come one after the other, in the same order in every process, and few are read ahead.
+    Yields one parameter at a time, in the same order in every process, reading only a few ahead.
     """
     order = sorted(sources, key=lambda path: -sources[path].nbytes)
     total = sum(source.nbytes for source in sources.values())
@@ -232,17 +233,17 @@ def _read_all(
             progress.advance(task, sources[path].nbytes)
             return array
 
-        reading: collections.deque[tuple[ParamPath, Future[Array]]] = collections.deque()
+        in_flight: collections.deque[tuple[ParamPath, Future[Array]]] = collections.deque()
         for path in order:
-            reading.append((path, pool.submit(read, path)))
-            if len(reading) > _READERS:
-                first, array = reading.popleft()
+            in_flight.append((path, pool.submit(read, path)))
+            if len(in_flight) > _READERS:
+                first, array = in_flight.popleft()
                 yield first, array.result()
-        yield from ((path, array.result()) for path, array in reading)
+        yield from ((path, array.result()) for path, array in in_flight)
 
 
 def _read_one(descriptors: Mapping[Path, int], source: _Source, dtype: np.dtype) -> Array:
-    """One parameter, each of this process's devices holding its slice only."""
+    """One parameter, with only its own slice on each of this process's devices."""
     if source.sharding is None:
         whole = tuple((0, size) for size in source.shape)
         return _convert(jax.device_put(_read_parts(descriptors, source, [whole])[whole]), dtype)
@@ -260,14 +261,14 @@ def _read_one(descriptors: Mapping[Path, int], source: _Source, dtype: np.dtype)
 
 
 def _convert(array: Array, dtype: np.dtype) -> Array:
-    """In another dtype if need be; waits, so that few tensors are on the host at a time."""
+    """Convert to a dtype; waits, so that only a few tensors are on the host at a time."""
     return jax.block_until_ready(jax.lax.convert_element_type(array, dtype))
 
 
 def _read_parts(
     descriptors: Mapping[Path, int], source: _Source, parts: Iterable[Bounds]
 ) -> dict[Bounds, np.ndarray]:
-    """Slices of a parameter, in the file's dtype; the file's rows are read once for all of them."""
+    """Slices of a parameter in the file's dtype; the file's rows are read once for all slices."""
     record, *more = source.records
     if more:
         return {whole: _read_stacked(descriptors, source.records) for whole in parts}
@@ -294,7 +295,7 @@ def _read_parts(
 
 
 def _read_stacked(descriptors: Mapping[Path, int], records: tuple[TensorRecord, ...]) -> np.ndarray:
-    """Whole tensors on top of one another, in the widest dtype of theirs."""
+    """Whole tensors stacked along their rows, in the widest of their dtypes."""
     height, width = sum(record.shape[0] for record in records), records[0].shape[1:]
     dtype = functools.reduce(np.promote_types, (DTYPES[record.dtype] for record in records))
     stacked, start = _new_pages((height, *width), dtype), 0
@@ -325,10 +326,10 @@ def _check_finite(array: np.ndarray, record: TensorRecord) -> None:
 
 
 def _new_pages(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array in pages of its own, which JAX on CPU takes over without a copy (64 bytes align).
+    """An array in its own pages, which JAX on CPU takes over without a copy (64-byte alignment).
 
-    Not `np.empty`: it asks for huge pages, and a virtual machine that gives its free ones back to
-    the host gets them at 0.5 GB/s, ordinary ones at 2.5 GB/s (loading took twice the time).
+    Not `np.empty`: it requests huge pages, and a virtual machine that returns free ones to its host
+    gets them at 0.5 GB/s, ordinary ones at 2.5 GB/s (loading took twice as long).
     """
     size = math.prod(shape) * dtype.itemsize
     pages = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -1,7 +1,7 @@
-"""Which tensors a Hugging Face folder holds, and how a new folder appears whole or not at all.
+"""Finds the tensors of a Hugging Face folder, and creates new folders atomically.
 
-In: a folder. Out: tensor name → where it lies, every shard checked against the index; or an empty
-folder that takes its final name once everything is in it.
+In: a folder. Out: tensor name → where it is stored, every shard checked against the index; or an
+empty folder that takes its final name once everything is in it.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def find_tensors(folder: Path) -> dict[str, TensorRecord]:
-    """Read which tensors the safetensors files of a folder hold.
+    """List the tensors in the safetensors files of a folder.
 
     Args:
         folder: a local folder with `model.safetensors`, or `model.safetensors.index.json` and its
@@ -36,10 +36,9 @@ def find_tensors(folder: Path) -> dict[str, TensorRecord]:
         Name as in a plain causal language model → record.
 
     Raises:
-        FileNotFoundError: there are no safetensors files; says what to do where there are pickle
-            files.
-        TreeMismatchError: shards that are missing, truncated, outside the folder, disagree with the
-            index, or hold a tensor that another one holds too: all of them, at most 20.
+        FileNotFoundError: there are no safetensors files; for pickle files it gives the remedy.
+        TreeMismatchError: shards are missing, truncated or outside the folder, disagree with the
+            index, or repeat a tensor of another shard; lists at most 20.
     """
     shards, indexed = _shards(folder)
     problems: list[str] = []
@@ -87,13 +86,13 @@ def find_tensors(folder: Path) -> dict[str, TensorRecord]:
 
 
 def _shards(folder: Path) -> tuple[list[str], dict[str, str] | None]:
-    """File names, and tensor name → file name where an index says so."""
+    """File names, and tensor name → file name if there is an index."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     single, index = (folder / SINGLE_FILE).exists(), folder / INDEX_FILE
     if single and index.exists():
         raise ValueError(
-            f"{folder}: expected either {SINGLE_FILE} or {INDEX_FILE}, got both: they may hold "
+            f"{folder}: expected either {SINGLE_FILE} or {INDEX_FILE}, got both: they may be "
             "different models; remove the one that is out of date"
         )
     if single:
@@ -126,16 +125,16 @@ def _nothing_to_load(folder: Path) -> str:
     if pickles:
         return (
             f"{expected} only pickle files ({', '.join(pickles[:5])}), which can run code when "
-            f"opened and are refused; where you trust them, convert them once: {_CONVERT}"
+            f"opened and are refused; if you trust them, convert them once: {_CONVERT}"
         )
     return (
-        f"{expected} neither; is this the folder of a model? A repository that has only pickle "
-        f"files (*.bin) must be converted first: {_CONVERT}"
+        f"{expected} neither; check that this is the folder of a model. A repository that has only "
+        f"pickle files (*.bin) must be converted first: {_CONVERT}"
     )
 
 
 def _outside(folder: Path, shard: str) -> str | None:
-    """Why a file name of an index must not be followed; None where it may."""
+    """Why a file name of an index must not be followed; None if it may be."""
     if Path(shard).is_absolute() or ".." in Path(shard).parts:
         return f"{shard}: expected a file inside the folder (in {INDEX_FILE})"
     root = folder.resolve()
@@ -156,17 +155,17 @@ def check_new_folder(folder: Path, *, overwrite: bool) -> None:
 
     Args:
         folder: the final name.
-        overwrite: a model folder of that name is replaced.
+        overwrite: replace an existing model folder.
 
     Raises:
-        FileExistsError: the folder holds files and may not be replaced, or holds no `config.json`
-            and so is no model folder.
+        FileExistsError: the folder has files and may not be replaced, or has no `config.json` and
+            so is not a model folder.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not overwrite:
         raise FileExistsError(
-            f"{folder}: expected no such folder, got one with files; choose another name, or say "
+            f"{folder}: expected no such folder, got one with files; choose another name, or set "
             "overwrite to replace it"
         )
     if not (folder / "config.json").is_file():
@@ -178,17 +177,17 @@ def check_new_folder(folder: Path, *, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Give a folder to fill, which takes its name when the block ends without an exception.
+    """Create a folder to fill, which takes its final name if the block ends without an exception.
 
-    What is written in the block is complete under the final name, or not there at all. With several
-    processes every one enters; only process 0 may write.
+    So the final folder is either complete or absent. With several processes all of them enter, but
+    only process 0 may write.
 
     Args:
         folder: the final name.
-        overwrite: a model folder of that name is replaced.
+        overwrite: replace an existing model folder.
 
     Yields:
-        An empty folder beside the final one.
+        An empty folder in the same parent folder.
 
     Raises:
         FileExistsError: as `check_new_folder`.
@@ -212,7 +211,7 @@ def new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def _replace(folder: Path, staging: Path) -> None:
-    """Moves `staging` to `folder`; what was there goes last."""
+    """Move `staging` to `folder`; an existing folder is removed last."""
     if not folder.exists():
         staging.rename(folder)
         return

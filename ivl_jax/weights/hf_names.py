@@ -1,8 +1,8 @@
-"""Names of tensors in Hugging Face files: of each parameter, and of what other wrappers call it.
+"""Names of tensors in Hugging Face files, also under the prefixes that other wrappers use.
 
-In: an architecture, or a tensor name of a file. Out: name, orientation and shape of the tensors
-that hold its parameters; the name a tensor has in a plain causal language model, or the reason why
-it is not a parameter.
+In: an architecture, or a tensor name from a file. Out: name, orientation and shape of the tensors
+of its parameters; a tensor's name in a plain causal language model, or whether it is not a
+parameter.
 """
 
 import re
@@ -17,29 +17,29 @@ from ivl_jax.model.assembly import abstract_params, parameter_declarations
 from ivl_jax.model.parameter import Declaration, ParamPath
 
 PARAM_DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
-"""Of parameters, in memory and in files that we write."""
+"""Dtypes of parameters, in memory and in files that we write."""
 
 
 class HfTensor(NamedTuple):
-    """The tensor of a Hugging Face file that holds one parameter.
+    """The tensor of a Hugging Face file that stores one parameter.
 
-    `torch.nn.Linear` stores (out, in) and we store (in, out), which a matrix × vector product on
-    CPU reads 15 times faster; everything else is stored alike. Gemma's norms are *not* folded into
-    1 + scale.
+    `torch.nn.Linear` stores (out, in); we store (in, out), which a matrix × vector product on CPU
+    reads 15 times faster. Everything else has the same orientation. Gemma's norms are *not* folded
+    into 1 + scale.
     """
 
-    name: str  # as `LlamaForCausalLM` and its relatives call it
+    name: str  # as in `LlamaForCausalLM` and similar classes
     transposed: bool
-    shape: tuple[int, ...]  # of what holds the parameter; without vocabulary padding
-    start: int  # its first row, which is not 0 where the tensor holds several parameters
+    shape: tuple[int, ...]  # of the parameter's rows in the file, without vocabulary padding
+    start: int  # its first row; not 0 in a tensor that stores several parameters
 
 
 LM_HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 
-# Prefix in a file -> prefix in a plain causal model, the first match counts. Gemma 3 with its
-# vision part is written as `language_model.model.` (what the hub has, and what transformers 5 still
-# writes) or `model.language_model.`; a decoder saved without its head has no prefix at all.
+# Prefix in a file -> prefix in a plain causal model; the first match counts. Multimodal Gemma 3 is
+# written as `language_model.model.` (on the hub, and by transformers 5) or `model.language_model.`;
+# a decoder saved without its head has no prefix.
 _PREFIXES = (
     ("model.language_model.", "model."),
     ("language_model.model.", "model."),
@@ -49,16 +49,16 @@ _PREFIXES = (
     ("norm.", "model.norm."),
 )
 
-# Gemma 3's image encoder: not part of the text decoder, left out with a notice.
+# Gemma 3's image encoder: not part of the text decoder, ignored with a warning.
 _VISION = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
 
-# Tables of rotary frequencies that older versions of transformers stored; today's ignore them as
-# well and compute them from config.json.
+# Tables of rotary frequencies that older versions of transformers stored; current ones also ignore
+# them and compute them from config.json.
 _DERIVED = re.compile(r"^model\.(layers\.\d+\.self_attn\.)?rotary_emb(_local)?\.inv_freq$")
 
 
 def hf_tensors(arch: ArchConfig) -> dict[ParamPath, HfTensor]:
-    """Name the tensor that holds each parameter, as the parameter's module declares it.
+    """The tensor that stores each parameter, as declared by the parameter's module.
 
     Args:
         arch: the architecture.
@@ -90,12 +90,12 @@ def _tensor(path: ParamPath, declared: Declaration, shape: tuple[int, ...]) -> H
 
 
 def flat_paths(tree: Mapping[Any, Any]) -> dict[ParamPath, Any]:
-    """The leaves of a tree of parameters by their paths."""
+    """The leaves of a parameter tree by path."""
     return traverse_util.flatten_dict(dict(tree))  # type: ignore[return-value]
 
 
 def file_shapes(arch: ArchConfig) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every tensor that a file of this architecture holds."""
+    """Name → shape of every tensor in the files of this architecture."""
     found: dict[str, tuple[int, ...]] = {}
     for tensor in sorted(hf_tensors(arch).values(), key=lambda tensor: tensor.start):
         rows, *columns = tensor.shape
@@ -104,13 +104,13 @@ def file_shapes(arch: ArchConfig) -> dict[str, tuple[int, ...]]:
 
 
 def causal_name(name: str) -> str:
-    """Give the name that a tensor has in a plain causal language model.
+    """The name that a tensor has in a plain causal language model.
 
     Args:
-        name: as the file has it: `language_model.model.norm.weight`.
+        name: as in the file, for example `language_model.model.norm.weight`.
 
     Returns:
-        `model.norm.weight`; names that follow no known pattern stay as they are.
+        For example `model.norm.weight`; names without a known prefix are unchanged.
     """
     for prefix, plain in _PREFIXES:
         if name.startswith(prefix):
@@ -119,10 +119,10 @@ def causal_name(name: str) -> str:
 
 
 def is_derived(name: str) -> bool:
-    """Say whether a causal name is a stored rotary table, which config.json determines."""
+    """Whether a causal name is a stored rotary table, which config.json determines."""
     return _DERIVED.match(name) is not None
 
 
 def is_vision(name: str) -> bool:
-    """Say whether a name belongs to Gemma 3's image encoder, beside its text decoder."""
+    """Whether a name belongs to Gemma 3's image encoder."""
     return _VISION.match(name) is not None

@@ -1,6 +1,6 @@
-"""Parameters to a Hugging Face folder that transformers loads: one file, or shards with an index.
+"""Saves parameters as a Hugging Face folder that transformers loads: one file or indexed shards.
 
-In: an architecture and its parameters, on any devices. Out: the folder, whole or not at all.
+In: an architecture and its parameters, on any devices. Out: the folder, once it is complete.
 """
 
 import collections
@@ -36,19 +36,19 @@ def save_params(
 ) -> None:
     """Write parameters and `config.json` as a folder that transformers loads.
 
-    The folder appears when it is complete. Rows beyond the vocabulary are left out.
+    The folder appears once it is complete. Rows beyond the vocabulary are left out.
 
     Args:
-        folder: the folder to make.
+        folder: the folder to create.
         arch: the architecture.
         params: its parameters, layers unstacked, on any devices.
         dtype: float32 or bfloat16, of every tensor written.
         shard_bytes: larger models are split into files of at most this many bytes (or one tensor).
-        overwrite: replace a model folder of that name.
+        overwrite: replace an existing model folder.
 
     Raises:
-        FileExistsError: the folder exists and holds files, and may not be replaced.
-        TreeMismatchError: the parameters are not those of the architecture.
+        FileExistsError: the folder exists, has files, and may not be replaced.
+        TreeMismatchError: the parameters do not match the architecture.
         ValueError: `dtype` is not supported.
     """
     with new_folder(Path(folder), overwrite=overwrite) as staging:
@@ -63,7 +63,7 @@ def write_params(
     dtype: DTypeLike,
     shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write what `save_params` writes into a folder that exists; every process must call it."""
+    """Write the files of `save_params` into an existing folder; every process must call it."""
     dtype = jnp.dtype(dtype)
     if dtype not in PARAM_DTYPES:
         raise ValueError(f"dtype: expected float32 or bfloat16, got {dtype}")
@@ -71,7 +71,7 @@ def write_params(
         "qkv_proj" in path or leaf.dtype == jnp.int8 for path, leaf in flat_paths(params).items()
     ):
         raise ValueError(
-            "parameters laid out for decoding, or in int8, cannot be saved: save the model as it "
+            "parameters arranged for decoding, or in int8, cannot be saved: save the model as it "
             "was loaded, before it was composed"
         )
     rows = params["embed_tokens"]["embedding"].shape[0]
@@ -79,8 +79,8 @@ def write_params(
         named_leaves(abstract_params(arch, vocab_rows=max(rows, arch.vocab_size))),
         named_leaves(params),
         what=f"parameters to be saved as {arch.model_type}",
-        remedy="Save unstacked layers (unstack_layers) with the architecture they belong to; one "
-        "whose head was untied has tie_word_embeddings=False.",
+        remedy="Save unstacked layers (unstack_layers) with the architecture that they belong to; "
+        "with an untied head it must have tie_word_embeddings=False.",
         with_dtype=False,
     )
     leaves = flat_paths(params)
@@ -105,7 +105,7 @@ def write_params(
 
 
 class _Sink(NamedTuple):
-    """One tensor of a file, and the parameters that lie in it from its first row to its last."""
+    """One tensor of a file, and the parameters stored in it, from first row to last."""
 
     name: str
     shape: tuple[int, ...]  # without vocabulary padding
@@ -113,7 +113,7 @@ class _Sink(NamedTuple):
 
 
 def _split(sinks: list[_Sink], item_bytes: int, shard_bytes: int) -> dict[str, list[_Sink]]:
-    """File name → what goes into it, in order."""
+    """File name → its tensors, in order."""
     groups: list[list[_Sink]] = [[]]
     used = 0
     for sink in sinks:
@@ -150,5 +150,5 @@ def _write_json(path: Path, record: Mapping[str, Any]) -> None:
 
 @functools.partial(jax.jit, static_argnames=("transposed", "dtype"))
 def _oriented(leaf: Array, *, transposed: bool, dtype: np.dtype) -> Array:
-    """As the file has it; a copy, because an array keeps the host copy that is made of it."""
+    """The parameter in the file's orientation; a copy, because an array caches its host copy."""
     return jnp.copy((leaf.T if transposed else leaf).astype(dtype))

@@ -1,7 +1,7 @@
-"""A language model as users name it: by folder or hub id, with its text side.
+"""Language models by folder or hub id: weights together with tokenizer and stop ids.
 
 In: a local folder or a hub id. Out: `LanguageModel`: architecture, parameters, tokenizer, the ids
-that stop a text; or a Hugging Face folder made of one.
+that end a text; or a Hugging Face folder made from one.
 """
 
 import functools
@@ -48,23 +48,23 @@ else:
 logger = logging.getLogger(__name__)
 
 _VALUE_METADATA = "ivl.json"  # marks a value folder
-# Weights as transformers names them, the configuration, and every file a tokenizer may need. Not
-# *.bin, and not a second copy of the weights in another layout (Mistral's
+# Weights under transformers' names, the configuration, and every file a tokenizer may need. Not
+# *.bin, and not a second copy of the weights in another format (Mistral's
 # consolidated.safetensors).
 _WANTED = ["model*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A pre-trained model with its text side.
+    """A pre-trained model with its tokenizer.
 
     Attributes:
         path: the folder or hub id it came from.
         arch: the architecture.
-        params: parameters, layers unstacked, vocabulary rows perhaps padded.
+        params: parameters, layers unstacked; vocabulary rows may be padded.
         tokenizer: from the same folder.
         tokenizer_info: what identifies the tokenizer.
-        stop_ids: every id that ends a text, `generation_config.json` included.
+        stop_ids: every id that ends a text, including those of `generation_config.json`.
     """
 
     path: str
@@ -87,21 +87,21 @@ def load_language_model(
     """Load a model from a local folder, or else from the Hugging Face hub.
 
     Args:
-        path_or_hub_id: a folder (looked at first), or an id such as `TinyLlama/TinyLlama_v1.1`.
+        path_or_hub_id: a folder (tried first), or an id such as `TinyLlama/TinyLlama_v1.1`.
         revision: branch, tag or commit on the hub; None: its main branch, or a local folder.
         param_dtype: float32 or bfloat16, of every parameter that is not in int8.
-        form: how kernels are stored; for a model that is only to decode, that of
+        form: how kernels are stored; for a model that only decodes, the result of
             `ivl_jax.composed.kernel_form.loading_form`.
-        mesh: where the parameters live, split by `sharding_rules`, vocabulary rows padded to
-            divide; None: the default device, no padding.
+        mesh: where the parameters live, sharded by `sharding_rules`, vocabulary rows padded to
+            divide evenly; None: the default device, no padding.
         sharding_rules: which mesh axis splits which dimension.
 
     Returns:
         The model.
 
     Raises:
-        FileNotFoundError: neither the folder nor the hub has the model, or a file of it is missing.
-        ValueError: the architecture, the tokenizer or a tensor is not what it has to be.
+        FileNotFoundError: there is no such folder or hub id, or one of its files is missing.
+        ValueError: the architecture, the tokenizer or a tensor is invalid or not supported.
     """
     folder = find_model(path_or_hub_id, revision=revision)
     arch = read_arch(folder)
@@ -130,7 +130,7 @@ def check_rows(name: str, info: TokenizerInfo, arch: ArchConfig) -> None:
     if info.vocab_size > arch.vocab_size:
         raise ValueError(
             f"{name}: expected a tokenizer of at most {arch.vocab_size} ids (vocab_size in "
-            f"config.json), got {info.vocab_size}: tokenizer and weights are of different models"
+            f"config.json), got {info.vocab_size}: tokenizer and weights belong to different models"
         )
 
 
@@ -146,25 +146,25 @@ def load_described_model(
     mesh: Mesh | None,
     sharding_rules: ShardingRules,
 ) -> LanguageModel:
-    """Read the weights of a model of which all else has been read and checked.
+    """Read the weights of a model whose other files have been read and checked.
 
     Args:
-        path: as the user named it.
+        path: as the user wrote it.
         folder: where it is.
         arch: its architecture.
         tokenizer: its tokenizer.
         info: what identifies the tokenizer.
-        param_dtype: as `load_language_model` takes it, like the rest.
+        param_dtype: as in `load_language_model`, like the rest.
         form: how kernels are stored.
         mesh: where the parameters live, or None.
-        sharding_rules: how they are split over the mesh.
+        sharding_rules: how they are sharded over the mesh.
 
     Returns:
         The model.
 
     Raises:
-        FileNotFoundError: a file of it is missing.
-        ValueError: a tensor is not what it has to be.
+        FileNotFoundError: one of its files is missing.
+        ValueError: a tensor is invalid or not supported.
     """
     vocab_rows, shardings = None, None
     if mesh is not None:
@@ -194,7 +194,7 @@ def load_described_model(
 
 
 def find_model(path_or_hub_id: str | Path, *, revision: str | None = None) -> Path:
-    """Give the local folder of a model, downloading it where there is none of that name.
+    """The local folder of a model; downloads it if there is no folder of that name.
 
     Args:
         path_or_hub_id: a folder, or a hub id `owner/name`.
@@ -217,7 +217,8 @@ def find_model(path_or_hub_id: str | Path, *, revision: str | None = None) -> Pa
         _check_is_language_model(folder, name)
         if revision is not None:
             raise ValueError(
-                f"{name}: revision {revision!r} is of the hub, but a local folder has this name"
+                f"{name}: revision {revision!r} applies to the hub, but a local folder has this "
+                "name"
             )
         return folder
     if isinstance(path_or_hub_id, Path) or folder.is_absolute() or name.startswith((".", "~")):
@@ -231,13 +232,13 @@ def find_model(path_or_hub_id: str | Path, *, revision: str | None = None) -> Pa
         )
     except GatedRepoError as error:
         raise FileNotFoundError(
-            f"{missing}the hub asks for its licence to be accepted: do that on its page, then run "
-            "`hf auth login`"
+            f"{missing}the hub requires its licence to be accepted: do that on the model's page, "
+            "then run `hf auth login`"
         ) from error
     except RevisionNotFoundError as error:
         raise FileNotFoundError(f"{missing}the hub has no revision {revision!r} of it") from error
     except HFValidationError as error:
-        raise FileNotFoundError(f"{missing}it is no hub id (owner/name)") from error
+        raise FileNotFoundError(f"{missing}it is not a hub id (owner/name)") from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
             f"{missing}the hub has no model of this name, or it is private: check the spelling, or "
@@ -245,9 +246,9 @@ def find_model(path_or_hub_id: str | Path, *, revision: str | None = None) -> Pa
         ) from error
     except OSError as error:  # offline, or no connection, and not in the cache
         raise FileNotFoundError(
-            f"{missing}it is not in the hub's cache while the hub cannot be reached "
-            f"({type(error).__name__}): download it where there is a network "
-            f"(`hf download {name}`) and give the folder"
+            f"{missing}it is not in the hub's cache, and the hub cannot be reached "
+            f"({type(error).__name__}): download it with network access "
+            f"(`hf download {name}`) and pass the folder"
         ) from error
 
 
@@ -275,7 +276,9 @@ def read_arch(folder: Path) -> ArchConfig:
     """
     path = folder / "config.json"
     if not path.exists():
-        raise FileNotFoundError(f"{folder}: expected a config.json; is this a model's folder?")
+        raise FileNotFoundError(
+            f"{folder}: expected a config.json; check that this is the folder of a model"
+        )
     config = read_json_object(path)
     try:
         arch = ArchConfig.from_hf(config)
@@ -288,9 +291,9 @@ def read_arch(folder: Path) -> ArchConfig:
 
 @functools.cache
 def _say_that_code_stays_unused(path: Path) -> None:
-    """Once per folder: two models may be read from it, and each of them more than once."""
+    """Warn once per folder, from which models may be read several times."""
     logger.warning(
-        "%s: auto_map names Python code of the folder, which is not run: its fields are those of a "
+        "%s: auto_map names Python code in the folder, which is not run: the config describes a "
         "supported family, so ivl_jax's own decoder computes the model",
         path,
     )
@@ -305,17 +308,17 @@ def save_language_model(
 ) -> None:
     """Write a model as a Hugging Face folder: weights, configuration, tokenizer, stop ids.
 
-    The folder appears when it is complete.
+    The folder appears once it is complete.
 
     Args:
-        folder: the folder to make.
+        folder: the folder to create.
         model: the model.
         dtype: float32 or bfloat16, of every tensor written.
-        overwrite: replace a model folder of that name.
+        overwrite: replace an existing model folder.
 
     Raises:
-        FileExistsError: the folder exists and holds files, and may not be replaced.
-        TreeMismatchError: the parameters are not those of the architecture.
+        FileExistsError: the folder exists, has files, and may not be replaced.
+        TreeMismatchError: the parameters do not match the architecture.
     """
     with new_folder(Path(folder), overwrite=overwrite) as staging:
         write_params(staging, model.arch, model.params, dtype=dtype)
@@ -326,7 +329,7 @@ def save_language_model(
 
 
 def _generation_config(model: LanguageModel) -> Mapping[str, Any]:
-    """What `generate` of transformers needs to stop where this model stops."""
+    """What transformers' `generate` needs to stop where this model stops."""
     ids = {
         "bos_token_id": model.tokenizer_info.bos_id,
         "eos_token_id": list(model.stop_ids),

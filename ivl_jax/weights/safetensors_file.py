@@ -1,8 +1,8 @@
-"""The safetensors format: headers checked in full, tensors read by slices, files streamed out.
+"""The safetensors format: headers fully checked, tensors read in slices, files streamed out.
 
-In: a path. Out: where each tensor lies, its slices in given arrays, or a new file. Files are read,
-never mapped: mapped pages count as the process's memory, a read leaves them in the page cache. One
-tensor at a time passes through when writing (the safetensors package wants all of them at once).
+In: a path. Out: where each tensor is stored, its slices in given arrays, or a new file. Files are
+read, never mapped: mapped pages count as the process's memory, read ones stay in the page cache.
+Writing holds one tensor at a time (the safetensors package needs all of them at once).
 """
 
 import json
@@ -19,8 +19,8 @@ import numpy as np
 from ivl_jax.json_files import json_kind, parse_json
 from ivl_jax.text_files import MalformedFileError
 
-# What parameters may be read from. Quantised and 64-bit checkpoints need a decision that is not
-# ours.
+# Dtypes that parameters may be read from. How to convert quantised or 64-bit checkpoints is for the
+# user to decide.
 DTYPES = {
     "F32": np.dtype(np.float32),
     "BF16": np.dtype(jnp.bfloat16),
@@ -34,13 +34,13 @@ _ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
 }
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of the format's own readers
-_LARGEST_NUMBER = 2**63 - 1  # of a dimension or an offset; a product of a few stays quick
+_LARGEST_NUMBER = 2**63 - 1  # of a dimension or an offset; products of a few stay fast
 _MOST_DIMENSIONS = 16
-_BLOCK_BYTES = 1 << 21  # what is transposed at once stays in the second-level cache
+_BLOCK_BYTES = 1 << 21  # transposed at once, so that it stays in the second-level cache
 
 
 class TensorRecord(NamedTuple):
-    """Where one tensor lies."""
+    """Where one tensor is stored."""
 
     file: Path
     name: str
@@ -50,7 +50,7 @@ class TensorRecord(NamedTuple):
     nbytes: int
 
     def rows(self, start: int, count: int) -> "TensorRecord":
-        """Some of its rows, as a tensor of their own."""
+        """Some of its rows, as a separate tensor."""
         row_bytes = self.nbytes // self.shape[0]
         return self._replace(
             shape=(count, *self.shape[1:]),
@@ -68,7 +68,7 @@ class Target(NamedTuple):
 
 
 def read_header(path: Path) -> dict[str, TensorRecord]:
-    """Read which tensors a file holds.
+    """List the tensors of a file.
 
     Args:
         path: a `.safetensors` file.
@@ -77,8 +77,8 @@ def read_header(path: Path) -> dict[str, TensorRecord]:
         Tensor name → record, in the order of the header.
 
     Raises:
-        ValueError: the file is truncated or is not a safetensors file, its header is not what the
-            format says, or its tensors overlap or leave gaps; names the file and the tensor.
+        ValueError: the file is truncated or is not a safetensors file, its header violates the
+            format, or its tensors overlap or leave gaps; names the file and the tensor.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -92,7 +92,7 @@ def read_header(path: Path) -> dict[str, TensorRecord]:
         (length,) = struct.unpack("<Q", start)
         if length > _LONGEST_HEADER:
             raise ValueError(
-                f"{path.name}: not a safetensors file: it says its header has {length} bytes"
+                f"{path.name}: not a safetensors file: it claims a header of {length} bytes"
             )
         if 8 + length > size:
             raise ValueError(
@@ -107,7 +107,7 @@ def read_header(path: Path) -> dict[str, TensorRecord]:
         header.pop("__metadata__", None)
         records = {name: _record(path, name, entry, data_start) for name, entry in header.items()}
         _check_layout(records.values(), data_start=data_start, file_bytes=size)
-    except MalformedFileError:  # names the file by itself
+    except MalformedFileError:  # already names the file
         raise
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
@@ -115,7 +115,7 @@ def read_header(path: Path) -> dict[str, TensorRecord]:
 
 
 def _record(path: Path, name: str, entry: Any, data_start: int) -> TensorRecord:
-    """What a header says of one tensor, every value of the kind it has to be."""
+    """A header's entry for one tensor, with every value checked."""
     if not isinstance(entry, dict):
         raise ValueError(f"{name}: expected an object, got {json_kind(entry)}")
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
@@ -142,20 +142,20 @@ def _record(path: Path, name: str, entry: Any, data_start: int) -> TensorRecord:
 
 
 def _are_sizes(value: Any) -> bool:
-    """Whether a value of a header is a list of plain numbers from 0 on."""
+    """Whether a header value is a list of non-negative integers."""
     return isinstance(value, list) and all(
         type(one) is int and 0 <= one <= _LARGEST_NUMBER for one in value
     )
 
 
 def _shown(value: Any) -> str:
-    """A value of a header as an error shows it: its beginning, where it is long."""
+    """A header value as shown in an error, shortened if it is long."""
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def _check_layout(records: Iterable[TensorRecord], *, data_start: int, file_bytes: int) -> None:
-    """Tensors lie one after the other, as long as their shapes say, to the file's last byte."""
+    """Check that tensors are contiguous, as long as their shapes require, and fill the file."""
     end = data_start
     for record in sorted(records, key=lambda record: (record.offset, record.nbytes)):
         if record.offset != end:
@@ -177,10 +177,10 @@ def _check_layout(records: Iterable[TensorRecord], *, data_start: int, file_byte
 
 
 def read_slices(descriptor: int, record: TensorRecord, targets: Sequence[Target]) -> None:
-    """Fill arrays with slices of one tensor, reading the rows they lie in once.
+    """Fill arrays with slices of one tensor, reading each row of the file once.
 
-    Safe to call from several threads with one descriptor. Beside the targets at most 2 MB (or one
-    row) are held.
+    Safe to call from several threads with one descriptor. Needs at most 2 MB (or one row) besides
+    the targets.
 
     Args:
         descriptor: of the opened file.
@@ -188,7 +188,7 @@ def read_slices(descriptor: int, record: TensorRecord, targets: Sequence[Target]
         targets: the slices; an array may be a transposed view.
 
     Raises:
-        ValueError: the file ends early: somebody changed it.
+        ValueError: the file ends early, because it was changed.
     """
     targets = [target for target in targets if target.array.size]
     if not targets:  # vocabulary padding only
@@ -203,8 +203,8 @@ def read_slices(descriptor: int, record: TensorRecord, targets: Sequence[Target]
     first = min(target.rows.start for target in targets)
     last = max(target.rows.stop for target in targets)
     height = max(1, min(last - first, _BLOCK_BYTES // row_bytes, 512))
-    # Rows an odd number of cache lines apart: a power of two puts a column's elements in one cache
-    # set, and transposing drops from 4 to 1.2 GB/s.
+    # Rows are an odd number of cache lines apart: a power of two would map a column's elements to
+    # one cache set, and transposing would drop from 4 to 1.2 GB/s.
     pitch = (-(-row_bytes // 64) | 1) * 64
     scratch = np.empty((height, pitch), np.uint8)[:, :row_bytes]
     block, lines = scratch.view(dtype), [row.data for row in scratch]
@@ -227,7 +227,7 @@ def _whole_rows(target: Target, record: TensorRecord) -> bool:
 def _read_exactly(
     descriptor: int, buffers: Sequence[memoryview], record: TensorRecord, position: int
 ) -> None:
-    """Fills the buffers from `position` bytes into the tensor; one read may return less."""
+    """Fill the buffers from a byte position of the tensor; a single read may return less."""
     left, offset = list(buffers), record.offset + position
     while left:
         count = os.preadv(descriptor, left, offset)
@@ -266,7 +266,7 @@ def write_file(
     Args:
         path: the file to create.
         shapes: tensor name → shape, in the order of `arrays`.
-        arrays: the tensors, C-contiguous, made one by one while they are written.
+        arrays: the tensors, C-contiguous, consumed one at a time.
         dtype: the dtype of all of them.
 
     Raises:

@@ -66,7 +66,7 @@ def test_damage_is_logged_with_file_expected_and_found(tmp_path: Path, caplog) -
     assert "step 1" in text
     assert victim.name in text
     assert "expected SHA-256" in text
-    assert "going on from step 0" in text
+    assert "resuming from step 0" in text
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing file", "no manifest", "renamed"])
@@ -79,7 +79,7 @@ def test_an_incomplete_newest_step_is_named_and_the_one_before_is_used(
         "truncated": "bytes, found",
         "missing file": "missing",
         "no manifest": "manifest.json is missing",
-        "renamed": "the folder 2 holds step 1",
+        "renamed": "the folder 2 contains step 1",
     }[damage]
     if damage == "truncated":
         victim.write_bytes(victim.read_bytes()[:-1])
@@ -162,7 +162,7 @@ def test_the_label_must_be_the_step_of_the_state(tmp_path: Path) -> None:
     saved_run(tmp_path, 0, 1)
     (tmp_path / "1").rename(tmp_path / "2")
     reseal(tmp_path / "2", 2)
-    with pytest.raises(ValueError, match=r"2 holds state\.step = 1, expected 2"):
+    with pytest.raises(ValueError, match=r"2 has state\.step = 1, expected 2"):
         TrainCheckpointer(tmp_path, keep=1).restore(make_state(0))
 
 
@@ -170,7 +170,7 @@ def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
     saved_run(tmp_path, 0)
     (tmp_path / "0" / "data" / "metadata").write_text('{"processes": [{"json": 1}, {"json": 2}]}')
     reseal(tmp_path / "0", 0)
-    with pytest.raises(ValueError, match=r"of 2 process\(es\), this run has 1: resume with as"):
+    with pytest.raises(ValueError, match=r"of 2 process\(es\), but this run has 1: resume with"):
         TrainCheckpointer(tmp_path, keep=1).restore(make_state(0))
 
 

@@ -106,9 +106,9 @@ def test_an_altered_description_is_named(run_dir: Path, damage, tmp_path: Path) 
 def test_what_cannot_be_exported_says_why(tmp_path: Path, run_dir: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is not the directory of a run"):
         export_value(tmp_path, "latest", tmp_path / "out")
-    with pytest.raises(NoUsableCheckpointError, match=r"holds no step 5; it holds \[0, 10, 20\]"):
+    with pytest.raises(NoUsableCheckpointError, match=r"has no step 5; it has \[0, 10, 20\]"):
         export_value(run_dir, 5, tmp_path / "out")
-    with pytest.raises(FileExistsError, match="it is no value folder"):
+    with pytest.raises(FileExistsError, match="it is not a value folder"):
         export_value(run_dir, 0, run_dir, overwrite=True)
     with pytest.raises(ValueFolderError, match="it only describes a run"):
         load_value(run_dir / "value_description")
@@ -138,7 +138,7 @@ def test_commands_export_a_value_folder_and_a_hugging_face_folder(
     assert model.stop_ids == (257, 5), "the stop ids are kept"
     capsys.readouterr()
     assert main(["export-value", str(run_dir), str(out)]) == 1
-    assert "say overwrite" in capsys.readouterr().err
+    assert "set overwrite" in capsys.readouterr().err
 
 
 def test_a_step_that_is_no_step_is_an_error_of_the_command_line(capsys) -> None:

@@ -177,7 +177,7 @@ def test_an_unknown_format_version_names_both_and_the_remedy(tmp_path: Path, cap
 def test_what_is_there_is_not_replaced_unasked(folders, tmp_path: Path, capsys) -> None:
     before = {path: path.read_bytes() for path in folders[1].iterdir()}
     assert main(["export-hf", str(folders[0]), str(folders[1])]) == 1
-    assert "say overwrite" in capsys.readouterr().err
+    assert "set overwrite" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in folders[1].iterdir()} == before
     (tmp_path / "thesis.txt").write_text("mine")
     assert main(["export-hf", str(folders[0]), str(tmp_path), "--overwrite"]) == 1

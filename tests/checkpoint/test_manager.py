@@ -52,7 +52,7 @@ def test_a_given_step_can_be_restored(tmp_path: Path) -> None:
     saved_run(tmp_path, 0, 5, 9)
     restored = TrainCheckpointer(tmp_path, keep=2).restore(make_state(0), step=5)
     assert_same(restored.state, make_state(5))
-    with pytest.raises(NoUsableCheckpointError, match=r"no step 6; it holds \[0, 5, 9\]"):
+    with pytest.raises(NoUsableCheckpointError, match=r"no step 6; it has \[0, 5, 9\]"):
         TrainCheckpointer(tmp_path, keep=2).restore(make_state(0), step=6)
 
 
@@ -63,7 +63,7 @@ def test_a_step_without_its_optimizer_state_is_filled_when_it_is_restored(tmp_pa
         checkpointer.record_metrics({"nll": 1.0})
         checkpointer.wait_until_finished()
         target = abstract(make_state(0))
-        with pytest.raises(ValueError, match="holds no opt_state"):
+        with pytest.raises(ValueError, match="has no opt_state"):
             checkpointer.restore(target)
 
         def fill(kept: State) -> State:
@@ -216,7 +216,7 @@ def test_checkpoints_of_another_run_are_never_overwritten(tmp_path: Path) -> Non
     saved_run(tmp_path, 0, 5)
     with (
         TrainCheckpointer(tmp_path, keep=1) as checkpointer,
-        pytest.raises(FileExistsError, match=r"of steps \[0, 5\]: continue that run"),
+        pytest.raises(FileExistsError, match=r"of steps \[0, 5\]: resume that run"),
     ):
         save(checkpointer, 0)
     assert folders(tmp_path) == ["0", "5"]

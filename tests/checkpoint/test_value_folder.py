@@ -182,7 +182,7 @@ def test_an_existing_folder_is_replaced_only_when_said(
     folder: Path, params, metadata, tokenizer
 ) -> None:
     before = contents(folder)
-    with pytest.raises(FileExistsError, match="say overwrite, or choose another folder"):
+    with pytest.raises(FileExistsError, match="set overwrite, or choose another folder"):
         save_value(folder, params=params, metadata=metadata, tokenizer=tokenizer)
     assert contents(folder) == before
     newer = dataclasses.replace(metadata, steps=13)
@@ -196,7 +196,7 @@ def test_a_folder_of_something_else_is_never_replaced(
 ) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match="it is no value folder, so it is not replaced"):
+    with pytest.raises(FileExistsError, match="it is not a value folder, so it is not replaced"):
         save_value(
             tmp_path / "mine",
             params=params,

@@ -57,7 +57,7 @@ def test_parameters_of_the_other_form_are_refused_by_name():
     params = random_params(arch)
     ids = jnp.asarray(tokens(1, 2))
     at = jnp.asarray([[0, 1]], jnp.int32)
-    with pytest.raises(ValueError, match=r"laid out for decoding(.|\n)*missing .*gate_up_proj"):
+    with pytest.raises(ValueError, match=r"arranged for decoding(.|\n)*missing .*gate_up_proj"):
         forward(build_decoder(arch, form=KernelForm(rows=True)), params, ids, positions=at)
     with pytest.raises(ValueError, match=r"unexpected .*qkv_proj"):
         forward(build_decoder(arch), to_decode_layout(params), ids, positions=at)

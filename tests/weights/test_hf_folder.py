@@ -38,7 +38,7 @@ def test_other_safetensors_files_get_their_own_remedy(
 
 
 def test_an_empty_or_absent_folder_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="is this the folder of a model"):
+    with pytest.raises(FileNotFoundError, match="this is the folder of a model"):
         find_tensors(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         find_tensors(tmp_path / "absent")
@@ -210,7 +210,7 @@ def test_a_folder_with_files_is_replaced_only_when_told(tmp_path: Path) -> None:
     final.mkdir()
     (final / "config.json").write_text("old")
     (final / "stale").touch()
-    with pytest.raises(FileExistsError, match="say overwrite"), new_folder(final, overwrite=False):
+    with pytest.raises(FileExistsError, match="set overwrite"), new_folder(final, overwrite=False):
         pass
     with new_folder(final, overwrite=True) as staging:
         (staging / "config.json").write_text("new")

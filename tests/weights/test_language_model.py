@@ -149,7 +149,7 @@ def test_transformers_generates_from_a_saved_model(
 def test_a_model_is_replaced_only_when_told(stories: LanguageModel, tmp_path: Path) -> None:
     save_language_model(tmp_path / "saved", stories, dtype=jnp.float32)
     (tmp_path / "saved" / "stale.json").touch()
-    with pytest.raises(FileExistsError, match="say overwrite"):
+    with pytest.raises(FileExistsError, match="set overwrite"):
         save_language_model(tmp_path / "saved", stories, dtype=jnp.float32)
     save_language_model(tmp_path / "saved", stories, dtype=jnp.bfloat16, overwrite=True)
     assert not (tmp_path / "saved" / "stale.json").exists()
@@ -223,7 +223,7 @@ def test_what_can_only_be_a_path_never_asks_the_hub(
 def test_offline_the_error_says_what_to_do() -> None:
     with pytest.raises(FileNotFoundError, match=r"hub cannot be reached.*`hf download no/model`"):
         find_model("no/model")
-    with pytest.raises(FileNotFoundError, match="no hub id"):
+    with pytest.raises(FileNotFoundError, match="not a hub id"):
         find_model("a/b/c")
 
 

@@ -94,7 +94,7 @@ def test_int8_kernels_on_a_mesh_are_split_with_their_scales(tmp_path):
     assert jax.tree.map(lambda leaf: leaf.sharding, found) == shardings
     kernel = found["layers"][0]["mlp"]["down_proj"]["kernel"]
     assert set(bytes_per_device(kernel).values()) == {kernel.nbytes // 4}
-    with pytest.raises(ValueError, match="are for one device: expected no shardings"):
+    with pytest.raises(ValueError, match="are for a single device: expected no shardings"):
         load_params(tmp_path / "model", arch, form=ROWS, shardings=shardings)
 
 
