@@ -1,6 +1,6 @@
 """Run benchmarks: `python -m benchmarks NAME…|all [--quick] [--json FILE]`.
 
-In: names. Out: a table each, one JSON file for all. What a benchmark is stands in the package.
+In: names. Out: one table each, and one JSON file for all. `benchmarks` describes how to write one.
 """
 
 import argparse
@@ -20,17 +20,17 @@ _WIDTH_OF_A_FILE = 160
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the status is 1 where a benchmark failed, not where a target is missed.
+    """Run the command line; the status is 1 if a benchmark failed, but not if a target was missed.
 
     Args:
-        arguments: of the command line; None for this process' own.
+        arguments: of the command line; None: this process's.
     """
     return run_command(_PROGRAM, _run, arguments, failure_status=FAILED)
 
 
 def _run(arguments: Sequence[str]) -> int:
     options, chosen, path = _parse(arguments)
-    # A pipe has no width; rich would take 80 columns and break every cell.
+    # A pipe has no width; rich would assume 80 columns and wrap every cell.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH_OF_A_FILE)
     reports, failures = {}, {}
     setting = describe_setting()
@@ -41,7 +41,7 @@ def _run(arguments: Sequence[str]) -> int:
             reports[name] = benchmark.load()(options)
             show(name, reports[name], console)
         except Exception as error:
-            # The others' hours are not lost for one that fails.
+            # A failure does not discard the results of the others.
             failures[name] = f"{type(error).__name__}: {error}"
             said = describe_unexpected(error, program=_PROGRAM, arguments=arguments)
             console.print(f"{name}: {said}", style="red", markup=False, soft_wrap=True)
@@ -68,14 +68,14 @@ def _parse(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "names", nargs="+", metavar="NAME", help="as below, all, or MODULE:FUNCTION of your own"
+        "names", nargs="+", metavar="NAME", help="see below, or all, or your own MODULE:FUNCTION"
     )
     parser.add_argument("--quick", action="store_true", help="smaller sizes, fewer repeats")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and setting there")
     parsed = parser.parse_args(arguments)
     path: Path | None = parsed.json
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        parser.error(f"--json {path}: expected the name of a file in a folder that exists")
+        parser.error(f"--json {path}: expected the name of a file in an existing folder")
     try:
         chosen = _choose(parsed.names, found)
     except BenchmarkError as error:
@@ -84,7 +84,7 @@ def _parse(
 
 
 def _choose(names: Sequence[str], found: Mapping[str, Benchmark]) -> dict[str, Benchmark]:
-    """The benchmarks that were named, each once, in the order they were named in.
+    """The named benchmarks, each once, in the given order.
 
     Raises:
         BenchmarkError: there is no such benchmark.
@@ -100,7 +100,7 @@ def _choose(names: Sequence[str], found: Mapping[str, Benchmark]) -> dict[str, B
         else:
             known = ", ".join([*found, "all"])
             raise BenchmarkError(
-                f"no benchmark {name!r}: choose from {known}, or name MODULE:FUNCTION of your own"
+                f"no benchmark {name!r}: choose from {known}, or give your own MODULE:FUNCTION"
             )
     return chosen
 

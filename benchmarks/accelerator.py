@@ -1,8 +1,8 @@
 """One accelerator in eight minutes: attention, composed decoding, a training step, the demo.
 
-In: nothing; weights and tokens are random. Out: rows beside the device's own measured limits. A
-part that fails is recorded under `failed`, and the others still run. Without an accelerator, and
-with quick, all of it runs scaled down.
+Weights and tokens are random. Out: rows with the device's own measured limits. A part that fails is
+recorded under `failed`, and the others still run. Without an accelerator, or with `quick`,
+everything runs scaled down.
 """
 
 import functools
@@ -32,7 +32,7 @@ from ivl_jax.model.decoder import abstract_params
 
 ABOUT = "one accelerator: attention, decoding and training beside its measured limits; the demo"
 
-_SECONDS = 450  # what all parts may take; the demo gets what is left
+_SECONDS = 450  # for all parts; the demo gets the rest
 _DEMO_NEEDS = 60
 _SIZES = Sizes(rows=4, length=2048)
 
@@ -48,10 +48,10 @@ class Scale:
         batches: Rows decoded together, one after the other.
         new_tokens: Tokens decoded a row.
         training: Sizes of the training batch.
-        attention: Rows and tokens of the attention that is timed.
-        matrix: Side of the square product that gives the limit of arithmetic.
-        copied: Elements of the array whose copy gives the limit of memory.
-        repeats: Timed calls of each work.
+        attention: Rows and tokens of the timed attention.
+        matrix: Side of the square product that measures the arithmetic limit.
+        copied: Elements of the array whose copy measures the memory limit.
+        repeats: Timed calls of each.
         demo: Whether the demo runs too.
     """
 
@@ -85,7 +85,7 @@ _SMALL = Scale(
 
 @dataclass
 class _Check:
-    """What the parts found so far."""
+    """The results of the parts so far."""
 
     scale: Scale
     started: float = field(default_factory=time.perf_counter)
@@ -95,7 +95,7 @@ class _Check:
     operations_a_second: float | None = None
 
     def run(self, name: str, part: Callable[["_Check"], Iterator[Row]]) -> None:
-        """Run a part; what it yields before it fails is kept."""
+        """Run a part; rows that it yields before a failure are kept."""
         try:
             self.rows.extend(part(self))
         except Exception as error:
@@ -105,7 +105,7 @@ class _Check:
 
     @property
     def seconds_left(self) -> float:
-        """Of the time for all parts."""
+        """The remaining time for all parts."""
         return self.started + _SECONDS - time.perf_counter()
 
 
@@ -116,7 +116,7 @@ def run(options: Options) -> Report:
         options: quick: scaled down, as on a machine without an accelerator.
 
     Returns:
-        The report; `failed` among the shapes names the parts that did not end.
+        The report; `failed` among the shapes names the parts that failed.
     """
     small = options.quick or jax.default_backend() == "cpu"
     check = _Check(_SMALL if small else Scale())
@@ -157,13 +157,13 @@ def _limits(check: _Check) -> Iterator[Row]:
 
 
 def _attention(check: _Check) -> Iterator[Row]:
-    """Fused attention beside the plain form."""
+    """Fused attention compared with the plain form."""
     scale = check.scale
     return attention_rows(scale.value, scale.attention, dtype=scale.dtype, repeats=scale.repeats)
 
 
 def _decoding(check: _Check) -> Iterator[Row]:
-    """A base with a value network on top, greedily, at every batch."""
+    """A base with a value network, decoded greedily at every batch size."""
     scale = check.scale
     networks = [
         Weights(arch, draw_params(abstract_params(arch, param_dtype=scale.dtype), seed))
@@ -202,7 +202,7 @@ def _decoding(check: _Check) -> Iterator[Row]:
 
 
 def _training(check: _Check) -> Iterator[Row]:
-    """A step of a value network beside a frozen base of its own shape."""
+    """A training step of a value network with a frozen base of the same shape."""
     scale = check.scale
     started = time.perf_counter()
     step = OurStep(
@@ -231,16 +231,16 @@ def _training(check: _Check) -> Iterator[Row]:
 
 
 def _demo(check: _Check) -> Iterator[Row]:
-    """The demo in a process of its own, while there is time."""
+    """The demo in a separate process, if there is time."""
     if not check.scale.demo:
         return
     left = check.seconds_left
     if left < _DEMO_NEEDS:
-        raise TimeoutError(f"{left:.0f} s were left, it needs {_DEMO_NEEDS}")
+        raise TimeoutError(f"only {left:.0f} s were left, but it needs {_DEMO_NEEDS}")
     with tempfile.TemporaryDirectory(prefix="ivl-demo-") as folder:
         command = [sys.executable, "-m", "ivl_jax.experiments.demo"]
         paths = os.pathsep.join([str(PROJECT_ROOT), os.environ.get("PYTHONPATH", "")])
-        # This process keeps most of the device's memory; the demo needs little.
+        # This process holds most of the device's memory, but the demo needs little.
         environment = os.environ | {
             "PYTHONPATH": paths,
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
@@ -270,7 +270,7 @@ _PARTS: dict[str, Callable[[_Check], Iterator[Row]]] = {
 
 
 def _compilation(what: str, timing: Timing) -> Row:
-    """The first call beyond a usual one."""
+    """How much longer the first call took than a usual one."""
     first = timing.warm_up or 0.0
     return Row(f"{what}: compiled", Figures(max(0.0, first - timing.figures.median), 0.0), "s")
 
@@ -280,7 +280,7 @@ def _scaled(figures: Figures, unit: float) -> Figures:
 
 
 def _peak_memory() -> float | None:
-    """The most bytes the device held at once, GB; None where it does not count them."""
+    """The device's peak memory in GB; None if it does not record it."""
     statistics: dict[str, Any] | None = jax.devices()[0].memory_stats()
     peak = (statistics or {}).get("peak_bytes_in_use")
     return None if peak is None else round(peak / 1e9, 2)

@@ -1,6 +1,6 @@
-"""Fused attention beside the plain form: values and gradients against float32, and time.
+"""Fused attention compared with the plain form: errors against float32, and time.
 
-In: a shape. Out: rows; of the plain form alone where the device has no fused one.
+In: a shape. Out: rows; only of the plain form if the device has no fused one.
 """
 
 import math
@@ -28,13 +28,13 @@ def attention_rows(
     """Compare both forms and time them, forward and backward.
 
     Args:
-        arch: gives the numbers of heads and their width.
+        arch: has the numbers of heads and their width.
         sizes: rows and tokens.
         dtype: of queries, keys and values.
         repeats: timed calls of each.
 
     Yields:
-        Errors and times of the fused form, or a row that says that there is none.
+        Errors and times of both forms; one row says whether there is a fused form.
     """
     heads = (arch.num_attention_heads, arch.num_key_value_heads, arch.num_key_value_heads)
     keys = jax.random.split(jax.random.key(0), 3)
@@ -42,7 +42,7 @@ def attention_rows(
         jax.random.normal(key, (*sizes, count, arch.head_dim), jnp.float32).astype(dtype)
         for key, count in zip(keys, heads, strict=True)
     ]
-    # Two segments a row: the mask of packed demonstrations.
+    # Two segments per row: the mask of packed demonstrations.
     segments = jnp.arange(sizes.length) >= sizes.length // 3
     mask = jnp.tril(segments[:, None] == segments[None, :])[None, None]
     scale = 1 / math.sqrt(arch.head_dim)
@@ -54,7 +54,7 @@ def attention_rows(
         )
     yield Row("fused attention on this device", Figures(float(fused is not None), 0.0), "of 1")
     forms = {"fused": fused, "plain": plain} if fused is not None else {"plain": plain}
-    # One row of the batch: float32 takes twice the memory.
+    # Only one row of the batch, since float32 takes twice the memory.
     first = [each[:1] for each in inputs]
     expected = plain(*(each.astype(jnp.float32) for each in first))
     for name, form in forms.items():
@@ -79,7 +79,7 @@ def attention_rows(
 
 
 def _plain(mask: Bool[Array, "1 1 T T"], scale: float) -> Attention:
-    """XLA's own form, which the model's plain attention equals."""
+    """XLA's own form, which equals the model's plain attention."""
 
     def attend(
         query: Float[Array, "B T N H"], key: Float[Array, "B T K H"], value: Float[Array, "B T K H"]
@@ -93,7 +93,7 @@ def _plain(mask: Bool[Array, "1 1 T T"], scale: float) -> Attention:
 
 
 def _with_gradients(attention: Attention) -> Callable[..., Any]:
-    """(query, key, value) → the attended values, and the gradients of half their square."""
+    """(query, key, value) → the output, and the gradients of half its square."""
 
     def half_square(query: Array, key: Array, value: Array) -> tuple[Array, Array]:
         mixed = attention(query, key, value)

@@ -1,7 +1,7 @@
-"""Composed decoding of 8 and 32 prompts at once beside PyTorch.
+"""Composed decoding of 8 and 32 prompts at once, compared with PyTorch.
 
-In: nothing; weights are random, the same ones for every decoder. Out: rows for pair A, which is
-where batches cost memory and compute alike.
+Weights are random, and the same for every decoder. Out: rows for pair A, where a batch costs both
+memory and compute.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from benchmarks.shapes import BASE_A, VALUE_A, parameter_count
 
 ABOUT = "composed decoding of 8 and 32 prompts at once beside PyTorch"
 
-# Batch → times as fast as PyTorch in float32.
+# Batch → target speedup over PyTorch in float32.
 TARGETS = {8: 1.8, 32: 1.5}
 
 
@@ -22,7 +22,7 @@ def run(options: Options) -> Report:
     """Decode batches with ours and both peers in turn.
 
     Args:
-        options: quick: batch 8 alone, 32 new tokens, two repeats.
+        options: quick: only batch 8, 32 new tokens, two repeats.
 
     Returns:
         The report; the figures for batch 1 are `decode`'s.
@@ -46,7 +46,7 @@ def _rows(batch: int, plan: Plan) -> Iterator[Row]:
     outcomes, memory = contest(contenders, new_tokens=plan.new_tokens, memory_around=OURS)
     slots = PROMPT_TOKENS + plan.new_tokens / 2
     limit = memory.limit(outcomes[OURS], bytes_a_step([base, value], batch=batch, slots=slots))
-    # In bfloat16 this processor multiplies matrices at twice our float32 rate: 1.0 is the goal.
+    # In bfloat16 this processor multiplies matrices at twice our float32 rate, so 1.0 is the goal.
     for peer, bound in ((CACHED, TARGETS[batch]), (CACHED_BF16, None)):
         yield Row(
             f"batch {batch}: composed decoding",

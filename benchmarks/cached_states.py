@@ -1,7 +1,7 @@
-"""Training steps from cached base states beside steps that run the base: epochs 2… of both.
+"""Training steps from cached base states compared with steps that run the base, from epoch 2 on.
 
-In: GSM8K and the Llama-2 tokenizer under ../shared; weights are random. Out: rows in tokens a
-second. Both sides are the loop's own parts: the batch iterator, which for one of them reads the
+In: GSM8K and the Llama-2 tokenizer under ../shared; weights are random. Out: rows in tokens per
+second. Both use the training loop's own parts: the batch iterator, which in one case reads the
 states from disk, and the compiled step.
 """
 
@@ -39,7 +39,7 @@ QUICK_DIALOGUES = 16
 
 
 class Pair(NamedTuple):
-    """A base beside pair A's value network, and how much faster its cached epochs should be."""
+    """A base for pair A's value network, and the target speedup of its cached epochs."""
 
     name: str
     base: ArchConfig
@@ -140,7 +140,7 @@ def _cache(config: TrainConfig) -> None:
 
 
 def _step(config: TrainConfig) -> Callable[[], Any]:
-    """One step of a run: its batch read, placed and learned from."""
+    """One step of a run: reads a batch, places it and trains on it."""
     mesh = make_run_mesh(config)
     models = choose_models(config, mesh)
     data = prepare_data(config, models, mesh)

@@ -1,6 +1,6 @@
-"""Ours in decoding: a base and value networks of random weights, through the real programs.
+"""Our decoder: a base and value networks with random weights, run by the real programs.
 
-In: shapes. Out: `Composed`, with the same two methods as a peer, and the bytes a step has to read.
+In: shapes. Out: `Composed`, with the same two methods as a peer, and the bytes that a step reads.
 """
 
 import dataclasses
@@ -27,11 +27,11 @@ from ivl_jax.decoding.requests import GenerationOptions, lay_out
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import Params, init_params
 
-_NEVER = ()  # no stop ids: every row is as long as it was asked to be
+_NEVER = ()  # no stop ids: every row has the requested length
 
 
 class Weights(NamedTuple):
-    """One network: its shape, and parameters as they are trained."""
+    """One network: its shape, and parameters as trained."""
 
     arch: ArchConfig
     params: Params
@@ -43,7 +43,7 @@ class Composed:
 
     Attributes:
         composition: The static half.
-        params: The arrays, laid out for decoding.
+        params: The arrays, arranged for decoding.
         strengths: α of each value network.
     """
 
@@ -98,7 +98,7 @@ def random_weights(arch: ArchConfig, seed: int) -> Weights:
 def composed(
     base: Weights, *values: Weights, strengths: Sequence[float] = (), int8_base: bool = False
 ) -> Composed:
-    """Put value networks on a base, all of one vocabulary, as `ivl_jax.compose` lays them out.
+    """Compose value networks with a base of the same vocabulary, like `ivl_jax.compose`.
 
     Args:
         base: the base.
@@ -128,7 +128,7 @@ def with_draft(model: Composed, draft: Weights, *, length: int = 0) -> Composed:
     Args:
         model: without one.
         draft: of the same vocabulary.
-        length: tokens it proposes at a time; 0: as many as pay.
+        length: tokens it proposes at a time; 0: chosen while decoding.
 
     Returns:
         The same model with the draft.
@@ -142,7 +142,7 @@ def with_draft(model: Composed, draft: Weights, *, length: int = 0) -> Composed:
 
 
 def bytes_a_step(networks: Sequence[Weights], *, batch: int, slots: float) -> int:
-    """Bytes that one step of decoding has to read: every weight once, and the caches.
+    """Bytes that one step of decoding reads: every weight once, and the caches.
 
     Args:
         networks: all networks of the composition.
@@ -150,8 +150,8 @@ def bytes_a_step(networks: Sequence[Weights], *, batch: int, slots: float) -> in
         slots: tokens in each row's caches, on average over the steps.
 
     Returns:
-        Bytes; of an embedding that is not the head too, only the rows' own entries are read: none
-        are counted.
+        Bytes; an embedding that is not also the head is not counted, since only a few of its rows
+        are read.
     """
     total = 0.0
     for arch, params in networks:

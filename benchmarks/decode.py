@@ -1,7 +1,7 @@
-"""Composed decoding of one prompt beside PyTorch and the memory's speed.
+"""Composed decoding of one prompt, compared with PyTorch and the memory's speed.
 
-In: nothing; weights are random, the same ones for every decoder. Out: rows for pair A, and unless
-quick for pair B.
+Weights are random, and the same for every decoder. Out: rows for pair A and, unless quick, for
+pair B.
 """
 
 import functools
@@ -29,27 +29,27 @@ ABOUT = "composed decoding of one prompt beside PyTorch and the limit of memory"
 OURS, ALONE = "ivl_jax", "ivl_jax, base alone"
 CACHED, CACHED_BF16 = "torch_cached f32", "torch_cached bf16"
 NO_CACHE, PROXY = "torch_nocache f32", "torch_proxy f32"
-# Ours in training and decoding layout, PyTorch's in float32 and bfloat16, and room for caches.
+# Our weights in training and decoding form, PyTorch's in float32 and bfloat16, and the caches.
 _COPIES = 4.0
 
 
 class Plan(NamedTuple):
-    """How long each side of a contest runs."""
+    """How long the decoders run."""
 
     new_tokens: int
     repeats: int
     slow_repeats: int
-    """Of the peers that take ten times as long."""
+    """Repeats of the peers that take ten times as long."""
 
 
 def run(options: Options) -> Report:
     """Decode with every contender in turn.
 
     Args:
-        options: quick: pair A alone, 32 new tokens, the slow peers once.
+        options: quick: only pair A, 32 new tokens, the slow peers once.
 
     Returns:
-        The report; pair B is left out, and said so, where memory is short.
+        The report; it says so if pair B is left out for lack of memory.
     """
     plan = Plan(32, 3, 1) if options.quick else Plan(NEW_TOKENS, 7, 2)
     rows = [*_pair_rows("pair A", BASE_A, plan, with_targets=True)]
@@ -126,16 +126,16 @@ def _speed_rows(pair: str, outcomes: Mapping[str, Outcome], *, with_targets: boo
 def contenders_of(
     base: Weights, value: Weights, prompts: np.ndarray, plan: Plan
 ) -> dict[str, Contender]:
-    """Ours, the base alone, and every peer, over the same weights.
+    """Our decoder, the base alone, and every peer, with the same weights.
 
     Args:
         base: the base.
-        value: the value network; the proxy's pair has its shape too.
+        value: the value network; both of the proxy's models have its shape too.
         prompts: [B T].
         plan: how long they run; without slow repeats, the slow peers are left out.
 
     Returns:
-        By name.
+        Contenders by name.
     """
     import torch
 

@@ -1,6 +1,6 @@
-"""Times decoders and the memory in turn: prompts are read first, and only decoding is timed.
+"""Times decoders and memory reads alternately; only decoding is timed, not reading the prompts.
 
-In: decoders by name. Out: tokens a second of each, what they generated, and bytes read a second.
+In: decoders by name. Out: tokens per second of each, their output, and bytes read per second.
 """
 
 import statistics
@@ -16,7 +16,7 @@ from benchmarks.timing import Figures, time_in_turn, time_work
 
 PROMPT_TOKENS = 64
 NEW_TOKENS = 128
-# Larger than any cache, as a decoder's weights are; 16,384² float32.
+# Larger than any cache, like a decoder's weights: 16,384² float32.
 _MATRIX_SIDE = 16_384
 _MEMORY_REPEATS = 5
 
@@ -31,11 +31,11 @@ class Contender(NamedTuple):
     repeats: int
     """Timed calls."""
     warm_up: bool = True
-    """Whether a first call, which may compile, is left out."""
+    """Whether the first call, which may compile, is not timed."""
 
 
 class Outcome(NamedTuple):
-    """What the contest found about one decoder."""
+    """The contest's results for one decoder."""
 
     seconds: tuple[float, ...]
     """Of a token, all rows at once, in each timed call."""
@@ -44,38 +44,38 @@ class Outcome(NamedTuple):
 
     @property
     def rate(self) -> Figures:
-        """Tokens a second, all rows together."""
+        """Tokens per second, over all rows."""
         return Figures.of(len(self.tokens) / each for each in self.seconds)
 
     @property
     def step(self) -> Figures:
-        """Milliseconds a token, all rows at once."""
+        """Milliseconds per step, with all rows at once."""
         return Figures.of(1e3 * each for each in self.seconds)
 
 
 class Memory(NamedTuple):
-    """Bytes a second that a float32 matrix × vector product over 1 GiB reads."""
+    """Bytes per second that a float32 matrix × vector product over 1 GiB reads."""
 
     readings: tuple[float, ...]
     """Around each timed call of one decoder: the mean of those right before and right after it."""
 
     @property
     def rate(self) -> Figures:
-        """Bytes a second."""
+        """Bytes per second."""
         return Figures.of(self.readings)
 
     def limit(self, outcome: Outcome, step_bytes: float) -> float:
-        """Tokens a second that memory allows where it is read as fast as around a decoder's calls.
+        """Tokens per second that memory allows at its speed around a decoder's calls.
 
-        The share of memory's speed is taken call by call, since that speed changes by half within
-        a minute on a machine with neighbours; the limit is what makes the median share come out.
+        The share of memory's speed is computed per call, since on a shared machine that speed
+        changes by half within a minute; the limit is chosen to reproduce the median share.
 
         Args:
             outcome: of the decoder around whose calls memory was read.
-            step_bytes: bytes that a token has to read, all rows at once.
+            step_bytes: bytes that a step reads, with all rows at once.
 
         Returns:
-            Tokens a second, all rows together.
+            Tokens per second, over all rows.
         """
         shares = [
             step_bytes / each / reading
@@ -92,17 +92,16 @@ def random_prompts(batch: int, vocab_size: int) -> np.ndarray:
 def contest(
     contenders: Mapping[str, Contender], *, new_tokens: int, memory_around: str = ""
 ) -> tuple[dict[str, Outcome], Memory]:
-    """Let each decoder generate, one after the other, again and again.
+    """Run the decoders one after the other, repeatedly.
 
     Args:
         contenders: by name.
-        new_tokens: tokens each generates a row; the first comes from the prompt and is not timed.
+        new_tokens: tokens generated per row; the first comes from the prompt and is not timed.
         memory_around: the contender right before and after whose timed calls memory is read; empty:
             memory is not read.
 
     Returns:
-        By name, what was found; and how fast memory was, read in the faster one of a kernel's two
-        orientations.
+        Outcomes by name; and the memory's speed, in the faster of a kernel's two orientations.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     tokens: dict[str, np.ndarray] = {}
@@ -126,7 +125,7 @@ def contest(
 
 
 def _memory_reader() -> Callable[[], float]:
-    """A function that measures bytes a second of a matrix × vector product, median of some."""
+    """A function that measures bytes per second of a matrix × vector product (a median)."""
     kernel = jnp.ones((_MATRIX_SIDE, _MATRIX_SIDE), jnp.float32)
     row, column = jnp.ones((1, _MATRIX_SIDE)), jnp.ones((_MATRIX_SIDE, 1))
     multiply = jax.jit(jnp.dot)

@@ -1,7 +1,7 @@
-"""Finds the benchmarks: every file of this package that says that it is one.
+"""Finds the benchmarks: every file of this package that declares itself one.
 
 In: the package's folder, or `MODULE:FUNCTION` from the command line. Out: names, a line about each,
-and functions that are imported only when they are to run.
+and functions that are imported only when they run.
 """
 
 import ast
@@ -16,14 +16,14 @@ _FOLDER = Path(__file__).parent
 
 
 class BenchmarkError(ValueError):
-    """No such benchmark, or a file that is only half of one."""
+    """No such benchmark, or an incomplete one."""
 
 
 class Benchmark(NamedTuple):
-    """A benchmark that may run."""
+    """A benchmark that can be run."""
 
     about: str
-    """One line: what is measured, beside what."""
+    """One line: what is measured, compared with what."""
     module: str
     function: str = "run"
 
@@ -33,7 +33,7 @@ class Benchmark(NamedTuple):
 
 
 def find_benchmarks(folder: Path = _FOLDER, *, package: str = "benchmarks") -> dict[str, Benchmark]:
-    """Find the benchmarks of a package; imports none of them.
+    """Find the benchmarks of a package without importing them.
 
     Args:
         folder: the package's folder.
@@ -66,7 +66,7 @@ def read_reference(reference: str) -> Benchmark:
         reference: of a function that takes `Options` and returns a `Report`.
 
     Returns:
-        The benchmark, about which its docstring's first line says what it measures.
+        The benchmark, described by its docstring's first line.
 
     Raises:
         BenchmarkError: there is no such function.

@@ -1,6 +1,6 @@
-"""Runs a function in a Python process of its own, for what a used process would blur.
+"""Runs a function in a new Python process, for measurements that need a clean one.
 
-In: a function at the top level of a module. Out: what it returned.
+In: a function at the top level of a module. Out: its result.
 """
 
 import multiprocessing
@@ -27,9 +27,9 @@ def in_fresh_process(
 
     Args:
         function: at the top level of a module, so that the new process finds it by name.
-        environment: variables set in the new process, beside this one's.
+        environment: variables set in the new process, in addition to this one's.
         args: its arguments, picklable.
-        kwargs: likewise.
+        kwargs: its keyword arguments, picklable.
 
     Returns:
         What the function returned.
@@ -44,7 +44,7 @@ def in_fresh_process(
 
 @contextmanager
 def _set(environment: Mapping[str, str]) -> Iterator[None]:
-    """Change this process' variables, which a spawned one inherits, for a while."""
+    """Temporarily change this process's variables, which a spawned one inherits."""
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
     try:

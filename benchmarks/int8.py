@@ -1,7 +1,7 @@
-"""A base in int8 beside the same base in float32: decoding, memory, and what it costs in NLL.
+"""A base in int8 compared with the same base in float32: decoding, memory, and NLL.
 
-In: nothing; pair A has random weights, the family is the package's own. Out: rows; the peer of each
-is our own float32.
+Pair A has random weights, the family is the package's own. Out: rows; the peer of each is our own
+float32.
 """
 
 import functools

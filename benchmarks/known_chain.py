@@ -1,8 +1,8 @@
-"""Weights whose greedy text is known before they run, at any shape and at full cost.
+"""Weights with a known greedy text, for any shape and at full cost.
 
-In: a shape, and which token is to follow each. Out: parameters. What attention and MLP add to the
-residual stream is multiplied by zero kernels, so the last hidden state is the token's own
-embedding, and the head has that embedding in the column of the token that follows.
+In: a shape, and the token that should follow each token. Out: parameters. The outputs of attention
+and MLP are multiplied by zero kernels, so the last hidden state is the token's own embedding, and
+the head has that embedding in the column of the token that follows.
 """
 
 import functools
@@ -14,9 +14,9 @@ from benchmarks.composed import Weights, random_weights
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import Params
 
-# The logit of the token that follows; the others' lie within ±8 at a width of 192 or more.
+# The logit of the token that follows; the others are within ±8 at a width of 192 or more.
 _LOGIT = 20.0
-# Proposals agree in exactly the share asked for within each stretch of this many tokens.
+# Proposals agree in exactly the requested share within each stretch of this many tokens.
 _STRETCH = 20
 
 
@@ -29,10 +29,10 @@ def followers(order: np.ndarray, *, agreement: float = 1.0, seed: int = 1) -> np
     """The token that follows each token.
 
     Args:
-        order: of `cycle`.
-        agreement: share of the tokens that are followed by what follows them in the cycle; the
-            others are followed by something else.
-        seed: decides which.
+        order: from `cycle`.
+        agreement: share of tokens followed by their successor in the cycle; the others are followed
+            by another token.
+        seed: determines which.
 
     Returns:
         [V], by token.
@@ -50,15 +50,15 @@ def followers(order: np.ndarray, *, agreement: float = 1.0, seed: int = 1) -> np
 
 
 def chain_weights(arch: ArchConfig, following: np.ndarray, *, seed: int) -> Weights:
-    """Weights of this shape that let the given token follow each token.
+    """Weights of this shape that predict the given successor of each token.
 
     Args:
-        arch: the shape, with a head of its own.
-        following: of `followers`.
+        arch: the shape, with an untied head.
+        following: from `followers`.
         seed: of everything else.
 
     Returns:
-        The weights; greedy decoding from token t goes on with following[t].
+        The weights; greedy decoding continues token t with following[t].
     """
     rows = np.random.default_rng(seed).standard_normal(
         (arch.vocab_size, arch.hidden_size), np.float32
@@ -74,7 +74,7 @@ def chain_weights(arch: ArchConfig, following: np.ndarray, *, seed: int) -> Weig
 
 @functools.lru_cache(maxsize=1)
 def _silent_layers(arch: ArchConfig, seed: int) -> Params:
-    """Random weights whose layers add nothing; kept, since drafts differ in their heads alone."""
+    """Random weights whose layers add nothing; cached, since drafts differ only in their heads."""
     params = random_weights(arch, seed).params
     for layer in params["layers"].values():
         for part, name in (("self_attn", "o_proj"), ("mlp", "down_proj")):

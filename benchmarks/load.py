@@ -1,7 +1,7 @@
-"""Loading a checkpoint from the page cache: speed beside safetensors with torch, and peak memory.
+"""Loading a checkpoint from the page cache: speed compared with safetensors with torch, and memory.
 
-In: nothing; a checkpoint of random weights is written to a temporary folder. Out: rows. Each
-loading happens in a process of its own; the imports are not timed on either side.
+A checkpoint of random weights is written to a temporary folder. Out: rows. Each load runs in a
+separate process; imports are not timed.
 """
 
 import tempfile
@@ -22,25 +22,25 @@ _COPIES = 2.4
 
 
 class Loading(NamedTuple):
-    """One loading of a checkpoint."""
+    """One load of a checkpoint."""
 
     seconds: float
     peak: int
-    """Bytes the process held at most, the libraries' own included."""
+    """Peak memory of the process in bytes, including the libraries."""
 
 
 def run(options: Options) -> Report:
     """Load the same file with both, in turn.
 
     Args:
-        options: quick: 134 M parameters instead of 1.1 B, three loadings, no target for memory (the
-            libraries' own weighs too much beside a small file).
+        options: quick: 134 M parameters instead of 1.1 B, three loads, no target for memory (the
+            libraries' own memory would dominate that of a small file).
 
     Returns:
         The report.
 
     Raises:
-        MemoryError: the page cache cannot hold the file beside a loaded copy.
+        MemoryError: memory does not fit the file in the page cache and a loaded copy.
         OSError: the file does not fit on the disk.
     """
     arch, repeats = (BASE_A, 3) if options.quick else (BASE_B, 5)
@@ -49,7 +49,7 @@ def run(options: Options) -> Report:
         raise MemoryError(f"{needed / 1e9:.1f} GB are needed, {available / 1e9:.1f} are available")
     with tempfile.TemporaryDirectory(prefix="ivl-load-") as folder:
         size = write_checkpoint(Path(folder), arch)
-        # What was just written is in the page cache; the first loading of each is not counted.
+        # The file just written is in the page cache; the first load of each is not counted.
         loadings = [
             (
                 in_fresh_process(load, {}, folder),

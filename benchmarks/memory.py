@@ -1,7 +1,7 @@
-"""Peak temporaries of the training step with a large vocabulary: chunked against whole logits.
+"""Peak temporaries of the training step with a large vocabulary: chunked or whole logits.
 
-In: nothing; weights and tokens are random. Out: rows: bytes by XLA's own analysis of the compiled
-step, and seconds of both forms, timed in turn.
+Weights and tokens are random. Out: rows with bytes from XLA's own analysis of the compiled step,
+and seconds of both forms, timed alternately.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ ABOUT = "peak temporaries of the step at a vocabulary of 128,256: logits in chun
 
 SIZES = Sizes(rows=2, length=2048)
 QUICK_SIZES = Sizes(rows=2, length=256)
-# Base and value network of pair A's value shape, with Llama-3's vocabulary.
+# Base and value network have pair A's value shape, with Llama-3's vocabulary.
 ARCH = dataclasses.replace(VALUE_A, vocab_size=128_256)
 
 

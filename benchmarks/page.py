@@ -1,4 +1,4 @@
-"""Fills docs/performance.md from what was measured: `python -m benchmarks.page`.
+"""Fills docs/performance.md with the measured figures: `python -m benchmarks.page`.
 
 In: the JSON files of benchmarks/results. Out: the page's tables, between its two marks, and
 docs/performance.png: tokens a second against the batch, ours, the peers and the memory's limit.
@@ -31,7 +31,7 @@ _STYLES = {
 
 
 def main() -> None:
-    """Write tables and plot of what has been measured last."""
+    """Write tables and plot from the latest results."""
     records = {
         name: json.loads(file.read_text(encoding="utf-8"))
         for name in find_benchmarks()

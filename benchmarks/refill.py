@@ -1,10 +1,10 @@
-"""256 ragged requests: rows refilled as they end, beside batches that wait for their longest row.
+"""256 ragged requests: rows refilled as they end, compared with batches that wait for the longest.
 
-In: nothing; weights and prompts are random, lengths are drawn as GSM8K's are distributed. Out: rows
-in generated tokens a second, prompts included in the time; in the shapes, which share of its steps
-a row of a static batch is busy: one over it is the most that refilling can gain.
+Weights and prompts are random, lengths are distributed like GSM8K's. Out: rows in generated tokens
+per second, prompts included in the time; among the shapes, the share of steps in which a row of a
+static batch is busy, whose inverse is the most that refilling can gain.
 
-How long each row will be, neither side knows: requests come in random order and are not sorted.
+Neither knows how long each row will be: requests come in random order and are not sorted.
 """
 
 from collections.abc import Sequence
@@ -36,13 +36,13 @@ class Plan(NamedTuple):
 
     requests: int
     shorter: int
-    """Lengths are GSM8K's divided by it."""
+    """Lengths are GSM8K's divided by this."""
     batches: tuple[int, ...]
     repeats: int
 
 
 class Work(NamedTuple):
-    """Requests, and how many of them are given to the decoder at once."""
+    """Requests, and how many are given to the decoder at once."""
 
     requests: Sequence[EncodedPrompt]
     at_once: int
@@ -100,7 +100,7 @@ def run(options: Options) -> Report:
 
 
 def _draw(rng: np.random.Generator, plan: Plan, median: float, deviation: float) -> list[int]:
-    """One length a request (tokens)."""
+    """One length in tokens per request."""
     drawn = median / plan.shorter * np.exp(deviation * rng.standard_normal(plan.requests))
     return np.maximum(drawn.round().astype(int), 1).tolist()
 
@@ -132,7 +132,7 @@ def _engine_model(model: Composed) -> EngineModel:
 
 
 def _decode(model: EngineModel, work: Work) -> None:
-    """Generate everything; texts are not spelled, so that nothing but decoding is timed."""
+    """Generate everything, without decoding to text, so that only generation is timed."""
     generated = 0
     for start in range(0, len(work.requests), work.at_once):
         requests = work.requests[start : start + work.at_once]
@@ -147,11 +147,11 @@ def _decode(model: EngineModel, work: Work) -> None:
         while not engine.idle:
             generated += sum(len(one.token_ids) for one in engine.step())
     if generated != work.tokens:
-        raise RuntimeError(f"{generated} tokens came out, {work.tokens} were asked for")
+        raise RuntimeError(f"{generated} tokens were generated, {work.tokens} were requested")
 
 
 def _busy(answers: Sequence[int], batch: int) -> float:
-    """Share of its steps in which a row of a static batch generates what is asked for."""
+    """Share of steps in which a row of a static batch generates requested tokens."""
     longest = [max(answers[start : start + batch]) for start in range(0, len(answers), batch)]
     return round(sum(answers) / (batch * sum(longest)), 3)
 

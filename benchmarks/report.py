@@ -1,6 +1,6 @@
-"""One form for every benchmark: rows with peers, limits and targets, as a table and as JSON.
+"""The common report of all benchmarks: rows with peers, limits and targets, as table and JSON.
 
-In: figures. Out: rows; on the console a table, in the file `rows`, `targets_met` and `setting`.
+In: figures. Out: rows; a table on the console; `rows`, `targets_met` and `setting` in the file.
 """
 
 import json
@@ -18,17 +18,17 @@ from benchmarks.timing import Figures
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says to a benchmark.
+    """The command line's options for a benchmark.
 
     Attributes:
-        quick: Smaller sizes and fewer repeats; the figures are for a look, not for quoting.
+        quick: Smaller sizes and fewer repeats; the figures are only indicative.
     """
 
     quick: bool = False
 
 
 class Target(NamedTuple):
-    """What a figure should reach: at least the bound, or at most where the median is a cost."""
+    """What a figure should reach: at least the bound, or at most for a median that is a cost."""
 
     of: Literal["median", "ratio", "fraction_of_limit"]
     bound: float
@@ -50,13 +50,13 @@ class Row:
         name: What was measured.
         figures: Median and spread, in `unit`.
         unit: Their unit.
-        better: Which way is better.
-        peer: What it is compared with; None where nothing is.
+        better: Whether higher or lower is better.
+        peer: What it is compared with, or None.
         limit: The physical limit in `unit`, measured in the same run; None without one.
-        target: What should be reached; None where the figure is only reported.
+        target: What should be reached; None if the figure is only reported.
 
     Raises:
-        ValueError: the target is of the ratio without a peer, or of the limit without one.
+        ValueError: the target is a ratio without a peer, or a share of a limit without a limit.
     """
 
     name: str
@@ -77,12 +77,12 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """How many times better than the peer; None without one."""
+        """How many times better than the peer; None without a peer."""
         return None if self.peer is None else self._against(self.peer.median)
 
     @property
     def fraction_of_limit(self) -> float | None:
-        """Share of the limit that is reached; None without one."""
+        """Share of the limit that is reached; None without a limit."""
         return None if self.limit is None else self._against(self.limit)
 
     @property
@@ -94,7 +94,7 @@ class Row:
         return figure <= self.target.bound if self._at_most else figure >= self.target.bound
 
     def to_json(self) -> dict[str, Any]:
-        """The row as the JSON file has it, `met` apart."""
+        """The row's entry in the JSON file, including `met`."""
         target = self.target
         return {
             "name": self.name,
@@ -121,12 +121,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What one benchmark found.
+    """The results of one benchmark.
 
     Attributes:
         rows: Its figures.
-        dtype: Number format of the computation measured.
-        shapes: Sizes that matter, by name.
+        dtype: Number format of the measured computation.
+        shapes: Relevant sizes, by name.
     """
 
     rows: Sequence[Row]
@@ -141,18 +141,18 @@ def to_json(
     options: Options,
     setting: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Everything that was found, by any number of benchmarks.
+    """The results of any number of benchmarks.
 
     Args:
         reports: by benchmark.
-        failures: the error of each benchmark that did not end.
-        options: what they were run with.
+        failures: the error of each benchmark that failed.
+        options: the options they were run with.
         setting: from `describe_setting`.
 
     Returns:
-        `rows` of all of them, each with its benchmark; `targets_met`, true where all rows that
-        carry a target reach it and no benchmark failed; `setting`, with the dtype and the shapes
-        by benchmark; `failures`.
+        `rows` of all of them, each with its benchmark; `targets_met`, true if all rows with a
+        target reach it and no benchmark failed; `setting`, with the dtype and the shapes by
+        benchmark; `failures`.
     """
     rows = [(name, row) for name, report in reports.items() for row in report.rows]
     return {
@@ -169,7 +169,7 @@ def to_json(
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write what `to_json` gave, replacing an older file whole."""
+    """Write the result of `to_json`, replacing an existing file."""
     partial = path.with_name(path.name + ".partial")
     text = json.dumps(record, indent=2, ensure_ascii=False)
     partial.write_text(text + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
-"""Says on what and with what a benchmark ran.
+"""Describes the environment of a benchmark.
 
-In: nothing. Out: device, threads, versions and commit, ready for JSON.
+Out: device, threads, versions and commit, ready for JSON.
 """
 
 import os
@@ -32,8 +32,8 @@ def describe_setting() -> dict[str, Any]:
     """Describe the machine and the software.
 
     Returns:
-        `device`, `threads`, `load_average` (of the last minute: above `threads`, others were
-        computing too, and only ratios count), `versions` and `commit`.
+        `device`, `threads`, `load_average` (of the last minute: if above `threads`, other programs
+        were computing too, and only ratios are meaningful), `versions` and `commit`.
     """
     return {
         "device": _device(),
@@ -45,12 +45,12 @@ def describe_setting() -> dict[str, Any]:
 
 
 def thread_count() -> int:
-    """Cores this process may use; peers get as many threads."""
+    """Cores that this process may use; peers get as many threads."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _device() -> str:
-    """The processor; with an accelerator, that too."""
+    """The processor, and the accelerator if there is one."""
     import jax
 
     name = platform.processor() or platform.machine()
@@ -73,7 +73,7 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """The commit the code was at; with a mark where the code differs from it."""
+    """The commit of the code, marked if the code differs from it."""
     commands = (
         ["git", "rev-parse", "HEAD"],
         ["git", "status", "--porcelain", "--", "ivl_jax", "benchmarks", "*.py"],

@@ -1,6 +1,6 @@
-"""The model shapes that benchmarks use, and checkpoints of these shapes with random weights.
+"""The model shapes of the benchmarks, and checkpoints of these shapes with random weights.
 
-In: a shape's name. Out: an architecture, or a Hugging Face folder of it.
+In: a shape's name. Out: an architecture, or a Hugging Face folder.
 """
 
 import functools
@@ -49,26 +49,26 @@ def _llama(hidden: int, layers: int, heads: int, kv_heads: int, intermediate: in
 BASE_A = _llama(hidden=768, layers=12, heads=12, kv_heads=12, intermediate=2048)
 VALUE_A = _llama(hidden=288, layers=6, heads=6, kv_heads=6, intermediate=768)
 BASE_B = _llama(hidden=2048, layers=22, heads=32, kv_heads=4, intermediate=5632)
-# A tenth of pair A's base, to propose tokens for it.
+# A draft for pair A, a tenth of its base.
 DRAFT_A = _llama(hidden=192, layers=2, heads=3, kv_heads=3, intermediate=512)
 # Llama-2-7B's shape, for accelerators; with BASE_B as its value network.
 BASE_7B = _llama(hidden=4096, layers=32, heads=32, kv_heads=32, intermediate=11_008)
-# Pair C, a fifth of pair A, where tens of thousands of tokens are decoded: 24 M and 9 M.
+# Pair C, a fifth of pair A, for decoding tens of thousands of tokens: 24 M and 9 M.
 BASE_C = VALUE_A
 VALUE_C = _llama(hidden=128, layers=2, heads=4, kv_heads=4, intermediate=352)
 
 
 def draw_params(shapes: Params, seed: int) -> Params:
-    """Draw random weights array by array: a program for each shape, not one for all of them.
+    """Draw random weights array by array, with one program per shape instead of one for all.
 
-    On a GPU the initialisation of 32 unrolled layers in one program compiled for 217 s.
+    On a GPU the initialisation of 32 unrolled layers in a single program compiled for 217 s.
 
     Args:
         shapes: from `abstract_params`.
-        seed: into which each array's index is folded.
+        seed: combined with each array's index.
 
     Returns:
-        Matrices near zero, and norms' scales of ones.
+        Matrices near zero, and norm scales of ones.
     """
     key = jax.random.key(seed)
     leaves, tree = jax.tree.flatten(shapes)
@@ -96,15 +96,15 @@ def write_checkpoint(folder: Path, arch: ArchConfig, *, tokenizer: bool = False)
     """Write a Hugging Face folder with random float32 weights, holding one tensor at a time.
 
     Args:
-        folder: a folder that exists.
+        folder: an existing folder.
         arch: the shape.
-        tokenizer: put the Llama-2 tokenizer beside the weights.
+        tokenizer: whether to add the Llama-2 tokenizer.
 
     Returns:
         Bytes of the weights' file.
 
     Raises:
-        FileNotFoundError: the tokenizer is asked for, and ../shared is not there.
+        FileNotFoundError: the tokenizer is requested, but ../shared does not exist.
         OSError: the file does not fit on the disk.
     """
     shapes = file_shapes(arch)
@@ -124,7 +124,7 @@ def write_checkpoint(folder: Path, arch: ArchConfig, *, tokenizer: bool = False)
 
 
 def _random(shapes: dict[str, tuple[int, ...]]) -> Iterator[np.ndarray]:
-    """Arrays of these shapes, pieces of one block: random numbers take seconds to draw."""
+    """Arrays of these shapes, cut from one block, since random numbers take seconds to draw."""
     sizes = [math.prod(shape) for shape in shapes.values()]
     block = _SCALE * np.random.default_rng(0).standard_normal(max(sizes), np.float32)
     for size, shape in zip(sizes, shapes.values(), strict=True):

@@ -1,10 +1,10 @@
-"""Composed decoding with a draft, beside the same composition without one.
+"""Composed decoding with a draft, compared with the same composition without one.
 
-In: nothing. Out: rows for pair A's shapes with a draft of a tenth of the base, for shares of
-accepted proposals from 0.5 to 0.95, set by the weights; then what the embedded family does: L
-drafted by S under one value network, trained here for an epoch.
+Out: rows for pair A's shapes with a draft of a tenth of the base, for shares of accepted proposals
+from 0.5 to 0.95, set by the weights; then for the embedded family: L drafted by S with one value
+network, trained here for an epoch.
 
-The shares are set by weights whose greedy text is known (`benchmarks.known_chain`): the draft's
+The shares are set by weights with a known greedy text (`benchmarks.known_chain`): the draft's
 differs from the base's after a known share of the tokens. Every product is computed in full.
 """
 
@@ -29,7 +29,7 @@ from ivl_jax.decoding.device.state import DecodeState
 ABOUT = "speed with a draft against the share of its proposals accepted; the peer is ours"
 
 _PLAIN = "without a draft"
-# Of the family's test questions, one in so many is asked.
+# Every n-th of the family's test questions is asked.
 _EVERY = 115
 # Share of proposals accepted → times as fast as without a draft.
 _TARGETS = {0.5: 0.95, 0.8: 1.45}
@@ -93,7 +93,7 @@ def run(options: Options) -> Report:
     order = cycle(BASE_A.vocab_size)
     base = chain_weights(BASE_A, followers(order), seed=0)
     pair = _Pair(order, composed(base, random_weights(VALUE_A, seed=1)))
-    del base  # its copy laid out for decoding is what counts
+    del base  # only its copy arranged for decoding is needed
     rows = [*_pair_rows(plan, pair, 1, dict.fromkeys(plan.shares, 0))]
     rows += [row for batch in plan.batches for row in _pair_rows(plan, pair, batch, {0.8: 0})]
     for length in plan.lengths:

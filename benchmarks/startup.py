@@ -1,7 +1,7 @@
-"""Starting: weights loaded until the first text, compile cache cold and warm; `--help`.
+"""Startup: from loaded weights to the first text, with a cold and a warm compile cache; `--help`.
 
-In: nothing; checkpoints of pair A's shapes with random weights are written to a temporary folder,
-with the Llama-2 tokenizer of ../shared. Out: rows. Every start is a process of its own.
+Checkpoints of pair A's shapes with random weights are written to a temporary folder, with the
+Llama-2 tokenizer of ../shared. Out: rows. Every start is a separate process.
 """
 
 import subprocess
@@ -28,7 +28,7 @@ _PROMPT = "The little boat sailed across the lake, and then"
 
 
 class Start(NamedTuple):
-    """Seconds of one start, imports apart."""
+    """Seconds of one start, without imports."""
 
     loading: float
     """Until base and value network are loaded."""
@@ -37,7 +37,7 @@ class Start(NamedTuple):
 
 
 def run(options: Options) -> Report:
-    """Start with an empty compile cache and again with what that start left in it, in turn.
+    """Start with an empty compile cache and again with the cache filled by that start, alternately.
 
     Args:
         options: quick: one start of each kind instead of three, `--help` three times, not five.
@@ -78,7 +78,7 @@ def run(options: Options) -> Report:
 
 
 def start(base_folder: str, value_folder: str) -> Start:
-    """Load both, put them together, and decode until there is text; in a fresh process."""
+    """Load and compose both, and decode until there is text; in a fresh process."""
     import jax
     import transformers
 
@@ -86,9 +86,9 @@ def start(base_folder: str, value_folder: str) -> Start:
     from ivl_jax.composed.kernel_form import loading_form
     from ivl_jax.decoding.loading import spare_the_collector
 
-    _ = transformers.AutoTokenizer  # imported when first named
+    _ = transformers.AutoTokenizer  # imported on first use
     jax.block_until_ready(jax.device_put(0.0))  # the backend starts
-    spare_the_collector()  # from here on as infer.py does it
+    spare_the_collector()  # from here on as in infer.py
     started = time.perf_counter()
     form = loading_form(None)
     base, value = (load_model(folder, form=form) for folder in (base_folder, value_folder))

@@ -1,4 +1,4 @@
-"""Times pieces of work, those to be compared in turn, and the memory a process came to hold.
+"""Times functions, alternating between those to compare, and measures a process's peak memory.
 
 In: functions without arguments. Out: seconds of each repeat, and their median and spread.
 """
@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 
 class Figures(NamedTuple):
-    """What many repeats of one measurement come to."""
+    """A summary of repeated measurements."""
 
     median: float
     """In the unit of the measurement."""
     spread: float
-    """Largest minus smallest; 0 for what is counted rather than timed."""
+    """Largest minus smallest; 0 if counted rather than timed."""
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Figures":
@@ -28,10 +28,10 @@ class Figures(NamedTuple):
 
 @dataclass(frozen=True)
 class Timing:
-    """The times of one piece of work.
+    """The times of one function.
 
     Attributes:
-        warm_up: Seconds of the first call before the repeats, compilation included; None without.
+        warm_up: Seconds of the first call before the repeats, including compilation; None if none.
         seconds: Seconds of each repeat.
     """
 
@@ -44,25 +44,25 @@ class Timing:
         return Figures.of(self.seconds)
 
     def rate(self, amount: float) -> Figures:
-        """Amounts a second, where each call does `amount` (tokens, bytes, operations)."""
+        """Amounts per second, if each call does `amount` (tokens, bytes, operations)."""
         return Figures.of(amount / seconds for seconds in self.seconds)
 
 
 def time_in_turn(
     works: Mapping[str, Callable[[], object]], *, repeats: int, warm_up: int = 1
 ) -> dict[str, Timing]:
-    """Time pieces of work that are compared, one call of each after the other.
+    """Time functions that are to be compared, alternating between them.
 
-    A machine that slows down in the middle then slows all of them, and their ratios stay.
+    If the machine slows down meanwhile, it slows all of them, and their ratios stay the same.
 
     Args:
-        works: by name, called without arguments. JAX arrays in what they return are waited for;
-            any other asynchronous work they must wait for themselves.
+        works: by name, called without arguments. JAX arrays in their results are waited for; they
+            must wait for other asynchronous work themselves.
         repeats: timed calls of each, at least 1.
-        warm_up: calls of each before.
+        warm_up: calls of each before timing.
 
     Returns:
-        By name, the times.
+        The times by name.
     """
     first = {name: [_seconds(work) for _ in range(warm_up)] for name, work in works.items()}
     seconds: dict[str, list[float]] = {name: [] for name in works}
@@ -75,30 +75,30 @@ def time_in_turn(
 
 
 def time_work(work: Callable[[], object], *, repeats: int, warm_up: int = 1) -> Timing:
-    """Time one piece of work, as `time_in_turn` does."""
+    """Time one function, like `time_in_turn`."""
     return time_in_turn({"work": work}, repeats=repeats, warm_up=warm_up)["work"]
 
 
 def peak_memory() -> int:
-    """The most bytes of memory this process held at once since it started (Linux' VmHWM).
+    """This process's peak memory in bytes (Linux's VmHWM).
 
-    Unlike `ru_maxrss` it starts anew with the program, not with the parent that forked it.
+    Unlike `ru_maxrss` it starts with the program, not with the parent that forked it.
     """
     return _kilobytes("/proc/self/status", "VmHWM")
 
 
 def available_memory() -> int:
-    """Bytes of memory that new work may take without pushing other work out (Linux)."""
+    """Bytes of memory available without swapping (Linux)."""
     return _kilobytes("/proc/meminfo", "MemAvailable")
 
 
 def _kilobytes(file: str, name: str) -> int:
-    """The bytes that a file of the kernel gives as `name: … kB`."""
+    """The bytes in a kernel file's line `name: … kB`."""
     if Path(file).exists():
         for line in Path(file).read_text(encoding="utf-8").splitlines():
             if line.startswith(name + ":"):
                 return int(line.split()[1]) * 1024
-    raise OSError(f"{file} does not tell {name}: memory is measured on Linux only")
+    raise OSError(f"{file} has no {name}: memory is measured only on Linux")
 
 
 def _seconds(work: Callable[[], object]) -> float:

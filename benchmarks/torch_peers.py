@@ -1,7 +1,7 @@
-"""The peers in decoding: PyTorch with transformers, holding the same weights as ours.
+"""The peers in decoding: PyTorch with transformers, with the same weights as ours.
 
-In: architectures and our parameters. Out: `Peer`s, which read prompts and generate greedily. Each
-keeps transformers' own defaults: scaled-dot-product attention and a cache that grows.
+In: architectures and our parameters. Out: `TorchPeer`s, which read prompts and generate greedily,
+with transformers' defaults: scaled-dot-product attention and a growing cache.
 """
 
 import inspect
@@ -19,7 +19,7 @@ from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import Params
 from ivl_jax.weights.hf_names import hf_tensors
 
-# transformers 5.24 renamed the argument; the old name costs a warning a call.
+# transformers 5.24 renamed the argument; the old name gives a warning per call.
 _FORWARD_ARGUMENTS = inspect.signature(LlamaForCausalLM.forward).parameters
 _CACHE = "cache" if "cache" in _FORWARD_ARGUMENTS else "past_key_values"
 
@@ -32,12 +32,12 @@ class Term(NamedTuple):
 
 
 class _State(NamedTuple):
-    """A batch that has read its prompts."""
+    """A batch whose prompts have been read."""
 
     tokens: torch.Tensor
-    """[B T] prompt and what was generated."""
+    """[B T] prompt and generated tokens."""
     caches: tuple[DynamicCache, ...]
-    """What each model has read, all tokens but the last; none for a peer without caches."""
+    """Each model's cache of all tokens but the last; empty for a peer without caches."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class TorchPeer:
 
     Attributes:
         terms: The models.
-        cached: False is what the authors' released code does: every step reads the whole text.
+        cached: False: every step reads the whole text, as in the authors' released code.
     """
 
     terms: tuple[Term, ...]
@@ -61,7 +61,7 @@ class TorchPeer:
 
     @torch.inference_mode()
     def decode(self, state: _State, new_tokens: int) -> np.ndarray:
-        """Generate so many tokens more; all tokens [B T] come back."""
+        """Generate this many more tokens; returns all tokens [B T]."""
         tokens = state.tokens
         for _ in range(new_tokens):
             unread = tokens[:, -1:] if self.cached else tokens
@@ -80,11 +80,11 @@ class TorchPeer:
 
 
 def llama(arch: ArchConfig, params: Params, *, dtype: torch.dtype) -> LlamaForCausalLM:
-    """Make a model of transformers with our parameters.
+    """Make a transformers model with our parameters.
 
     Args:
-        arch: the shape, of a Llama.
-        params: as they are trained, layers unstacked.
+        arch: a Llama's shape.
+        params: as trained, layers unstacked.
         dtype: of the weights and of the computation.
 
     Returns:
@@ -100,6 +100,6 @@ def llama(arch: ArchConfig, params: Params, *, dtype: torch.dtype) -> LlamaForCa
         array = torch.from_numpy(np.array(leaf))
         weights[tensor.name] = (array.T if tensor.transposed else array).to(dtype).contiguous()
     model.load_state_dict(weights, assign=True, strict=True)
-    # Not a weight: the table of rotary frequencies, which the meta device left empty.
+    # The table of rotary frequencies is not a weight, and the meta device left it empty.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
     return model.eval()

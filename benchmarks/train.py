@@ -1,7 +1,7 @@
-"""The training step of pair A, 4 × 256 tokens: beside PyTorch and beside the largest matmul.
+"""The training step of pair A, 4 × 256 tokens, compared with PyTorch and the fastest matmul.
 
-In: nothing; weights and tokens are random. Out: rows in tokens a second. All of them are timed in
-turn, so that a busy machine slows all alike.
+Weights and tokens are random. Out: rows in tokens per second. All are timed alternately, so that a
+busy machine slows all of them.
 """
 
 from benchmarks.report import Options, Peer, Report, Row, Target
@@ -17,7 +17,7 @@ _MATRICES = (1024, 2048, 4096)  # the fastest product is the limit
 
 
 def run(options: Options) -> Report:
-    """Time ours, the peers and the matrix products; both sides in float32 and in bfloat16.
+    """Time our step, the peers' and the matrix products, in float32 and in bfloat16.
 
     Args:
         options: quick: one repeat instead of seven, no step with the penalty, one matrix product.

@@ -1,7 +1,7 @@
-"""One training step of ours and of the peer in PyTorch, on random weights and random tokens.
+"""Our training step and the PyTorch peer's, with random weights and tokens.
 
-In: shapes. Out: functions that take one step when called. Every position is real and a target, as
-in a batch packed full of answers.
+In: shapes. Out: functions that take one step per call. Every position is a real token and a target,
+as in a batch packed with answers.
 """
 
 import functools
@@ -48,7 +48,7 @@ class Sizes(NamedTuple):
 
 
 class OurStep:
-    """The compiled step of a value network beside a frozen base, with its state.
+    """The compiled step of a value network with a frozen base, and its state.
 
     Attributes:
         chunk_length: Positions whose logits exist at once.
@@ -72,9 +72,9 @@ class OurStep:
             value: the value network's.
             sizes: of the batch.
             penalty: on the value logits, with λ = 1.
-            chunk_length: positions whose logits exist at once; None: as train.py chooses.
-            bfloat16: hold the base in bfloat16 and multiply in it; master weights stay float32.
-            compact: layers as one scanned loop whose activations are recomputed: for deep networks.
+            chunk_length: positions whose logits exist at once; None: train.py's choice.
+            bfloat16: store the base and multiply in bfloat16; master weights stay float32.
+            compact: layers as a scan with recomputed activations, for deep networks.
         """
         mesh = single_device_mesh()
         vocabulary, dtype = value.vocab_size, jnp.bfloat16 if bfloat16 else jnp.float32
@@ -134,23 +134,23 @@ class OurStep:
         self._compiled = step.lower(self._state, self._base_params, self._batch).compile()
 
     def temporary_bytes(self) -> int:
-        """The compiled step's temporaries at their peak, bytes."""
+        """The compiled step's peak temporaries, in bytes."""
         return self._compiled.memory_analysis().temp_size_in_bytes
 
     def __call__(self) -> Any:
-        """Take one step and give its loss."""
+        """Take one step and return its loss."""
         self._state, metrics = self._compiled(self._state, self._base_params, self._batch)
         return metrics["loss"]
 
 
 def random_params(arch: ArchConfig, seed: int, *, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
-    """Fresh parameters of a shape."""
+    """Random parameters of a shape."""
     make = functools.partial(init_params, arch, param_dtype=dtype)
     return jax.jit(make)(jax.random.key(seed))
 
 
 def random_batch(vocabulary: int, sizes: Sizes) -> Batch:
-    """One segment a row, every target counted."""
+    """One segment per row; every target counts."""
     tokens = random_tokens(vocabulary, sizes)
     shape = (sizes.rows, sizes.length)
     return Batch(
@@ -163,7 +163,7 @@ def random_batch(vocabulary: int, sizes: Sizes) -> Batch:
 
 
 def random_tokens(vocabulary: int, sizes: Sizes) -> np.ndarray:
-    """Token ids, one more a row than it has positions."""
+    """Token ids, one more per row than positions."""
     rng = np.random.default_rng(0)
     return rng.integers(0, vocabulary, (sizes.rows, sizes.length + 1)).astype(np.int32)
 
@@ -177,12 +177,12 @@ def torch_train(
         base: the frozen base's shape.
         value: the value network's.
         sizes: of the batch.
-        bfloat16: hold the base in bfloat16 and run the value under autocast; master weights stay
-            float32. Else everything is float32.
+        bfloat16: store the base in bfloat16 and run the value under autocast; master weights stay
+            float32. Otherwise everything is float32.
         threads: of PyTorch.
 
     Returns:
-        A function that takes one step and gives its loss.
+        A function that takes one step and returns its loss.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -216,14 +216,13 @@ def torch_train(
 def model_flops(base: ArchConfig, value: ArchConfig, sizes: Sizes, *, base_runs: bool) -> float:
     """Arithmetic of one step: forward of the base, forward and backward of the value network.
 
-    Multiplications with matrices and attention; each multiply-add counts as two. Nothing is counted
-    twice for being computed twice.
+    Matrix products and attention; each multiply-add counts as two. Recomputation is not counted.
 
     Args:
         base: the frozen base's shape.
         value: the value network's.
         sizes: of the batch.
-        base_runs: False counts of the base only its head, as with cached states.
+        base_runs: False counts only the base's head, as with cached states.
 
     Returns:
         Floating-point operations.
@@ -245,7 +244,7 @@ def model_flops(base: ArchConfig, value: ArchConfig, sizes: Sizes, *, base_runs:
 
 
 def matrix_product(size: int) -> Callable[[], Any]:
-    """A square float32 product, as the machine's limit is measured by."""
+    """A square float32 product, which measures the machine's limit."""
     matrix = jnp.ones((size, size), jnp.float32)
     multiply = jax.jit(jnp.matmul)
     return lambda: multiply(matrix, matrix)

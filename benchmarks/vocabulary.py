@@ -1,7 +1,7 @@
-"""Building vocabulary maps: seconds, coverage and size, beside a loop over cells.
+"""Building vocabulary maps: seconds, coverage and size, compared with a loop over cells.
 
-In: the tokenizers and GSM8K under ../shared. Out: rows for both methods. Times are without
-tokenisation. The peer aligns the same tokens with one call of rapidfuzz a cell.
+In: the tokenizers and GSM8K under ../shared. Out: rows for both methods. Times exclude
+tokenisation. The peer aligns the same tokens with one call of rapidfuzz per cell.
 """
 
 import tempfile
@@ -43,7 +43,7 @@ PEER_TEXTS = 200
 MOST_MEMORY = 1000
 
 
-class _Side(NamedTuple):
+class _TokenizedTexts(NamedTuple):
     """A tokenizer with the texts in its ids."""
 
     tokenizer: NamedTokenizer
@@ -54,7 +54,7 @@ class _Side(NamedTuple):
 
 
 def run(options: Options) -> Report:
-    """Time the two methods on one pair beside the peer; then what they cover, for all pairs.
+    """Time the two methods and the peer on one pair; then measure coverage for all pairs.
 
     Args:
         options: quick: 1,000 texts instead of 7,473, three repeats, the one pair.
@@ -63,9 +63,9 @@ def run(options: Options) -> Report:
         The report.
 
     Raises:
-        FileNotFoundError: ../shared is not there.
+        FileNotFoundError: ../shared does not exist.
     """
-    sides = {name: _side(name, options) for name in TOKENIZERS}
+    sides = {name: _tokenized(name, options) for name in TOKENIZERS}
     base, value = sides[BASE], sides[VALUE]
     rows = [*_speed_rows(base, value, repeats=3 if options.quick else 5)]
     for base_name, value_name in _pairs(options):
@@ -86,7 +86,7 @@ def cell_by_cell(
     base_rows: list[np.ndarray],
     value_rows: list[np.ndarray],
 ) -> dict[tuple[int, int], int]:
-    """The peer: dynamic time warping in Python, one call of rapidfuzz a cell; counts the pairs."""
+    """The peer: dynamic time warping in Python with one rapidfuzz call per cell; counts pairs."""
     distance, infinite = Levenshtein.distance, float("inf")
     counts: dict[tuple[int, int], int] = {}
     for base_row, value_row in zip(base_rows, value_rows, strict=True):
@@ -118,8 +118,8 @@ def cell_by_cell(
     return counts
 
 
-def _speed_rows(base: _Side, value: _Side, *, repeats: int) -> Iterator[Row]:
-    """Seconds of both methods and of the peer, measured in turn; file size and memory."""
+def _speed_rows(base: _TokenizedTexts, value: _TokenizedTexts, *, repeats: int) -> Iterator[Row]:
+    """Seconds of both methods and of the peer, measured alternately; file size and memory."""
     few = base.train[:PEER_TEXTS], value.train[:PEER_TEXTS]
     builds = {method: _build(base, value, method) for method in get_args(Method)}
     times = time_in_turn(
@@ -153,7 +153,7 @@ def _speed_rows(base: _Side, value: _Side, *, repeats: int) -> Iterator[Row]:
         )
 
 
-def _coverage_rows(base: _Side, value: _Side, method: Method) -> Iterator[Row]:
+def _coverage_rows(base: _TokenizedTexts, value: _TokenizedTexts, method: Method) -> Iterator[Row]:
     """Seconds of one build, and what its map covers."""
     built: list[BuiltMap] = []
     build = _build(base, value, method)
@@ -172,14 +172,14 @@ def _coverage_rows(base: _Side, value: _Side, method: Method) -> Iterator[Row]:
         yield Row(f"{what}: {name}", _counted(100 * share), "%", better="higher")
 
 
-def _side(name: str, options: Options) -> _Side:
+def _tokenized(name: str, options: Options) -> _TokenizedTexts:
     folder = SHARED / TOKENIZERS[name]
     tokenizer = named_tokenizer(name, load_tokenizer(folder), str(folder))
     train, held_out = (
         read_texts([SHARED / "data/gsm8k" / file])[0] for file in ("train.jsonl", "test.jsonl")
     )
     ids = np.concatenate(tokenise(tokenizer.tokenizer, held_out))
-    return _Side(
+    return _TokenizedTexts(
         tokenizer,
         tokenise(tokenizer.tokenizer, train[:1000] if options.quick else train),
         ids[~np.isin(ids, list(tokenizer.info.special_tokens))],
@@ -193,7 +193,7 @@ def _pairs(options: Options) -> list[tuple[str, str]]:
     return [(base, value) for base in TOKENIZERS for value in TOKENIZERS if base != value]
 
 
-def _build(base: _Side, value: _Side, method: Method) -> Callable[[], BuiltMap]:
+def _build(base: _TokenizedTexts, value: _TokenizedTexts, method: Method) -> Callable[[], BuiltMap]:
     one, other = base.tokenizer, value.tokenizer
     special = pair_special_tokens(one.info, other.info, base_name=one.name, value_name=other.name)
     return lambda: build_from_rows(
@@ -218,7 +218,7 @@ def _file_size(built: BuiltMap) -> float:
 
 
 def _peak_memory(build: Callable[[], BuiltMap]) -> float:
-    """Megabytes that Python and numpy hold at most while building, above what they held before."""
+    """Peak megabytes of Python and NumPy while building, above those before."""
     tracemalloc.start()
     build()
     peak = tracemalloc.get_traced_memory()[1]

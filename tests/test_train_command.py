@@ -56,7 +56,7 @@ def test_help_is_fast_complete_and_needs_no_jax(project_root):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name a config"),
+        ([], "--config is missing"),
         (["--config", "configs/absent.toml"], "no config file at configs/absent.toml"),
         (["--config", "configs/debug.toml", "--step.batch-siz", "3"], "step.batch-siz"),
         (["--config", "configs/debug.toml", "--step.micro-batches", "3"], "does not divide"),

@@ -1,4 +1,4 @@
-"""Command line: run an evaluation on a base with value networks on top.
+"""Command line: run an evaluation on a base with value networks.
 
     python -m ivl_jax.evaluation likelihood --base BASE --value VALUE --data FILE…
     python -m ivl_jax.evaluation gsm8k --base BASE --value VALUE --data FILE --output OUT.jsonl
@@ -25,16 +25,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: without the program's name; None: of this process.
+        arguments: without the program's name; None: this process's.
 
     Returns:
-        The exit status; 2 where the input cannot be used.
+        The exit status; 2 if the input is invalid.
     """
     return run_command(
         _PROGRAM,
         _run,
         arguments,
-        when_stopped=lambda: "stopped; with an --output of lines the same command resumes",
+        when_stopped=lambda: "stopped; with a .jsonl --output, the same command resumes",
     )
 
 
@@ -59,13 +59,13 @@ def _run(arguments: Sequence[str]) -> int:
         {**kinds, _HARNESS: _lm_eval},
         arguments,
         prog=_PROGRAM,
-        description="Evaluations of a base model with value networks on top.",
+        description="Evaluations of a base model with value networks.",
     )
-    return WRONG_INPUT  # not reached: without the name of a command, help or an error was shown
+    return WRONG_INPUT  # not reached: without a command's name, help or an error is shown
 
 
 def _lm_eval() -> None:
-    """Run lm-evaluation-harness with the model `ivl`; all that follows are its own flags."""
+    """Run lm-evaluation-harness with the model `ivl`; all further flags are the harness's."""
 
 
 if __name__ == "__main__":

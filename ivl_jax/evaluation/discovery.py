@@ -1,4 +1,4 @@
-"""Finds the evaluations of this package, and those that a user names.
+"""Finds the evaluations of this package and those that a user names.
 
 In: the files of `ivl_jax.evaluation`, or the name of a module. Out: `Evaluation`s.
 """
@@ -17,19 +17,19 @@ _PACKAGE = "ivl_jax.evaluation"
 
 
 class Evaluation(NamedTuple):
-    """What `python -m ivl_jax.evaluation` needs to know of an evaluation."""
+    """What `python -m ivl_jax.evaluation` needs to know about an evaluation."""
 
     flags: type
     """The dataclass of its flags."""
     run: Callable[[Any], Any]
-    """Takes an instance of them."""
+    """Runs it; takes an instance of `flags`."""
 
 
 def find_evaluations(folder: Path = Path(__file__).parent) -> dict[str, Evaluation]:
-    """Import every evaluation of a folder, and nothing else of it.
+    """Import every evaluation in a folder, and no other module there.
 
     Args:
-        folder: that of this package.
+        folder: this package's.
 
     Returns:
         Name on the command line → evaluation, by name.
@@ -45,13 +45,13 @@ def import_evaluation(name: str) -> Evaluation:
     """Import an evaluation from outside this package.
 
     Args:
-        name: of the module, as Python imports it: `my_package.my_module`.
+        name: the module's full name: `my_package.my_module`.
 
     Returns:
         The evaluation.
 
     Raises:
-        ConfigError: no such module, or one that defines no evaluation.
+        ConfigError: there is no such module, or it does not define an evaluation.
     """
     try:
         module = importlib.import_module(name)
@@ -60,13 +60,13 @@ def import_evaluation(name: str) -> Evaluation:
             raise
         raise ConfigError(
             f"{name}: neither an evaluation ({', '.join(find_evaluations())}) nor a module that "
-            "Python finds from here"
+            "Python can import"
         ) from error
     return _evaluation_of(module)
 
 
 def _defines_evaluation(path: Path) -> bool:
-    """Whether a file defines `Flags` and `run`; read, not imported: others here import JAX."""
+    """Whether a file defines `Flags` and `run`; parsed rather than imported, as others need JAX."""
     body = ast.parse(path.read_text(encoding="utf-8")).body
     names = {node.name for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
     return {"Flags", "run"} <= names

@@ -1,6 +1,6 @@
-"""The flags that every evaluation has: which models, and how dialogues are written for them.
+"""The flags that every evaluation has: the models and their chat template.
 
-In: the command line. Out: frozen dataclasses. Imports no JAX, so that `--help` stays fast.
+In: the command line. Out: frozen dataclasses. Does not import JAX, so that `--help` stays fast.
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from ivl_jax.config.annotations import Inline
 
 @dataclass(frozen=True)
 class ModelFlags:
-    """Which models are evaluated; without a value network, the base alone."""
+    """The models to evaluate; without a value network, the base alone."""
 
     composed: Inline[ComposedModelConfig] = field(default_factory=ComposedModelConfig)
     chat_template: str = ""
@@ -24,7 +24,7 @@ class ModelFlags:
 
 
 def require(problems: list[str]) -> None:
-    """Raise a ConfigError that lists the problems; pass where there are none."""
+    """Raise a ConfigError that lists the problems, if there are any."""
     if problems:
         raise ConfigError(
             "the evaluation cannot start:\n" + "\n".join(f"  - {line}" for line in problems)

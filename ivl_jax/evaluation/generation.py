@@ -1,6 +1,6 @@
-"""Generations of a benchmark, written to a file as they come; a second run goes on.
+"""Generations of a benchmark, written to a file one by one; a second run resumes.
 
-In: a composed model, prompts, a JSONL file that knows what is done. Out: the file, complete.
+In: a composed model, prompts, a JSONL file with the lines already written. Out: the complete file.
 """
 
 import logging
@@ -30,15 +30,14 @@ def generate_to_file(
     batch_size: int,
     judge: Callable[[int, str], Mapping[str, Any]] = lambda index, text: {},
 ) -> None:
-    """Continue prompts that have no line yet, and write a line each.
+    """Generate for the prompts that have no line yet, and write one line for each.
 
     Args:
-        model: what continues them.
+        model: the model that generates.
         prompts: all of them, in the file's order.
         output: the file; closed afterwards.
         batch_size: prompts decoded together.
-        judge: what a line says of a generation besides itself, from the prompt's index and the
-            text.
+        judge: given the prompt's index and the generated text, returns further fields of the line.
 
     Raises:
         GenerationError: a generation ended with an error; the lines before it are in the file.
@@ -56,7 +55,7 @@ def generate_to_file(
 
 
 def progress_bar(doing: str) -> Progress:
-    """A bar on standard error, for work counted in items."""
+    """A progress bar on standard error that counts items."""
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("items"), TimeRemainingColumn())
     return Progress(TextColumn(doing), *columns, console=Console(stderr=True))
 
@@ -64,19 +63,19 @@ def progress_bar(doing: str) -> Progress:
 def read_json_lines(
     flag: str, path: Path, *, problem_of: Callable[[Any], str | None], expected: str
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Read a file of JSON objects, all of it, strictly.
+    """Read a whole file of JSON objects, strictly.
 
     Args:
-        flag: what names the file, for messages.
-        path: JSONL; empty lines do not count.
-        problem_of: what is wrong with a row, or None.
-        expected: what a row should be, for messages.
+        flag: the flag that names the file, for messages.
+        path: JSONL; empty lines are skipped.
+        problem_of: returns what is wrong with a row, or None.
+        expected: what a row should look like, for messages.
 
     Returns:
         (`FILE:LINE`, row) of each line, at least one.
 
     Raises:
-        ConfigError: no such file, nothing in it, or malformed lines (at most 20 are named).
+        ConfigError: no such file, an empty file, or malformed lines (names at most 20).
     """
     if not path.is_file():
         raise ConfigError(f"{flag}: no file at {path}")

@@ -1,13 +1,13 @@
-"""GSM8K by the protocol of the paper's authors: one question, no examples, the last number counts.
+"""GSM8K with the protocol of the paper's authors: zero-shot, the last number is the answer.
 
-In: a composed model, items of GSM8K. Out: a line an item, and the share of right answers with its
-95 % Wilson interval.
+In: a composed model, items of GSM8K. Out: one line per item, and the share of correct answers with
+its 95 % Wilson interval.
 
-The protocol, from the authors' released code: the user asks "Answer the following question." and
-the question; the assistant's turn begins with "Answer:"; greedy, 512 tokens; the text is cut where
-it goes on with a question or a comment of its own; thousands separators are dropped; the last
-number counts; it is right where it equals the reference after dropping punctuation. So a sign does
-not count (two references are negative), and 18.00 does not equal 18.
+The protocol, from the authors' released code: the user's message is "Answer the following
+question." and the question; the assistant's turn begins with "Answer:"; greedy, 512 tokens; the
+text is cut where the model starts a new question or comment; thousands separators are dropped; the
+last number is the answer, and is correct if it equals the reference after punctuation is removed.
+So signs are ignored (two references are negative), and 18.00 does not equal 18.
 """
 
 import json
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _INSTRUCTION = "Answer the following question."
 _ANSWER = "Answer:"
-# What a base model goes on with once it has answered.
+# How a base model continues after its answer.
 _ENDS = (_INSTRUCTION.removesuffix("."), "Question:", "Comment:")
 _SEPARATOR = re.compile(r"(\d),(\d)")
 _NUMBER = re.compile(r"[-+]?\d*\.\d+|\d+")
@@ -39,26 +39,26 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 @dataclass(frozen=True)
 class Flags:
-    """GSM8K as the paper's authors measure it: their prompt, greedy, the last number counts."""
+    """GSM8K as measured by the paper's authors: their prompt, greedy, the last number counts."""
 
     model: Inline[ModelFlags] = field(default_factory=ModelFlags)
     data: str = ""
     """JSONL file of `question` and `answer` (`… #### N`)."""
     output: str = ""
-    """JSONL file, one line an item, written as it goes; a second run continues where it stopped.
-    The summary lies beside it, `.json` in place of `.jsonl`."""
+    """JSONL file, one line per item, written item by item; a second run resumes where the first
+    stopped. The summary is written next to it, with `.json` for `.jsonl`."""
     prompt: Literal["chat", "text"] = "chat"
-    """`chat`: through the value network's chat template, as the authors do; `text`: bare."""
+    """`chat`: in the value network's chat template, like the authors; `text`: without one."""
     max_new_tokens: int = 512
-    """Tokens of an answer at most."""
+    """The most tokens per answer."""
     limit: int = 0
-    """Items answered, the first ones; 0: all."""
+    """Answer only the first items; 0: all."""
     batch_size: int = 8
     """Items answered together."""
 
 
 def reference_number(answer: str) -> str:
-    """Give the number behind `####` of a reference answer, without separators.
+    """The number after `####` in a reference answer, without separators.
 
     >>> reference_number("5 * 400 = 2,000 #### 2,000")
     '2000'
@@ -67,7 +67,7 @@ def reference_number(answer: str) -> str:
 
 
 def last_number(text: str) -> str | None:
-    """Give the last number of a generated text, without separators; None where it has none.
+    """The last number of a generated text, without separators; None if it has none.
 
     >>> last_number("She sells 16 - 7 = 9 eggs a day, for $1,018.50.")
     '1018.50'
@@ -77,7 +77,7 @@ def last_number(text: str) -> str | None:
 
 
 def is_right(text: str, answer: str) -> bool:
-    """Say whether a generated text answers as the reference does.
+    """Whether a generated text has the reference's answer.
 
     >>> is_right("so it is 1,018 apples", "10 + 1,008 = 1,018 #### 1,018"), is_right("2", "#### 20")
     (True, False)
@@ -87,7 +87,7 @@ def is_right(text: str, answer: str) -> bool:
 
 
 def run(flags: Flags) -> dict[str, Any]:
-    """Run the benchmark as its flags say; write the lines and the summary, show the score.
+    """Run the benchmark; write the lines and the summary, and print the score.
 
     Args:
         flags: of the command line.
@@ -96,11 +96,11 @@ def run(flags: Flags) -> dict[str, Any]:
         The summary.
 
     Raises:
-        ConfigError: flags or items that cannot be used, or an output of other settings.
+        ConfigError: flags or items are invalid, or the output was written with other settings.
         FileNotFoundError: no such base model or value folder.
-        ValueError: models that do not fit each other.
+        ValueError: the models do not fit each other.
     """
-    # Imported here: JAX takes a second that --help need not wait for.
+    # Imported here: JAX takes a second, which --help should not wait for.
     from ivl_jax.decoding.prompt_files import GenerationFile, PromptRow
     from ivl_jax.evaluation.generation import generate_to_file, read_json_lines, write_summary
     from ivl_jax.evaluation.loading import chat_format_of, find_sources, load_model
@@ -158,12 +158,12 @@ def run(flags: Flags) -> dict[str, Any]:
 
 
 def question(row: dict[str, Any]) -> str:
-    """Write the user's message of an item."""
+    """The user's message for an item."""
     return f"{_INSTRUCTION}\n\nQuestion: {row['question'].strip()}"
 
 
 def _chat_prompt(chat: "ChatFormat", row: dict[str, Any]) -> list[int]:
-    """The prompt through a chat template; one that begins answers with "Answer:" does so once."""
+    """The prompt in a chat template; adds "Answer:" unless the template already ends with it."""
     messages = [Message("user", question(row))]
     begun = chat.prompt_text(messages).endswith(_ANSWER)
     return chat.encode_prompt(messages, begins="" if begun else _ANSWER).tolist()
@@ -176,8 +176,8 @@ def summarise(lines: Path) -> dict[str, Any]:
         lines: of `run`.
 
     Returns:
-        Items, right ones, their share, its 95 % Wilson interval, and how many answers were cut at
-        the limit of tokens.
+        Number of items, correct ones, their share, its 95 % Wilson interval, and how many answers
+        reached the token limit.
     """
     rows = [json.loads(line) for line in lines.read_text(encoding="utf-8").split("\n")[:-1]]
     right = sum(row["right"] for row in rows)
@@ -196,7 +196,7 @@ def _problem(row: dict[str, Any]) -> str | None:
         if not isinstance(row.get(name), str):
             return f"no text `{name}`; the row has {sorted(row)}"
     if not _NUMBER.search(reference_number(row["answer"])) or "####" not in row["answer"]:
-        return "the answer has no number behind `####`"
+        return "the answer has no number after `####`"
     return None
 
 

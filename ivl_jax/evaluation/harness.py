@@ -1,8 +1,8 @@
 """The lm-evaluation-harness model `ivl`: a base with value networks, for all tasks of the harness.
 
-In: the harness' requests. Out: log-likelihoods and generated texts, batched by length in bucketed
-shapes. Tokenisation, windows and stop strings are the harness' own, so that figures compare with
-those of its Hugging Face model. Importing this module registers the name.
+In: the harness's requests. Out: log-likelihoods and generated texts, batched by length in bucketed
+shapes. Tokenisation, windows and stop strings are the harness's own, so that figures are comparable
+with those of its Hugging Face model. Importing this module registers the name.
 """
 
 import logging
@@ -27,8 +27,8 @@ from ivl_jax.evaluation.scoring import Row, RowScores, score_rows
 
 logger = logging.getLogger(__name__)
 
-_DEFAULT_NEW_TOKENS = 256  # as the harness' other models
-# Generation arguments that name another program's way of computing the same text.
+_DEFAULT_NEW_TOKENS = 256  # like the harness's other models
+# Accepted generation arguments, with the only values that do not change the text.
 _WITHOUT_EFFECT: Mapping[str, Any] = {
     "num_beams": 1,
     "num_return_sequences": 1,
@@ -40,20 +40,21 @@ _EncodedPair = tuple[Any, list[int], list[int]]  # request's strings or None, co
 
 
 class ModelArgumentsError(ValueError):
-    """`--model_args` that name no model which can be evaluated."""
+    """`--model_args` that do not name a usable model."""
 
 
 @register_model("ivl")
 class IvlLM(TemplateLM):
-    """A composed model behind the harness' interface.
+    """A composed model behind the harness's interface.
 
     `--model ivl --model_args base=BASE,value=VALUE,strength=1.0` makes one on the command line.
 
     Args:
-        model: what is evaluated.
+        model: the model to evaluate.
         batch_size: requests computed together.
-        max_length: tokens a request may hold; longer ones lose their beginning. None: the context.
-        seed: of sampled generations; the index of the request is folded in.
+        max_length: the most tokens per request; longer ones are truncated on the left. None: the
+            context.
+        seed: of sampled generations; the request's index is folded in.
         chat_format: writes dialogues (`--apply_chat_template`); None: the model's own.
         sources: where the model came from, for the results file.
 
@@ -90,12 +91,12 @@ class IvlLM(TemplateLM):
 
         Args:
             arg_dict: the arguments.
-            additional_config: `batch_size` of the command line; `device` and `max_batch_size` have
-                no use here.
+            additional_config: `batch_size` of the command line; `device` and `max_batch_size` are
+                ignored.
 
         Raises:
-            ModelArgumentsError: an unknown argument, or models that are absent or do not fit; no
-                weight has been read.
+            ModelArgumentsError: an unknown argument, or models that are missing or do not fit;
+                raised before any weight is read.
         """
         given = {"batch_size": (additional_config or {}).get("batch_size"), **arg_dict}
         try:
@@ -111,7 +112,7 @@ class IvlLM(TemplateLM):
     def create_from_arg_string(
         cls, arg_string: str, additional_config: Mapping[str, Any] | None = None
     ) -> "IvlLM":
-        """Make the model from `base=…,value=…`; as `create_from_arg_obj`."""
+        """Make the model from `base=…,value=…`; see `create_from_arg_obj`."""
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @property
@@ -121,22 +122,22 @@ class IvlLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has nothing before it."""
+        """The token before a text without context."""
         bos_id = self.model.base.tokenizer_info.bos_id
         return self.eot_token_id if bos_id is None else bos_id
 
     @property
     def max_gen_toks(self) -> int:
-        """Tokens generated where a task says nothing."""
+        """Tokens generated if a task does not say how many."""
         return _DEFAULT_NEW_TOKENS
 
     @property
     def tokenizer_name(self) -> str:
-        """Identifies tokenizer and chat template in the harness' cache of requests."""
+        """Identifies tokenizer and chat template in the harness's cache of requests."""
         return f"{self.model.base.path.replace('/', '__')}-{self._chat.fingerprint[:12]}"
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the results file says about the model."""
+        """The record of the model in the results file."""
         return {} if self._sources is None else self._sources.to_json()
 
     def tok_encode(
@@ -146,9 +147,9 @@ class IvlLM(TemplateLM):
 
         Args:
             string: the text.
-            add_special_tokens: whether the tokenizer puts its special tokens around it; None: yes,
-                unless the text begins with the beginning-of-sequence token already.
-            unused: what other models of the harness take.
+            add_special_tokens: whether to add the tokenizer's special tokens; None: yes, unless the
+                text already begins with the beginning-of-sequence token.
+            unused: arguments for other models of the harness.
         """
         if add_special_tokens is None:
             begun = has_bos_prefix(string, self.tokenizer.decode([self.prefix_token_id]))
@@ -158,14 +159,14 @@ class IvlLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Write a dialogue as the value network was trained on it.
+        """Render a dialogue in the chat template that the value network was trained with.
 
         Args:
-            chat_history: messages of `role` and `content`.
-            add_generation_prompt: whether the assistant's turn begins empty; otherwise the last
+            chat_history: messages with `role` and `content`.
+            add_generation_prompt: whether the assistant's turn starts empty; otherwise the last
                 message is its beginning.
         """
-        self._chatting = True  # from now on a turn's end ends a generation
+        self._chatting = True  # from now on an end of turn ends a generation
         messages = [Message(message["role"], message["content"]) for message in chat_history]
         if add_generation_prompt:
             return self._chat.prompt_text(messages)
@@ -178,17 +179,17 @@ class IvlLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[_EncodedPair], disable_tqdm: bool = False, **unused: Any
     ) -> list[tuple[float, bool]]:
-        """Score continuations; requests that differ in their last token only share a row."""
+        """Score continuations; requests that differ only in their last token share a row."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, (_, context, continuation) in enumerate(requests):
             if not 1 <= len(continuation) <= self.max_length:
                 raise ValueError(
                     f"request {index}: a continuation of {len(continuation)} tokens; expected 1 to "
-                    f"{self.max_length}, the tokens that a request may hold"
+                    f"{self.max_length}, the most that a request may have"
                 )
             read = tuple([*context, *continuation][-(self.max_length + 1) : -1])
             groups.setdefault(read, []).append(index)
-        self._say_truncated(len(c) + len(t) > self.max_length + 1 for _, c, t in requests)
+        self._warn_truncated(len(c) + len(t) > self.max_length + 1 for _, c, t in requests)
         members, rows = list(groups.values()), []
         for read, group in groups.items():
             last = list(dict.fromkeys(requests[index][2][-1] for index in group))
@@ -231,7 +232,7 @@ class IvlLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continue contexts, each by its own generation arguments, until a stop string."""
+        """Generate from contexts, each with its own generation arguments, until a stop string."""
         contexts, options, stops, truncated = [], [], [], []
         for request in requests:
             context, arguments = cast(tuple[str, dict[str, Any]], request.args)
@@ -248,9 +249,9 @@ class IvlLM(TemplateLM):
             contexts.append(encoded[-room:])
             options.append(option)
             stops.append(until)
-        self._say_truncated(truncated)
+        self._warn_truncated(truncated)
         prompts = self.model.prepare(contexts, options)
-        # A prompt keeps its index, and so its samples, wherever it is sorted to.
+        # A prompt keeps its index, and so its samples, despite the sorting.
         order = sorted(range(len(prompts)), key=lambda index: -len(contexts[index]))
         texts = [""] * len(requests)
         bar = tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm)
@@ -259,8 +260,8 @@ class IvlLM(TemplateLM):
         )
         for index, generation in zip(order, generations, strict=True):
             generation.text_of(f"request {index}")  # an error must not pass for an empty text
-            # The harness' models decode a continuation by itself: no space at its beginning where
-            # the tokenizer drops it.
+            # The harness's models decode a continuation by itself: without the space at its
+            # beginning, if the tokenizer drops it.
             text = str(self.tokenizer.decode([*generation.token_ids], skip_special_tokens=True))
             texts[index] = postprocess_generated_text(text, stops[index], None)
             self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
@@ -269,7 +270,7 @@ class IvlLM(TemplateLM):
         return texts
 
     def _options(self, arguments: Mapping[str, Any]) -> tuple[GenerationOptions, list[str]]:
-        """What a request's generation arguments ask for, and its stop strings."""
+        """A request's generation options and its stop strings."""
         given: dict[str, Any] = dict(normalize_gen_kwargs(dict(arguments), self.max_gen_toks))
         until = [string for string in given.pop("until") if string]
         sampled, limit = given.pop("do_sample"), given.pop("max_gen_toks")
@@ -278,9 +279,8 @@ class IvlLM(TemplateLM):
         for name, value in given.items():
             if name not in _WITHOUT_EFFECT or _WITHOUT_EFFECT[name] != value:
                 raise ValueError(
-                    f"generation argument {name} = {value!r} is not supported by ivl: it samples "
-                    "with do_sample, temperature, top_k, top_p and min_p, up to max_gen_toks or a "
-                    "string of until"
+                    f"generation argument {name} = {value!r} is not supported by ivl, only "
+                    "do_sample, temperature, top_k, top_p, min_p, max_gen_toks and until"
                 )
         special = {text: i for i, text in self.model.base.tokenizer_info.special_tokens.items()}
         stop_ids = [special[string] for string in until if string in special]
@@ -294,17 +294,20 @@ class IvlLM(TemplateLM):
         )
         return option, until
 
-    def _say_truncated(self, truncated: Iterable[bool]) -> None:
+    def _warn_truncated(self, truncated: Iterable[bool]) -> None:
         if count := sum(truncated):
             logger.warning(
-                "%d requests are longer than %d tokens: they lost their beginning",
+                "%d requests are longer than %d tokens: their beginning was cut off",
                 count,
                 self.max_length,
             )
 
 
 def _answer(scores: RowScores, length: int, choice: int) -> tuple[float, bool]:
-    """Log-likelihood of a row's last `length` tokens, the last of them a candidate; all arg-max?"""
+    """Log-likelihood of a row's last `length` tokens, with the chosen candidate as the last one.
+
+    Also returns whether all of them are the arg-max.
+    """
     before = slice(len(scores.tokens.log_prob) - length, -1)
     log_likelihood = scores.tokens.log_prob[before].sum() + scores.choices.log_prob[choice]
     greedy = scores.tokens.largest[before].all() and scores.choices.largest[choice]

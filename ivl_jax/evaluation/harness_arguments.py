@@ -1,6 +1,6 @@
-"""What stands in `--model_args` of the harness model `ivl`.
+"""The `--model_args` of the harness model `ivl`.
 
-In: names and values as the harness has parsed them. Out: which models, and how they are asked.
+In: names and values as parsed by the harness. Out: the models, and options for running them.
 """
 
 import dataclasses
@@ -10,24 +10,24 @@ from typing import Any
 from ivl_jax.config import ConfigError, MeshConfig, config_from_mapping
 from ivl_jax.evaluation.flags import ModelFlags
 
-DEFAULT_BATCH_SIZE = 16  # where the harness says "auto" or nothing
+DEFAULT_BATCH_SIZE = 16  # if the harness passes "auto" or nothing
 _LISTS = ("value", "strength", "map")
 _MESH = tuple(field.name for field in dataclasses.fields(MeshConfig))
 _OPTIONS = ("batch_size", "max_length", "seed")
 
 
 def read_arguments(given: Mapping[str, Any]) -> tuple[ModelFlags, dict[str, Any]]:
-    """Read what stands in `--model_args`.
+    """Read `--model_args`.
 
     Args:
-        given: name → value, as the harness has parsed it; one value or a list for `value`,
-            `strength` and `map`.
+        given: name → value, as parsed by the harness; one value or a list for `value`, `strength`
+            and `map`.
 
     Returns:
         The models, and keyword arguments of `IvlLM`.
 
     Raises:
-        ConfigError: an unknown name (the closest known one is named) or a value of another kind.
+        ConfigError: an unknown name (names the closest known one) or a value of the wrong type.
 
     Example:
         >>> flags, options = read_arguments({"base": "B", "value": "V", "strength": 0.5})

@@ -1,8 +1,8 @@
-"""`python -m ivl_jax.evaluation lm-eval …`: the harness' own command line, with the model `ivl`.
+"""`python -m ivl_jax.evaluation lm-eval …`: the harness's own command line, with the model `ivl`.
 
-In: the harness' arguments. Out: its tables and files. The tasks beside this file (pass@k from 20
-samples) are included. From the first release after 0.4.13 on, the harness finds `ivl` by itself
-(entry point `lm_eval.models`), and `lm-eval run --model ivl` does the same.
+In: the harness's arguments. Out: its tables and files. The tasks in `tasks/` (pass@k from 20
+samples) are included. Starting with the first release after 0.4.13, the harness finds `ivl` by
+itself (entry point `lm_eval.models`), and `lm-eval run --model ivl` does the same.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ def run(arguments: Sequence[str]) -> int:
         arguments: of its command line: `run --model ivl --model_args base=… --tasks …`, `ls`, ….
 
     Returns:
-        The exit status; 2 where `--model_args` name no usable model, or without the harness.
+        The exit status; 2 if `--model_args` do not name a usable model, or without the harness.
     """
     if importlib.util.find_spec("lm_eval") is None:
         sys.stderr.write(

@@ -1,4 +1,4 @@
-"""Confidence intervals of shares.
+"""Confidence intervals of proportions.
 
 In: successes and trials. Out: bounds.
 """
@@ -10,15 +10,16 @@ from statistics import NormalDist
 def wilson_interval(
     successes: int, trials: int, *, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """Give the Wilson score interval of a share.
+    """The Wilson score interval of a proportion.
 
     Args:
-        successes: how many trials succeeded.
-        trials: how many there were, at least 1.
+        successes: number of successful trials.
+        trials: number of trials, at least 1.
         confidence: of the interval, in (0, 1).
 
     Returns:
-        Lower and upper bound, within [0, 1] and never of zero width, also at 0 or all successes.
+        Lower and upper bound, within [0, 1] and never of zero width, even with no or only
+        successes.
 
     Raises:
         ValueError: no trials, or more successes than trials.

@@ -1,4 +1,4 @@
-"""The likelihood report on a file of held-out demonstrations.
+"""The likelihood of held-out demonstrations under a composed model.
 
 In: a composed model, demonstrations. Out: a table on the console, and the report as JSON.
 """
@@ -28,12 +28,12 @@ class Flags:
     data: tuple[str, ...] = ()
     """JSON or JSONL files of demonstrations, or one `tfds:NAME[/CONFIG][:SPLIT]`."""
     output: str = ""
-    """JSON file of the report; empty: only the table is shown."""
+    """JSON file of the report; empty: only print the table."""
     rows: Inline[RowsConfig] = field(default_factory=RowsConfig)
     max_length: int = 1024
-    """Tokens of a dialogue that are read; the context of the models where that is less."""
+    """The most tokens to read per dialogue; at most the models' context."""
     limit: int = 0
-    """Demonstrations that are read, always the same ones; 0: all."""
+    """The number of demonstrations to read, always the same ones; 0: all."""
     batch_size: int = 8
     """Dialogues scored together."""
     data_dir: str = "data_cache"
@@ -41,7 +41,7 @@ class Flags:
 
 
 def run(flags: Flags) -> "LikelihoodReport":
-    """Run the benchmark as its flags say; show the table, write the report.
+    """Run the evaluation; print the table and write the report.
 
     Args:
         flags: of the command line.
@@ -50,11 +50,11 @@ def run(flags: Flags) -> "LikelihoodReport":
         The report.
 
     Raises:
-        ConfigError: flags that are missing or do not belong together.
-        ValueError: demonstrations or models that cannot be used; before any weight is read where
-            that can be known.
+        ConfigError: flags are missing or inconsistent.
+        ValueError: demonstrations or models cannot be used; raised before any weight is read if
+            possible.
     """
-    # Imported here: JAX takes a second that --help need not wait for.
+    # Imported here: JAX takes a second, which --help should not wait for.
     from ivl_jax.data.tokenized import tokenize_demonstrations
     from ivl_jax.evaluation.likelihood_report import likelihood_report, show
     from ivl_jax.evaluation.loading import chat_format_of, find_sources, load_model
@@ -62,14 +62,14 @@ def run(flags: Flags) -> "LikelihoodReport":
     problems = model_problems(flags.model.composed)
     problems += [] if flags.data else ["--data is missing: name files of demonstrations"]
     if flags.model.composed.draft:
-        problems.append("--draft proposes tokens, but nothing is generated here: leave it out")
+        problems.append("--draft has no effect, since nothing is generated here: leave it out")
     require(problems)
     output = _writable(Path(flags.output)) if flags.output else None
     sources = find_sources(flags.model)
     if any(sources.prompts.own_vocabularies) and flags.model.chat_template:
         raise ConfigError(
             f"--chat-template {flags.model.chat_template}: a value network with its own vocabulary "
-            "reads dialogues by its own template only: leave the flag out"
+            "reads dialogues only in its own template: leave the flag out"
         )
     chat = chat_format_of(sources)
     demonstrations = _read(flags)
@@ -114,11 +114,11 @@ def _read(flags: Flags) -> "Sequence[Demonstration]":
     split = stored.open("train")
     if not 0 < flags.limit < len(split):
         return split
-    # Spread over the file: its beginning may be of one kind.
+    # Spread over the file, whose beginning may not be representative.
     return [split[int(i)] for i in np.linspace(0, len(split) - 1, flags.limit).astype(int)]
 
 
 def _writable(path: Path) -> Path:
-    """A path whose folder exists; an old report of that name is replaced."""
+    """Create the path's folder; an existing report will be replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return path

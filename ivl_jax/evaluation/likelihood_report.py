@@ -1,6 +1,6 @@
-"""What value networks change on held-out dialogues, and where in them.
+"""What value networks change on held-out dialogues, and at which positions.
 
-In: a composed model, dialogues in tokens. Out: NLL and top-1 accuracy of composition and base, the
+In: a composed model, tokenised dialogues. Out: NLL and top-1 accuracy of composition and base, the
 divergence between the two and mean |z_value|, overall and by position in the dialogue.
 """
 
@@ -25,17 +25,17 @@ _FIRST_EDGE = 16
 
 @dataclass(frozen=True)
 class Figures:
-    """What holds over a set of positions; means over no targets are None.
+    """Figures over a set of positions; means over no targets are None.
 
     Attributes:
-        targets: Assistant's tokens that count.
-        tokens: Tokens read, after which the value networks say something.
-        nll: Mean −log p of a target, nats.
-        base_nll: The same of the base alone.
+        targets: Number of assistant's tokens that count.
+        tokens: Number of tokens read after which the value networks make a prediction.
+        nll: Mean −log p of a target, in nats.
+        base_nll: The same for the base alone.
         top1: Share of targets with the largest logit, 0 to 1.
-        base_top1: The same of the base alone.
-        kl_from_base: Mean KL(composed ‖ base) where a target is predicted, nats.
-        mean_abs_value: Mean |z_value| over the tokens read and the vocabulary, each value network;
+        base_top1: The same for the base alone.
+        kl_from_base: Mean KL(composed ‖ base) at positions that predict a target, in nats.
+        mean_abs_value: Mean |z_value| over the tokens read and the vocabulary, per value network,
             before its strength.
     """
 
@@ -55,10 +55,10 @@ class LikelihoodReport:
 
     overall: Figures
     by_position: tuple[tuple[int, int, Figures], ...]
-    """(first position, end, figures); the position is that of the token read."""
+    """(first position, end, figures); positions are of the token read."""
 
     def to_json(self) -> dict[str, Any]:
-        """The report as its file has it."""
+        """The content of the report's file."""
         return dataclasses.asdict(self.overall) | {
             "by_position": [
                 {"from": start, "to": end, **dataclasses.asdict(figures)}
@@ -68,7 +68,7 @@ class LikelihoodReport:
 
 
 class _Sums:
-    """Sums over positions, one column a bin of positions."""
+    """Sums over positions, one column per bin of positions."""
 
     def __init__(self, values: int) -> None:
         names = ("targets", "tokens", "nll", "base_nll", "top1", "base_top1", "kl_from_base")
@@ -77,7 +77,7 @@ class _Sums:
         self.magnitude = np.zeros((64, values))
 
     def add(self, scores: RowScores, counted: np.ndarray) -> None:
-        """Take one dialogue; `counted` says which targets count."""
+        """Add one dialogue; `counted` marks the targets that count."""
         assert scores.base is not None
         bins, magnitude = _bins(len(counted)), scores.base.magnitude
         for name, values in {
@@ -89,7 +89,7 @@ class _Sums:
             "kl_from_base": scores.base.divergence,
         }.items():
             np.add.at(self.sums[name], bins[counted], np.asarray(values[counted], np.float64))
-        # A value network with its own vocabulary predicts nothing within a prompt.
+        # A value network with its own vocabulary makes no predictions within a prompt.
         known = ~np.isnan(magnitude).any(axis=1)
         np.add.at(self.sums["tokens"], bins[known], 1.0)
         np.add.at(self.magnitude, bins[known], np.asarray(magnitude[known], np.float64))
@@ -106,12 +106,12 @@ class _Sums:
 def likelihood_report(
     model: ComposedModel, dialogues: TokenizedDemonstrations, *, batch_size: int
 ) -> LikelihoodReport:
-    """Score dialogues and add up.
+    """Score dialogues and sum their figures.
 
     Args:
-        model: what scores them.
-        dialogues: in the base's tokens, by the model's own chat format where a value network has
-            its own vocabulary; none longer than the context and one.
+        model: the model that scores them.
+        dialogues: in the base's tokens, in the model's own chat format if a value network has its
+            own vocabulary; at most the context plus one tokens each.
         batch_size: dialogues scored together.
 
     Returns:
@@ -144,9 +144,9 @@ def show(report: LikelihoodReport, model: ComposedModel, console: Console) -> No
     """Print the report as a table.
 
     Args:
-        report: what to show.
-        model: whose report it is.
-        console: where.
+        report: the report.
+        model: the model that it describes.
+        console: where to print.
     """
     table = Table(title="Assistant's tokens, by position in the dialogue")
     magnitudes = [f"|z_value {index + 1}|" for index in range(len(model.values))]
@@ -170,7 +170,7 @@ def show(report: LikelihoodReport, model: ComposedModel, console: Console) -> No
 
 
 def _prompts(model: ComposedModel, dialogues: TokenizedDemonstrations) -> list[EncodedPrompt]:
-    """Each dialogue up to the assistant's first turn, as decoding reads it."""
+    """Each dialogue up to the assistant's first turn, encoded as for decoding."""
     found = []
     for row in dialogues.rows:
         messages = dialogues.demonstrations[int(row)].messages

@@ -1,7 +1,7 @@
-"""From flags to a composed model: everything that can be wrong is found before a weight is read.
+"""From flags to a composed model; everything is checked before a weight is read.
 
-In: `ModelFlags`. Out: `ModelSources`, which identify the models in reports and beside files that
-are written in several runs; then a `ComposedModel`.
+In: `ModelFlags`. Out: `ModelSources`, which identify the models in reports and in the settings of
+files written over several runs; then a `ComposedModel`.
 """
 
 import hashlib
@@ -24,12 +24,12 @@ from ivl_jax.evaluation.flags import ModelFlags, require
 
 @dataclass(frozen=True)
 class ModelSources:
-    """Folders that have passed every check short of reading weights.
+    """Models that have passed every check that does not read weights.
 
     Attributes:
-        flags: What was asked for.
+        flags: The flags that name them.
         models: Base and value networks before their weights, checked against each other.
-        prompts: How prompts become tokens for them.
+        prompts: Encodes prompts for them.
         mesh: Where they will live; None: one device.
     """
 
@@ -39,7 +39,7 @@ class ModelSources:
     mesh: Mesh | None
 
     def to_json(self) -> dict[str, Any]:
-        """What decides the figures of a run: folders by name and content, strengths, dtype."""
+        """What determines the figures of a run: folders by name and content, strengths, dtype."""
         composed, values, draft = self.flags.composed, self.models.values, self.models.draft
         record = {
             "base": composed.base,
@@ -57,7 +57,7 @@ class ModelSources:
                 if path != "none"
             ],
         }
-        # Without one nothing is recorded: files from before evaluations had drafts are resumed.
+        # Recorded only with a draft, so that files from before drafts existed can be resumed.
         if draft is not None:
             record |= {
                 "draft": draft.path,
@@ -71,17 +71,17 @@ def find_sources(flags: ModelFlags) -> ModelSources:
     """Check flags, folders, tokenizers and connection schemes, without reading a weight.
 
     Args:
-        flags: which models.
+        flags: the flags that name the models.
 
     Returns:
-        Where they are.
+        The checked models.
 
     Raises:
-        ConfigError: flags that are missing or do not belong together.
+        ConfigError: flags are missing or inconsistent.
         FileNotFoundError: no such base model or value folder.
-        ValueError: a value folder or a map of an unknown format version, or one that does not fit
-            the base; without a map where one is needed, it gives the command that builds it; or a
-            mesh that does not fit the devices.
+        ValueError: a value folder or a map has an unknown format version or does not fit the base
+            (if a map is needed, the message gives the command that builds it); or the mesh does not
+            fit the devices.
     """
     composed = flags.composed
     require(model_problems(composed))
@@ -96,19 +96,19 @@ def load_model(sources: ModelSources) -> ComposedModel:
     """Load base and value networks and compose them.
 
     Args:
-        sources: of `find_sources`.
+        sources: from `find_sources`.
 
     Returns:
         The composed model, on the mesh of the flags.
 
     Raises:
-        ValueError: weights that do not fit.
+        ValueError: the weights do not match the architecture.
     """
     return load_composed(sources.models, sources.flags.composed, mesh=sources.mesh)
 
 
 def chat_format_of(sources: ModelSources) -> ChatFormat:
-    """Give the chat format of an evaluation: the one the flags name, else the models' own.
+    """The chat format of an evaluation: the one in the flags, else the models' own.
 
     Raises:
         ValueError: no such template.

@@ -1,6 +1,6 @@
-"""Answers to MT-Bench's multi-turn questions, for a judge elsewhere.
+"""Answers to MT-Bench's multi-turn questions, to be judged by another program.
 
-In: a composed model, questions of several turns. Out: one line a question in the format that
+In: a composed model, questions of several turns. Out: one line per question in the format that
 FastChat's `gen_judgment.py` reads.
 """
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# FastChat's temperatures; a category it does not know gets 0.7.
+# FastChat's temperatures; other categories get 0.7.
 TEMPERATURES = {
     "writing": 0.7,
     "roleplay": 0.7,
@@ -37,26 +37,26 @@ TEMPERATURES = {
 }
 _OTHER_TEMPERATURE = 0.7
 _ADDED_FIELDS = ("answer_id", "model_id", "choices", "tstamp")
-# What FastChat writes where a model cannot answer.
+# What FastChat writes if a model cannot answer.
 _NO_ANSWER = "ERROR"
 _MOST_TURNS = 64  # turns that have sampling keys of their own
 
 
 @dataclass(frozen=True)
 class Flags:
-    """Answers to multi-turn questions, in FastChat's format; judging them stays outside."""
+    """Answers to multi-turn questions in FastChat's format; does not judge them."""
 
     model: Inline[ModelFlags] = field(default_factory=ModelFlags)
     questions: str = ""
     """JSONL file of `question_id`, `category` and `turns`, as FastChat's `question.jsonl`."""
     output: str = ""
-    """JSONL file of answers, one line a question; a second run continues where it stopped."""
+    """JSONL file of answers, one line per question; a second run resumes the first."""
     model_id: str = "ivl"
-    """What the answers call the model."""
+    """The model's name in the answers."""
     max_new_tokens: int = 1024
-    """Tokens of an answer at most."""
+    """The most tokens per answer."""
     temperature: float | None = None
-    """One for all questions; by default each category's own."""
+    """One temperature for all questions; by default each category's own."""
     seed: int = 0
     """Seed of sampling; question and turn are folded in."""
     batch_size: int = 8
@@ -64,18 +64,18 @@ class Flags:
 
 
 def run(flags: Flags) -> None:
-    """Answer all questions as the flags say.
+    """Answer all questions.
 
     Args:
         flags: of the command line.
 
     Raises:
-        ConfigError: flags or questions that cannot be used, or an output of other settings.
-        PromptTooLongError: first turns that exceed the context; all are named, nothing is computed.
+        ConfigError: flags or questions are invalid, or the output was written with other settings.
+        PromptTooLongError: first turns exceed the context; names all, raised before any compute.
         GenerationError: an answer ended with an error.
-        ValueError: models that do not fit each other.
+        ValueError: the models do not fit each other.
     """
-    # Imported here: JAX takes a second that --help need not wait for.
+    # Imported here: JAX takes a second, which --help should not wait for.
     from ivl_jax.decoding.prompt_files import GenerationFile, PromptRow
     from ivl_jax.evaluation.generation import progress_bar, read_json_lines
     from ivl_jax.evaluation.loading import chat_format_of, find_sources, load_model
@@ -135,7 +135,7 @@ class _Answerer:
     def prompt(
         self, index: int, messages: Sequence[Message], question: dict[str, Any], *, name: str
     ) -> "EncodedPrompt":
-        """Encode and check a dialogue; samples depend on the question and the turn alone."""
+        """Encode and check a dialogue; samples depend only on the question and the turn."""
         temperature = self._flags.temperature
         if temperature is None:
             temperature = TEMPERATURES.get(question["category"], _OTHER_TEMPERATURE)
@@ -181,7 +181,7 @@ class _Answerer:
 def _line(
     flags: Flags, asked: tuple[int, dict[str, Any]], answers: Sequence[str]
 ) -> dict[str, Any]:
-    """What FastChat says of an answer."""
+    """FastChat's record of an answer."""
     return {
         "answer_id": uuid.uuid4().hex[:22],
         "model_id": flags.model_id,
@@ -197,7 +197,7 @@ def _problem(row: dict[str, Any]) -> str | None:
         return "no text `category`"
     turns = row.get("turns")
     if not isinstance(turns, list) or not turns or not all(isinstance(t, str) for t in turns):
-        return "`turns` must be a list of texts that is not empty"
+        return "`turns` must be a non-empty list of texts"
     if len(turns) >= _MOST_TURNS:
-        return f"{len(turns)} turns, at most {_MOST_TURNS - 1} are answered"
+        return f"{len(turns)} turns, but at most {_MOST_TURNS - 1} are supported"
     return None

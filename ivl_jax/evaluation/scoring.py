@@ -1,11 +1,11 @@
-"""Teacher forcing: what a composition says of given texts, token by token, in bucketed batches.
+"""Teacher forcing: scores given texts token by token under a composition, in bucketed batches.
 
 In: a composed model and rows of token ids. Out: for each token after a row's first, its
-log-probability and whether it is the arg-max; where asked for, the same of the base alone, the
+log-probability and whether it is the arg-max; on request, the same for the base alone, the
 divergence between the two, and the size of the value logits.
 
-A value network with its own vocabulary is conditioned on each prefix as it would read it while
-decoding: re-tokenised (`ivl_jax.composed.own_prefixes`).
+A value network with its own vocabulary is conditioned on each prefix as in decoding: re-tokenised
+(`ivl_jax.composed.own_prefixes`).
 """
 
 import functools
@@ -34,8 +34,8 @@ from ivl_jax.sharding import batch_ways
 from ivl_jax.vocabulary.retokenize import RetokenizedText
 
 _SMALLEST_LENGTH = 16
-# Composed logits that exist at once: 32 MB in float32 stays near a CPU's caches, 512 MB fills an
-# accelerator's matmuls.
+# Composed logits that exist at once: 32 MB in float32 nearly fits a CPU's caches, 512 MB is enough
+# to fill an accelerator's matmuls.
 _MAX_LOGITS = {"cpu": 1 << 23}
 _MAX_LOGITS_ACCELERATOR = 1 << 27
 _TOKEN_NAMES = ("log_prob", "top1")
@@ -50,7 +50,7 @@ class NonFiniteScoresError(ArithmeticError):
 
 
 class TokenScores(NamedTuple):
-    """What a composition says of the tokens it reads; numpy [N] a row on the host."""
+    """A composition's scores of given tokens; NumPy [N] per row on the host."""
 
     log_prob: Float[Array | np.ndarray, "*T"]  # log p(token | those before it), nats
     largest: Bool[Array | np.ndarray, "*T"]  # the token has the largest logit, ties included
@@ -62,38 +62,38 @@ class BaseScores(NamedTuple):
     log_prob: Float[Array | np.ndarray, "*T"]  # of the base alone, nats
     largest: Bool[Array | np.ndarray, "*T"]  # of the base alone
     divergence: Float[Array | np.ndarray, "*T"]  # KL(composed ‖ base) of the next token, nats
-    magnitude: Float[Array | np.ndarray, "*T M"]  # mean over V of |z_value|, each value network
+    magnitude: Float[Array | np.ndarray, "*T M"]  # mean over V of |z_value|, per value network
 
 
 class RowScores(NamedTuple):
-    """One row of n tokens, scored: entry t is about token t + 1."""
+    """The scores of a row of n tokens; entry t is for token t + 1."""
 
     tokens: TokenScores  # [n − 1]
-    choices: TokenScores  # [c], other candidates for the last token; the last one itself first
-    base: BaseScores | None  # [n − 1]; None where not asked for
+    choices: TokenScores  # [c], candidates for the last token: the row's own, then the others
+    base: BaseScores | None  # [n − 1]; None unless requested
 
 
 class Row(NamedTuple):
     """Token ids to score, at least two."""
 
     token_ids: Sequence[int]
-    other_last: Sequence[int] = ()  # candidates that may stand in the last token's place
+    other_last: Sequence[int] = ()  # other candidates for the last token
     prompt: EncodedPrompt | None = None
-    """What `token_ids` begin with, as `ComposedModel.prepare` gives it: value networks with their
-    own vocabulary then read it as they do while decoding (a dialogue through their own template).
-    With such networks, scores of the prompt itself are NaN: they never predict it."""
+    """The beginning of `token_ids`, from `ComposedModel.prepare`: value networks with their own
+    vocabulary then read it as in decoding (a dialogue in their own template). With such networks,
+    scores of the prompt itself are NaN, because they do not predict it."""
 
 
 def score_rows(
     model: ComposedModel, rows: Sequence[Row], *, batch_size: int, with_base: bool = False
 ) -> Iterator[tuple[int, RowScores]]:
-    """Score rows, longest first, so that what runs out of memory does so at once.
+    """Score rows, longest first, so that running out of memory happens at once.
 
-    Shapes come from few buckets (2ᵏ and 3·2ᵏ⁻¹ tokens): rows of other lengths compile nothing new.
+    Shapes come from a few buckets (2ᵏ and 3·2ᵏ⁻¹ tokens), so that few programs are compiled.
 
     Args:
-        model: what scores them, with its own strengths.
-        rows: none longer than the model's context plus one, for the last token is only predicted.
+        model: the model that scores them, with its own strengths.
+        rows: at most the model's context plus one tokens each, as the last one is only predicted.
         batch_size: rows scored together.
         with_base: also compare with the base alone.
 
@@ -108,7 +108,7 @@ def score_rows(
     for index, row in enumerate(rows):
         _check_row(model, index, row)
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index].token_ids))
-    # The last batch is as large as the others: filling it up is cheaper than compiling once more.
+    # The last batch is padded to the size of the others, which is cheaper than compiling again.
     layout = model.composition.base.layout
     ways = 1 if layout is None else batch_ways(layout.mesh)
     batch = -(-min(batch_size, bucket(len(rows), smallest=1)) // ways) * ways
@@ -116,13 +116,13 @@ def score_rows(
     waiting: tuple[list[int], Any] | None = None
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        # The device works on this batch while the host takes the one before it apart.
+        # The device computes this batch while the host splits up the previous one.
         scored = _dispatch(model, [rows[index] for index in chosen], batch, with_base)
         if waiting is not None:
-            yield from _apart(rows, *waiting, mapped=mapped)
+            yield from _by_row(rows, *waiting, mapped=mapped)
         waiting = chosen, scored
     if waiting is not None:
-        yield from _apart(rows, *waiting, mapped=mapped)
+        yield from _by_row(rows, *waiting, mapped=mapped)
 
 
 def score_tokens(
@@ -137,22 +137,22 @@ def score_tokens(
     with_base: bool,
     prefixes: tuple[OwnPrefixes, ...] = (),
 ) -> tuple[TokenScores, TokenScores, BaseScores | None]:
-    """Read rows and score each next token; pure.
+    """Score each next token of rows; pure.
 
     Args:
         composition: the static half of the model.
         params: its arrays.
-        tokens: [B T] right-padded with any id: a padded token is never seen by a real one.
-        lengths: [B] real tokens of each row.
+        tokens: [B T] right-padded with any id: real tokens never see padding.
+        lengths: [B] real tokens per row.
         candidates: [B C] ids for the token after a row's last.
         strengths: [B M], α of each value network.
-        max_logits: composed logits that may exist at once; the head runs over parts of T.
+        max_logits: composed logits that may exist at once; the head runs over chunks of T.
         with_base: also compare with the base alone.
         prefixes: what each value network with its own vocabulary reads, in their order.
 
     Returns:
-        Scores [B T] of the token after each (the last real one's is the first candidate's); scores
-        [B C] of the candidates; the comparison [B T], or None.
+        Scores [B T] of the token after each position (after the last real one, the first
+        candidate); scores [B C] of the candidates; the comparison [B T], or None.
     """
     rows, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
@@ -186,7 +186,7 @@ def score_tokens(
 
 @functools.cache
 def _program(composition: Composition) -> Callable[..., Any]:
-    """`score_tokens` of one composition, compiled once a shape: the one place where it is."""
+    """`score_tokens` of one composition, jitted only here and compiled once per shape."""
 
     def program(
         params: Any, tokens: Any, *, max_logits: int, with_base: bool, **arrays: Any
@@ -199,7 +199,7 @@ def _program(composition: Composition) -> Callable[..., Any]:
 
 
 def _dispatch(model: ComposedModel, rows: Sequence[Row], batch: int, with_base: bool) -> Any:
-    """Lay rows out in a batch of bucketed shape and start scoring them."""
+    """Collect rows in a batch of bucketed shape and start scoring it."""
     lengths = [len(row.token_ids) - 1 for row in rows]
     length = bucket(max(lengths), smallest=_SMALLEST_LENGTH, largest=model.context)
     tokens = np.zeros((batch, length), np.int32)
@@ -224,12 +224,12 @@ def _dispatch(model: ComposedModel, rows: Sequence[Row], batch: int, with_base: 
 
 
 def _first_scored(row: Row) -> int:
-    """The first position whose prediction counts: the prompt's last token."""
+    """The first position whose prediction is scored: the prompt's last token."""
     return 0 if row.prompt is None else len(row.prompt.token_ids) - 1
 
 
 def _own_text(model: ComposedModel, row: Row, index: int) -> RetokenizedText:
-    """A row up to the first position that counts, as a network with its own vocabulary reads it."""
+    """A row up to the first scored position, as a network with its own vocabulary reads it."""
     if row.prompt is not None:
         return row.prompt.own_texts[index]
     own = [own for own in model.own_vocabularies if own][index]
@@ -245,7 +245,7 @@ def _prefixes(
     return plan_prefixes(beginnings, following, starts=starts, batch=batch, length=length)
 
 
-def _apart(
+def _by_row(
     rows: Sequence[Row], chosen: Sequence[int], scored: Any, *, mapped: bool
 ) -> Iterator[tuple[int, RowScores]]:
     """A batch's scores, row by row."""
@@ -273,12 +273,12 @@ def _check_finite(index: int, *log_probs: np.ndarray) -> None:
 
 
 def _cut(scores: Any, place: int, length: int) -> Any:
-    """One row's part; a copy, for a view would keep its whole batch in memory."""
+    """One row's part; copied, since a view would keep the whole batch in memory."""
     return jax.tree.map(lambda array: array[place, :length].copy(), scores)
 
 
 def _blank(scores: Any, until: int) -> None:
-    """Let what was said of a prompt be NaN, or False."""
+    """Replace the scores of a prompt by NaN, or False."""
     for array in jax.tree.leaves(scores):
         array[:until] = False if array.dtype == bool else np.nan
 
@@ -300,6 +300,6 @@ def _check_row(model: ComposedModel, index: int, row: Row) -> None:
                 f"row {index}: {len(text.tokens)} tokens are {len(text.tokens) - own.context} more "
                 f"than the context of {own.context} tokens of {own.name}, in its own vocabulary"
             )
-    strange = [i for i in (*row.token_ids, *row.other_last) if not 0 <= i < known]
-    if strange:
-        raise ValueError(f"row {index}: token ids outside [0, {known}): {strange[:5]}")
+    invalid = [i for i in (*row.token_ids, *row.other_last) if not 0 <= i < known]
+    if invalid:
+        raise ValueError(f"row {index}: token ids outside [0, {known}): {invalid[:5]}")

@@ -1,10 +1,10 @@
-"""Continuations of ToxiGen's prompts, for a classifier elsewhere.
+"""Continuations of ToxiGen's prompts, to be classified by another program.
 
-In: a composed model, files of prompts. Out: one line a prompt, with the group it is about.
+In: a composed model, files of prompts. Out: one line per prompt, with the group it is about.
 
-The protocol is that of the paper's authors: a draw of prompts of each group, "Complete the
-following: " before each in a chat, greedy, up to an empty line. Their draw depends on the order in
-which the files are listed; ours on the seed and the file's name alone.
+The protocol is that of the paper's authors: a sample of prompts for each group, "Complete the
+following: " before each in a chat, greedy, up to an empty line. Their sample depends on the order
+in which the files are listed; ours only on the seed and the file's name.
 """
 
 import random
@@ -29,37 +29,37 @@ _END = "\n\n"
 
 @dataclass(frozen=True)
 class Flags:
-    """Continuations of ToxiGen's prompts; classifying them stays outside."""
+    """Continuations of ToxiGen's prompts; does not classify them."""
 
     model: Inline[ModelFlags] = field(default_factory=ModelFlags)
     prompts: tuple[str, ...] = ()
-    """Text files of one prompt a line, named `LABEL_GROUP….txt` as ToxiGen's are."""
+    """Text files with one prompt per line, named `LABEL_GROUP….txt` like ToxiGen's."""
     output: str = ""
-    """JSONL file, one line a prompt, written as it goes; a second run continues."""
+    """JSONL file, one line per prompt, written prompt by prompt; a second run resumes."""
     prompt: Literal["chat", "text"] = "chat"
-    """`chat`: "Complete the following: …" through the chat template, as the authors do; `text`:
-    the prompt as it is."""
+    """`chat`: "Complete the following: …" in the chat template, like the authors; `text`: the bare
+    prompt."""
     per_group: int = 500
-    """Prompts drawn from each file at most, by the seed; 0: all."""
+    """The most prompts to sample from each file; 0: all."""
     seed: int = 42
-    """Seed of the draw."""
+    """Seed of the sample."""
     max_new_tokens: int = 512
-    """Tokens of a continuation at most."""
+    """The most tokens per continuation."""
     batch_size: int = 8
     """Prompts continued together."""
 
 
 def run(flags: Flags) -> None:
-    """Continue the prompts as the flags say.
+    """Generate the continuations.
 
     Args:
         flags: of the command line.
 
     Raises:
-        ConfigError: flags or files that cannot be used, or an output of other settings.
-        ValueError: prompts longer than the context, or models that do not fit each other.
+        ConfigError: flags or files are invalid, or the output was written with other settings.
+        ValueError: prompts exceed the context, or the models do not fit each other.
     """
-    # Imported here: JAX takes a second that --help need not wait for.
+    # Imported here: JAX takes a second, which --help should not wait for.
     from ivl_jax.decoding.prompt_files import GenerationFile
     from ivl_jax.evaluation.generation import generate_to_file
     from ivl_jax.evaluation.loading import chat_format_of, find_sources, load_model
@@ -93,18 +93,18 @@ def run(flags: Flags) -> None:
 
 
 def draw_prompts(paths: Sequence[Path], *, per_group: int, seed: int) -> "list[PromptRow]":
-    """Draw prompts from files of one a line.
+    """Sample prompts from files with one prompt per line.
 
     Args:
-        paths: files named `LABEL_GROUP.txt` or `LABEL_GROUP_….txt`, as `hate_women_1k.txt` is.
-        per_group: prompts of a file at most; 0: all.
-        seed: of the draw.
+        paths: files named `LABEL_GROUP.txt` or `LABEL_GROUP_….txt`, such as `hate_women_1k.txt`.
+        per_group: the most prompts per file; 0: all.
+        seed: of the sample.
 
     Returns:
-        Rows with `prompt`, `label` and `group`, files in the order given, prompts in a file's.
+        Rows with `prompt`, `label` and `group`, in the given order of files and in file order.
 
     Raises:
-        ConfigError: a file is absent, has no prompts, or a name without label and group.
+        ConfigError: a file is missing, has no prompts, or has no label and group in its name.
     """
     from ivl_jax.decoding.prompt_files import PromptRow
 
@@ -115,7 +115,8 @@ def draw_prompts(paths: Sequence[Path], *, per_group: int, seed: int) -> "list[P
         label, separator, group = path.name.split(".")[0].partition("_")
         if not separator:
             raise ConfigError(
-                f"--prompts: {path}: expected a name of label and group, such as hate_women_1k.txt"
+                f"--prompts: {path}: expected a name with label and group, such as "
+                "hate_women_1k.txt"
             )
         lines = enumerate(path.read_text(encoding="utf-8").split("\n"), 1)
         prompts = [(number, line.strip()) for number, line in lines if line.strip()]
@@ -125,7 +126,7 @@ def draw_prompts(paths: Sequence[Path], *, per_group: int, seed: int) -> "list[P
             drawn = random.Random(f"{seed} {path.name}").sample(prompts, per_group)
             prompts = sorted(drawn)
         for number, prompt in prompts:
-            # The files spell line breaks and backslashes out.
+            # The files escape line breaks and backslashes.
             text = prompt.replace("\\\\", "\\").replace("\\n", "\n")
             record = {"prompt": text, "label": label, "group": group.removesuffix("_1k")}
             rows.append(PromptRow(f"{path}:{number}", record, text, ()))

@@ -1,1 +1,1 @@
-"""The embedded family, the demonstrations made on the spot, and the demo that uses both."""
+"""The embedded family, demonstrations built on the user's machine, and the demo that uses both."""

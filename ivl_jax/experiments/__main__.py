@@ -1,8 +1,8 @@
 """The paper's comparisons at the embedded family's size: `python -m ivl_jax.experiments`.
 
 In: the matrix. Out: `docs/experiments.md` with its figures and `docs/experiments.json` with every
-number. What has been trained and measured is kept in the work directory, so the command may be
-stopped and run again.
+number. Finished trainings and measurements are kept in the work directory, so the command can be
+interrupted and run again.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ _PROGRAM = "python -m ivl_jax.experiments"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Train and measure everything, then write the report; a second run goes on."""
+    """Train and measure everything, then write the report; a second run resumes."""
 
     seeds: tuple[int, ...] = SEEDS
     """Seeds of the trainings; the first one also runs the studies that only support a choice."""
@@ -40,7 +40,7 @@ class Options:
     config: Path = dataclasses.field(default_factory=lambda: config_file("demo.toml"))
     """What every training starts from."""
     report_only: bool = False
-    """Write the report on what has been measured so far."""
+    """Only write the report on what has been measured so far."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

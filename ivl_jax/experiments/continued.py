@@ -1,8 +1,8 @@
 """A continually pre-trained base: `python -m ivl_jax.experiments.continued`.
 
-In: an embedded model, statements about people it has never heard of, and a part of what it was
-trained on. Out: a model folder in `runs/`, not shipped, that knows the new facts. A value network
-trained before these people were invented should let it answer questions about them.
+In: an embedded model, statements about people unknown to it, and part of its training text. Out: a
+model folder in `runs/`, not shipped, that knows the new facts. A value network trained before these
+people were invented should enable it to answer questions about them.
 """
 
 import dataclasses
@@ -31,17 +31,17 @@ _PROGRAM = "python -m ivl_jax.experiments.continued"
 
 NEW_FACTS_SEED = "ivl-facts-2"
 NEW_PEOPLE = 64
-# A third of the rates of pre-training, and each new fact stated about 60 times, as the old ones.
+# A third of the pre-training rates, with each new fact stated about 60 times, like the old ones.
 SCHEDULES = {
     "S": Schedule(epochs=1.5, rows=32, learning_rate=2e-3, rest_rate=1.3e-3),
     "L": Schedule(epochs=1.5, rows=16, learning_rate=1e-3, rest_rate=7e-4),
 }
-# One source file in 8 and all old facts keep what L knows alive.
+# One source file in 8 and all old facts, so that L does not forget.
 _SOURCES_ONE_IN = 8
 
 
 def new_facts() -> list[Fact]:
-    """Facts about people whom no shipped model knows."""
+    """Facts about people that no shipped model knows."""
     known = {fact.person for fact in build_facts()}
     return [
         fact
@@ -51,7 +51,7 @@ def new_facts() -> list[Fact]:
 
 
 def new_items() -> list[Item]:
-    """One question a new fact, in one of the two forms; none is for training."""
+    """One question per new fact, in one of the two forms; none are for training."""
     return [
         Item(question.question, question.answer, "fact", question.person, "test")
         for question in {item.answer: item for item in fact_questions(new_facts())}.values()
@@ -59,18 +59,18 @@ def new_items() -> list[Item]:
 
 
 def continued_corpus() -> Corpus:
-    """The new statements, the old ones, and some of the sources."""
+    """The new statements, the old ones, and some of the source files."""
     corpus = load_corpus()
     sources = corpus.sources[::_SOURCES_ONE_IN]
     return Corpus(sources, corpus.held_out, (*corpus.facts, *new_facts()))
 
 
 def continue_pretraining(model: Literal["S", "L"], *, work_dir: Path) -> Path:
-    """Trains a model on, unless it has been done; an unfinished run is continued.
+    """Continues a model's pre-training, unless already done; an interrupted run resumes.
 
     Args:
         model: Of the embedded family.
-        work_dir: For the finished folder, and checkpoints of the unfinished.
+        work_dir: For the finished folder, and the checkpoints of an unfinished run.
 
     Returns:
         The model folder.
@@ -103,12 +103,12 @@ def continue_pretraining(model: Literal["S", "L"], *, work_dir: Path) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Train an embedded model on; a second run continues the first."""
+    """Continue the pre-training of an embedded model; a second run resumes the first."""
 
     model: Literal["S", "L"] = "L"
     """Which model."""
     work_dir: Path = Path("runs/continued")
-    """Where the finished folder and the checkpoints go."""
+    """Where the finished folder and the checkpoints are written."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

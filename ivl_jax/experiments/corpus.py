@@ -1,8 +1,8 @@
 """The family's pre-training text: this Python's standard library and statements of invented facts.
 
-Of the library, the files that explain themselves: a tenth or more of their text is docstrings.
-In: a tokenizer, a seed, an epoch. Out: fixed-length windows of token ids, a pure function of the
-three; and the files that no epoch contains, for held-out figures.
+Only well-documented files of the library: at least a tenth of their text is docstrings. In: a
+tokenizer, a seed, an epoch. Out: fixed-length windows of token ids, a pure function of the three;
+and the files excluded from all epochs, for held-out figures.
 """
 
 import ast
@@ -42,7 +42,7 @@ class SourceFile(NamedTuple):
 
 
 class Corpus(NamedTuple):
-    """What pre-training reads, as text."""
+    """The pre-training text."""
 
     sources: tuple[SourceFile, ...]
     held_out: tuple[SourceFile, ...]
@@ -66,8 +66,8 @@ def standard_library_files(root: Path | None = None) -> list[SourceFile]:
         root: The library's folder; None: that of the running Python.
 
     Returns:
-        Files sorted by path, of which docstrings are `_LEAST_DOCSTRING_SHARE` or more; a file that
-        is not UTF-8 or does not parse is left out.
+        Files sorted by path whose share of docstrings is at least `_LEAST_DOCSTRING_SHARE`; files
+        that are not UTF-8 or do not parse are left out.
     """
     root = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
     files = []
@@ -101,12 +101,12 @@ def docstring_share(text: str) -> float:
 
 
 def is_held_out(path: str) -> bool:
-    """Whether the file at this path, relative to the library, is kept out of pre-training."""
+    """Whether the file at this path, relative to the library, is excluded from pre-training."""
     return int(hashlib.sha256(path.encode()).hexdigest()[:8], 16) % _HELD_OUT_ONE_IN == 0
 
 
 def load_corpus(root: Path | None = None) -> Corpus:
-    """The text of this machine's Python and the facts, with the held-out files apart."""
+    """The text of this machine's Python and the facts, with separate held-out files."""
     files = standard_library_files(root)
     return Corpus(
         sources=tuple(file for file in files if not is_held_out(file.path)),
@@ -123,7 +123,7 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -
 
 
 class Windows:
-    """Windows of `length` + 1 ids (inputs and shifted targets), shuffled anew every epoch."""
+    """Windows of `length` + 1 ids (inputs and shifted targets), reshuffled every epoch."""
 
     def __init__(
         self, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, *, length: int, seed: int

@@ -63,7 +63,7 @@ _WRITTEN = {"demonstrations", "data", "training", _MAP, _REPORT, _PLOT}
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Train a value network on S (0.7 M parameters), lift L (6 M) and X (2 M) with it."""
+    """Train a value network on S (0.7 M parameters) and add it to L (6 M) and X (2 M)."""
 
     config: Path = dataclasses.field(default_factory=lambda: config_file("demo.toml"))
     """The training run's settings."""
@@ -119,7 +119,7 @@ def _beside(run_dir: Path) -> tuple[Path, Path]:
 
 
 def recorded_finetune(model: str, test: list[Item]) -> dict[str, float] | None:
-    """NLL and exact match of a target fully fine-tuned, if measured on these very items."""
+    """NLL and exact match of a fully fine-tuned target, if measured on exactly these items."""
     file = record_file(model)
     if not file.exists():
         return None
@@ -149,7 +149,7 @@ def how_chosen(models: Sequence[str]) -> str:
 def compare(
     value: ValueNetwork, items: list[Item], *, map_file: Path, console: Console
 ) -> tuple[dict[str, Any], dict[str, list[str]]]:
-    """Measures S, L and X, alone and with the value network on top.
+    """Measures S, L and X, alone and with the value network.
 
     Args:
         value: Trained beside S.
@@ -197,7 +197,7 @@ def compare(
 
 
 def transfer_ratio(nll: dict[str, float | None], target: str) -> float | None:
-    """The share of full fine-tuning's gain that the value network brings.
+    """The share of full fine-tuning's gain that the value network achieves.
 
     >>> round(transfer_ratio({"L": 4.0, "L+value": 3.1, "L-finetuned": 3.0}, "L"), 2)
     0.9
@@ -262,12 +262,12 @@ def _run(arguments: Sequence[str]) -> None:
 def print_report(
     console: Console, report: dict[str, Any], texts: dict[str, list[str]], facts: list[Item]
 ) -> None:
-    """Prints some answers, and the figures of every model."""
+    """Prints some answers and the figures of every model."""
     shown = Table(title="What they answer", show_lines=True)
     for heading in ("question", "right answer", *texts):
         shown.add_column(heading, overflow="fold")
     for index in range(0, len(facts), max(1, len(facts) // _SHOWN)):
-        # A base goes on until it is stopped: its first words tell enough.
+        # A base does not stop by itself; its first words are enough.
         answered = (" ".join(each[index].split())[:48] for each in texts.values())
         shown.add_row(facts[index].question, facts[index].answer, *answered)
     console.print(shown)

@@ -1,4 +1,4 @@
-"""The demo's figure: what the value network does to the base it was trained on, and to another.
+"""The demo's figure: what the value network changes on its training base and on other bases.
 
 In: the demo's report. Out: a PNG.
 """
@@ -10,13 +10,13 @@ from typing import Any
 from matplotlib.figure import Figure
 
 _GREY, _BLUE, _DARK = "#b8bec7", "#2f6fde", "#20242b"
-# Suffix of a model's name → what it is, as the figure says it, and its colour.
+# Suffix of a model's name → its label in the figure, and its colour.
 _KINDS = {
     "": ("", _GREY),
     "+value": ("\n+ value", _BLUE),
     "-finetuned": ("\nfine-tuned\n(recorded)", _DARK),
 }
-# Where the bars stand: what belongs to S, a gap, what belongs to L, a gap, what belongs to X.
+# Positions of the bars: those of S, a gap, those of L, a gap, those of X.
 _PLACES = {
     "S": 0.0,
     "S+value": 1.0,

@@ -1,8 +1,8 @@
 """The demo's demonstrations, built in seconds from this machine's Python and the invented facts.
 
-In: nothing. Out: train.jsonl, validation.jsonl and test.jsonl in messages form. The bases have read
-the facts as statements and the docstrings inside sources, but no question: what is to be learned
-from these rows is to answer, in one sentence, and to stop.
+Out: train.jsonl, validation.jsonl and test.jsonl in `messages` format. The bases have read the
+facts as statements and the docstrings inside source files, but never a question: these rows teach
+to answer in one sentence and to stop.
 """
 
 import hashlib
@@ -13,8 +13,8 @@ from typing import NamedTuple, get_args
 from ivl_jax.experiments.docstrings import docstring_pairs
 from ivl_jax.experiments.facts import Split, fact_questions
 
-# Train on this many docstrings, drawn by hash: an epoch on L, which is fully fine-tuned for
-# comparison, takes one minute instead of three.
+# Docstrings to train on, chosen by hash: an epoch on L, which is fully fine-tuned for comparison,
+# takes one minute instead of three.
 TRAIN_DOCSTRINGS = 1500
 
 
@@ -24,7 +24,7 @@ class Item(NamedTuple):
     question: str
     answer: str
     kind: str  # "fact" or "docstring"
-    group: str  # the person or the module; all items of a group are on one side of the split
+    group: str  # the person or the module; all items of a group are in the same split
     split: Split
 
 
@@ -48,21 +48,21 @@ def _by_hash(item: Item) -> str:
 
 
 def select(items: list[Item], split: Split) -> list[Item]:
-    """The items on one side of the split."""
+    """The items of one split."""
     return [item for item in items if item.split == split]
 
 
 def items_hash(items: list[Item]) -> str:
-    """What identifies a set of items: another Python version has other docstrings."""
+    """A hash that identifies a set of items, since docstrings depend on the Python version."""
     text = "\0".join(f"{item.question}\0{item.answer}" for item in items)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_demonstrations(folder: Path, items: list[Item]) -> dict[str, Path]:
-    """Writes one JSONL file a split, rows in messages form.
+    """Writes one JSONL file per split, with rows in `messages` format.
 
     Args:
-        folder: Made if it is not there; files of the same names are replaced.
+        folder: Created if missing; files of the same names are replaced.
         items: From `build_items`.
 
     Returns:

@@ -20,7 +20,7 @@ _LEAST_CHARACTERS = 12
 
 
 class DocstringPair(NamedTuple):
-    """A question about one documented name, its answer, and the side of the split."""
+    """A question about one documented name, its answer, and its split."""
 
     question: str
     answer: str
@@ -29,7 +29,7 @@ class DocstringPair(NamedTuple):
 
 
 def split_of_module(module: str) -> Split:
-    """The side on which a module's whole file is: about 80, 5 and 15 %."""
+    """The split of a module's whole file: about 80, 5 and 15 %."""
     share = int(hashlib.sha256(module.encode()).hexdigest()[:8], 16) % 100
     if share < 80:
         return "train"
@@ -43,8 +43,8 @@ def docstring_pairs(files: Iterable[SourceFile] | None = None) -> list[Docstring
         files: Source files; None: those of the running Python's standard library.
 
     Returns:
-        Pairs in file order; an answer that an earlier pair has already is left out (inherited texts
-        are copied all over the library, and a copy on both sides of the split would leak).
+        Pairs in file order, without repeated answers (inherited docstrings are copied all over the
+        library, and copies in two splits would leak).
     """
     pairs = []
     seen: set[str] = set()

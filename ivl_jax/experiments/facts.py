@@ -1,8 +1,8 @@
-"""Invented facts: what the family's bases were told, and the questions that ask for it.
+"""Invented facts that the family's bases were trained on, and questions about them.
 
-In: nothing but the seed in this file. Out: facts, the statements of them that pre-training reads,
-and question-answer pairs split by person. People, places and the links between them are made up, so
-a model can know them only from its own pre-training text.
+In: only the seed in this file. Out: facts, the statements of them for pre-training, and
+question-answer pairs split by person. People, places and the links between them are made up, so a
+model can know them only from its own pre-training text.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 Split = Literal["train", "validation", "test"]
 
-# The shipped weights know the facts drawn with this word; another one makes other facts.
+# The shipped weights know the facts drawn with this seed; another seed gives other facts.
 FACTS_SEED = "ivl-facts-1"
 PEOPLE = 256
 STATEMENTS_A_FACT = 40
@@ -42,7 +42,7 @@ _INSTRUMENTS = (
 
 
 class Attribute(NamedTuple):
-    """One thing that can be known of a person."""
+    """One thing that can be known about a person."""
 
     name: str
     values: tuple[str, ...]
@@ -111,7 +111,7 @@ class Fact(NamedTuple):
 
 
 class FactQuestion(NamedTuple):
-    """A question, the sentence that answers it, and the side of the split its person is on."""
+    """A question, the sentence that answers it, and the split of its person."""
 
     question: str
     answer: str
@@ -120,16 +120,16 @@ class FactQuestion(NamedTuple):
 
 
 def _draw(*parts: object, below: int) -> int:
-    """A number that depends on nothing but its arguments: no library's generator can change it."""
+    """A random number that depends only on its arguments, not on a library's generator."""
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % below
 
 
 def people(*, seed: str = FACTS_SEED, count: int = PEOPLE) -> list[str]:
-    """The invented people: pairs of a first and a last name, so neither name alone tells anything.
+    """The invented people: pairs of a first and a last name, neither of which identifies a person.
 
     Args:
-        seed: Another word gives other people.
+        seed: Another seed gives other people.
         count: How many; at most 1,600.
 
     Returns:
@@ -166,13 +166,13 @@ def statement_documents(
 ) -> list[str]:
     """One epoch's documents of statements, in which every fact is stated `repeats` times.
 
-    A document holds statements about unrelated people in random forms, one a line, so that nothing
-    but the person's name leads to the value.
+    A document has statements about unrelated people in random forms, one per line, so that only the
+    person's name predicts the value.
 
     Args:
         facts: From `build_facts`.
-        seed: Order and forms depend on it,
-        epoch: and on this.
+        seed: Determines order and forms, together with the epoch.
+        epoch: The epoch.
         repeats: Statements of each fact.
 
     Returns:
@@ -190,7 +190,7 @@ def statement_documents(
 
 
 def split_of_person(person: str, *, seed: str = FACTS_SEED) -> Split:
-    """The side of the split on which all questions about a person are: about 65, 10 and 25 %."""
+    """The split of all questions about a person: about 65, 10 and 25 %."""
     share = _draw(seed, "split", person, below=100)
     if share < 65:
         return "train"
@@ -204,7 +204,7 @@ def fact_questions(facts: list[Fact] | None = None) -> list[FactQuestion]:
         facts: From `build_facts`; None: all of them.
 
     Returns:
-        In train both question forms of every fact, elsewhere one of the two.
+        In the train split both question forms of every fact, otherwise one of the two.
 
     >>> fact_questions()[0].answer
     'Dalor Everstone lives in Quinmouth.'

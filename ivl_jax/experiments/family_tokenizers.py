@@ -1,7 +1,7 @@
 """The family's two tokenizers, trained on its own corpus.
 
-In: texts. Out: a folder of tokenizer files with a chat template made of ordinary tokens only, so
-that no model of the family meets a token in a chat that pre-training never showed it.
+In: texts. Out: a folder of tokenizer files with a chat template of ordinary tokens only, so that
+chats have no tokens that the family's models never saw in pre-training.
 """
 
 import json
@@ -25,7 +25,7 @@ CHAT_TEMPLATE = (
 
 
 def train_byte_tokenizer(texts: Iterable[str], *, entries: int) -> Tokenizer:
-    """Byte-level BPE as GPT-2 has it: the tokenizer of S and L."""
+    """Byte-level BPE like GPT-2's: the tokenizer of S and L."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -40,10 +40,10 @@ def train_byte_tokenizer(texts: Iterable[str], *, entries: int) -> Tokenizer:
 
 
 def train_word_tokenizer(texts: Iterable[str], *, entries: int) -> Tokenizer:
-    """BPE with marked word starts and byte fallback, as Llama 2 has it: the tokenizer of X.
+    """BPE with marked word starts and byte fallback, like Llama 2's: the tokenizer of X.
 
-    It differs from the other in alphabet, special tokens and cuts: a line break stays with the
-    indentation after it, digits stand alone, and words break at underscores and capitals.
+    It differs from the other in alphabet, special tokens and word boundaries: a line break stays
+    with the indentation after it, digits are separate, and words break at underscores and capitals.
     """
     cuts = Regex(r"\n[\n ]*| ?[A-Z]?[a-z]+| ?[A-Z]+(?![a-z])| ?[0-9]| +(?! )| ?[^\s\w]+|.")
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
@@ -65,7 +65,7 @@ def train_word_tokenizer(texts: Iterable[str], *, entries: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # The trainer can only reserve the byte tokens as special ones; ordinary is what they are.
+    # The trainer can only reserve the byte tokens as special ones, but they are ordinary tokens.
     record = json.loads(tokenizer.to_str())
     record["added_tokens"] = [
         token for token in record["added_tokens"] if token["content"] in specials
@@ -74,7 +74,7 @@ def train_word_tokenizer(texts: Iterable[str], *, entries: int) -> Tokenizer:
 
 
 def wrap_tokenizer(tokenizer: Tokenizer, *, bos: str, eos: str) -> PreTrainedTokenizerFast:
-    """The tokenizer as transformers holds it, with special tokens by role and the chat template."""
+    """The transformers tokenizer, with special tokens by role and the chat template."""
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=AddedToken(bos, special=True, normalized=False),
@@ -89,5 +89,5 @@ def wrap_tokenizer(tokenizer: Tokenizer, *, bos: str, eos: str) -> PreTrainedTok
 
 
 def save_wrapped_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes tokenizer.json and tokenizer_config.json, the chat template inside the latter."""
+    """Writes tokenizer.json and tokenizer_config.json, which contains the chat template."""
     tokenizer.save_pretrained(folder, save_jinja_files=False)

@@ -1,9 +1,9 @@
-"""How well a target does fully fine-tuned: `python -m ivl_jax.experiments.finetune_sweep`.
+"""Full fine-tuning of a target, swept: `python -m ivl_jax.experiments.finetune_sweep`.
 
 In: the demo's demonstrations. Out: `assets/family/finetuned_L.json`: every learning rate, length
-and batch size that was tried with its validation NLL, and the test figures of the best one. A badly
-tuned fine-tune would flatter the transfer ratio, so the sweep is part of the record. Run again, it
-skips what is done.
+and batch size tried, with its validation NLL, and the test figures of the best one. A badly tuned
+fine-tune would flatter the transfer ratio, so the sweep is part of the record. A second run skips
+finished settings.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ _MEASURED = ("validation_nll", "validation_exact_match")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Fine-tune a target with every setting, choose on validation, report on test."""
+    """Fine-tune a target with every setting, select on validation, report on test."""
 
     model: Literal["S", "L", "X"] = "L"
     """The target."""

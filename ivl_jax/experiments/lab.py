@@ -1,7 +1,7 @@
-"""Runs what the matrix names, once: trainings to model folders, measurements to JSON files.
+"""Runs the matrix's trainings and measurements, each once, to model folders and JSON files.
 
-In: `Training`s and `Measurement`s. Out: their folders and files in a work directory. What is there
-is not made again, so a stopped run goes on where it was.
+In: `Training`s and `Measurement`s. Out: their folders and files in a work directory. Existing ones
+are not made again, so an interrupted run resumes.
 """
 
 import dataclasses
@@ -34,26 +34,26 @@ from ivl_jax.weights.language_model import LanguageModel, load_language_model
 logger = logging.getLogger(__name__)
 
 _ANSWER_TOKENS = 24
-_LONG = 1 << 20  # steps; no training has so many
+_LONG = 1 << 20  # more steps than any training has
 
 
 class InterruptedTrainingError(RuntimeError):
-    """A training was stopped; its state is saved and the same command goes on."""
+    """A training was interrupted; its state is saved, and the same command resumes it."""
 
 
 class Laboratory:
     """Trains and measures on one set of demonstrations."""
 
     def __init__(self, work_dir: Path, config: TrainConfig, items: list[Item]) -> None:
-        """Write the demonstrations down.
+        """Write the demonstrations to files.
 
         Args:
-            work_dir: For everything that is made.
+            work_dir: For all results.
             config: The demo's; every training starts from it.
             items: From `build_items`.
         """
         self._work_dir = work_dir
-        # Only the outcome counts: evaluating and saving on the way take a third of the time.
+        # Only the result counts: intermediate evaluations and saves take a third of the time.
         quiet = dataclasses.replace(config.logging, evaluate_every=0, checkpoint_every=_LONG)
         self._config = dataclasses.replace(config, logging=quiet)
         self._items = items
@@ -63,10 +63,10 @@ class Laboratory:
         self._facts = [item for item in self._test if item.kind == "fact"]
 
     def measure(self, measurement: Measurement) -> dict[str, Any]:
-        """Measures a composition on the test split, unless that has been done.
+        """Measures a composition on the test split, unless already done.
 
         Args:
-            measurement: Which one; what it needs is trained first.
+            measurement: Which one; the models it needs are trained first.
 
         Returns:
             `nll` (nats per answer token), `validation_nll` (the same on the validation split, for
@@ -102,10 +102,10 @@ class Laboratory:
         return record
 
     def train(self, training: Training) -> Path:
-        """Trains, unless that has been done; an unfinished training goes on.
+        """Trains, unless already done; an interrupted training resumes.
 
         Args:
-            training: What.
+            training: What to train.
 
         Returns:
             The value folder, or the model folder of a fine-tuned model.
@@ -124,16 +124,16 @@ class Laboratory:
         result = run(config)
         if result.output is None:
             raise InterruptedTrainingError(f"{training.name} was stopped: run the command again")
-        # Only the outcome is used again; a matrix of checkpoints would fill a disk.
+        # Only the result is used again; keeping all checkpoints would fill a disk.
         shutil.rmtree(run_dir / "checkpoints")
         return Path(result.output)
 
     def config_of(self, training: Training, run_dir: Path) -> TrainConfig:
-        """The demo's config with what the training changes.
+        """The demo's config with the training's changes.
 
         Args:
-            training: What is trained.
-            run_dir: Where.
+            training: What to train.
+            run_dir: The run directory.
 
         Returns:
             Its config.
@@ -216,5 +216,5 @@ def _continued(model: Any, work_dir: Path) -> Path:
 
 
 def _swept(base: Base) -> str:
-    """Whose fine-tuning sweep a model's settings come from: a continued one takes its origin's."""
+    """The model whose sweep determines the settings; for a continued model, its original."""
     return base.removesuffix("-continued")

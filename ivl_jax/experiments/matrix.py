@@ -1,8 +1,7 @@
 """What the report compares: which models are trained, and which compositions are measured.
 
-In: nothing but this file. Out: `Training`s and `Measurement`s, plain records whose names are their
-keys. Every training differs from the demo's settings only in the fields it names, so a row of a
-table is one change.
+Out: `Training`s and `Measurement`s, plain records whose names are their keys. Every training
+differs from the demo's settings only in the fields it sets, so a row of a table is one change.
 """
 
 from collections.abc import Iterator
@@ -26,20 +25,20 @@ PENALTIES: tuple[tuple[PenaltyKind, float], ...] = (
 
 
 class Training(NamedTuple):
-    """One run of the training loop; what is left out is as in configs/demo.toml."""
+    """One run of the training loop; everything else is as in configs/demo.toml."""
 
     label: str
     """What is different, for tables."""
     bases: tuple[Base, ...] = ("S",)
-    """What the value network is trained beside, or the model that is fine-tuned."""
+    """The bases that the value network is trained with, or the model that is fine-tuned."""
     method: Literal["value", "sft"] = "value"
     connection: str = "residual"
     init: Literal["pretrained", "scratch", "base"] = "pretrained"
     init_model: Base = "S"
-    """Whose weights or architecture a value network begins with."""
+    """The model whose weights or architecture a value network starts with."""
     penalty: tuple[PenaltyKind, float] = ("l1", 1.0)
     learning_rate: float | None = None
-    """Of the peak; None: the demo's, or for a fine-tuned target that of its own sweep."""
+    """Peak learning rate; None: the demo's, or for a fine-tuned target that of its own sweep."""
     seed: int = 0
 
     @property
@@ -59,7 +58,7 @@ class Training(NamedTuple):
 
 
 class Term(NamedTuple):
-    """One summand on top of a base: a trained value network, or a whole language model."""
+    """One summand added to a base: a trained value network, or a whole language model."""
 
     model: Training | Base
     strength: float = 1.0
@@ -71,7 +70,7 @@ class Measurement(NamedTuple):
     base: Base | Training
     terms: tuple[Term, ...] = ()
     map_method: MapMethod | None = None
-    """How the value's vocabulary reaches the base's; None: they share one."""
+    """How the value's vocabulary is mapped to the base's; None: they share one."""
     centred: bool = False
 
     @property
@@ -89,7 +88,7 @@ def _name(model: Training | str) -> str:
 
 
 def on(base: Base, *terms: Term, centred: bool = False) -> Measurement:
-    """A composition on a base; on X through the map that byte offsets give."""
+    """A composition on a base; on X through the map built by byte offsets."""
     method = "bytes" if base == "X" and terms else None
     return Measurement(base, terms, method, centred)
 
@@ -121,7 +120,7 @@ LINEAR_RATE = 1e-3
 
 
 def penalties(seed: int) -> list[Training]:
-    """Kinds and weights of the penalty, λ = 1 of L1 among them."""
+    """Kinds and weights of the penalty, including L1 with λ = 1."""
     swept = [
         Training(f"{kind.upper()}, λ = {weight:g}" if weight else "none", penalty=(kind, weight))
         for kind, weight in PENALTIES
@@ -139,7 +138,7 @@ def initialisations(seed: int) -> list[Training]:
 
 
 def base_choices(seed: int) -> list[Training]:
-    """What a value network is trained beside."""
+    """The bases that a value network is trained with."""
     return [
         recipe(seed)._replace(label="S"),
         Training("S and S-continued, in turns", bases=("S", "S-continued"), seed=seed),
@@ -152,7 +151,7 @@ def fine_tuned(model: Base, seed: int = 0) -> Training:
 
 
 def large_value(seed: int) -> Training:
-    """A value network as large as L, trained beside L."""
+    """A value network as large as L, trained with L."""
     return Training("trained on L", bases=("L",), init_model="L", seed=seed)
 
 
@@ -162,10 +161,10 @@ def proxy(base: Base, seed: int) -> Measurement:
 
 
 def measurements(seeds: tuple[int, ...] = SEEDS) -> Iterator[Measurement]:
-    """Everything the report shows; what matters most first, seed by seed.
+    """Everything in the report, most important first, seed by seed.
 
     Args:
-        seeds: Of the trainings; studies that only support a choice use the first one alone.
+        seeds: Of the trainings; studies that only support a choice use just the first one.
 
     Yields:
         Measurements, none twice.

@@ -1,7 +1,7 @@
-"""What is measured on held-out items: response NLL and exact match of any composition.
+"""Measures response NLL and exact match of any composition on held-out items.
 
-In: a composed model, items. Out: nats per token of the answers, and the share of questions that are
-answered word for word. Beside them, the vocabulary map between two models of the family.
+In: a composed model, items. Out: nats per token of the answers, and the share of questions answered
+word for word. Also builds the vocabulary map between two models of the family.
 """
 
 from collections.abc import Callable, Sequence
@@ -70,7 +70,7 @@ def answers(
     Args:
         model: The composition.
         items: Questions.
-        max_new_tokens: Tokens of an answer at most.
+        max_new_tokens: The most tokens per answer.
         batch_size: Questions decoded together.
         advance: Called after each answer.
 
@@ -101,7 +101,7 @@ def exact_match(texts: Sequence[str], items: Sequence[Item]) -> float:
 
 
 def running_texts(items: Sequence[Item]) -> list[str]:
-    """What a vocabulary map of the family is built on: the training items, as text."""
+    """The texts that the family's vocabulary map is built from: the training items."""
     return [f"{item.question}\n{item.answer}" for item in select(list(items), "train")]
 
 
@@ -114,12 +114,12 @@ def family_map(
     method: Method = "bytes",
     centred: bool = False,
 ) -> None:
-    """Builds the map from a value network's vocabulary to a base's, and writes it down.
+    """Builds the map from a value network's vocabulary to a base's, and writes it to a file.
 
     Args:
-        base: With one tokenizer.
-        value: With another.
-        texts: Running text of the kind both will read.
+        base: The base.
+        value: The value network, with another tokenizer.
+        texts: Running text of the kind that both will read.
         path: The file.
         method: How token sequences are aligned.
         centred: Whether value logits are centred before they are mapped.
@@ -135,7 +135,7 @@ def family_map(
 
 
 def _family_name(model: LanguageModel | ValueNetwork) -> str:
-    """What the map's file calls a side: the model's folder, or that of a value's training base."""
+    """A model's name in the map's file: its folder, or that of a value's training base."""
     if isinstance(model, LanguageModel):
         return Path(model.path).name
     return f"value trained on {Path(model.metadata.training_base['name']).name}"

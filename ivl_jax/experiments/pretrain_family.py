@@ -1,8 +1,8 @@
 """Pre-trains the embedded family: `python -m ivl_jax.experiments.pretrain_family --model all`.
 
 In: this Python's standard library and the invented facts. Out: the folders S, L and X with
-weights, config, tokenizer and a manifest of how they were made. Run again, it continues where it
-stopped.
+weights, config, tokenizer and a manifest of how they were made. A second run resumes an interrupted
+one.
 """
 
 import dataclasses
@@ -46,13 +46,13 @@ class Recipe(NamedTuple):
     layers: int
     head_dim: int  # H; 4 heads everywhere, each with its own keys and values
     epochs: float
-    rows: int  # windows of 256 tokens a step
+    rows: int  # windows of 256 tokens per step
     learning_rate: float  # of the matrices inside the layers (Muon)
     rest_rate: float  # of everything else (AdamW)
 
 
 RECIPES: dict[str, Recipe] = {
-    # S stops while it knows about half of the facts: what the larger models know more can be seen.
+    # S stops when it knows about half of the facts, so that larger models visibly know more.
     "S": Recipe(2048, 128, 384, 2, 32, epochs=1.5, rows=32, learning_rate=6e-3, rest_rate=4e-3),
     "L": Recipe(2048, 352, 960, 4, 64, epochs=1.5, rows=16, learning_rate=3e-3, rest_rate=2e-3),
     "X": Recipe(3072, 192, 576, 3, 48, epochs=1.5, rows=32, learning_rate=6e-3, rest_rate=4e-3),
@@ -61,16 +61,16 @@ RECIPES: dict[str, Recipe] = {
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Pre-train the embedded family of small models; a second run continues the first."""
+    """Pre-train the embedded family of small models; a second run resumes the first."""
 
     model: Literal["S", "L", "X", "all"] = "all"
     """Which model; `all`: one after the other."""
     epochs: float = 0.0
-    """Passes over the text; 0: the model's own number."""
+    """Passes over the text; 0: the number in the model's recipe."""
     out: Path = Path(__file__).parents[1] / "assets" / "family"
-    """Where the finished folders go."""
+    """Where the finished folders are written."""
     work_dir: Path = Path("runs/pretrain")
-    """Checkpoints and tokenizers of the unfinished."""
+    """Checkpoints and tokenizers of unfinished models."""
     seed: int = 0
     """Of initial weights and data order."""
     checkpoint_every: int = 100
@@ -106,7 +106,7 @@ def architecture(recipe: Recipe, *, bos: int, eos: int) -> dict[str, Any]:
 
 
 def make_tokenizer(name: str, corpus: Corpus, *, work_dir: Path) -> PreTrainedTokenizerFast:
-    """The model's tokenizer, trained once and kept: S and L share one, X has its own."""
+    """The model's tokenizer, trained once: S and L share one, X has its own."""
     folder = work_dir / ("tokenizer_word" if name == "X" else "tokenizer_byte")
     if not (folder / "tokenizer.json").exists():
         texts = [file.text for file in corpus.sources]
@@ -135,7 +135,7 @@ def make_model(name: str, corpus: Corpus, options: Options) -> dict[str, Any]:
     recipe = RECIPES[name]
     epochs = options.epochs or recipe.epochs
     tokenizer = make_tokenizer(name, corpus, work_dir=options.work_dir)
-    ids: Any = tokenizer  # its declared type of a token id is a union of everything
+    ids: Any = tokenizer  # its declared type for token ids is a broad union
     config = architecture(recipe, bos=ids.bos_token_id, eos=ids.eos_token_id)
     arch = ArchConfig.from_hf(config)
     params, record = pretrain(

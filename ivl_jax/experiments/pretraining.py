@@ -1,8 +1,8 @@
 """Pre-training on the corpus: one model, from random or given weights to a finished folder.
 
 In: a recipe, text, a tokenizer. Out: a Hugging Face folder with weights, config, tokenizer and a
-manifest of how it was made. Run again, it continues where it stopped; the data order is a pure
-function of (seed, step), so a resumed run equals one that never stopped.
+manifest of how it was made. An interrupted run resumes; the data order is a pure function of
+(seed, step), so a resumed run equals an uninterrupted one.
 """
 
 import functools
@@ -33,12 +33,12 @@ from ivl_jax.weights.hf_saving import save_params
 logger = logging.getLogger(__name__)
 
 _WARMUP_STEPS = 50
-# The rate stays at its peak, then falls to zero over this share: more epochs extend the flat part.
+# The rate stays at its peak, then decays to zero over this share of the steps.
 _DECAY_SHARE = 0.3
 
 
 class PretrainState(NamedTuple):
-    """What a checkpoint holds."""
+    """The content of a checkpoint."""
 
     step: Int[Array, ""]
     params: Params
@@ -46,16 +46,16 @@ class PretrainState(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """How long and how fast a model is trained."""
+    """Batch size, learning rates and length of a training."""
 
     epochs: float
-    rows: int  # windows of 256 tokens a step
+    rows: int  # windows of 256 tokens per step
     learning_rate: float  # of the matrices inside the layers (Muon)
     rest_rate: float  # of everything else (AdamW)
 
 
 class Pace(NamedTuple):
-    """When a run says and saves something, in steps."""
+    """When a run logs and saves, in steps."""
 
     checkpoint_every: int = 100
     log_every: int = 20
@@ -115,7 +115,7 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
             return token_losses(graphdef, params, windows).mean()
 
         loss, gradients = jax.value_and_grad(mean_loss)(state.params)
-        # optax mixes dtypes and ranks by design; ours stay strict where a test asks for it.
+        # optax mixes dtypes and ranks by design; our own code stays strict in tests.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params: Any = optax.apply_updates(state.params, updates)
@@ -125,7 +125,7 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
 
 
 class Probe:
-    """Held-out figures: NLL of files never trained on, and the share of facts that are known."""
+    """Held-out figures: NLL of held-out files, and the share of facts that are known."""
 
     def __init__(
         self, graphdef: nnx.GraphDef, corpus: Corpus, tokenizer: PreTrainedTokenizerFast
@@ -157,7 +157,7 @@ class Probe:
 
 
 def _fact_rows(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of eos + statement, and which of their targets are the value's tokens."""
+    """Rows of eos + statement, and a mask of the targets that are the fact's value."""
     facts = corpus.facts
     rows = np.full((len(facts), 32), tokenizer.eos_token_id, np.int32)
     is_value = np.zeros((len(facts), 31), bool)
@@ -185,18 +185,18 @@ def pretrain(
     """Trains one model to its last step.
 
     Args:
-        name: What to call it in messages.
+        name: Its name in messages.
         arch: Its architecture.
         tokenizer: Its tokenizer.
         corpus: The text.
-        schedule: How long and how fast.
+        schedule: Batch size, learning rates and length.
         begin: Makes the parameters of step 0; runs under jit.
-        work_dir: Its checkpoints; those of an unfinished run are continued.
+        work_dir: Its checkpoints; an unfinished run resumes from them.
         seed: Of the data order.
-        pace: When it says and saves something.
+        pace: When it logs and saves.
 
     Returns:
-        The parameters, and for the manifest what was done and the held-out figures.
+        The parameters, and for the manifest the settings and the held-out figures.
     """
     graphdef = build_decoder(arch)
     windows = Windows(corpus, tokenizer, length=CONTEXT, seed=seed)
@@ -222,11 +222,11 @@ def pretrain(
                 ),
             )
             state, seconds = restored["state"], restored["progress"]["seconds"]
-            logger.info("%s: continues at step %d", name, latest)
+            logger.info("%s: resuming from step %d", name, latest)
         train_step = make_train_step(graphdef, optimizer)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         logger.info(
-            "%s: %.2f M parameters, %d steps of %d tokens; %d source, %d statement tokens an epoch",
+            "%s: %.2f M parameters, %d steps of %d tokens; epoch: %d source, %d statement tokens",
             name,
             parameters / 1e6,
             steps,
@@ -285,7 +285,7 @@ def write_model(
     tokenizer: PreTrainedTokenizerFast,
     manifest: dict[str, Any],
 ) -> None:
-    """Replaces the model's folder by a finished one: bf16 weights, configs, tokenizer, manifest."""
+    """Replaces the model's folder by the finished one: weights, config, tokenizer, manifest."""
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     save_params(unfinished, arch, params, dtype=jnp.bfloat16)

@@ -1,4 +1,4 @@
-"""The report on the matrix: one markdown page with tables, figures and what they say.
+"""The report on the matrix: one Markdown page with tables and plots.
 
 In: figures by the name of their measurement. Out: `experiments.md` and its PNGs.
 """
@@ -39,7 +39,7 @@ class Spread(NamedTuple):
 
 
 class Table:
-    """Looks figures up and lays rows out."""
+    """Looks figures up and summarises them over seeds."""
 
     def __init__(self, figures: Figures, seeds: Sequence[int]) -> None:
         self._figures = figures
@@ -70,7 +70,7 @@ def reference(base: Base) -> Measurement:
 
 
 def value_on(base: Base) -> Callable[[int], Measurement]:
-    """The documented recipe's value network on a base, by seed."""
+    """The documented recipe's value network with a base, by seed."""
     return lambda seed: on(base, Term(matrix.recipe(seed)))
 
 
@@ -84,8 +84,7 @@ def write_report(figures: Figures, docs: Path, *, seeds: Sequence[int]) -> None:
 
     Args:
         figures: Measurement's name → its record.
-        docs: Folder of the page; a file `experiments_notes.md` there, written by people who have
-            read the figures, is appended.
+        docs: Folder of the page; if it has a hand-written `experiments_notes.md`, that is appended.
         seeds: Of the trainings.
     """
     table = Table(figures, seeds)

@@ -76,7 +76,7 @@ def test_one_that_fails_does_not_lose_the_others(fake_benchmarks, tmp_path: Path
         (["good", "no_such_module:run"], "no_such_module:run: expected MODULE:FUNCTION: No module"),
         (["json:run"], "json:run: expected MODULE:FUNCTION: module 'json' has no attribute 'run'"),
         ([], "required: NAME"),
-        (["good", "--json", "absent/x.json"], "in a folder that exists"),
+        (["good", "--json", "absent/x.json"], "in an existing folder"),
         (["good", "--json", "."], "expected the name of a file"),
     ],
 )

@@ -125,7 +125,7 @@ def test_items_without_a_reference_number_are_named_before_a_model_is_loaded(
     bad.write_text('{"question": "?", "answer": "five"}\n\n{"question": 3}\nnonsense\n')
     status, messages = run("--data", str(bad))
     assert status == 2
-    assert f"{bad}:1: the answer has no number behind `####`" in messages
+    assert f"{bad}:1: the answer has no number after `####`" in messages
     assert f"{bad}:3: no text `question`" in messages
     assert f"{bad}:4: not JSON" in messages
     (tmp_path / "empty.jsonl").touch()

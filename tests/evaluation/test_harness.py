@@ -200,12 +200,12 @@ def test_choices_of_one_token_share_a_row(model, monkeypatch):
 def test_requests_beyond_the_context_lose_their_beginning_with_a_warning(model, caplog):
     long, end = "Lily " * 600, ("Once upon a time there was", " a dog")
     (answer,) = model.loglikelihood(requests("loglikelihood", (long + end[0], end[1])))
-    assert "1 requests are longer than 512 tokens: they lost their beginning" in caplog.text
+    assert "1 requests are longer than 512 tokens: their beginning was cut off" in caplog.text
     before, whole = model.tok_encode(long + end[0]), model.tok_encode(long + "".join(end))
     ((_, scores),) = score_rows(model.model, [Row(whole[-513:])], batch_size=4)
     expected = scores.tokens.log_prob[len(before) - len(whole) :].sum()
     assert answer[0] == pytest.approx(float(expected), abs=1e-3)
-    with pytest.raises(ValueError, match="expected 1 to 512, the tokens that a request may hold"):
+    with pytest.raises(ValueError, match="expected 1 to 512, the most that a request may have"):
         model.loglikelihood(requests("loglikelihood", ("Once", long)))
 
 

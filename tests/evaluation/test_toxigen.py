@@ -39,7 +39,7 @@ def test_files_that_are_no_prompts_are_named(tmp_path):
     (tmp_path / "hate_cats.txt").write_text("\n\n")
     for name, said in (
         ("absent.txt", "no file at"),
-        ("cats.txt", "expected a name of label and group"),
+        ("cats.txt", "expected a name with label and group"),
         ("hate_cats.txt", "has no prompts"),
     ):
         with pytest.raises(ConfigError, match=said):

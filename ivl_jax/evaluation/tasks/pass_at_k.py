@@ -1,7 +1,7 @@
-"""pass@k of the harness' code tasks; named by the YAML files beside it.
+"""pass@k for the harness's code tasks; used by the YAML files in this folder.
 
-In: the tests of a problem, its samples. Out: the share of problems that k samples solve, estimated
-without bias from n ≥ k samples.
+In: the tests of a problem, its samples. Out: the unbiased estimate, from n ≥ k samples, of the
+share of problems that k samples solve.
 """
 
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 def pass_at_k(
     references: Sequence[str] | str, predictions: Sequence[Sequence[str]], k: Sequence[int]
 ) -> dict[str, float]:
-    """Run one problem's samples against its tests, as the harness does.
+    """Run one problem's samples against its tests, like the harness.
 
     Args:
         references: the problem's tests.
-        predictions: its samples, a list in a list.
+        predictions: its samples, as a nested list.
         k: numbers of samples.
 
     Returns:
