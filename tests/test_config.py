@@ -180,7 +180,7 @@ def test_all_missing_fields_are_listed_at_once() -> None:
     [
         ({"base": BaseConfig(path="a")}, "cannot be combined with"),
         ({"bases": (BaseConfig(path="b"), BaseConfig())}, r"bases\[1\].path is empty"),
-        ({"bases": (BaseConfig(path="b"), BaseConfig(path="b"))}, "names b twice"),
+        ({"bases": (BaseConfig(path="b"), BaseConfig(path="b"))}, "names b more than once"),
         (
             {"distributed": True, "bases": (BaseConfig(path="b", cache_states=True),)},
             "needs distributed = false",

@@ -382,7 +382,10 @@ def test_the_end_of_input_ends_a_conversation(infer, base_flags, monkeypatch):
     [
         ((), ["--base is missing", "--value is missing", "nothing to decode"]),
         (("--base", "BASE", "--value", "none", "--prompt", "a", "--strength", "2"), ["--strength"]),
-        (("--base", "BASE", "--value", "none", "--prompt", "a", "--input", "b"), ["exclude"]),
+        (
+            ("--base", "BASE", "--value", "none", "--prompt", "a", "--input", "b"),
+            ["cannot be combined"],
+        ),
         (
             ("--base", "BASE", "--value", "none", "--input", "absent.jsonl"),
             ["must be used together"],

@@ -1,12 +1,12 @@
 """The frozen base's final hidden states of every dialogue, on disk, so that it runs only once.
 
-In: what a base makes of tokenised dialogues, one array a dialogue. Out: those arrays by dialogue,
-laid out in the rows of a batch. A dialogue's states depend on its own tokens alone, since packed
-dialogues never attend to each other; so they stay right however rows are packed and shuffled.
+In: a base's states of tokenised dialogues, one array per dialogue. Out: those arrays in the rows of
+a batch. A dialogue's states depend only on its own tokens, since packed dialogues never attend to
+each other; so they are valid for any packing and shuffling.
 
     FOLDER/
-      states.json                 what the states belong to, and how they are split into files
-      00000-of-00012.arrayrecord  a record a dialogue: [positions, D], nothing rounded
+      states.json                 what the states were computed from, and how they are split
+      00000-of-00012.arrayrecord  one record per dialogue: [positions, D], unrounded
 """
 
 import json
@@ -22,19 +22,19 @@ from etils import epath
 from jaxtyping import Float, Int64
 
 _FORMAT = 1
-_SHARD_BYTES = 1 << 27  # of one file; a pass that is stopped loses at most one
+_SHARD_BYTES = 1 << 27  # per file; an interrupted pass loses at most one file
 
 
 class StatesError(ValueError):
-    """Cached states that cannot be used: where, what they belong to, what is needed, remedy."""
+    """Cached states that cannot be used: where, expected, found, remedy."""
 
 
 class BaseStates:
-    """The states of one split beside one base; made by `open_base_states`.
+    """One base's states of one split; made by `open_base_states`.
 
     Attributes:
         folder: where they are.
-        total_bytes: size of all of them.
+        total_bytes: their total size.
         shards: for each file, first and last + 1 of its dialogues.
     """
 
@@ -51,18 +51,18 @@ class BaseStates:
         self.shards = _shards(bytes_each)
 
     def missing(self) -> list[int]:
-        """List the files that are not written yet."""
+        """List the files that are not yet written."""
         return [shard for shard in range(len(self.shards)) if not self._file(shard).exists()]
 
     def write(self, shard: int, states: Sequence[Float[np.ndarray, "_ D"]]) -> None:
-        """Write one file; it appears when it is whole. A second writer of the same is harmless.
+        """Write one file atomically; a second writer of the same file is harmless.
 
         Args:
             shard: its index.
-            states: of its dialogues in their order, one row a position.
+            states: of its dialogues in order, one row per position.
 
         Raises:
-            ValueError: a dialogue has other positions, width or dtype than it must have.
+            ValueError: a dialogue's positions, width or dtype are not as expected.
         """
         first, end = self.shards[shard]
         for dialogue, array in zip(range(first, end), states, strict=True):
@@ -74,7 +74,7 @@ class BaseStates:
                 )
         final = self._file(shard)
         unfinished = self.folder / f"{final.name}.{uuid.uuid4().hex}.unfinished"
-        # One record a group: they are read one by one. Floats do not compress.
+        # One record per group, since they are read one by one. Floats do not compress.
         writer = ArrayRecordWriter(str(unfinished), "group_size:1,uncompressed")
         for array in states:
             writer.write(np.ascontiguousarray(array).tobytes())
@@ -87,14 +87,14 @@ class BaseStates:
     def lay_out(
         self, rows: Sequence[Sequence[int]], *, row_length: int
     ) -> Float[np.ndarray, "B T D"]:
-        """Lay the states of dialogues out as `lay_out_rows` lays out their tokens.
+        """Arrange the states of dialogues in rows, like `lay_out_rows` does with their tokens.
 
         Args:
             rows: for each row, its dialogues.
-            row_length: positions of a row.
+            row_length: positions per row.
 
         Returns:
-            The states; zeros where there is no token.
+            The states; zeros for padding.
 
         Raises:
             StatesError: a file is missing or damaged.
@@ -123,7 +123,7 @@ class BaseStates:
                     raise RuntimeError(f"{len(source)} records, not {len(self._positions)}")
                 self._source = source
             return self._source.__getitems__(dialogues) if dialogues else []
-        # ArrayRecord says which bytes are damaged, not what to do.
+        # ArrayRecord's error names the damaged bytes, but no remedy.
         except (RuntimeError, ValueError, OSError) as error:
             raise StatesError(
                 f"{self.folder}: cached base states cannot be read: {error}; delete the folder, "
@@ -142,7 +142,7 @@ def open_base_states(
     width: int,
     dtype: str,
 ) -> BaseStates:
-    """Open a folder of cached states, or begin one; what it holds must belong to `identity`.
+    """Open a folder of cached states, or create one; its states must match `identity`.
 
     Args:
         folder: a local folder.
@@ -155,8 +155,7 @@ def open_base_states(
         The states; files may be missing, see `BaseStates.missing`.
 
     Raises:
-        StatesError: the folder is stale: it holds the states of something else, each difference is
-            named; or it is not local.
+        StatesError: the folder is stale (names each difference), or it is not local.
     """
     folder = epath.Path(folder).expanduser()
     if "://" in str(folder):
@@ -166,7 +165,7 @@ def open_base_states(
     if record.exists():
         found = json.loads(record.read_text())
         different = [
-            f"{name}: {_short(found.get(name))} there, {_short(value)} in this run"
+            f"{name}: {_short(found.get(name))} in the cache, {_short(value)} in this run"
             for name, value in wanted.items()
             if found.get(name) != value
         ]
@@ -184,12 +183,12 @@ def open_base_states(
 
 
 def _shards(bytes_each: Int64[np.ndarray, "N"]) -> list[tuple[int, int]]:
-    """Dialogues of each file: next to each other, about `_SHARD_BYTES` together."""
+    """The consecutive dialogues of each file, about `_SHARD_BYTES` in total."""
     number = np.cumsum(bytes_each) // _SHARD_BYTES
     ends = [*(np.flatnonzero(np.diff(number)) + 1).tolist(), len(bytes_each)]
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
 def _short(value: Any) -> Any:
-    """The beginning of a SHA-256; anything else as it is."""
+    """The beginning of a SHA-256; anything else unchanged."""
     return value[:12] if isinstance(value, str) and len(value) == 64 else value

@@ -1,4 +1,4 @@
-"""Lays tokenised dialogues out in batches.
+"""Makes batches from tokenised dialogues.
 
 In: tokenised dialogues with loss masks. Out: `Batch`es for training (endless, shuffled, resumable)
 and for evaluation (one pass).
@@ -17,19 +17,19 @@ from ivl_jax.data.base_states import BaseStates
 from ivl_jax.data.packing import RowPlan, one_per_row, pack
 from ivl_jax.data.tokenized import TokenizedDemonstrations
 
-_PREFETCHED = 16  # batches laid out ahead of the step
-_PREFETCHED_BYTES = 1 << 30  # and fewer where they hold more than this
+_PREFETCHED = 16  # batches prepared ahead of the step
+_PREFETCHED_BYTES = 1 << 30  # fewer if they would be larger than this
 
 
 class Batch(NamedTuple):
-    """Rows of tokens and what to predict at each; numpy on the host, JAX arrays in a step."""
+    """Rows of tokens and their targets; NumPy on the host, JAX arrays in a step."""
 
-    tokens: Int32[Array | np.ndarray, "*B T"]  # inputs; padding holds the padding id
+    tokens: Int32[Array | np.ndarray, "*B T"]  # inputs; padding has the padding id
     targets: Int32[Array | np.ndarray, "*B T"]  # the token that follows in the same segment
     loss_mask: Bool[Array | np.ndarray, "*B T"]  # targets that count: the assistant's
     positions: Int32[Array | np.ndarray, "*B T"]  # from 0 in every segment
     segment_ids: Int32[Array | np.ndarray, "*B T"]  # 1, 2, … along a row; 0 is padding
-    # The base's final hidden states, where they are read from disk instead of computed.
+    # The base's final hidden states, if they are read from disk instead of computed.
     base_states: Float[Array | np.ndarray, "*B T D"] | None = None
 
     @property
@@ -39,7 +39,7 @@ class Batch(NamedTuple):
 
 
 class ResumeError(ValueError):
-    """A saved position that belongs to other data or another layout."""
+    """A saved position that belongs to other data or another packing."""
 
 
 def lay_out_rows(
@@ -48,13 +48,13 @@ def lay_out_rows(
     sequence_length: int,
     pad_id: int,
 ) -> Batch:
-    """Lays dialogues out in rows, each dialogue as a segment of its own.
+    """Packs dialogues into rows, each dialogue as a separate segment.
 
     Args:
-        rows: For each row, its dialogues: tokens and loss mask. One of N tokens takes N − 1
-            positions, for the last token is only a target.
-        sequence_length: Positions of a row.
-        pad_id: What stands where there is no token.
+        rows: For each row, its dialogues: tokens and loss mask. A dialogue of N tokens takes N − 1
+            positions, since the last token is only a target.
+        sequence_length: Positions per row.
+        pad_id: Token id of the padding.
 
     Returns:
         The batch, `[len(rows), sequence_length]`.
@@ -97,10 +97,10 @@ def lay_out_rows(
 
 @dataclass(frozen=True)
 class _Layout:
-    """How this process lays out its rows of a global batch.
+    """How this process prepares its rows of a global batch.
 
-    The rows of a global batch are drawn first and then shared out, so the same rows meet in a step
-    however many processes there are.
+    The rows of a global batch are drawn first and then distributed, so a step has the same rows for
+    any number of processes.
     """
 
     tokenized: TokenizedDemonstrations
@@ -118,7 +118,7 @@ class _Layout:
             )
 
     def batch(self, rows: Sequence[int], states: BaseStates | None = None) -> Batch:
-        """This process's rows, made up with empty ones."""
+        """This process's rows, filled up with empty ones."""
         length = self.tokenized.sequence_length
         local = self._local(rows)
         dialogues = [[self.tokenized[dialogue] for dialogue in row] for row in local]
@@ -132,13 +132,13 @@ class _Layout:
         return [[self.tokenized.row_id(dialogue) for dialogue in row] for row in self._local(rows)]
 
     def prefetched(self, states: Sequence[BaseStates | None]) -> int:
-        """How many batches may wait for the step; those with states are large."""
+        """How many batches to prefetch; those with states are large."""
         length, rows = self.tokenized.sequence_length, self.batch_size // self.process_count
         largest = max([one.row_bytes(length) for one in states if one is not None], default=0)
         return max(1, min(_PREFETCHED, _PREFETCHED_BYTES // max(rows * largest, 1)))
 
     def _local(self, rows: Sequence[int]) -> list[list[int]]:
-        """The dialogues of this process's rows; none in an empty row."""
+        """The dialogues of this process's rows; none for an empty row."""
         size = self.batch_size // self.process_count
         mine = rows[self.process_index * size : (self.process_index + 1) * size]
         found = [self.plan.row(row).tolist() for row in mine]
@@ -187,15 +187,15 @@ class TrainIterator(Iterator[Batch]):
         return {"data": dict(self._identity), "position": self._iterator.get_state()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes to a saved position; the next batch is the one that followed it, bit for bit.
+        """Restores a saved position; the next batch is the one that followed it, bit for bit.
 
         Args:
-            state: What `get_state` returned, in this run or another; the number of processes may
+            state: The result of `get_state`, in this run or another; the number of processes may
                 differ.
 
         Raises:
-            ResumeError: The position was saved with other demonstrations, tokens or layout; each
-                difference is named.
+            ResumeError: The position was saved with other demonstrations, tokens or packing; names
+                each difference.
         """
         saved = state["data"]
         different = [
@@ -256,20 +256,20 @@ def make_train_iterator(
 ) -> TrainIterator:
     """Makes the batches to train on: every epoch is a new shuffle of all rows.
 
-    Every dialogue is seen exactly once an epoch: the last batch of an epoch is made up with empty
-    rows, which have segment 0 throughout. Which dialogues share a row stays the same over the
-    epochs, so that every epoch has the same number of steps; the rows are shuffled.
+    Every dialogue is seen exactly once per epoch: the last batch of an epoch is filled up with
+    empty rows, which consist of segment 0. The dialogues in a row stay the same over the epochs, so
+    that every epoch has the same number of steps; only the rows are shuffled.
 
     Args:
         tokenized: The dialogues; rows have their `sequence_length`.
         batch_size: Rows of the global batch, over all processes.
-        pad_id: What stands where there is no token.
-        packing: Several dialogues in a row, which never attend to each other; else one a row.
+        pad_id: Token id of the padding.
+        packing: Several dialogues per row, which never attend to each other; otherwise one per row.
         seed: Seed of the order.
-        process_index: Which process this is.
-        process_count: How many processes share the global batch.
-        states: For each base, its cached states of these dialogues; None where it runs.
-        turns: A batch's number in the run → the base whose states it carries.
+        process_index: Index of this process.
+        process_count: Number of processes that share the global batch.
+        states: For each base, its cached states of these dialogues; None if it runs in every step.
+        turns: A batch's number in the run → the base whose states it contains.
 
     Returns:
         An endless iterator over this process's `[batch_size / process_count, T]` batches.
@@ -278,8 +278,7 @@ def make_train_iterator(
         ValueError: The processes do not divide the batch.
 
     Source: shuffling, batching and the position are Grain's. Its packing (`grain.experimental`)
-        fills rows as they stream by, so that the number of steps would be unknown until an epoch
-        has passed.
+        fills rows on the fly, so that the number of steps is not known before the end of an epoch.
     """
     plan = _plan(tokenized, packing=packing, seed=seed)
     layout = _Layout(tokenized, plan, pad_id, batch_size, process_index, process_count)
@@ -309,16 +308,16 @@ def make_eval_batches(
 
     Args:
         tokenized: The dialogues; rows have their `sequence_length`.
-        batch_size: Rows of the global batch; the last one is made up with empty rows.
-        pad_id: What stands where there is no token.
-        packing: Several dialogues in a row, which never attend to each other; else one a row.
-        max_rows: When there are more rows, this many are drawn, always the same; 0: all.
-        process_index: Which process this is.
-        process_count: How many processes share the global batch.
-        states: The base's cached states of these dialogues; None where it runs.
+        batch_size: Rows of the global batch; the last one is filled up with empty rows.
+        pad_id: Token id of the padding.
+        packing: Several dialogues per row, which never attend to each other; otherwise one per row.
+        max_rows: If there are more rows, this many are sampled, always the same; 0: all.
+        process_index: Index of this process.
+        process_count: Number of processes that share the global batch.
+        states: The base's cached states of these dialogues; None if it runs.
 
     Returns:
-        As many batches on every process, `[batch_size / process_count, T]` each.
+        Batches of `[batch_size / process_count, T]`, the same number in every process.
 
     Raises:
         ValueError: The processes do not divide the batch.

@@ -1,8 +1,8 @@
-"""Reads the rows of TFDS sets: those of the catalogue, and folders that hold a prepared one.
+"""Reads the rows of TFDS datasets: those of the catalogue, and folders with a prepared one.
 
-In: `tfds:NAME[/CONFIG[:VERSION]][:SPLIT]`, or `tfds:FOLDER[:SPLIT]`. Out: rows as JSON would hold
-them, and the files they come from. A set's own description names the Python classes of its
-features, and TFDS imports them: only TFDS's own are let through.
+In: `tfds:NAME[/CONFIG[:VERSION]][:SPLIT]`, or `tfds:FOLDER[:SPLIT]`. Out: rows as JSON values, and
+the files they come from. A dataset's description names the Python classes of its features, which
+TFDS imports: only TFDS's own classes are allowed.
 """
 
 import re
@@ -31,11 +31,11 @@ def read_rows(reference: str) -> Iterator[tuple[str, Any]]:
         reference: `tfds:…`; without a split, `train`.
 
     Yields:
-        The place of each row, "tfds:gsm8k:train:17", and the row; one that is not UTF-8 is a
+        The place of each row, "tfds:gsm8k:train:17", and the row; a row that is not UTF-8 is a
         RowError.
 
     Raises:
-        SourceError: TFDS cannot provide the set, or it is damaged.
+        SourceError: TFDS cannot provide the dataset, or it is damaged.
     """
     builder, split = _open(reference)
     try:
@@ -46,7 +46,7 @@ def read_rows(reference: str) -> Iterator[tuple[str, Any]]:
             f"{reference}: stored as {builder.info.file_format.value}, expected array_record: "
             f"{_PREPARE}"
         ) from error
-    except Exception as error:  # TFDS raises what its parts raise
+    except Exception as error:  # TFDS raises exceptions of any kind
         raise SourceError(f"{reference}: TFDS cannot open it: {_one_line(error)}") from error
     for index in range(count):
         try:
@@ -61,23 +61,23 @@ def read_rows(reference: str) -> Iterator[tuple[str, Any]]:
 
 
 def split_files(reference: str) -> tuple[str, list[epath.Path]]:
-    """Give the split that a reference names, and the files that hold it.
+    """The split that a reference names, and its files.
 
     Raises:
-        SourceError: TFDS cannot provide the set.
+        SourceError: TFDS cannot provide the dataset.
     """
     builder, split = _open(reference)
     return split, [epath.Path(path) for path in builder.info.splits[_name_of(split)].filepaths]
 
 
 def check_feature_classes(folder: epath.PathLike) -> None:
-    """Check that a prepared set names no Python class but TFDS's own, before TFDS imports it.
+    """Check that a prepared dataset names only TFDS's own Python classes, before TFDS imports them.
 
     Args:
-        folder: what holds `features.json`.
+        folder: the folder of `features.json`.
 
     Raises:
-        SourceError: the file is absent or not JSON, or it names another class.
+        SourceError: the file is missing or not JSON, or it names another class.
     """
     path = epath.Path(folder) / "features.json"
     try:
@@ -89,7 +89,7 @@ def check_feature_classes(folder: epath.PathLike) -> None:
     if foreign:
         raise SourceError(
             f"{path} names Python classes that are not TFDS's own and would be imported: "
-            f"{', '.join(foreign[:5])}; {_PREPARE} and features of tfds.features alone"
+            f"{', '.join(foreign[:5])}; {_PREPARE} and only features of tfds.features"
         )
 
 
@@ -108,11 +108,11 @@ def _open(reference: str) -> tuple[Any, str]:
             builder = tfds.builder_from_directory(name)
         elif ":" in name:
             raise SourceError(
-                f"{reference}: sets outside the TFDS catalogue run code of their own; {_PREPARE} "
-                "and name its folder: tfds:/path/to/NAME/VERSION"
+                f"{reference}: datasets outside the TFDS catalogue run their own code; {_PREPARE} "
+                "and give its folder: tfds:/path/to/NAME/VERSION"
             )
         else:
-            # A set that is there already is read by its own description.
+            # A dataset that is already prepared is read by its own description.
             for data_dir in map(epath.Path, file_utils.list_data_dirs()):
                 for below in ("*", "*/*"):  # VERSION, CONFIG/VERSION
                     pattern = f"{name.partition('/')[0]}/{below}/features.json"
@@ -126,8 +126,8 @@ def _open(reference: str) -> tuple[Any, str]:
         raise
     except Exception as error:
         raise SourceError(
-            f"{reference}: TFDS cannot provide this set: {_one_line(error)}; {_PREPARE}, where it "
-            "can be downloaded, and name its folder: tfds:/path/to/NAME/VERSION"
+            f"{reference}: TFDS cannot provide this dataset: {_one_line(error)}; {_PREPARE}, where "
+            "it can be downloaded, and give its folder: tfds:/path/to/NAME/VERSION"
         ) from error
     if _name_of(split) not in splits:
         raise SourceError(f"{reference}: no split {split!r}; it has {splits}")
@@ -135,10 +135,10 @@ def _open(reference: str) -> tuple[Any, str]:
 
 
 def _foreign_classes(value: Any, name: str) -> Iterator[str]:
-    """Every class that a description names and that is not TFDS's own, at any depth."""
+    """Every class named by a description, at any depth, that is not TFDS's own."""
     if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
-            value = parse_json(value, name)  # TFDS keeps some parts as JSON inside of JSON
+            value = parse_json(value, name)  # TFDS stores some parts as JSON inside JSON
         except MalformedFileError:
             return
     if isinstance(value, dict):
@@ -153,7 +153,7 @@ def _foreign_classes(value: Any, name: str) -> Iterator[str]:
 
 
 def _name_of(split: str) -> str:
-    """A split's name without the rows that are taken of it."""
+    """A split's name without its slice."""
     return split.split("[")[0]
 
 
@@ -162,7 +162,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A TFDS example as JSON would hold it."""
+    """A TFDS example as a JSON value."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, bytes):

@@ -1,4 +1,4 @@
-"""Turns dialogues into tokens with a mask of the assistant's part.
+"""Encodes dialogues as tokens with a loss mask.
 
 In: messages, a tokenizer and a chat template. Out: for training, tokens and which of them the
 assistant must produce; for decoding, a prompt's tokens, which are a prefix of the training tokens.
@@ -31,25 +31,25 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class EncodedDialogue(NamedTuple):
-    """A dialogue in tokens."""
+    """A tokenised dialogue."""
 
     tokens: Int32[np.ndarray, "N"]
-    loss_mask: Bool[np.ndarray, "N"]  # what the assistant must produce, the end of turn included
+    loss_mask: Bool[np.ndarray, "N"]  # what the assistant must produce, including the end of turn
 
 
 class ChatFormat:
-    """Writes dialogues as one chat template does, in one tokenizer's tokens.
+    """Renders dialogues with one chat template, in one tokenizer's tokens.
 
     Made by `make_chat_format`. The text is tokenised in pieces that are cut where an assistant's
-    turn begins, so that a prompt's tokens are exactly the first tokens of every dialogue that goes
-    on from it, whatever the tokenizer merges. Which tokens are targets follows from roles alone.
+    turn begins, so that a prompt's tokens are exactly the first tokens of every dialogue that
+    continues it, whatever the tokenizer merges. The loss mask follows from roles only.
 
     Attributes:
-        name: What to call the format in messages.
+        name: The format's name in messages.
         template: A named template's name or Jinja text; `make_chat_format` gives the same format
             for it.
         stop_ids: The tokens that end an assistant's turn.
-        fingerprint: SHA-256 over template and tokenizer; formats with the same one encode alike.
+        fingerprint: SHA-256 over template and tokenizer; formats with equal ones encode equally.
 
     Example:
         >>> from tokenizers import Tokenizer, models, pre_tokenizers
@@ -81,13 +81,13 @@ class ChatFormat:
             name, pinned, variables, encoder=self._encoder, eos=tokenizer.eos_token or ""
         )
         identity = [pinned, dict(variables), self._encoder.definition]
-        # What an earlier version laid out in the same way keeps its fingerprint.
+        # A format that encodes as in earlier versions keeps its fingerprint.
         identity += [*self._layouts.deviations, *self._encoder.deviations]
         self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         self.stop_ids = self._find_stop_ids(tokenizer.eos_token_id)
 
     def encode_dialogue(self, messages: Sequence[Message]) -> EncodedDialogue:
-        """Encodes a dialogue to learn from.
+        """Encodes a dialogue for training.
 
         Args:
             messages: Turns in order; the assistant's are the targets.
@@ -96,8 +96,8 @@ class ChatFormat:
             Tokens and loss mask, `[N]` each.
 
         Raises:
-            ChatTemplateError: The template refuses the dialogue, or renders an earlier turn in
-                another way once later turns follow; the turn is named.
+            ChatTemplateError: The template refuses the dialogue, or renders an earlier turn
+                differently when later turns follow; names the turn.
         """
         (encoded,) = self.encode_dialogues([messages])
         if isinstance(encoded, ChatTemplateError):
@@ -135,7 +135,7 @@ class ChatFormat:
 
         Args:
             messages: Turns in order, the last one not the assistant's.
-            begins: What the assistant's turn already begins with, say "Answer:".
+            begins: The given beginning of the assistant's turn, for example "Answer:".
 
         Returns:
             Tokens that end where the assistant's turn begins, `[N]`: a prefix of the tokens of
@@ -152,7 +152,7 @@ class ChatFormat:
         return np.asarray([token for piece in pieces for token in piece.ids], np.int32)
 
     def prompt_text(self, messages: Sequence[Message], *, begins: str = "") -> str:
-        """Writes a dialogue as text for the assistant to continue, special tokens spelled out.
+        """Renders a dialogue as text for the assistant to continue, with special tokens as text.
 
         Args:
             messages: As in `encode_prompt`.
@@ -169,7 +169,7 @@ class ChatFormat:
         return text + following(text, begins)
 
     def has_special_text(self, messages: Sequence[Message]) -> bool:
-        """Whether a special token's text stands in a message; it is read as that token."""
+        """Whether a message contains a special token's text, which is read as that token."""
         return any(self._encoder.holds_special(message.content) for message in messages)
 
     def _find_stop_ids(self, eos_id: int | None) -> tuple[int, ...]:
@@ -181,7 +181,7 @@ class ChatFormat:
             return tuple(stops)
         ends: list[int] = []
         for token in reversed(tokens[loss_mask].tolist()):
-            # The last special token, and those that stand right before it: "<|eot_id|></s>".
+            # The last special token, and those directly before it: "<|eot_id|></s>".
             known = self._encoder.silent if ends else self._encoder.special_tokens
             if token in known:
                 ends.insert(0, token)
@@ -189,8 +189,8 @@ class ChatFormat:
                 break
         if not ends:
             _LOGGER.warning(
-                "chat template %s ends the assistant's turn with no token of its own: a model "
-                "trained on it will not stop by itself",
+                "chat template %s has no token that ends the assistant's turn: a model trained "
+                "with it will not stop by itself",
                 self.name,
             )
         return tuple(dict.fromkeys([*ends, *stops]))
@@ -201,9 +201,9 @@ def make_chat_format(tokenizer: Any, *, template: str = "auto") -> ChatFormat:
 
     Args:
         tokenizer: A transformers tokenizer with a fast backend.
-        template: `auto`, the tokenizer's own template where it has one, else `plain`; `tokenizer`,
-            its own; `plain`, `llama-2`, `llama-3`, `chatml` or `vicuna`; or Jinja text. A template
-            that writes today's date is pinned to 26 July 2024, with a warning.
+        template: `auto`, the tokenizer's own template if it has one, else `plain`; `tokenizer`, its
+            own; `plain`, `llama-2`, `llama-3`, `chatml` or `vicuna`; or Jinja text. A template that
+            renders today's date is pinned to 26 July 2024, with a warning.
 
     Returns:
         The format.
@@ -223,7 +223,7 @@ def make_chat_format(tokenizer: Any, *, template: str = "auto") -> ChatFormat:
     if template == "tokenizer":
         if not tokenizer.chat_template:
             raise ValueError(
-                "chat template 'tokenizer': the tokenizer has none of its own; use one of "
+                "chat template 'tokenizer': the tokenizer has no template of its own; use one of "
                 f"{', '.join(NAMED_TEMPLATES)}"
             )
         name, text = "of the tokenizer", tokenizer.get_chat_template()
@@ -239,8 +239,8 @@ def make_chat_format(tokenizer: Any, *, template: str = "auto") -> ChatFormat:
     if "strftime_now" in text:
         turn = _dated_turn(text, variables)
         _LOGGER.warning(
-            "chat template %s writes today's date into turn %d: pinned to %s, so that training and "
-            "decoding read the same text on every day",
+            "chat template %s renders today's date in turn %d: pinned to %s, so that training and "
+            "decoding read the same text every day",
             name,
             turn,
             PINNED_DATE.date(),
@@ -256,7 +256,7 @@ def _announce(message: str) -> None:
 
 def _check_prompt(messages: Sequence[Message]) -> None:
     if not messages or messages[-1].role == "assistant":
-        raise ChatTemplateError("a prompt must end with a turn that is not the assistant's")
+        raise ChatTemplateError("a prompt must not end with an assistant's turn")
 
 
 def _dated_turn(text: str, variables: Mapping[str, Any]) -> int:
@@ -272,13 +272,13 @@ def _dated_turn(text: str, variables: Mapping[str, Any]) -> int:
 
 
 def _split(layout: Layout) -> list[str]:
-    """A text in pieces, cut where the assistant's turns begin."""
+    """Split a text where the assistant's turns begin."""
     bounds = [0, *layout.cuts, len(layout.text)]
     return [layout.text[low:high] for low, high in itertools.pairwise(bounds)]
 
 
 def _assemble(layout: Layout, pieces: list[PieceTokens]) -> EncodedDialogue:
-    """Joins the pieces' tokens; a token is a target where its first character is in one."""
+    """Joins the pieces' tokens; a token is a target if its first character is in one."""
     starts = [0, *layout.cuts]
     ends = [*layout.cuts, len(layout.text)]
     tokens: list[int] = []

@@ -1,7 +1,7 @@
-"""Stores demonstrations once, whatever form they come in, and notices a source that has changed.
+"""Stores demonstrations of any format once, and detects sources that have changed.
 
-In: files or TFDS sets, the format of their rows, and how to hold out a validation split. Out: the
-stored dataset, read at random by split, with counts and the rows that could not be read.
+In: files or TFDS datasets, the format of their rows, and how to hold out a validation split. Out:
+the stored dataset, with random access by split, counts and the rows that could not be read.
 """
 
 import functools
@@ -43,8 +43,8 @@ __all__ = [
 
 _LOGGER = logging.getLogger(__name__)
 
-_STORE_VERSION = 1  # of how rows become dialogues; another number stores again
-_RECORD = "source.json"  # what a dataset was made of, beside it
+_STORE_VERSION = 1  # of how rows become dialogues; a new number stores them again
+_RECORD = "source.json"  # the sources of a stored dataset
 
 _Hashes = Mapping[str, Sequence[tuple[str, str]]]  # split → source and SHA-256, in order
 
@@ -55,21 +55,21 @@ class MalformedRowsError(ValueError):
 
 @dataclass(frozen=True)
 class StoredDemonstrations:
-    """A dataset as it lies on disk.
+    """A dataset stored on disk.
 
     Attributes:
-        folder: What TFDS reads.
-        fingerprint: SHA-256 over the source's content, the format and the split rule; and whether
-            turns of weight 0 are kept apart, which they once were not.
+        folder: The folder that TFDS reads.
+        fingerprint: SHA-256 over the source's content, the format and the split rule, and whether
+            turns of weight 0 are marked, which earlier versions did not do.
         counts: Split to number of demonstrations.
         malformed: The first thousand rows that could not be read.
-        malformed_count: How many there are in all.
-        trimmed_count: Dialogues of which turns before the first user's, or after the last
-            assistant's, were left out.
+        malformed_count: Their total number.
+        trimmed_count: Dialogues without their turns before the first user turn or after the last
+            assistant turn, which were left out.
         unweighted_count: Turns of weight 0, which are left out of the loss.
-        repeated_count: Rows of the training source whose dialogue stands in an earlier one.
-        leaked_counts: By held-out split with sources of its own, dialogues that stand in the
-            training source too.
+        repeated_count: Rows of the training source whose dialogue repeats an earlier row's.
+        leaked_counts: For each held-out split with its own sources, the dialogues that are also in
+            the training source.
     """
 
     folder: epath.Path
@@ -84,12 +84,12 @@ class StoredDemonstrations:
 
     @property
     def rows(self) -> int:
-        """Rows of all sources, those that could not be read included."""
+        """Number of rows of all sources, including those that could not be read."""
         return sum(self.counts.values()) + self.malformed_count
 
     @property
     def listed(self) -> str:
-        """The first malformed rows, a line each."""
+        """The first malformed rows, one line each."""
         return list_malformed(self.malformed, self.malformed_count)
 
     def open(self, split: str) -> DemonstrationSplit:
@@ -99,30 +99,30 @@ class StoredDemonstrations:
             KeyError: There is no such split.
         """
         if split not in self.counts:
-            raise KeyError(f"{self.folder}: no split {split!r}; there are {sorted(self.counts)}")
+            raise KeyError(f"{self.folder}: no split {split!r}; it has {sorted(self.counts)}")
         return DemonstrationSplit(self.folder, split, fingerprint=f"{self.fingerprint}/{split}")
 
     def log(self) -> None:
-        """Says what is worth knowing before training on these rows."""
+        """Logs what to know before training on these rows."""
         if self.unweighted_count:
             _LOGGER.info("%d turns of weight 0 are left out of the loss", self.unweighted_count)
         for count, what in (
             (
                 self.malformed_count,
-                f"of {self.rows} rows are malformed and left out:{self.listed}",
+                f"of {self.rows} rows are malformed and were left out:{self.listed}",
             ),
             (
                 self.trimmed_count,
-                "dialogues begin with an assistant's turn or end with a user's: those turns are "
+                "dialogues begin with an assistant's turn or end with a user's: those turns were "
                 "left out",
             ),
             (
                 self.repeated_count,
-                "rows of data.train repeat the dialogue of an earlier one: it weighs that much "
-                "more in training",
+                "rows of data.train repeat the dialogue of an earlier one, which then has more "
+                "weight in training",
             ),
             *(
-                (count, f"dialogues of data.{split} stand in data.train too: they are not held out")
+                (count, f"dialogues of data.{split} are also in data.train: they are not held out")
                 for split, count in self.leaked_counts.items()
             ),
         ):
@@ -137,26 +137,26 @@ def store_demonstrations(
     max_malformed_share: float = 0.01,
     resuming: bool = False,
 ) -> StoredDemonstrations:
-    """Stores demonstrations as a TFDS dataset in ArrayRecord form, or finds them stored.
+    """Stores demonstrations as a TFDS dataset in ArrayRecord form, unless already stored.
 
     The store is keyed by a fingerprint of the source's bytes, format and split rule. A source that
-    has changed since it was stored is named in a warning and stored again beside the old copy,
-    which stays for the runs that were trained on it.
+    has changed since it was stored is named in a warning and stored again; the old copy is kept for
+    the runs that were trained on it.
 
     Args:
         source: Where the demonstrations come from.
-        data_dir: Folder of all stored datasets; created if absent.
+        data_dir: Folder of all stored datasets; created if missing.
         max_malformed_share: Share of rows that may be malformed.
-        resuming: A run that began with these sources resumes: what is held out may be what is
-            trained on, which is then only said.
+        resuming: Whether a run that started with these sources resumes; held-out data that is also
+            trained on is then only a warning.
 
     Returns:
         The stored dataset.
 
     Raises:
         MalformedRowsError: More than `max_malformed_share` of the rows are malformed, or none is
-            usable; places and reasons are listed and nothing is stored.
-        SourceError: A file or a set is absent or cannot be read at all.
+            usable; lists places and reasons, and nothing is stored.
+        SourceError: A file or a dataset is missing or cannot be read at all.
     """
     data_dir = epath.Path(data_dir).expanduser()
     hashes = {
@@ -198,33 +198,33 @@ def store_demonstrations(
 
 
 def _check_held_out(hashes: _Hashes) -> None:
-    """An error where what is held out is what is trained on."""
+    """Raise an error if the held-out data is also trained on."""
     trained = {digest: reference for reference, digest in hashes["train"]}
     for split in ("validation", "test"):
         for reference, digest in hashes.get(split, ()):
             if digest in trained:
                 same = "itself" if reference == trained[digest] else f"the same as {reference}"
                 raise SourceError(
-                    f"data.{split} holds what is trained on: data.train has {trained[digest]}, "
-                    f"{same}, byte for byte; name other rows, or leave data.validation empty and "
+                    f"data.{split} is also trained on: data.train has {trained[digest]}, "
+                    f"{same}, byte for byte; choose other rows, or leave data.validation empty and "
                     "set data.validation_fraction"
                 )
 
 
 def _check_share(stored: StoredDemonstrations, max_malformed_share: float) -> None:
-    """An error when too many rows are malformed."""
+    """Raise an error if too many rows are malformed."""
     share = stored.malformed_count / max(1, stored.rows)
     if share > max_malformed_share or not stored.counts.get("train"):
         raise MalformedRowsError(
             f"demonstrations: {stored.malformed_count} of {stored.rows} rows are malformed "
-            f"({share:.1%}; at most {max_malformed_share:.1%} may be, and one training row must be "
-            f"left):{stored.listed or ' none'}\ncheck the format and its fields, mend the rows, or "
-            "raise data.max_malformed_fraction"
+            f"({share:.1%}; at most {max_malformed_share:.1%} may be, and one training row must "
+            f"remain):{stored.listed or ' none'}\ncheck the format and its fields, fix the rows, "
+            "or raise data.max_malformed_fraction"
         )
 
 
 def _fingerprint(source: DemonstrationSource, hashes: _Hashes) -> str:
-    """SHA-256 over content and reading rule; files count by name, wherever they lie."""
+    """SHA-256 over content and reading rule; files count by name, not by folder."""
     identity = {
         "store": _STORE_VERSION,
         "rule": _rule(source),
@@ -237,7 +237,7 @@ def _fingerprint(source: DemonstrationSource, hashes: _Hashes) -> str:
 
 
 def _rule(source: DemonstrationSource) -> dict[str, Any]:
-    """How rows are read and split, without where they are."""
+    """How rows are read and split, without their location."""
     rule = asdict(source)
     for split in ("train", "validation", "test"):
         del rule[split]
@@ -250,7 +250,7 @@ def _base_name(reference: str) -> str:
 
 
 def _warn_of_changes(source: DemonstrationSource, hashes: _Hashes, data_dir: epath.Path) -> None:
-    """Names the files that are not what they were when the same source was last stored."""
+    """Names the files that have changed since the same source was last stored."""
     previous: dict[str, str] = {}
     stored_at = ""
     for path in (data_dir / "ivl_demonstrations").glob(f"*/{_RECORD}"):
@@ -263,7 +263,7 @@ def _warn_of_changes(source: DemonstrationSource, hashes: _Hashes, data_dir: epa
             when = str(record["stored_at"])
             same_rule = record["rule"] == _rule(source)
         except (MalformedFileError, OSError, KeyError, TypeError, ValueError, AttributeError):
-            _LOGGER.debug("%s is not a record of a stored dataset: passed over", path)
+            _LOGGER.debug("%s is not a record of a stored dataset: ignored", path)
             continue
         if same_rule and _references(then) == _references(hashes) and when > stored_at:
             stored_at = when
@@ -273,7 +273,7 @@ def _warn_of_changes(source: DemonstrationSource, hashes: _Hashes, data_dir: epa
             if previous.get(reference, digest) != digest:
                 _LOGGER.warning(
                     "%s has changed since it was stored on %s (SHA-256 %s then, %s now): it is "
-                    "stored again; runs trained on the old rows cannot be resumed on the new ones",
+                    "stored again; runs trained on the old rows cannot resume with the new ones",
                     reference,
                     stored_at,
                     previous[reference][:12],

@@ -1,7 +1,7 @@
-"""Lays a dialogue out as the text of a chat template, and finds what the assistant writes in it.
+"""Renders a dialogue with a chat template, and finds the parts written by the assistant.
 
 In: messages and a template. Out: the text; where each assistant's turn begins, which is where the
-prompt ends that a decoder reads; and the stretches that the assistant must produce.
+prompt that a decoder reads ends; and the parts that the assistant must produce.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from ivl_jax.data.rendering import ChatTemplateError, TemplateLimitError, render
 
 _LOGGER = logging.getLogger(__name__)
 
-_SHOWN_CHARACTERS = 30  # on each side of the place where two renderings part
+_SHOWN_CHARACTERS = 30  # on each side of the place where two renderings differ
 _ANSWER = "Hi."
 PROBE = (Message("user", "Hello!"), Message("assistant", _ANSWER))
 _WITH_SYSTEM = (Message("system", "Be brief."), *PROBE)
@@ -29,19 +29,19 @@ _REMEDY = (
 
 
 class Layout(NamedTuple):
-    """The text of a dialogue, and what the assistant writes in it."""
+    """The text of a dialogue, and the assistant's parts in it."""
 
     text: str
-    cuts: list[int]  # where an assistant's turn begins: the prompt that a decoder reads ends here
-    targets: list[tuple[int, int]]  # stretches that the assistant must produce, in characters
+    cuts: list[int]  # where an assistant's turn begins, and so where a decoder's prompt ends
+    targets: list[tuple[int, int]]  # parts that the assistant must produce, in characters
 
 
 class DialogueTemplate:
-    """A chat template over the special tokens of a tokenizer.
+    """A chat template with the special tokens of a tokenizer.
 
     Attributes:
-        name: What to call the template in messages.
-        deviations: In what its layouts differ from those of the first version of this package.
+        name: The template's name in messages.
+        deviations: How its layouts differ from those of the first version of this package.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class DialogueTemplate:
     def render(
         self, messages: Sequence[Message], *, prompt: bool, marks: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The text of a dialogue, and the stretches that the template marks as generated.
+        """The text of a dialogue, and the parts that the template marks as generated.
 
         Raises:
             ChatTemplateError: The template refuses the dialogue or fails on it.
@@ -74,8 +74,8 @@ class DialogueTemplate:
         """Renders a dialogue, and every beginning of it that a decoder would read or write.
 
         Raises:
-            ChatTemplateError: The template refuses the dialogue, or renders a turn in another way
-                once later turns follow; the turn is named.
+            ChatTemplateError: The template refuses the dialogue, or renders a turn differently when
+                later turns follow; names the turn.
         """
         text, marked = self.render(messages, prompt=False, marks=self._has_marks)
         cuts, targets = [], []
@@ -84,7 +84,7 @@ class DialogueTemplate:
                 continue
             prompt, _ = self.render(messages[:turn], prompt=True)
             if not message.weight:
-                # As in a prompt: a template that drops earlier thinking costs the cut, no more.
+                # As in a prompt: a template that drops earlier thinking only loses the cut.
                 cuts += [len(prompt)] if text.startswith(prompt) else []
                 continue
             last = turn + 1 == len(messages)
@@ -116,7 +116,7 @@ class DialogueTemplate:
         return Layout(text, sorted(set(cuts)), targets)
 
     def lay_out_prompt(self, messages: Sequence[Message], *, begins: str) -> Layout:
-        """Renders a dialogue for the assistant to continue, cut as `lay_out` cuts it.
+        """Renders a dialogue for the assistant to continue, with the same cuts as `lay_out`.
 
         Raises:
             ChatTemplateError: The template refuses the dialogue.
@@ -126,7 +126,7 @@ class DialogueTemplate:
         for turn, message in enumerate(messages):
             if message.role == "assistant":
                 earlier, _ = self.render(messages[:turn], prompt=True)
-                # A template that drops earlier thinking is no hindrance here: it costs the cut.
+                # A template that drops earlier thinking is accepted here: it only loses the cut.
                 cuts += [len(earlier)] if text.startswith(earlier) else []
         if begins:
             cuts.append(len(text))
@@ -134,17 +134,17 @@ class DialogueTemplate:
         return Layout(text, sorted(set(cuts)), [])
 
     def _beginning(self, messages: Sequence[Message]) -> str:
-        """The text of a dialogue that goes on: without what closes a whole one."""
+        """The text of an unfinished dialogue: without what closes a finished one."""
         return self.render(messages, prompt=False)[0].removesuffix(self._closing)
 
     def _end_of_turn(self, through: str, start: int) -> int:
-        """Where an unmarked target ends: past the token that ends the turn, nothing is its own."""
+        """Where an unmarked target ends: after the token that ends the turn."""
         written = through.rstrip()  # "\n" in ChatML
         ended = self._encoder.ends_with_special(written) and len(written) > start
         return len(written) if ended else len(through)
 
     def _through_end_of_turn(self, text: str, marked_end: int, turn_end: int) -> int:
-        """Where a marked target ends: past the end-of-turn token that a template left unmarked."""
+        """Where a marked target ends: after an end-of-turn token that is not marked itself."""
         if marked_end >= turn_end:
             return marked_end
         after = text[marked_end:turn_end]
@@ -161,13 +161,13 @@ class DialogueTemplate:
             return f"{where} does not begin as the prompt for it ends: {_parting(prompt, through)}"
         if not _holds(message.content, prompt, through[len(prompt) :]):
             shown = message.content[:_SHOWN_CHARACTERS]
-            return f"{where} is written without a part of what the assistant says: {shown!r}…"
+            return f"{where} is rendered without part of the assistant's message: {shown!r}…"
         return ""
 
     def _written_out(
         self, messages: Sequence[Message], prompt: str, text: str, problem: str
     ) -> str:
-        """A dialogue whose last turn is written as a decoder would: prompt, answer, end of turn."""
+        """A dialogue with its last turn as a decoder writes it: prompt, answer, end of turn."""
         answer = messages[-1].content
         rest = _after(text, prompt)
         if rest is None or not _holds(answer, prompt, rest):
@@ -182,10 +182,10 @@ class DialogueTemplate:
         return prompt + rest
 
     def _continuation(self, messages: Sequence[Message], prompt: str, problem: str) -> str:
-        """The answer as it is in the row, and the end of turn.
+        """The row's answer and the end of turn.
 
-        A prompt that has begun the answer, with "<think>", is followed by what the answer says
-        after the same words.
+        If the prompt has already begun the answer, as with "<think>", the rest of the answer after
+        that beginning.
         """
         begun = prompt[_same(prompt, self._beginning(messages[:-1])) :]
         answer = messages[-1].content
@@ -196,30 +196,30 @@ class DialogueTemplate:
             answer = answer.removeprefix(opened[len(opened.rstrip()) :])
         if repeated := [tag for tag in tags if tag in answer]:
             raise ChatTemplateError(
-                f"{problem}; its prompt has written {repeated[0]} already, and the answer has it "
-                "too: use another template, or rows without it"
+                f"{problem}; its prompt already contains {repeated[0]}, and so does the answer: use "
+                "another template, or rows without it"
             )
         probe = (*messages[:-1], Message("assistant", _ANSWER))
         _, found, end = self.render(probe, prompt=False)[0].rpartition(_ANSWER)
         if not found:
-            raise ChatTemplateError(f"{problem}; it writes no answer of plain text: use another")
+            raise ChatTemplateError(f"{problem}; it cannot render a plain answer: use another")
         return answer + end
 
     def _changed(self, messages: Sequence[Message], earlier: str, later: str) -> ChatTemplateError:
-        """The error that names the first turn which is rendered in another way later on."""
+        """The error that names the first turn that is rendered differently later."""
         turn = len(messages) - 1
         for count in range(turn, 0, -1):
             with contextlib.suppress(ChatTemplateError):  # a template may refuse a lone system turn
                 if not later.startswith(self._beginning(messages[:count])):
                     turn = count - 1
         return ChatTemplateError(
-            f"chat template {self.name}: turn {turn} is rendered in another way once later turns "
+            f"chat template {self.name}: turn {turn} is rendered differently when later turns "
             f"follow: {_parting(earlier, later)}; a model decodes after the first and would learn "
             f"the second: {_REMEDY}"
         )
 
     def _check_usable(self) -> None:
-        """An error where the template renders nothing at all, before a single row is read."""
+        """Raise an error if the template renders nothing at all, before any row is read."""
         first: ChatTemplateError | None = None
         for messages in (PROBE, PROBE[:1], _WITH_SYSTEM, _WITH_SYSTEM[:2]):
             try:
@@ -233,9 +233,9 @@ class DialogueTemplate:
         raise first
 
     def _find_closing(self, eos: str) -> str:
-        """The end of sequence where a template writes one behind a whole dialogue, as Phi 3.5 does.
+        """The end of sequence if a template adds one after a whole dialogue, like Phi 3.5's.
 
-        No assistant's turn ends with it, and none is followed by it when the dialogue goes on.
+        No assistant's turn ends with it, and it does not follow a turn in an unfinished dialogue.
         """
         with contextlib.suppress(ChatTemplateError):
             whole, _ = self.render(PROBE, prompt=False)
@@ -246,7 +246,7 @@ class DialogueTemplate:
         return ""
 
     def _find_deviations(self) -> tuple[str, ...]:
-        """What is laid out anew: answers that were cut, ends of turn that were not learned."""
+        """How this version differs: whole answers, and ends of turn that are learned."""
         found = []
         with contextlib.suppress(ChatTemplateError):
             text, marked = self.render(PROBE, prompt=False, marks=self._has_marks)
@@ -261,17 +261,17 @@ class DialogueTemplate:
 
 
 def following(text: str, begins: str) -> str:
-    """How a turn begins behind a prompt: after a space, unless white space is there."""
+    """A turn's beginning after a prompt: after a space, unless there is white space already."""
     return f" {begins}" if begins and not text.endswith((" ", "\n")) else begins
 
 
 def _dense(text: str) -> str:
-    """A text without its white space, which templates trim and add."""
+    """A text without white space, which templates trim and add."""
     return "".join(text.split())
 
 
 def _holds(answer: str, prompt: str, rest: str) -> bool:
-    """Whether a turn has all of an answer, the beginning of which may stand in the prompt."""
+    """Whether a turn has all of an answer, whose beginning may be in the prompt."""
     wanted = _dense(answer)
     if wanted in _dense(rest):
         return True
@@ -281,7 +281,7 @@ def _holds(answer: str, prompt: str, rest: str) -> bool:
 
 
 def _after(text: str, prompt: str) -> str | None:
-    """What follows a prompt in a text that has it but for white space; None where it has not."""
+    """What follows a prompt in a text, up to white space; None if it is not there."""
     wanted, position = _dense(prompt), 0
     for character in wanted:
         while text[position : position + 1].isspace():
@@ -293,7 +293,7 @@ def _after(text: str, prompt: str) -> str | None:
 
 
 def _same(first: str, second: str) -> int:
-    """How many characters two texts begin with in common."""
+    """The length of the common prefix of two texts."""
     return next(
         (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
         min(len(first), len(second)),
@@ -301,7 +301,7 @@ def _same(first: str, second: str) -> int:
 
 
 def _parting(first: str, second: str) -> str:
-    """Two texts around the place where they part."""
+    """Two texts around the place where they first differ."""
     same = _same(first, second)
     low, high = max(0, same - _SHOWN_CHARACTERS), same + _SHOWN_CHARACTERS
     return f"…{first[low:high]!r} against …{second[low:high]!r}"

@@ -1,7 +1,7 @@
 """Reads one row of a demonstrations file as a dialogue.
 
-In: a row as a dict and the format it is written in. Out: the messages of a dialogue, or the reason
-why the row cannot be one.
+In: a row as a dict and its format. Out: the messages of a dialogue, or the reason why the row is
+not one.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from ivl_jax.json_files import json_kind
 
 Format = Literal["sharegpt", "messages", "alpaca", "prompt_completion", "fields"]
 
-_SHOWN_CHARACTERS = 60  # of a value in a message
+_SHOWN_CHARACTERS = 60  # of a value in an error message
 
 ROLES = ("system", "user", "assistant")
 _ROLE_NAMES = {
@@ -42,15 +42,15 @@ class Message(NamedTuple):
 
 
 class UntrainedMessage(Message):
-    """An assistant's turn that is read as the others are, but left out of the loss."""
+    """An assistant's turn that is read like the others, but left out of the loss."""
 
     weight = 0
 
 
 class Demonstration(NamedTuple):
-    """A dialogue to learn from, and where it came from."""
+    """A dialogue to train on, and where it came from."""
 
-    messages: tuple[Message, ...]  # an optional system turn, then user and assistant in turns
+    messages: tuple[Message, ...]  # an optional system turn, then alternately user and assistant
     row_id: str  # "train.jsonl:17", file and line
 
 
@@ -79,12 +79,12 @@ def parse_row(row: Any, *, row_format: Format, templates: Mapping[str, str]) -> 
             (`prompt` and `completion`, texts or lists of messages) or `fields` (the templates). All
             but `fields` read a `system` text where the row has one.
         templates: With `fields`, role to template over the row's fields, `{"user": "{question}",
-            "assistant": "{answer}"}`; `{meta.title}` reads a field inside a field.
+            "assistant": "{answer}"}`; `{meta.title}` reads a nested field.
 
     Returns:
-        The dialogue. Assistant turns before the first user turn, and what follows the last
-        assistant turn, are left out: nothing can be learned from them. A turn of a list of turns
-        may have a `weight`: 0 leaves it out of the loss, 1 is the default.
+        The dialogue. Assistant turns before the first user turn, and turns after the last assistant
+        turn, are left out, since there is nothing to learn from them. A turn in a list of turns may
+        have a `weight`: 0 leaves it out of the loss, 1 is the default.
 
     Raises:
         RowError: The row is not a dialogue in this format.
@@ -131,7 +131,7 @@ def check_templates(row_format: str, templates: Mapping[str, str]) -> None:
     """Checks that templates are given exactly with `fields`, and that they are well formed.
 
     Raises:
-        ValueError: The format is unknown, a template is missing, not wanted or not readable.
+        ValueError: The format is unknown, or a template is missing, not expected or malformed.
     """
     if row_format not in get_args(Format):
         raise ValueError(
@@ -139,7 +139,7 @@ def check_templates(row_format: str, templates: Mapping[str, str]) -> None:
         )
     if row_format != "fields":
         if any(templates.values()):
-            raise ValueError(f"templates are read with format 'fields' only, got {row_format!r}")
+            raise ValueError(f"templates are used only with format 'fields', got {row_format!r}")
         return
     missing = [role for role in ("user", "assistant") if not templates.get(role)]
     unknown = sorted(set(templates) - set(ROLES))
@@ -149,14 +149,14 @@ def check_templates(row_format: str, templates: Mapping[str, str]) -> None:
         )
     for role, template in templates.items():
         if template and not any(name for name in _template_parts(role, template)):
-            raise ValueError(f"template of {role}: {template!r} names no field, as {{answer}} does")
+            raise ValueError(f"template of {role}: {template!r} has no field such as {{answer}}")
 
 
 def fill_template(template: str, row: Mapping[str, Any]) -> str:
-    """Puts a row's fields into a template's `{name}` or `{outer.inner}` places.
+    """Fills a template's `{name}` or `{outer.inner}` placeholders with a row's fields.
 
     Raises:
-        RowError: A field is absent or is not a text or a number.
+        RowError: A field is missing, or is neither text nor a number.
     """
     filled = []
     for literal, name, _, _ in string.Formatter().parse(template):
@@ -199,7 +199,7 @@ def _turns(row: Mapping[str, Any], field: str, *, role_key: str, content_key: st
 
 
 def _messages(value: Any, field: str, *, role_key: str, content_key: str) -> list[Message]:
-    if isinstance(value, Mapping):  # TFDS holds a list of records as a record of lists
+    if isinstance(value, Mapping):  # TFDS stores a list of records as a record of lists
         value = _records(value, field)
     if not isinstance(value, list) or not value:
         raise RowError(f"field {field!r} is {json_kind(value)}, expected a non-empty list of turns")
@@ -229,14 +229,14 @@ def _records(columns: Mapping[str, Any], field: str) -> list[dict[str, Any]]:
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) > 1:
         counted = ", ".join(f"{count} in {_shown(name)}" for name, count in lengths.items())
-        raise RowError(f"field {field!r}: its lists differ in number: {counted}")
+        raise RowError(f"field {field!r}: its lists differ in length: {counted}")
     return [
         dict(zip(columns, record, strict=True)) for record in zip(*columns.values(), strict=True)
     ]
 
 
 def _content(value: Any, where: str) -> str:
-    """A turn's text, also where it is written as a list of text parts."""
+    """A turn's text, which may be a list of text parts."""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and all(
@@ -250,7 +250,7 @@ def _content(value: Any, where: str) -> str:
 
 
 def _text_or_turns(row: Mapping[str, Any], field: str, *, role: str) -> list[Message]:
-    """A field that is a text of one role, or a list of messages."""
+    """A field that is the text of one role, or a list of messages."""
     if isinstance(row.get(field), list):
         return _messages(row[field], field, role_key="role", content_key="content")
     return [Message(role, _text(row, field))]
@@ -272,7 +272,7 @@ def _optional_text(row: Mapping[str, Any], field: str) -> str:
 
 
 def _checked(turns: list[Message]) -> ParsedRow:
-    """The part of a dialogue that can be learned from; an error if its turns are out of order."""
+    """The part of a dialogue to train on; an error if its turns are out of order."""
     system = turns[:1] if turns and turns[0].role == "system" else []
     rest = turns[len(system) :]
     first_user = next((i for i, turn in enumerate(rest) if turn.role == "user"), len(rest))
@@ -292,9 +292,7 @@ def _checked(turns: list[Message]) -> ParsedRow:
         raise RowError("every assistant's turn has weight 0: nothing to learn from")
     for position, turn in enumerate((*system, *kept)):
         if any("\ud800" <= character <= "\udfff" for character in turn.content):
-            raise RowError(
-                f"turn {position} holds half of a surrogate pair, which is not a character"
-            )
+            raise RowError(f"turn {position} contains a lone surrogate, which is not a character")
     return ParsedRow(messages=(*system, *kept), trimmed=len(kept) < len(rest))
 
 
@@ -303,7 +301,7 @@ def _keys(row: Mapping[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as a message shows it: short, on one line."""
+    """A value as shown in an error message: short, on one line."""
     if not isinstance(value, str | int | float):
         return json_kind(value)
     shown = repr(value)

@@ -1,6 +1,6 @@
 """Decides which dialogues share a batch row.
 
-In: how many positions each dialogue takes, and how many a row has. Out: the dialogues of each row.
+In: the positions that each dialogue takes and that a row has. Out: the dialogues of each row.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from jaxtyping import Int64
 
 
 class RowPlan(NamedTuple):
-    """Which dialogues each row holds."""
+    """The dialogues of each row."""
 
     dialogues: Int64[np.ndarray, "N"]  # indices, those of one row next to each other
     starts: Int64[np.ndarray, "R1"]  # where each row begins in `dialogues`, and the end of the last
@@ -26,16 +26,16 @@ class RowPlan(NamedTuple):
 
 
 def one_per_row(count: int) -> RowPlan:
-    """Returns the plan that gives each of `count` dialogues a row of its own."""
+    """Returns the plan with one of `count` dialogues per row."""
     return RowPlan(np.arange(count, dtype=np.int64), np.arange(count + 1, dtype=np.int64))
 
 
 def pack(lengths: Int64[np.ndarray, "N"], *, row_length: int, seed: int) -> RowPlan:
-    """Fills rows with dialogues, best fit first, longest dialogues first.
+    """Packs dialogues into rows by best fit, longest dialogues first.
 
-    The plan depends on the arguments only, never on the epoch: the number of rows, and with it the
-    number of steps of an epoch, is known before training. Which dialogues of equal length come
-    together is drawn from the seed.
+    The plan depends only on the arguments, not on the epoch: the number of rows, and so the number
+    of steps per epoch, is known before training. Dialogues of equal length are combined at random,
+    by the seed.
 
     Args:
         lengths: Positions that each dialogue takes, at most `row_length`.
@@ -43,7 +43,7 @@ def pack(lengths: Int64[np.ndarray, "N"], *, row_length: int, seed: int) -> RowP
         seed: Seed of the draw.
 
     Returns:
-        The plan; every dialogue stands in exactly one row.
+        The plan; every dialogue is in exactly one row.
 
     Example:
         >>> plan = pack(np.array([3, 5, 2, 4]), row_length=7, seed=0)

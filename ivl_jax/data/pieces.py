@@ -1,8 +1,8 @@
-"""Tokenises a text in pieces, each one as the continuation of the text before it.
+"""Tokenises a text in pieces, each as the continuation of the text before it.
 
 In: the pieces of a text. Out: the tokens of each, with character offsets. A model that decodes
-after the first pieces sees exactly their tokens: no token reaches across a cut, and a SentencePiece
-tokenizer's space before the first word is not put before a piece in the middle of a text.
+after the first pieces sees exactly their tokens: no token spans a cut, and a SentencePiece
+tokenizer's space before the first word is not added before a piece in the middle of a text.
 """
 
 import re
@@ -14,7 +14,7 @@ from tokenizers import Encoding, Tokenizer
 from ivl_jax.text_codec import make_text_encoders, special_ids
 from ivl_jax.token_bytes import split_vocabulary
 
-# Unicode's property of this name, which is what the tokenizers library goes by.
+# Unicode's White_Space property, which the tokenizers library uses.
 _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
     map(chr, range(0x2000, 0x200B))
 )
@@ -39,9 +39,9 @@ class PieceTokens(NamedTuple):
 
 
 class _Following(NamedTuple):
-    """How a tokenizer reads what stands behind one of its added tokens."""
+    """How a tokenizer reads the text after one of its added tokens."""
 
-    prefix: bool  # with a space of its own, as at a text's start
+    prefix: bool  # with an added space, as at a text's start
     swallowed: frozenset[str]  # white space that becomes part of the token
 
 
@@ -51,9 +51,9 @@ class PieceEncoder:
     Attributes:
         special_tokens: Id to text of the special and appended tokens.
         silent: Ids of those that stand for nothing in a text.
-        blank: Ids of the ordinary tokens that are white space alone.
-        definition: The tokenizer as JSON: two encoders with the same definition encode alike.
-        deviations: In what they encode otherwise than the first version of this package.
+        blank: Ids of the ordinary tokens that are only white space.
+        definition: The tokenizer as JSON: encoders with equal definitions encode equally.
+        deviations: How they encode differently from the first version of this package.
     """
 
     def __init__(self, tokenizer: Any):
@@ -79,11 +79,11 @@ class PieceEncoder:
         return text.endswith(self._special_texts)
 
     def holds_special(self, text: str) -> bool:
-        """Whether a special token's text stands anywhere in a text."""
+        """Whether a text contains a special token's text."""
         return self._special_pattern.search(text) is not None
 
     def special_at(self, text: str, position: int) -> str:
-        """Returns the longest special token's text that stands at `position`, or an empty text."""
+        """Returns the longest special token's text at `position`, or an empty text."""
         match = self._special_pattern.match(text, position)
         return match[0] if match else ""
 
@@ -118,8 +118,8 @@ class PieceEncoder:
     def _reading(self, piece: str, before: str | None) -> tuple[str, int]:
         """Which encoding continues the text before a piece, and how much of it is swallowed.
 
-        The encoding is the whole, the bare, or both in part: a prefix "first" stands at a text's
-        start only; "every" stands at the start of each stretch between special tokens.
+        The encoding is the whole one, the bare one, or parts of both: a prefix "first" is added
+        only at a text's start, "every" at the start of each stretch between special tokens.
         """
         if before is None or (self._prefix == "none" and not self._stripping):
             return "whole", 0
@@ -139,7 +139,7 @@ class PieceEncoder:
         return ("both" if special and special.end() < len(piece) else "bare"), swallowed
 
     def _last_added(self, before: str) -> str | None:
-        """The added token that a text ends with, white space that it swallows included."""
+        """The added token that a text ends with, including white space that it swallows."""
         if before.endswith(self._added_texts):
             return next(text for text in self._added_texts if before.endswith(text))
         stripped = before.rstrip(_WHITE_SPACE)
@@ -150,7 +150,7 @@ class PieceEncoder:
         return token if between <= self._following(token).swallowed else None
 
     def _following(self, token: str) -> _Following:
-        """How the tokenizer reads what follows an added token, found by trying it."""
+        """How the tokenizer reads the text after an added token, determined by trying it."""
         if token not in self._after:
 
             def behind(between: str) -> list[int]:
@@ -171,7 +171,7 @@ class PieceEncoder:
         return self._after[token]
 
     def _find_deviations(self) -> Iterator[str]:
-        """What tokens with `rstrip`, or matched in normalised text, change of later pieces."""
+        """How tokens with `rstrip`, or matched in normalised text, change later pieces."""
         if self._stripping:
             yield "swallowed white space"
         normalized = [t.content for t in self._added.values() if t.normalized and t.content.strip()]
@@ -194,7 +194,7 @@ class PieceEncoder:
         )
 
     def _first_added(self, ids: list[int]) -> int:
-        """Where the first special or appended token stands."""
+        """The position of the first special or appended token."""
         return next((index for index, token in enumerate(ids) if token in self._added), len(ids))
 
 

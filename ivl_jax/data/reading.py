@@ -1,8 +1,8 @@
 """Reads the rows of demonstrations as dialogues, and decides which are held out.
 
-In: files or TFDS sets, the format of their rows, and how to hold out a validation split. Out: the
-dialogues of each split in order; and, from a first pass over all rows, how many there are, which
-rows are malformed, and what repeats.
+In: files or TFDS datasets, the format of their rows, and how to hold out a validation split. Out:
+the dialogues of each split in order; and, from a first pass over all rows, their number, malformed
+rows and repetitions.
 """
 
 import hashlib
@@ -37,13 +37,13 @@ class DemonstrationSource:
     Attributes:
         train: JSON or JSONL files, or `tfds:NAME[/CONFIG][:SPLIT]`.
         validation: The same for held-out rows; when empty, `validation_fraction` of `train`.
-        test: The same for a third split; may stay empty.
-        row_format: How a row is written; see `ivl_jax.data.formats.parse_row`.
+        test: The same for a third split; may be empty.
+        row_format: The format of a row; see `ivl_jax.data.formats.parse_row`.
         templates: Role to template, for the format `fields`.
         validation_fraction: Share of the rows of `train` to hold out, by a hash of each dialogue,
             so that equal dialogues stay together; at least one row is held out. 0 holds out none.
-        group_field: A row's field, `module` or `meta.entity`; rows with equal values stay on one
-            side. Empty: every dialogue for itself.
+        group_field: A row's field, `module` or `meta.entity`; rows with equal values stay in the
+            same split. Empty: every dialogue is split separately.
     """
 
     train: tuple[str, ...]
@@ -55,7 +55,7 @@ class DemonstrationSource:
     group_field: str = ""
 
     def __post_init__(self) -> None:
-        """Checks that the fields belong together."""
+        """Checks that the fields are consistent."""
         check_templates(self.row_format, self.templates)
         if not self.train:
             raise ValueError("demonstrations: no training source")
@@ -66,13 +66,13 @@ class DemonstrationSource:
 
     @property
     def files(self) -> dict[str, tuple[str, ...]]:
-        """The sources by split, those that are not empty."""
+        """The non-empty sources by split."""
         splits = {"train": self.train, "validation": self.validation, "test": self.test}
         return {split: tuple(files) for split, files in splits.items() if files}
 
     @property
     def held_out_share(self) -> float:
-        """The share of `train` that is held out; 0 when `validation` has sources of its own."""
+        """The share of `train` that is held out; 0 if `validation` has its own sources."""
         return 0.0 if self.validation else self.validation_fraction
 
 
@@ -84,27 +84,27 @@ class MalformedRow(NamedTuple):
 
 
 def list_malformed(malformed: Sequence[MalformedRow], count: int) -> str:
-    """Lists malformed rows for a message, a line each, at most twenty of them.
+    """Lists malformed rows for a message, one line each, at most twenty.
 
     Args:
-        malformed: The first of them.
-        count: How many there are in all.
+        malformed: The first malformed rows.
+        count: Their total number.
     """
     listed = "".join(f"\n  {place}: {reason}" for place, reason in malformed[:_LISTED_AT_MOST])
     return listed + (f"\n  and {count - _LISTED_AT_MOST} more" if count > _LISTED_AT_MOST else "")
 
 
 class Survey(NamedTuple):
-    """What a first pass over the rows finds."""
+    """The results of a first pass over the rows."""
 
     counts: dict[str, int]  # demonstrations of each split that has any
     cutoff: int  # rows of the training source whose hash is below it are held out
     malformed: tuple[MalformedRow, ...]  # the first thousand
     malformed_count: int
-    trimmed_count: int  # dialogues of which turns that teach nothing were left out
+    trimmed_count: int  # dialogues from which turns without a use in training were left out
     unweighted_count: int  # turns of weight 0
-    repeated_count: int  # training rows whose dialogue stands in an earlier one
-    leaked_counts: dict[str, int]  # of held-out files, dialogues that stand in the training rows
+    repeated_count: int  # training rows whose dialogue repeats an earlier row's
+    leaked_counts: dict[str, int]  # dialogues of held-out files that are also in the training rows
 
 
 class _ReadRow(NamedTuple):
@@ -112,15 +112,15 @@ class _ReadRow(NamedTuple):
 
     demonstration: Demonstration
     trimmed: bool
-    dialogue_hash: int  # of what is said, in [0, 2^64)
-    split_hash: int  # of what decides the side it falls on: the dialogue, or its group
+    dialogue_hash: int  # of the dialogue's text, in [0, 2^64)
+    split_hash: int  # of what decides its split: the dialogue, or its group
 
 
 def survey_rows(source: DemonstrationSource) -> Survey:
     """Reads every row once.
 
     Raises:
-        SourceError: A file or a set is absent or cannot be read at all.
+        SourceError: A file or a dataset is missing or cannot be read at all.
     """
     dialogues = {split: array("Q") for split in source.files}
     train_hashes = array("Q")
@@ -139,7 +139,7 @@ def survey_rows(source: DemonstrationSource) -> Survey:
                 train_hashes.append(row.split_hash)
     cutoff = 0
     if source.held_out_share and train_hashes:
-        # Few rows may all lie above the share's cutoff: then the one with the lowest hash goes.
+        # If all of a few rows are above the cutoff, the one with the lowest hash is held out.
         cutoff = max(round(source.held_out_share * _HASH_SPACE), min(train_hashes) + 1)
     counts = {split: len(found) for split, found in dialogues.items()}
     if cutoff:
@@ -164,12 +164,12 @@ def survey_rows(source: DemonstrationSource) -> Survey:
 
 
 def read_split(source: DemonstrationSource, split: str, *, cutoff: int) -> Iterator[Demonstration]:
-    """Reads the demonstrations of a split, held-out ones from the training source.
+    """Reads the demonstrations of a split, including those held out from the training source.
 
     Args:
         source: Where they come from.
         split: `train`, `validation` or `test`.
-        cutoff: What the survey found.
+        cutoff: From the survey.
 
     Yields:
         Every row that is a dialogue and belongs to the split, in order.
@@ -208,7 +208,7 @@ def _read(source: DemonstrationSource, split: str) -> Iterator[_ReadRow | Malfor
 
 
 def _said(messages: tuple[Message, ...]) -> str:
-    """A dialogue as text; weights are left out, so that they move no dialogue to another split."""
+    """A dialogue as text, without weights, which must not affect its split."""
     return json.dumps(messages)
 
 

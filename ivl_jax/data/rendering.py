@@ -1,7 +1,7 @@
-"""Renders a dialogue by a Jinja chat template, as transformers does, within bounds.
+"""Renders a dialogue with a Jinja chat template, like transformers, but within bounds.
 
-In: a template's text, its variables, messages. Out: the text, and where the assistant writes in it;
-or an error of one line, within a second, whatever the template does.
+In: a template's text, its variables, messages. Out: the text and the assistant's parts in it; or a
+one-line error within a second, whatever the template does.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from ivl_jax.data.template_environment import Rendering, compile_template
 
 __all__ = ["ChatTemplateError", "TemplateLimitError", "render"]
 
-_MESSAGE_CHARACTERS = 300  # of what a template or Python says
+_MESSAGE_CHARACTERS = 300  # of a template's or Python's error message
 
 
 def render(
@@ -30,19 +30,19 @@ def render(
 
     Args:
         text: The template, Jinja text.
-        variables: What the template reads besides the messages.
+        variables: The template's variables besides the messages.
         messages: Turns in order.
-        prompt: Whether the assistant's turn is begun at the end.
-        marks: Whether the template marks what the assistant writes.
+        prompt: Whether to begin the assistant's turn at the end.
+        marks: Whether the template marks the assistant's parts.
 
     Returns:
-        The text, and the stretches that are marked, in characters.
+        The text, and the marked parts, in characters.
 
     Raises:
         ChatTemplateError: The template refuses the dialogue or fails on it.
         TemplateLimitError: It needs more steps, memory or time than any dialogue should.
 
-    Source: `render_jinja_template` of transformers, whose sandbox bounds neither.
+    Source: `render_jinja_template` of transformers, whose sandbox has none of these limits.
     """
     template = compile_template(text)
     rendering = Rendering(
@@ -64,32 +64,32 @@ def render(
     except TemplateLimitError:
         raise
     except (RecursionError, MemoryError) as error:
-        raise TemplateLimitError("calls itself without end, or needs too much memory") from error
-    except Exception as error:  # a template's code is foreign: it may raise anything
+        raise TemplateLimitError("recurses without end, or needs too much memory") from error
+    except Exception as error:  # a template's code may raise anything
         raise ChatTemplateError(_reason(error)) from error
     rendered = "".join(pieces)
     try:
         rendered.encode()
     except UnicodeEncodeError as error:
-        reason = "writes half of a surrogate pair, which is not a character"
+        reason = "writes a lone surrogate, which is not a character"
         raise ChatTemplateError(reason) from error
     return rendered, _spans(rendered, rendering.marked) if marks else []
 
 
 def _spans(text: str, marked: Sequence[tuple[int, str]]) -> list[tuple[int, int]]:
-    """Where the marked texts stand; an error where that is not known."""
+    """The positions of the marked texts; an error if they are not known."""
     spans = [(start, start + len(part)) for start, part in marked]
     for (start, end), (_, part) in zip(spans, marked, strict=True):
         if text[start:end] != part:
             raise ChatTemplateError(
-                "marks with {% generation %} inside a macro or a block that is set: where the "
-                "marked text stands is not known; move the marks out of it"
+                "marks with {% generation %} inside a macro or a set block: the position of the "
+                "marked text is not known; move the marks out of it"
             )
     return spans
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, on one line, and where in the template."""
+    """The error on one line, with its line in the template."""
     message = " ".join(str(error).split()) or type(error).__name__
     if len(message) > _MESSAGE_CHARACTERS:
         message = f"{message[:_MESSAGE_CHARACTERS]}…"

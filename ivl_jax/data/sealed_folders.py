@@ -1,8 +1,8 @@
-"""Folders of derived data that are whole, unaltered, or made again.
+"""Folders of derived data that are complete and unaltered, or else made again.
 
 In: a folder's path and a function that fills one. Out: what the function recorded when the folder
-was filled, its files being, byte for byte, what they were then. Nothing is ever read from a folder
-that is half written, truncated or altered by a single bit.
+was filled; the files are checked to be the same, byte for byte. Nothing is ever read from a folder
+that is incomplete, truncated or altered by a single bit.
 """
 
 import contextlib
@@ -23,18 +23,18 @@ _LOGGER = logging.getLogger(__name__)
 def open_sealed_folder(
     folder: epath.Path, fill: Callable[[epath.Path], Mapping[str, Any]], *, what: str
 ) -> Mapping[str, Any]:
-    """Make sure that a folder holds what it was filled with, and fill it where it does not.
+    """Check that a folder has its original content, and otherwise fill it again.
 
-    Several processes may do this at once: the folder appears whole, by one rename.
+    Several processes may do this at once: the folder appears by a single rename.
 
     Args:
         folder: The folder.
-        fill: Makes a folder of another name, writes the files into it, and returns what to record
-            beside their hashes, any JSON. Whoever calls it for the same folder writes the same.
-        what: What to call the folder's content in a notice.
+        fill: Creates a folder of another name, writes the files into it, and returns what to record
+            with their hashes, any JSON. Every call for the same folder must write the same.
+        what: The name of the folder's content in a warning.
 
     Returns:
-        What `fill` returned, now or then.
+        The record that `fill` returned, now or earlier.
     """
     if folder.exists():
         record, problems = _read(folder)
@@ -45,7 +45,7 @@ def open_sealed_folder(
             if record is not None:
                 return record
             _LOGGER.warning(
-                "%s in %s are not as they were written and are made again: %s",
+                "%s in %s were changed after they were written and are made again: %s",
                 what,
                 folder,
                 problems,
@@ -56,7 +56,7 @@ def open_sealed_folder(
 
 
 def _read(folder: epath.Path) -> tuple[Mapping[str, Any] | None, str]:
-    """What was recorded of a sound folder; or why it is not sound."""
+    """The record of an intact folder; or why it is not intact."""
     try:
         manifest = read_manifest(folder)
     except ManifestError as error:
@@ -66,13 +66,13 @@ def _read(folder: epath.Path) -> tuple[Mapping[str, Any] | None, str]:
 
 
 def _fill(folder: epath.Path, fill: Callable[[epath.Path], Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Fills a folder that appears only when all of it is on the disk."""
+    """Fills a folder, which appears only once it is completely on the disk."""
     temporary = folder.parent / f"incomplete-{uuid.uuid4().hex}"
     try:
         record = write_manifest(temporary, fill(temporary)).about
         try:
             temporary.rename(folder)
-        except OSError:  # another process was faster: what it wrote is the same
+        except OSError:  # another process was faster and wrote the same
             if not folder.exists():
                 raise
     finally:
@@ -84,7 +84,7 @@ def _fill(folder: epath.Path, fill: Callable[[epath.Path], Mapping[str, Any]]) -
 
 
 def _remove(folder: epath.Path) -> None:
-    """Takes a folder away at once, whatever it holds."""
+    """Removes a folder atomically, whatever its content."""
     aside = folder.parent / f"damaged-{uuid.uuid4().hex}"
     folder.rename(aside)
     with contextlib.suppress(OSError):
@@ -93,7 +93,7 @@ def _remove(folder: epath.Path) -> None:
 
 @contextlib.contextmanager
 def _one_at_a_time(folder: epath.Path) -> Iterator[None]:
-    """Holds a lock beside a local folder; the system lets go of it when the process ends."""
+    """Holds a lock for a local folder, which the system releases when the process ends."""
     if not is_local(folder):
         yield
         return

@@ -1,7 +1,7 @@
-"""Reads the raw rows of demonstration files and of TFDS catalogue sets.
+"""Reads the raw rows of demonstration files and of TFDS datasets.
 
-In: a path to a JSON or JSONL file, or `tfds:NAME[/CONFIG[:VERSION]][:SPLIT]`. Out: rows with the
-place they stand at, and a hash of the content.
+In: a path to a JSON or JSONL file, or `tfds:NAME[/CONFIG[:VERSION]][:SPLIT]`. Out: rows with their
+place, and a hash of the content.
 """
 
 import hashlib
@@ -21,12 +21,12 @@ _HASH_CHUNK = 1 << 20  # bytes
 class RawRow(NamedTuple):
     """One row, or why it could not be read."""
 
-    place: str  # "train.jsonl:17": file and line, or "tfds:gsm8k:train:17": set, split and index
-    value: Any  # what JSON or TFDS gives, or a RowError
+    place: str  # "train.jsonl:17": file, line; or "tfds:gsm8k:train:17": dataset, split, index
+    value: Any  # the value from JSON or TFDS, or a RowError
 
 
 def is_tfds(reference: str) -> bool:
-    """Whether a source is a TFDS set rather than a file."""
+    """Whether a source is a TFDS dataset rather than a file."""
     return reference.startswith("tfds:")
 
 
@@ -34,15 +34,15 @@ def read_rows(reference: str) -> Iterator[RawRow]:
     """Reads a source row by row, in its own order.
 
     Args:
-        reference: `.jsonl`: one row a line, blank lines skipped. `.json`: a list of rows, or one
-            row a line. `tfds:…`: a set of the TFDS catalogue, or a folder that holds a prepared
+        reference: `.jsonl`: one row per line, blank lines skipped. `.json`: a list of rows, or one
+            row per line. `tfds:…`: a dataset of the TFDS catalogue, or a folder with a prepared
             one; without a split, `train`.
 
     Yields:
         Every row; one that is not JSON has a RowError as its value.
 
     Raises:
-        SourceError: The source is absent, or a list of rows is broken in the middle.
+        SourceError: The source is missing, or a list of rows is malformed in the middle.
     """
     if is_tfds(reference):
         return (RawRow(place, value) for place, value in catalogue.read_rows(reference))
@@ -53,7 +53,7 @@ def hash_source(reference: str) -> str:
     """Returns the SHA-256 of a source's bytes: the file's, or those of the TFDS split's files.
 
     Raises:
-        SourceError: The source is absent.
+        SourceError: The source is missing.
     """
     digest = hashlib.sha256()
     if is_tfds(reference):
@@ -87,7 +87,7 @@ def _first_byte(path: epath.Path) -> bytes:
 
 
 def _read_json_file(path: epath.Path) -> Iterator[RawRow]:
-    """A list of rows, or a row a line."""
+    """A list of rows, or one row per line."""
     is_list = path.suffix == ".json" and _first_byte(path) == b"["
     try:
         for line in read_json_items(path) if is_list else read_json_lines(path):
@@ -98,6 +98,6 @@ def _read_json_file(path: epath.Path) -> Iterator[RawRow]:
 
 
 def _row_error(error: MalformedFileError) -> RowError:
-    """What is wrong with a row; file and line are named by its place."""
+    """What is wrong with a row; its place names file and line."""
     column = "" if error.column is None else f" (column {error.column})"
     return RowError(error.reason + column)

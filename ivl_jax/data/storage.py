@@ -1,7 +1,7 @@
-"""Holds demonstrations as a TFDS dataset in ArrayRecord form.
+"""Stores demonstrations as a TFDS dataset in ArrayRecord form.
 
-In: demonstrations by split. Out: a folder that TFDS reads, and random access to each split.
-TensorFlow is not needed, neither to write nor to read.
+In: demonstrations by split. Out: a folder that TFDS reads, and random access to each split. Needs
+no TensorFlow, neither for writing nor for reading.
 """
 
 import contextlib
@@ -17,11 +17,11 @@ from tensorflow_datasets.core.utils import tqdm_utils
 
 from ivl_jax.data.formats import Demonstration, Message, UntrainedMessage
 
-_BAR_FROM_ROWS = 50_000  # TFDS's progress bar is shown from here on: about five seconds of writing
+_BAR_FROM_ROWS = 50_000  # show TFDS's progress bar from here on: about five seconds of writing
 
 
 class IvlDemonstrations(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Writes demonstrations in the order of their source; no set of the TFDS catalogue."""
+    """Writes demonstrations in the order of their source; not part of the TFDS catalogue."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -94,8 +94,8 @@ def write_dataset(
 
     Args:
         splits: Split name to a function that yields its demonstrations; no split is empty.
-        folder: Where TFDS is to find it; must not exist.
-        rows: How many demonstrations there are in all; a progress bar is shown for many.
+        folder: Where TFDS will find it; must not exist.
+        rows: Total number of demonstrations; for many, a progress bar is shown.
     """
     scratch = folder.parent / f"{folder.name}-scratch"
     config = tfds.core.BuilderConfig(name="rows", version=IvlDemonstrations.VERSION)
@@ -119,7 +119,7 @@ def dataset_folder(data_dir: epath.Path, name: str) -> epath.Path:
 
 @contextlib.contextmanager
 def _quiet_tfds() -> Iterator[None]:
-    """Holds back what TFDS says of catalogue sets, such as a download of unknown size."""
+    """Suppresses TFDS's messages about catalogue datasets, such as downloads of unknown size."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)

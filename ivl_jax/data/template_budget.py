@@ -1,9 +1,9 @@
-"""What one rendering of a chat template may use: steps, characters, time and depth.
+"""Limits on one rendering of a chat template: steps, characters, time and depth.
 
-In: the size of the dialogue. Out: an account that is charged for everything a template does, and
-that ends the rendering when it is overdrawn. Steps and characters are counted, so that a template
-is refused or not whatever the machine; the time of the thread is a backstop for what they miss.
-Templates come with models, from anybody: none of them may hang a run or fill its memory.
+In: the size of the dialogue. Out: a budget that is charged for everything a template does, and that
+ends the rendering when it is exceeded. Steps and characters are counted, so that the outcome does
+not depend on the machine; a limit on the thread's time covers what they miss. Templates come with
+models from anyone: none of them may hang a run or fill its memory.
 """
 
 import contextlib
@@ -17,20 +17,20 @@ from jinja2.utils import Namespace
 
 
 class ChatTemplateError(ValueError):
-    """A dialogue that a chat template cannot render in a way that can be learned from."""
+    """A dialogue that a chat template cannot render in a way that can be trained on."""
 
 
 class TemplateLimitError(ChatTemplateError):
     """A chat template that needs more steps, memory or time than any dialogue should."""
 
 
-_STEPS = 200_000  # and for each message:
+_STEPS = 200_000  # and per message:
 _STEPS_PER_MESSAGE = 2_000
-_CHARACTERS = 250_000  # of a text or items of a list; and for each character of the dialogue:
+_CHARACTERS = 250_000  # of a text, or items of a list; and per character of the dialogue:
 _CHARACTERS_PER_CHARACTER = 16
 _CHARACTERS_PER_STEP = 1_000  # copied in the time of a step
 _INTEGER_BITS = 4_096
-_DEPTH = 50  # calls inside each other
+_DEPTH = 50  # nested calls
 _SECONDS = 0.8  # of this thread's work; a dialogue takes milliseconds
 _SECONDS_PER_MESSAGE = 2e-3
 _SECONDS_PER_CHARACTER = 1e-6
@@ -38,10 +38,10 @@ _STEPS_PER_LOOK_AT_THE_CLOCK = 64
 
 
 class Budget:
-    """What is left of one rendering.
+    """The remaining budget of one rendering.
 
     Attributes:
-        characters: The largest text, or list of items, that may come about.
+        characters: The largest allowed text or list.
     """
 
     def __init__(self, *, messages: int, characters: int):
@@ -62,14 +62,14 @@ class Budget:
             self._look()
 
     def write(self, characters: int) -> None:
-        """Charges one step, and text that is written out."""
+        """Charges one step, and text that is output."""
         self._steps -= 1 + characters // _CHARACTERS_PER_STEP
         self._output -= characters
         if self._steps < self._look_at or self._output < 0:
             self._look()
 
     def _look(self) -> None:
-        """Ends the rendering where the budget is overdrawn or the time is over."""
+        """Ends the rendering if the budget is exceeded or the time is over."""
         self._look_at = self._steps - _STEPS_PER_LOOK_AT_THE_CLOCK
         if self._steps < 0:
             self._exceed("takes more steps than a dialogue of this size should")
@@ -83,26 +83,26 @@ class Budget:
         self.spend()
         self._depth += 1
         if self._depth > _DEPTH:
-            self._exceed(f"calls itself, or others, more than {_DEPTH} times inside each other")
+            self._exceed(f"has more than {_DEPTH} nested calls")
 
     def leave(self) -> None:
         """Ends a call."""
         self._depth -= 1
 
     def allow(self, characters: int) -> None:
-        """Checks how large a value is going to be, before it is made."""
+        """Checks the size of a value before it is made."""
         if characters > self.characters:
             self._exceed(f"makes a value of more than {self.characters:,} characters or items")
 
     def allow_bits(self, bits: int) -> None:
-        """Checks how large an integer is going to be, before it is made."""
+        """Checks the size of an integer before it is made."""
         if bits > _INTEGER_BITS:
             self._exceed(f"makes an integer of more than {_INTEGER_BITS:,} bits")
 
     def measure(self, value: Any) -> int:
-        """Charges a value that came about, and returns its size: characters and items in all.
+        """Charges a new value, and returns its size: the total number of characters and items.
 
-        What stands in several places counts in each of them, for so it is written.
+        A value that occurs in several places counts each time, as it is written each time.
         """
         if isinstance(value, str):
             size = len(value)
@@ -149,13 +149,13 @@ _CURRENT: ContextVar[Budget | None] = ContextVar("template budget", default=None
 
 
 def current_budget() -> Budget:
-    """Returns the budget of the rendering in progress; a small one where there is none."""
+    """Returns the budget of the rendering in progress; a small one if there is none."""
     return _CURRENT.get() or Budget(messages=0, characters=0)
 
 
 @contextlib.contextmanager
 def spending(budget: Budget) -> Iterator[Budget]:
-    """Makes a budget that of the rendering in progress."""
+    """Makes this the budget of the rendering in progress."""
     token = _CURRENT.set(budget)
     try:
         yield budget

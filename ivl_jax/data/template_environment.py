@@ -1,7 +1,7 @@
-"""Jinja for chat templates: what transformers gives a template, within the bounds of a budget.
+"""Jinja for chat templates: the same environment as transformers', within a budget.
 
-In: a template's text. Out: the template, compiled such that every turn of a loop, every call,
-operator, filter and value it makes is charged to the budget of the rendering in progress.
+In: a template's text. Out: the template, compiled so that every loop iteration, call, operator,
+filter and new value is charged to the budget of the rendering in progress.
 """
 
 import functools
@@ -32,7 +32,7 @@ from ivl_jax.data.template_operations import (
     check_text_format,
 )
 
-_TEMPLATE_CHARACTERS = 64_000  # the longest that models are published with have 20,000
+_TEMPLATE_CHARACTERS = 64_000  # the longest templates of published models have 20,000
 _UNBOUNDED_METHODS: Mapping[type, tuple[str, ...]] = {
     str: ("encode", "maketrans", "translate"),
     int: ("from_bytes", "to_bytes"),
@@ -41,12 +41,12 @@ _PRINTED = (str, int, float, list, tuple, dict, range, Namespace, jinja2.Undefin
 
 
 class Generation(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}`: marks what the assistant writes."""
+    """`{% generation %}…{% endgeneration %}`: marks the assistant's part."""
 
     tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
 
     def parse(self, parser: Any) -> nodes.Node:
-        """Reads the block."""
+        """Parses the block."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
@@ -64,7 +64,7 @@ class Rendering(Budget):
 
     Attributes:
         written: Characters written so far, at the template's top level.
-        marked: What the template marked: where it begins, and its text.
+        marked: Parts that the template marked: where each begins, and its text.
     """
 
     def __init__(self, *, messages: int, characters: int):
@@ -74,11 +74,11 @@ class Rendering(Budget):
 
 
 class _ChargingCodeGenerator(CodeGenerator):
-    """Writes the charges into the template's code."""
+    """Adds the charges to the template's code."""
 
     def visit_For(self, node: nodes.For, frame: Frame) -> None:
         node.body.insert(0, nodes.ExprStmt(_charge()).set_lineno(node.lineno))
-        if node.test is not None:  # what it leaves out never reaches the body
+        if node.test is not None:  # items that it filters out never reach the body
             node.test = nodes.And(_charge(), node.test)
         super().visit_For(node, frame)
 
@@ -125,7 +125,7 @@ class _ChargingCodeGenerator(CodeGenerator):
 
 
 class ChatTemplateEnvironment(ImmutableSandboxedEnvironment):
-    """The sandbox that chat templates run in, as transformers sets it up, and bounded."""
+    """The sandbox for chat templates: like transformers', but with limits."""
 
     code_generator_class = _ChargingCodeGenerator
     intercepted_binops = frozenset({"+", "*", "**", "%"})
@@ -135,7 +135,7 @@ class ChatTemplateEnvironment(ImmutableSandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[Generation, jinja2.ext.loopcontrols],
-            optimized=False,  # nothing is computed while it compiles
+            optimized=False,  # compute nothing at compile time
             finalize=_printed,
         )
         self.filters = bounded_filters()
@@ -145,7 +145,7 @@ class ChatTemplateEnvironment(ImmutableSandboxedEnvironment):
         } | {"dict": _Dict(), "namespace": _Namespace, "raise_exception": _raise_exception}
 
     def charge(self, characters: int) -> bool:
-        """Charges a turn of a loop, the body of a macro, or a text between tags."""
+        """Charges a loop iteration, the body of a macro, or a text between tags."""
         current_budget().write(characters)
         return True
 
@@ -155,7 +155,7 @@ class ChatTemplateEnvironment(ImmutableSandboxedEnvironment):
         return value
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Does an operator, checked and charged."""
+        """Applies an operator, checked and charged."""
         budget = current_budget()
         check_operator(budget, operator, left, right)
         result = super().call_binop(context, operator, left, right)
@@ -186,7 +186,7 @@ class ChatTemplateEnvironment(ImmutableSandboxedEnvironment):
         return not unbounded and super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """Checks `format` and `format_map` of texts, beyond Jinja's sandbox."""
+        """Checks `format` and `format_map` of texts more strictly than Jinja's sandbox."""
         wrapped = super().wrap_str_format(value)
         if wrapped is None:
             return None
@@ -208,7 +208,7 @@ def compile_template(text: str) -> jinja2.Template:
     """
     if len(text) > _TEMPLATE_CHARACTERS:
         raise TemplateLimitError(
-            f"has {len(text):,} characters, at most {_TEMPLATE_CHARACTERS:,} are read"
+            f"has {len(text):,} characters, more than the allowed {_TEMPLATE_CHARACTERS:,}"
         )
     try:
         with spending(Budget(messages=0, characters=0)):
@@ -218,12 +218,12 @@ def compile_template(text: str) -> jinja2.Template:
         raise ChatTemplateError(f"{reason} (line {error.lineno} of the template)") from error
     except (RecursionError, MemoryError) as error:
         raise TemplateLimitError("is nested too deeply") from error
-    except Exception as error:  # what Python makes of the code, such as an integer too long
+    except Exception as error:  # Python's errors in the code, such as an integer too long
         raise ChatTemplateError(f"cannot be compiled: {' '.join(str(error).split())}") from error
 
 
 class _Dict:
-    """`dict` in a template: Python's, without its inner life."""
+    """`dict` in a template: Python's, without its internals."""
 
     def __call__(self, *arguments: Any, **named: Any) -> dict[Any, Any]:
         return dict(*arguments, **named)
@@ -257,7 +257,7 @@ def _raise_exception(message: Any) -> None:
     raise jinja2.TemplateError(str(message))
 
 
-@jinja2.pass_context  # so that nothing is written while it compiles
+@jinja2.pass_context  # so that nothing is evaluated at compile time
 def _printed(context: Any, value: Any) -> Any:
     """What `{{ value }}` writes, charged."""
     budget = current_budget()
@@ -265,13 +265,13 @@ def _printed(context: Any, value: Any) -> Any:
         budget.write(len(value))
         return value
     if value is not None and not isinstance(value, _PRINTED):
-        # Its text would hold an address in memory, another one in every run.
+        # Its text would contain a memory address, which differs in every run.
         raise jinja2.TemplateError(f"writes a {type(value).__name__}, which is not text")
     budget.write(budget.measure(value))
     return value
 
 
 def _charge(characters: int = 0) -> nodes.Call:
-    """The expression that charges for a turn of a loop or for text between tags."""
+    """The expression that charges for a loop iteration or for text between tags."""
     charge = nodes.EnvironmentAttribute("charge")
     return nodes.Call(charge, [nodes.Const(characters)], [], None, None)

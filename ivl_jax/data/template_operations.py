@@ -1,7 +1,7 @@
-"""The operations of chat templates that can make much of little, each checked before it is done.
+"""The operations of chat templates that can make large values from small ones, checked in advance.
 
-In: an operator, filter or method with its operands. Out: an error where its result would be larger
-than the budget of the rendering allows; else the result, charged.
+In: an operator, filter or method with its operands. Out: an error if its result would be larger
+than the rendering's budget allows; otherwise the result, charged.
 """
 
 import functools
@@ -15,8 +15,8 @@ from jinja2 import filters, tests
 
 from ivl_jax.data.template_budget import Budget, TemplateLimitError, current_budget
 
-# Left out of Jinja's own: what is random would be other text in training than in decoding, and no
-# chat template wants links, HTML attributes or wrapped lines, whose regular expressions are slow.
+# Not among Jinja's filters here: random ones would give different text in training and decoding,
+# and chat templates need no links, HTML attributes or wrapped lines, whose regexes are slow.
 LEFT_OUT = ("lipsum", "pprint", "random", "urlize", "wordwrap", "xmlattr")
 _SIZED_METHODS = frozenset(
     [
@@ -32,12 +32,12 @@ _SIZED_METHODS = frozenset(
         "zfill",
     ]
 )
-_STRIPPED_CHARACTERS = 1_000  # looked through for every character of the text
+_STRIPPED_CHARACTERS = 1_000  # searched for every character of the text
 _FORMAT = re.compile(r"%(?:\([^)]*\))?([^a-zA-Z%]*)[a-zA-Z%]")
 
 
 def check_operator(budget: Budget, operator: str, left: Any, right: Any) -> None:
-    """Checks `left operator right`; only `+`, `*`, `**` and `%` can make much of little."""
+    """Checks `left operator right`; only `+`, `*`, `**` and `%` can make large values."""
     if isinstance(left, str) and operator == "%":
         _check_percent(budget, left, right if isinstance(right, tuple) else (right,))
     elif isinstance(left, int) and isinstance(right, int):
@@ -61,7 +61,7 @@ def check_method(
         return arguments
     first = arguments[0]
     if name == "join":
-        items = list(first)  # taken one by one they could be without end
+        items = list(first)  # an iterator could be endless
         budget.allow(budget.measure(items) + len(owner) * len(items))
         return (items, *arguments[1:])
     if name == "replace":
@@ -88,7 +88,7 @@ def check_text_format(
 
 
 def bounded_filters() -> dict[str, Callable[..., Any]]:
-    """Returns Jinja's filters, each checked before and charged after."""
+    """Returns Jinja's filters, each checked before and charged after the call."""
     kept = {name: used for name, used in filters.FILTERS.items() if name not in LEFT_OUT}
     return {name: _bounded(used, _CHECKS.get(name)) for name, used in kept.items()} | {
         "join": _bounded(_join, None),
@@ -97,7 +97,7 @@ def bounded_filters() -> dict[str, Callable[..., Any]]:
 
 
 def bounded_tests() -> dict[str, Callable[..., Any]]:
-    """Returns Jinja's tests, each of them a step."""
+    """Returns Jinja's tests, each charged as a step."""
     return {name: _bounded(used, None) for name, used in tests.TESTS.items()}
 
 
@@ -133,7 +133,7 @@ def _to_json(
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON as transformers' filter of this name writes it, ended when it grows too long."""
+    """JSON as written by transformers' `tojson` filter, stopped when it becomes too long."""
     budget = current_budget()
     if isinstance(indent, int | str):
         budget.allow(indent if isinstance(indent, int) else len(indent))
@@ -194,7 +194,7 @@ def _check_round(budget: Budget, value: Any, precision: int = 0, *_: Any, **__: 
 
 def _check_sum(budget: Budget, iterable: Any, attribute: Any = None, start: Any = 0) -> None:
     if not isinstance(start, int | float):
-        raise TemplateLimitError("sums what is not numbers")  # lists take the square of their items
+        raise TemplateLimitError("sums values that are not numbers")  # lists take quadratic time
 
 
 def _check_trim(budget: Budget, value: Any, chars: Any = None) -> None:

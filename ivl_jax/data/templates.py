@@ -1,7 +1,7 @@
 """The named chat templates, as Jinja text with the assistant's part marked.
 
 In: a template's name and a tokenizer. Out: the template, and the texts of the special tokens it
-uses, for a tokenizer that may lack some of them.
+uses, also for a tokenizer that lacks some of them.
 """
 
 import logging
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 _LOGGER = logging.getLogger(__name__)
 
-# Rendering must not depend on the day: Llama 3's own templates fall back to this date.
+# Rendering must not depend on the date: Llama 3's own templates default to this one.
 PINNED_DATE = datetime(2024, 7, 26, tzinfo=UTC)
 _DIRECTIVES = "aAbBcdDeFHIjmMnpSTuUVwWxXyYZ"
 
@@ -86,11 +86,11 @@ assistant gives helpful, detailed, and polite answers to the user's questions. "
 
 
 class NamedTemplate(NamedTuple):
-    """A chat template that is known by name."""
+    """A named chat template."""
 
     text: str  # Jinja, over messages, add_generation_prompt, begin, eos_token and end_of_turn
     markers: tuple[str, ...]  # tokens that it expects in the vocabulary
-    end_of_turn: str  # one of them, or "" where the end-of-sequence token ends a turn
+    end_of_turn: str  # one of them, or "" if the end-of-sequence token ends a turn
 
 
 NAMED_TEMPLATES: Mapping[str, NamedTemplate] = {
@@ -113,13 +113,12 @@ def named_template_variables(tokenizer: Any, name: str) -> dict[str, str]:
 
     Args:
         tokenizer: A transformers tokenizer.
-        name: A key of `NAMED_TEMPLATES`. A marker that the vocabulary lacks is written out as
-            ordinary text, with a warning; an end-of-turn marker that it lacks gives way to the
-            end-of-sequence token, so that a turn always ends with one token.
+        name: A key of `NAMED_TEMPLATES`. A marker that is not in the vocabulary becomes ordinary
+            text, with a warning; a missing end-of-turn marker is replaced by the end-of-sequence
+            token, so that a turn always ends with one token.
 
     Returns:
-        `begin`, empty where the tokenizer begins a text with no token of its own; `eos_token`; and
-        `end_of_turn`.
+        `begin`, empty if the tokenizer adds no begin-of-text token; `eos_token`; and `end_of_turn`.
 
     Raises:
         ValueError: The tokenizer has no end-of-sequence token and the template needs it.
@@ -129,8 +128,8 @@ def named_template_variables(tokenizer: Any, name: str) -> dict[str, str]:
     missing = [marker for marker in template.markers if marker not in vocabulary]
     if missing:
         _LOGGER.warning(
-            "chat template %s: the tokenizer has no token %s; such markers are spelled out in "
-            "ordinary tokens and turns end with %r; the template plain suits this tokenizer better",
+            "chat template %s: the tokenizer has no token %s; such markers become ordinary text "
+            "and turns end with %r; the template plain suits this tokenizer better",
             name,
             ", ".join(missing),
             template.end_of_turn if template.end_of_turn in vocabulary else tokenizer.eos_token,
@@ -138,8 +137,8 @@ def named_template_variables(tokenizer: Any, name: str) -> dict[str, str]:
     end_of_turn = template.end_of_turn if template.end_of_turn in vocabulary else ""
     if not end_of_turn and tokenizer.eos_token is None:
         raise ValueError(
-            f"chat template {name}: an assistant's turn must end with a token, and the tokenizer "
-            "has no end-of-sequence token; set eos_token in tokenizer_config.json"
+            f"chat template {name}: an assistant's turn must end with a special token, but the "
+            "tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json"
         )
     begins = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
     return {
@@ -150,15 +149,15 @@ def named_template_variables(tokenizer: Any, name: str) -> dict[str, str]:
 
 
 def standalone_template(tokenizer: Any, template: str) -> str | None:
-    """Gives a chat template as Jinja text that needs nothing of this package.
+    """A chat template as Jinja text that works without this package.
 
     Args:
-        tokenizer: The tokenizer it is to go with.
+        tokenizer: The tokenizer that it is for.
         template: A key of `NAMED_TEMPLATES`, `auto`, `tokenizer` or Jinja text.
 
     Returns:
-        What `tokenizer.chat_template` may be set to so that `apply_chat_template` writes the same
-        prompts; None where the tokenizer has its own already.
+        The value for `tokenizer.chat_template` with which `apply_chat_template` renders the same
+        prompts; None if the tokenizer already has its own.
 
     Raises:
         ValueError: As `named_template_variables`.
@@ -174,12 +173,11 @@ def standalone_template(tokenizer: Any, template: str) -> str | None:
 
 
 def pin_date(template: str, date: datetime) -> str:
-    """Returns a template that writes `date` wherever it would write today's.
+    """Returns a template that renders `date` wherever it would render today's.
 
     Args:
-        template: Jinja text; it may call `strftime_now(…)`, with a text or with anything that it
-            computes.
-        date: The day to write.
+        template: Jinja text; it may call `strftime_now(…)` with a literal or a computed format.
+        date: The date to render.
     """
     if "strftime_now" not in template:
         return template
@@ -188,7 +186,7 @@ def pin_date(template: str, date: datetime) -> str:
     if len(formats) == uses:
         dates = {written: date.strftime(written) for _, written in formats}
         written = f"{dates!r}[f]"
-    else:  # of a fixed date, every directive is a fixed text
+    else:  # for a fixed date, every directive is a fixed text
         directives = {f"%{flag}{name}" for flag in ("-", "") for name in _DIRECTIVES}
         texts = {name: date.strftime(name) for name in sorted(directives)}
         fills = "".join(f" | replace({name!r}, {text!r})" for name, text in texts.items())

@@ -1,7 +1,7 @@
 """Tokenises a split of demonstrations once.
 
-In: demonstrations and a chat format. Out: their tokens and loss masks in flat arrays, kept on disk
-for the next run, with a report of what was cut, dropped or could not be rendered.
+In: demonstrations and a chat format. Out: their tokens and loss masks in flat arrays, cached on
+disk for the next run, with a report of what was truncated, dropped or could not be rendered.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from ivl_jax.paths import is_local
 
 _LOGGER = logging.getLogger(__name__)
 
-_CACHE_VERSION = 1  # of how dialogues become tokens; another number tokenises again
+_CACHE_VERSION = 1  # of how dialogues become tokens; a new number tokenises again
 _CHUNK = 512  # dialogues encoded together
 _BEYOND_LIMITS_AT_MOST = 3  # dialogues, each of which takes a second
 _BAR_FROM_DIALOGUES = 10_000  # about five seconds of tokenising
@@ -39,19 +39,19 @@ _BAR_FROM_DIALOGUES = 10_000  # about five seconds of tokenising
 
 @dataclass(frozen=True)
 class TokenizationReport:
-    """What became of the dialogues of a split.
+    """What happened to the dialogues of a split.
 
     Attributes:
         dialogues: Dialogues read.
-        kept: Dialogues that can be learned from.
-        tokens: Tokens of those.
-        targets: Tokens of those that count in the loss.
-        cut: Dialogues longer than the limit, of which the beginning was kept.
-        dropped: Dialogues without a target of the assistant within the limit; left out.
-        special_texts: Dialogues in whose messages a special token's text stands, as `</s>` does in
+        kept: Dialogues that can be trained on.
+        tokens: Their tokens.
+        targets: Their tokens that count in the loss.
+        cut: Dialogues longer than the limit, which were truncated.
+        dropped: Dialogues without an assistant's target within the limit, which were left out.
+        special_texts: Dialogues whose messages contain a special token's text, such as `</s>` in
             HTML; it is read as that token.
-        malformed: Dialogues that the chat template cannot render, and why; the first hundred.
-        malformed_count: How many there are in all.
+        malformed: The first hundred dialogues that the chat template cannot render, and why.
+        malformed_count: Their total number.
     """
 
     dialogues: int
@@ -65,19 +65,19 @@ class TokenizationReport:
     malformed_count: int
 
     def log(self, sequence_length: int) -> None:
-        """Says what is worth knowing before training on these dialogues."""
+        """Logs what to know before training on these dialogues."""
         _LOGGER.info(
-            "%d dialogues in tokens: %d tokens, %d of them targets",
+            "%d dialogues tokenised: %d tokens, %d of them targets",
             self.kept,
             self.tokens,
             self.targets,
         )
         for count, what in (
-            (self.cut, f"are longer than {sequence_length} tokens and were cut to their beginning"),
+            (self.cut, f"are longer than {sequence_length} tokens and were truncated"),
             (self.dropped, "have no assistant's token within the limit and were left out"),
             (
                 self.special_texts,
-                "hold a special token's text in a message; it is read as the token",
+                "contain a special token's text in a message; it is read as the token",
             ),
         ):
             if count:
@@ -93,7 +93,7 @@ class TokenizationReport:
 
 @dataclass(frozen=True)
 class TokenizedDemonstrations(Sequence[EncodedDialogue]):
-    """The dialogues of a split in tokens, end to end in flat arrays.
+    """The tokenised dialogues of a split, end to end in flat arrays.
 
     Attributes:
         tokens: All tokens, `[M]`.
@@ -103,7 +103,7 @@ class TokenizedDemonstrations(Sequence[EncodedDialogue]):
         demonstrations: Where the dialogues came from.
         sequence_length: Tokens that fit in a batch row; no dialogue is longer by more than one.
         fingerprint: Identifies demonstrations, chat format, tokenizer and limit.
-        report: What was cut, dropped or malformed.
+        report: What was truncated, dropped or malformed.
     """
 
     tokens: Int32[np.ndarray, "M"]
@@ -145,14 +145,14 @@ def tokenize_demonstrations(
     cache_dir: epath.PathLike | None,
     max_malformed_share: float = 0.01,
 ) -> TokenizedDemonstrations:
-    """Tokenises demonstrations, or finds them tokenised.
+    """Tokenises demonstrations, unless already tokenised.
 
     Args:
         demonstrations: A stored split, or any sequence.
         chat: The chat format.
-        sequence_length: Tokens of a batch row. A dialogue keeps its first `sequence_length + 1`
-            tokens: the last one is only a target.
-        cache_dir: Folder where the tokens are kept, keyed by demonstrations, chat format and
+        sequence_length: Tokens per batch row. A dialogue keeps its first `sequence_length + 1`
+            tokens, since the last one is only a target.
+        cache_dir: Folder where the tokens are cached, keyed by demonstrations, chat format and
             length; None keeps them in memory.
         max_malformed_share: Share of dialogues that the chat template may fail to render.
 
@@ -161,7 +161,7 @@ def tokenize_demonstrations(
 
     Raises:
         MalformedRowsError: More than `max_malformed_share` of the dialogues cannot be rendered, or
-            none can be learned from.
+            none can be trained on.
     """
     identity = [_CACHE_VERSION, _content_hash(demonstrations), chat.fingerprint, sequence_length]
     fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
@@ -185,9 +185,9 @@ def tokenize_demonstrations(
     if report.malformed_count > max_malformed_share * report.dialogues or not report.kept:
         raise MalformedRowsError(
             f"demonstrations: {report.malformed_count} of {report.dialogues} dialogues cannot be "
-            f"rendered (at most {max_malformed_share:.1%} may be) and {report.kept} can be learned "
-            f"from:{list_malformed(report.malformed, report.malformed_count)}\nuse another chat "
-            "template, mend the rows, or raise data.max_malformed_fraction or data.max_length"
+            f"rendered (at most {max_malformed_share:.1%} may be) and {report.kept} can be trained "
+            f"on:{list_malformed(report.malformed, report.malformed_count)}\nuse another chat "
+            "template, fix the rows, or raise data.max_malformed_fraction or data.max_length"
         )
     report.log(sequence_length)
     return TokenizedDemonstrations(
@@ -203,7 +203,7 @@ _ARRAYS = {"tokens": np.int32, "loss_mask": np.bool_, "starts": np.int64, "rows"
 
 
 def _content_hash(demonstrations: Sequence[Demonstration]) -> str:
-    """Identifies demonstrations: by their store's fingerprint, or by what they hold."""
+    """Identifies demonstrations by their store's fingerprint, or by their content."""
     if isinstance(demonstrations, DemonstrationSplit):
         return demonstrations.fingerprint
     digest = hashlib.sha256()
@@ -220,7 +220,7 @@ def _encode_into(
     chat: ChatFormat,
     sequence_length: int,
 ) -> TokenizationReport:
-    """Writes the flat arrays, a chunk of dialogues at a time."""
+    """Writes the flat arrays, one chunk of dialogues at a time."""
     counts = dict.fromkeys(("kept", "tokens", "targets", "cut", "dropped", "special_texts"), 0)
     malformed: list[MalformedRow] = []
     beyond = 0
@@ -237,7 +237,7 @@ def _encode_into(
                 beyond += isinstance(dialogue, TemplateLimitError)
                 if beyond > _BEYOND_LIMITS_AT_MOST:
                     raise MalformedRowsError(
-                        f"demonstrations: the chat template exceeds its limits on row after row: "
+                        f"demonstrations: the chat template exceeds its limits repeatedly: "
                         f"{demonstration.row_id}: {dialogue}; use another chat template"
                     )
                 continue
@@ -300,7 +300,7 @@ def _write(
 
 
 def _load(folder: epath.Path, name: str) -> np.ndarray:
-    """An array that is read from disk as it is needed."""
+    """An array that is read from disk on demand."""
     path, dtype = folder / f"{name}.bin", _ARRAYS[name]
     if not is_local(path) or not path.stat().length:
         return np.frombuffer(path.read_bytes(), dtype)

@@ -253,7 +253,7 @@ def test_a_template_that_drops_earlier_thinking_is_named_with_the_turn(byte_toke
     assert len(chat.encode_dialogue(messages).tokens)  # nothing to drop
     messages[2] = Message("assistant", "<think>2, 3</think>5.")
     assert _targets(byte_tokenizer, chat, messages[:3]) == ["<think>2, 3</think>5.<|im_end|>"]
-    with pytest.raises(ChatTemplateError, match="turn 2 is rendered in another way") as caught:
+    with pytest.raises(ChatTemplateError, match="turn 2 is rendered differently") as caught:
         chat.encode_dialogue(messages)
     assert "<think>2, 3" in str(caught.value)
     prompt = chat.encode_prompt(messages[:4])  # decoding may go on from it
@@ -262,7 +262,7 @@ def test_a_template_that_drops_earlier_thinking_is_named_with_the_turn(byte_toke
 
 def test_a_header_that_changes_with_later_turns_is_named(byte_tokenizer: Any) -> None:
     chat = make_chat_format(byte_tokenizer, template=COUNTS)
-    with pytest.raises(ChatTemplateError, match="turn 0 is rendered in another way"):
+    with pytest.raises(ChatTemplateError, match="turn 0 is rendered differently"):
         chat.encode_dialogue(TWO_TURNS)
 
 
@@ -276,7 +276,7 @@ def test_a_prompt_that_no_turn_begins_with_is_named(byte_tokenizer: Any) -> None
 
 def test_a_system_text_that_moves_to_the_last_turn_is_named(byte_tokenizer: Any) -> None:
     chat = make_chat_format(byte_tokenizer, template=MOVES_SYSTEM)
-    with pytest.raises(ChatTemplateError, match="turn 1 is rendered in another way"):
+    with pytest.raises(ChatTemplateError, match="turn 1 is rendered differently"):
         chat.encode_dialogue(TWO_TURNS[:3])
     assert _targets(byte_tokenizer, chat, TWO_TURNS[1:]) == ["It is 5.<eos>", "Yes.<eos>"]
 
@@ -296,7 +296,7 @@ def test_todays_date_is_pinned_and_named_with_the_turn(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         chat = make_chat_format(byte_tokenizer, template=DATED)
-    assert "writes today's date into turn 0: pinned to 2024-07-26" in caplog.text
+    assert "renders today's date in turn 0: pinned to 2024-07-26" in caplog.text
     text = _texts(byte_tokenizer, chat.encode_dialogue(TWO_TURNS).tokens.tolist())
     assert text.startswith("<|im_start|>Today: 26 Jul 2024\n<|im_start|>system")
     assert _targets(byte_tokenizer, chat, TWO_TURNS) == ["It is 5.<|im_end|>", "Yes.<|im_end|>"]
@@ -318,7 +318,7 @@ def test_a_refused_dialogue_leaves_the_others_alone(byte_tokenizer: Any) -> None
 
 def test_a_prompt_ends_where_the_assistant_begins(byte_tokenizer: Any) -> None:
     chat = make_chat_format(byte_tokenizer, template="chatml")
-    with pytest.raises(ChatTemplateError, match="must end with a turn that is not the assistant's"):
+    with pytest.raises(ChatTemplateError, match="must not end with an assistant's turn"):
         chat.encode_prompt(TWO_TURNS)
     text = _texts(byte_tokenizer, chat.encode_prompt(TWO_TURNS[:2]).tolist())
     assert text.endswith("2+3?<|im_end|>\n<|im_start|>assistant\n")
@@ -336,7 +336,7 @@ def test_the_template_that_auto_takes_is_said_once(
 
 def test_auto_takes_the_tokenizers_own_template_else_plain(byte_tokenizer: Any) -> None:
     assert make_chat_format(byte_tokenizer).template == "plain"
-    with pytest.raises(ValueError, match="has none of its own"):
+    with pytest.raises(ValueError, match="has no template of its own"):
         make_chat_format(byte_tokenizer, template="tokenizer")
     byte_tokenizer.chat_template = UNMARKED
     try:

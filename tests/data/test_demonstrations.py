@@ -306,9 +306,9 @@ def test_what_is_trained_on_cannot_be_held_out(
     train, other = _write(tmp_path / "a.jsonl", rows), _write(tmp_path / "b.jsonl", [_row(9)])
     copy = _write(tmp_path / "copy.jsonl", rows)
     for options, named in (
-        ({"validation": (other, train)}, "data.validation holds what is trained on"),
+        ({"validation": (other, train)}, "data.validation is also trained on"),
         ({"validation": (copy,)}, "the same as .*copy.jsonl, byte for byte"),
-        ({"test": (train,)}, "data.test holds what is trained on"),
+        ({"test": (train,)}, "data.test is also trained on"),
     ):
         with pytest.raises(SourceError, match=named):
             store_demonstrations(_source(train, **options), data_dir=tmp_path / "store")
@@ -316,7 +316,7 @@ def test_what_is_trained_on_cannot_be_held_out(
     part = _write(tmp_path / "part.jsonl", [_row(7), _row(2, more="fields"), _row(3)])
     stored = store_demonstrations(_source(train, validation=(part,)), data_dir=tmp_path / "store")
     assert stored.leaked_counts == {"validation": 2}
-    assert "2 dialogues of data.validation stand in data.train too" in caplog.text
+    assert "2 dialogues of data.validation are also in data.train" in caplog.text
 
 
 def test_weights_are_stored_and_move_no_dialogue_to_another_split(tmp_path: Path) -> None:
@@ -368,7 +368,7 @@ def test_a_damaged_store_is_said_and_made_again(
     caplog.clear()
     again = store_demonstrations(source, data_dir=tmp_path / "store")
     assert "the stored demonstrations of" in caplog.text
-    assert "are not as they were written and are made again" in caplog.text
+    assert "were changed after they were written and are made again" in caplog.text
     assert again.counts == stored.counts
     assert [again.open("train")[index] for index in range(len(rows))] == rows
     caplog.clear()

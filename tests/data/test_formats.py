@@ -169,7 +169,7 @@ def test_turns_that_teach_nothing_are_trimmed_and_counted() -> None:
         (
             "messages",
             {"messages": {"role": ["user"], "content": ["a", "b"]}},
-            "field 'messages': its lists differ in number: 1 in 'role', 2 in 'content'",
+            "field 'messages': its lists differ in length: 1 in 'role', 2 in 'content'",
         ),
         ("messages", {"messages": {"role": "user", "content": "ab"}}, "expected a list of turns"),
         ("messages", {"messages": {}}, "expected a list of turns"),
@@ -216,11 +216,11 @@ def test_templates_reach_into_fields() -> None:
     [
         ("fields", {"user": "{q}"}, "expected user, assistant"),
         ("fields", {"user": "{q}", "assistant": "{a}", "tool": "{t}"}, "expected user, assistant"),
-        ("fields", {"user": "{q}", "assistant": "a"}, "names no field"),
+        ("fields", {"user": "{q}", "assistant": "a"}, "has no field such as"),
         ("fields", {"user": "{q", "assistant": "{a}"}, "template of user"),
         ("fields", {"user": "{q!r}", "assistant": "{a}"}, "without formats"),
         ("fields", {"user": "{q[0]}", "assistant": "{a}"}, "without formats"),
-        ("messages", {"user": "{q}"}, "with format 'fields' only"),
+        ("messages", {"user": "{q}"}, "only with format 'fields'"),
         ("share_gpt", {}, "expected one of sharegpt"),
     ],
 )

@@ -179,7 +179,7 @@ def test_a_catalogue_set_is_prepared_and_read_as_json_would_be(catalogue_dir: Pa
 
 def test_an_unknown_set_or_split_is_named(catalogue_dir: Path) -> None:
     del catalogue_dir
-    with pytest.raises(SourceError, match="TFDS cannot provide this set"):
+    with pytest.raises(SourceError, match="TFDS cannot provide this dataset"):
         hash_source("tfds:ivl_no_such_set")
     with pytest.raises(SourceError, match=r"no split 'dev'; it has \['test', 'train'\]"):
         hash_source("tfds:ivl_test_sums:dev")
@@ -235,7 +235,7 @@ def test_a_set_that_names_foreign_classes_is_refused_before_they_are_imported(
 
 def test_a_set_with_code_of_its_own_is_refused(catalogue_dir: Path) -> None:
     del catalogue_dir
-    with pytest.raises(SourceError, match="run code of their own"):
+    with pytest.raises(SourceError, match="run their own code"):
         hash_source("tfds:somebody:their_set:train")
 
 

@@ -69,7 +69,7 @@ def test_a_cut_dialogue_keeps_its_beginning_and_is_counted(
     assert tokenized[0].tokens[-1] == byte_tokenizer.eos_token_id
     assert tokenized.report.cut == 2
     assert tokenized.report.targets == 15
-    assert "2 of 3 dialogues are longer than 26 tokens and were cut" in caplog.text
+    assert "2 of 3 dialogues are longer than 26 tokens and were truncated" in caplog.text
 
 
 def test_a_dialogue_without_a_target_left_is_dropped_and_counted(
@@ -82,7 +82,7 @@ def test_a_dialogue_without_a_target_left_is_dropped_and_counted(
     assert tokenized.rows.tolist() == [0, 2]
     assert tokenized.row_id(1) == "a.jsonl:1"
     assert "1 of 3 dialogues have no assistant's token within the limit" in caplog.text
-    with pytest.raises(MalformedRowsError, match="0 can be learned from"):
+    with pytest.raises(MalformedRowsError, match="0 can be trained on"):
         _tokenize(long, byte_tokenizer, sequence_length=40)
 
 
@@ -123,7 +123,7 @@ def test_special_texts_in_messages_are_counted(
 ) -> None:
     tokenized = _tokenize(_demonstrations("a <eos> b", "c"), byte_tokenizer)
     assert tokenized.report.special_texts == 1
-    assert "1 of 2 dialogues hold a special token's text in a message" in caplog.text
+    assert "1 of 2 dialogues contain a special token's text in a message" in caplog.text
 
 
 def test_tokens_are_computed_once(
@@ -213,7 +213,7 @@ def test_damaged_tokens_are_said_and_made_again(
     caplog.clear()
     again = tokenize_demonstrations(arithmetic, chat, **options)
     assert "the cached tokens in" in caplog.text
-    assert "are not as they were written and are made again" in caplog.text
+    assert "were changed after they were written and are made again" in caplog.text
     assert file.name in caplog.text
     in_memory = tokenize_demonstrations(arithmetic, chat, sequence_length=100, cache_dir=None)
     for array in ("tokens", "loss_mask", "starts", "rows"):

@@ -246,7 +246,7 @@ def test_published_files_are_read(name):
         (
             "phi3",
             {"rope_scaling": {"type": "su"}},
-            "rope_type: got 'su', supported: default .*are not",
+            "rope_type: got 'su', supported: default .*text's length",
         ),
         ("smollm3", {"no_rope_layers": [1, 2]}, r"no_rope_layers: got \[1, 2\], .*0 or 1"),
         ("llama2", {"hidden_act": "relu"}, "hidden_act: got 'relu', supported: silu, gelu"),

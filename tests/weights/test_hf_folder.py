@@ -67,7 +67,7 @@ def test_a_tensor_named_twice_in_the_index_is_an_error(write_folder: Callable) -
     folder = write_folder({A: {"x": ONE}, B: {"y": ONE}})
     text = '{"weight_map": {"x": "%s", "y": "%s", "x": "%s"}}' % (A, B, B)  # noqa: UP031
     (folder / INDEX).write_text(text)
-    with pytest.raises(ValueError, match=r"index\.json, line 1, .*the key 'x' stands twice"):
+    with pytest.raises(ValueError, match=r"index\.json, line 1, .*the key 'x' appears twice"):
         find_tensors(folder)
 
 

@@ -115,7 +115,7 @@ def test_bytes_after_the_last_tensor_are_refused(tmp_path: Path) -> None:
         ('"a":{"dtype":["F32"],"shape":[2],"data_offsets":[0,8]}', "a: dtype: .*got a list"),
         ('"a":' + "[" * 2000, "bad.safetensors, line 1, column 105: nested too deeply"),
         ('"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
-         '"a":{"dtype":"F32","shape":[1],"data_offsets":[8,12]}', "column 55: .*'a' stands twice"),
+         '"a":{"dtype":"F32","shape":[1],"data_offsets":[8,12]}', "column 55: .*'a' appears twice"),
         ('"a":{"dtype":"F32","shape":[2]}', "data_offsets"),
         ('"a":[1,2]', r"bad\.safetensors: a: expected an object, got a list"),
     ],
