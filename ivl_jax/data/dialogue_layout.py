@@ -196,7 +196,7 @@ class DialogueTemplate:
             answer = answer.removeprefix(opened[len(opened.rstrip()) :])
         if repeated := [tag for tag in tags if tag in answer]:
             raise ChatTemplateError(
-                f"{problem}; its prompt already contains {repeated[0]}, and so does the answer: use "
+                f"{problem}; its prompt already has {repeated[0]}, and so does the answer: use "
                 "another template, or rows without it"
             )
         probe = (*messages[:-1], Message("assistant", _ANSWER))

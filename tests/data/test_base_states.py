@@ -79,9 +79,9 @@ def test_stale_states_are_refused_with_every_difference(tmp_path):
     with pytest.raises(StatesError) as error:
         open_states(tmp_path / "states", identity=changed, dtype="bfloat16")
     for part in (
-        "base weights: aaaaaaaaaaaa there, bbbbbbbbbbbb in this run",
-        "data.max_length: 8 there, 16 in this run",
-        "dtype: float32 there, bfloat16 in this run",
+        "base weights: aaaaaaaaaaaa in the cache, bbbbbbbbbbbb in this run",
+        "data.max_length: 8 in the cache, 16 in this run",
+        "dtype: float32 in the cache, bfloat16 in this run",
         "Delete the folder",
     ):
         assert part in str(error.value)
