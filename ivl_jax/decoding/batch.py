@@ -1,8 +1,8 @@
 """The rows on device, and which request each of them continues.
 
 In: requests that are to begin. Out: after each look of the host at the device, what every row has
-generated since. One batch owns one `DecodeState`; nobody else holds it, since every step donates
-it.
+generated since. One batch owns one `DecodeState`; nothing else may hold it, since every step
+donates it.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ class EngineModel(NamedTuple):
     names: tuple[str, ...]
     """What messages call the base and each value network."""
     own_vocabularies: tuple[OwnVocabulary, ...]
-    """The text side of each value network that has its own vocabulary."""
+    """The tokenizer and template of each value network that has its own vocabulary."""
     context: int
     """Tokens a row may hold."""
     stop_ids: tuple[int, ...]
@@ -53,7 +53,7 @@ class EngineModel(NamedTuple):
 
     @property
     def row_multiple(self) -> int:
-        """Rows of a batch come in multiples of it: the devices that they are split over."""
+        """The number of rows is a multiple of this: the devices that they are split over."""
         layout = self.composition.base.layout
         return 1 if layout is None else batch_ways(layout.mesh)
 
@@ -74,7 +74,7 @@ class News(NamedTuple):
     token_ids: list[int]
     """New tokens, in order."""
     finish: FinishReason
-    """Whether the row goes on, as the device and the value networks' contexts say."""
+    """Whether the row still generates, by the device and the value networks' contexts."""
     log_probs: list[TokenLogProbs]
     """Of the new tokens, where the request asks for them; else none."""
     proposed: int
@@ -181,7 +181,7 @@ class RowBatch:
             mapped_capacity=max((own.tokens.shape[1] for own in own_tokens), default=0),
             top_log_probs=top_log_probs,
         )
-        places = np.full(size, self.shape.rows, np.int32)  # beyond the batch: nowhere
+        places = np.full(size, self.shape.rows, np.int32)  # beyond the batch: not placed
         places[: len(rows)] = rows
         self._keep_log_probs(top_log_probs)
         self._held = model.programs.place(self._state, admitted, places)
@@ -210,7 +210,7 @@ class RowBatch:
     def look(self) -> list[News]:
         """Take what the rows have generated since the last look.
 
-        A row stays its request's until it is released.
+        A row belongs to its request until it is released.
         """
         state = self._state
         tokens, lengths, finish = jax.device_get((state.tokens, state.lengths, state.finish))
@@ -244,7 +244,7 @@ class RowBatch:
         return news
 
     def release(self, request: int) -> None:
-        """Free the row of a request that has ended, or is wanted no longer."""
+        """Free the row of a request that has ended or been cancelled."""
         for place, row in enumerate(self._rows):
             if row is not None and row.entry.id == request:
                 self._rows[place] = None
@@ -316,7 +316,7 @@ class RowBatch:
         )
 
     def _top_log_probs(self) -> int | None:
-        """Likeliest tokens to keep for the running requests; None: nobody asks for any."""
+        """Likeliest tokens to keep for the running requests; None: none asks for any."""
         size = self._model.composition.base.vocab_size
         asked = [
             bucket_top_log_probs(row.entry.prompt.options, vocab_size=size)
@@ -326,7 +326,7 @@ class RowBatch:
         return max((top for top in asked if top is not None), default=None)
 
     def _keep_log_probs(self, top: int | None) -> None:
-        """Let the state have room for them, or none; what it had has been fetched."""
+        """Allocate or drop their arrays in the state; what they held has been fetched."""
         state = self._state
         if state.top_log_probs != top:
             room = None
@@ -354,7 +354,7 @@ class RowBatch:
         }
 
     def _blame(self, failed: Sequence[int]) -> dict[int, str]:
-        """Say whose logits were not finite numbers, by row."""
+        """Name the networks whose logits were not finite, by row."""
         model = self._model
         rows = range(self.shape.rows)
         # All of their tokens have been read by now: this reads each row's last one again.
@@ -373,7 +373,7 @@ def _token_log_probs(latest: LogProbs, place: int, index: int, top: int) -> Toke
 
 
 def _error(model: EngineModel, finite: Sequence[bool]) -> str:
-    """What a row says that could not go on, of which networks' logits are finite."""
+    """The error of a row that cannot continue, given which networks' logits are finite."""
     *networks, composed = finite
     guilty = [name for name, ok in zip(model.names, networks, strict=True) if not ok]
     if not guilty and not composed:

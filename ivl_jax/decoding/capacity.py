@@ -4,8 +4,8 @@ In: `EngineLimits`, and what each request needs. Out: a `BatchShape`, and how ma
 requests fit it. Plain arithmetic on the host; the same requests give the same shapes.
 
 A batch is as large as the requests that are known need: those that all wait from the beginning get
-one batch that never grows, while requests that come later make it grow. It shrinks where half of
-its slots or three quarters of its rows are of no use to anybody, and ends where nothing is left.
+one batch that never grows, while requests that come later make it grow. It shrinks when half of
+its slots or three quarters of its rows are unused, and ends when no request is left.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ from typing import NamedTuple
 from ivl_jax.buckets import bucket
 from ivl_jax.decoding.requests import bucket_capacity
 
-# Rows shrink where so many times as many are there as are needed: each number of rows compiles.
+# Rows shrink once there are this many times as many as needed: each number of rows compiles.
 _ROWS_TO_SPARE = 4
 
 
@@ -30,7 +30,7 @@ class EngineLimits:
 
     A batch of `least_rows` = `max_rows` rows of `least_capacity` = `max_capacity` slots has one
     shape: nothing is compiled after the first requests of each length. Where caches grow, the old
-    ones and the new ones are there together for a moment.
+    ones and the new ones exist together for a moment.
 
     Attributes:
         max_rows: Requests decoded together, at most; rounded up to a bucket.
@@ -93,12 +93,12 @@ class BatchShape(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is to be decoded next."""
+    """What to decode next."""
 
     shape: BatchShape
-    """What the batch should be like."""
+    """The shape of the batch."""
     admitted: int
-    """Waiting requests that fit it beside those that run, from the first one on."""
+    """How many waiting requests fit in addition to those that run, from the first one on."""
 
 
 class Waiting:
@@ -108,11 +108,11 @@ class Waiting:
         self._counts: Counter[Need] = Counter()
 
     def add(self, need: Need) -> None:
-        """One more request waits."""
+        """Add the need of one more waiting request."""
         self._counts[need] += 1
 
     def remove(self, need: Need) -> None:
-        """One of them waits no longer."""
+        """Remove the need of a request that no longer waits."""
         self._counts[need] -= 1
         if not self._counts[need]:
             del self._counts[need]
@@ -121,7 +121,7 @@ class Waiting:
         return self._counts.total()
 
     def kinds(self) -> Iterable[Need]:
-        """Every need that is different."""
+        """The distinct needs."""
         return self._counts.keys()
 
 
@@ -132,7 +132,7 @@ class CapacityPlanner:
     Attributes:
         limits: What the caller allows.
         context: Tokens that the networks can read.
-        row_multiple: Rows come in multiples of it (for a mesh).
+        row_multiple: The number of rows is a multiple of this (for a mesh).
         cache_bytes: Bytes of caches that each device holds in a batch of this shape.
     """
 
@@ -187,13 +187,13 @@ class CapacityPlanner:
     ) -> Plan:
         """Choose the shape of the batch, and how many waiting requests it takes.
 
-        Requests begin in the order in which they came. One that does not fit beside those that run
-        waits until it does, and those after it wait too, so that every one has its turn.
+        Requests begin in the order in which they came. One that does not fit next to those that
+        run waits until it does, and those after it wait too, so that none is starved.
 
         Args:
             running: what the running requests still need.
             waiting: what the waiting ones need.
-            first_waiting: gives the needs of so many of them, in order.
+            first_waiting: gives the needs of the first n of them, in order.
             current: the shape so far; None: there is no batch.
 
         Returns:
@@ -217,7 +217,7 @@ class CapacityPlanner:
         return Plan(shape, 0)
 
     def _smallest(self, requests: int, needs: Sequence[Need]) -> BatchShape:
-        """The smallest shape that holds so many requests with these needs."""
+        """The smallest shape that holds this many requests with these needs."""
         return BatchShape(
             rows=self._rows(min(requests, self.limits.max_rows)),
             capacity=bucket_capacity(max(need.slots for need in needs), context=self.longest),
@@ -236,7 +236,7 @@ class CapacityPlanner:
             return wanted
         rows, capacity = current.rows, current.capacity
         if wanted.rows > rows:
-            # Requests that come one by one: not every bucket on the way is compiled.
+            # When requests come one by one, this skips some of the buckets on the way.
             rows = min(max(wanted.rows, self._rows(2 * rows)), self.most_rows)
         elif _ROWS_TO_SPARE * wanted.rows <= rows:
             rows = wanted.rows

@@ -44,7 +44,7 @@ from ivl_jax.profiling import StepProfile
 
 logger = logging.getLogger(__name__)
 
-# Flags that cannot change a text beyond near-ties; all others are compared when a run goes on.
+# Flags that cannot change a text beyond near-ties; all others are compared when a run resumes.
 _FREE_FLAGS = frozenset(
     {
         "prompt",
@@ -64,7 +64,7 @@ _FREE_FLAGS = frozenset(
 
 @dataclass(frozen=True)
 class Work:
-    """Everything is read and checked; what is left is to decode.
+    """Everything decoding needs, read and checked.
 
     Attributes:
         config: The flags.
@@ -86,7 +86,7 @@ def prepare(config: InferConfig) -> Work | None:
         config: the flags.
 
     Returns:
-        Work that only decoding can still fail; None where an output file has all its lines.
+        What to decode, all checked; None where the output file is already complete.
 
     Raises:
         ConfigError: flags or an output file that do not fit; before any weight is read.
@@ -154,7 +154,7 @@ def decode(work: Work) -> None:
         work: what `prepare` returned.
 
     Raises:
-        GenerationError: texts ended with an error; what there is of them has been written.
+        GenerationError: texts ended with an error; what was generated has been written.
     """
     logger.info(describe_compiling())
     with StepProfile(work.config.profile, first_step=0, name="decode") as profile:
@@ -167,7 +167,7 @@ def decode(work: Work) -> None:
 
 
 def _settings(config: InferConfig, sources: ComposedSources) -> dict[str, Any]:
-    """What decides the texts of an output file."""
+    """The settings that the texts of an output file depend on."""
     flags = config_to_mapping(config)
     settings = {name: value for name, value in flags.items() if name not in _FREE_FLAGS}
     draft, values = sources.draft, sources.values

@@ -1,4 +1,4 @@
-"""Putting value networks on a base model: every check, and the layout of the arrays, once.
+"""Composing value networks with a base model: all checks, and the placement of the arrays.
 
 In: a loaded base, loaded value networks, a mesh. Out: a `ComposedModel` that generates. A language
 model may take a value network's place: its logits are added like theirs (proxy-tuning).
@@ -60,33 +60,33 @@ def compose(
     int8_base: bool = False,
     param_dtype: DTypeLike = jnp.float32,
 ) -> ComposedModel:
-    """Put value networks on a base model: z = z_base + Σ α · z_value.
+    """Compose value networks with a base model: z = z_base + Σ α · z_value.
 
         compose("meta-llama/Llama-2-13b-hf", "runs/mine/value", strengths=0.8)
 
     Args:
-        base: the base model: loaded, or its folder or hub id. Of what is given by its path, all is
-            checked before any weights are read, and each weight is held once, in the form it
+        base: the base model: loaded, or its folder or hub id. Models given by path are checked
+            before any weights are read, and each of their weights is held once, in the form it
             decodes in.
         values: value networks, loaded or their folders; none gives the base alone. A language model
-            counts as one that reads the text only: `compose(base, tuned, untuned,
+            counts as a value network that reads only the text: `compose(base, tuned, untuned,
             strengths=(α, −α))` is proxy-tuning.
         strengths: α of each value network, or one number for all; empty: 1 each.
         maps: for each value network, the vocabulary map between the base's tokenizer and its own,
-            as a file or read already; None for those that share the base's. Empty: all do.
+            as a file or already read; None for those that share the base's. Empty: all do.
         schemes: connection schemes of your own that value folders name, by the name they have
             there.
-        mesh: devices to decode on; None: the device where the parameters are. Parameters that do
-            not lie as the rules say are moved there.
-        base_rules: the base's layout on the mesh.
-        value_rules: the value networks' layout on the mesh; it may differ from the base's.
+        mesh: devices to decode on; None: the device where the parameters are. Parameters that
+            are not sharded by the rules are moved.
+        base_rules: the base's sharding on the mesh.
+        value_rules: the value networks' sharding on the mesh; it may differ from the base's.
         draft: a small base of the same family that proposes tokens under the same value networks,
             loaded or by its path. Greedy text stays the same but for near-ties, samples keep their
             distribution.
-        draft_length: tokens it proposes at a time; 0: as many as pay, none where it slows down.
+        draft_length: tokens it proposes at a time; 0: chosen for speed, none where it slows down.
         int8_base: round the base's kernels to int8: a quarter of their float32 memory, and faster
             where memory is what decoding waits for.
-        param_dtype: float32 or bfloat16, of what is given by its path.
+        param_dtype: float32 or bfloat16, for models given by path.
 
     Returns:
         A model that generates. Computation runs in the dtype each network's parameters are held in.
@@ -97,9 +97,9 @@ def compose(
         TokenizerMismatchError: base and a value network disagree on tokens both have; it gives the
             command that builds a map between them.
         VocabularyMapError: a map that cannot be read, or that was built for other tokenizers.
-        ValueError: as many strengths, and maps, as value networks, or none, are needed; or a value
-            network with a map reads base logits (only the residual scheme reads no more than text);
-            or a draft beside a value network that reads base logits or has a map.
+        ValueError: the number of strengths or maps is neither 0 nor that of the value networks; or
+            a value network with a map reads base logits (only the residual scheme reads just the
+            text); or there is a draft and a value network that reads base logits or has a map.
     """
     alphas = _strengths_of(strengths, number=len(values))
     given_maps = [maps] if isinstance(maps, str | os.PathLike | DescribedMap) else list(maps)
@@ -150,7 +150,7 @@ def compose_loaded(
     draft_length: int,
     int8_base: bool,
 ) -> ComposedModel:
-    """Put loaded value networks on a loaded base; they have been checked against each other.
+    """Compose loaded value networks with a loaded base, checked against each other before.
 
     Args:
         sources: the models before their weights.
@@ -168,7 +168,7 @@ def compose_loaded(
         A model that generates.
 
     Raises:
-        ValueError: as many strengths as value networks, or none, are needed.
+        ValueError: the number of strengths is neither 0 nor that of the value networks.
     """
     if strengths and len(strengths) != len(values):
         raise ValueError(f"{len(strengths)} strengths for {len(values)} value network(s)")
@@ -179,7 +179,7 @@ def compose_loaded(
         _value_network(value, source, value_layout)
         for value, source in zip(values, sources.values, strict=True)
     ]
-    # As small as the values, and read as often: it lies where they do.
+    # As small as the values, and read as often: it is sharded as they are.
     draft_network, draft_arrays = None, None
     if draft is not None:
         assert sources.draft is not None
@@ -211,7 +211,7 @@ def compose_loaded(
         programs=build_programs(composition),
         strengths=tuple(float(alpha) for alpha in strengths) or (1.0,) * len(values),
         prompts=make_prompt_reader(sources),
-        # The arrays they came with are theirs no longer: kept, every weight would be held twice.
+        # Drop the arrays that they came with, or every weight would be held twice.
         base=dataclasses.replace(base, params=base_params),
         values=tuple(
             dataclasses.replace(value, params=params)
@@ -261,7 +261,7 @@ def _value_network(
 
 
 def _strengths_of(given: Any, *, number: int) -> tuple[float, ...]:
-    """α of each value network; one number counts for each."""
+    """α of each value network; a single number applies to all."""
     each = (given,) * max(number, 1) if isinstance(given, numbers.Real) else tuple(given)
     for alpha in each:
         if not isinstance(alpha, numbers.Real):

@@ -15,7 +15,7 @@ server runs `step` in a loop and hands over what its clients want between two st
 nothing to do holds no caches and runs nothing.
 
 A request's tokens depend neither on the others nor on when it begins: they are those of its prompt
-alone, near-ties apart, samples included (their key is made of the request's seed and sample index).
+alone up to near-ties, samples included (their key is made of the request's seed and sample index).
 This holds on a mesh and with value networks of their own vocabularies too.
 
 Requests begin in the order in which they came, and each step that reads prompts is followed by one
@@ -51,7 +51,7 @@ DEFAULT_LIMITS = EngineLimits()
 
 
 class Progress(NamedTuple):
-    """What one request has got since the last step."""
+    """What one request has generated since the last step."""
 
     id: int
     """The request, as `submit` returned it."""
@@ -62,12 +62,12 @@ class Progress(NamedTuple):
     log_probs: tuple[TokenLogProbs, ...]
     """Of these tokens, where the request asks for them; else none."""
     generation: Generation | None
-    """The whole of it, once it has ended; nothing follows."""
+    """The whole generation, once the request has ended."""
 
 
 @dataclass
 class _Request:
-    """A request that runs, and what has come of it so far."""
+    """A request that runs, and what it has generated so far."""
 
     entry: Entry
     text: RowText
@@ -100,7 +100,7 @@ class Engine:
         self._needs = Waiting()
         self._running: dict[int, _Request] = {}
         self._batch: RowBatch | None = None
-        # Whether rows that run have waited for a group of prompts, and come next.
+        # Whether running rows have waited for a group of prompts, and come next.
         self._just_admitted = False
         # Whether a request waits for memory, not for a row.
         self._no_room = False
@@ -128,7 +128,7 @@ class Engine:
 
     @property
     def lost(self) -> tuple[int, ...]:
-        """Requests that were lost when `step` last raised; no more is heard of them."""
+        """Requests that were lost when `step` last raised; they get no further progress."""
         return self._lost
 
     @property
@@ -137,7 +137,7 @@ class Engine:
         return None if self._batch is None else self._batch.shape
 
     def submit(self, prompt: EncodedPrompt) -> int:
-        """Let a request wait for its turn; nothing is computed yet.
+        """Queue a request; nothing is computed yet.
 
         Args:
             prompt: of `ComposedModel.prepare`, with its options.
@@ -215,7 +215,7 @@ class Engine:
         self._beginning = []
         try:
             # The host reads a first token before the next one is decoded: value networks with
-            # their own vocabulary read what it says.
+            # their own vocabulary read its text.
             if self._just_admitted or not self._admit():
                 self._advance(max_tokens)
             progress = self._look()
@@ -226,7 +226,7 @@ class Engine:
         return progress
 
     def _admit(self) -> bool:
-        """Begin waiting requests if there is room and it pays; was any begun?"""
+        """Begin waiting requests if there is room and it pays; return whether any began."""
         running = [] if self._batch is None else self._batch.needs()
         plan = self._planner.plan(running, self._needs, self._first_needs, current=self.shape)
         admitted, rows, others = plan.admitted, plan.shape.rows, bool(self._running)
@@ -246,7 +246,7 @@ class Engine:
             size = min(self._group, admitted)
             self._batch.admit(self._begin(size), group=self._group)
             self._beginning = []
-            # Rows that run wait for one group of prompts, and then go on by a token at least.
+            # Running rows wait for one group of prompts, then generate at least one token.
             admitted = 0 if others else admitted - size
         self._just_admitted, self._free_steps = others, 0
         return True
@@ -289,7 +289,7 @@ class Engine:
         return progress
 
     def _end(self, request: _Request, news: News) -> Generation:
-        """Free the row of a request that has ended, and say what came out."""
+        """Free the row of a request that has ended, and return its generation."""
         assert self._batch is not None
         self._batch.release(news.id)
         del self._running[news.id]
@@ -337,12 +337,12 @@ class Engine:
 
     @property
     def _group(self) -> int:
-        """Prompts that are read together beside running rows."""
+        """Prompts that are read together while rows run."""
         assert self._batch is not None
         return max(1, self._batch.shape.rows // _ROWS_A_REFILL)
 
     def _rest_if_idle(self) -> None:
-        """Hold no caches where there is nothing to decode."""
+        """Free the caches once there is nothing to decode."""
         if self.idle:
             self._batch = None
             self._just_admitted, self._free_steps, self._no_room = False, 0, False

@@ -52,7 +52,7 @@ class Generation:
     accepted_tokens: int = field(default=0, compare=False)
 
     def text_of(self, name: str) -> str:
-        """Give the text where an error must not pass for an empty or a short one.
+        """Return the text, or raise: an error must not pass for an empty or a short text.
 
         Args:
             name: what messages call the prompt.
@@ -65,7 +65,7 @@ class Generation:
         return self.text
 
     def to_record(self) -> dict[str, Any]:
-        """What a line of an output file says of it; `error` only where there is one."""
+        """Its fields in a line of an output file; `error` only if it ended with one."""
         record = {
             "text": self.text,
             "finish_reason": self.finish_reason,

@@ -91,7 +91,7 @@ class ComposedModel:
 
     @property
     def own_vocabularies(self) -> tuple[OwnVocabulary | None, ...]:
-        """The text side of each value network; None for those that share the base's vocabulary."""
+        """How each value network reads text; None for those that share the base's vocabulary."""
         return self.prompts.own_vocabularies
 
     def encode(self, prompt: Prompt) -> list[int]:

@@ -38,7 +38,7 @@ _WIDTHS = (1, 4, 16)
 
 @dataclass(frozen=True, eq=False)
 class OwnVocabulary:
-    """The text side of a value network whose vocabulary is not the base's.
+    """How a value network reads text, where its vocabulary is not the base's.
 
     Attributes:
         name: What messages call the value network.
@@ -71,7 +71,7 @@ class OwnVocabulary:
         Args:
             token_ids: the prompt in the base's tokens.
             messages: the dialogue that they are, or None. A dialogue is read through the value
-                network's own template, and what the base generates goes on from it.
+                network's own template, and what the base generates continues from it.
 
         Returns:
             The prompt in its own tokens, ready to grow.
@@ -93,7 +93,7 @@ def make_own_vocabulary(
     chat_template: str,
     value_stop_ids: Sequence[int],
 ) -> OwnVocabulary:
-    """Describe the text side of a value network whose vocabulary is not the base's.
+    """Describe how a value network reads text, where its vocabulary is not the base's.
 
     Args:
         base: the base's tokenizer.
@@ -106,7 +106,7 @@ def make_own_vocabulary(
         value_stop_ids: its own ids that end a text or a turn.
 
     Returns:
-        The text side.
+        The description.
     """
     return OwnVocabulary(
         name=name,
@@ -115,7 +115,7 @@ def make_own_vocabulary(
         tokenizer=tokenizer,
         chat_template=chat_template,
         special_pairs=special_pairs,
-        # What begins a text may be the very token that ends one; beginning is no end.
+        # The token that begins a text may be the one that ends texts; it does not end this one.
         stop_ids=tuple(
             base_id
             for role, base_id, value_id in special_pairs
@@ -129,7 +129,7 @@ def base_chat_format(base: PreTrainedTokenizerBase, own: OwnVocabulary) -> ChatF
 
     Args:
         base: the base's tokenizer.
-        own: the value network's text side.
+        own: how the value network reads text.
 
     Returns:
         The value network's template over the base's tokens. Special tokens written out in it become

@@ -1,6 +1,6 @@
 """Prompts from a JSONL file and generations into another, written as they come and resumable.
 
-In: `{"prompt": text}` or `{"messages": [{"role", "content"}, …]}` a line, perhaps with its own
+In: `{"prompt": text}` or `{"messages": [{"role", "content"}, …]}` per line, optionally with
 `"strengths": [α, …]`. Out: the same lines with `text`, `finish_reason` and token counts added.
 Imports no JAX: bad files are reported at once.
 
@@ -311,7 +311,7 @@ def _compare_settings(path: Path, settings_path: Path, settings: Mapping[str, An
     if differing:
         raise ConfigError(
             f"--output: {path} was written with other settings ({'; '.join(differing)}): use the "
-            "same ones to go on, or name another file"
+            "same ones to resume, or name another file"
         )
 
 

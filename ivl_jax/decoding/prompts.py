@@ -39,7 +39,7 @@ class PromptReader:
         values: The value networks.
         context: Tokens a row may hold: the smallest context of all networks.
         context_of: The name of the network with that context.
-        own_vocabularies: The text side of each value network that has its own vocabulary; None for
+        own_vocabularies: How each value network with its own vocabulary reads text; None for
             those that share the base's.
     """
 
@@ -71,7 +71,7 @@ class PromptReader:
     def encode(self, prompt: Prompt) -> list[int]:
         """As `ComposedModel.encode`."""
         token_ids, begun = self._token_ids(plain_prompt(prompt))
-        self._say_begun(["the prompt"] if begun else [])
+        self._warn_begun(["the prompt"] if begun else [])
         return token_ids
 
     def prepare(
@@ -100,7 +100,7 @@ class PromptReader:
                 begun += [name] if begins else []
         if problems:
             raise (PromptTooLongError if too_long else ValueError)(_listed(problems))
-        self._say_begun(begun)
+        self._warn_begun(begun)
         return encoded
 
     def _token_ids(self, prompt: PlainPrompt) -> tuple[list[int], bool]:
@@ -129,7 +129,7 @@ class PromptReader:
         begins = list(self.base.tokenizer("", verbose=False)["input_ids"])[:1]
         return begins == [self.base.info.bos_id]
 
-    def _say_begun(self, names: Sequence[str]) -> None:
+    def _warn_begun(self, names: Sequence[str]) -> None:
         """Warn once of texts that spell out the token that begins them."""
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""

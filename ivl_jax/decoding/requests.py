@@ -88,7 +88,7 @@ def lay_out(
         The arrays.
     """
     filled = len(prompts)
-    # The caller's number as it is where it suffices: 9 rows over 3 devices are no bucket.
+    # The caller's number is kept if it suffices: 9 rows over 3 devices are not a bucket.
     batch = least_rows if filled <= least_rows else bucket(filled, smallest=1)
     batch = -(-batch // row_multiple) * row_multiple
     each = [*options, *[GenerationOptions()] * (batch - filled)]

@@ -95,7 +95,7 @@ class StopStrings:
         return kept
 
     def finish(self) -> str:
-        """Return the text still held back: nothing follows, so it is no stop string."""
+        """Return the text still held back: nothing follows, so it is not a stop string."""
         kept, self._held = self._held, ""
         return kept
 
@@ -112,7 +112,7 @@ class StopStrings:
 
 
 class RowText:
-    """What one row has said so far: its token ids and its text, cut where it ends.
+    """What one row has generated: its token ids and its text, cut where it ends.
 
     Args:
         detokenizer: for this row alone.
@@ -148,7 +148,7 @@ class RowText:
         piece = ""
         for index, token_id in enumerate(token_ids):
             self.token_ids.append(token_id)
-            # A stop id ends the text and is no part of it, whatever it would read as.
+            # A stop id ends the text and is not part of it, whatever it decodes to.
             if finish == FinishReason.EOS and index == len(token_ids) - 1:
                 break
             piece += self._stop.push(self._detokenizer.push(token_id))

@@ -1,4 +1,4 @@
-"""Which network is to blame where a row had to end because its logits were not finite numbers.
+"""Which network is to blame when a row ends because its logits are not finite.
 
 In: a state some of whose rows have failed. Out: one flag per row and network. It runs the networks
 again over each row's last token, and only once a row has failed: decoding itself just looks whether

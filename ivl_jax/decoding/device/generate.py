@@ -1,8 +1,8 @@
 """Composed decoding as pure functions: read the prompts, then generate tokens one by one.
 
 In: parameters of a base and of any number of value networks, and what each row asks for. Out: a
-`DecodeState`, one record with everything a batch of rows is. All of it stays on device; the host
-looks at a state when it wants to, not once a token.
+`DecodeState`, the whole state of a batch of rows. All of it stays on device; the host
+looks at a state when it wants to, not after every token.
 
 Every network keeps slot = position in its cache, and a row of length n has its first n − 1 tokens
 in every cache. So rolling a row back is setting a smaller length, and right padding needs no mask.
@@ -181,7 +181,7 @@ def halt(state: DecodeState, stopped: Bool[Array, " B"]) -> DecodeState:
         stopped: [B], which of them end.
 
     Returns:
-        The state with these rows' finish reason; why they ended is the host's to know.
+        The state with these rows' finish reason; the host knows why they ended.
     """
     halted = stopped & state.running
     reason = jnp.int32(FinishReason.STOP_STRING)

@@ -35,7 +35,7 @@ def score_chosen(logits: Float[Array, "B V"], tokens: Int[Array, " B"], *, top: 
     """Score one generated token per row.
 
     Args:
-        logits: [B V] float32 composed logits; −inf marks what is no token.
+        logits: [B V] float32 composed logits; −inf in padding columns.
         tokens: [B] what was chosen.
         top: likeliest tokens to keep, K ≤ V.
 
@@ -54,11 +54,11 @@ def latest_log_probs(held: LogProbs, starts: Int[Array, " B"], *, width: int) ->
 
     Args:
         held: of a state, [B S] and [B S K].
-        starts: [B] each row's first slot of interest.
+        starts: [B] first slot to fetch of each row.
         width: slots from there on, W.
 
     Returns:
-        [B W] and [B W K]; beyond the last slot anything.
+        [B W] and [B W K]; arbitrary beyond the last slot.
     """
     slots = starts[:, None] + jnp.arange(width, dtype=jnp.int32)[None, :]
 

@@ -28,7 +28,7 @@ def empty_rows(
     top_log_probs: int | None = None,
     proposer: Proposer | None = None,
 ) -> DecodeState:
-    """Make rows that only fill a batch.
+    """Make rows that only pad a batch.
 
     Args:
         composition: the static half.
@@ -79,10 +79,10 @@ def empty_rows(
 def place(state: DecodeState, others: DecodeState, rows: Int[Array, " A"]) -> DecodeState:
     """Put rows of one batch into another, in place of what was there.
 
-    Both may have other numbers of slots: what lies beyond the smaller one is cut off, or left as it
-    was. That is never seen, since slot = position, and a position is written before it is read. Yet
-    a slot of a cache that no query sees counts 0 times what is in it, which is NaN where the row
-    before has left a NaN: floats become 0.
+    They may differ in their number of slots: slots beyond the smaller one are cut off, or left as
+    they were. Those are never seen, since slot = position, and a position is written before it is
+    read. But attention weighs unseen slots by 0, and 0 · NaN is NaN: floats that the previous row
+    left there become 0.
 
     Args:
         state: the batch that receives them, of the same kinds of parts as the other one; its stop

@@ -1,6 +1,6 @@
 """The compiled programs of a composition: the one place where decoding is jitted.
 
-In: a `Composition`. Out: `Programs`, kept for each composition, with donation and shardings said.
+In: a `Composition`. Out: `Programs`, with explicit donation and shardings, kept per composition.
 """
 
 import functools
@@ -62,8 +62,8 @@ def build_programs(composition: Composition, proposer: Proposer | None = None) -
         proposer: where proposals come from; None: from the composition's draft, if it has one.
 
     Returns:
-        The programs under jit, shardings and donation said. Each compiles once per shape: batch,
-        prompt bucket and capacity.
+        The jitted programs, with explicit shardings and donation. Each compiles once per shape:
+        batch, prompt bucket and capacity.
     """
     if proposer is None and composition.draft is not None:
         proposer = DRAFT_PROPOSER

@@ -69,7 +69,7 @@ def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Arra
     """Divide by the temperature, then apply top-k, top-p and min-p in this order.
 
     Args:
-        logits: [B V] float32; −inf marks what is no token.
+        logits: [B V] float32; −inf in padding columns.
         sampling: what each row asks for; a row of temperature 0 is not divided.
 
     Returns:
@@ -106,7 +106,7 @@ def sample_tokens(
     rows, nor on how many padding columns the vocabulary has.
 
     Args:
-        logits: [B V] float32 composed logits; −inf marks what is no token.
+        logits: [B V] float32 composed logits; −inf in padding columns.
         sampling: what each row asks for.
         keys: [B] one key per row, the same at every step.
         token_indices: [B] how many tokens the row has generated before this one; folded into

@@ -1,4 +1,4 @@
-"""How a batch of rows lies on a mesh.
+"""How a batch of rows is sharded over a mesh.
 
 In: a `Composition` on a mesh, or on one device. Out: shardings of a `DecodeState`.
 """

@@ -40,7 +40,7 @@ def propose(
     """Choose a draft's next token for each row.
 
     Args:
-        logits: [B V] float32 of the draft; −inf marks what is no token.
+        logits: [B V] float32 of the draft; −inf in padding columns.
         sampling: what each row asks for.
         keys: [B] one key per row, the same at every step.
         token_indices: [B] how many tokens the row has generated before this one.
@@ -73,7 +73,7 @@ def verify(
     Args:
         proposals: [B] what was proposed.
         q_logits: [B V] of `propose`; None: the proposals were certain.
-        logits: [B V] float32 of the composition at the same place; −inf marks what is no token.
+        logits: [B V] float32 of the composition at the same place; −inf in padding columns.
         sampling: as in `propose`, like the rest.
         keys: [B] one key per row.
         token_indices: [B] how many tokens the row has generated before this one.

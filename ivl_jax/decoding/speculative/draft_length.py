@@ -26,7 +26,7 @@ _PRIOR_ACCEPTANCE = 0.75
 _PRIOR_WEIGHT = 3.0
 # The weight of a proposal of the round before, where one of this round has 1: some 20 rounds count.
 _MEMORY = 0.95
-# Proposing has to promise this much: an estimate from 20 rounds is no better.
+# The speed-up required before proposing: an estimate from 20 rounds is no more precise.
 _LEAST_GAIN = 1.03
 
 
@@ -39,18 +39,18 @@ class _Device:
     int8_byte: float
     """How many times as long a byte of an int8 kernel takes: it is made a float first."""
     layer_seconds: float
-    """Seconds a layer takes whatever its size."""
+    """Seconds a layer takes regardless of its size."""
     pass_seconds: float
-    """Seconds a pass takes beside its layers: logits are composed, a token is chosen."""
+    """Seconds a pass takes besides its layers: logits are composed, a token is chosen."""
     round_seconds: float
-    """Seconds a round takes beside its passes where something is proposed."""
+    """Seconds a round with proposals takes besides its passes."""
     rows: tuple[int, ...]
     """Rows multiplied at once…"""
     times: tuple[float, ...]
     """… and how many times as long that takes as one row."""
 
     def seconds(self, network: Network, params: Params, rows: int) -> float:
-        """Seconds of a pass over so many tokens, all rows of the batch together."""
+        """Seconds of a pass over this many tokens, all rows of the batch together."""
         arch = network.arch
         layers = arch.num_hidden_layers if isinstance(arch, ArchConfig) else 1
         slower = float(np.interp(rows, self.rows, self.times))
@@ -129,7 +129,7 @@ def round_costs(
 
 
 def block_width(count: int) -> int:
-    """The smallest block that holds so many proposals and the token before them."""
+    """The smallest block that holds this many proposals and the token before them."""
     return next(width for width in BLOCK_WIDTHS if width > count)
 
 

@@ -229,7 +229,7 @@ def _catch_up(composition: Composition, params: ComposedParams, state: DecodeSta
 
     def read(own: DraftCache) -> DraftCache:
         positions = own.lengths[:, None] + jnp.arange(_CATCH_UP, dtype=jnp.int32)[None, :]
-        # What is read beyond a row's end lies where later tokens will be written.
+        # What is read beyond a row's end is in slots that later tokens will overwrite.
         text = jnp.take_along_axis(tokens, positions, axis=1, mode="clip")
         cache = run_draft(composition, params, own.cache, text, positions=positions)[1]
         return DraftCache(cache, jnp.minimum(own.lengths + _CATCH_UP, lengths - 1))

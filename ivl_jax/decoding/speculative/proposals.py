@@ -21,7 +21,7 @@ LONGEST = BLOCK_WIDTHS[-1] - 1
 """Proposals in a round, at most."""
 
 PassSeconds = Callable[[Network, Params, int], float]
-"""(network, parameters, tokens) → estimated seconds of one pass over so many tokens."""
+"""(network, parameters, tokens) → estimated seconds of one pass over that many tokens."""
 
 
 class Proposals(NamedTuple):

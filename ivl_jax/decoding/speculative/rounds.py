@@ -358,7 +358,7 @@ def _append(
     room = jnp.minimum(available, requests.limits - state.lengths)
     ended = jnp.any(ends_here, axis=1) & (until_stop <= room)
     gained = jnp.where(running, jnp.where(ended, until_stop, room), 0)
-    # What lies beyond a row's end was never decided upon, as far as the row is concerned.
+    # Tokens beyond a row's end do not count for the row.
     has_room = state.lengths + gained < requests.limits
     failed = outcome.failed & ~ended & has_room
     meant = proposals.counts

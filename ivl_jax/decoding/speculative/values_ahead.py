@@ -1,4 +1,4 @@
-"""Value networks read beyond a row's end: proposals that nobody has accepted yet.
+"""Value networks read beyond a row's end: proposals that are not accepted yet.
 
 In: a state, and tokens after each row's last one. Out: the value networks' logits there, and caches
 that hold those tokens; a row that does not get them reads other tokens into the same slots later.
