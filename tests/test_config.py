@@ -196,7 +196,7 @@ def test_all_missing_fields_are_listed_at_once() -> None:
         ),
     ],
 )
-def test_several_bases_are_said_in_one_way(change: dict, message: str) -> None:
+def test_several_bases_are_given_in_one_way(change: dict, message: str) -> None:
     config = TrainConfig(
         run_dir="r",
         bases=(BaseConfig(path="b"), BaseConfig(path="c")),

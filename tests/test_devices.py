@@ -5,7 +5,7 @@ import os
 from ivl_jax.devices import unused_accelerator
 
 
-def test_an_accelerator_that_jax_does_not_use_is_said_loudly(monkeypatch):
+def test_an_accelerator_that_jax_does_not_use_is_a_warning(monkeypatch):
     monkeypatch.setattr(os.path, "exists", lambda path: path == "/dev/nvidia0")
     assert "JAX_PLATFORMS=cpu says so" in unused_accelerator()
     monkeypatch.delenv("JAX_PLATFORMS")

@@ -123,7 +123,7 @@ def test_a_language_model_counts_as_a_value_and_two_opposed_ones_cancel(
     assert infer(*flags, *tuned, "--strength", -4.5)[1] != expected
 
 
-def test_a_draft_changes_no_text_and_how_much_is_kept_is_said(infer, base_flags, stories260k_dir):
+def test_a_draft_changes_no_text_and_its_acceptance_is_logged(infer, base_flags, stories260k_dir):
     flags = (*base_flags, "--prompt", "Once", "--max-new-tokens", 20)
     _, expected, messages = infer(*flags)
     assert "proposed" not in messages
@@ -192,7 +192,7 @@ def test_a_map_of_other_tokenizers_is_refused_before_a_model_is_loaded(
     assert "--map is given 2 time(s)" in messages
 
 
-def test_a_file_of_prompts_goes_on_where_a_killed_run_stopped(
+def test_a_file_of_prompts_resumes_where_a_killed_run_stopped(
     infer, base_flags, tmp_path, monkeypatch
 ):
     source, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
@@ -439,7 +439,7 @@ def test_the_end_of_input_ends_a_conversation(infer, base_flags, monkeypatch):
     ],
     ids=lambda flags: " ".join(flags)[:60],
 )
-def test_bad_flags_and_files_are_said_before_a_model_is_loaded(
+def test_bad_flags_and_files_are_reported_before_a_model_is_loaded(
     infer, stories260k_dir, gpt2_model_dir, monkeypatch, flags, said
 ):
     def fail(*_, **__):

@@ -188,7 +188,7 @@ def test_any_damage_gives_a_value_or_a_named_error(tmp_path: Path) -> None:
             assert line.error is None or str(line.error).startswith(f"{path}, line {line.number}")
 
 
-def test_text_that_is_no_file_is_named_as_told() -> None:
+def test_text_that_is_not_from_a_file_is_named_as_told() -> None:
     assert parse_json(b"[1]", "header of x") == [1]
     with pytest.raises(MalformedFileError, match="header of x, line 7, column 2: not JSON"):
         parse_json("[", "header of x", first_line=7)

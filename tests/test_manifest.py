@@ -90,7 +90,7 @@ def test_sizes_only_reads_no_file(folder: Path) -> None:
     assert len(file_problems(folder, manifest)) == 1
 
 
-def test_files_added_later_are_no_problem(folder: Path) -> None:
+def test_files_added_later_are_fine(folder: Path) -> None:
     (folder / "README.md").write_text("about this checkpoint")
     assert file_problems(folder, read_manifest(folder)) == ()
 

@@ -53,7 +53,7 @@ def test_one_benchmark_writes_its_rows_and_setting(
     assert "targets met: yes" in capsys.readouterr().out
 
 
-def test_missed_target_is_said_and_no_failure(fake_benchmarks, capsys) -> None:
+def test_a_missed_target_is_reported_and_is_not_a_failure(fake_benchmarks, capsys) -> None:
     assert command.main(["slow"]) == 0
     assert "targets met: NO" in capsys.readouterr().out
 

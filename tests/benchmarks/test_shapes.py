@@ -54,7 +54,7 @@ def test_both_sides_of_the_load_benchmark_load_it(tmp_path: Path) -> None:
         assert loading.peak > 4 * parameter_count(TINY)
 
 
-def test_a_full_disk_is_said_before_anything_is_written(
+def test_a_full_disk_is_reported_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")(10, 9, 1)
@@ -64,7 +64,7 @@ def test_a_full_disk_is_said_before_anything_is_written(
     assert not any(tmp_path.iterdir())
 
 
-def test_too_little_memory_is_said_before_anything_is_written(
+def test_too_little_memory_is_reported_before_anything_is_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(load_benchmark, "available_memory", lambda: 10**9)

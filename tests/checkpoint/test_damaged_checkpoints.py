@@ -131,7 +131,7 @@ def test_an_explicit_step_that_is_damaged_is_an_error_not_a_fallback(tmp_path: P
         TrainCheckpointer(tmp_path, keep=1).restore(make_state(0), step=1)
 
 
-def test_training_goes_on_over_a_damaged_step_which_is_set_aside(tmp_path: Path) -> None:
+def test_training_continues_over_a_damaged_step_which_is_set_aside(tmp_path: Path) -> None:
     saved_run(tmp_path, 0, 1, 2)
     flip_bit(tmp_path / "2" / "run" / "metadata")
     (tmp_path / "1" / MANIFEST_NAME).unlink()

@@ -141,7 +141,7 @@ def test_commands_export_a_value_folder_and_a_hugging_face_folder(
     assert "set overwrite" in capsys.readouterr().err
 
 
-def test_a_step_that_is_no_step_is_an_error_of_the_command_line(capsys) -> None:
+def test_a_step_that_is_not_a_step_is_an_error_of_the_command_line(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["export-value", "run", "out", "--step", "newest"])
     assert "expected a step, best or latest, got 'newest'" in capsys.readouterr().err

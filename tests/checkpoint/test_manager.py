@@ -222,7 +222,7 @@ def test_checkpoints_of_another_run_are_never_overwritten(tmp_path: Path) -> Non
     assert folders(tmp_path) == ["0", "5"]
 
 
-def test_a_run_does_not_go_on_from_an_older_checkpoint_over_newer_ones(tmp_path: Path) -> None:
+def test_a_run_does_not_resume_from_an_older_checkpoint_over_newer_ones(tmp_path: Path) -> None:
     saved_run(tmp_path, 0, 5, 9)
     with TrainCheckpointer(tmp_path, keep=1) as checkpointer:
         checkpointer.restore(make_state(0), step=0)

@@ -178,7 +178,7 @@ def test_relative_paths_are_taken(tmp_path, params, metadata, tokenizer, monkeyp
 # Overwriting, atomicity
 
 
-def test_an_existing_folder_is_replaced_only_when_said(
+def test_an_existing_folder_is_replaced_only_when_asked(
     folder: Path, params, metadata, tokenizer
 ) -> None:
     before = contents(folder)
@@ -326,7 +326,7 @@ def test_an_unreadable_metadata_file_is_named(folder: Path, content: str) -> Non
         read_value_metadata(folder)
 
 
-def test_a_folder_that_is_no_value_folder_says_where_they_come_from(tmp_path: Path) -> None:
+def test_the_error_for_another_folder_says_where_value_folders_come_from(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"RUN_DIR/value.*export-value"):
         load_value(tmp_path)
 

@@ -58,7 +58,7 @@ def test_states_come_back_bit_for_bit_where_their_tokens_are(tmp_path, small_fil
     np.testing.assert_array_equal(batch[2, 2:5], made[0])
 
 
-def test_a_stopped_pass_goes_on_with_what_is_missing(tmp_path, small_files):
+def test_a_stopped_pass_resumes_with_what_is_missing(tmp_path, small_files):
     made, states = arrays(), open_states(tmp_path / "states")
     first, end = states.shards[1]
     states.write(1, made[first:end])

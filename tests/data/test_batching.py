@@ -153,7 +153,7 @@ def test_processes_share_out_the_same_global_batch(
 
 
 @pytest.mark.parametrize("taken", [0, 1, 5, 8, 9, 21])
-def test_a_saved_position_goes_on_bit_for_bit(
+def test_a_saved_position_resumes_bit_for_bit(
     tokenized: TokenizedDemonstrations, taken: int
 ) -> None:
     iterator = _train(tokenized, packing=False)

@@ -281,7 +281,7 @@ def test_a_system_text_that_moves_to_the_last_turn_is_named(byte_tokenizer: Any)
     assert _targets(byte_tokenizer, chat, TWO_TURNS[1:]) == ["It is 5.<eos>", "Yes.<eos>"]
 
 
-def test_what_closes_a_whole_dialogue_is_no_end_of_turn(byte_tokenizer: Any) -> None:
+def test_what_closes_a_whole_dialogue_is_not_an_end_of_turn(byte_tokenizer: Any) -> None:
     chat = make_chat_format(byte_tokenizer, template=CLOSED)
     assert _targets(byte_tokenizer, chat, TWO_TURNS) == ["It is 5.<|im_end|>", "Yes.<|im_end|>"]
     text = _texts(byte_tokenizer, chat.encode_dialogue(TWO_TURNS).tokens.tolist())
@@ -357,7 +357,7 @@ def test_a_format_is_rebuilt_from_its_template(byte_tokenizer: Any, template: st
     assert other.fingerprint != chat.fingerprint
 
 
-def test_markers_that_the_tokenizer_lacks_are_said(
+def test_markers_that_the_tokenizer_lacks_are_reported(
     byte_tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_chat_format(byte_tokenizer, template="chatml")
@@ -368,7 +368,7 @@ def test_markers_that_the_tokenizer_lacks_are_said(
     assert _targets(byte_tokenizer, chat, TWO_TURNS) == ["It is 5.<eos>", "Yes.<eos>"]
 
 
-def test_a_template_that_never_ends_a_turn_is_said(
+def test_a_template_that_never_ends_a_turn_is_reported(
     byte_tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     endless = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
@@ -379,7 +379,7 @@ def test_a_template_that_never_ends_a_turn_is_said(
     assert _targets(byte_tokenizer, chat, TWO_TURNS) == ["It is 5.\n", "Yes.\n"]
 
 
-def test_names_that_are_no_template_are_refused(byte_tokenizer: Any) -> None:
+def test_unknown_template_names_are_refused(byte_tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="expected auto, tokenizer, plain, llama-2"):
         make_chat_format(byte_tokenizer, template="llama2")
     backend = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))

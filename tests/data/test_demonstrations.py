@@ -214,7 +214,7 @@ def test_a_source_without_a_dialogue_is_an_error(tmp_path: Path) -> None:
         store_demonstrations(_source(str(tmp_path / "empty.jsonl")), data_dir=tmp_path / "store")
 
 
-def test_trimmed_turns_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_trimmed_turns_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     turns = [{"from": role, "value": "x"} for role in ("gpt", "human", "gpt", "human")]
     train = _write(tmp_path / "train.jsonl", [{"conversations": turns}])
     source = DemonstrationSource((train,), row_format="sharegpt", validation_fraction=0.0)
@@ -347,7 +347,7 @@ def test_weights_are_stored_and_move_no_dialogue_to_another_split(tmp_path: Path
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "record", "manifest"])
-def test_a_damaged_store_is_said_and_made_again(
+def test_a_damaged_store_is_reported_and_made_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     source = _source(_write(tmp_path / "train.jsonl", [_row(i) for i in range(20)]))

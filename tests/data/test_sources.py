@@ -60,7 +60,7 @@ def test_json_lines_keep_their_line_numbers(tmp_path: Path) -> None:
     assert _rows(path) == [("a.jsonl:1", {"n": 1}), ("a.jsonl:4", {"n": "ü"}), ("a.jsonl:5", [3])]
 
 
-def test_a_line_that_is_not_json_is_a_row_error_and_reading_goes_on(tmp_path: Path) -> None:
+def test_a_line_that_is_not_json_is_a_row_error_and_reading_continues(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"n": 1\n{"n": "\xff"}\n{"n": 3}\n')
     (_, first), (place, second), last = _rows(path)

@@ -192,7 +192,7 @@ def test_an_interrupted_tokenisation_is_done_again(
 
 @pytest.mark.parametrize("name", ["tokens", "loss_mask", "starts", "rows", "manifest"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
-def test_damaged_tokens_are_said_and_made_again(
+def test_damaged_tokens_are_reported_and_made_again(
     byte_tokenizer: Any,
     arithmetic: list[Demonstration],
     tmp_path: Path,

@@ -30,7 +30,7 @@ def test_samples_depend_neither_on_the_row_nor_on_when_it_begins(composed):
     assert in_turn[2].token_ids[:4] != in_turn[7].token_ids[:4]
 
 
-def test_a_waiting_prompt_begins_while_the_longest_row_goes_on(recorded):
+def test_a_waiting_prompt_begins_while_the_longest_row_still_runs(recorded):
     model, calls = recorded
     prepared = model.prepare(PROMPTS, options())
     decoding = model.engine(EngineLimits(max_rows=4, least_rows=4))

@@ -98,7 +98,7 @@ def test_generation_ends_with_the_context_as_length(composed):
     assert (full.text, full.token_ids, full.finish_reason) == ("", (), "length")
 
 
-def test_a_stop_id_ends_the_text_and_is_no_part_of_it(base_alone):
+def test_a_stop_id_ends_the_text_and_is_not_part_of_it(base_alone):
     (free,) = base_alone.generate([""], greedy(30))
     stop = free.token_ids[12]
     first = free.token_ids.index(stop)

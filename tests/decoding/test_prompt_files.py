@@ -108,7 +108,7 @@ def test_results_are_whole_lines_as_soon_as_they_are_appended(tmp_path, rows):
         ]
 
 
-def test_a_second_run_goes_on_where_the_first_stopped(tmp_path, rows):
+def test_a_second_run_resumes_where_the_first_stopped(tmp_path, rows):
     path = tmp_path / "out.jsonl"
     with GenerationFile(path, settings=SETTINGS, rows=rows) as output:
         output.append([result("a")])
@@ -118,7 +118,7 @@ def test_a_second_run_goes_on_where_the_first_stopped(tmp_path, rows):
     assert [json.loads(line)["text"] for line in path.read_text().splitlines()] == list("abcd")
 
 
-def test_a_half_written_last_line_is_dropped_and_said(tmp_path, rows, caplog):
+def test_a_half_written_last_line_is_dropped_and_reported(tmp_path, rows, caplog):
     path = tmp_path / "out.jsonl"
     with GenerationFile(path, settings=SETTINGS, rows=rows) as output:
         output.append([result("a"), result("b")])

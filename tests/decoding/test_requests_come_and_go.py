@@ -151,7 +151,7 @@ def test_requests_beyond_the_limits_are_refused_before_anything_is_computed(comp
         broken.engine(EngineLimits(max_cache_bytes=one - 1)).submit(short)
 
 
-def test_a_request_without_room_beside_the_others_waits_its_turn(composed):
+def test_a_request_that_does_not_fit_with_the_others_waits_its_turn(composed):
     options = [GenerationOptions(max_new_tokens=n) for n in (20, 20, 110, 20)]
     prepared = composed.prepare(PROMPTS[:4], options)
     alone = [composed.generate([p], o)[0] for p, o in zip(PROMPTS, options, strict=False)]

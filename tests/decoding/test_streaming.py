@@ -21,12 +21,12 @@ def test_bytes_one_at_a_time_give_back_the_text_in_whole_characters(text):
 
 
 @given(st.binary())
-def test_bytes_that_are_no_text_become_replacement_characters(data):
+def test_invalid_utf8_becomes_replacement_characters(data):
     pieces = pieces_of(Detokenizer(BYTES, strip_leading_space=False), data)
     assert "".join(pieces) == data.decode("utf-8", errors="replace")
 
 
-def test_a_character_that_never_completes_is_said_at_the_end():
+def test_a_character_that_never_completes_is_returned_at_the_end():
     detokenizer = Detokenizer(BYTES, strip_leading_space=False)
     assert [detokenizer.push(i) for i in "é".encode()[:1]] == [""]
     assert detokenizer.finish() == "\ufffd"

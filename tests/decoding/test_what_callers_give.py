@@ -75,7 +75,7 @@ def test_one_prompt_is_told_from_several(given, one, plain):
     ],
     ids=str,
 )
-def test_what_is_no_prompt_is_a_type_error_that_says_what_is_expected(given, problem):
+def test_what_is_not_a_prompt_is_a_type_error_that_says_what_is_expected(given, problem):
     with pytest.raises(TypeError, match=problem):
         plain_prompts(given)
 

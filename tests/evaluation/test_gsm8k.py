@@ -71,7 +71,7 @@ def run(stories260k_dir, value_folder, tmp_path, capsys):
     return command
 
 
-def test_a_run_that_was_killed_goes_on_and_its_summary_covers_all_items(run, tmp_path):
+def test_a_killed_run_resumes_and_its_summary_covers_all_items(run, tmp_path):
     assert run()[0] == 0
     output, summary = tmp_path / "out.jsonl", tmp_path / "out.json"
     whole, scored = output.read_bytes(), json.loads(summary.read_text())

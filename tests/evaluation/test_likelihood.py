@@ -148,7 +148,7 @@ def test_the_command_writes_the_report_and_shows_the_table(
     ],
     ids=lambda flags: " ".join(flags)[:60],
 )
-def test_bad_input_is_said_before_a_model_is_loaded(
+def test_bad_input_is_reported_before_a_model_is_loaded(
     stories260k_dir, tmp_path, monkeypatch, capsys, flags, said
 ):
     def fail(*_, **__):

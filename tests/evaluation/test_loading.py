@@ -21,6 +21,6 @@ def test_every_flag_that_decides_figures_is_recorded_with_them(stories260k_dir):
     assert find_sources(ModelFlags(drafted)).to_json().keys() - recorded.keys() >= DRAFT
 
 
-def test_a_strength_that_is_no_number_is_refused_before_any_folder_is_looked_for():
+def test_a_strength_that_is_not_a_number_is_refused_before_any_folder_is_looked_for():
     with pytest.raises(ConfigError, match="--strength must be finite, got nan"):
         ComposedModelConfig(base="absent", value=("absent",), strength=(float("nan"),))

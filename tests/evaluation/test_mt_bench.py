@@ -36,7 +36,7 @@ def answers(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_answers_are_lines_that_fastchat_reads_and_a_killed_run_goes_on(run, tmp_path):
+def test_answers_are_lines_that_fastchat_reads_and_a_killed_run_resumes(run, tmp_path):
     output = tmp_path / "out.jsonl"
     assert run()[0] == 0
     first = answers(output)

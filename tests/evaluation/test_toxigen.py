@@ -34,7 +34,7 @@ def test_the_draw_depends_on_the_seed_and_the_files_name_alone(files):
     assert any(other != drawn[:3] for other in others)
 
 
-def test_files_that_are_no_prompts_are_named(tmp_path):
+def test_files_without_prompts_are_named(tmp_path):
     (tmp_path / "cats.txt").write_text("a\n")
     (tmp_path / "hate_cats.txt").write_text("\n\n")
     for name, said in (

@@ -316,7 +316,7 @@ def test_a_quantised_model_is_refused_with_the_remedy():
         ArchConfig.from_hf(quantised)
 
 
-def test_rope_scaling_beside_equal_rope_parameters_is_accepted():
+def test_rope_scaling_next_to_equal_rope_parameters_is_accepted():
     scaling = {"type": "linear", "factor": 2}
     both = LLAMA | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}
     assert ArchConfig.from_hf(both | {"rope_scaling": scaling}) == ArchConfig.from_hf(both)

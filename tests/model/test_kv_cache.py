@@ -109,7 +109,7 @@ def test_a_cache_of_one_row_and_one_token_is_written():
         reader.read_text(np.array([position]), 1)
 
 
-def test_segment_ids_beside_a_cache_are_refused():
+def test_segment_ids_with_a_cache_are_refused():
     arch = tiny_arch("llama3")
     cache = init_cache(arch, batch_size=1, capacity=8, dtype=jnp.float32)
     ones = jnp.ones((1, 2), jnp.int32)

@@ -73,7 +73,7 @@ def test_cached_states_give_the_online_run_and_the_base_runs_once(
     assert_close_runs(other, run(theirs))
 
 
-def test_a_stopped_pass_and_a_stopped_run_go_on_to_the_same_bits(config, tmp_path, monkeypatch):
+def test_a_stopped_pass_and_a_stopped_run_resume_to_the_same_bits(config, tmp_path, monkeypatch):
     monkeypatch.setattr(base_states, "_SHARD_BYTES", 1 << 13)
     whole = run(replace(config, run_dir=str(tmp_path / "whole")))
     shutil.rmtree(tmp_path / "data" / "base_states")
@@ -127,7 +127,7 @@ def test_several_bases_may_each_be_cached_or_not(config, tiny_config, tmp_path):
     )
 
 
-def test_a_full_disk_is_said_before_the_base_is_read(config, monkeypatch):
+def test_a_full_disk_is_reported_before_the_base_is_read(config, monkeypatch):
     monkeypatch.setattr(cached_states, "load_base", never)
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))

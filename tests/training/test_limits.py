@@ -49,7 +49,7 @@ def test_disk_use_counts_checkpoints(steps, every, keep, saving, kept, best) -> 
     assert use.best == best * use.checkpoint
 
 
-def test_what_a_run_writes_is_what_was_said(tiny_config, caplog) -> None:
+def test_a_run_writes_what_was_announced(tiny_config, caplog) -> None:
     caplog.set_level("INFO", logger="ivl_jax")
     said = []
     original = limits.check_disk
@@ -68,7 +68,7 @@ def test_what_a_run_writes_is_what_was_said(tiny_config, caplog) -> None:
     assert 0.5 * use.most < found < use.most + 200_000
 
 
-def test_a_disk_that_cannot_hold_the_run_is_said_before_it_is_written(
+def test_a_disk_that_cannot_hold_the_run_is_reported_before_it_is_written(
     tmp_path: Path, monkeypatch, caplog
 ) -> None:
     use = DiskUse(first=10, checkpoint=30, output=10, saving=100, kept=70, best=30)

@@ -156,7 +156,7 @@ def check_what_a_run_leaves(config, result):
     assert set(value.tokenizer_info.eos_ids) <= set(value.stop_ids)
 
 
-def test_an_existing_run_is_an_error_that_says_how_to_go_on(tiny_config, monkeypatch):
+def test_an_existing_run_is_an_error_that_says_how_to_resume(tiny_config, monkeypatch):
     monkeypatch.setattr(loop, "prepare", lambda *_: crash())
     with pytest.raises(Crash):
         run(tiny_config)
@@ -171,7 +171,7 @@ def test_an_existing_run_is_an_error_that_says_how_to_go_on(tiny_config, monkeyp
         run(moved)
 
 
-def test_a_folder_that_is_no_run_is_never_written_to(tiny_config, tmp_path):
+def test_a_folder_that_is_not_a_run_is_never_written_to(tiny_config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("mine")
     with pytest.raises(RunDirectoryError, match="not a run directory"):
@@ -290,7 +290,7 @@ def test_scratch_initialisation_depends_on_the_seed_alone(tiny_config, tmp_path)
         ({"run_dir": ""}, "run_dir is empty"),
     ],
 )
-def test_what_cannot_work_is_said_before_anything_is_read(
+def test_what_cannot_work_is_reported_before_anything_is_read(
     tiny_config, monkeypatch, change, message
 ):
     monkeypatch.setattr(loop, "choose_models", lambda *_: crash())

@@ -68,7 +68,7 @@ def test_every_difference_to_the_started_config_is_named(tmp_path):
     assert directory.resume_command in str(caught.value)
 
 
-def test_other_library_versions_are_said(tmp_path, caplog):
+def test_other_library_versions_are_reported(tmp_path, caplog):
     config = TrainConfig(run_dir=str(tmp_path / "run"))
     directory = RunDirectory(config.run_dir)
     directory.open(config, there=False, weights={})
@@ -93,7 +93,7 @@ def test_two_processes_never_share_a_run_directory(tmp_path):
     assert not list(tmp_path.iterdir()), "a run that did not begin leaves nothing"
 
 
-def test_what_a_killed_process_left_of_a_claim_is_no_run(tmp_path):
+def test_what_a_killed_process_left_of_a_claim_is_not_a_run(tmp_path):
     config = TrainConfig(run_dir=str(tmp_path / "run"))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.lock").write_text("{}")

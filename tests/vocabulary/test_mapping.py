@@ -134,7 +134,7 @@ def test_missing_file_names_the_build_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"not a map at all", safetensors.numpy.save({})])
-def test_other_files_are_no_maps(tmp_path: Path, content: bytes) -> None:
+def test_other_files_are_not_maps(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "map.safetensors"
     path.write_bytes(content)
     with pytest.raises(VocabularyMapError, match="not a vocabulary map"):

@@ -44,7 +44,7 @@ def test_an_empty_or_absent_folder_is_an_error(tmp_path: Path) -> None:
         find_tensors(tmp_path / "absent")
 
 
-def test_a_file_beside_an_index_is_ambiguous(write_folder: Callable) -> None:
+def test_a_file_next_to_an_index_is_ambiguous(write_folder: Callable) -> None:
     write_folder({A: {"x": ONE}, B: {"y": ONE}})
     with pytest.raises(ValueError, match="got both"):
         find_tensors(write_folder({"model.safetensors": {"x": ONE}}))
@@ -219,7 +219,7 @@ def test_a_folder_with_files_is_replaced_only_when_told(tmp_path: Path) -> None:
     assert (final / "config.json").read_text() == "new"
 
 
-def test_overwriting_spares_what_is_no_model_folder(tmp_path: Path) -> None:
+def test_overwriting_spares_folders_that_are_not_models(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with (
         pytest.raises(FileExistsError, match=r"without config\.json"),

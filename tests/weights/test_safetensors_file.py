@@ -128,7 +128,7 @@ def test_a_header_that_contradicts_itself_is_refused(
         read_header(path)
 
 
-def test_no_safetensors_at_all_is_said(tmp_path: Path) -> None:
+def test_a_folder_without_safetensors_is_reported(tmp_path: Path) -> None:
     pointer = tmp_path / "pointer.safetensors"
     pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
     with pytest.raises(ValueError, match="git lfs pull"):

@@ -104,7 +104,7 @@ def test_a_vanishing_temperature_is_greedy_and_never_nan():
     assert tokens.tolist() == jnp.argmax(logits, axis=-1).tolist()
 
 
-def test_top_p_of_one_beside_top_k_keeps_every_token_of_the_other_row():
+def test_top_p_of_one_next_to_top_k_keeps_every_token_of_the_other_row():
     # A row with an order filter makes the sorted path run for all rows.
     # The running sum rounds to 1 long before the last token.
     logits = jnp.tile(jnp.linspace(0.0, -50.0, 4096, dtype=jnp.float32), (2, 1))
@@ -143,7 +143,7 @@ def test_temperature_zero_is_arg_max_and_the_lowest_id_wins_a_tie():
     assert tokens.tolist() == [1, 0]
 
 
-def test_greedy_rows_beside_sampled_rows_stay_greedy():
+def test_greedy_rows_next_to_sampled_rows_stay_greedy():
     logits = jnp.tile(random_logits(1, 64), (64, 1))
     temperature = np.where(np.arange(64) % 2 == 0, 0.0, 5.0)
     tokens = sample_tokens(

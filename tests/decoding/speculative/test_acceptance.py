@@ -98,7 +98,7 @@ def test_a_draft_equal_to_the_composition_is_always_kept():
     assert accepted.all()
 
 
-def test_greedy_rows_keep_the_arg_max_alone_beside_rows_that_sample():
+def test_greedy_rows_keep_only_the_arg_max_next_to_rows_that_sample():
     logits = jnp.asarray([[0.0, 2.0, 2.0], [0.0, 2.0, 2.0], [0.0, 1.0, 9.0]])
     sampling = sampling_of(0.0, rows=3)._replace(temperature=jnp.asarray([0.0, 0.0, 1.0]))
     keys = row_keys(jnp.zeros(3, jnp.int32), jnp.arange(3, dtype=jnp.int32))
