@@ -63,7 +63,7 @@ def _parse(
         raise SystemExit(f"{_PROGRAM}: {error}") from error
     parser = argparse.ArgumentParser(
         prog=_PROGRAM,
-        description="Measure ivl_jax beside its peers and the machine's limits.",
+        description="Compare ivl_jax with its peers and the machine's limits.",
         epilog="\n".join(f"{name}: {one.about}" for name, one in found.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

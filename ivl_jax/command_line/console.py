@@ -1,4 +1,4 @@
-"""What command lines show beside their results: log records, and nothing of other packages' advice.
+"""What command lines show besides their results: log records, without other packages' advice.
 
 In: what a command is. Out: handlers of the root logger.
 """

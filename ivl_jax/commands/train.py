@@ -1,4 +1,4 @@
-"""Train a value network beside a frozen base model, or fine-tune a model alone.
+"""Train a value network with a frozen base model, or fine-tune a model alone.
 
 {program} --config configs/debug.toml
 

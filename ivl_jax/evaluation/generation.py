@@ -101,5 +101,5 @@ def read_json_lines(
 
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
-    """Write a JSON file that is either whole or absent."""
+    """Write a JSON file atomically."""
     json_files.write_json(path, dict(summary), indent=2)

@@ -36,9 +36,9 @@ class Options:
     work_dir: Path = Path("runs/experiments")
     """Trained models and measured figures."""
     docs: Path = Path("docs")
-    """Where the report goes."""
+    """Where the report is written."""
     config: Path = dataclasses.field(default_factory=lambda: config_file("demo.toml"))
-    """What every training starts from."""
+    """The config that every training starts from."""
     report_only: bool = False
     """Only write the report on what has been measured so far."""
 

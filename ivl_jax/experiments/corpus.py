@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 else:
     PreTrainedTokenizerFast = Any  # transformers takes seconds to import
 
-# Tests, vendored packages, tables that teach nothing (encodings 1.4 MB, pydoc's topics 0.8 MB), and
-# programs and deprecated packages (idlelib, distutils, … 2 MB): a small model has no room for all.
+# Tests, vendored packages, mere tables (encodings 1.4 MB, pydoc's topics 0.8 MB), and programs and
+# deprecated packages (idlelib, distutils, … 2 MB): too much for a small model.
 _SKIPPED = (
     "test tests idle_test site-packages dist-packages __pycache__ _bundled encodings pydoc_data "
     "msilib __phello__ idlelib distutils lib2to3 turtledemo tkinter"

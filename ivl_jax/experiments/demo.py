@@ -1,11 +1,12 @@
 """The quickstart: `make demo`, or `python -m ivl_jax.experiments.demo`.
 
-In: the embedded family, demonstrations built on the spot. A value network is trained beside the
-small base S, then put on two bases that had no part in its training: the larger L, and X, which has
-another tokenizer, through a vocabulary map. Out: a table, a plot and `report.json` in `runs/demo`.
+In: the embedded family, demonstrations built on the user's machine. A value network is trained with
+the small base S, then added to two bases that were not used in its training: the larger L, and,
+through a vocabulary map, X, which has another tokenizer. Out: a table, a plot and `report.json` in
+`runs/demo`.
 
-The run is built in `runs/demo.new` and takes its place when it is complete; the result that was
-there before is kept as `runs/demo.previous`.
+The run is built in `runs/demo.new` and moved there when it is complete; the previous result
+is kept as `runs/demo.previous`.
 """
 
 import dataclasses
@@ -68,7 +69,7 @@ class Options:
     config: Path = dataclasses.field(default_factory=lambda: config_file("demo.toml"))
     """The training run's settings."""
     run_dir: Path = Path("runs/demo")
-    """Where the result goes; an earlier one is kept beside it, as RUN_DIR.previous."""
+    """Where the result is written; an earlier one is kept next to it, as RUN_DIR.previous."""
 
 
 def demo_config(config: TrainConfig, files: dict[str, Path], *, run_dir: Path) -> TrainConfig:
@@ -104,7 +105,7 @@ def check_folders(run_dir: Path) -> None:
 
 
 def take_place(new: Path, run_dir: Path) -> None:
-    """Put a complete run in its place; the one that was there is kept as RUN_DIR.previous."""
+    """Move a complete run into place; the previous one is kept as RUN_DIR.previous."""
     previous = _beside(run_dir)[1]
     if run_dir.exists():
         if previous.exists():
@@ -152,10 +153,10 @@ def compare(
     """Measures S, L and X, alone and with the value network.
 
     Args:
-        value: Trained beside S.
-        items: All of them; what is measured is the test split.
-        map_file: Where the vocabulary map between X and S, built on the train split, goes.
-        console: Shows how far the measuring is.
+        value: Trained with S.
+        items: All of them; the test split is measured.
+        map_file: Where to write the vocabulary map between X and S, built on the train split.
+        console: Shows the progress of the measurement.
 
     Returns:
         The report's `nll`, `exact_match` and `transfer_ratio`; each model's answers on the facts.

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 _PROGRAM = "python -m ivl_jax.experiments.finetune_sweep"
 
-# Of every setting, on validation; the first one chooses.
+# Figures of every setting on the validation split; the first one selects the best setting.
 _MEASURED = ("validation_nll", "validation_exact_match")
 
 
@@ -55,7 +55,7 @@ class Options:
     epochs: tuple[float, ...] = (1.0, 3.0)
     """Passes over the training demonstrations."""
     batch_sizes: tuple[int, ...] = (4,)
-    """Packed rows a step."""
+    """Packed rows per step."""
     config: Path = dataclasses.field(default_factory=lambda: config_file("demo.toml"))
     """What else there is to set: the demo's own settings."""
     work_dir: Path = Path("runs/finetune_sweep")

@@ -28,12 +28,12 @@ def response_nll(
     rows: int = 64,
     advance: Callable[[], object] = lambda: None,
 ) -> float:
-    """Mean negative log-likelihood of the answers, end-of-answer token included.
+    """Mean negative log-likelihood of the answers, including the end-of-answer token.
 
     Args:
         model: The composition; the base's tokenizer counts the tokens.
         items: Questions and answers.
-        rows: Rows of a batch.
+        rows: Rows per batch.
         advance: Called after each item.
 
     Returns:

@@ -72,7 +72,10 @@ def test_one_that_fails_does_not_lose_the_others(fake_benchmarks, tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nothing"], "no benchmark 'nothing': choose from good, broken, slow, all, or name"),
+        (
+            ["nothing"],
+            "no benchmark 'nothing': choose from good, broken, slow, all, or give your own",
+        ),
         (["good", "no_such_module:run"], "no_such_module:run: expected MODULE:FUNCTION: No module"),
         (["json:run"], "json:run: expected MODULE:FUNCTION: module 'json' has no attribute 'run'"),
         ([], "required: NAME"),
