@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 
 from ivl_jax.checkpoint import load_value
-from ivl_jax.composed.sources import read_value
+from ivl_jax.command_line.flags import parse_flags
+from ivl_jax.composed.sources import load_schemes, read_value
 from ivl_jax.composition import ConnectionScheme
-from ivl_jax.config import StepConfig
+from ivl_jax.config import ComposedModelConfig, InferConfig, MeshConfig, StepConfig
 from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.device.programs import build_programs
 from ivl_jax.decoding.requests import GenerationOptions
 from ivl_jax.decoding.speculative.proposals import Proposals, Proposer, longest_round
+from ivl_jax.evaluation.flags import ModelFlags
+from ivl_jax.evaluation.loading import find_sources
 from ivl_jax.extensions import load_extension
 from ivl_jax.model.decoder import embed
 from ivl_jax.training.loop import run
@@ -81,6 +84,18 @@ def test_a_value_folder_never_causes_an_import(tiny_config, tmp_path):
     with pytest.raises(ValueError, match=f"never causes an import.* --connection {name}"):
         read_value(str(result.output))
     assert read_value(str(result.output), schemes={name: CONFIDENT}).scheme is CONFIDENT
+    # The flag that the error names, of infer.py and of evaluations.
+    flags = ComposedModelConfig(
+        base=str(tiny_config.base.path), value=(str(result.output),), mesh=MeshConfig(1, 1, 1)
+    )
+    with pytest.raises(ValueError, match=f"--connection {name}"):
+        find_sources(ModelFlags(flags))
+    (value,) = find_sources(ModelFlags(replace(flags, connection=(name,)))).models.values
+    assert value.scheme is CONFIDENT
+    given = ["--base", "B", "--value", "V", "--connection", name]
+    assert parse_flags(InferConfig, given, prog="infer.py").model.connection == (name,)
+    with pytest.raises(ValueError, match=r"--connection = .nowhere:X.: No module named"):
+        load_schemes(["nowhere:X"])
 
 
 def test_an_objective_of_ones_own_trains_with_weights_from_a_first_pass(tiny_config):

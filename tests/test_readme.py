@@ -81,3 +81,12 @@ def test_command_can_be_given(command: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_commands_are_found() -> None:
     programs = {" ".join(_arguments(command)[:2]) for command in _commands()}
     assert {"make demo", "make test", "python train.py", "python infer.py"} <= programs
+
+
+def test_data_sets_that_the_readme_names_are_in_the_installed_catalogue() -> None:
+    import tensorflow_datasets as tfds
+
+    text = (_ROOT / "README.md").read_text(encoding="utf-8")
+    names = re.findall(r"`tfds:(\w+)`", text)
+    assert names
+    assert set(names) <= set(tfds.list_builders(with_community_datasets=False))

@@ -22,6 +22,7 @@ from ivl_jax.checkpoint.value_folder import (
 )
 from ivl_jax.checkpoint.value_metadata import METADATA_NAME
 from ivl_jax.composition import SCHEMES, ConnectionScheme
+from ivl_jax.extensions import load_extension
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.network import Architecture
 from ivl_jax.model.projection import AS_TRAINED, KernelForm
@@ -230,6 +231,24 @@ def read_values(
         source if file == "none" else dataclasses.replace(source, described_map=read_map(file))
         for source, file in zip(sources, maps, strict=True)
     ]
+
+
+def load_schemes(names: Sequence[str]) -> Schemes:
+    """Import connection schemes that the user names.
+
+    Args:
+        names: each `module:attribute`, as value folders have them.
+
+    Returns:
+        Name → scheme.
+
+    Raises:
+        ValueError: no such module or attribute, or one that is not a connection scheme.
+    """
+    return {
+        name: load_extension(name, SCHEMES, ConnectionScheme, where="--connection")
+        for name in names
+    }
 
 
 def source_of(

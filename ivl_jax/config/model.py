@@ -61,6 +61,9 @@ class ComposedModelConfig:
     map: Repeatable[tuple[str, ...]] = ()
     """Vocabulary map of a value whose tokenizer differs from the base's, built by `python -m
     ivl_jax.vocabulary build`; one per value in the same order, `none` for those without."""
+    connection: Repeatable[tuple[str, ...]] = ()
+    """Your own connection scheme, `module:attribute`, that a value folder names; without this flag
+    nothing is imported for a value folder. Repeat the flag for several."""
     draft: str = ""
     """A small model of the base's family that proposes tokens, which base and values then verify
     several at a time. Greedy text stays the same (except for near-ties), and samples are drawn from

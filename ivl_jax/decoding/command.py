@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ivl_jax.command_line.guard import StoppedBySignal
 from ivl_jax.compilation_cache import describe_compiling, use_compilation_cache
 from ivl_jax.composed.compatibility import ComposedSources, check_sources
-from ivl_jax.composed.sources import read_language_model, read_values
+from ivl_jax.composed.sources import load_schemes, read_language_model, read_values
 from ivl_jax.config import ConfigError, InferConfig, check_infer_config, config_to_mapping
 from ivl_jax.data.formats import Message
 from ivl_jax.decoding.generation import Generation, GenerationError
@@ -57,6 +57,7 @@ _FREE_FLAGS = frozenset(
         "profile",
         "compilation_cache",
         "distributed",
+        "connection",  # the value folder names it
         "stop_ids",
     }
 )
@@ -101,7 +102,7 @@ def prepare(config: InferConfig) -> Work | None:
     use_compilation_cache(config.runtime.compilation_cache)
     mesh = decoding_mesh(flags.mesh)
     base = read_language_model(flags.base, role="the base")
-    networks = read_values(flags.value, flags.map)
+    networks = read_values(flags.value, flags.map, schemes=load_schemes(flags.connection))
     draft = read_language_model(flags.draft, role="the draft") if flags.draft else None
     sources = check_sources(base, networks, draft=draft)
     prompts = _encode(config, rows, make_prompt_reader(sources))

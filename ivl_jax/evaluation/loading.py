@@ -12,7 +12,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from ivl_jax.composed.compatibility import ComposedSources, check_sources
-from ivl_jax.composed.sources import read_language_model, read_values
+from ivl_jax.composed.sources import load_schemes, read_language_model, read_values
 from ivl_jax.config import model_problems
 from ivl_jax.data.chat import ChatFormat, make_chat_format
 from ivl_jax.decoding.loading import decoding_mesh, load_composed
@@ -88,7 +88,9 @@ def find_sources(flags: ModelFlags) -> ModelSources:
     mesh = decoding_mesh(composed.mesh)
     base = read_language_model(composed.base, role="the base")
     draft = read_language_model(composed.draft, role="the draft") if composed.draft else None
-    models = check_sources(base, read_values(composed.value, composed.map), draft=draft)
+    schemes = load_schemes(composed.connection)
+    values = read_values(composed.value, composed.map, schemes=schemes)
+    models = check_sources(base, values, draft=draft)
     return ModelSources(flags, models, make_prompt_reader(models), mesh)
 
 

@@ -7,8 +7,8 @@ from ivl_jax.config.files import field_types
 from ivl_jax.evaluation.flags import ModelFlags
 from ivl_jax.evaluation.loading import find_sources
 
-# Where arrays lie and programs are kept changes no figure.
-FREE = {"mesh", "base_layout", "value_layout", "compilation_cache"}
+# Where arrays lie and programs are kept changes no figure; value folders name their connection.
+FREE = {"mesh", "base_layout", "value_layout", "compilation_cache", "connection"}
 DRAFT = {"draft", "draft_length"}
 
 
