@@ -75,7 +75,7 @@ def test_a_stopped_run_resumes_to_its_recorded_end(
 
 
 def _assert_near(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Every recorded figure is there still, perhaps beside new ones."""
+    """Every recorded figure is still there; there may be new ones."""
     for name, value in expected.items():
         if isinstance(value, dict):
             _assert_near(found[name], value)

@@ -109,7 +109,7 @@ def write_report(figures: Figures, docs: Path, *, seeds: Sequence[int]) -> None:
             table,
             "Connection schemes and the linear map",
             matrix.schemes,
-            note="All trained beside S with the demo's settings; the linear map without a penalty "
+            note="All trained with S and the demo's settings; the linear map without a penalty "
             "(it would be pulled towards doing nothing) and with its own learning rate.",
         ),
         _trainings(
@@ -141,8 +141,8 @@ The embedded family, held-out items (modules and people that no training item na
 per answer token, end of answer included, lower is better. *Facts*: share of questions about
 invented people answered word for word. *Ratio*: share of the NLL gain of fully fine-tuning the same
 base, (NLL base − NLL with value) / (NLL base − NLL fine-tuned). S has 0.69 M parameters, L 6.2 M, X
-2.0 M and another tokenizer; L-continued is L trained on, on statements about people nobody had
-heard of (*new facts*). Value networks are trained beside S and never see the other bases.
+2.0 M and another tokenizer; L-continued is L with further training on statements about new invented
+people (*new facts*). Value networks are trained with S and never see the other bases.
 Mean ± half the range over those of the seeds {", ".join(map(str, seeds))} that were trained; a
 single number is one seed.
 Fine-tuned references: learning rate and length chosen on validation
@@ -251,7 +251,7 @@ def _large_value(table: Table) -> str:
 
             row += [table.spread(at).show(), table.spread(at, "exact_match").show("{:.1%}")]
         rows.append(row)
-    headings = ["trained beside", "NLL on S", "facts on S", "NLL on L", "facts on L"]
+    headings = ["trained with", "NLL on S", "facts on S", "NLL on L", "facts on L"]
     return "## From large to small\n\n" + _markdown(headings, rows)
 
 

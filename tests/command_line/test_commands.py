@@ -76,7 +76,7 @@ def test_the_package_lists_commands_that_exist(monkeypatch, capsys, project_root
 
 
 def test_a_wheel_holds_what_the_demo_reads(project_root):
-    """The config lies beside the package in a clone, and inside it once it is installed."""
+    """The config is next to the package in a clone, and inside it once it is installed."""
     assert config_file("demo.toml").is_file()
     build = tomllib.loads((project_root / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
     target = build["targets"]["wheel"]["force-include"]["configs"]

@@ -1,4 +1,4 @@
-"""Every format reads as the same dialogue; what is no dialogue is refused with its reason."""
+"""Every format reads as the same dialogue; what is not a dialogue is refused with its reason."""
 
 from typing import Any
 

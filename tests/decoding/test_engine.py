@@ -1,4 +1,4 @@
-"""Refilled rows say what their prompts alone would say, and wait for nobody."""
+"""Refilled rows generate what their prompts alone would, and do not wait for other rows."""
 
 import pytest
 

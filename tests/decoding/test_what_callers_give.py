@@ -181,7 +181,7 @@ def test_one_prompt_gives_one_generation_and_a_list_gives_a_list(composed):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """S, and what a run beside it leaves: the directory of the run, with its value folder."""
+    """S, and the directory of a training run with it, which holds a value folder."""
     base = ivl_jax.load_model(family_folder("S"))
     value = make_value(base, seed=4, arch=tiny_arch(layers=1, rows=2048, context=512))
     run = tmp_path_factory.mktemp("run")

@@ -185,7 +185,7 @@ def random_prompts(lengths, seed=0):
 
 @functools.cache
 def language_model(folder, *, seed, context=192, width=32, padding=3):
-    """A random model with a real tokenizer; `padding` output rows are no token."""
+    """A random model with a real tokenizer; `padding` output rows are not tokens."""
     tokenizer = load_tokenizer(folder)
     info = describe_tokenizer(tokenizer)
     arch = tiny_arch(

@@ -1,4 +1,4 @@
-"""The harness model, run by the real lm_eval on local tasks, beside its own Hugging Face model."""
+"""The harness model, run by the real lm_eval on local tasks, against its own Hugging Face model."""
 
 import json
 import sys

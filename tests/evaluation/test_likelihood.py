@@ -165,7 +165,7 @@ def test_bad_input_is_reported_before_a_model_is_loaded(
 
 
 def test_a_value_of_another_vocabulary_is_reported_where_it_predicts(stories260k_dir):
-    """It says nothing within a prompt, which is no target either."""
+    """It has no effect within a prompt, which is not a target either."""
     base = language_model(family_folder("S"), seed=0)
     value = language_model(stories260k_dir, seed=2)
     model = compose(base, value, strengths=[0.5], maps=[random_map(base, value)])

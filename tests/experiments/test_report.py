@@ -1,4 +1,4 @@
-"""The report: figures land in the right cells, and what is absent is said to be."""
+"""The report: figures land in the right cells, and absent ones are marked."""
 
 import json
 from pathlib import Path

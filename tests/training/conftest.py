@@ -79,5 +79,5 @@ def make_tiny_config(tiny_pair, run_dir):
 
 @pytest.fixture
 def tiny_config(tiny_pair, tmp_path):
-    """Six steps beside the tiny base."""
+    """Six steps with the tiny base."""
     return make_tiny_config(tiny_pair, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""What a run will need is said before it is taken, and what cannot fit is refused."""
+"""What a run will need is logged before it is allocated, and what cannot fit is refused."""
 
 import shutil
 from dataclasses import replace

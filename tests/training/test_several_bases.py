@@ -1,4 +1,4 @@
-"""Training beside several bases in turns."""
+"""Training with several bases in turn."""
 
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ def larger_base(tmp_path_factory):
 
 @pytest.fixture
 def config(tiny_config, larger_base):
-    """Two bases, three batches beside the first for each beside the second."""
+    """Two bases, three batches with the first for each with the second."""
     small = BaseConfig(path=tiny_config.base.path, weight=3.0)
     large = BaseConfig(path=str(larger_base), weight=1.0)
     return replace(tiny_config, base=BaseConfig(), bases=(small, large))

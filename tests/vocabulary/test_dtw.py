@@ -133,7 +133,7 @@ def test_the_empty_string_is_contained_and_a_subsequence_is_not(
 
 
 def warping_paths_of(tables: Sequence[Sequence[Sequence[float]]]) -> list[list[tuple[int, int]]]:
-    """Each table's path, from tables of any sizes; what lies beyond a table must not matter."""
+    """Each table's path, from tables of any sizes; entries beyond a table must not matter."""
     n, m = (np.array(sizes) for sizes in zip(*((len(t), len(t[0])) for t in tables), strict=True))
     totals = np.full((n.max() + 1, m.max() + 1, len(tables)), -1e9)
     for k, table in enumerate(tables):
