@@ -4,8 +4,10 @@ In: a name from the user's own config or flag, never from a file that people exc
 of a table, or the attribute of the module.
 """
 
+import hashlib
 import importlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -56,3 +58,16 @@ def load_extension(name: str, table: Mapping[str, T], kind: type[T], *, where: s
             f'{where} = "{name}": expected a {kind.__name__}, found {type(found).__name__}'
         )
     return found
+
+
+def extension_hash(name: str) -> str:
+    """Identify the code of an extension, so that what was derived with other code is noticed.
+
+    Args:
+        name: `module:attribute`, of a module that can be imported.
+
+    Returns:
+        SHA-256 of the module's source file; empty for a module without one, such as a notebook.
+    """
+    file = getattr(importlib.import_module(name.partition(":")[0]), "__file__", None)
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""

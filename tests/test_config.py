@@ -135,8 +135,6 @@ def test_a_missing_config_file_names_its_neighbours(tmp_path: Path) -> None:
         lambda: DataConfig(validation_fraction=1.0),
         lambda: RowsConfig(max_malformed_fraction=2.0),
         lambda: DataConfig(max_length=1),
-        lambda: RowsConfig(format="fields"),
-        lambda: RowsConfig(user_template="{question}"),
         lambda: PenaltyConfig(weight=-1.0),
         lambda: OptimizerConfig(beta1=1.0),
         lambda: OptimizerConfig(warmup_fraction=1.5),

@@ -1,16 +1,22 @@
 """The seams, used from outside: this module alone defines and runs each kind of extension."""
 
+import json
 from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.__main__ import main as run_benchmarks
+from benchmarks.report import Options, Report, Row
+from benchmarks.timing import Figures
 from ivl_jax.checkpoint import load_value
 from ivl_jax.command_line.flags import parse_flags
 from ivl_jax.composed.sources import load_schemes, read_value
 from ivl_jax.composition import ConnectionScheme
-from ivl_jax.config import ComposedModelConfig, InferConfig, MeshConfig, StepConfig
+from ivl_jax.config import RowsConfig, StepConfig
+from ivl_jax.data.demonstrations import DemonstrationSource, store_demonstrations
+from ivl_jax.data.formats import Message, RowError, RowFormat
 from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.device.programs import build_programs
 from ivl_jax.decoding.requests import GenerationOptions
@@ -18,11 +24,12 @@ from ivl_jax.decoding.speculative.proposals import Proposals, Proposer, longest_
 from ivl_jax.evaluation.flags import ModelFlags
 from ivl_jax.evaluation.loading import find_sources
 from ivl_jax.extensions import load_extension
-from ivl_jax.model.decoder import embed
+from ivl_jax.model.decoder import abstract_params, embed
+from ivl_jax.model.hf_families import FAMILIES
 from ivl_jax.training.loop import run
 from ivl_jax.training.objectives import OBJECTIVES, SFT, Objective
 from ivl_jax.weights.language_model import load_language_model
-from tests.training.conftest import make_tiny_config, tiny_pair  # noqa: F401
+from tests.training.conftest import make_tiny_config, save_tiny_model, tiny_pair  # noqa: F401
 from tests.training.runs import records
 
 HERE = "tests.test_extending"
@@ -56,6 +63,31 @@ FOCAL = Objective(
     first_pass=("log_prob",),
     monitored=("top1",),
     evaluated=SFT.evaluated,
+)
+
+
+def _read_quiz(row, templates):
+    """`{"quiz": [["2 + 3?", "5"], …]}`: one question and its answer after the other."""
+    if not isinstance(row.get("quiz"), list):
+        raise RowError("expected quiz, a list of questions and answers")
+    roles = ("user", "assistant")
+    return [Message(*turn) for pair in row["quiz"] for turn in zip(roles, pair, strict=True)]
+
+
+QUIZ = RowFormat("quiz", _read_quiz)
+
+
+def two_sums(options: Options) -> Report:
+    """Two sums of known cost."""
+    rows = [
+        Row(f"{n} + {n}", Figures(n / 4, 0.0), "s") for n in (1, 2)[: 1 if options.quick else 2]
+    ]
+    return Report(rows, dtype="float32", shapes={"n": 2})
+
+
+# A Llama with a second norm around each sub-layer, whose files cap the logits at 4.
+CAPPED = replace(
+    FAMILIES["llama"], optional={"final_logit_softcapping": 4.0}, fixed={"post_norms": True}
 )
 
 
@@ -154,3 +186,57 @@ def test_a_name_that_is_nothing_says_what_is_expected():
         load_extension("nowhere:X", OBJECTIVES, Objective, where="objective")
     with pytest.raises(ValueError, match="expected a Objective, found ConnectionScheme"):
         load_extension(f"{HERE}:CONFIDENT", OBJECTIVES, Objective, where="objective")
+
+
+def test_a_row_format_of_ones_own_is_read_as_the_built_in_ones_are(tmp_path):
+    questions = [(f"{i} + 1?", str(i + 1)) for i in range(9)]
+    quiz, messages = tmp_path / "quiz.jsonl", tmp_path / "messages.jsonl"
+    roles = ("user", "assistant")
+    turns = [
+        [dict(zip(("role", "content"), x, strict=True)) for x in zip(roles, q, strict=True)]
+        for q in questions
+    ]
+    quiz.write_text("".join(json.dumps({"quiz": [q]}) + "\n" for q in questions))
+    messages.write_text("".join(json.dumps({"messages": x}) + "\n" for x in turns))
+    said = []
+    for path, name in ((quiz, f"{HERE}:QUIZ"), (messages, "messages")):
+        source = DemonstrationSource((str(path),), row_format=name, validation_fraction=0.0)
+        stored = store_demonstrations(source, data_dir=tmp_path / "cache")
+        said.append([row.messages for row in stored.open("train")])
+    assert said[0] == said[1]
+    assert len(said[0]) == 9
+    quiz.write_text('{"quiz": [["2 + 3?"]]}\n{"quiz": 1}\n')
+    with pytest.raises(ValueError, match=r"(?s)jsonl:1: format quiz: .*jsonl:2: expected quiz"):
+        store_demonstrations(
+            DemonstrationSource((str(quiz),), row_format=f"{HERE}:QUIZ"), data_dir=tmp_path
+        )
+
+
+def test_a_benchmark_of_ones_own_runs_by_its_name(tmp_path, capsys):
+    report = tmp_path / "report.json"
+    assert run_benchmarks([f"{HERE}:two_sums", "--quick", "--json", str(report)]) == 0
+    assert "Two sums of known cost." in capsys.readouterr().out
+    assert [row["name"] for row in json.loads(report.read_text())["rows"]] == ["1 + 1"]
+
+
+def test_a_family_of_ones_own_is_a_table_entry(tiny_pair, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(FAMILIES, "capped", CAPPED)
+    base = save_tiny_model(tmp_path / "base", seed=2, model_type="capped", num_hidden_layers=1)
+    model = load_language_model(base)
+    assert model.arch.post_norms
+    assert model.arch.final_logit_softcapping == 4.0
+    assert "post_feedforward_layernorm" in abstract_params(model.arch)["layers"][0]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"quiz": [["{i} + 1?", "{i + 1}"]]}}\n' for i in range(40)))
+    config = make_tiny_config(tiny_pair, tmp_path / "run")
+    result = run(
+        replace(
+            config,
+            step=STEPS,
+            base=replace(config.base, path=str(base)),
+            value=replace(config.value, path=str(base)),
+            data=replace(config.data, train=(str(rows),), rows=RowsConfig(format=f"{HERE}:QUIZ")),
+        )
+    )
+    assert result.held_out["nll"] < records(result.run_dir)[0]["held_out"]["nll"] - 0.1
+    assert load_value(result.output).arch == model.arch

@@ -5,7 +5,7 @@ have passed. Imports neither JAX nor the command-line parser, so that `--help` s
 """
 
 from ivl_jax.config.checks import ConfigError, require
-from ivl_jax.config.data import DataConfig, DemonstrationFormat, RowsConfig
+from ivl_jax.config.data import DataConfig, RowsConfig
 from ivl_jax.config.files import (
     config_from_mapping,
     config_to_mapping,
@@ -50,7 +50,6 @@ __all__ = [
     "ConfigError",
     "DType",
     "DataConfig",
-    "DemonstrationFormat",
     "GenerationKeywords",
     "GenerationOptions",
     "InferConfig",

@@ -5,20 +5,18 @@ passed.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from ivl_jax.config.annotations import Inline
 from ivl_jax.config.checks import require, require_numbers
-
-DemonstrationFormat = Literal["sharegpt", "messages", "alpaca", "prompt_completion", "fields"]
 
 
 @dataclass(frozen=True)
 class RowsConfig:
     """How the rows of a file of demonstrations are read."""
 
-    format: DemonstrationFormat = "messages"
-    """Row format; `fields` reads `user_template` and `assistant_template`."""
+    format: str = "messages"
+    """Row format: `sharegpt`, `messages`, `alpaca`, `prompt_completion` or `fields`, which reads
+    `user_template` and `assistant_template`. Or `module:attribute` of a format of your own."""
     user_template: str = ""
     """With `format = "fields"`: the user's message, for example `{question}`."""
     assistant_template: str = ""
@@ -27,24 +25,12 @@ class RowsConfig:
     """A larger share of malformed rows is an error."""
 
     def __post_init__(self) -> None:
-        """Check the fraction, and that templates are given exactly when they are used."""
+        """Check the share; what a format needs is checked where formats are read."""
         require_numbers(self)
         require(
             0 <= self.max_malformed_fraction <= 1,
             f"max_malformed_fraction must be in [0, 1], got {self.max_malformed_fraction}",
         )
-        if self.format == "fields":
-            require(
-                bool(self.user_template and self.assistant_template),
-                'format = "fields" needs user_template and assistant_template, for example '
-                '"{question}" and "{answer}"',
-            )
-        else:
-            require(
-                not self.templates,
-                'user_template and assistant_template are read only with format = "fields", got '
-                f'format = "{self.format}"',
-            )
 
     @property
     def templates(self) -> dict[str, str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from etils import epath
 
-from ivl_jax.data.formats import Demonstration, Message, SourceError
+from ivl_jax.data.formats import FORMATS, Demonstration, Message, SourceError
 from ivl_jax.data.reading import (
     DemonstrationSource,
     MalformedRow,
@@ -28,6 +28,7 @@ from ivl_jax.data.reading import (
 from ivl_jax.data.sealed_folders import open_sealed_folder
 from ivl_jax.data.sources import hash_source, is_tfds
 from ivl_jax.data.storage import DemonstrationSplit, dataset_folder, write_dataset
+from ivl_jax.extensions import extension_hash
 from ivl_jax.json_files import read_json_object, write_json
 from ivl_jax.text_files import MalformedFileError
 
@@ -242,6 +243,8 @@ def _rule(source: DemonstrationSource) -> dict[str, Any]:
     for split in ("train", "validation", "test"):
         del rule[split]
     rule["validation_fraction"] = source.held_out_share
+    if source.row_format not in FORMATS:
+        rule["format_source"] = extension_hash(source.row_format)
     return rule
 
 

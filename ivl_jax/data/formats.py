@@ -1,4 +1,4 @@
-"""Reads one row of a demonstrations file as a dialogue.
+"""Reads one row of a demonstrations file as a dialogue: a table of formats, one entry each.
 
 In: a row as a dict and its format. Out: the messages of a dialogue, or the reason why the row is
 not one.
@@ -7,14 +7,13 @@ not one.
 import itertools
 import math
 import string
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+from ivl_jax.extensions import load_extension
 from ivl_jax.json_files import json_kind
 
-Format = Literal["sharegpt", "messages", "alpaca", "prompt_completion", "fields"]
-
-_SHOWN_CHARACTERS = 60  # of a value in an error message
+_SHOWN_CHARACTERS = 60  # of a value in a message
 
 ROLES = ("system", "user", "assistant")
 _ROLE_NAMES = {
@@ -69,17 +68,27 @@ class SourceError(ValueError):
     """A source of rows that cannot be read at all."""
 
 
-def parse_row(row: Any, *, row_format: Format, templates: Mapping[str, str]) -> ParsedRow:
+class RowFormat(NamedTuple):
+    """How the rows of a file are written."""
+
+    name: str
+    read: Callable[[Mapping[str, Any], Mapping[str, str]], Sequence[Message]]
+    """(row, role → template) → the turns in order; raises `RowError` with the reason why the row
+    is not a dialogue."""
+    reads_system: bool = True
+    """A row's field `system`, a text, goes before the turns."""
+    reads_templates: bool = False
+    """It needs the templates of user and assistant."""
+
+
+def parse_row(row: Any, *, row_format: RowFormat, templates: Mapping[str, str]) -> ParsedRow:
     """Reads a row as a dialogue that ends with an assistant's turn.
 
     Args:
         row: The row as JSON gives it.
-        row_format: `sharegpt` (`conversations` of `from` and `value`), `messages` (`messages` of
-            `role` and `content`), `alpaca` (`instruction`, `input`, `output`), `prompt_completion`
-            (`prompt` and `completion`, texts or lists of messages) or `fields` (the templates). All
-            but `fields` read a `system` text where the row has one.
-        templates: With `fields`, role to template over the row's fields, `{"user": "{question}",
-            "assistant": "{answer}"}`; `{meta.title}` reads a nested field.
+        row_format: An entry of `FORMATS`, or one of the user's own.
+        templates: Where the format reads them, role to template over the row's fields, `{"user":
+            "{question}", "assistant": "{answer}"}`; `{meta.title}` reads a field inside a field.
 
     Returns:
         The dialogue. Assistant turns before the first user turn, and turns after the last assistant
@@ -92,64 +101,69 @@ def parse_row(row: Any, *, row_format: Format, templates: Mapping[str, str]) -> 
     Example:
         >>> row = {"question": "What is 2 + 3?", "answer": "5"}
         >>> templates = {"user": "{question}", "assistant": "{answer}"}
-        >>> parse_row(row, row_format="fields", templates=templates).messages
+        >>> parse_row(row, row_format=FORMATS["fields"], templates=templates).messages
         (Message(role='user', content='What is 2 + 3?'), Message(role='assistant', content='5'))
     """
     if not isinstance(row, Mapping):
         raise RowError(f"expected an object, got {json_kind(row)}")
-    match row_format:
-        case "sharegpt":
-            turns = _turns(row, "conversations", role_key="from", content_key="value")
-        case "messages":
-            turns = _turns(row, "messages", role_key="role", content_key="content")
-        case "alpaca":
-            if row.get("history"):
-                raise RowError("field 'history' is not supported: use format messages")
-            prompt, extra = _text(row, "instruction"), _optional_text(row, "input")
-            turns = [
-                Message("user", f"{prompt}\n\n{extra}" if extra else prompt),
-                Message("assistant", _text(row, "output")),
-            ]
-        case "prompt_completion":
-            turns = [
-                *_text_or_turns(row, "prompt", role="user"),
-                *_text_or_turns(row, "completion", role="assistant"),
-            ]
-        case "fields":
-            turns = [
-                Message(role, fill_template(templates[role], row))
-                for role in ROLES
-                if templates.get(role)
-            ]
-    system = "" if row_format == "fields" else _optional_text(row, "system")
-    if system and turns[0].role != "system":
+    try:
+        turns = list(row_format.read(row, templates))
+        _check_messages(turns, row_format.name)
+    except RowError:
+        raise
+    # A format of the user's own meets rows that its author did not think of.
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise RowError(f"format {row_format.name}: {type(error).__name__}: {error}") from error
+    system = _optional_text(row, "system") if row_format.reads_system else ""
+    if system and (not turns or turns[0].role != "system"):
         turns.insert(0, Message("system", system))
     return _checked(turns)
 
 
-def check_templates(row_format: str, templates: Mapping[str, str]) -> None:
-    """Checks that templates are given exactly with `fields`, and that they are well formed.
+def find_format(name: str) -> RowFormat:
+    """Give a format.
+
+    Args:
+        name: A key of `FORMATS`, or `module:attribute` of a `RowFormat` that the user's own config
+            or flag names.
+
+    Returns:
+        The format.
 
     Raises:
-        ValueError: The format is unknown, or a template is missing, not expected or malformed.
+        ValueError: Neither.
     """
-    if row_format not in get_args(Format):
-        raise ValueError(
-            f"format: expected one of {', '.join(get_args(Format))}, got {row_format!r}"
-        )
-    if row_format != "fields":
+    return load_extension(name, FORMATS, RowFormat, where="format")
+
+
+def check_templates(row_format: RowFormat, templates: Mapping[str, str]) -> None:
+    """Checks that templates are given exactly where they are read, and that they are well formed.
+
+    Raises:
+        ValueError: A template is missing, not wanted or not readable.
+    """
+    name = row_format.name
+    if not row_format.reads_templates:
         if any(templates.values()):
-            raise ValueError(f"templates are used only with format 'fields', got {row_format!r}")
+            raise ValueError(
+                f'format = "{name}" reads no templates, got {_given(templates)}: leave them out, '
+                'or set format = "fields"'
+            )
         return
     missing = [role for role in ("user", "assistant") if not templates.get(role)]
     unknown = sorted(set(templates) - set(ROLES))
     if missing or unknown:
         raise ValueError(
-            f"templates: expected user, assistant and optionally system, got {sorted(templates)}"
+            f'format = "{name}" needs user_template and assistant_template, for example '
+            f'"{{question}}" and "{{answer}}", got {_given(templates) or "neither"}'
         )
     for role, template in templates.items():
         if template and not any(name for name in _template_parts(role, template)):
-            raise ValueError(f"template of {role}: {template!r} has no field such as {{answer}}")
+            raise ValueError(f"{role}_template: {template!r} names no field, as {{answer}} does")
+
+
+def _given(templates: Mapping[str, str]) -> str:
+    return ", ".join(f"{role}_template" for role, template in templates.items() if template)
 
 
 def fill_template(template: str, row: Mapping[str, Any]) -> str:
@@ -181,14 +195,60 @@ def _template_parts(role: str, template: str) -> list[str]:
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise ValueError(f"template of {role}: {template!r}: {error}") from error
+        raise ValueError(f"{role}_template: {template!r}: {error}") from error
     for _, name, spec, conversion in parts:
         if name is not None and (spec or conversion or not name or "[" in name):
             raise ValueError(
-                f"template of {role}: {template!r}: expected {{field}} or {{outer.inner}}, without "
+                f"{role}_template: {template!r}: expected {{field}} or {{outer.inner}}, without "
                 "formats or indices"
             )
     return [name for _, name, _, _ in parts if name]
+
+
+def _read_sharegpt(row: Mapping[str, Any], _: Mapping[str, str]) -> list[Message]:
+    """`conversations` of `from` and `value`."""
+    return _turns(row, "conversations", role_key="from", content_key="value")
+
+
+def _read_messages(row: Mapping[str, Any], _: Mapping[str, str]) -> list[Message]:
+    """`messages` of `role` and `content`."""
+    return _turns(row, "messages", role_key="role", content_key="content")
+
+
+def _read_alpaca(row: Mapping[str, Any], _: Mapping[str, str]) -> list[Message]:
+    """`instruction`, `input` and `output`."""
+    if row.get("history"):
+        raise RowError("field 'history' is not supported: use format messages")
+    prompt, extra = _text(row, "instruction"), _optional_text(row, "input")
+    return [
+        Message("user", f"{prompt}\n\n{extra}" if extra else prompt),
+        Message("assistant", _text(row, "output")),
+    ]
+
+
+def _read_prompt_completion(row: Mapping[str, Any], _: Mapping[str, str]) -> list[Message]:
+    """`prompt` and `completion`, texts or lists of messages."""
+    prompt = _text_or_turns(row, "prompt", role="user")
+    return [*prompt, *_text_or_turns(row, "completion", role="assistant")]
+
+
+def _read_fields(row: Mapping[str, Any], templates: Mapping[str, str]) -> list[Message]:
+    """Fields of any name, put into templates."""
+    return [
+        Message(role, fill_template(templates[role], row)) for role in ROLES if templates.get(role)
+    ]
+
+
+FORMATS = {
+    one.name: one
+    for one in (
+        RowFormat("sharegpt", _read_sharegpt),
+        RowFormat("messages", _read_messages),
+        RowFormat("alpaca", _read_alpaca),
+        RowFormat("prompt_completion", _read_prompt_completion),
+        RowFormat("fields", _read_fields, reads_system=False, reads_templates=True),
+    )
+}
 
 
 def _turns(row: Mapping[str, Any], field: str, *, role_key: str, content_key: str) -> list[Message]:
@@ -269,6 +329,19 @@ def _optional_text(row: Mapping[str, Any], field: str) -> str:
     """A field that may be absent or null; blank text counts as absent."""
     text = "" if row.get(field) is None else _text(row, field)
     return text if text.strip() else ""
+
+
+def _check_messages(turns: Sequence[Any], format_name: str) -> None:
+    """An error where a format gives anything but messages."""
+    for turn in turns:
+        if not isinstance(turn, Message):
+            raise RowError(f"format {format_name}: expected messages, got {json_kind(turn)}")
+        if turn.role not in ROLES:
+            raise RowError(f"format {format_name}: unknown role {_shown(turn.role)}")
+        if not isinstance(turn.content, str):
+            raise RowError(
+                f"format {format_name}: the content is {json_kind(turn.content)}, expected text"
+            )
 
 
 def _checked(turns: list[Message]) -> ParsedRow:

@@ -16,11 +16,12 @@ import numpy as np
 
 from ivl_jax.data.formats import (
     Demonstration,
-    Format,
     Message,
     RowError,
+    RowFormat,
     check_templates,
     fill_template,
+    find_format,
     parse_row,
 )
 from ivl_jax.data.sources import read_rows
@@ -37,9 +38,10 @@ class DemonstrationSource:
     Attributes:
         train: JSON or JSONL files, or `tfds:NAME[/CONFIG][:SPLIT]`.
         validation: The same for held-out rows; when empty, `validation_fraction` of `train`.
-        test: The same for a third split; may be empty.
-        row_format: The format of a row; see `ivl_jax.data.formats.parse_row`.
-        templates: Role to template, for the format `fields`.
+        test: The same for a third split; may stay empty.
+        row_format: How a row is written: a key of `ivl_jax.data.formats.FORMATS`, or
+            `module:attribute` that the user's own config or flag names.
+        templates: Role to template, for a format that reads them.
         validation_fraction: Share of the rows of `train` to hold out, by a hash of each dialogue,
             so that equal dialogues stay together; at least one row is held out. 0 holds out none.
         group_field: A row's field, `module` or `meta.entity`; rows with equal values stay in the
@@ -49,20 +51,25 @@ class DemonstrationSource:
     train: tuple[str, ...]
     validation: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
-    row_format: Format = "messages"
+    row_format: str = "messages"
     templates: Mapping[str, str] = field(default_factory=dict)
     validation_fraction: float = 0.02
     group_field: str = ""
 
     def __post_init__(self) -> None:
-        """Checks that the fields are consistent."""
-        check_templates(self.row_format, self.templates)
+        """Checks that the fields belong together."""
+        check_templates(self.format, self.templates)
         if not self.train:
             raise ValueError("demonstrations: no training source")
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(
                 f"validation_fraction: expected a share in [0, 1), got {self.validation_fraction}"
             )
+
+    @property
+    def format(self) -> RowFormat:
+        """How a row is written."""
+        return find_format(self.row_format)
 
     @property
     def files(self) -> dict[str, tuple[str, ...]]:
@@ -186,14 +193,13 @@ def read_split(source: DemonstrationSource, split: str, *, cutoff: int) -> Itera
 def _read(source: DemonstrationSource, split: str) -> Iterator[_ReadRow | MalformedRow]:
     """Every row of a split's files, as a demonstration or with the reason why it is not one."""
     group = "{" + source.group_field + "}" if source.group_field else ""
+    row_format = source.format
     for reference in source.files[split]:
         for row in read_rows(reference):
             try:
                 if isinstance(row.value, RowError):
                     raise row.value
-                parsed = parse_row(
-                    row.value, row_format=source.row_format, templates=source.templates
-                )
+                parsed = parse_row(row.value, row_format=row_format, templates=source.templates)
                 dialogue_hash = _hash(_said(parsed.messages))
                 key = fill_template(group, row.value) if group else None
             except RowError as error:

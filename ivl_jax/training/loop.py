@@ -32,6 +32,7 @@ from ivl_jax.training.run_directory import RunDirectory, RunDirectoryError
 from ivl_jax.training.setup import (
     Preparation,
     cache_base_states,
+    check_names,
     make_run_mesh,
     prepare,
     prepare_data,
@@ -99,6 +100,7 @@ def run(config: TrainConfig | str | os.PathLike[str] | Mapping[str, Any]) -> Tra
 
 def _run(config: TrainConfig, directory: RunDirectory, *, there: bool) -> TrainResult:
     """Train in a run directory that no other process writes to."""
+    check_names(config)
     mesh = make_run_mesh(config)
     models = choose_models(config, mesh)
     check_batch(config, models.arch, mesh)

@@ -23,6 +23,7 @@ from ivl_jax.sharding import batch_ways, data_shard, make_mesh
 from ivl_jax.training.base_turns import BaseTurns
 from ivl_jax.training.cached_states import CachedSplit, open_cached_splits, write_cached_states
 from ivl_jax.training.models import Models, Placement, make_trained_params, place_model
+from ivl_jax.training.objectives import find_objective
 from ivl_jax.training.optimizer import make_optimizer, make_schedule
 from ivl_jax.training.programs import BaseProgram, build_programs
 from ivl_jax.training.step import TrainState, abstract_state, init_state, state_shardings
@@ -59,6 +60,16 @@ class Preparation:
     """Reads or makes the trained parameters; not called when a checkpoint is restored."""
     state_from: Callable[[Params], TrainState]
     """The state of step 0 around given parameters, which are donated."""
+
+
+def check_names(config: TrainConfig) -> None:
+    """Look up what the config gives by name, before anything is read.
+
+    Raises:
+        ValueError: an unknown objective or row format, or templates where none are read.
+    """
+    find_objective(config.objective)
+    _source(config.data)
 
 
 def make_run_mesh(config: TrainConfig) -> Mesh:

@@ -406,7 +406,7 @@ def test_gsm8k_reads_whole(gsm8k_dir: Path, tmp_path: Path) -> None:
     [
         ({"train": ()}, "no training source"),
         ({"validation_fraction": 1.0}, "validation_fraction"),
-        ({"templates": {}}, "expected user, assistant"),
+        ({"templates": {}}, "needs user_template and assistant_template"),
     ],
 )
 def test_a_source_is_checked_before_it_is_read(options: dict[str, Any], message: str) -> None:

@@ -5,10 +5,13 @@ from typing import Any
 import pytest
 
 from ivl_jax.data.formats import (
+    FORMATS,
     Message,
     RowError,
+    RowFormat,
     check_templates,
     fill_template,
+    find_format,
     parse_row,
 )
 
@@ -26,8 +29,8 @@ def _weighted(turn: int, *, weight: Any) -> list[dict[str, Any]]:
     return turns
 
 
-def _parse(row: Any, row_format: Any, templates: dict[str, str] | None = None) -> Any:
-    return parse_row(row, row_format=row_format, templates=templates or {})
+def _parse(row: Any, row_format: str, templates: dict[str, str] | None = None) -> Any:
+    return parse_row(row, row_format=FORMATS[row_format], templates=templates or {})
 
 
 @pytest.mark.parametrize(
@@ -214,18 +217,41 @@ def test_templates_reach_into_fields() -> None:
 @pytest.mark.parametrize(
     ("row_format", "templates", "message"),
     [
-        ("fields", {"user": "{q}"}, "expected user, assistant"),
-        ("fields", {"user": "{q}", "assistant": "{a}", "tool": "{t}"}, "expected user, assistant"),
-        ("fields", {"user": "{q}", "assistant": "a"}, "has no field such as"),
-        ("fields", {"user": "{q", "assistant": "{a}"}, "template of user"),
+        ("fields", {"user": "{q}"}, "needs user_template and assistant_template"),
+        (
+            "fields",
+            {"user": "{q}", "assistant": "{a}", "tool": "{t}"},
+            "needs user_template and assistant_template",
+        ),
+        ("fields", {"user": "{q}", "assistant": "a"}, "names no field"),
+        ("fields", {"user": "{q", "assistant": "{a}"}, "user_template: '{q'"),
         ("fields", {"user": "{q!r}", "assistant": "{a}"}, "without formats"),
         ("fields", {"user": "{q[0]}", "assistant": "{a}"}, "without formats"),
-        ("messages", {"user": "{q}"}, "only with format 'fields'"),
-        ("share_gpt", {}, "expected one of sharegpt"),
+        ("fields", {}, "needs user_template and assistant_template.* got neither"),
+        ("messages", {"user": "{q}"}, '"messages" reads no templates, got user_template'),
     ],
 )
 def test_templates_are_checked_before_any_row(
-    row_format: Any, templates: dict[str, str], message: str
+    row_format: str, templates: dict[str, str], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        check_templates(row_format, templates)
+        check_templates(FORMATS[row_format], templates)
+
+
+def test_a_format_of_ones_own_may_meet_rows_it_did_not_expect() -> None:
+    pairs = RowFormat("pairs", lambda row, _: [Message("user", row["q"]), *row["rest"]])
+    for row, reason in (
+        ({}, "format pairs: KeyError: 'q'"),
+        ({"q": "a", "rest": 1}, "format pairs: TypeError"),
+        ({"q": "a", "rest": []}, "no assistant turn"),
+        ({"q": "a", "rest": ["b"]}, "format pairs: expected messages, got text"),
+        ({"q": "a", "rest": [Message("tool", "b")]}, "format pairs: unknown role 'tool'"),
+        ({"q": 1, "rest": [Message("assistant", "b")]}, "format pairs: the content is a number"),
+    ):
+        with pytest.raises(RowError, match=reason):
+            parse_row(row, row_format=pairs, templates={})
+
+
+def test_an_unknown_format_names_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r'format = "share_gpt": expected one of sharegpt, mess'):
+        find_format("share_gpt")
