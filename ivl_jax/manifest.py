@@ -160,6 +160,20 @@ def file_problems(
         return shorten([line for line in pool.map(problem, manifest.files.items()) if line])
 
 
+def unlisted_files(folder: epath.PathLike, manifest: Manifest) -> list[str]:
+    """List the files of a folder that its manifest does not know, by name.
+
+    Args:
+        folder: the folder.
+        manifest: what it was when it was written.
+
+    Returns:
+        Their paths relative to the folder, in alphabetical order.
+    """
+    known = {*manifest.files, MANIFEST_NAME}
+    return sorted(set(_file_names(epath.Path(folder))) - known)
+
+
 def shorten(problems: Sequence[str]) -> tuple[str, ...]:
     """Keep the first 20 lines of a list of problems and count the rest."""
     shown = tuple(problems[:PROBLEMS_SHOWN])

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ivl_jax.checkpoint.export import export_value, write_value_description
-    from ivl_jax.checkpoint.manager import RestoredRun, TrainCheckpointer
+    from ivl_jax.checkpoint.manager import CheckpointSaveError, RestoredRun, TrainCheckpointer
     from ivl_jax.checkpoint.steps import NoUsableCheckpointError, RejectedStep
     from ivl_jax.checkpoint.value_folder import ValueNetwork, load_value, save_value
     from ivl_jax.checkpoint.value_metadata import (
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # Loaded on first use: reading a value folder's metadata needs neither JAX nor Orbax (2 s).
 _HOME = {
+    "CheckpointSaveError": "manager",
     "NoUsableCheckpointError": "steps",
     "RejectedStep": "steps",
     "RestoredRun": "manager",
@@ -30,6 +31,7 @@ _HOME = {
     "write_value_description": "export",
 }
 __all__ = [
+    "CheckpointSaveError",
     "NoUsableCheckpointError",
     "RejectedStep",
     "RestoredRun",

@@ -68,8 +68,9 @@ def export_value(
 
     Raises:
         FileNotFoundError: the run directory has no value description.
-        FileExistsError: `out` exists, and `overwrite` is not set or it is not a value folder.
-        NoUsableCheckpointError: the checkpoint does not exist or was altered; lists the reasons.
+        FileExistsError: `out` exists, and `overwrite` was not said or it is no value folder.
+        NoUsableCheckpointError: the checkpoint does not exist or was altered, with the reasons; or
+            the best or latest one is the untrained step 0, which is exported by its number only.
         ValueFolderError: the run's value description was altered.
     """
     run_dir, out = absolute_path(run_dir), absolute_path(out)
@@ -83,6 +84,15 @@ def export_value(
     metadata, tokenizer, _ = read_description(description)
     checkpoints = run_dir / CHECKPOINTS_FOLDER
     step, rejected = find_usable_step(checkpoints, _wanted_step(checkpoints, which))
+    if step == 0 and which != 0:
+        unusable = {0, *(one.step for one in rejected)}
+        newer = [other for other in complete_steps(checkpoints) if other not in unusable]
+        remedy = f"step {max(newer)} with --step latest" if newer else "a step once the run has one"
+        raise NoUsableCheckpointError(
+            f"the {which} checkpoint in {checkpoints} is step 0, before any training: "
+            + ("no later one has a lower held-out NLL" if newer else "there is no later one")
+            + f"; export {remedy}, or say --step 0 if you want the untrained network"
+        )
     for one in rejected:
         logger.warning("a checkpoint in %s cannot be used: %s", checkpoints, one)
     state = checkpoints / str(step) / "state"

@@ -41,6 +41,10 @@ from ivl_jax.paths import absolute_path
 logger = logging.getLogger(__name__)
 
 
+class CheckpointSaveError(OSError):
+    """A checkpoint that could not be written: step, folder, reason, what is left to resume from."""
+
+
 class RestoredRun(NamedTuple):
     """The state of a run when a checkpoint was saved."""
 
@@ -122,7 +126,7 @@ class TrainCheckpointer:
         Raises:
             FileExistsError: the folder has checkpoints that this run did not resume from.
             TypeError: the metadata or the data position is not JSON.
-            Exception: whatever the previous save failed with.
+            CheckpointSaveError: the save before this one failed, or this one at once.
         """
         self.wait_until_finished()
         step = int(state.step)
@@ -139,7 +143,11 @@ class TrainCheckpointer:
             data=ocp.args.JsonSave(data),
             run=ocp.args.JsonSave(run),
         )
-        self._manager.save(step, args=items, force=True)
+        try:
+            self._manager.save(step, args=items, force=True)
+        except Exception as error:
+            self._failed = True
+            raise self._save_error(step, error) from error
         self._newest = step
         self._pending = self._worker.submit(
             self._seal, self._manager, step, measured, tuple(leave_out)
@@ -165,15 +173,15 @@ class TrainCheckpointer:
         """Wait until the last save is committed and sealed.
 
         Raises:
-            Exception: whatever it failed with; the older checkpoints are untouched.
+            CheckpointSaveError: it failed; the older checkpoints are untouched then.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
             try:
                 pending.result()
-            except BaseException:
+            except Exception as error:
                 self._failed = True
-                raise
+                raise self._save_error(self._newest, error) from error
 
     def restore(
         self,
@@ -257,7 +265,7 @@ class TrainCheckpointer:
         """Wait for the last save and release Orbax's threads.
 
         Raises:
-            Exception: whatever the last save failed with.
+            CheckpointSaveError: the last save failed.
         """
         try:
             self.wait_until_finished()
@@ -347,6 +355,16 @@ class TrainCheckpointer:
             write_manifest(self.directory / str(step), self._about(step, metrics, left_out))
         self._metrics[step] = metrics
         self._delete_old()
+
+    def _save_error(self, step: int | None, error: Exception) -> CheckpointSaveError:
+        """What a failed save comes to; of Orbax's errors the first line says what happened."""
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        left = list(complete_steps(self.directory))
+        return CheckpointSaveError(
+            f"step {step} could not be saved in {self.directory}: {reason}; "
+            + (f"the checkpoints of steps {left} are whole" if left else "there is no checkpoint")
+            + ": make room there if the disk is full, and resume"
+        )
 
     def _about(
         self, step: int, metrics: dict[str, float], left_out: Sequence[str]

@@ -4,7 +4,6 @@ In: a folder with one sub-folder per step, each with its hash manifest. Out: the
 exactly as it was written, and what is wrong with each newer one. Does not import JAX.
 """
 
-import json
 import logging
 import math
 import re
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from ivl_jax.json_files import read_json_object
 from ivl_jax.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -140,8 +140,12 @@ def find_usable_step(
 
 
 def run_metadata(directory: epath.PathLike, step: int) -> dict[str, Any]:
-    """Read the JSON about the run that was saved with a step."""
-    return json.loads((epath.Path(directory) / str(step) / "run" / "metadata").read_bytes())
+    """Read the JSON about the run that was saved with a step.
+
+    Raises:
+        MalformedFileError: It cannot be read, although its manifest says that it is as written.
+    """
+    return read_json_object(epath.Path(directory) / str(step) / "run" / "metadata")
 
 
 def complete_steps(directory: epath.PathLike) -> dict[int, Manifest]:

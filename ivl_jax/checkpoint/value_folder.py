@@ -13,10 +13,9 @@ In: parameters, metadata and tokenizer of a value network. Out: one folder with 
 import dataclasses
 import json
 import logging
-import tempfile
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -34,8 +33,16 @@ from ivl_jax.checkpoint.value_metadata import (
     ValueMetadata,
     read_value_metadata,
 )
+from ivl_jax.checkpoint.value_tokenizer import TOKENIZER_FOLDER, read_tokenizer, write_tokenizer
 from ivl_jax.finite_arrays import check_finite
-from ivl_jax.manifest import ManifestError, file_problems, read_manifest, write_manifest
+from ivl_jax.manifest import (
+    ManifestError,
+    file_problems,
+    read_manifest,
+    shorten,
+    unlisted_files,
+    write_manifest,
+)
 from ivl_jax.model.decoder import Params, unstack_layers
 from ivl_jax.model.network import (
     Architecture,
@@ -43,9 +50,9 @@ from ivl_jax.model.network import (
     architecture_from_json,
     vocabulary_dimensions,
 )
-from ivl_jax.paths import absolute_path, is_local
+from ivl_jax.paths import absolute_path
 from ivl_jax.sharding import DEFAULT_RULES, ShardingRules, padded_vocab_rows, parameter_shardings
-from ivl_jax.tokenizer import TokenizerInfo, describe_tokenizer, load_tokenizer, save_tokenizer
+from ivl_jax.tokenizer import TokenizerInfo, describe_tokenizer
 from ivl_jax.tree_compare import check_same_tree, named_leaves
 
 if TYPE_CHECKING:
@@ -56,7 +63,6 @@ else:
 logger = logging.getLogger(__name__)
 
 PARAMS_FOLDER = "params"
-TOKENIZER_FOLDER = "tokenizer"
 
 
 @dataclass(frozen=True)
@@ -232,22 +238,35 @@ def read_description(
 
     Raises:
         FileNotFoundError: it is not a value folder.
-        ValueFolderError: its files or its tokenizer are damaged or inconsistent.
+        ValueFolderError: its files or its tokenizer are not what they should be, or a file was
+            added to the tokenizer's.
     """
     folder = absolute_path(folder)
     metadata = read_value_metadata(folder)
+    unexpected: list[str] = []
     try:
-        problems = file_problems(folder, read_manifest(folder))
+        manifest = read_manifest(folder)
+        problems = file_problems(folder, manifest)
+        unexpected = unlisted_files(folder, manifest)
     except ManifestError as error:
         problems = (str(error),)
+    # What lies beside the tokenizer's files may change how it reads a text.
+    read = [name for name in unexpected if re.match(rf"{TOKENIZER_FOLDER}/[^.]", name)]
+    problems += shorten([f"{name}: not written with the folder" for name in read])
     if problems:
         listed = "".join(f"\n  - {problem}" for problem in problems)
         raise ValueFolderError(
             f"{folder} was changed after it was written:{listed}\n"
             "copy the folder again, or export the value network again"
         )
+    if unexpected:
+        logger.warning(
+            "%s holds files that were not written with it and are not read: %s",
+            folder,
+            ", ".join(shorten(unexpected)),
+        )
     recorded = TokenizerInfo.from_json(metadata.tokenizer)
-    tokenizer = load_value_tokenizer(folder)
+    tokenizer = read_tokenizer(folder / TOKENIZER_FOLDER)
     found = describe_tokenizer(tokenizer)
     _check_tokenizer(found, metadata, value_architecture(metadata, folder), f"{folder}/tokenizer")
     info = dataclasses.replace(found, eos_ids=recorded.eos_ids, pad_id=recorded.pad_id)
@@ -293,7 +312,7 @@ def write_value_folder(
         if building.exists():
             building.rmtree()
         building.mkdir(parents=True)
-        _copy_tokenizer(tokenizer, building / TOKENIZER_FOLDER)
+        write_tokenizer(tokenizer, building / TOKENIZER_FOLDER)
         text = json.dumps(metadata.to_json(), indent=1, ensure_ascii=False) + "\n"
         (building / METADATA_NAME).write_bytes(text.encode())
     _barrier(f"value_folder_begun_{folder}")
@@ -372,26 +391,6 @@ def _check_tokenizer(
             f"{what} is not the tokenizer of the metadata:{listed}\n"
             "the value network needs the tokenizer it was trained with"
         )
-
-
-def _copy_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: epath.Path) -> None:
-    """Write the tokenizer's files, also to URLs, to which transformers cannot write."""
-    folder.mkdir()
-    with tempfile.TemporaryDirectory() as local:
-        save_tokenizer(tokenizer, local)
-        for path in Path(local).iterdir():
-            (folder / path.name).write_bytes(path.read_bytes())
-
-
-def load_value_tokenizer(value_folder: epath.PathLike) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a value folder, also from URLs, which transformers cannot read."""
-    folder = absolute_path(value_folder) / TOKENIZER_FOLDER
-    if is_local(folder):
-        return load_tokenizer(folder)
-    with tempfile.TemporaryDirectory() as local:
-        for path in folder.iterdir():
-            (Path(local) / path.name).write_bytes(path.read_bytes())
-        return load_tokenizer(local)
 
 
 def _barrier(name: str) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from etils import epath
 
-from ivl_jax.checkpoint.value_folder import TOKENIZER_FOLDER
+from ivl_jax.checkpoint.value_tokenizer import TOKENIZER_FOLDER
 from ivl_jax.composed.sources import ModelSource
 from ivl_jax.composition import ConnectionScheme
 from ivl_jax.tokenizer_agreement import TokenizerMismatchError, check_compatible

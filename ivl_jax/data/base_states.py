@@ -9,7 +9,6 @@ each other; so they are valid for any packing and shuffling.
       00000-of-00012.arrayrecord  one record per dialogue: [positions, D], unrounded
 """
 
-import json
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +19,9 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from jaxtyping import Float, Int64
+
+from ivl_jax.json_files import read_json_object, write_json
+from ivl_jax.text_files import MalformedFileError
 
 _FORMAT = 1
 _SHARD_BYTES = 1 << 27  # per file; an interrupted pass loses at most one file
@@ -163,7 +165,7 @@ def open_base_states(
     wanted = {"format": _FORMAT, "dtype": dtype, "width": width, **identity}
     record = folder / "states.json"
     if record.exists():
-        found = json.loads(record.read_text())
+        found = _read_record(record)
         different = [
             f"{name}: {_short(found.get(name))} in the cache, {_short(value)} in this run"
             for name, value in wanted.items()
@@ -176,10 +178,18 @@ def open_base_states(
             )
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = folder / f"states.{uuid.uuid4().hex}.unfinished"
-        unfinished.write_text(json.dumps(wanted, indent=1) + "\n")
-        unfinished.replace(record)
+        write_json(record, wanted)
     return BaseStates(folder, positions, width=width, dtype=dtype)
+
+
+def _read_record(path: epath.Path) -> dict[str, Any]:
+    try:
+        return read_json_object(path)
+    except MalformedFileError as error:
+        raise StatesError(
+            f"{error}; the cached base states beside it cannot be told from others: delete the "
+            "folder, and the next run writes them again"
+        ) from error
 
 
 def _shards(bytes_each: Int64[np.ndarray, "N"]) -> list[tuple[int, int]]:

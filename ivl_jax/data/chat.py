@@ -19,7 +19,7 @@ from jaxtyping import Bool, Int32
 from ivl_jax.data.dialogue_layout import PROBE, DialogueTemplate, Layout, following
 from ivl_jax.data.formats import Message
 from ivl_jax.data.pieces import PieceEncoder, PieceTokens
-from ivl_jax.data.rendering import ChatTemplateError, render
+from ivl_jax.data.rendering import ChatTemplateError, TemplateLimitError, render
 from ivl_jax.data.templates import (
     NAMED_TEMPLATES,
     PINNED_DATE,
@@ -105,22 +105,28 @@ class ChatFormat:
         return encoded
 
     def encode_dialogues(
-        self, dialogues: Sequence[Sequence[Message]]
+        self, dialogues: Sequence[Sequence[Message]], *, beyond_limits_at_most: int | None = None
     ) -> list[EncodedDialogue | ChatTemplateError]:
         """Encodes many dialogues at once, which is several times faster.
 
         Args:
             dialogues: Messages of each dialogue.
+            beyond_limits_at_most: Dialogues on which the template may exceed its limits, each of
+                which takes about a second; one more is the last. None: any number.
 
         Returns:
             For each dialogue, what `encode_dialogue` returns or raises.
         """
         layouts: list[Layout | ChatTemplateError] = []
+        beyond = 0
         for messages in dialogues:
             try:
                 layouts.append(self._layouts.lay_out(messages))
             except ChatTemplateError as error:
                 layouts.append(error)
+                beyond += isinstance(error, TemplateLimitError)
+                if beyond_limits_at_most is not None and beyond > beyond_limits_at_most:
+                    break
         good = [layout for layout in layouts if isinstance(layout, Layout)]
         encoded = iter(self._encoder.encode([_split(layout) for layout in good]))
         return [

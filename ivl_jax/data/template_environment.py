@@ -138,8 +138,8 @@ class ChatTemplateEnvironment(ImmutableSandboxedEnvironment):
             optimized=False,  # compute nothing at compile time
             finalize=_printed,
         )
-        self.filters = bounded_filters()
-        self.tests = bounded_tests()
+        self.filters = dict(bounded_filters())
+        self.tests = dict(bounded_tests())
         self.globals = {
             name: value for name, value in self.globals.items() if name not in LEFT_OUT
         } | {"dict": _Dict(), "namespace": _Namespace, "raise_exception": _raise_exception}

@@ -87,6 +87,7 @@ def check_text_format(
     budget.allow(len(text) + widths + count * largest)
 
 
+@functools.cache
 def bounded_filters() -> dict[str, Callable[..., Any]]:
     """Returns Jinja's filters, each checked before and charged after the call."""
     kept = {name: used for name, used in filters.FILTERS.items() if name not in LEFT_OUT}
@@ -96,6 +97,7 @@ def bounded_filters() -> dict[str, Callable[..., Any]]:
     }
 
 
+@functools.cache
 def bounded_tests() -> dict[str, Callable[..., Any]]:
     """Returns Jinja's tests, each charged as a step."""
     return {name: _bounded(used, None) for name, used in tests.TESTS.items()}

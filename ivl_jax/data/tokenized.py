@@ -230,7 +230,10 @@ def _encode_into(
 
     write("starts", [0])
     for first, chunk in _chunks(demonstrations):
-        encoded = chat.encode_dialogues([demonstration.messages for demonstration in chunk])
+        encoded = chat.encode_dialogues(
+            [demonstration.messages for demonstration in chunk],
+            beyond_limits_at_most=_BEYOND_LIMITS_AT_MOST,
+        )
         for row, (demonstration, dialogue) in enumerate(zip(chunk, encoded, strict=True), first):
             if isinstance(dialogue, ChatTemplateError):
                 malformed.append(MalformedRow(demonstration.row_id, str(dialogue)))

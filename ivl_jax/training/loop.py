@@ -121,7 +121,12 @@ def _run(config: TrainConfig, directory: RunDirectory, *, there: bool) -> TrainR
         output = None
         if not interrupted:
             output = save_output(config, directory, prepared, weights, state)
-            if config.method == "value" and best not in (None, int(state.step)):
+            if config.method == "value" and best == 0:
+                logger.warning(
+                    "no checkpoint has a lower held-out NLL than step 0, before any training: "
+                    "try a lower optimizer.learning_rate or more data"
+                )
+            elif config.method == "value" and best not in (None, int(state.step)):
                 logger.info(
                     "the lowest held-out NLL was at step %d; to export it: "
                     "python -m ivl_jax.checkpoint export-value %s OUT --step best",

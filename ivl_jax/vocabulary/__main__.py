@@ -53,7 +53,7 @@ def build(
             (begin, end, turn end, same name) is not what you want.
     """
     from ivl_jax.vocabulary.alignment import build_vocabulary_map
-    from ivl_jax.vocabulary.mapping import save_vocabulary_map
+    from ivl_jax.vocabulary.mapping import coverage_problem, save_vocabulary_map
     from ivl_jax.vocabulary.texts import MAX_TEXT_BYTES, read_texts
 
     if output.suffix != ".safetensors" or not output.parent.is_dir():
@@ -76,10 +76,18 @@ def build(
             pairs_by_hand=pair,
             progress=lambda stage, done: bars.advance(tasks[stage], done),
         )
+    if not built.coverage.text:
+        raise ValueError(
+            f"no token of the text in {', '.join(map(str, text))} is mapped from {base.name} to "
+            f"{value.name}: the map would change nothing, so it is not written; is the text of the "
+            "kind that both tokenizers read?"
+        )
     save_vocabulary_map(output, built.vocabulary_map, built.metadata)
     if cut:
         console.print(f"{cut:,} texts were longer than {MAX_TEXT_BYTES:,} bytes and were split")
     _report(console, built, base, value, len(texts))
+    if (problem := coverage_problem(built.metadata)) is not None:
+        logging.getLogger(__name__).warning(problem)
     console.print(f"wrote {escape(str(output))} ({output.stat().st_size / 1e6:.2f} MB)")
 
 

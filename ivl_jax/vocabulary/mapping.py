@@ -6,6 +6,8 @@ A map is two vectors, never a matrix: each base token takes its logit from at mo
 
 import dataclasses
 import json
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,9 +16,16 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 from jaxtyping import Array, Bool, Float, Float32, Int32
-from safetensors import SafetensorError
+
+from ivl_jax.json_files import json_kind, parse_json
+from ivl_jax.text_files import read_bytes
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+LOW_COVERAGE = 0.05
+"""A map of a smaller share of the base's tokens is warned of, a twentieth: a text of a few pages
+covers more."""
 BUILD_COMMAND = (
     "python -m ivl_jax.vocabulary build --base-tokenizer {base} --value-tokenizer {value} "
     "--text TEXT --output {output}"
@@ -165,11 +174,12 @@ def load_vocabulary_map(path: epath.PathLike) -> tuple[VocabularyMap, MapMetadat
             f"no vocabulary map at {path}; build one: "
             + BUILD_COMMAND.format(base="BASE", value="VALUE", output=path)
         )
-    content = path.read_bytes()
+    content = read_bytes(path)
     try:
         tensors = safetensors.numpy.load(content)
-        record = json.loads(_file_metadata(content)[_METADATA_KEY])
-    except (SafetensorError, KeyError, ValueError) as error:
+        record = parse_json(_file_metadata(content)[_METADATA_KEY], _METADATA_KEY)
+    # For what it does not expect, such as bytes that are not text, safetensors has many kinds.
+    except Exception as error:
         raise VocabularyMapError(
             f"{path} is not a vocabulary map ({type(error).__name__}: {error}); expected a "
             "safetensors file written by python -m ivl_jax.vocabulary build"
@@ -180,8 +190,28 @@ def load_vocabulary_map(path: epath.PathLike) -> tuple[VocabularyMap, MapMetadat
         raise VocabularyMapError(
             f"{path}: {'; '.join(problems)}; the file was altered: build the map again"
         )
+    if (problem := coverage_problem(metadata)) is not None:
+        logger.warning("%s: %s", path, problem)
     arrays = (jnp.asarray(tensors["value_index"]), jnp.asarray(tensors["weight"]))
     return VocabularyMap(*arrays), metadata
+
+
+def coverage_problem(metadata: MapMetadata) -> str | None:
+    """Say that a map covers so few tokens that the value network changes next to nothing.
+
+    Args:
+        metadata: of the map.
+
+    Returns:
+        A sentence below `LOW_COVERAGE`, else None.
+    """
+    if metadata.token_coverage >= LOW_COVERAGE:
+        return None
+    return (
+        f"the map covers {metadata.token_coverage:.2%} of the base's tokens (below "
+        f"{LOW_COVERAGE:.0%}); every other token keeps the base's logit, so the value network "
+        f"hardly speaks: build it from more text than these {metadata.texts:,} texts"
+    )
 
 
 def read_map(path: epath.PathLike) -> DescribedMap:
@@ -259,7 +289,12 @@ def _file_metadata(content: bytes) -> dict[str, str]:
     return json.loads(content[8 : 8 + length])["__metadata__"]
 
 
-def _metadata(path: epath.Path, record: dict[str, Any]) -> MapMetadata:
+def _metadata(path: epath.Path, record: Any) -> MapMetadata:
+    if not isinstance(record, dict):
+        raise VocabularyMapError(
+            f"{path}: metadata: expected an object, got {json_kind(record)}; the file was altered: "
+            "build it again"
+        )
     version = record.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise VocabularyMapError(
@@ -272,8 +307,46 @@ def _metadata(path: epath.Path, record: dict[str, Any]) -> MapMetadata:
             f"{path}: expected the metadata keys {sorted(expected)}, got {sorted(record)}; "
             "the file was altered: build the map again"
         )
+    problems = [
+        f"{name}: expected {expected}, got {json_kind(record[name])}"
+        for name, (expected, is_kind) in _KINDS.items()
+        if not is_kind(record[name])
+    ]
+    if problems:
+        raise VocabularyMapError(
+            f"{path}: metadata: {'; '.join(problems)}; the file was altered: build it again"
+        )
     record["special_pairs"] = tuple((role, b, v) for role, b, v in record["special_pairs"])
     return MapMetadata(**record)
+
+
+def _is_pair(pair: Any) -> bool:
+    return (
+        isinstance(pair, list)
+        and len(pair) == 3
+        and isinstance(pair[0], str)
+        and all(_is_count(one) for one in pair[1:])
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 31
+
+
+_TEXT = ("text", lambda value: isinstance(value, str))
+_COUNT = ("a count", _is_count)
+_SHARE = ("a share", lambda value: type(value) in (int, float) and 0 <= value <= 1)
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("method", "base_name", "base_fingerprint"), _TEXT),
+    **dict.fromkeys(("value_name", "value_fingerprint"), _TEXT),
+    **dict.fromkeys(("value_vocab_size", "texts"), _COUNT),
+    **dict.fromkeys(("token_coverage", "text_coverage"), _SHARE),
+    "centred": ("true or false", lambda value: isinstance(value, bool)),
+    "special_pairs": (
+        "a list of role, base id and value id",
+        lambda value: isinstance(value, list) and all(map(_is_pair, value)),
+    ),
+}
 
 
 def _array_problems(tensors: dict[str, np.ndarray], value_vocab_size: int) -> list[str]:

@@ -93,8 +93,27 @@ def test_an_altered_checkpoint_is_never_exported(run_dir: Path, arch, damage, tm
         export_value(run_dir, "best", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     damage(next((run_dir / "checkpoints" / "20" / "state").rglob("d/*")), "flip")
-    assert export_value(run_dir, "latest", tmp_path / "out") == 0
+    with pytest.raises(
+        NoUsableCheckpointError, match="is step 0, before any training: there is no"
+    ):
+        export_value(run_dir, "latest", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert export_value(run_dir, 0, tmp_path / "out") == 0
     assert_is_step(tmp_path / "out", arch, 0)
+
+
+def test_an_untrained_best_checkpoint_is_exported_by_its_number_only(
+    tmp_path: Path, arch, metadata, tokenizer
+) -> None:
+    run_dir = tmp_path / "run"
+    write_value_description(run_dir, metadata=metadata, tokenizer=tokenizer)
+    with TrainCheckpointer(run_dir / "checkpoints", keep=5) as checkpointer:
+        for step, nll in [(0, 1.0), (10, 2.0)]:
+            state = State(jnp.int32(step), params_at(arch, step), (), jax.random.key(0))
+            checkpointer.save(state, data_state=None, run_metadata={}, metrics={"nll": nll})
+    with pytest.raises(NoUsableCheckpointError, match=r"no later one has a lower.* step 10 with"):
+        export_value(run_dir, "best", tmp_path / "out")
+    assert export_value(run_dir, 0, tmp_path / "out") == 0
 
 
 def test_an_altered_description_is_named(run_dir: Path, damage, tmp_path: Path) -> None:

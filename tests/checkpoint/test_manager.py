@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ivl_jax.checkpoint import NoUsableCheckpointError, TrainCheckpointer
+from ivl_jax.checkpoint import CheckpointSaveError, NoUsableCheckpointError, TrainCheckpointer
 from ivl_jax.sharding import make_mesh
 from ivl_jax.tree_compare import TreeMismatchError
 from tests.checkpoint.saved_runs import (
@@ -172,7 +172,7 @@ def test_a_failed_seal_is_raised_and_leaves_the_older_checkpoints(
         checkpointer.wait_until_finished()
         monkeypatch.setattr("ivl_jax.checkpoint.manager.write_manifest", disk_full)
         save(checkpointer, 1)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(CheckpointSaveError, match=r"step 1 could .*No space left.* \[0\] are"):
             save(checkpointer, 2)
     monkeypatch.undo()
     restored = TrainCheckpointer(tmp_path, keep=1).restore(make_state(0))
@@ -192,7 +192,7 @@ def test_a_failed_write_is_raised_and_leaves_the_older_checkpoints(
         checkpointer.wait_until_finished()
         monkeypatch.setattr(ocp.JsonCheckpointHandler, "_save_fn", disk_full)
         assert save(checkpointer, 2), "the error comes from the background"
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(CheckpointSaveError, match=r"step 2 could .*No space left.* \[1\] are"):
             checkpointer.wait_until_finished()
     monkeypatch.undo()
     with TrainCheckpointer(tmp_path, keep=1) as checkpointer:
@@ -202,6 +202,29 @@ def test_a_failed_write_is_raised_and_leaves_the_older_checkpoints(
         assert [one.step for one in restored.rejected] == [2]
         save(checkpointer, 2)
     assert folders(tmp_path) == ["2"]
+
+
+# Orbax's own threads may still want to report to an event loop that is closed by then.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_disk_that_fills_while_arrays_are_written_is_one_line(tmp_path: Path) -> None:
+    """The kernel refuses what a file takes beyond a limit, as a full disk does."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with TrainCheckpointer(tmp_path, keep=1) as checkpointer:
+        save(checkpointer, 1)
+        checkpointer.wait_until_finished()
+        large = make_state(2, width=20_000)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
+        try:
+            checkpointer.save(large, data_state=None, run_metadata=run_metadata(2))
+            with pytest.raises(CheckpointSaveError, match=r"\[1\] are whole: make room") as raised:
+                checkpointer.wait_until_finished()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(raised.value)
+    restored = TrainCheckpointer(tmp_path, keep=1).restore(make_state(0))
+    assert restored.step == 1
+    assert_same(restored.state, make_state(1))
 
 
 def test_metadata_that_is_not_json_is_refused_at_once(tmp_path: Path) -> None:

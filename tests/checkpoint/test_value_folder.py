@@ -252,6 +252,21 @@ def test_several_damaged_files_are_all_named(folder: Path, damage) -> None:
     assert "copy the folder again" in str(raised.value)
 
 
+@pytest.mark.usefixtures("no_arrays_read")
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.py"])
+def test_a_file_added_to_the_tokenizer_is_refused(folder: Path, name: str) -> None:
+    (folder / "tokenizer" / name).write_text("added")
+    with pytest.raises(ValueFolderError, match=rf"tokenizer/{name}: not written with the folder"):
+        load_value(folder)
+
+
+def test_other_files_that_were_added_are_named(folder: Path, caplog) -> None:
+    for name in ("README.md", "params/x.bin", "tokenizer/.DS_Store"):
+        (folder / name).write_text("added")
+    load_value(folder)
+    assert "not read: README.md, params/x.bin, tokenizer/.DS_Store" in caplog.text
+
+
 def edit(folder: Path, **changes: object) -> None:
     """Change entries of ivl.json and seal the folder again, as a forger would."""
     content = json.loads((folder / "ivl.json").read_text())

@@ -138,7 +138,7 @@ def test_tokens_are_computed_once(
     in_memory = tokenize_demonstrations(arithmetic, chat, sequence_length=40, cache_dir=None)
     assert first.report.cut > 0
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("encoded again")
 
     monkeypatch.setattr(chat, "encode_dialogues", fail)
@@ -179,7 +179,7 @@ def test_an_interrupted_tokenisation_is_done_again(
 ) -> None:
     chat = make_chat_format(byte_tokenizer, template="plain")
 
-    def interrupt(*_: Any) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(chat, "encode_dialogues", interrupt)

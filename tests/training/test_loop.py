@@ -1,19 +1,23 @@
 """Whole runs on tiny models: what they leave behind, and that stopping changes nothing."""
 
 import json
+import shutil
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import train
 from ivl_jax.checkpoint import NoUsableCheckpointError, TrainCheckpointer, load_value
 from ivl_jax.checkpoint.arrays import stored_leaves
 from ivl_jax.config import ConfigError, MeshConfig, StepConfig, ValueConfig, load_config
 from ivl_jax.training import loop
 from ivl_jax.training.loop import NonFiniteLossError, run
 from ivl_jax.training.run_directory import RunDirectoryError
+from ivl_jax.weights.fingerprint import weights_fingerprint
 from ivl_jax.weights.language_model import load_language_model
 from tests.training.conftest import make_tiny_config
 from tests.training.runs import (
@@ -123,6 +127,44 @@ def test_records_that_no_checkpoint_fits_stop_a_resume(tiny_config, monkeypatch)
         run(replace(tiny_config, resume=True))
 
 
+def test_one_altered_bit_of_a_base_stops_a_resume_and_altered_tokens_are_made_again(
+    tiny_config, tiny_pair, whole, monkeypatch, tmp_path, caplog, capsys
+):
+    shutil.copytree(tiny_pair / "base", tmp_path / "base")
+    data = replace(tiny_config.data, data_dir=str(tmp_path / "cache"))
+    base = replace(tiny_config.base, path=str(tmp_path / "base"))
+    config = replace(tiny_config, data=data, base=base)
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, crash)
+        with pytest.raises(Crash):
+            run(config)
+    weights = tmp_path / "base" / "model.safetensors"
+    _flip_a_bit(weights)
+    command = ["train.py", "--config", f"{config.run_dir}/config.toml", "--resume"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert train.main() != 0
+    said = capsys.readouterr().err
+    assert f"base.path = {tmp_path / 'base'}: fingerprint " in said
+    assert "put the files back as they were" in said
+    _flip_a_bit(weights)
+    (tokens,) = (
+        path for path in (tmp_path / "cache").rglob("tokens.bin") if path.stat().st_size > 4000
+    )
+    original = tokens.read_bytes()
+    _flip_a_bit(tokens)
+    caplog.set_level("INFO", logger="ivl_jax")
+    resumed = run(replace(config, resume=True))
+    assert "tokens.bin: altered" in caplog.text
+    assert tokens.read_bytes() == original
+    assert_same_run(resumed, whole)
+
+
+def _flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+
+
 def test_step_0_is_saved_without_optimizer_state_and_resumed_to_the_same_bits(
     tiny_config, whole, monkeypatch
 ):
@@ -152,7 +194,9 @@ def check_what_a_run_leaves(config, result):
     value = load_value(result.output)
     assert value.metadata.steps == 6
     assert value.metadata.chat_template == "plain"
-    assert value.metadata.training_base["name"] == config.base.path
+    base = config.base.path
+    found = weights_fingerprint(Path(base))
+    assert value.metadata.training_base == {"name": base, "fingerprint": found}
     assert set(value.tokenizer_info.eos_ids) <= set(value.stop_ids)
 
 

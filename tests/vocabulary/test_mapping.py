@@ -167,6 +167,47 @@ def test_unknown_metadata_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("value_vocab_size", "7", "a count, got text"),
+        ("token_coverage", 2.5, "a share, got a number"),
+        ("special_pairs", [["eos", 1]], "a list of role, base id and value id, got a list"),
+        ("centred", 1, "true or false, got a number"),
+        ("base_name", None, "text, got null"),
+    ],
+)
+def test_metadata_of_another_kind_is_named(
+    tmp_path: Path, field: str, value: object, expected: str
+) -> None:
+    path = tmp_path / "map.safetensors"
+    _altered(path, **{field: value})
+    with pytest.raises(
+        VocabularyMapError, match=rf"{path}: metadata: {field}: expected {expected}"
+    ):
+        load_vocabulary_map(path)
+
+
+@pytest.mark.parametrize("header", [b'{"__metadata__":1}', b'{"__metadata__":{}}', b"[" * 99, b"{"])
+def test_a_header_of_another_kind_is_no_map(tmp_path: Path, header: bytes) -> None:
+    path = tmp_path / "map.safetensors"
+    for length in (len(header), 1 << 62):
+        path.write_bytes(length.to_bytes(8, "little") + header)
+        with pytest.raises(VocabularyMapError, match=rf"{path} is not a vocabulary map"):
+            load_vocabulary_map(path)
+
+
+def test_a_map_of_next_to_nothing_is_said(tmp_path: Path, caplog) -> None:
+    path = tmp_path / "map.safetensors"
+    _altered(path, token_coverage=0.001)
+    load_vocabulary_map(path)
+    assert f"{path}: the map covers 0.10% of the base's tokens (below 5%)" in caplog.text
+    caplog.clear()
+    _altered(path, token_coverage=0.05)
+    load_vocabulary_map(path)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
     ("tensors", "message"),
     [
         ({"more": np.zeros(1, np.float32)}, "expected the tensors"),
