@@ -388,7 +388,7 @@ def _check_tokenizer(
     if problems:
         listed = "".join(f"\n  - {problem}" for problem in problems)
         raise ValueFolderError(
-            f"{what} is not the tokenizer of the metadata:{listed}\n"
+            f"{what} is not the tokenizer that {METADATA_NAME} describes:{listed}\n"
             "the value network needs the tokenizer it was trained with"
         )
 

@@ -208,8 +208,9 @@ class RunDirectory:
         if changed:
             listed = "".join(f"\n  - {line}" for line in changed)
             raise RunDirectoryError(
-                f"{self.path} was started with other weights in the same place:{listed}\n"
-                "restore the original files, or choose another run_dir"
+                f"{self.path} was started with other weights in the same place, as {stored.name} "
+                f"tells:{listed}\n"
+                "put the files back as they were, or name another run_dir"
             )
 
     def _check_same(self, config: TrainConfig, stored: epath.Path) -> None:

@@ -3,11 +3,13 @@
 In: files of plain text, JSON or JSON lines. Out: a list of texts, none longer than a limit.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
+
+from ivl_jax.json_files import read_json_items, read_json_lines
+from ivl_jax.text_files import MalformedFileError, read_text
 
 # Dynamic time warping holds one float64 per pair of tokens, and a token has at least one byte:
 # 4,096² × 8 bytes = 134 MB at worst, 8 MB for ordinary English.
@@ -50,21 +52,9 @@ def _file_texts(path: epath.Path) -> list[str]:
     if not path.is_file():
         raise TextFileError(f"no text file at {path}")
     try:
-        content = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise TextFileError(
-            f"{path} is not UTF-8 text (byte {error.start}: {error.reason}); expected plain text, "
-            ".json or .jsonl"
-        ) from error
-    if path.suffix == ".jsonl":
-        texts = _json_lines(path, content)
-    elif path.suffix == ".json":
-        rows = _parsed(content, str(path))
-        if not isinstance(rows, list):
-            raise TextFileError(f"{path}: expected a JSON list of rows, got {_kind(rows)}")
-        texts = [_row_text(row, f"{path}, row {i}") for i, row in enumerate(rows, start=1)]
-    else:
-        texts = [content]
+        texts = list(_rows_or_text(path))
+    except MalformedFileError as error:
+        raise TextFileError(f"{error}; expected plain text, .json or .jsonl") from error
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise TextFileError(
@@ -74,20 +64,14 @@ def _file_texts(path: epath.Path) -> list[str]:
     return texts
 
 
-def _json_lines(path: epath.Path, content: str) -> list[str]:
-    # Not splitlines(): JSON strings may contain unescaped U+2028 and the like.
-    lines = [(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
-    return [
-        _row_text(_parsed(line, f"{path}, line {number}"), f"{path}, line {number}")
-        for number, line in lines
-    ]
-
-
-def _parsed(content: str, where: str) -> Any:
-    try:
-        return json.loads(content)
-    except ValueError as error:
-        raise TextFileError(f"{where}: not JSON ({error})") from error
+def _rows_or_text(path: epath.Path) -> Iterator[str]:
+    if path.suffix not in (".json", ".jsonl"):
+        yield read_text(path)
+        return
+    for row in read_json_lines(path) if path.suffix == ".jsonl" else read_json_items(path):
+        if row.error is not None:
+            raise row.error
+        yield _row_text(row.value, f"{path}, line {row.number}")
 
 
 def _row_text(row: Any, where: str) -> str:

@@ -313,7 +313,7 @@ def test_a_folder_of_format_1_loads_without_a_fingerprint_of_weights(folder: Pat
 def test_another_tokenizer_in_the_folder_is_named(folder: Path) -> None:
     make_tokenizer(extra="xy").save_pretrained(folder / "tokenizer")
     write_manifest(folder, {})
-    with pytest.raises(ValueFolderError, match="is not the tokenizer of the metadata") as raised:
+    with pytest.raises(ValueFolderError, match="is not the tokenizer that ivl") as raised:
         load_value(folder)
     assert "fingerprint: expected" in str(raised.value)
     assert "vocab_size: expected 258, found 259" in str(raised.value)

@@ -40,9 +40,9 @@ def test_rows_give_all_string_fields_or_the_turns_of_a_dialogue(tmp_path: Path) 
         ("empty.jsonl", "", "empty.jsonl has no text"),
         ("empty.json", "[]", "empty.json has no text"),
         ("blank.jsonl", '{"a": ""}', "blank.jsonl has no text"),
-        ("bad.jsonl", '{"a": "b"}\n{"a": \n', "bad.jsonl, line 2: not JSON"),
-        ("bad.json", "{", "bad.json: not JSON"),
-        ("object.json", '{"a": "b"}', "expected a JSON list of rows, got dict"),
+        ("bad.jsonl", '{"a": "b"}\n{"a": \n', "bad.jsonl, line 2, column .: not JSON"),
+        ("bad.json", "{", "bad.json, line 1, column 1: expected a list"),
+        ("object.json", '{"a": "b"}', "object.json, line 1, column 1: expected a list"),
         ("numbers.jsonl", '{"a": "b"}\n\n{"a": 1, "b": [2]}', "line 3 has no text.*fields a, b"),
         ("scalars.jsonl", "17", "line 1 has no text.*got int"),
         ("nothing.jsonl", "{}", "line 1 has no text.*got an empty object"),
@@ -61,7 +61,7 @@ def test_missing_and_binary_files_are_errors(tmp_path: Path) -> None:
         read_texts([tmp_path / "none.txt"])
     path = tmp_path / "image.png"
     path.write_bytes(b"\x89PNG\xff")
-    with pytest.raises(TextFileError, match=r"image.png is not UTF-8 text \(byte 0"):
+    with pytest.raises(TextFileError, match=r"image.png, line 1: byte 0: not UTF-8"):
         read_texts([path])
 
 
