@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
 
 from ivl_jax.data.chat import ChatFormat, ChatTemplateError, make_chat_format
 from ivl_jax.data.formats import Message
@@ -19,29 +17,46 @@ from ivl_jax.token_bytes import split_vocabulary
 
 NAMES = ["stories260k", "llama2", "gpt2"]
 
+
 # ChatML as Qwen 2.5 writes it: nothing says which part is the assistant's.
 UNMARKED = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
     "+ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
 MARKED = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}EOT"
     "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
 MARKED_WITH_END = MARKED.replace("EOT", "{{ '<|im_end|>' }}{% endgeneration %}")
+
+
 MARKED_WITHOUT_END = MARKED.replace("EOT", "{% endgeneration %}{{ '<|im_end|>' }}")
+
+
 # As Qwen 3: thinking stays in the last turn only.
 DROPS_THINKING = UNMARKED.replace(
     "message['content'] ",
     "(message['content'] if loop.last else message['content'].split('</think>')[-1]) ",
 )
+
+
 THINKS = UNMARKED.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
+
+
 COUNTS = "{{ messages | length }} turns\n" + UNMARKED
+
+
 # As Phi 3.5: a whole dialogue is closed by a token that no turn ends with.
 CLOSED = UNMARKED.replace("{% endif %}", "{% else %}{{ '<eos>' }}{% endif %}")
+
+
 # As Mistral Nemo: the system's text goes to the last turn if that is the user's.
 MOVES_SYSTEM = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST]' }}"
@@ -49,11 +64,16 @@ MOVES_SYSTEM = (
     "{{ m['content'] + '[/INST]' }}"
     "{% elif m['role'] == 'assistant' %}{{ m['content'] + '<eos>' }}{% endif %}{% endfor %}"
 )
+
+
 DATED = "{{ '<|im_start|>Today: ' + strftime_now('%d %b %Y') + '\n' }}" + UNMARKED
+
+
 ALTERNATES = (
     "{% if messages[0]['role'] != 'user' %}{{ raise_exception('begin with the user') }}{% endif %}"
     + UNMARKED
 )
+
 
 TWO_TURNS = [
     Message("system", "Be brief."),
@@ -63,9 +83,12 @@ TWO_TURNS = [
     Message("assistant", "Yes."),
 ]
 
+
 CONTENT = st.text(
     st.sampled_from("abZ 019.,:\n\t<|é日🤗") | st.characters(codec="utf-8"), min_size=1, max_size=12
 )
+
+
 TURNS = st.tuples(CONTENT, CONTENT.filter(lambda text: text.strip()))
 
 
@@ -324,30 +347,6 @@ def test_a_prompt_ends_where_the_assistant_begins(byte_tokenizer: Any) -> None:
     assert text.endswith("2+3?<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_the_template_that_auto_takes_is_said_once(
-    byte_tokenizer: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(byte_tokenizer, "name_or_path", "said once")
-    with caplog.at_level(logging.INFO):
-        for _ in range(2):
-            make_chat_format(byte_tokenizer)
-    assert caplog.messages == ["chat template: plain (said once)"]
-
-
-def test_auto_takes_the_tokenizers_own_template_else_plain(byte_tokenizer: Any) -> None:
-    assert make_chat_format(byte_tokenizer).template == "plain"
-    with pytest.raises(ValueError, match="has no template of its own"):
-        make_chat_format(byte_tokenizer, template="tokenizer")
-    byte_tokenizer.chat_template = UNMARKED
-    try:
-        chat = make_chat_format(byte_tokenizer)
-        assert chat.template == UNMARKED
-        assert make_chat_format(byte_tokenizer, template="plain").template == "plain"
-    finally:
-        byte_tokenizer.chat_template = None
-    assert _targets(byte_tokenizer, chat, TWO_TURNS)[1] == "Yes.<|im_end|>"
-
-
 @pytest.mark.parametrize("template", ["plain", "vicuna", UNMARKED])
 def test_a_format_is_rebuilt_from_its_template(byte_tokenizer: Any, template: str) -> None:
     chat = make_chat_format(byte_tokenizer, template=template)
@@ -355,37 +354,6 @@ def test_a_format_is_rebuilt_from_its_template(byte_tokenizer: Any, template: st
     assert again.fingerprint == chat.fingerprint
     other = make_chat_format(byte_tokenizer, template="llama-2")
     assert other.fingerprint != chat.fingerprint
-
-
-def test_markers_that_the_tokenizer_lacks_are_reported(
-    byte_tokenizer: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    make_chat_format(byte_tokenizer, template="chatml")
-    assert "has no token" not in caplog.text
-    chat = make_chat_format(byte_tokenizer, template="llama-3")
-    assert "has no token <|start_header_id|>, <|end_header_id|>, <|eot_id|>" in caplog.text
-    assert chat.stop_ids == (byte_tokenizer.eos_token_id,)
-    assert _targets(byte_tokenizer, chat, TWO_TURNS) == ["It is 5.<eos>", "Yes.<eos>"]
-
-
-def test_a_template_that_never_ends_a_turn_is_reported(
-    byte_tokenizer: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    endless = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-    endless += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    chat = make_chat_format(byte_tokenizer, template=endless)
-    assert "will not stop by itself" in caplog.text
-    assert chat.stop_ids == (byte_tokenizer.eos_token_id,)
-    assert _targets(byte_tokenizer, chat, TWO_TURNS) == ["It is 5.\n", "Yes.\n"]
-
-
-def test_unknown_template_names_are_refused(byte_tokenizer: Any) -> None:
-    with pytest.raises(ValueError, match="expected auto, tokenizer, plain, llama-2"):
-        make_chat_format(byte_tokenizer, template="llama2")
-    backend = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
-    endless = PreTrainedTokenizerFast(tokenizer_object=backend)
-    with pytest.raises(ValueError, match="has no end-of-sequence token"):
-        make_chat_format(endless, template="plain")
 
 
 @pytest.mark.parametrize("template", ["plain", "llama-2", "chatml"])
