@@ -28,6 +28,7 @@ from ivl_jax.config.model import (
     RuntimeConfig,
     model_problems,
 )
+from ivl_jax.config.objectives import PreferenceConfig
 from ivl_jax.config.train import (
     CONNECTIONS,
     BaseConfig,
@@ -60,6 +61,7 @@ __all__ = [
     "PenaltyConfig",
     "PenaltyKind",
     "PenaltyPositions",
+    "PreferenceConfig",
     "RowsConfig",
     "RuntimeConfig",
     "StepConfig",

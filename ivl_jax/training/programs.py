@@ -159,7 +159,7 @@ def make_loss(
         scheme=None if base is None else models.scheme,
         layout=Layout(mesh, LAYOUTS[layout]),
     )
-    objective = find_objective(config.objective)
+    objective = find_objective(config)
     if base is None:
         return Loss(Composition(trained), objective, chunk_length=chunk_length)
     frozen = Network(

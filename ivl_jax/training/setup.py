@@ -68,7 +68,7 @@ def check_names(config: TrainConfig) -> None:
     Raises:
         ValueError: an unknown objective or row format, or templates where none are read.
     """
-    find_objective(config.objective)
+    find_objective(config)
     _source(config.data)
 
 

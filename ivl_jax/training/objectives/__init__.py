@@ -3,23 +3,27 @@
 In: a name, or `module:attribute` from the user's own config. Out: an `Objective`.
 """
 
+from ivl_jax.config import TrainConfig
 from ivl_jax.extensions import load_extension
+from ivl_jax.training.objectives.dpo import DPO
 from ivl_jax.training.objectives.objective import Objective
 from ivl_jax.training.objectives.sft import SFT
 
-OBJECTIVES = {objective.name: objective for objective in (SFT,)}
+OBJECTIVES = {objective.name: objective for objective in (SFT, DPO)}
 
 
-def find_objective(name: str) -> Objective:
-    """Find an objective by name.
+def find_objective(config: TrainConfig) -> Objective:
+    """Find the objective of a run, by name.
 
     Args:
-        name: a key of `OBJECTIVES`, or `module:attribute` of an `Objective` of your own.
+        config: whose `objective` is a key of `OBJECTIVES`, or `module:attribute` of an `Objective`
+            of the user's own.
 
     Returns:
-        The objective.
+        The objective, with the run's options.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: there is no such objective.
     """
-    return load_extension(name, OBJECTIVES, Objective, where="objective")
+    found = load_extension(config.objective, OBJECTIVES, Objective, where="objective")
+    return found if found.configure is None else found.configure(config)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from jaxtyping import Array, Float32
 
+from ivl_jax.config import TrainConfig
 from ivl_jax.data.batching import Batch
 
 Scores = Mapping[str, Array]
@@ -48,3 +49,14 @@ class Objective:
     loss: Callable[[Batch, Scores], Float32[Array, ""]] | None = None
     """(micro-batch, all scores) → the sum that is reported as the loss, if Σ w · score has only its
     gradient, not its value; None: report Σ w · score."""
+    dialogues: int = 1
+    """Dialogues per row of the data: 2 for pairs of a chosen and a rejected answer, which lie next
+    to each other in a row of the batch."""
+    needs_base: bool = False
+    """Whether it has no meaning for a model that is trained alone."""
+    best_by: str = "nll"
+    """The figure of held-out evaluations whose lowest value makes the best checkpoint."""
+    shown: tuple[str, ...] = ("nll",)
+    """Figures that the line of a step shows beside the loss."""
+    configure: "Callable[[TrainConfig], Objective] | None" = None
+    """Config of the run → the objective with the run's options; None: it has none."""

@@ -1,0 +1,121 @@
+"""Preference losses: values and weights against their formulas, pair by pair."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ivl_jax.config import ConfigError, PreferenceConfig
+from ivl_jax.data.batching import Batch, lay_out_rows
+from ivl_jax.training.objectives.dpo import make_dpo
+from ivl_jax.training.objectives.segments import segment_totals
+
+# Two rows: (chosen, rejected, chosen, rejected) and (chosen, rejected), lengths in tokens.
+LENGTHS = [[5, 7, 3, 2], [6, 4]]
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    def dialogue(length: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.arange(length, dtype=np.int32), np.arange(length) >= min(2, length - 1)
+
+    rows = [[dialogue(length) for length in row] for row in LENGTHS]
+    return jax.tree.map(jnp.asarray, lay_out_rows(rows, sequence_length=20, pad_id=0))
+
+
+@pytest.fixture(scope="module")
+def scores(batch: Batch) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(0)
+    shape = batch.tokens.shape
+    names = ("log_prob", "base_log_prob")
+    drawn = {name: jnp.asarray(-rng.exponential(2.0, shape), jnp.float32) for name in names}
+    return drawn | {"base_kl": jnp.full(shape, 0.25)}
+
+
+def pairs_of(batch: Batch) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Masks of the chosen and the rejected answer of each pair."""
+    segments, counted = np.asarray(batch.segment_ids), np.asarray(batch.loss_mask)
+    rows = np.arange(len(segments))[:, None]
+    return [
+        tuple((segments == id_) & counted & (rows == row) for id_ in (first, first + 1))
+        for row, lengths in enumerate(LENGTHS)
+        for first in range(1, len(lengths), 2)
+    ]
+
+
+def expected_loss(options: PreferenceConfig, batch: Batch, log_prob, base_log_prob):
+    """The sum over pairs, written as in the papers."""
+    total = 0.0
+    for chosen, rejected in pairs_of(batch):
+        how = jnp.mean if options.loss == "ipo" else jnp.sum
+        gap = how((log_prob - base_log_prob)[chosen]) - how((log_prob - base_log_prob)[rejected])
+        if options.loss == "ipo":
+            total += (gap - 1 / (2 * options.beta)) ** 2
+        else:
+            p, smoothing = jax.nn.sigmoid(options.beta * gap), options.label_smoothing
+            total -= (1 - smoothing) * jnp.log(p) + smoothing * jnp.log(1 - p)
+        total -= options.sft_weight * jnp.mean(log_prob[chosen])
+    return total
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        PreferenceConfig(),
+        PreferenceConfig(beta=0.5, label_smoothing=0.2),
+        PreferenceConfig(beta=0.3, sft_weight=0.7),
+        PreferenceConfig(loss="ipo", beta=0.2),
+    ],
+    ids=str,
+)
+def test_loss_and_its_gradient_are_the_papers(options, batch, scores) -> None:
+    dpo = make_dpo(options)
+    base = scores["base_log_prob"]
+    expected, gradient = jax.value_and_grad(
+        lambda log_prob: expected_loss(options, batch, log_prob, base)
+    )(scores["log_prob"])
+    np.testing.assert_allclose(dpo.loss(batch, scores), expected, rtol=1e-5)
+    weights = dpo.weigh(batch, scores)["log_prob"]
+    np.testing.assert_allclose(weights, gradient, rtol=1e-4, atol=1e-6)
+    assert float(dpo.count(batch)) == 3
+
+
+def test_figures_are_means_over_pairs_and_tokens(batch, scores) -> None:
+    dpo = make_dpo(PreferenceConfig(beta=0.5))
+    sums = dpo.sums(batch, scores) | {"loss_tokens": batch.loss_mask.sum(), "loss": jnp.zeros(())}
+    figures = {name: float(sums[a]) / float(sums[b]) for name, (a, b) in dpo.figures.items()}
+    ratio = 0.5 * np.asarray(scores["log_prob"] - scores["base_log_prob"])
+    rewards = np.array([[ratio[side].sum() for side in pair] for pair in pairs_of(batch)])
+    margins = rewards[:, 0] - rewards[:, 1]
+    assert figures["reward_margin"] == pytest.approx(margins.mean(), rel=1e-5)
+    assert figures["reward_accuracy"] == pytest.approx((margins > 0).mean())
+    assert figures["chosen_reward"] == pytest.approx(rewards[:, 0].mean(), rel=1e-5)
+    assert figures["rejected_reward"] == pytest.approx(rewards[:, 1].mean(), rel=1e-5)
+    assert figures["kl"] == pytest.approx(0.25)
+
+
+def test_a_segments_total_stands_at_each_of_its_positions() -> None:
+    rng = np.random.default_rng(1)
+    ids = np.sort(rng.integers(0, 9, (3, 50)), axis=1)
+    values = rng.normal(size=ids.shape).astype(np.float32)
+    expected = np.stack(
+        [
+            [v[i == here].sum() for here in i] for v, i in zip(values, ids, strict=True)
+        ]
+    )
+    np.testing.assert_allclose(segment_totals(jnp.asarray(values), jnp.asarray(ids)), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"beta": 0.0}, "preference.beta must be > 0"),
+        ({"beta": float("nan")}, "preference.beta"),
+        ({"label_smoothing": 0.5}, r"must be in \[0, 0.5\)"),
+        ({"loss": "ipo", "label_smoothing": 0.1}, "cannot be combined"),
+        ({"sft_weight": -1.0}, "must be ≥ 0"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, said) -> None:
+    with pytest.raises(ConfigError, match=said):
+        PreferenceConfig(**options)
