@@ -121,8 +121,8 @@ class _Layout:
         """This process's rows, filled up with empty ones."""
         length = self.tokenized.sequence_length
         local = self._local(rows)
-        dialogues = [[self.tokenized[dialogue] for dialogue in row] for row in local]
-        batch = lay_out_rows(dialogues, sequence_length=length, pad_id=self.pad_id)
+        segments = [self.tokenized.segments(row) for row in local]
+        batch = lay_out_rows(segments, sequence_length=length, pad_id=self.pad_id)
         if states is None:
             return batch
         return batch._replace(base_states=states.lay_out(local, row_length=length))
@@ -334,5 +334,4 @@ def _plan(tokenized: TokenizedDemonstrations, *, packing: bool, seed: int) -> Ro
     """Which dialogues share a row."""
     if not packing:
         return one_per_row(len(tokenized))
-    positions = tokenized.lengths - 1  # the last token is only a target
-    return pack(positions, row_length=tokenized.sequence_length, seed=seed)
+    return pack(tokenized.positions, row_length=tokenized.sequence_length, seed=seed)

@@ -184,7 +184,12 @@ def store_demonstrations(
             split: functools.partial(read_split, source, split, cutoff=survey.cutoff)
             for split in survey.counts
         }
-        write_dataset(splits, folder=temporary / folder.name, rows=sum(survey.counts.values()))
+        write_dataset(
+            splits,
+            folder=temporary / folder.name,
+            rows=sum(survey.counts.values()),
+            in_pairs=source.format.read_rejected is not None,
+        )
         write_json(temporary / _RECORD, record)
         _LOGGER.info("demonstrations stored in %s: %s", folder, _counts_text(survey.counts))
         return record

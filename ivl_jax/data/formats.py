@@ -10,40 +10,37 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ivl_jax.data.preferences import CHOSEN, REJECTED, check_pair, read_hh, read_preference
+from ivl_jax.data.row_fields import (
+    ROLES,
+    Message,
+    RowError,
+    UntrainedMessage,
+    list_keys,
+    read_optional_text,
+    read_text,
+    read_text_or_turns,
+    read_turns,
+    shorten,
+)
 from ivl_jax.extensions import load_extension
 from ivl_jax.json_files import json_kind
 
-_SHOWN_CHARACTERS = 60  # of a value in a message
-
-ROLES = ("system", "user", "assistant")
-_ROLE_NAMES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-}
-
-
-class Message(NamedTuple):
-    """One turn of a dialogue."""
-
-    role: str  # "system", "user" or "assistant"
-    content: str
-
-    weight = 1  # of an assistant's turn in the loss
-
-
-class UntrainedMessage(Message):
-    """An assistant's turn that is read like the others, but left out of the loss."""
-
-    weight = 0
+__all__ = [
+    "FORMATS",
+    "ROLES",
+    "Demonstration",
+    "Message",
+    "ParsedRow",
+    "RowError",
+    "RowFormat",
+    "SourceError",
+    "UntrainedMessage",
+    "check_templates",
+    "fill_template",
+    "find_format",
+    "parse_row",
+]
 
 
 class Demonstration(NamedTuple):
@@ -51,6 +48,7 @@ class Demonstration(NamedTuple):
 
     messages: tuple[Message, ...]  # an optional system turn, then alternately user and assistant
     row_id: str  # "train.jsonl:17", file and line
+    rejected: tuple[Message, ...] = ()  # of a preference: the same prompt with the worse answer
 
 
 class ParsedRow(NamedTuple):
@@ -58,10 +56,7 @@ class ParsedRow(NamedTuple):
 
     messages: tuple[Message, ...]
     trimmed: bool  # turns before the first user's or after the last assistant's were left out
-
-
-class RowError(ValueError):
-    """The reason why a row is not a dialogue."""
+    rejected: tuple[Message, ...] = ()  # of a preference
 
 
 class SourceError(ValueError):
@@ -79,6 +74,8 @@ class RowFormat(NamedTuple):
     """A row's field `system`, a text, goes before the turns."""
     reads_templates: bool = False
     """It needs the templates of user and assistant."""
+    read_rejected: Callable[[Mapping[str, Any], Mapping[str, str]], Sequence[Message]] | None = None
+    """Of preferences: as `read`, which gives the chosen dialogue, for the rejected one."""
 
 
 def parse_row(row: Any, *, row_format: RowFormat, templates: Mapping[str, str]) -> ParsedRow:
@@ -91,9 +88,9 @@ def parse_row(row: Any, *, row_format: RowFormat, templates: Mapping[str, str]) 
             "{question}", "assistant": "{answer}"}`; `{meta.title}` reads a field inside a field.
 
     Returns:
-        The dialogue. Assistant turns before the first user turn, and turns after the last assistant
-        turn, are left out, since there is nothing to learn from them. A turn in a list of turns may
-        have a `weight`: 0 leaves it out of the loss, 1 is the default.
+        The dialogue; of a row of preferences, both. Assistant turns before the first user turn, and
+        what follows the last assistant turn, are left out: nothing can be learned from them. A turn
+        of a list of turns may have a `weight`: 0 leaves it out of the loss, 1 is the default.
 
     Raises:
         RowError: The row is not a dialogue in this format.
@@ -106,18 +103,42 @@ def parse_row(row: Any, *, row_format: RowFormat, templates: Mapping[str, str]) 
     """
     if not isinstance(row, Mapping):
         raise RowError(f"expected an object, got {json_kind(row)}")
+    parsed = _parse(row, row_format, row_format.read, templates)
+    if row_format.read_rejected is None:
+        return parsed
+    other = _parse(row, row_format, row_format.read_rejected, templates)
+    chosen, rejected = check_pair(parsed.messages, other.messages)
+    return ParsedRow(chosen, parsed.trimmed or other.trimmed, rejected)
+
+
+def _parse(
+    row: Mapping[str, Any], row_format: RowFormat, read: Any, templates: Mapping[str, str]
+) -> ParsedRow:
     try:
-        turns = list(row_format.read(row, templates))
+        turns = list(read(row, templates))
         _check_messages(turns, row_format.name)
     except RowError:
         raise
     # A format of the user's own meets rows that its author did not think of.
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise RowError(f"format {row_format.name}: {type(error).__name__}: {error}") from error
-    system = _optional_text(row, "system") if row_format.reads_system else ""
+    system = read_optional_text(row, "system") if row_format.reads_system else ""
     if system and (not turns or turns[0].role != "system"):
         turns.insert(0, Message("system", system))
     return _checked(turns)
+
+
+def _check_messages(turns: Sequence[Any], format_name: str) -> None:
+    """An error where a format gives anything but messages."""
+    for turn in turns:
+        if not isinstance(turn, Message):
+            raise RowError(f"format {format_name}: expected messages, got {json_kind(turn)}")
+        if turn.role not in ROLES:
+            raise RowError(f"format {format_name}: unknown role {shorten(turn.role)}")
+        if not isinstance(turn.content, str):
+            raise RowError(
+                f"format {format_name}: the content is {json_kind(turn.content)}, expected text"
+            )
 
 
 def find_format(name: str) -> RowFormat:
@@ -180,7 +201,7 @@ def fill_template(template: str, row: Mapping[str, Any]) -> str:
         value: Any = row
         for key in name.split("."):
             if not isinstance(value, Mapping) or key not in value:
-                raise RowError(f"no field {name!r}; the row has {_keys(row)}")
+                raise RowError(f"no field {name!r}; the row has {list_keys(row)}")
             value = value[key]
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise RowError(f"field {name!r} is {json_kind(value)}, expected text")
@@ -207,29 +228,29 @@ def _template_parts(role: str, template: str) -> list[str]:
 
 def _read_sharegpt(row: Mapping[str, Any], _: Mapping[str, str]) -> list[Message]:
     """`conversations` of `from` and `value`."""
-    return _turns(row, "conversations", role_key="from", content_key="value")
+    return read_turns(row, "conversations", role_key="from", content_key="value")
 
 
 def _read_messages(row: Mapping[str, Any], _: Mapping[str, str]) -> list[Message]:
     """`messages` of `role` and `content`."""
-    return _turns(row, "messages", role_key="role", content_key="content")
+    return read_turns(row, "messages", role_key="role", content_key="content")
 
 
 def _read_alpaca(row: Mapping[str, Any], _: Mapping[str, str]) -> list[Message]:
     """`instruction`, `input` and `output`."""
     if row.get("history"):
         raise RowError("field 'history' is not supported: use format messages")
-    prompt, extra = _text(row, "instruction"), _optional_text(row, "input")
+    prompt, extra = read_text(row, "instruction"), read_optional_text(row, "input")
     return [
         Message("user", f"{prompt}\n\n{extra}" if extra else prompt),
-        Message("assistant", _text(row, "output")),
+        Message("assistant", read_text(row, "output")),
     ]
 
 
 def _read_prompt_completion(row: Mapping[str, Any], _: Mapping[str, str]) -> list[Message]:
     """`prompt` and `completion`, texts or lists of messages."""
-    prompt = _text_or_turns(row, "prompt", role="user")
-    return [*prompt, *_text_or_turns(row, "completion", role="assistant")]
+    prompt = read_text_or_turns(row, "prompt", role="user")
+    return [*prompt, *read_text_or_turns(row, "completion", role="assistant")]
 
 
 def _read_fields(row: Mapping[str, Any], templates: Mapping[str, str]) -> list[Message]:
@@ -247,101 +268,18 @@ FORMATS = {
         RowFormat("alpaca", _read_alpaca),
         RowFormat("prompt_completion", _read_prompt_completion),
         RowFormat("fields", _read_fields, reads_system=False, reads_templates=True),
+        RowFormat(
+            "preference",
+            lambda row, _: read_preference(row, CHOSEN),
+            read_rejected=lambda row, _: read_preference(row, REJECTED),
+        ),
+        RowFormat(
+            "hh",
+            lambda row, _: read_hh(row, CHOSEN),
+            read_rejected=lambda row, _: read_hh(row, REJECTED),
+        ),
     )
 }
-
-
-def _turns(row: Mapping[str, Any], field: str, *, role_key: str, content_key: str) -> list[Message]:
-    """A row's list of turns."""
-    if field not in row:
-        raise RowError(f"no field {field!r}; the row has {_keys(row)}")
-    return _messages(row[field], field, role_key=role_key, content_key=content_key)
-
-
-def _messages(value: Any, field: str, *, role_key: str, content_key: str) -> list[Message]:
-    if isinstance(value, Mapping):  # TFDS stores a list of records as a record of lists
-        value = _records(value, field)
-    if not isinstance(value, list) or not value:
-        raise RowError(f"field {field!r} is {json_kind(value)}, expected a non-empty list of turns")
-    messages = []
-    for position, turn in enumerate(value):
-        where = f"{field}[{position}]"
-        if not isinstance(turn, Mapping) or role_key not in turn or content_key not in turn:
-            found = _keys(turn) if isinstance(turn, Mapping) else json_kind(turn)
-            raise RowError(f"{where}: expected {role_key!r} and {content_key!r}, got {found}")
-        role = _ROLE_NAMES.get(turn[role_key]) if isinstance(turn[role_key], str) else None
-        if role is None:
-            raise RowError(f"{where}: unknown {role_key} {_shown(turn[role_key])}")
-        weight = turn.get("weight")
-        if weight not in (None, 0, 1):
-            raise RowError(f"{where}: the weight is {_shown(weight)}, expected 0 or 1")
-        untrained = role == "assistant" and weight == 0
-        kind = UntrainedMessage if untrained else Message
-        messages.append(kind(role, _content(turn[content_key], where)))
-    return messages
-
-
-def _records(columns: Mapping[str, Any], field: str) -> list[dict[str, Any]]:
-    """A record of lists as a list of records."""
-    wrong = [name for name, column in columns.items() if not isinstance(column, list | tuple)]
-    if wrong or not columns:
-        raise RowError(f"field {field!r} is an object, expected a list of turns")
-    lengths = {name: len(column) for name, column in columns.items()}
-    if len(set(lengths.values())) > 1:
-        counted = ", ".join(f"{count} in {_shown(name)}" for name, count in lengths.items())
-        raise RowError(f"field {field!r}: its lists differ in length: {counted}")
-    return [
-        dict(zip(columns, record, strict=True)) for record in zip(*columns.values(), strict=True)
-    ]
-
-
-def _content(value: Any, where: str) -> str:
-    """A turn's text, which may be a list of text parts."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(
-        isinstance(part, Mapping)
-        and part.get("type") == "text"
-        and isinstance(part.get("text"), str)
-        for part in value
-    ):
-        return "".join(part["text"] for part in value)
-    raise RowError(f"{where}: the content is {json_kind(value)}, expected text")
-
-
-def _text_or_turns(row: Mapping[str, Any], field: str, *, role: str) -> list[Message]:
-    """A field that is the text of one role, or a list of messages."""
-    if isinstance(row.get(field), list):
-        return _messages(row[field], field, role_key="role", content_key="content")
-    return [Message(role, _text(row, field))]
-
-
-def _text(row: Mapping[str, Any], field: str) -> str:
-    """A field that must be text."""
-    if field not in row:
-        raise RowError(f"no field {field!r}; the row has {_keys(row)}")
-    if not isinstance(row[field], str):
-        raise RowError(f"field {field!r} is {json_kind(row[field])}, expected text")
-    return row[field]
-
-
-def _optional_text(row: Mapping[str, Any], field: str) -> str:
-    """A field that may be absent or null; blank text counts as absent."""
-    text = "" if row.get(field) is None else _text(row, field)
-    return text if text.strip() else ""
-
-
-def _check_messages(turns: Sequence[Any], format_name: str) -> None:
-    """An error where a format gives anything but messages."""
-    for turn in turns:
-        if not isinstance(turn, Message):
-            raise RowError(f"format {format_name}: expected messages, got {json_kind(turn)}")
-        if turn.role not in ROLES:
-            raise RowError(f"format {format_name}: unknown role {_shown(turn.role)}")
-        if not isinstance(turn.content, str):
-            raise RowError(
-                f"format {format_name}: the content is {json_kind(turn.content)}, expected text"
-            )
 
 
 def _checked(turns: list[Message]) -> ParsedRow:
@@ -367,15 +305,3 @@ def _checked(turns: list[Message]) -> ParsedRow:
         if any("\ud800" <= character <= "\udfff" for character in turn.content):
             raise RowError(f"turn {position} contains a lone surrogate, which is not a character")
     return ParsedRow(messages=(*system, *kept), trimmed=len(kept) < len(rest))
-
-
-def _keys(row: Mapping[str, Any]) -> str:
-    return ", ".join(_shown(key) for key in list(row)[:10]) or "no fields"
-
-
-def _shown(value: Any) -> str:
-    """A value as shown in an error message: short, on one line."""
-    if not isinstance(value, str | int | float):
-        return json_kind(value)
-    shown = repr(value)
-    return shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[:_SHOWN_CHARACTERS]}…"

@@ -16,7 +16,7 @@ import numpy as np
 
 from ivl_jax.data.formats import (
     Demonstration,
-    Message,
+    ParsedRow,
     RowError,
     RowFormat,
     check_templates,
@@ -43,9 +43,10 @@ class DemonstrationSource:
             `module:attribute` that the user's own config or flag names.
         templates: Role to template, for a format that reads them.
         validation_fraction: Share of the rows of `train` to hold out, by a hash of each dialogue,
-            so that equal dialogues stay together; at least one row is held out. 0 holds out none.
-        group_field: A row's field, `module` or `meta.entity`; rows with equal values stay in the
-            same split. Empty: every dialogue is split separately.
+            of a preference its prompt, so that equal ones stay together; at least one row is held
+            out. 0 holds out none.
+        group_field: A row's field, `module` or `meta.entity`; rows with equal values stay on one
+            side. Empty: every dialogue for itself.
     """
 
     train: tuple[str, ...]
@@ -200,22 +201,27 @@ def _read(source: DemonstrationSource, split: str) -> Iterator[_ReadRow | Malfor
                 if isinstance(row.value, RowError):
                     raise row.value
                 parsed = parse_row(row.value, row_format=row_format, templates=source.templates)
-                dialogue_hash = _hash(_said(parsed.messages))
+                dialogue_hash = _hash(_said(parsed))
                 key = fill_template(group, row.value) if group else None
             except RowError as error:
                 yield MalformedRow(row.place, str(error))
                 continue
             yield _ReadRow(
-                Demonstration(messages=parsed.messages, row_id=row.place),
+                Demonstration(parsed.messages, row.place, parsed.rejected),
                 parsed.trimmed,
                 dialogue_hash,
-                dialogue_hash if key is None else _hash(key),
+                _hash(_key(parsed)) if key is None else _hash(key),
             )
 
 
-def _said(messages: tuple[Message, ...]) -> str:
-    """A dialogue as text, without weights, which must not affect its split."""
-    return json.dumps(messages)
+def _said(row: ParsedRow) -> str:
+    """A row as text; weights are left out, so that they move no dialogue to another split."""
+    return json.dumps([row.messages, row.rejected] if row.rejected else row.messages)
+
+
+def _key(row: ParsedRow) -> str:
+    """What keeps rows on one side of the split: the dialogue; of a preference the prompt alone."""
+    return json.dumps(row.messages[:-1]) if row.rejected else _said(row)
 
 
 def _hash(text: str) -> int:

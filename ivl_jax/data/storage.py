@@ -25,21 +25,28 @@ class IvlDemonstrations(tfds.core.GeneratorBasedBuilder, skip_registration=True)
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, splits: Mapping[str, Callable[[], Iterator[Demonstration]]], **options):
+    def __init__(
+        self,
+        splits: Mapping[str, Callable[[], Iterator[Demonstration]]],
+        *,
+        in_pairs: bool,
+        **options: Any,
+    ):
         self._splits = splits
+        self._in_pairs = in_pairs
         super().__init__(**options)
 
     def _info(self) -> tfds.core.DatasetInfo:
         text = tfds.features.Text
+        turns = {"role": text(), "content": text(), "weight": np.int64}
+        dialogues = ("messages", "rejected") if self._in_pairs else ("messages",)
         return tfds.core.DatasetInfo(
             builder=self,
             description="Dialogues to learn from, each with the file and line it came from.",
             features=tfds.features.FeaturesDict(
                 {
                     "row_id": text(),
-                    "messages": tfds.features.Sequence(
-                        {"role": text(), "content": text(), "weight": np.int64}
-                    ),
+                    **{name: tfds.features.Sequence(turns) for name in dialogues},
                 }
             ),
             disable_shuffling=True,
@@ -51,8 +58,10 @@ class IvlDemonstrations(tfds.core.GeneratorBasedBuilder, skip_registration=True)
 
     def _generate_examples(self, rows: Iterator[Demonstration]) -> Iterator[tuple[int, Any]]:
         for index, row in enumerate(rows):
-            messages = [{**turn._asdict(), "weight": turn.weight} for turn in row.messages]
-            yield index, {"row_id": row.row_id, "messages": messages}
+            stored: dict[str, Any] = {"row_id": row.row_id, "messages": _to_records(row.messages)}
+            if self._in_pairs:
+                stored["rejected"] = _to_records(row.rejected)
+            yield index, stored
 
 
 class DemonstrationSplit(Sequence[Demonstration]):
@@ -89,13 +98,15 @@ def write_dataset(
     *,
     folder: epath.Path,
     rows: int,
+    in_pairs: bool = False,
 ) -> None:
     """Writes a dataset.
 
     Args:
         splits: Split name to a function that yields its demonstrations; no split is empty.
-        folder: Where TFDS will find it; must not exist.
-        rows: Total number of demonstrations; for many, a progress bar is shown.
+        folder: Where TFDS is to find it; must not exist.
+        rows: How many demonstrations there are in all; a progress bar is shown for many.
+        in_pairs: They are preferences, of two dialogues each.
     """
     scratch = folder.parent / f"{folder.name}-scratch"
     config = tfds.core.BuilderConfig(name="rows", version=IvlDemonstrations.VERSION)
@@ -103,7 +114,11 @@ def write_dataset(
     try:
         with _quiet_tfds():
             builder = IvlDemonstrations(
-                splits, data_dir=str(scratch), file_format="array_record", config=config
+                splits,
+                in_pairs=in_pairs,
+                data_dir=str(scratch),
+                file_format="array_record",
+                config=config,
             )
             builder.download_and_prepare()
         epath.Path(builder.data_dir).rename(folder)
@@ -130,14 +145,22 @@ def _quiet_tfds() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _to_records(turns: Sequence[Message]) -> list[dict[str, Any]]:
+    return [{**turn._asdict(), "weight": turn.weight} for turn in turns]
+
+
 def _demonstration(row: Mapping[str, Any]) -> Demonstration:
-    turns = row["messages"]
     return Demonstration(
-        messages=tuple(
-            (Message if weight else UntrainedMessage)(role.decode(), content.decode())
-            for role, content, weight in zip(
-                turns["role"], turns["content"], turns["weight"], strict=True
-            )
-        ),
+        messages=_to_messages(row["messages"]),
         row_id=np.asarray(row["row_id"]).item().decode(),
+        rejected=_to_messages(row["rejected"]) if "rejected" in row else (),
+    )
+
+
+def _to_messages(turns: Mapping[str, Any]) -> tuple[Message, ...]:
+    return tuple(
+        (Message if weight else UntrainedMessage)(role.decode(), content.decode())
+        for role, content, weight in zip(
+            turns["role"], turns["content"], turns["weight"], strict=True
+        )
     )

@@ -26,6 +26,7 @@ from ivl_jax.data.demonstrations import Demonstration, MalformedRow, MalformedRo
 from ivl_jax.data.reading import list_malformed
 from ivl_jax.data.rendering import TemplateLimitError
 from ivl_jax.data.sealed_folders import open_sealed_folder
+from ivl_jax.data.segments import encode_segments
 from ivl_jax.data.storage import DemonstrationSplit
 from ivl_jax.paths import is_local
 
@@ -100,6 +101,8 @@ class TokenizedDemonstrations(Sequence[EncodedDialogue]):
         loss_mask: Which of them the assistant must produce, `[M]`.
         starts: Where each dialogue begins, and the end of the last, `[N + 1]`.
         rows: Each dialogue's index in `demonstrations`, `[N]`.
+        middles: Of preferences, where each rejected dialogue begins, `[N]`: the chosen one goes
+            before it. None: every demonstration is one dialogue.
         demonstrations: Where the dialogues came from.
         sequence_length: Tokens that fit in a batch row; no dialogue is longer by more than one.
         fingerprint: Identifies demonstrations, chat format, tokenizer and limit.
@@ -110,6 +113,7 @@ class TokenizedDemonstrations(Sequence[EncodedDialogue]):
     loss_mask: Bool[np.ndarray, "M"]
     starts: Int64[np.ndarray, "N1"]
     rows: Int64[np.ndarray, "N"]
+    middles: Int64[np.ndarray, "N"] | None
     demonstrations: Sequence[Demonstration]
     sequence_length: int
     fingerprint: str
@@ -119,7 +123,7 @@ class TokenizedDemonstrations(Sequence[EncodedDialogue]):
         return len(self.rows)
 
     def __getitem__(self, index: Any) -> Any:
-        """Returns one dialogue; its last token is only ever a target."""
+        """Returns one dialogue, or a pair end to end; see `segments`."""
         if not 0 <= index < len(self):
             raise IndexError(f"dialogue {index} of {len(self)}")
         start, end = self.starts[index], self.starts[index + 1]
@@ -127,10 +131,25 @@ class TokenizedDemonstrations(Sequence[EncodedDialogue]):
             np.asarray(self.tokens[start:end]), np.asarray(self.loss_mask[start:end])
         )
 
+    def segments(self, indices: Iterable[int]) -> list[EncodedDialogue]:
+        """Returns dialogues as segments of a row, of each pair two: the chosen, the rejected."""
+        found = []
+        for index in indices:
+            tokens, loss_mask = self[index]
+            middle = self.middles[index] - self.starts[index] if self.middles is not None else 0
+            parts = (slice(0, middle), slice(middle, None)) if middle else (slice(None),)
+            found += [EncodedDialogue(tokens[part], loss_mask[part]) for part in parts]
+        return found
+
     @property
     def lengths(self) -> Int64[np.ndarray, "N"]:
-        """Tokens of each dialogue."""
+        """Tokens of each dialogue, or pair."""
         return np.diff(self.starts)
+
+    @property
+    def positions(self) -> Int64[np.ndarray, "N"]:
+        """Positions that each takes in a row: the last token of a segment is only a target."""
+        return self.lengths - (1 if self.middles is None else 2)
 
     def row_id(self, index: int) -> str:
         """Returns the file and line of a dialogue, "train.jsonl:17"."""
@@ -165,8 +184,9 @@ def tokenize_demonstrations(
     """
     identity = [_CACHE_VERSION, _content_hash(demonstrations), chat.fingerprint, sequence_length]
     fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    names = _array_names(demonstrations)
     if cache_dir is None:
-        streams = {name: io.BytesIO() for name in _ARRAYS}
+        streams = {name: io.BytesIO() for name in names}
         report = _encode_into(streams, demonstrations, chat, sequence_length)
         arrays = {
             name: np.frombuffer(stream.getbuffer(), _ARRAYS[name])
@@ -181,7 +201,7 @@ def tokenize_demonstrations(
         )
         malformed = tuple(MalformedRow(*row) for row in record["malformed"])
         report = TokenizationReport(**{**record, "malformed": malformed})
-        arrays = {name: _load(folder, name) for name in _ARRAYS}
+        arrays = {name: _load(folder, name) for name in names}
     if report.malformed_count > max_malformed_share * report.dialogues or not report.kept:
         raise MalformedRowsError(
             f"demonstrations: {report.malformed_count} of {report.dialogues} dialogues cannot be "
@@ -191,7 +211,7 @@ def tokenize_demonstrations(
         )
     report.log(sequence_length)
     return TokenizedDemonstrations(
-        **arrays,
+        **{"middles": None, **arrays},
         demonstrations=demonstrations,
         sequence_length=sequence_length,
         fingerprint=fingerprint,
@@ -199,7 +219,19 @@ def tokenize_demonstrations(
     )
 
 
-_ARRAYS = {"tokens": np.int32, "loss_mask": np.bool_, "starts": np.int64, "rows": np.int64}
+_ARRAYS = {
+    "tokens": np.int32,
+    "loss_mask": np.bool_,
+    "starts": np.int64,
+    "rows": np.int64,
+    "middles": np.int64,
+}
+
+
+def _array_names(demonstrations: Sequence[Demonstration]) -> list[str]:
+    """The arrays that are kept; `middles` of preferences only."""
+    in_pairs = bool(len(demonstrations) and demonstrations[0].rejected)
+    return [name for name in _ARRAYS if in_pairs or name != "middles"]
 
 
 def _content_hash(demonstrations: Sequence[Demonstration]) -> str:
@@ -208,8 +240,9 @@ def _content_hash(demonstrations: Sequence[Demonstration]) -> str:
         return demonstrations.fingerprint
     digest = hashlib.sha256()
     for demonstration in demonstrations:
-        digest.update(json.dumps(demonstration).encode())
-        untrained = [turn for turn, said in enumerate(demonstration.messages) if not said.weight]
+        messages, row_id, rejected = demonstration
+        digest.update(json.dumps([messages, row_id, *([rejected] if rejected else [])]).encode())
+        untrained = [turn for turn, said in enumerate(messages) if not said.weight]
         digest.update(json.dumps(untrained).encode() if untrained else b"")
     return digest.hexdigest()
 
@@ -224,14 +257,17 @@ def _encode_into(
     counts = dict.fromkeys(("kept", "tokens", "targets", "cut", "dropped", "special_texts"), 0)
     malformed: list[MalformedRow] = []
     beyond = 0
+    in_pairs = "middles" in streams
 
     def write(name: str, values: Any) -> None:
         streams[name].write(np.asarray(values, _ARRAYS[name]).tobytes())
 
     write("starts", [0])
     for first, chunk in _chunks(demonstrations):
-        encoded = chat.encode_dialogues(
-            [demonstration.messages for demonstration in chunk],
+        encoded = encode_segments(
+            chat,
+            chunk,
+            sequence_length=sequence_length,
             beyond_limits_at_most=_BEYOND_LIMITS_AT_MOST,
         )
         for row, (demonstration, dialogue) in enumerate(zip(chunk, encoded, strict=True), first):
@@ -244,17 +280,21 @@ def _encode_into(
                         f"{demonstration.row_id}: {dialogue}; use another chat template"
                     )
                 continue
-            counts["special_texts"] += chat.has_special_text(demonstration.messages)
-            tokens, loss_mask = (array[: sequence_length + 1] for array in dialogue)
-            counts["cut"] += len(tokens) < len(dialogue.tokens)
-            if not loss_mask[1:].any():
+            counts["special_texts"] += chat.has_special_text(
+                (*demonstration.messages, *demonstration.rejected)
+            )
+            counts["cut"] += dialogue.was_cut
+            if not dialogue.is_useful:
                 counts["dropped"] += 1
                 continue
             counts["kept"] += 1
-            counts["tokens"] += len(tokens)
-            counts["targets"] += int(loss_mask[1:].sum())
-            write("tokens", tokens)
-            write("loss_mask", loss_mask)
+            if in_pairs:
+                write("middles", [counts["tokens"] + len(dialogue.parts[0].tokens)])
+            for tokens, loss_mask in dialogue.parts:
+                counts["tokens"] += len(tokens)
+                counts["targets"] += int(loss_mask[1:].sum())
+                write("tokens", tokens)
+                write("loss_mask", loss_mask)
             write("starts", [counts["tokens"]])
             write("rows", [row])
     return TokenizationReport(
@@ -297,7 +337,8 @@ def _write(
     folder.mkdir(parents=True)
     with contextlib.ExitStack() as files:
         streams: dict[str, Any] = {
-            name: files.enter_context((folder / f"{name}.bin").open("wb")) for name in _ARRAYS
+            name: files.enter_context((folder / f"{name}.bin").open("wb"))
+            for name in _array_names(demonstrations)
         }
         return asdict(_encode_into(streams, demonstrations, chat, sequence_length))
 

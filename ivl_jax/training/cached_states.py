@@ -85,7 +85,7 @@ def open_cached_splits(
             open_base_states(
                 root / name,
                 identity=common | {"demonstrations and tokens": tokenized.fingerprint},
-                positions=tokenized.lengths - 1,
+                positions=tokenized.positions,
                 width=model.decoder.hidden_size,
                 dtype=config.step.compute_dtype,
             ),
@@ -130,7 +130,7 @@ def write_cached_states(
             found: dict[int, np.ndarray] = {}
             for packed, batch in _shard_batches(split, shard, rows=rows, pad_id=pad_id):
                 states = np.asarray(program(params, place_batch(batch, mesh)))
-                found |= _unpack(packed, states, split.tokenized.lengths)
+                found |= _take_apart(layout, states, split.tokenized.positions)
             split.states.write(shard, [found[dialogue] for dialogue in sorted(found)])
             progress.advance(task)
     seconds = time.perf_counter() - started
@@ -142,7 +142,7 @@ def _announce(base: FrozenBase, splits: Sequence[CachedSplit], *, missing: int) 
     folder = splits[0].states.folder.parent
     total = sum(split.states.total_bytes for split in splits)
     share = missing / sum(len(split.states.shards) for split in splits)
-    positions = sum(int((split.tokenized.lengths - 1).sum()) for split in splits)
+    positions = sum(int(split.tokenized.positions.sum()) for split in splits)
     free = shutil.disk_usage(folder).free
     logger.info(
         "base %s: final hidden states of %s positions take %s in %s (%.0f%% exist already; %s "
@@ -190,24 +190,24 @@ def _shard_batches(
     first, end = split.states.shards[shard]
     tokenized = split.tokenized
     length = tokenized.sequence_length
-    plan = pack(tokenized.lengths[first:end] - 1, row_length=length, seed=0)
+    plan = pack(tokenized.positions[first:end], row_length=length, seed=0)
     for start in range(0, plan.rows, rows):
         stop = min(start + rows, plan.rows)
-        packed = [(plan.row(row) + first).tolist() for row in range(start, stop)]
-        packed += [[] for _ in range(rows - len(packed))]
-        dialogues = [[tokenized[dialogue] for dialogue in row] for row in packed]
-        yield packed, lay_out_rows(dialogues, sequence_length=length, pad_id=pad_id)
+        layout = [(plan.row(row) + first).tolist() for row in range(start, stop)]
+        layout += [[] for _ in range(rows - len(layout))]
+        segments = [tokenized.segments(row) for row in layout]
+        yield layout, lay_out_rows(segments, sequence_length=length, pad_id=pad_id)
 
 
-def _unpack(
-    packed: Sequence[Sequence[int]], states: np.ndarray, lengths: np.ndarray
+def _take_apart(
+    layout: Sequence[Sequence[int]], states: np.ndarray, positions: np.ndarray
 ) -> dict[int, np.ndarray]:
     """Dialogue → its states, from packed rows."""
     found = {}
     for row, dialogues in zip(states, packed, strict=False):
         start = 0
         for dialogue in dialogues:
-            end = start + int(lengths[dialogue]) - 1
+            end = start + int(positions[dialogue])
             found[dialogue] = row[start:end]
             start = end
     return found

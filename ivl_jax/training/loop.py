@@ -26,6 +26,7 @@ from ivl_jax.training.evaluation import Evaluation
 from ivl_jax.training.interrupts import Interrupts
 from ivl_jax.training.limits import check_batch, check_disk, disk_use
 from ivl_jax.training.models import choose_models
+from ivl_jax.training.objectives import find_objective
 from ivl_jax.training.output import save_output, value_metadata
 from ivl_jax.training.reporting import Reporter
 from ivl_jax.training.run_directory import RunDirectory, RunDirectoryError
@@ -114,22 +115,28 @@ def _run(config: TrainConfig, directory: RunDirectory, *, there: bool) -> TrainR
     with Interrupts() as interrupts:
         prepared = prepare(config, models, data, mesh)
         keep = config.logging.keep_checkpoints
-        with TrainCheckpointer(directory.checkpoints, keep=keep) as checkpoints:
+        objective = find_objective(config)
+        with TrainCheckpointer(
+            directory.checkpoints, keep=keep, metric=objective.best_by
+        ) as checkpoints:
             training = _Training(config, directory, prepared, weights, checkpoints, interrupts)
             state, evaluation, interrupted = training.fit()
             best = checkpoints.best_step()
         output = None
         if not interrupted:
             output = save_output(config, directory, prepared, weights, state)
+            what = "NLL" if objective.best_by == "nll" else objective.best_by.replace("_", " ")
             if config.method == "value" and best == 0:
                 logger.warning(
-                    "no checkpoint has a lower held-out NLL than step 0, before any training: "
-                    "try a lower optimizer.learning_rate or more data"
+                    "no checkpoint has a lower held-out %s than step 0, before any training: "
+                    "try a lower optimizer.learning_rate or more data",
+                    what,
                 )
             elif config.method == "value" and best not in (None, int(state.step)):
                 logger.info(
-                    "the lowest held-out NLL was at step %d; to export it: "
+                    "the lowest held-out %s was that of step %d; to export it: "
                     "python -m ivl_jax.checkpoint export-value %s OUT --step best",
+                    what,
                     best,
                     directory.path,
                 )
@@ -179,7 +186,12 @@ class _Training:
         step = int(state.step)
         logger.info(describe_compiling())
         with (
-            Reporter(self._directory, first_step=step, total_steps=self._total) as report,
+            Reporter(
+                self._directory,
+                first_step=step,
+                total_steps=self._total,
+                shown=find_objective(self._config).shown,
+            ) as report,
             StepProfile(self._config.profile, first_step=step, name="train") as profile,
         ):
             if self._fresh:

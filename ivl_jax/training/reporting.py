@@ -6,7 +6,7 @@ interval, metrics.jsonl, timings.jsonl and TensorBoard events.
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
@@ -33,15 +33,19 @@ logger = logging.getLogger(__name__)
 class Reporter:
     """Reports one run; on processes other than 0 it only keeps time."""
 
-    def __init__(self, run: RunDirectory, *, first_step: int, total_steps: int) -> None:
+    def __init__(
+        self, run: RunDirectory, *, first_step: int, total_steps: int, shown: Sequence[str]
+    ) -> None:
         """Open TensorBoard and the progress bar.
 
         Args:
             run: the run directory.
             first_step: steps taken before this start.
             total_steps: steps of the whole run.
+            shown: figures on the console line beside the loss, those that a step has.
         """
         self._run = run
+        self._shown = shown
         self._total = total_steps
         self._writes = jax.process_index() == 0
         self._events = _open_tensorboard(run, first_step) if self._writes else None
@@ -101,12 +105,16 @@ class Reporter:
             {"step": step, "seconds_per_step": seconds, "tokens_per_second": speed}
         )
         logger.info(
-            "step %d/%d%s · loss %.4f · nll %.4f · lr %.2e · grad norm %.3g · %s tokens/s · ETA %s",
+            "step %d/%d%s · loss %.4f%s · lr %.2e · grad norm %.3g · %s tokens/s · ETA %s",
             step,
             self._total,
             f" · base {base}" if base else "",
             metrics["loss"],
-            metrics["nll"],
+            "".join(
+                f" · {name.replace('_', ' ')} {metrics[name]:.4f}"
+                for name in self._shown
+                if name in metrics
+            ),
             metrics["learning_rate"],
             metrics["gradient_norm"],
             f"{speed:,.0f}",
@@ -164,6 +172,10 @@ class Reporter:
 
 
 def _evaluation_text(figures: Mapping[str, float]) -> str:
+    if "accuracy" not in figures:  # another objective than cross-entropy
+        return " · ".join(
+            f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items()
+        )
     if "base_nll" not in figures:
         return f"nll {figures['nll']:.4f} · accuracy {figures['accuracy']:.2%}"
     return (

@@ -17,6 +17,7 @@ from ivl_jax.config import ConfigError, DataConfig, TrainConfig
 from ivl_jax.data.batching import EvalBatches, TrainIterator, make_eval_batches, make_train_iterator
 from ivl_jax.data.chat import ChatFormat, make_chat_format
 from ivl_jax.data.demonstrations import DemonstrationSource, store_demonstrations
+from ivl_jax.data.formats import FORMATS
 from ivl_jax.data.tokenized import TokenizedDemonstrations, tokenize_demonstrations
 from ivl_jax.model.decoder import Params
 from ivl_jax.sharding import batch_ways, data_shard, make_mesh
@@ -67,9 +68,25 @@ def check_names(config: TrainConfig) -> None:
 
     Raises:
         ValueError: an unknown objective or row format, or templates where none are read.
+        ConfigError: an objective that does not learn from such rows, or needs a base.
     """
-    find_objective(config)
-    _source(config.data)
+    objective, row_format = find_objective(config), _source(config.data).format
+    if objective.needs_base and config.method != "value":
+        raise ConfigError(
+            f'objective = "{config.objective}" compares with the frozen base, and method = '
+            f'"{config.method}" has none: set method = "value"'
+        )
+    in_pairs = row_format.read_rejected is not None
+    if in_pairs != (objective.dialogues == 2):
+        expected = "preferences" if objective.dialogues == 2 else "demonstrations"
+        fitting = [
+            f'"{name}"' for name, one in FORMATS.items() if (one.read_rejected is None) == in_pairs
+        ]
+        raise ConfigError(
+            f'data.format = "{row_format.name}" and objective = "{config.objective}" do not go '
+            f"together: the objective learns from {expected}, which data.format = "
+            f"{' or '.join(fitting)} reads"
+        )
 
 
 def make_run_mesh(config: TrainConfig) -> Mesh:

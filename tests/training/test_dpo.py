@@ -99,11 +99,11 @@ def test_a_segments_total_stands_at_each_of_its_positions() -> None:
     ids = np.sort(rng.integers(0, 9, (3, 50)), axis=1)
     values = rng.normal(size=ids.shape).astype(np.float32)
     expected = np.stack(
-        [
-            [v[i == here].sum() for here in i] for v, i in zip(values, ids, strict=True)
-        ]
+        [[v[i == here].sum() for here in i] for v, i in zip(values, ids, strict=True)]
     )
-    np.testing.assert_allclose(segment_totals(jnp.asarray(values), jnp.asarray(ids)), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        segment_totals(jnp.asarray(values), jnp.asarray(ids)), expected, rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
