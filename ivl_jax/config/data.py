@@ -16,7 +16,8 @@ class RowsConfig:
 
     format: str = "messages"
     """Row format: `sharegpt`, `messages`, `alpaca`, `prompt_completion` or `fields`, which reads
-    `user_template` and `assistant_template`. Or `module:attribute` of a format of your own."""
+    `user_template` and `assistant_template`; of preferences `preference` or `hh`. Or
+    `module:attribute` of a format of your own."""
     user_template: str = ""
     """With `format = "fields"`: the user's message, for example `{question}`."""
     assistant_template: str = ""

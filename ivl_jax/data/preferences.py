@@ -13,6 +13,7 @@ from ivl_jax.data.row_fields import (
     RowError,
     UntrainedMessage,
     list_keys,
+    read_text,
     read_text_or_turns,
     to_messages,
 )
@@ -62,8 +63,7 @@ def read_hh(row: Mapping[str, Any], answer: str) -> list[Message]:
     Raises:
         RowError: The text is not of that form.
     """
-    ((_, text),) = [(one.role, one.content) for one in read_text_or_turns(row, answer, role="user")]
-    before, *parts = _HH_TURN.split(text)
+    before, *parts = _HH_TURN.split(read_text(row, answer))
     if before.strip() or not parts:
         raise RowError(f"field {answer!r} does not begin with a turn '\\n\\nHuman:'")
     roles = ["user" if name == "Human" else "assistant" for name in parts[::2]]

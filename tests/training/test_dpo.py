@@ -1,14 +1,19 @@
 """Preference losses: values and weights against their formulas, pair by pair."""
 
+import json
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ivl_jax.config import ConfigError, PreferenceConfig
+from ivl_jax.config import ConfigError, PreferenceConfig, RowsConfig, TrainConfig
 from ivl_jax.data.batching import Batch, lay_out_rows
+from ivl_jax.training.loop import run
 from ivl_jax.training.objectives.dpo import make_dpo
 from ivl_jax.training.objectives.segments import segment_totals
+from tests.training.runs import Crash, assert_same_run, at_step, crash, records
 
 # Two rows: (chosen, rejected, chosen, rejected) and (chosen, rejected), lengths in tokens.
 LENGTHS = [[5, 7, 3, 2], [6, 4]]
@@ -119,3 +124,51 @@ def test_a_segments_total_stands_at_each_of_its_positions() -> None:
 def test_options_out_of_range_are_refused(options, said) -> None:
     with pytest.raises(ConfigError, match=said):
         PreferenceConfig(**options)
+
+
+@pytest.fixture
+def config(tiny_config: TrainConfig, tmp_path) -> TrainConfig:
+    rows = [
+        {"prompt": f"{i}+{i % 7}", "chosen": str(i + i % 7), "rejected": f"no{i % 7}"}
+        for i in range(40)
+    ]
+    path = tmp_path / "preferences.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = replace(tiny_config.data, train=(str(path),), rows=RowsConfig(format="preference"))
+    return replace(tiny_config, objective="dpo", data=data)
+
+
+def test_a_stopped_run_of_preferences_resumes_to_the_bits_of_one_that_never_stopped(
+    config, tmp_path, monkeypatch
+) -> None:
+    whole = run(config)
+    margins = [
+        one["held_out"]["reward_margin"] for one in records(whole.run_dir) if "held_out" in one
+    ]
+    assert margins == sorted(margins)
+    assert {"preference_loss", "reward_margin", "kl", "nll"} <= set(whole.held_out)
+    config = replace(config, run_dir=str(tmp_path / "stopped"))
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, crash)
+        with pytest.raises(Crash):
+            run(config)
+    assert_same_run(run(replace(config, resume=True)), whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"method": "sft"}, 'has none: set method = "value"'),
+        ({"objective": "sft"}, r'learns from demonstrations, which data.format = "sharegpt" or'),
+    ],
+)
+def test_preferences_and_what_cannot_learn_from_them_are_refused_together(
+    config, changes, said
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        run(replace(config, **changes))
+
+
+def test_demonstrations_are_refused_by_an_objective_of_preferences(tiny_config) -> None:
+    with pytest.raises(ConfigError, match='"preference" or "hh"'):
+        run(replace(tiny_config, objective="dpo"))
