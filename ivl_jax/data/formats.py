@@ -89,8 +89,9 @@ def parse_row(row: Any, *, row_format: RowFormat, templates: Mapping[str, str]) 
 
     Returns:
         The dialogue; of a row of preferences, both. Assistant turns before the first user turn, and
-        what follows the last assistant turn, are left out: nothing can be learned from them. A turn
-        of a list of turns may have a `weight`: 0 leaves it out of the loss, 1 is the default.
+        turns after the last assistant turn, are left out, since there is nothing to learn from
+        them. A turn in a list of turns may have a `weight`: 0 leaves it out of the loss, 1 is the
+        default.
 
     Raises:
         RowError: The row is not a dialogue in this format.

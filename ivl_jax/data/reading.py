@@ -45,8 +45,8 @@ class DemonstrationSource:
         validation_fraction: Share of the rows of `train` to hold out, by a hash of each dialogue,
             of a preference its prompt, so that equal ones stay together; at least one row is held
             out. 0 holds out none.
-        group_field: A row's field, `module` or `meta.entity`; rows with equal values stay on one
-            side. Empty: every dialogue for itself.
+        group_field: A row's field, `module` or `meta.entity`; rows with equal values stay in the
+            same split. Empty: every dialogue is split separately.
     """
 
     train: tuple[str, ...]
@@ -215,12 +215,12 @@ def _read(source: DemonstrationSource, split: str) -> Iterator[_ReadRow | Malfor
 
 
 def _said(row: ParsedRow) -> str:
-    """A row as text; weights are left out, so that they move no dialogue to another split."""
+    """A row as text, without weights, which must not affect its split."""
     return json.dumps([row.messages, row.rejected] if row.rejected else row.messages)
 
 
 def _key(row: ParsedRow) -> str:
-    """What keeps rows on one side of the split: the dialogue; of a preference the prompt alone."""
+    """What keeps rows in the same split: the whole dialogue; of a preference, its prompt."""
     return json.dumps(row.messages[:-1]) if row.rejected else _said(row)
 
 

@@ -36,7 +36,7 @@ class Message(NamedTuple):
 
 
 class UntrainedMessage(Message):
-    """An assistant's turn that is read as the others are, but left out of the loss."""
+    """An assistant's turn that is read like the others, but left out of the loss."""
 
     weight = 0
 
@@ -56,7 +56,7 @@ def read_turns(
 
 def to_messages(value: Any, field: str, *, role_key: str, content_key: str) -> list[Message]:
     """A list of turns as messages; `field` names it in errors."""
-    if isinstance(value, Mapping):  # TFDS holds a list of records as a record of lists
+    if isinstance(value, Mapping):  # TFDS stores a list of records as a record of lists
         value = _records(value, field)
     if not isinstance(value, list) or not value:
         raise RowError(f"field {field!r} is {json_kind(value)}, expected a non-empty list of turns")
@@ -86,14 +86,14 @@ def _records(columns: Mapping[str, Any], field: str) -> list[dict[str, Any]]:
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) > 1:
         counted = ", ".join(f"{count} in {shorten(name)}" for name, count in lengths.items())
-        raise RowError(f"field {field!r}: its lists differ in number: {counted}")
+        raise RowError(f"field {field!r}: its lists differ in length: {counted}")
     return [
         dict(zip(columns, record, strict=True)) for record in zip(*columns.values(), strict=True)
     ]
 
 
 def _content(value: Any, where: str) -> str:
-    """A turn's text, also where it is written as a list of text parts."""
+    """A turn's text, which may be a list of text parts."""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and all(
@@ -107,7 +107,7 @@ def _content(value: Any, where: str) -> str:
 
 
 def read_text_or_turns(row: Mapping[str, Any], field: str, *, role: str) -> list[Message]:
-    """A field that is a text of one role, or a list of messages."""
+    """A field that is the text of one role, or a list of messages."""
     if isinstance(row.get(field), list):
         return to_messages(row[field], field, role_key="role", content_key="content")
     return [Message(role, read_text(row, field))]
@@ -134,7 +134,7 @@ def list_keys(row: Mapping[str, Any]) -> str:
 
 
 def shorten(value: Any) -> str:
-    """A value as a message shows it: short, on one line."""
+    """A value as shown in an error message: short, on one line."""
     if not isinstance(value, str | int | float):
         return json_kind(value)
     shown = repr(value)

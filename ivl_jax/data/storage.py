@@ -104,9 +104,9 @@ def write_dataset(
 
     Args:
         splits: Split name to a function that yields its demonstrations; no split is empty.
-        folder: Where TFDS is to find it; must not exist.
-        rows: How many demonstrations there are in all; a progress bar is shown for many.
-        in_pairs: They are preferences, of two dialogues each.
+        folder: Where TFDS will find it; must not exist.
+        rows: Total number of demonstrations; for many, a progress bar is shown.
+        in_pairs: Whether they are preferences, of two dialogues each.
     """
     scratch = folder.parent / f"{folder.name}-scratch"
     config = tfds.core.BuilderConfig(name="rows", version=IvlDemonstrations.VERSION)

@@ -130,7 +130,7 @@ def write_cached_states(
             found: dict[int, np.ndarray] = {}
             for packed, batch in _shard_batches(split, shard, rows=rows, pad_id=pad_id):
                 states = np.asarray(program(params, place_batch(batch, mesh)))
-                found |= _take_apart(layout, states, split.tokenized.positions)
+                found |= _unpack(packed, states, split.tokenized.positions)
             split.states.write(shard, [found[dialogue] for dialogue in sorted(found)])
             progress.advance(task)
     seconds = time.perf_counter() - started
@@ -193,14 +193,14 @@ def _shard_batches(
     plan = pack(tokenized.positions[first:end], row_length=length, seed=0)
     for start in range(0, plan.rows, rows):
         stop = min(start + rows, plan.rows)
-        layout = [(plan.row(row) + first).tolist() for row in range(start, stop)]
-        layout += [[] for _ in range(rows - len(layout))]
-        segments = [tokenized.segments(row) for row in layout]
-        yield layout, lay_out_rows(segments, sequence_length=length, pad_id=pad_id)
+        packed = [(plan.row(row) + first).tolist() for row in range(start, stop)]
+        packed += [[] for _ in range(rows - len(packed))]
+        segments = [tokenized.segments(row) for row in packed]
+        yield packed, lay_out_rows(segments, sequence_length=length, pad_id=pad_id)
 
 
-def _take_apart(
-    layout: Sequence[Sequence[int]], states: np.ndarray, positions: np.ndarray
+def _unpack(
+    packed: Sequence[Sequence[int]], states: np.ndarray, positions: np.ndarray
 ) -> dict[int, np.ndarray]:
     """Dialogue → its states, from packed rows."""
     found = {}

@@ -134,7 +134,7 @@ def _run(config: TrainConfig, directory: RunDirectory, *, there: bool) -> TrainR
                 )
             elif config.method == "value" and best not in (None, int(state.step)):
                 logger.info(
-                    "the lowest held-out %s was that of step %d; to export it: "
+                    "the lowest held-out %s was at step %d; to export it: "
                     "python -m ivl_jax.checkpoint export-value %s OUT --step best",
                     what,
                     best,
