@@ -26,7 +26,7 @@ def use_compilation_cache(folder: str) -> None:
         jax.config.update("jax_compilation_cache_dir", None)
     elif folder:
         jax.config.update("jax_compilation_cache_dir", folder)
-    elif jax.config.jax_compilation_cache_dir is None and (default := default_folder()):
+    elif _current_folder() is None and (default := default_folder()):
         if importlib.util.find_spec("filelock") is not None:  # which JAX needs for it
             # Nobody looks after a folder that nobody named: the least recently used goes first.
             jax.config.update("jax_compilation_cache_max_size", _MOST_BYTES)
@@ -35,7 +35,7 @@ def use_compilation_cache(folder: str) -> None:
 
 def describe_compiling() -> str:
     """What to say before programs are compiled, which may take minutes."""
-    folder = jax.config.jax_compilation_cache_dir
+    folder = _current_folder()
     return "compiling" if folder is None else f"compiling; programs are kept in {folder}"
 
 
@@ -62,3 +62,7 @@ def _machine() -> str:
     features = next((line for line in text.splitlines() if line.startswith("flags")), "")
     digest = hashlib.sha256(features.encode()).hexdigest()[:8]
     return f"{platform.system()}-{platform.machine()}-{digest}".lower()
+
+
+def _current_folder() -> str | None:
+    return jax.config.values["jax_compilation_cache_dir"]

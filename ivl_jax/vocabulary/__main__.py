@@ -7,6 +7,7 @@
 In: two tokenizer folders and text files, or a map. Out: the map's file and a report on the console.
 """
 
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path

@@ -100,8 +100,11 @@ def _shards(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     if index.exists():
         try:
             weight_map = read_json_object(index).get("weight_map")
-            named = isinstance(weight_map, dict) and weight_map
-            if not named or not all(isinstance(file, str) for file in weight_map.values()):
+            if (
+                not isinstance(weight_map, dict)
+                or not weight_map
+                or not all(isinstance(file, str) for file in weight_map.values())
+            ):
                 expected = "weight_map: expected file names by tensor name"
                 raise MalformedFileError(index, expected)
         except MalformedFileError as error:

@@ -11,7 +11,7 @@ import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax.numpy as jnp
 import numpy as np
@@ -141,7 +141,7 @@ def _record(path: Path, name: str, entry: Any, data_start: int) -> TensorRecord:
     )
 
 
-def _are_sizes(value: Any) -> bool:
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     """Whether a header value is a list of non-negative integers."""
     return isinstance(value, list) and all(
         type(one) is int and 0 <= one <= _LARGEST_NUMBER for one in value
