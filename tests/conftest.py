@@ -1,6 +1,8 @@
 """Shared test set-up: eight virtual CPU devices, strict numerics, shape checks, shared data."""
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -70,3 +72,16 @@ def llama2_tokenizer_dir() -> Path:
 def gpt2_tokenizer_dir() -> Path:
     """The GPT-2 byte-level BPE, 50,257 pieces."""
     return _shared("tokenizers/gpt2")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_memory_maps() -> Iterator[None]:
+    """Let go of compiled programs before there are too many: a process has 65,530 memory maps.
+
+    Each program takes a few, and XLA crashes where it gets none.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
+        gc.collect()
