@@ -198,7 +198,7 @@ def test_an_existing_run_is_an_error_that_says_how_to_resume(tiny_config, monkey
     monkeypatch.setattr(loop, "prepare", lambda *_: crash())
     with pytest.raises(Crash):
         run(tiny_config)
-    with pytest.raises(RunDirectoryError, match=r"train\.py --config .*config\.toml --resume"):
+    with pytest.raises(RunDirectoryError, match=r"--config .*config\.toml --resume"):
         run(tiny_config)
     changed = replace(tiny_config, resume=True, seed=1)
     with pytest.raises(ConfigError, match=r"seed was 0, now 1"):
