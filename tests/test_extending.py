@@ -14,7 +14,7 @@ from ivl_jax.checkpoint import load_value
 from ivl_jax.command_line.flags import parse_flags
 from ivl_jax.composed.sources import load_schemes, read_value
 from ivl_jax.composition import ConnectionScheme
-from ivl_jax.config import RowsConfig, StepConfig
+from ivl_jax.config import ComposedModelConfig, InferConfig, MeshConfig, RowsConfig, StepConfig
 from ivl_jax.data.demonstrations import DemonstrationSource, store_demonstrations
 from ivl_jax.data.formats import Message, RowError, RowFormat
 from ivl_jax.decoding.compose import compose
