@@ -90,6 +90,29 @@ def run_command(
             _discard_output()
 
 
+def long_run_command(
+    program: str,
+    command: Callable[[Sequence[str]], int | None],
+    arguments: Sequence[str] | None = None,
+    *,
+    when_stopped: str = "stopped; the same command resumes",
+) -> int:
+    """Run a command line that takes minutes to hours, so that people stop it on purpose.
+
+    Args:
+        program: as in `run_command`.
+        command: as in `run_command`.
+        arguments: as in `run_command`.
+        when_stopped: what to print after Ctrl-C, SIGTERM or SIGHUP.
+
+    Returns:
+        The exit status: that of `run_command`, 1 where an error's message is for the user.
+    """
+    return run_command(
+        program, command, arguments, when_stopped=lambda: when_stopped, failure_status=FAILED
+    )
+
+
 def called_as() -> str:
     """What the user called, for messages: `train.py` or `ivl-train`."""
     return os.path.basename(sys.argv[0])

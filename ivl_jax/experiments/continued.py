@@ -18,7 +18,7 @@ import jax
 from ivl_jax.assets import family_folder
 from ivl_jax.command_line.console import log_to_stdout
 from ivl_jax.command_line.flags import parse_flags
-from ivl_jax.command_line.guard import FAILED, run_command
+from ivl_jax.command_line.guard import long_run_command
 from ivl_jax.experiments.corpus import Corpus, load_corpus
 from ivl_jax.experiments.demonstrations import Item
 from ivl_jax.experiments.facts import Fact, build_facts, fact_questions
@@ -120,13 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    return run_command(
-        _PROGRAM,
-        _run,
-        arguments,
-        when_stopped=lambda: "stopped; the same command resumes",
-        failure_status=FAILED,
-    )
+    return long_run_command(_PROGRAM, _run, arguments)
 
 
 def _run(arguments: Sequence[str]) -> None:

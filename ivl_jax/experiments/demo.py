@@ -27,7 +27,7 @@ from ivl_jax.assets import config_file, family_folder
 from ivl_jax.checkpoint import ValueNetwork, load_value
 from ivl_jax.command_line.console import log_to_stdout
 from ivl_jax.command_line.flags import parse_flags
-from ivl_jax.command_line.guard import FAILED, run_command
+from ivl_jax.command_line.guard import long_run_command
 from ivl_jax.config import ConfigError, TrainConfig, config_to_toml, load_config
 from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.model import ComposedModel
@@ -218,12 +218,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    return run_command(
+    return long_run_command(
         _PROGRAM,
         _run,
         arguments,
-        when_stopped=lambda: "stopped; an earlier result is untouched, the next demo begins anew",
-        failure_status=FAILED,
+        when_stopped="stopped; an earlier result is untouched, the next demo begins anew",
     )
 
 

@@ -22,7 +22,7 @@ import jax
 from ivl_jax.assets import config_file, family_folder
 from ivl_jax.command_line.console import log_to_stdout
 from ivl_jax.command_line.flags import parse_flags
-from ivl_jax.command_line.guard import FAILED, run_command
+from ivl_jax.command_line.guard import long_run_command
 from ivl_jax.config import TrainConfig, load_config
 from ivl_jax.decoding.compose import compose
 from ivl_jax.experiments.demonstrations import (
@@ -164,13 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    return run_command(
-        _PROGRAM,
-        _run,
-        arguments,
-        when_stopped=lambda: "stopped; the same command resumes",
-        failure_status=FAILED,
-    )
+    return long_run_command(_PROGRAM, _run, arguments)
 
 
 def _run(arguments: Sequence[str]) -> None:

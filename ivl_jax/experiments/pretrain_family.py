@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ivl_jax.command_line.console import log_to_stdout
 from ivl_jax.command_line.flags import parse_flags
-from ivl_jax.command_line.guard import FAILED, run_command
+from ivl_jax.command_line.guard import long_run_command
 from ivl_jax.experiments.corpus import Corpus, load_corpus
 from ivl_jax.experiments.facts import statement_documents
 from ivl_jax.experiments.family_tokenizers import (
@@ -167,13 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    return run_command(
-        _PROGRAM,
-        _run,
-        arguments,
-        when_stopped=lambda: "stopped; the same command resumes",
-        failure_status=FAILED,
-    )
+    return long_run_command(_PROGRAM, _run, arguments)
 
 
 def _run(arguments: Sequence[str]) -> None:
