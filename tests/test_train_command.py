@@ -56,8 +56,8 @@ def test_help_is_fast_complete_and_needs_no_jax(project_root):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--config is missing"),
-        (["--config", "configs/absent.toml"], "no config file at configs/absent.toml"),
+        ([], "name a config: train.py --config configs/debug.toml"),
+        (["--config", "configs/absent.toml"], "no config file at configs/absent.toml; this folder has: debug.toml,"),
         (["--config", "configs/debug.toml", "--step.batch-siz", "3"], "step.batch-siz"),
         (["--config", "configs/debug.toml", "--step.micro-batches", "3"], "does not divide"),
     ],

@@ -96,6 +96,6 @@ def test_questions_that_cannot_be_asked_are_named_first(run, tmp_path, read_prom
     assert "more than the context of 512 tokens" in messages
     bad.write_text('{"question_id": 1, "category": "math", "turns": []}\n{"turns": ["a"]}\n')
     messages = run("--questions", str(bad))[1]
-    assert f"{bad}:1: `turns` must be a list" in messages
+    assert f"{bad}:1: `turns` must be a non-empty list" in messages
     assert f"{bad}:2: no `question_id`" in messages
     assert read_prompts == []

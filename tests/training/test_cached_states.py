@@ -107,11 +107,11 @@ def test_states_of_other_weights_or_lengths_are_refused_before_a_model_is_read(
     again = replace(config, run_dir=str(tmp_path / "again"))
     monkeypatch.setattr(cached_states, "load_base", never)
     longer = replace(again, data=replace(config.data, max_length=56))
-    with pytest.raises(StatesError, match=r"data.max_length: 48 there, 56 in this run"):
+    with pytest.raises(StatesError, match=r"data.max_length: 48 in the cache, 56 in this run"):
         run(longer)
     shutil.rmtree(config.base.path)
     save_tiny_model(Path(config.base.path), seed=3, num_hidden_layers=1, tie_word_embeddings=True)
-    with pytest.raises(StatesError, match=r"base weights: \w{12} there, \w{12} in this run"):
+    with pytest.raises(StatesError, match=r"base weights: \w{12} in the cache, \w{12} in this run"):
         run(again)
     assert not (tmp_path / "again").exists()
 
@@ -130,7 +130,12 @@ def test_several_bases_may_each_be_cached_or_not(config, tiny_config, tmp_path):
 def test_a_full_disk_is_reported_before_the_base_is_read(config, monkeypatch):
     monkeypatch.setattr(cached_states, "load_base", never)
     usage = shutil.disk_usage("/")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    # Room for the run's own files, none for the states.
+    full = usage._replace(free=1000)
+    roomy = usage._replace(free=2**40)
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: full if "base_states" in str(path) else roomy
+    )
     with pytest.raises(OSError, match=r"need 0.1 MB more.*cache_states = false"):
         run(config)
     assert not Path(config.run_dir).exists()
