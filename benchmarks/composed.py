@@ -21,8 +21,8 @@ from ivl_jax.composed.network import (
     ValueArrays,
 )
 from ivl_jax.composition import SCHEMES
-from ivl_jax.decoding.device.programs import Programs, build_programs
 from ivl_jax.decoding.device.state import DecodeState, Requests
+from ivl_jax.decoding.programs import Programs, build_programs
 from ivl_jax.decoding.requests import GenerationOptions, lay_out
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import Params, init_params

@@ -18,9 +18,9 @@ from ivl_jax.config import ComposedModelConfig, InferConfig, MeshConfig, RowsCon
 from ivl_jax.data.demonstrations import DemonstrationSource, store_demonstrations
 from ivl_jax.data.formats import Message, RowError, RowFormat
 from ivl_jax.decoding.compose import compose
-from ivl_jax.decoding.device.programs import build_programs
+from ivl_jax.decoding.device.proposals import Proposals, Proposer, longest_round
+from ivl_jax.decoding.programs import build_programs
 from ivl_jax.decoding.requests import GenerationOptions
-from ivl_jax.decoding.speculative.proposals import Proposals, Proposer, longest_round
 from ivl_jax.evaluation.flags import ModelFlags
 from ivl_jax.evaluation.loading import find_sources
 from ivl_jax.extensions import load_extension

@@ -38,6 +38,8 @@ LEVELS = {
     "ivl_jax.data": 3,
     "ivl_jax.composed": 4,
     "ivl_jax.training": 5,
+    "ivl_jax.decoding.device": 4.5,
+    "ivl_jax.decoding.speculative": 4.7,
     "ivl_jax.decoding": 5,
     "ivl_jax.evaluation": 6,
     "ivl_jax.experiments": 7,

@@ -57,7 +57,10 @@ def test_help_is_fast_complete_and_needs_no_jax(project_root):
     ("arguments", "message"),
     [
         ([], "name a config: train.py --config configs/debug.toml"),
-        (["--config", "configs/absent.toml"], "no config file at configs/absent.toml; this folder has: debug.toml,"),
+        (
+            ["--config", "configs/absent.toml"],
+            "no config file at configs/absent.toml; this folder has: debug.toml,",
+        ),
         (["--config", "configs/debug.toml", "--step.batch-siz", "3"], "step.batch-siz"),
         (["--config", "configs/debug.toml", "--step.micro-batches", "3"], "does not divide"),
     ],

@@ -15,11 +15,12 @@ import numpy as np
 from ivl_jax.buckets import bucket
 from ivl_jax.composed.network import ComposedParams, Composition
 from ivl_jax.decoding.capacity import BatchShape, Need
+from ivl_jax.decoding.device.finish import FinishReason
 from ivl_jax.decoding.device.log_probs import LogProbs
-from ivl_jax.decoding.device.programs import Programs
 from ivl_jax.decoding.device.state import DecodeState, Requests
 from ivl_jax.decoding.generation import TokenLogProbs
 from ivl_jax.decoding.own_vocabulary import OwnVocabulary, TextReader
+from ivl_jax.decoding.programs import Programs
 from ivl_jax.decoding.requests import (
     EncodedPrompt,
     RowArrays,
@@ -27,7 +28,6 @@ from ivl_jax.decoding.requests import (
     lay_out,
     row_end,
 )
-from ivl_jax.decoding.streaming import FinishReason
 from ivl_jax.sharding import batch_ways
 
 # New tokens whose log-probabilities are fetched at once: few widths, few programs.

@@ -29,9 +29,9 @@ from ivl_jax.composed.network import (
 )
 from ivl_jax.composed.sources import NO_SCHEMES, ModelSource, Schemes
 from ivl_jax.config import strength_problem
-from ivl_jax.decoding.device.programs import build_programs
 from ivl_jax.decoding.given_models import is_path, language_model_source, value_source
 from ivl_jax.decoding.model import ComposedModel
+from ivl_jax.decoding.programs import build_programs
 from ivl_jax.decoding.prompts import make_prompt_reader
 from ivl_jax.model.decoder import Params
 from ivl_jax.sharding import DEFAULT_RULES, ShardingRules

@@ -34,10 +34,11 @@ import jax
 
 from ivl_jax.decoding.batch import EngineModel, Entry, News, RowBatch
 from ivl_jax.decoding.capacity import BatchShape, CapacityPlanner, EngineLimits, Need, Waiting
+from ivl_jax.decoding.device.finish import FinishReason
 from ivl_jax.decoding.generation import Generation, TokenLogProbs
 from ivl_jax.decoding.own_vocabulary import expected_slots
 from ivl_jax.decoding.requests import EncodedPrompt, bucket_stop_ids, needed_slots, row_end
-from ivl_jax.decoding.streaming import FinishReason, RowText
+from ivl_jax.decoding.streaming import RowText
 
 logger = logging.getLogger(__name__)
 

@@ -15,11 +15,11 @@ from ivl_jax.config import GenerationKeywords
 from ivl_jax.data.chat import ChatFormat
 from ivl_jax.decoding.batch import EngineModel
 from ivl_jax.decoding.capacity import EngineLimits
-from ivl_jax.decoding.device.programs import Programs
 from ivl_jax.decoding.engine import DEFAULT_LIMITS, Engine
 from ivl_jax.decoding.generation import Generation
 from ivl_jax.decoding.given_prompts import OnePrompt, Prompt, is_one_prompt, plain_prompt
 from ivl_jax.decoding.own_vocabulary import OwnVocabulary
+from ivl_jax.decoding.programs import Programs
 from ivl_jax.decoding.prompts import GREEDY, Options, PromptReader
 from ivl_jax.decoding.requests import EncodedPrompt, GenerationOptions
 from ivl_jax.decoding.streaming import Detokenizer, RowText

@@ -5,22 +5,9 @@ do not depend on how many tokens arrive at once.
 """
 
 import codecs
-import enum
 from collections.abc import Sequence
 
-
-class FinishReason(enum.IntEnum):
-    """Why a row generates no further token."""
-
-    RUNNING = 0
-    EOS = 1
-    """It generated one of its stop ids."""
-    STOP_STRING = 2
-    """The host found one of its stop strings in the text."""
-    LENGTH = 3
-    """It reached its own limit or the end of the context."""
-    ERROR = 4
-    """No next token could be chosen: the composed logits were not finite numbers."""
+from ivl_jax.decoding.device.finish import FinishReason
 
 
 class Detokenizer:

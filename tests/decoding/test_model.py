@@ -7,8 +7,8 @@ import pytest
 from ivl_jax.data.chat import make_chat_format
 from ivl_jax.data.formats import Message
 from ivl_jax.decoding.compose import compose
-from ivl_jax.decoding.device.programs import Programs
 from ivl_jax.decoding.generation import Generation
+from ivl_jax.decoding.programs import Programs
 from ivl_jax.decoding.requests import GenerationOptions, PromptTooLongError
 from ivl_jax.tokenizer import describe_tokenizer, load_tokenizer
 from ivl_jax.tokenizer_agreement import TokenizerMismatchError

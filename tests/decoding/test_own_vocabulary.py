@@ -13,7 +13,6 @@ from ivl_jax.assets import family_folder
 from ivl_jax.checkpoint import ValueMetadata, ValueNetwork
 from ivl_jax.data.formats import Message
 from ivl_jax.decoding.compose import compose
-from ivl_jax.decoding.device.programs import build_programs
 from ivl_jax.decoding.device.sampling import Sampling, row_keys, sample_tokens
 from ivl_jax.decoding.own_vocabulary import (
     TextReader,
@@ -21,6 +20,7 @@ from ivl_jax.decoding.own_vocabulary import (
     expected_slots,
     make_own_vocabulary,
 )
+from ivl_jax.decoding.programs import build_programs
 from ivl_jax.decoding.requests import GenerationOptions, PromptTooLongError
 from ivl_jax.text_codec import TextCodec
 from ivl_jax.tokenizer import describe_tokenizer

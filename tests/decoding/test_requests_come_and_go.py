@@ -10,7 +10,7 @@ import pytest
 
 from ivl_jax.decoding.capacity import EngineLimits, RequestTooLargeError
 from ivl_jax.decoding.compose import compose
-from ivl_jax.decoding.device.programs import Programs
+from ivl_jax.decoding.programs import Programs
 from ivl_jax.decoding.requests import GenerationOptions
 from ivl_jax.model.decoder import init_params
 from tests.decoding.conftest import make_value

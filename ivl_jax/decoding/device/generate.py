@@ -24,12 +24,12 @@ from ivl_jax.composed.forward import (
     run_networks,
 )
 from ivl_jax.composed.network import ComposedParams, Composition, Network
+from ivl_jax.decoding.device.finish import FinishReason
 from ivl_jax.decoding.device.log_probs import score_chosen
 from ivl_jax.decoding.device.placement import empty_rows
+from ivl_jax.decoding.device.proposals import Proposer
 from ivl_jax.decoding.device.sampling import are_finite, sample_tokens
 from ivl_jax.decoding.device.state import DecodeState, Requests
-from ivl_jax.decoding.speculative.proposals import Proposer
-from ivl_jax.decoding.streaming import FinishReason
 from ivl_jax.model.decoder import Params, hidden_states
 from ivl_jax.model.kv_cache import KVCache
 

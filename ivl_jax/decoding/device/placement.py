@@ -10,11 +10,11 @@ from jaxtyping import Array, Int
 
 from ivl_jax.composed.forward import Caches
 from ivl_jax.composed.network import Composition, Network
+from ivl_jax.decoding.device.finish import FinishReason
 from ivl_jax.decoding.device.log_probs import empty_log_probs
+from ivl_jax.decoding.device.proposals import Proposer
 from ivl_jax.decoding.device.sampling import Sampling, row_keys
 from ivl_jax.decoding.device.state import DecodeState, Requests, SpeculationState
-from ivl_jax.decoding.speculative.proposals import Proposer
-from ivl_jax.decoding.streaming import FinishReason
 from ivl_jax.model.kv_cache import KVCache, init_cache
 
 

@@ -9,8 +9,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ivl_jax.composed.forward import Caches
 from ivl_jax.composed.network import Composition, Network
+from ivl_jax.decoding.device.proposals import Proposer
 from ivl_jax.decoding.device.state import DecodeState, SpeculationState
-from ivl_jax.decoding.speculative.proposals import Proposer
 from ivl_jax.sharding import BATCH_AXES, replicated
 
 

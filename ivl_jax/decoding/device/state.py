@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ivl_jax.composed.forward import Caches
+from ivl_jax.decoding.device.finish import FinishReason
 from ivl_jax.decoding.device.sampling import Sampling
-from ivl_jax.decoding.streaming import FinishReason
 
 
 class Requests(NamedTuple):

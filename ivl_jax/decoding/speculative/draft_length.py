@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ivl_jax.composed.network import ComposedParams, Composition, Network
-from ivl_jax.decoding.speculative.proposals import BLOCK_WIDTHS, LONGEST, Proposer
+from ivl_jax.decoding.device.proposals import BLOCK_WIDTHS, LONGEST, Proposer
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import Params
 

@@ -21,16 +21,16 @@ from ivl_jax.composed.network import (
     known_tokens,
 )
 from ivl_jax.decoding.device.generate import run_cached
-from ivl_jax.decoding.device.sampling import are_finite
-from ivl_jax.decoding.device.shardings import cache_sharding
-from ivl_jax.decoding.device.state import DecodeState
-from ivl_jax.decoding.speculative.acceptance import propose
-from ivl_jax.decoding.speculative.proposals import (
+from ivl_jax.decoding.device.proposals import (
     PassSeconds,
     Proposals,
     Proposer,
     longest_round,
 )
+from ivl_jax.decoding.device.sampling import are_finite
+from ivl_jax.decoding.device.shardings import cache_sharding
+from ivl_jax.decoding.device.state import DecodeState
+from ivl_jax.decoding.speculative.acceptance import propose
 from ivl_jax.decoding.speculative.values_ahead import empty_value_logits, run_values_ahead
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.kv_cache import KVCache, init_cache

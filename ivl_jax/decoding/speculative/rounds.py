@@ -28,6 +28,12 @@ from ivl_jax.composed.forward import NetworkLogits, compose, head_logits
 from ivl_jax.composed.network import ComposedParams, Composition
 from ivl_jax.decoding.device.generate import decode_step, halt, run_cached
 from ivl_jax.decoding.device.log_probs import empty_log_probs, score_chosen
+from ivl_jax.decoding.device.proposals import (
+    BLOCK_WIDTHS,
+    LONGEST,
+    Proposals,
+    Proposer,
+)
 from ivl_jax.decoding.device.sampling import are_finite, sample_tokens
 from ivl_jax.decoding.device.state import DecodeState, LogProbs, SpeculationState
 from ivl_jax.decoding.speculative.acceptance import verify
@@ -36,12 +42,6 @@ from ivl_jax.decoding.speculative.draft_length import (
     choose_length,
     remember,
     round_costs,
-)
-from ivl_jax.decoding.speculative.proposals import (
-    BLOCK_WIDTHS,
-    LONGEST,
-    Proposals,
-    Proposer,
 )
 from ivl_jax.decoding.speculative.values_ahead import empty_value_logits, run_values_ahead
 from ivl_jax.model.kv_cache import KVCache

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 
-from ivl_jax.decoding.device.programs import build_programs
-from ivl_jax.decoding.streaming import FinishReason
+from ivl_jax.decoding.device.finish import FinishReason
+from ivl_jax.decoding.programs import build_programs
 from tests.decoding.tiny import make_requests, random_prompts, tiny_composition
 
 CAPACITY = 48

@@ -3,10 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ivl_jax.decoding.device.finish import FinishReason
 from ivl_jax.decoding.device.generate import read_tokens
-from ivl_jax.decoding.device.programs import build_programs
 from ivl_jax.decoding.device.sampling import sample_tokens
-from ivl_jax.decoding.streaming import FinishReason
+from ivl_jax.decoding.programs import build_programs
 from tests.decoding.tiny import (
     VOCAB,
     assert_is_teacher_forced_arg_max,

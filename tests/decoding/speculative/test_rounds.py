@@ -10,7 +10,9 @@ import pytest
 
 from ivl_jax.composed.network import DraftArrays
 from ivl_jax.decoding.compose import compose
-from ivl_jax.decoding.device.programs import build_programs
+from ivl_jax.decoding.device.finish import FinishReason
+from ivl_jax.decoding.device.proposals import LONGEST
+from ivl_jax.decoding.programs import build_programs
 from ivl_jax.decoding.requests import GenerationOptions, PromptTooLongError
 from ivl_jax.decoding.speculative import rounds
 from ivl_jax.decoding.speculative.draft_length import (
@@ -19,8 +21,6 @@ from ivl_jax.decoding.speculative.draft_length import (
     round_costs,
 )
 from ivl_jax.decoding.speculative.draft_proposer import DRAFT_PROPOSER
-from ivl_jax.decoding.speculative.proposals import LONGEST
-from ivl_jax.decoding.streaming import FinishReason
 from ivl_jax.tokenizer import describe_tokenizer, load_tokenizer
 from ivl_jax.tokenizer_agreement import TokenizerMismatchError
 from tests.decoding.conftest import make_value

@@ -17,11 +17,11 @@ from ivl_jax.decoding.device.diagnosis import finite_networks
 from ivl_jax.decoding.device.generate import decode_chunk, decode_step, halt, prefill
 from ivl_jax.decoding.device.log_probs import empty_log_probs, latest_log_probs
 from ivl_jax.decoding.device.placement import empty_rows, place
+from ivl_jax.decoding.device.proposals import Proposer
 from ivl_jax.decoding.device.sampling import row_keys
 from ivl_jax.decoding.device.shardings import state_shardings
 from ivl_jax.decoding.device.state import DecodeState, LogProbs, Requests
 from ivl_jax.decoding.speculative.draft_proposer import DRAFT_PROPOSER
-from ivl_jax.decoding.speculative.proposals import Proposer
 from ivl_jax.decoding.speculative.rounds import speculate_chunk
 
 
