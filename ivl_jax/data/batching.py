@@ -96,7 +96,7 @@ def lay_out_rows(
 
 
 @dataclass(frozen=True)
-class _Layout:
+class _PackedRows:
     """How this process prepares its rows of a global batch.
 
     The rows of a global batch are drawn first and then distributed, so a step has the same rows for
@@ -154,22 +154,22 @@ class TrainIterator(Iterator[Batch]):
 
     def __init__(
         self,
-        layout: _Layout,
+        packed: _PackedRows,
         order: Any,
         *,
         identity: Mapping[str, Any],
         states: Sequence[BaseStates | None],
         turns: Callable[[int], int],
     ):
-        self._layout = layout
+        self._packed = packed
         self._order = order.repeat()  # by batch number, the rows of a global batch
         self._identity = dict(identity)
         self.steps_per_epoch = len(order)
 
         def batch(number: int, rows: Sequence[int]) -> Batch:
-            return layout.batch(rows, states[turns(number)])
+            return packed.batch(rows, states[turns(number)])
 
-        ahead = layout.prefetched(states)
+        ahead = packed.prefetched(states)
         self._iterator = iter(
             self._order.map_with_index(batch).to_iter_dataset(
                 grain.ReadOptions(num_threads=min(2, ahead), prefetch_buffer_size=ahead)
@@ -219,14 +219,14 @@ class TrainIterator(Iterator[Batch]):
         Returns:
             For each of this process's rows, file and line of its dialogues; none for an empty row.
         """
-        return self._layout.row_ids(self._order[step])
+        return self._packed.row_ids(self._order[step])
 
 
 class EvalBatches:
     """One pass in a fixed order, as often as it is iterated; made by `make_eval_batches`."""
 
-    def __init__(self, layout: _Layout, order: Any, *, states: BaseStates | None):
-        self._layout = layout
+    def __init__(self, packed: _PackedRows, order: Any, *, states: BaseStates | None):
+        self._packed = packed
         self._order = order
         self._states = states
 
@@ -235,11 +235,11 @@ class EvalBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         for rows in self._order:
-            yield self._layout.batch(rows, self._states)
+            yield self._packed.batch(rows, self._states)
 
     def row_ids(self, index: int) -> list[list[str]]:
         """Returns, for each row of batch `index`, file and line of its dialogues."""
-        return self._layout.row_ids(self._order[index])
+        return self._packed.row_ids(self._order[index])
 
 
 def make_train_iterator(
@@ -281,7 +281,7 @@ def make_train_iterator(
         fills rows on the fly, so that the number of steps is not known before the end of an epoch.
     """
     plan = _plan(tokenized, packing=packing, seed=seed)
-    layout = _Layout(tokenized, plan, pad_id, batch_size, process_index, process_count)
+    packed = _PackedRows(tokenized, plan, pad_id, batch_size, process_index, process_count)
     order = grain.MapDataset.range(plan.rows).shuffle(seed=seed % 2**32)
     identity = {
         "demonstrations and tokens": tokenized.fingerprint,
@@ -290,7 +290,7 @@ def make_train_iterator(
         "seed": seed,
     }
     batches = order.batch(batch_size, batch_fn=list)
-    return TrainIterator(layout, batches, identity=identity, states=states, turns=turns)
+    return TrainIterator(packed, batches, identity=identity, states=states, turns=turns)
 
 
 def make_eval_batches(
@@ -323,11 +323,11 @@ def make_eval_batches(
         ValueError: The processes do not divide the batch.
     """
     plan = _plan(tokenized, packing=packing, seed=0)
-    layout = _Layout(tokenized, plan, pad_id, batch_size, process_index, process_count)
+    packed = _PackedRows(tokenized, plan, pad_id, batch_size, process_index, process_count)
     order = grain.MapDataset.range(plan.rows)
     if 0 < max_rows < plan.rows:
         order = order.shuffle(seed=0)[:max_rows]
-    return EvalBatches(layout, order.batch(batch_size, batch_fn=list), states=states)
+    return EvalBatches(packed, order.batch(batch_size, batch_fn=list), states=states)
 
 
 def _plan(tokenized: TokenizedDemonstrations, *, packing: bool, seed: int) -> RowPlan:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from ivl_jax.data.dialogue_layout import PROBE, DialogueTemplate, Layout, following
+from ivl_jax.data.dialogue_template import PROBE, DialogueTemplate, RenderedDialogue, following
 from ivl_jax.data.formats import Message
 from ivl_jax.data.pieces import PieceEncoder, PieceTokens
 from ivl_jax.data.rendering import ChatTemplateError, TemplateLimitError, render
@@ -77,12 +77,12 @@ class ChatFormat:
         self.template = template
         pinned = pin_date(text, PINNED_DATE)
         self._encoder = PieceEncoder(tokenizer)
-        self._layouts = DialogueTemplate(
+        self._template = DialogueTemplate(
             name, pinned, variables, encoder=self._encoder, eos=tokenizer.eos_token or ""
         )
         identity = [pinned, dict(variables), self._encoder.definition]
         # A format that encodes as in earlier versions keeps its fingerprint.
-        identity += [*self._layouts.deviations, *self._encoder.deviations]
+        identity += [*self._template.deviations, *self._encoder.deviations]
         self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         self.stop_ids = self._find_stop_ids(tokenizer.eos_token_id)
 
@@ -117,21 +117,21 @@ class ChatFormat:
         Returns:
             For each dialogue, what `encode_dialogue` returns or raises.
         """
-        layouts: list[Layout | ChatTemplateError] = []
+        rendered: list[RenderedDialogue | ChatTemplateError] = []
         beyond = 0
         for messages in dialogues:
             try:
-                layouts.append(self._layouts.lay_out(messages))
+                rendered.append(self._template.render_dialogue(messages))
             except ChatTemplateError as error:
-                layouts.append(error)
+                rendered.append(error)
                 beyond += isinstance(error, TemplateLimitError)
                 if beyond_limits_at_most is not None and beyond > beyond_limits_at_most:
                     break
-        good = [layout for layout in layouts if isinstance(layout, Layout)]
-        encoded = iter(self._encoder.encode([_split(layout) for layout in good]))
+        good = [one for one in rendered if isinstance(one, RenderedDialogue)]
+        encoded = iter(self._encoder.encode([_split(one) for one in good]))
         return [
-            _assemble(layout, next(encoded)) if isinstance(layout, Layout) else layout
-            for layout in layouts
+            _assemble(one, next(encoded)) if isinstance(one, RenderedDialogue) else one
+            for one in rendered
         ]
 
     def encode_prompt(
@@ -153,8 +153,8 @@ class ChatFormat:
                 assistant's.
         """
         _check_prompt(messages)
-        layout = self._layouts.lay_out_prompt(messages, begins=begins)
-        (pieces,) = self._encoder.encode([_split(layout)])
+        prompt = self._template.render_prompt(messages, begins=begins)
+        (pieces,) = self._encoder.encode([_split(prompt)])
         return np.asarray([token for piece in pieces for token in piece.ids], np.int32)
 
     def prompt_text(self, messages: Sequence[Message], *, begins: str = "") -> str:
@@ -171,7 +171,7 @@ class ChatFormat:
             ChatTemplateError: As `encode_prompt`.
         """
         _check_prompt(messages)
-        text, _ = self._layouts.render(messages, prompt=True)
+        text, _ = self._template.render(messages, prompt=True)
         return text + following(text, begins)
 
     def has_special_text(self, messages: Sequence[Message]) -> bool:
@@ -277,20 +277,20 @@ def _dated_turn(text: str, variables: Mapping[str, Any]) -> int:
     return 0
 
 
-def _split(layout: Layout) -> list[str]:
+def _split(dialogue: RenderedDialogue) -> list[str]:
     """Split a text where the assistant's turns begin."""
-    bounds = [0, *layout.cuts, len(layout.text)]
-    return [layout.text[low:high] for low, high in itertools.pairwise(bounds)]
+    bounds = [0, *dialogue.cuts, len(dialogue.text)]
+    return [dialogue.text[low:high] for low, high in itertools.pairwise(bounds)]
 
 
-def _assemble(layout: Layout, pieces: list[PieceTokens]) -> EncodedDialogue:
+def _assemble(dialogue: RenderedDialogue, pieces: list[PieceTokens]) -> EncodedDialogue:
     """Joins the pieces' tokens; a token is a target if its first character is in one."""
-    starts = [0, *layout.cuts]
-    ends = [*layout.cuts, len(layout.text)]
+    starts = [0, *dialogue.cuts]
+    ends = [*dialogue.cuts, len(dialogue.text)]
     tokens: list[int] = []
     loss_mask: list[bool] = []
     for start, end, piece in zip(starts, ends, pieces, strict=True):
-        inside = [span for span in layout.targets if span[0] < end and span[1] > start]
+        inside = [span for span in dialogue.targets if span[0] < end and span[1] > start]
         tokens += piece.ids
         if inside == [(start, end)]:
             loss_mask += [True] * len(piece.ids)

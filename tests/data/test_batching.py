@@ -140,7 +140,7 @@ def test_processes_share_out_the_same_global_batch(
             ids = [row for part in parts for row in part.row_ids(step)]
             assert ids == whole.row_ids(step)
             together = [next(part) for part in parts]
-            expected = whole._layout.batch(whole._order[step])
+            expected = whole._packed.batch(whole._order[step])
             joined = jax.tree.map(lambda *parts: np.concatenate(parts), *together)
             assert _equal(joined, expected)
         evaluations = [
@@ -187,7 +187,7 @@ def test_a_position_may_be_resumed_by_another_number_of_processes(
         ({"packing": False}, "packing was True and is False"),
     ],
 )
-def test_a_position_of_another_layout_is_refused(
+def test_a_position_of_another_packing_is_refused(
     tokenized: TokenizedDemonstrations, change: dict[str, Any], named: str
 ) -> None:
     state = _train(tokenized).get_state()

@@ -28,7 +28,7 @@ _REMEDY = (
 )
 
 
-class Layout(NamedTuple):
+class RenderedDialogue(NamedTuple):
     """The text of a dialogue, and the assistant's parts in it."""
 
     text: str
@@ -41,7 +41,7 @@ class DialogueTemplate:
 
     Attributes:
         name: The template's name in messages.
-        deviations: How its layouts differ from those of the first version of this package.
+        deviations: How its renderings differ from those of the first version of this package.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class DialogueTemplate:
         except ChatTemplateError as error:
             raise type(error)(f"chat template {self.name}: {error}") from error
 
-    def lay_out(self, messages: Sequence[Message]) -> Layout:
+    def render_dialogue(self, messages: Sequence[Message]) -> RenderedDialogue:
         """Renders a dialogue, and every beginning of it that a decoder would read or write.
 
         Raises:
@@ -113,10 +113,10 @@ class DialogueTemplate:
                 ]
             else:
                 targets.append((start, self._end_of_turn(through, start)))
-        return Layout(text, sorted(set(cuts)), targets)
+        return RenderedDialogue(text, sorted(set(cuts)), targets)
 
-    def lay_out_prompt(self, messages: Sequence[Message], *, begins: str) -> Layout:
-        """Renders a dialogue for the assistant to continue, with the same cuts as `lay_out`.
+    def render_prompt(self, messages: Sequence[Message], *, begins: str) -> RenderedDialogue:
+        """Renders a dialogue for the assistant to continue, cut as by `render_dialogue`.
 
         Raises:
             ChatTemplateError: The template refuses the dialogue.
@@ -131,7 +131,7 @@ class DialogueTemplate:
         if begins:
             cuts.append(len(text))
             text += following(text, begins)
-        return Layout(text, sorted(set(cuts)), [])
+        return RenderedDialogue(text, sorted(set(cuts)), [])
 
     def _beginning(self, messages: Sequence[Message]) -> str:
         """The text of an unfinished dialogue: without what closes a finished one."""
