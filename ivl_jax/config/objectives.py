@@ -16,8 +16,9 @@ class PreferenceConfig:
 
     beta: float = 0.1
     """β: how much a difference of log-ratios counts; a larger one stays closer to the base."""
-    loss: Literal["sigmoid", "ipo"] = "sigmoid"
-    """`sigmoid` is DPO, −log σ(β h); `ipo` is (h − 1/(2β))², h averaged over tokens."""
+    loss: Literal["sigmoid", "ipo", "kto"] = "sigmoid"
+    """`sigmoid` is DPO, −log σ(β h); `ipo` is (h − 1/(2β))², h averaged over tokens; `kto` judges
+    each answer by itself against the divergence from the base."""
     label_smoothing: float = 0.0
     """Share of pairs whose labels are taken to be swapped; with `sigmoid` only."""
     sft_weight: float = 0.0

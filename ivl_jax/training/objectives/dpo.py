@@ -5,6 +5,10 @@ rejected, of log p(answer) − log p_base(answer),
 
     sigmoid   loss = −(1 − ε) log σ(β h) − ε log σ(−β h)          mean over pairs
     ipo       loss = (h' − 1 / (2 β))²,  h' of means per token    mean over pairs
+    kto       loss = 1 − σ(β (r − k)) + 1 − σ(β (k − r'))         mean over pairs
+
+where r and r' are the two log-ratios that h is the difference of, and k, the reference point, is
+the mean over both answers of their exact KL divergence from the base, a constant of the gradient;
 
 plus `sft_weight` times the cross-entropy of the chosen answers, each pair's mean per token.
 
@@ -13,8 +17,9 @@ one; the loss mask marks the answers. Out: the objective.
 
 Source:
     DPO: arXiv 2305.18290, equation 7; label smoothing: arXiv 2306.02896's conservative form; IPO:
-    arXiv 2310.12036, equation 17, with log-ratios averaged over tokens as in TRL; the SFT term:
-    arXiv 2404.19733.
+    arXiv 2310.12036, equation 17, with log-ratios averaged over tokens as in TRL; KTO: arXiv
+    2402.01306, equation 8, on pairs, whose reference point is exact there and not estimated from
+    mismatched answers; the SFT term: arXiv 2404.19733.
 """
 
 from collections.abc import Mapping
@@ -40,19 +45,16 @@ def make_dpo(options: PreferenceConfig) -> Objective:
     """
 
     def weigh(batch: Batch, first: Scores) -> Weights:
-        pairs = _Pairs(batch)
-        slope = jax.grad(lambda gap: jnp.sum(_pair_loss(options, gap)))(_gap(options, pairs, first))
-        weight = slope * pairs.sign * pairs.per_token(ipo=options.loss == "ipo")
-        weight -= jnp.where(pairs.chosen, options.sft_weight / pairs.length, 0.0)
-        return {"log_prob": jnp.where(pairs.counted, weight, 0.0)}
+        def of_log_prob(log_prob: Array) -> Array:
+            return loss(batch, {**first, "log_prob": log_prob})
+
+        return {"log_prob": jax.grad(of_log_prob)(first["log_prob"])}
 
     def loss(batch: Batch, scores: Scores) -> Float32[Array, ""]:
         pairs = _Pairs(batch)
-        return jnp.sum(
-            jnp.where(pairs.ends, _pair_loss(options, _gap(options, pairs, scores)), 0.0)
-        ) - options.sft_weight * jnp.sum(
-            jnp.where(pairs.chosen, scores["log_prob"] / pairs.length, 0.0)
-        )
+        preference = jnp.where(pairs.ends, _pair_loss(options, pairs, scores), 0.0)
+        nll = jnp.where(pairs.chosen, -scores["log_prob"] / pairs.length, 0.0)
+        return jnp.sum(preference) + options.sft_weight * jnp.sum(nll)
 
     def sums(batch: Batch, scores: Scores) -> Mapping[str, Float32[Array, ""]]:
         pairs = _Pairs(batch)
@@ -84,7 +86,10 @@ def make_dpo(options: PreferenceConfig) -> Objective:
         shown=("reward_accuracy", "reward_margin", "kl"),
         configure=lambda config: make_dpo(config.preference),
         scores=("log_prob",),
-        first_pass=("log_prob", "base_log_prob"),
+        first_pass=(
+            *("log_prob", "base_log_prob"),
+            *(("base_kl",) if options.loss == "kto" else ()),
+        ),
         monitored=("base_log_prob", "base_kl"),
         weigh=weigh,
         loss=loss,
@@ -124,22 +129,21 @@ class _Pairs:
         """Each position's sum over its pair."""
         return segment_totals(values, self._pair)
 
-    def per_token(self, *, ipo: bool) -> Float32[Array, "*A B T"]:
-        """How much a token's log-ratio weighs in its answer's: 1, or 1 / length."""
-        return 1.0 / self.length if ipo else jnp.ones_like(self.length)
 
-
-def _gap(options: PreferenceConfig, pairs: _Pairs, scores: Scores) -> Float32[Array, "*A B T"]:
-    """H of each position's pair: the log-ratio of chosen minus that of rejected."""
-    ratio = scores["log_prob"] - scores["base_log_prob"]
-    signed = pairs.sign * ratio * pairs.per_token(ipo=options.loss == "ipo")
-    return pairs.total(jnp.where(pairs.counted, signed, 0.0))
-
-
-def _pair_loss(options: PreferenceConfig, gap: Array) -> Array:
+def _pair_loss(options: PreferenceConfig, pairs: _Pairs, scores: Scores) -> Array:
+    """The loss of each position's pair, [*A B T]."""
+    ratio = jnp.where(pairs.counted, scores["log_prob"] - scores["base_log_prob"], 0.0)
+    beta, smoothing = options.beta, options.label_smoothing
     if options.loss == "ipo":
-        return jnp.square(gap - 1 / (2 * options.beta))
-    logit, smoothing = options.beta * gap, options.label_smoothing
+        gap = pairs.total(pairs.sign * ratio / pairs.length)
+        return jnp.square(gap - 1 / (2 * beta))
+    if options.loss == "kto":
+        divergence = pairs.total(jnp.where(pairs.counted, scores["base_kl"], 0.0)) / 2
+        point = jax.lax.stop_gradient(divergence)
+        chosen = pairs.total(jnp.where(pairs.chosen, ratio, 0.0)) - point
+        rejected = pairs.total(jnp.where(pairs.rejected, ratio, 0.0)) - point
+        return jax.nn.sigmoid(-beta * chosen) + jax.nn.sigmoid(beta * rejected)
+    logit = beta * pairs.total(pairs.sign * ratio)
     return -(1 - smoothing) * jax.nn.log_sigmoid(logit) - smoothing * jax.nn.log_sigmoid(-logit)
 
 
