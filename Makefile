@@ -47,7 +47,11 @@ demo: $(VENV)/.installed-run-$(VERSIONS) ## Train a value network on S, lift L: 
 	$(BIN)/python -m ivl_jax.experiments.demo
 
 .PHONY: test
-test: $(VENV)/.installed-$(EXTRAS)-$(VERSIONS) ## Run the test suite
+test: $(VENV)/.installed-$(EXTRAS)-$(VERSIONS) ## Run the tests, but for the slow ones
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow"
+
+.PHONY: test-all
+test-all: $(VENV)/.installed-$(EXTRAS)-$(VERSIONS) ## Run all tests
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 .PHONY: install

@@ -8,6 +8,7 @@ from nbclient import NotebookClient
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_every_cell_of_the_notebook_runs(
     project_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

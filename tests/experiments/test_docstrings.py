@@ -1,5 +1,7 @@
 """Questions on docstrings, made by parsing."""
 
+import pytest
+
 from ivl_jax.experiments.corpus import SourceFile
 from ivl_jax.experiments.docstrings import docstring_pairs, split_of_module
 
@@ -63,6 +65,7 @@ def test_a_module_is_on_one_side_of_the_split() -> None:
     assert {pair.split for pair in pairs} == {split_of_module("pack.age")}
 
 
+@pytest.mark.slow
 def test_this_pythons_library_gives_thousands_of_pairs_on_every_side() -> None:
     splits = [pair.split for pair in docstring_pairs()]
     assert len(splits) > 3000

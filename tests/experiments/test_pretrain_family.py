@@ -31,6 +31,7 @@ def _options(folder: Path) -> Options:
     return Options(out=folder / "family", work_dir=folder / "work", checkpoint_every=2, log_every=1)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_writes_the_bytes_of_one_that_never_stopped(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import jax
+import pytest
 
 
 def test_the_base_alone_from_bos_prints_the_published_greedy_text(
@@ -73,6 +74,7 @@ def test_a_value_with_another_tokenizer_decodes_through_its_map(infer, mapped_fl
     assert len(json.loads(settings.read_text())["map_fingerprints"]) == 1
 
 
+@pytest.mark.slow
 def test_a_profile_holds_marked_steps_and_names_the_programs(infer, base_flags, tmp_path):
     flags = (*base_flags, "--max-new-tokens", 40, "--profile", tmp_path / "trace")
     status, text, messages = infer(*flags, "--prompt", "Once")

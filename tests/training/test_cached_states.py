@@ -50,7 +50,9 @@ def assert_close_runs(one, other):
     )
 
 
-@pytest.mark.parametrize("connection", ["residual", "cascade"])
+@pytest.mark.parametrize(
+    "connection", ["residual", pytest.param("cascade", marks=pytest.mark.slow)]
+)
 def test_cached_states_give_the_online_run_and_the_base_runs_once(
     config, tmp_path, connection, monkeypatch, caplog
 ):
@@ -73,6 +75,7 @@ def test_cached_states_give_the_online_run_and_the_base_runs_once(
     assert_close_runs(other, run(theirs))
 
 
+@pytest.mark.slow
 def test_a_stopped_pass_and_a_stopped_run_resume_to_the_same_bits(config, tmp_path, monkeypatch):
     monkeypatch.setattr(base_states, "_SHARD_BYTES", 1 << 13)
     whole = run(replace(config, run_dir=str(tmp_path / "whole")))
@@ -116,6 +119,7 @@ def test_states_of_other_weights_or_lengths_are_refused_before_a_model_is_read(
     assert not (tmp_path / "again").exists()
 
 
+@pytest.mark.slow
 def test_several_bases_may_each_be_cached_or_not(config, tiny_config, tmp_path):
     bases = (replace(config.base, weight=2.0), BaseConfig(path=tiny_config.base.path))
     mixed = run(replace(config, base=BaseConfig(), bases=bases))

@@ -56,6 +56,7 @@ def empty_cache(tmp_path):
     compilation_cache.reset_cache()
 
 
+@pytest.mark.slow
 def test_a_run_traces_its_step_once_and_the_next_run_finds_it_compiled(
     tiny_config, tmp_path, empty_cache
 ):

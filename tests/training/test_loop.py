@@ -65,6 +65,7 @@ def test_a_stopped_and_crashed_run_equals_one_that_never_stopped_bit_for_bit(
     assert len(json.loads((resumed.run_dir / "starts.json").read_text())) == 3
 
 
+@pytest.mark.slow
 def test_dying_with_half_a_record_again_and_again_leaves_the_bytes_of_one_run(
     tiny_config, whole, monkeypatch
 ):

@@ -31,6 +31,7 @@ def test_a_value_network_that_reads_its_base_learns_and_its_folder_says_so(tiny_
     assert load_value(result.output).connection == connection
 
 
+@pytest.mark.slow
 def test_hidden_starts_as_a_network_that_reads_text_and_fits_only_bases_of_its_width(
     tiny_config, tiny_pair, tmp_path
 ):

@@ -42,6 +42,7 @@ def test_turns_respect_the_weights_everywhere_and_depend_on_nothing_else():
     assert {BaseTurns((2.0,), seed=3)(batch) for batch in range(50)} == {0}
 
 
+@pytest.mark.slow
 def test_a_run_meets_each_base_in_turn_and_a_crash_changes_nothing(
     config, tiny_config, tmp_path, monkeypatch
 ):

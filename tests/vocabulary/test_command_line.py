@@ -140,6 +140,7 @@ def test_unusable_input_is_a_sentence_and_status_1(
     assert "no vocabulary map at" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_real_tokenizers_from_the_shell(
     llama2_tokenizer_dir, gpt2_tokenizer_dir, gsm8k_dir, tmp_path, project_root
 ) -> None:

@@ -91,6 +91,7 @@ def test_rows_of_a_mesh_are_refilled_where_they_are(stories, value):
     assert not any(shape.split(",")[2] == "64" for shape in moved if shape.count(",") == 3)
 
 
+@pytest.mark.slow
 def test_a_draft_on_a_mesh_is_sharded_like_the_values_and_changes_no_text(stories, value, expected):
     model = compose(
         stories,
