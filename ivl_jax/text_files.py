@@ -4,6 +4,7 @@ In: a path, local or a URL that `etils.epath` reads. Out: its text, or a `Malfor
 """
 
 import os
+from typing import Any
 
 from etils import epath
 
@@ -42,6 +43,15 @@ class MalformedFileError(ValueError):
         places += [] if line is None else [f"line {line}"]
         places += [] if column is None else [f"column {column}"]
         super().__init__(f"{', '.join(places)}: {reason}")
+
+
+def shortened(value: Any, *, characters: int = 60) -> str:
+    """A value from a file as shown in a message: its `repr`, cut off if it is long."""
+    try:
+        shown = repr(value)
+    except ValueError:  # an integer with more digits than Python converts
+        return "a number with thousands of digits"
+    return shown if len(shown) <= characters else f"{shown[: characters - 1]}…"
 
 
 def read_text(path: epath.PathLike) -> str:

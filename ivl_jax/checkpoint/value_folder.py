@@ -52,6 +52,7 @@ from ivl_jax.model.network import (
 )
 from ivl_jax.paths import absolute_path
 from ivl_jax.sharding import DEFAULT_RULES, ShardingRules, padded_vocab_rows, parameter_shardings
+from ivl_jax.text_files import shortened
 from ivl_jax.tokenizer import TokenizerInfo, describe_tokenizer
 from ivl_jax.tree_compare import check_same_tree, named_leaves
 
@@ -377,7 +378,8 @@ def _check_tokenizer(
 ) -> None:
     recorded = TokenizerInfo.from_json(metadata.tokenizer)
     problems = [
-        f"{name}: expected {getattr(recorded, name)}, found {getattr(found, name)}"
+        f"{name}: expected {shortened(getattr(recorded, name), characters=300)}, "
+        f"found {shortened(getattr(found, name), characters=300)}"
         for name in ("fingerprint", "vocab_size", "special_tokens", "bos_id")
         if getattr(recorded, name) != getattr(found, name)
     ]

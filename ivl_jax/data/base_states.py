@@ -21,7 +21,7 @@ from etils import epath
 from jaxtyping import Float, Int64
 
 from ivl_jax.json_files import read_json_object, write_json
-from ivl_jax.text_files import MalformedFileError
+from ivl_jax.text_files import MalformedFileError, shortened
 
 _FORMAT = 1
 _SHARD_BYTES = 1 << 27  # per file; an interrupted pass loses at most one file
@@ -167,14 +167,15 @@ def open_base_states(
     if record.exists():
         found = _read_record(record)
         different = [
-            f"{name}: {_short(found.get(name))} in the cache, {_short(value)} in this run"
+            f"{name}: {_shown(found.get(name))} in the cache, {_shown(value)} in this run"
             for name, value in wanted.items()
             if found.get(name) != value
         ]
         if different:
             raise StatesError(
-                f"the cached base states in {folder} are stale: {'; '.join(different)}. Delete the "
-                "folder to write them again, set another data.data_dir, or cache_states = false"
+                f"the cached base states in {folder} are stale, as {record.name} tells: "
+                f"{'; '.join(different)}. Delete the folder to write them again, set another "
+                "data.data_dir, or cache_states = false"
             )
     else:
         folder.mkdir(parents=True, exist_ok=True)
@@ -199,6 +200,6 @@ def _shards(bytes_each: Int64[np.ndarray, "N"]) -> list[tuple[int, int]]:
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
-def _short(value: Any) -> Any:
-    """The beginning of a SHA-256; anything else unchanged."""
-    return value[:12] if isinstance(value, str) and len(value) == 64 else value
+def _shown(value: Any) -> str:
+    """The beginning of a SHA-256; anything else as in other messages."""
+    return value[:12] if isinstance(value, str) and len(value) == 64 else shortened(value)

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ivl_jax.json_files import json_kind
-
-_SHOWN_CHARACTERS = 60  # of a value in a message
+from ivl_jax.text_files import shortened
 
 ROLES = ("system", "user", "assistant")
 _ROLE_NAMES = {
@@ -137,5 +136,4 @@ def shorten(value: Any) -> str:
     """A value as shown in an error message: short, on one line."""
     if not isinstance(value, str | int | float):
         return json_kind(value)
-    shown = repr(value)
-    return shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[:_SHOWN_CHARACTERS]}…"
+    return shortened(value)

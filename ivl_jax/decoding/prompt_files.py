@@ -26,7 +26,7 @@ from etils import epath
 from ivl_jax.config import ConfigError, strength_problem
 from ivl_jax.file_lock import FileLock, LockedError
 from ivl_jax.json_files import JsonLine, json_kind, read_json_lines, read_json_object, write_json
-from ivl_jax.text_files import MalformedFileError
+from ivl_jax.text_files import MalformedFileError, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -304,14 +304,15 @@ def _compare_settings(path: Path, settings_path: Path, settings: Mapping[str, An
         ) from error
     now = json.loads(json.dumps(settings))
     differing = [
-        f"{name}: {then.get(name)!r} there, {now.get(name)!r} now"
+        f"{name}: {shortened(then.get(name), characters=300)} there, "
+        f"{shortened(now.get(name), characters=300)} now"
         for name in sorted({*then, *now})
         if then.get(name) != now.get(name)
     ]
     if differing:
         raise ConfigError(
-            f"--output: {path} was written with other settings ({'; '.join(differing)}): use the "
-            "same ones to resume, or name another file"
+            f"--output: {path} was written with other settings, as {settings_path.name} tells "
+            f"({'; '.join(differing)}): use the same ones to resume, or name another file"
         )
 
 

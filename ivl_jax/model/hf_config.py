@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ivl_jax.model.hf_families import FAMILIES, MULTIMODAL, Family
-from ivl_jax.model.hf_reader import Reader, shortened
+from ivl_jax.model.hf_reader import Reader
 from ivl_jax.model.hf_rope import read_ropes, write_ropes
+from ivl_jax.text_files import shortened
 
 _SIZES = (
     "vocab_size",

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ivl_jax.model.hf_families import HARMLESS, ON
+from ivl_jax.text_files import shortened
 
-_SHOWN = 60  # characters of a value
+_COMPARED = 60  # characters of a name; those of an altered file can be long
 _LARGEST_SIZE = 2**31 - 1
-_MOST_LAYERS = 10_000  # each becomes a module; the deepest published models have 126
+_MOST_LAYERS = 1_000  # each becomes a module; the deepest published models have 126
 
 
 class Reader:
@@ -83,7 +84,7 @@ class Reader:
                     "use the original, unquantised model"
                 )
                 continue
-            near = difflib.get_close_matches(name[:_SHOWN], self.known, n=1, cutoff=0.85)
+            near = difflib.get_close_matches(name[:_COMPARED], self.known, n=1, cutoff=0.85)
             hint = f"; did you mean {near[0]}?" if near else ""
             expected = (
                 "true" if name in ON else "0" if is_dropout(name) else "absent, null or false"
@@ -95,15 +96,6 @@ class Reader:
                 + "\n  ".join(self.problems[:20])
                 + "\nRemove a field only if the model's outputs do not depend on it."
             )
-
-
-def shortened(value: Any) -> str:
-    """A value as shown in an error, shortened if it is long."""
-    try:
-        shown = repr(value)
-    except ValueError:  # an integer with more digits than Python converts
-        return "a number with thousands of digits"
-    return shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 1]}…"
 
 
 def is_dropout(name: str) -> bool:

@@ -101,7 +101,9 @@ class RecordFile:
         if self.path.exists():
             for line in self.path.read_bytes().split(b"\n"):
                 try:
-                    last = max(last, json.loads(line)["step"])
+                    step = json.loads(line)["step"]
                 except (ValueError, KeyError, TypeError, RecursionError):
                     continue
+                if type(step) is int:  # an altered line may have anything there
+                    last = max(last, step)
         return last

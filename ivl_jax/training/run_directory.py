@@ -33,6 +33,7 @@ from ivl_jax.config import (
 from ivl_jax.file_lock import FileLock, LockedError
 from ivl_jax.json_files import read_json_list, read_json_object, write_json
 from ivl_jax.paths import is_local, write_atomically
+from ivl_jax.text_files import shortened
 from ivl_jax.toml_files import read_toml
 from ivl_jax.training.record_file import RecordFile
 
@@ -305,7 +306,8 @@ def _differences(
         if not re.sub(r"\.\d+\.", ".", f"{name}.").startswith(ignored)
     ]
     return ", ".join(
-        f"{name} was {before.get(name)!r}, now {after.get(name)!r}"
+        f"{name} was {shortened(before.get(name), characters=300)}, "
+        f"now {shortened(after.get(name), characters=300)}"
         for name in names
         if before.get(name) != after.get(name)
     )

@@ -6,7 +6,7 @@ parameter.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -51,6 +51,8 @@ _PREFIXES = (
 
 # Gemma 3's image encoder: not part of the text decoder, ignored with a warning.
 _VISION = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
+
+_LAYER = re.compile(r"^model\.layers\.(\d{1,9})\.")
 
 # Tables of rotary frequencies that older versions of transformers stored; current ones also ignore
 # them and compute them from config.json.
@@ -116,6 +118,12 @@ def causal_name(name: str) -> str:
         if name.startswith(prefix):
             return plain + name.removeprefix(prefix)
     return name
+
+
+def stored_layers(names: Iterable[str]) -> int:
+    """The number of layers whose tensors are among these causal names; 0 for other models."""
+    layers = (_LAYER.match(name) for name in names)
+    return max((int(layer[1]) + 1 for layer in layers if layer), default=0)
 
 
 def is_derived(name: str) -> bool:

@@ -37,7 +37,8 @@ from ivl_jax.sharding import (
 )
 from ivl_jax.tokenizer import TokenizerInfo, describe_tokenizer, load_tokenizer, save_tokenizer
 from ivl_jax.weights.hf_checkpoint import load_params
-from ivl_jax.weights.hf_folder import new_folder
+from ivl_jax.weights.hf_folder import find_tensors, new_folder
+from ivl_jax.weights.hf_names import stored_layers
 from ivl_jax.weights.hf_saving import write_params
 
 if TYPE_CHECKING:
@@ -271,8 +272,8 @@ def read_arch(folder: Path) -> ArchConfig:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is not a JSON object, or describes a model that is not supported; names the
-            file and the field.
+        ValueError: it is not a JSON object, describes a model that is not supported, or has another
+            number of layers than the weights beside it; names the file and the field.
     """
     path = folder / "config.json"
     if not path.exists():
@@ -284,9 +285,24 @@ def read_arch(folder: Path) -> ArchConfig:
         arch = ArchConfig.from_hf(config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    _check_layers(folder, arch)
     if config.get("auto_map"):
         _say_that_code_stays_unused(path)
     return arch
+
+
+def _check_layers(folder: Path, arch: ArchConfig) -> None:
+    """Compare the layers with the headers of the weights: building many layers takes minutes."""
+    try:
+        stored = stored_layers(find_tensors(folder))
+    except FileNotFoundError:
+        return  # explained when the weights are read, which may happen elsewhere
+    if stored and stored != arch.num_hidden_layers:
+        raise ValueError(
+            f"{folder / 'config.json'}: num_hidden_layers: expected {stored}, the layers in the "
+            f"safetensors files beside it, got {arch.num_hidden_layers}; check that both belong to "
+            "the same model"
+        )
 
 
 @functools.cache

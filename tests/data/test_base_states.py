@@ -81,7 +81,7 @@ def test_stale_states_are_refused_with_every_difference(tmp_path):
     for part in (
         "base weights: aaaaaaaaaaaa in the cache, bbbbbbbbbbbb in this run",
         "data.max_length: 8 in the cache, 16 in this run",
-        "dtype: float32 in the cache, bfloat16 in this run",
+        "dtype: 'float32' in the cache, 'bfloat16' in this run",
         "Delete the folder",
     ):
         assert part in str(error.value)

@@ -176,7 +176,7 @@ def test_turns_that_teach_nothing_are_trimmed_and_counted() -> None:
         ),
         ("messages", {"messages": {"role": "user", "content": "ab"}}, "expected a list of turns"),
         ("messages", {"messages": {}}, "expected a list of turns"),
-        ("messages", {"messages": [{"role": "x" * 500, "content": ""}]}, r"'x{59}…$"),
+        ("messages", {"messages": [{"role": "x" * 500, "content": ""}]}, r"'x{58}…$"),
         ("messages", {"messages": [{"role": [], "content": ""}]}, "unknown role an empty list"),
         ("alpaca", {"instruction": "a", "input": 0, "output": "b"}, "'input' is a number"),
         ("alpaca", {"instruction": "a", "output": "b", "system": []}, "'system' is an empty list"),

@@ -33,7 +33,9 @@ def main() -> int:
                 shown.add(kind)
                 sys.stdout.write(f"  input {fault.number}: {fault.what}\n")
                 sys.stdout.write(f"    {fault.content[:300]!r}\n")
-                sys.stdout.write("".join(f"    {line}\n" for line in fault.trace.splitlines()[-7:]))
+                sys.stdout.write(
+                    "".join(f"    {line[:240]}\n" for line in fault.trace.splitlines()[-7:])
+                )
         sys.stdout.flush()
         failed |= bool(trial.faults)
     return int(failed)

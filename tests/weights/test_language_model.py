@@ -2,6 +2,7 @@ import dataclasses
 import json
 import logging
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -185,6 +186,30 @@ def test_a_bad_config_is_named_with_its_folder(stories_copy: Path) -> None:
     (stories_copy / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"expected a config\.json"):
         load_language_model(stories_copy)
+
+
+@pytest.mark.parametrize("layers", [4, 6, 1000])
+def test_another_number_of_layers_than_the_weights_have_is_refused_before_a_layer_is_built(
+    stories_copy: Path, monkeypatch: pytest.MonkeyPatch, layers: int
+) -> None:
+    path = stories_copy / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": layers}))
+    monkeypatch.setattr("ivl_jax.weights.language_model.load_tokenizer", None)  # nor anything read
+    expected = rf"config\.json: num_hidden_layers: expected 5, .* got {layers}; check that both"
+    with pytest.raises(ValueError, match=expected):
+        load_language_model(stories_copy)
+
+
+@pytest.mark.parametrize(
+    "name", ["vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim"]
+)
+def test_an_absurd_size_is_refused_at_once(stories_copy: Path, name: str) -> None:
+    path = stories_copy / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: 2**30}))
+    start = time.thread_time()
+    with pytest.raises(ValueError, match=r"(?s)stories.*(expected|does not divide)"):
+        load_language_model(stories_copy)
+    assert time.thread_time() - start < 10  # seconds; under one on an idle core
 
 
 def test_code_that_config_json_names_is_noticed_once_and_never_run(
