@@ -16,7 +16,8 @@ from benchmarks.report import Peer, Row, Target
 from benchmarks.timing import Figures, time_in_turn
 from benchmarks.training_steps import Sizes
 from ivl_jax.model.architecture import ArchConfig
-from ivl_jax.model.fused_attention import fused_attention, has_fused_attention
+from ivl_jax.model.attention.entry import attend_to_own
+from ivl_jax.model.attention.form import PLAIN, AttentionForm, choose_form
 
 Attention = Callable[[Array, Array, Array], Array]
 _ERROR = 2e-2  # of bfloat16 against float32, ‖found − expected‖ / ‖expected‖
@@ -44,14 +45,11 @@ def attention_rows(
     ]
     # Two segments per row: the mask of packed demonstrations.
     segments = jnp.arange(sizes.length) >= sizes.length // 3
-    mask = jnp.tril(segments[:, None] == segments[None, :])[None, None]
-    scale = 1 / math.sqrt(arch.head_dim)
-    plain = _with_gradients(_plain(mask, scale))
+    plain = _with_gradients(_attention(PLAIN, arch, segments))
+    form = choose_form("auto", arch, dtype=dtype, devices=jax.devices())
     fused = None
-    if has_fused_attention(dtype=dtype, head_dim=arch.head_dim, length=sizes.length):
-        fused = _with_gradients(
-            lambda query, key, value: fused_attention(query, key, value, mask=mask, scale=scale)
-        )
+    if form.at_length(sizes.length) in ("splash", "cudnn"):
+        fused = _with_gradients(_attention(form, arch, segments))
     yield Row("fused attention on this device", Figures(float(fused is not None), 0.0), "of 1")
     forms = {"fused": fused, "plain": plain} if fused is not None else {"plain": plain}
     # Only one row of the batch, since float32 takes twice the memory.
@@ -78,16 +76,22 @@ def attention_rows(
         )
 
 
-def _plain(mask: Bool[Array, "1 1 T T"], scale: float) -> Attention:
-    """XLA's own form, which equals the model's plain attention."""
+def _attention(form: AttentionForm, arch: ArchConfig, segments: Bool[Array, " T"]) -> Attention:
+    """The model's own attention in one form, for keys and values as [B T K H]."""
 
     def attend(
         query: Float[Array, "B T N H"], key: Float[Array, "B T K H"], value: Float[Array, "B T K H"]
     ) -> Float[Array, "B T N H"]:
-        with jax.numpy_dtype_promotion("standard"):
-            return jax.nn.dot_product_attention(
-                query, key, value, mask=mask, scale=scale, implementation="xla"
-            )
+        return attend_to_own(
+            query,
+            key.swapaxes(1, 2),
+            value.swapaxes(1, 2),
+            form=form,
+            segment_ids=jnp.tile(segments.astype(jnp.int32), (query.shape[0], 1)),
+            window=None,
+            scale=1 / math.sqrt(arch.head_dim),
+            softcap=None,
+        )
 
     return attend
 

@@ -14,6 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from benchmarks.shapes import draw_params
+from ivl_jax.composed.attention import attention_on_device
 from ivl_jax.composed.network import Composition, Network
 from ivl_jax.composition import SCHEMES
 from ivl_jax.config import PenaltyKind
@@ -83,7 +84,13 @@ class OurStep:
         self.chunk_length = chunk_length
         networks = [
             Network(
-                build_decoder(arch, compute_dtype=dtype, remat=compact, scan_layers=compact),
+                build_decoder(
+                    arch,
+                    compute_dtype=dtype,
+                    remat=compact,
+                    scan_layers=compact,
+                    attention=attention_on_device(arch, mesh.devices.flat[0], dtype=dtype),
+                ),
                 arch,
                 vocabulary,
                 scheme=scheme,

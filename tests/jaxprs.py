@@ -5,13 +5,17 @@ from collections.abc import Iterator
 from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 
 
+def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
+    """Every equation of a jaxpr and of those inside it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
 def products_in(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
     """Every dot_general of a jaxpr and of those inside it."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            yield equation
-        for inner in jaxprs_in_params(equation.params):
-            yield from products_in(inner)
+    return (each for each in equations(jaxpr) if each.primitive.name == "dot_general")
 
 
 def multiplied_dtypes(jaxpr: Jaxpr) -> list[str]:

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from ivl_jax.composed.attention import attention_on_device, attention_on_mesh
 from ivl_jax.composed.network import Layout
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decode_layout import to_decode_layout
@@ -52,7 +53,11 @@ def lay_out_network(
     rows = layout is None and isinstance(arch, ArchConfig) and _on_cpu(head)
     form = KernelForm(rows=rows, int8=int8 or given.int8)
     dtype = _embedding(params).dtype if given.int8 else head.dtype
-    graphdef = build_network(arch, compute_dtype=dtype, form=form)
+    if layout is None:
+        attention = attention_on_device(arch, next(iter(head.devices())), dtype=dtype)
+    else:
+        attention = attention_on_mesh(arch, layout, dtype=dtype)
+    graphdef = build_network(arch, compute_dtype=dtype, form=form, attention=attention)
     if not given.rows:
         params = to_decode_layout(params) if rows else untie_head(params)
     if form.int8:

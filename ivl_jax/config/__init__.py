@@ -21,10 +21,12 @@ from ivl_jax.config.generation import (
 )
 from ivl_jax.config.infer import InferConfig, check_infer_config
 from ivl_jax.config.model import (
+    AttentionName,
     ComposedModelConfig,
     DType,
     LayoutName,
     MeshConfig,
+    ModelConfig,
     RuntimeConfig,
     model_problems,
 )
@@ -46,6 +48,7 @@ from ivl_jax.config.train import (
 
 __all__ = [
     "CONNECTIONS",
+    "AttentionName",
     "BaseConfig",
     "ComposedModelConfig",
     "ConfigError",
@@ -57,6 +60,7 @@ __all__ = [
     "LayoutName",
     "LoggingConfig",
     "MeshConfig",
+    "ModelConfig",
     "OptimizerConfig",
     "PenaltyConfig",
     "PenaltyKind",

@@ -12,6 +12,7 @@ from ivl_jax.config.checks import require, require_numbers
 from ivl_jax.config.generation import strength_problem
 
 DType = Literal["float32", "bfloat16"]
+AttentionName = Literal["auto", "plain", "blocked", "splash", "cudnn"]
 LayoutName = Literal["full", "fsdp", "tensor", "replicated"]
 
 
@@ -43,6 +44,16 @@ class RuntimeConfig:
     compilation_cache: str = ""
     """Folder of JAX's persistent compilation cache; empty: among the user's caches
     (`XDG_CACHE_HOME`), unless `JAX_COMPILATION_CACHE_DIR` names another; `none`: no cache."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """How the networks of a run compute; affects results only by rounding."""
+
+    attention: AttentionName = "auto"
+    """How attention is computed: `plain` holds the scores of all pairs of tokens, `blocked` those
+    of a few queries at a time, `splash` is a kernel for TPUs, `cudnn` one for GPUs; `auto` chooses
+    by device, and `plain` for short rows."""
 
 
 @dataclass(frozen=True)

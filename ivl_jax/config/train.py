@@ -11,7 +11,7 @@ from typing import Literal
 from ivl_jax.config.annotations import Inline
 from ivl_jax.config.checks import ConfigError, found, require, require_numbers
 from ivl_jax.config.data import DataConfig
-from ivl_jax.config.model import DType, LayoutName, MeshConfig, RuntimeConfig
+from ivl_jax.config.model import DType, LayoutName, MeshConfig, ModelConfig, RuntimeConfig
 from ivl_jax.config.objectives import PreferenceConfig
 from ivl_jax.extensions import is_extension
 
@@ -244,6 +244,7 @@ class TrainConfig:
     bases: tuple[BaseConfig, ...] = ()
     """Train with several bases instead of `base`, alternating per batch (TOML: `[[bases]]`)."""
     value: ValueConfig = field(default_factory=ValueConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     penalty: PenaltyConfig = field(default_factory=PenaltyConfig)

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from ivl_jax.model.architecture import ArchConfig
+from ivl_jax.model.attention.form import PLAIN
 from ivl_jax.model.layers import Decoder
 from ivl_jax.model.parameter import Declaration, ParamPath, abstract_tree, declarations
 from ivl_jax.model.projection import AS_TRAINED, KernelForm
@@ -67,6 +68,7 @@ def _bare(arch: ArchConfig, *, form: KernelForm, scan_layers: bool, rows: int) -
         remat=False,
         scan_layers=scan_layers,
         form=form,
+        attention=PLAIN,
         vocab_rows=rows,
     )
 

@@ -21,9 +21,11 @@ from ivl_jax.model.assembly import (
     parameter_declarations,
     static_attribute,
 )
+from ivl_jax.model.attention.form import PLAIN, AttentionForm
+from ivl_jax.model.attention.plain import soft_cap
 from ivl_jax.model.kv_cache import KVCache
 from ivl_jax.model.layer_stack import run_layers
-from ivl_jax.model.layers import Constrain, Decoder, soft_cap
+from ivl_jax.model.layers import Constrain, Decoder
 from ivl_jax.model.parameter import static_half
 from ivl_jax.model.product import multiply
 from ivl_jax.model.projection import AS_TRAINED, KernelForm, project
@@ -37,6 +39,7 @@ def build_decoder(
     remat: bool = False,
     scan_layers: bool = False,
     form: KernelForm = AS_TRAINED,
+    attention: AttentionForm = PLAIN,
 ) -> nnx.GraphDef:
     """The static half of a decoder: hashable, made once per argument set, free of arrays.
 
@@ -48,6 +51,7 @@ def build_decoder(
         scan_layers: Run the layers as one `lax.scan`; params then hold them stacked
             (`stack_layers`) and so does the cache.
         form: How kernels are stored.
+        attention: How attention without a cache is computed (`attention.form.choose_form`).
 
     Returns:
         The graphdef every function of this module takes beside params.
@@ -59,6 +63,7 @@ def build_decoder(
             remat=remat,
             scan_layers=scan_layers,
             form=form,
+            attention=attention,
             vocab_rows=arch.vocab_size,
         )
     )

@@ -1,11 +1,12 @@
 """Runs a decoder's layers: unrolled or as a `lax.scan`, with or without a cache.
 
 In: embeddings `[B T D]`, positions, segments. Out: the residual stream after the last layer and the
-new cache. Rotations and masks are made once per kind of layer and shared.
+new cache. Rotations and masks are made once per kind of layer and shared; a scanned layer selects
+its own inside the rematerialised function, so that no layer keeps a mask for the backward pass.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ivl_jax.model.architecture import ArchConfig
+from ivl_jax.model.attention.entry import attend_to_own
+from ivl_jax.model.attention.form import AttentionForm
+from ivl_jax.model.attention.plain import attend
+from ivl_jax.model.attention.visibility import own_mask
 from ivl_jax.model.kv_cache import (
     KVCache,
     cache_capacity,
@@ -20,13 +25,21 @@ from ivl_jax.model.kv_cache import (
     write_slots,
     write_stacked_slots,
 )
-from ivl_jax.model.layers import Constrain, Decoder, Memory, Write
+from ivl_jax.model.layers import Attend, Constrain, Decoder, Memory, Write
 from ivl_jax.model.rope import Rotation, no_rotation, rotation
 
 _Kind = tuple[str, bool]
 """A layer's attention span, and whether it rotates queries and keys."""
-# (layer state, residual stream, rotation, mask, memory, slots, layer) → (residual stream, memory)
-_Step = Callable[[Any, Array, Rotation, Array, Memory, Array, Array], tuple[Array, Memory]]
+# (layer state, residual stream, context, kind, memory, slots, layer) → (residual stream, memory)
+_Step = Callable[[Any, Array, "_Context", Any, Memory, Array, Array], tuple[Array, Memory]]
+
+
+class _Context(NamedTuple):
+    """What all layers of a call share; each layer selects the entry of its kind."""
+
+    rotations: tuple[Rotation, ...] | Rotation  # one per kind; stacked where layers are scanned
+    masks: tuple[Array, ...] | Array | None  # likewise, [#B 1 T S]; None: the form needs no masks
+    segment_ids: Array | None  # [B T], for forms without masks
 
 
 def run_layers(
@@ -55,10 +68,14 @@ def run_layers(
     of_layers: list[_Kind] = list(zip(arch.layer_types, arch.rotates, strict=True))
     kinds = sorted(set(of_layers))
     rotations = [_rotation(arch, kind, positions) for kind in kinds]
-    masks = [_mask(arch, kind, positions, segment_ids, cache) for kind in kinds]
+    masks, form = None, decoder.attention
+    if cache is not None or form.at_length(x.shape[1]) == "plain":
+        masks = tuple(_mask(arch, kind, positions, segment_ids, cache) for kind in kinds)
+    context = _Context(tuple(rotations), masks, segment_ids)
+    windows = [_window(arch, kind) for kind in kinds]
     kind_of_layer = [kinds.index(kind) for kind in of_layers]
     run = _run_scanned if decoder.scan_layers else _run_unrolled
-    return run(decoder, x, rotations, masks, kind_of_layer, positions, cache, constrain)
+    return run(decoder, x, context, windows, kind_of_layer, positions, cache, constrain)
 
 
 def _rotation(arch: ArchConfig, kind: _Kind, positions: Array) -> Rotation:
@@ -77,41 +94,97 @@ def _mask(
     segment_ids: Array | None,
     cache: KVCache | None,
 ) -> Bool[Array, "_ 1 T S"]:
-    window = arch.sliding_window if kind[0] == "sliding_attention" else None
-    if cache is not None:
-        return visible_slots(positions, capacity=cache_capacity(cache), window=window)
-    # Within a sequence the distance of two indices equals that of their positions.
-    index = jnp.arange(positions.shape[1])[None]
-    visible = visible_slots(index, capacity=positions.shape[1], window=window)
-    if segment_ids is None:
-        return visible
-    return visible & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    if cache is None:
+        return own_mask(positions.shape[1], segment_ids, _window(arch, kind))
+    return visible_slots(positions, capacity=cache_capacity(cache), window=_window(arch, kind))
 
 
-def _step(decoder: Decoder, write: Callable[[Array, Array], Write], constrain: Constrain) -> _Step:
+def _window(arch: ArchConfig, kind: _Kind) -> int | None:
+    return arch.sliding_window if kind[0] == "sliding_attention" else None
+
+
+def _step(
+    decoder: Decoder,
+    write: Callable[[Array, Array], Write],
+    windows: Sequence[int | None],
+    constrain: Constrain,
+) -> _Step:
     """One layer as a pure function, rematerialised if asked."""
     structure = nnx.split(decoder.layers if decoder.scan_layers else decoder.layers[0])[0]
 
     def step(
         state: Any,  # nnx.State, about whose annotation beartype warns
         x: Array,
-        rotation: Rotation,
-        mask: Array,
+        context: _Context,
+        kind: Any,  # an int, or an index that a scan traces
         memory: Memory,
         slots: Array,
         layer: Array,
     ) -> tuple[Array, Memory]:
+        rotation = _pick(context.rotations, kind)
+        if context.masks is not None:
+            attend = _attend_under(_pick(context.masks, kind))
+        else:
+            attend = _attend_to_own(decoder.attention, context.segment_ids, windows, kind)
         return nnx.merge(structure, state)(
             x,
             rotation=rotation,
-            mask=mask,
+            attend=attend,
             memory=memory,
             write=write(slots, layer),
             constrain=constrain,
         )
 
-    # Inside a scan XLA cannot merge the forward and the recomputed pass anyway.
-    return jax.checkpoint(step, prevent_cse=not decoder.scan_layers) if decoder.remat else step
+    if not decoder.remat:
+        return step
+    # Inside a scan XLA cannot merge the forward and the recomputed backward pass anyway.
+    static = () if decoder.scan_layers else (3,)
+    return jax.checkpoint(step, prevent_cse=not decoder.scan_layers, static_argnums=static)
+
+
+def _pick(each: Any, kind: Any) -> Any:
+    """The entry of one kind of layer: of a tuple, or of stacked arrays by a traced index."""
+    if isinstance(kind, int):
+        return each[kind]
+    return jax.tree.map(lambda stacked: stacked[kind], each)
+
+
+def _attend_under(mask: Array) -> Attend:
+    def attend_under(
+        query: Array, keys: Array, values: Array, scale: float, softcap: float | None
+    ) -> Array:
+        return attend(query, keys, values, mask=mask, scale=scale, softcap=softcap)
+
+    return attend_under
+
+
+def _attend_to_own(
+    form: AttentionForm, segment_ids: Array | None, windows: Sequence[int | None], kind: Any
+) -> Attend:
+    """Attention without a mask; kernels are made for a window, so a traced kind is a switch."""
+
+    def attend_with(
+        query: Array, keys: Array, values: Array, scale: float, softcap: float | None
+    ) -> Array:
+        def in_window(window: int | None) -> Callable[[Array, Array, Array], Array]:
+            return lambda *arrays: attend_to_own(
+                *arrays,
+                form=form,
+                segment_ids=segment_ids,
+                window=window,
+                scale=scale,
+                softcap=softcap,
+            )
+
+        different = list(dict.fromkeys(windows))
+        if isinstance(kind, int):
+            return in_window(windows[kind])(query, keys, values)
+        if len(different) == 1:
+            return in_window(different[0])(query, keys, values)
+        place = jnp.asarray([different.index(window) for window in windows])[kind]
+        return jax.lax.switch(place, [in_window(each) for each in different], query, keys, values)
+
+    return attend_with
 
 
 def _write_nothing(slots: Array, layer: Array) -> Write:
@@ -122,8 +195,8 @@ def _write_nothing(slots: Array, layer: Array) -> Write:
 def _run_unrolled(
     decoder: Decoder,
     x: Array,
-    rotations: list[Rotation],
-    masks: list[Array],
+    context: _Context,
+    windows: Sequence[int | None],
     kind_of_layer: list[int],
     positions: Array,
     cache: KVCache | None,
@@ -140,13 +213,14 @@ def _run_unrolled(
         return into_cache
 
     # Equal layers are traced once (pair A's prefill: 0.4 s, not 1.3 s); XLA inlines the calls.
-    step = jax.jit(_step(decoder, _write_nothing if cache is None else write, constrain))
+    step = _step(decoder, _write_nothing if cache is None else write, windows, constrain)
+    step = jax.jit(step, static_argnums=3)
     memories = []
     for layer, kind in enumerate(kind_of_layer):
         memory = None if cache is None else (cache.keys[layer], cache.values[layer])
         state = nnx.split(decoder.layers[layer])[1]
         index = jnp.asarray(layer)
-        x, memory = step(state, x, rotations[kind], masks[kind], memory, positions, index)
+        x, memory = step(state, x, context, kind, memory, positions, index)
         memories.append(memory)
     if cache is None:
         return x, None
@@ -156,8 +230,8 @@ def _run_unrolled(
 def _run_scanned(
     decoder: Decoder,
     x: Array,
-    rotations: list[Rotation],
-    masks: list[Array],
+    context: _Context,
+    windows: Sequence[int | None],
     kind_of_layer: list[int],
     positions: Array,
     cache: KVCache | None,
@@ -171,16 +245,14 @@ def _run_scanned(
 
         return into_cache
 
-    step = _step(decoder, _write_nothing if cache is None else write, constrain)
-    all_rotations = jax.tree.map(lambda *parts: jnp.stack(parts), *rotations)
-    all_masks = jnp.stack(masks)
+    step = _step(decoder, _write_nothing if cache is None else write, windows, constrain)
+    context = _stack_kinds(context)
 
     # The whole cache is the carry: as scan inputs and outputs it would be copied at each call.
     def body(carry: tuple[Array, Memory], inputs: tuple) -> tuple[tuple[Array, Memory], None]:
         state, kind, layer = inputs
         x, memory = carry
-        rotation = Rotation(*(part[kind] for part in all_rotations))
-        return step(state, x, rotation, all_masks[kind], memory, positions, layer), None
+        return step(state, x, context, kind, memory, positions, layer), None
 
     state = nnx.split(decoder.layers)[1]
     kinds = jnp.asarray(kind_of_layer)
@@ -188,3 +260,10 @@ def _run_scanned(
     inputs = (state, kinds, jnp.arange(len(kind_of_layer)))
     (x, memory), _ = jax.lax.scan(body, (x, memory), inputs)
     return x, None if memory is None else KVCache(*memory)
+
+
+def _stack_kinds(context: _Context) -> _Context:
+    """With a leading axis of kinds, which a traced index can pick from."""
+    rotations = jax.tree.map(lambda *parts: jnp.stack(parts), *context.rotations)
+    masks = None if context.masks is None else jnp.stack(context.masks)
+    return context._replace(rotations=rotations, masks=masks)

@@ -14,12 +14,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from ivl_jax.model.architecture import ArchConfig
-from ivl_jax.model.fused_attention import fused_attention, has_fused_attention
+from ivl_jax.model.attention.form import AttentionForm
 from ivl_jax.model.parameter import Fused, declare
-from ivl_jax.model.product import multiply
 from ivl_jax.model.projection import KernelForm, Projection
 from ivl_jax.model.rope import Rotation, rotate
 
@@ -29,17 +28,14 @@ Memory = Any
 """What a layer remembers between calls: None, or the arrays of a cache."""
 Write = Callable[[Memory, Array, Array], tuple[Memory, Array, Array]]
 """(memory, new keys [B K T H], new values) → (memory, all keys [B K S H], all values)."""
+Attend = Callable[[Array, Array, Array, float, float | None], Array]
+"""(queries [B T N H], keys [B K S H], values, scale, soft cap) → attended values [B T N H]."""
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
-
-
-def soft_cap(x: Array, cap: float | None) -> Array:
-    """c·tanh(x / c), or x itself where there is no cap."""
-    return x if cap is None else jnp.tanh(x / cap) * cap
 
 
 def split_features(y: Float[Array, "B T _"], sizes: Sequence[int]) -> tuple[Array, ...]:
@@ -64,48 +60,6 @@ class RMSNorm(nnx.Module):
         normal = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         scale = scale.reshape((1,) * (x.ndim - 1) + scale.shape)
         return (wide * normal * scale).astype(x.dtype)
-
-
-def attend(
-    query: Float[Array, "B T N H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
-    *,
-    mask: Bool[Array, "#B 1 T S"],
-    scale: float,
-    softcap: float | None,
-) -> Float[Array, "B T N H"]:
-    """Attention of N query heads over K key-value heads, N / K queries to each.
-
-    Written out because `jax.nn.dot_product_attention` takes keys as [B S K H], which costs a
-    transposed copy of the cache in every decode step, and has no soft cap. It computes what that
-    function's `xla` implementation does. Without a cache, cuDNN's takes its place where there is
-    one (`fused_attention`).
-
-    Args:
-        query: Rotated queries.
-        keys: Rotated keys, heads first.
-        values: Values, heads first.
-        mask: True where a query sees a key.
-        scale: Factor on the scores.
-        softcap: Scores become c·tanh(score / c); None: they stay.
-
-    Returns:
-        The attended values in the query's dtype; scores and softmax are fp32.
-    """
-    batch, length, heads, width = query.shape
-    kv_heads, slots = keys.shape[1:3]
-    groups = heads // kv_heads
-    grouped = query.reshape(batch, length, kv_heads, groups, width).transpose(0, 2, 3, 1, 4)
-    grouped = grouped.reshape(batch, kv_heads, groups * length, width)
-    scores = multiply("bkmh,bksh->bkms", grouped, keys, dtype=jnp.float32)
-    scores = soft_cap(scores * scale, softcap).reshape(batch, kv_heads, groups, length, slots)
-    scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    weights = weights.reshape(batch, kv_heads, groups * length, slots)
-    mixed = multiply("bkms,bksh->bkmh", weights, values, dtype=values.dtype)
-    mixed = mixed.reshape(batch, kv_heads, groups, length, width).transpose(0, 3, 1, 2, 4)
-    return mixed.reshape(query.shape)
 
 
 class Attention(nnx.Module):
@@ -142,7 +96,7 @@ class Attention(nnx.Module):
         x: Float[Array, "B T D"],
         *,
         rotation: Rotation,
-        mask: Bool[Array, "#B 1 T S"],
+        attend: Attend,
         memory: Memory,
         write: Write,
         constrain: Constrain,
@@ -157,19 +111,9 @@ class Attention(nnx.Module):
         if self.qk_norm and not self.joint_qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, rotation), rotate(key, rotation)
-        plain = memory is None and self.softcap is None
-        if plain and has_fused_attention(dtype=x.dtype, head_dim=self.head_dim, length=x.shape[1]):
-            mixed = fused_attention(query, key, value, mask=mask, scale=self.scale)
-        else:
-            memory, keys, values = write(memory, key.swapaxes(1, 2), value.swapaxes(1, 2))
-            mixed = attend(
-                query,
-                keys.astype(x.dtype),
-                values.astype(x.dtype),
-                mask=mask,
-                scale=self.scale,
-                softcap=self.softcap,
-            )
+        memory, keys, values = write(memory, key.swapaxes(1, 2), value.swapaxes(1, 2))
+        keys, values = keys.astype(x.dtype), values.astype(x.dtype)
+        mixed = attend(query, keys, values, self.scale, self.softcap)
         return self.o_proj(constrain(mixed, names).reshape((*x.shape[:2], -1))), memory
 
     def _projected(self, x: Float[Array, "B T D"]) -> tuple[Array, ...]:
@@ -228,7 +172,7 @@ class DecoderLayer(nnx.Module):
         x: Float[Array, "B T D"],
         *,
         rotation: Rotation,
-        mask: Bool[Array, "#B 1 T S"],
+        attend: Attend,
         memory: Memory,
         write: Write,
         constrain: Constrain,
@@ -237,7 +181,7 @@ class DecoderLayer(nnx.Module):
         attended, memory = self.self_attn(
             self.input_layernorm(x) if self.pre_norms else x,
             rotation=rotation,
-            mask=mask,
+            attend=attend,
             memory=memory,
             write=write,
             constrain=constrain,
@@ -272,6 +216,7 @@ class Decoder(nnx.Module):
         remat: bool,
         scan_layers: bool,
         form: KernelForm,
+        attention: AttentionForm,
         vocab_rows: int,
     ):
         self.arch = arch
@@ -279,6 +224,7 @@ class Decoder(nnx.Module):
         self.remat = remat
         self.scan_layers = scan_layers
         self.form = form
+        self.attention = attention
         width = arch.hidden_size
         self.embed_tokens = Table(vocab_rows, width)
         if arch.base_hidden_size:

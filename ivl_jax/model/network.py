@@ -18,6 +18,7 @@ from jaxtyping import Array, Key
 
 from ivl_jax.model import decoder, linear_map
 from ivl_jax.model.architecture import ArchConfig, RopeParameters
+from ivl_jax.model.attention.form import PLAIN, AttentionForm
 from ivl_jax.model.decoder import Params
 from ivl_jax.model.linear_map import MODEL_TYPE, LinearMapConfig
 from ivl_jax.model.projection import AS_TRAINED, KernelForm
@@ -48,12 +49,18 @@ def build_network(
     remat: bool = False,
     scan_layers: bool = False,
     form: KernelForm = AS_TRAINED,
+    attention: AttentionForm = PLAIN,
 ) -> nnx.GraphDef:
     """The static half of a network; see `decoder.build_decoder`. A linear map has only one form."""
     if isinstance(arch, LinearMapConfig):
         return linear_map.build_linear_map(arch, compute_dtype=compute_dtype)
     return decoder.build_decoder(
-        arch, compute_dtype=compute_dtype, remat=remat, scan_layers=scan_layers, form=form
+        arch,
+        compute_dtype=compute_dtype,
+        remat=remat,
+        scan_layers=scan_layers,
+        form=form,
+        attention=attention,
     )
 
 

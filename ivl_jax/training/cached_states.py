@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 from rich.progress import Progress
 
+from ivl_jax.composed.network import Layout
 from ivl_jax.config import TrainConfig
 from ivl_jax.data.base_states import BaseStates, open_base_states
 from ivl_jax.data.batching import Batch, lay_out_rows
@@ -30,7 +31,14 @@ from ivl_jax.data.packing import pack
 from ivl_jax.data.tokenized import TokenizedDemonstrations
 from ivl_jax.model.decoder import Params, build_decoder, hidden_states
 from ivl_jax.sharding import LAYOUTS, activation_constraint, batch_sharding, place_batch
-from ivl_jax.training.models import FrozenBase, Placement, kernel_form, load_base, place_base
+from ivl_jax.training.models import (
+    FrozenBase,
+    Placement,
+    attention_of,
+    kernel_form,
+    load_base,
+    place_base,
+)
 from ivl_jax.weights.fingerprint import folder_name, remembered_weights, weights_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -167,13 +175,15 @@ def _make_program(
     config: TrainConfig, base: FrozenBase, place: Placement, mesh: Mesh
 ) -> Callable[[Params, Batch], Array]:
     """(base parameters, batch [B T]) → final hidden states [B T D]."""
+    layout = Layout(mesh, LAYOUTS[base.config.layout])
     graphdef = build_decoder(
         base.model.arch,
         compute_dtype=jnp.dtype(config.step.compute_dtype),
         scan_layers=config.step.scan_layers,
         form=kernel_form(base.config),
+        attention=attention_of(config, base.model.arch, layout),
     )
-    constrain = activation_constraint(mesh, LAYOUTS[base.config.layout])
+    constrain = activation_constraint(mesh, layout.rules)
 
     def run(params: Params, batch: Any) -> Array:
         where = {"positions": batch.positions, "segment_ids": batch.segment_ids}

@@ -15,12 +15,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, DTypeLike, Key
 
+from ivl_jax.composed.attention import attention_on_mesh
+from ivl_jax.composed.network import Layout
 from ivl_jax.composed.sources import ModelSource, read_language_model
 from ivl_jax.composition import SCHEMES, ConnectionScheme
 from ivl_jax.config import BaseConfig, ConfigError, LayoutName, TrainConfig
 from ivl_jax.devices import device_memory
 from ivl_jax.extensions import load_extension
 from ivl_jax.model.architecture import ArchConfig
+from ivl_jax.model.attention.form import AttentionForm
 from ivl_jax.model.decoder import Params, zero_base_projection
 from ivl_jax.model.linear_map import LinearMapConfig
 from ivl_jax.model.network import Architecture, abstract_network, init_network
@@ -86,7 +89,8 @@ def choose_models(config: TrainConfig, mesh: Mesh) -> Models:
     Raises:
         FileNotFoundError: no such folder or hub id.
         ConfigError: batch rows are longer than a model's context, a tokenizer has more ids than its
-            weights have rows, or a linear map does not fit.
+            weights have rows, a linear map does not fit, or the devices do not support the form of
+            attention.
         TokenizerMismatchError: a base and the value network have different vocabularies.
     """
     several = bool(config.bases)
@@ -95,6 +99,8 @@ def choose_models(config: TrainConfig, mesh: Mesh) -> Models:
         for index, base in enumerate(config.all_bases)
     ]
     first = found[0]
+    for model, base in zip(found, config.all_bases, strict=True):
+        attention_of(config, model.arch, Layout(mesh, LAYOUTS[base.layout]))
     if config.method == "sft":
         _check_context(config, found)
         return Models(trained=first, arch=first.arch, bases=())
@@ -113,6 +119,7 @@ def choose_models(config: TrainConfig, mesh: Mesh) -> Models:
     if scheme.reads_base_hidden:
         arch = _with_base_width(arch, found)
     _check_context(config, [*found, trained])
+    attention_of(config, arch, Layout(mesh, LAYOUTS[config.value.layout]))
     bases = []
     for model, base in zip(found, config.all_bases, strict=True):
         unknown = ()
@@ -158,6 +165,19 @@ def read_model(path: str, revision: str | None, where: str) -> ModelSource:
         return model
     except ValueError as error:
         raise ConfigError(f"{where} = {path}: {error}") from error
+
+
+def attention_of(config: TrainConfig, arch: Architecture, layout: Layout) -> AttentionForm:
+    """Choose how a network of the run computes attention.
+
+    Raises:
+        ConfigError: these devices do not support `model.attention`.
+    """
+    dtype, wanted = jnp.dtype(config.step.compute_dtype), config.model.attention
+    try:
+        return attention_on_mesh(arch, layout, dtype=dtype, wanted=wanted)
+    except ValueError as error:
+        raise ConfigError(f"model.{error}") from error
 
 
 def place_model(

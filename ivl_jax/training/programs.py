@@ -25,6 +25,7 @@ from ivl_jax.training.models import (
     FrozenBase,
     Models,
     Placement,
+    attention_of,
     head_only,
     kernel_form,
     load_base,
@@ -149,29 +150,35 @@ def make_loss(
         config.data.max_length,
         place.vocab_rows,
     )
-    layout = config.base.layout if base is None else config.value.layout
+    layout = Layout(mesh, LAYOUTS[config.base.layout if base is None else config.value.layout])
     trained = Network(
         build_network(
-            models.arch, compute_dtype=dtype, scan_layers=step.scan_layers, remat=step.remat
+            models.arch,
+            compute_dtype=dtype,
+            scan_layers=step.scan_layers,
+            remat=step.remat,
+            attention=attention_of(config, models.arch, layout),
         ),
         models.arch,
         size,
         scheme=None if base is None else models.scheme,
-        layout=Layout(mesh, LAYOUTS[layout]),
+        layout=layout,
     )
     objective = find_objective(config)
     if base is None:
         return Loss(Composition(trained), objective, chunk_length=chunk_length)
+    base_layout = Layout(mesh, LAYOUTS[base.config.layout])
     frozen = Network(
         build_network(
             base.model.arch,
             compute_dtype=dtype,
             scan_layers=step.scan_layers,
             form=kernel_form(base.config),
+            attention=attention_of(config, base.model.arch, base_layout),
         ),
         base.model.arch,
         base.model.info.vocab_size,
-        layout=Layout(mesh, LAYOUTS[base.config.layout]),
+        layout=base_layout,
     )
     penalty = config.penalty
     return Loss(

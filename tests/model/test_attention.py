@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ivl_jax.model.layers import attend
+from ivl_jax.model.attention.plain import attend
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
