@@ -4,7 +4,7 @@ In: the networks' arrays, tokens and their positions, optionally caches. Out: ea
 hidden states; then, for as many positions at a time as the caller likes, each network's logits and
 the composed ones. All functions are pure.
 
-    run_networks   tokens → HiddenStates of every network
+    run_networks   tokens → HiddenStates of every network (`run_network`: of one)
     network_logits HiddenStates → NetworkLogits of every network
     compose        NetworkLogits → composed logits
 
@@ -97,14 +97,13 @@ def run_networks(
     base = composition.base
     base_cache = None
     if base_hidden is None:
-        base_hidden, base_cache = hidden_states(
-            base.graphdef,
+        base_hidden, base_cache = run_network(
+            base,
             params.base,
             tokens,
             positions=positions,
             segment_ids=segment_ids,
             cache=None if caches is None else caches.base,
-            constrain=base.constrain,
         )
     base_logits = None
     if composition.reads_base_logits:
@@ -124,6 +123,53 @@ def run_networks(
     if base_cache is None or value_caches is None:
         return hidden, None
     return hidden, Caches(base_cache, value_caches)
+
+
+def run_network(
+    network: Network,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    *,
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None = None,
+    cache: KVCache | None = None,
+) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    """Run a network that reads only text, a base or its draft, over tokens, up to its head.
+
+    Args:
+        network: its static half.
+        params: its parameters.
+        tokens: [B T] token ids.
+        positions: [B T] position of each token, and its slot in the cache.
+        segment_ids: [B T], 0 is padding; None: one text per row. Not with a cache.
+        cache: what it has read; None: no cache.
+
+    Returns:
+        Hidden states [B T D] for its head, and the new cache (None without one).
+    """
+    return hidden_states(
+        network.graphdef,
+        params,
+        tokens,
+        positions=positions,
+        segment_ids=segment_ids,
+        cache=cache,
+        constrain=network.constrain,
+    )
+
+
+def run_cached(
+    network: Network,
+    params: Params,
+    cache: KVCache,
+    tokens: Int[Array, "B T"],
+    *,
+    positions: Int[Array, "B T"],
+) -> tuple[Float[Array, "B T D"], KVCache]:
+    """As `run_network`, always with a cache."""
+    hidden, after = run_network(network, params, tokens, positions=positions, cache=cache)
+    assert after is not None
+    return hidden, after
 
 
 def run_values(

@@ -23,15 +23,13 @@ from ivl_jax.composed.forward import (
     pick,
     run_networks,
 )
-from ivl_jax.composed.network import ComposedParams, Composition, Network
+from ivl_jax.composed.network import ComposedParams, Composition
 from ivl_jax.decoding.device.finish import FinishReason
 from ivl_jax.decoding.device.log_probs import score_chosen
 from ivl_jax.decoding.device.placement import empty_rows
 from ivl_jax.decoding.device.proposals import Proposer
 from ivl_jax.decoding.device.sampling import are_finite, sample_tokens
 from ivl_jax.decoding.device.state import DecodeState, Requests
-from ivl_jax.model.decoder import Params, hidden_states
-from ivl_jax.model.kv_cache import KVCache
 
 
 def prefill(
@@ -225,38 +223,6 @@ def read_tokens(
     logits = network_logits(composition, params, picked)
     composed = compose(composition, params.values, logits, strengths=state.requests.strengths)
     return composed, state._replace(caches=caches)
-
-
-def run_cached(
-    network: Network,
-    params: Params,
-    cache: KVCache,
-    tokens: Int[Array, "B T"],
-    *,
-    positions: Int[Array, "B T"],
-) -> tuple[Float[Array, "B T D"], KVCache]:
-    """Run a base, or its draft, over tokens, up to its head.
-
-    Args:
-        network: its static half.
-        params: its parameters.
-        cache: what it has read.
-        tokens: [B T] token ids.
-        positions: [B T] position of each token, and its slot in the cache.
-
-    Returns:
-        Hidden states [B T D] for its head, and the new cache.
-    """
-    hidden, cache_after = hidden_states(
-        network.graphdef,
-        params,
-        tokens,
-        positions=positions,
-        cache=cache,
-        constrain=network.constrain,
-    )
-    assert cache_after is not None
-    return hidden, cache_after
 
 
 def _append(state: DecodeState, logits: Float[Array, "B V"]) -> DecodeState:

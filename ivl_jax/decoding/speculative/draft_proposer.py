@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ivl_jax.composed.forward import NetworkLogits, compose, head_logits
+from ivl_jax.composed.forward import NetworkLogits, compose, head_logits, run_cached
 from ivl_jax.composed.network import (
     ComposedParams,
     Composition,
@@ -20,7 +20,6 @@ from ivl_jax.composed.network import (
     Network,
     known_tokens,
 )
-from ivl_jax.decoding.device.generate import run_cached
 from ivl_jax.decoding.device.proposals import (
     PassSeconds,
     Proposals,

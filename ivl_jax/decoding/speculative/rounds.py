@@ -24,9 +24,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ivl_jax.composed.forward import NetworkLogits, compose, head_logits
+from ivl_jax.composed.forward import NetworkLogits, compose, head_logits, run_cached
 from ivl_jax.composed.network import ComposedParams, Composition
-from ivl_jax.decoding.device.generate import decode_step, halt, run_cached
+from ivl_jax.decoding.device.generate import decode_step, halt
 from ivl_jax.decoding.device.log_probs import empty_log_probs, score_chosen
 from ivl_jax.decoding.device.proposals import (
     BLOCK_WIDTHS,
