@@ -143,7 +143,8 @@ def _outside(folder: Path, shard: str) -> str | None:
     root = folder.resolve()
     try:
         target = (folder / shard).resolve()
-        target.is_file()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            target.stat()  # is_file() keeps silent about links in a circle, from Python 3.13 on
     except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, links in a circle
         return f"{shard[:60]!r}: not a file name ({error!r:.100}, in {INDEX_FILE})"
     # The hub's cache keeps <repository>/snapshots/<revision>/file -> ../../blobs/<hash>.

@@ -231,6 +231,7 @@ def test_rope_scaling_next_to_equal_rope_parameters_is_accepted():
     [{}, {"mscale": 1.0, "mscale_all_dim": 0.5}, {"mscale": 2.0}, {"attention_factor": 0.8}],
 )
 def test_yarn_is_read_as_transformers_reads_it(scales):
+    pytest.importorskip("torch", reason="the extra `torch` is not installed")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     older = {key: value for key, value in LLAMA.items() if key != "rope_parameters"}

@@ -28,6 +28,7 @@ FAMILIES = [
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_names_and_shapes_are_those_of_transformers(family: str, tied: bool) -> None:
+    pytest.importorskip("torch", reason="the extra `torch` is not installed")
     config = AutoConfig.for_model(
         family,
         vocab_size=48,

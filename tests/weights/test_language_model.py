@@ -136,6 +136,7 @@ def test_every_id_that_stops_a_text_survives_saving(stories_copy: Path, tmp_path
 def test_transformers_generates_from_a_saved_model(
     stories: LanguageModel, stories260k_dir: Path, tmp_path: Path
 ) -> None:
+    pytest.importorskip("torch", reason="the extra `torch` is not installed")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     save_language_model(tmp_path / "saved", stories, dtype=jnp.float32)
