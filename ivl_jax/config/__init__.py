@@ -21,6 +21,7 @@ from ivl_jax.config.generation import (
 )
 from ivl_jax.config.infer import InferConfig, check_infer_config
 from ivl_jax.config.model import (
+    LONGEST_DRAFT,
     AttentionName,
     ComposedModelConfig,
     DType,
@@ -48,6 +49,7 @@ from ivl_jax.config.train import (
 
 __all__ = [
     "CONNECTIONS",
+    "LONGEST_DRAFT",
     "AttentionName",
     "BaseConfig",
     "ComposedModelConfig",

@@ -15,6 +15,9 @@ DType = Literal["float32", "bfloat16"]
 AttentionName = Literal["auto", "plain", "blocked", "splash", "cudnn"]
 LayoutName = Literal["full", "fsdp", "tensor", "replicated"]
 
+LONGEST_DRAFT = 32
+"""Tokens that a draft may be told to propose at a time."""
+
 
 @dataclass(frozen=True)
 class MeshConfig:
@@ -98,8 +101,8 @@ class ComposedModelConfig:
             require(problem is None, f"--strength {problem}")
         require_numbers(self)
         require(
-            0 <= self.draft_length <= 32,
-            f"--draft-length must be in [0, 32], got {self.draft_length}",
+            0 <= self.draft_length <= LONGEST_DRAFT,
+            f"--draft-length must be in [0, {LONGEST_DRAFT}], got {self.draft_length}",
         )
 
     @property

@@ -28,7 +28,7 @@ from ivl_jax.composed.network import (
     ValueArrays,
 )
 from ivl_jax.composed.sources import NO_SCHEMES, ModelSource, Schemes
-from ivl_jax.config import strength_problem
+from ivl_jax.config import LONGEST_DRAFT, strength_problem
 from ivl_jax.decoding.given_models import is_path, language_model_source, value_source
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.decoding.programs import build_programs
@@ -168,10 +168,13 @@ def compose_loaded(
         A model that generates.
 
     Raises:
-        ValueError: the number of strengths is neither 0 nor that of the value networks.
+        ValueError: the number of strengths is neither 0 nor that of the value networks, or
+            `draft_length` is out of range.
     """
     if strengths and len(strengths) != len(values):
         raise ValueError(f"{len(strengths)} strengths for {len(values)} value network(s)")
+    if not 0 <= draft_length <= LONGEST_DRAFT:
+        raise ValueError(f"draft_length must be in [0, {LONGEST_DRAFT}], got {draft_length}")
     layout = None if mesh is None else Layout(mesh, base_rules)
     value_layout = None if mesh is None else Layout(mesh, value_rules)
     base_network, base_params = _network(base, sources.base, layout, int8=int8_base)

@@ -199,18 +199,24 @@ class Engine:
         return True
 
     def step(self, *, max_tokens: int = 16) -> list[Progress]:
-        """Begin waiting requests in free rows, or generate for the running ones; then look.
+        """Begin waiting requests in free rows, or generate for the running ones.
 
         Args:
-            max_tokens: tokens per row between two looks, at most: how late a stop string is seen,
-                and how long a new request waits. 1 in any case where a value network has its own
-                vocabulary: the host reads for it.
+            max_tokens: tokens per row in this step, at most, and at least 1: how late a stop string
+                is seen, and how long a new request waits. Always 1 where a value network has its
+                own vocabulary: the host tokenises for it.
 
         Returns:
-            What each request has got, those that got nothing apart. Where this raises, `lost` names
-            the requests that are lost: where reading new prompts failed, these alone; else all that
-            were running. The others run or wait on.
+            One `Progress` per request with something new.
+
+        Raises:
+            ValueError: `max_tokens` below 1; nothing is lost.
+            Exception: whatever the device raises. `lost` then lists the requests that are lost:
+                only the new ones if their prefill failed, otherwise all running ones. The rest are
+                unaffected.
         """
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
         if self.idle:
             return []
         self._beginning = []

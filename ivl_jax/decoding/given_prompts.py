@@ -5,7 +5,7 @@ In: a text, token ids or a dialogue, or several of them. Out: texts, lists of to
 """
 
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -108,8 +108,13 @@ def _message(given: Message | Mapping[str, Any], where: str) -> Message:
 
 
 def _is_list(given: Any) -> bool:
-    """Whether it may hold prompts or parts of one; a message is a tuple, but one thing."""
-    return isinstance(given, Iterable) and not isinstance(given, str | bytes | Mapping | Message)
+    """Whether it may hold prompts or parts of one; a message is a tuple, but one thing.
+
+    An iterator does not count: looking at its first item would take it away.
+    """
+    if isinstance(given, str | bytes | Message):
+        return False
+    return isinstance(given, Sequence) or (hasattr(given, "__array__") and np.ndim(given) > 0)
 
 
 def _is_integer(given: Any) -> bool:

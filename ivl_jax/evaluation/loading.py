@@ -11,6 +11,7 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
+from ivl_jax.compilation_cache import use_compilation_cache
 from ivl_jax.composed.compatibility import ComposedSources, check_sources
 from ivl_jax.composed.sources import load_schemes, read_language_model, read_values
 from ivl_jax.config import model_problems
@@ -85,6 +86,7 @@ def find_sources(flags: ModelFlags) -> ModelSources:
     """
     composed = flags.composed
     require(model_problems(composed))
+    use_compilation_cache(flags.runtime.compilation_cache)
     mesh = decoding_mesh(composed.mesh)
     base = read_language_model(composed.base, role="the base")
     draft = read_language_model(composed.draft, role="the draft") if composed.draft else None

@@ -80,6 +80,11 @@ def test_requests_that_come_while_others_decode_give_what_each_alone_gives(compo
     assert engine.shape is None
 
 
+def test_a_step_of_no_tokens_is_refused_instead_of_waited_for(composed):
+    with pytest.raises(ValueError, match="max_tokens must be at least 1, got 0"):
+        next(composed.stream("Once", chunk_tokens=0))
+
+
 def test_a_cancelled_request_frees_its_row_and_is_not_heard_of_again(composed):
     options = GenerationOptions(max_new_tokens=24)
     prepared = composed.prepare(PROMPTS, options)

@@ -2,8 +2,9 @@ import dataclasses
 
 import pytest
 
-from ivl_jax.config import ComposedModelConfig, ConfigError
+from ivl_jax.config import ComposedModelConfig, ConfigError, RuntimeConfig
 from ivl_jax.config.files import field_types
+from ivl_jax.evaluation import loading
 from ivl_jax.evaluation.flags import ModelFlags
 from ivl_jax.evaluation.loading import find_sources
 
@@ -19,6 +20,15 @@ def test_every_flag_that_decides_figures_is_recorded_with_them(stories260k_dir):
     assert field_types(ModelFlags).keys() - FREE - DRAFT <= recorded.keys()
     assert recorded["int8_base"] is True
     assert find_sources(ModelFlags(drafted)).to_json().keys() - recorded.keys() >= DRAFT
+
+
+def test_compiled_programs_are_kept_where_the_flag_says(monkeypatch):
+    said = []
+    monkeypatch.setattr(loading, "use_compilation_cache", said.append)
+    flags = ModelFlags(ComposedModelConfig(base="absent"), runtime=RuntimeConfig("/somewhere"))
+    with pytest.raises(FileNotFoundError):
+        find_sources(flags)
+    assert said == ["/somewhere"]
 
 
 def test_a_strength_that_is_not_a_number_is_refused_before_any_folder_is_looked_for():

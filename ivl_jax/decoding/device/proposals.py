@@ -2,7 +2,7 @@
 
 In: nothing; these are records. A `Proposer` is a record of pure functions over arrays: a small base
 model (`draft_proposer`), or one of your own, passed to `build_programs`. What it proposes decides
-the speed of decoding, never its tokens.
+the speed of decoding: greedy text stays the same, and samples keep their distribution.
 """
 
 from collections.abc import Callable
@@ -30,12 +30,12 @@ class Proposals(NamedTuple):
     tokens: Int[Array, "B K"]
     """What may follow each row; K is that of `longest_round`."""
     counts: Int[Array, " B"]
-    """How many of them are meant, for the statistics; the others only fill the block."""
+    """How many of them are real proposals; the rest is padding."""
     failed: Bool[Array, " B"]
     """Rows in which the proposer's own logits were not finite; they end with an error."""
     q_logits: Float[Array, "B K V"] | None = None
     """Their softmax is the distribution that each token was drawn from, in the base's columns;
-    None: the proposer says one token for certain."""
+    None: proposed deterministically (the distribution is one-hot)."""
     value_logits: tuple[Float[Array, "B K Vv"], ...] | None = None
     """Of each value network, at the prediction that verifies each proposal, where the proposer has
     run them: they have then read all proposals but the last. None: they have read none."""

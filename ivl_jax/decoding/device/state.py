@@ -20,7 +20,7 @@ class Requests(NamedTuple):
     prompt_lengths: Int[Array, " B"]
     """Tokens of the prompt, at least 1."""
     limits: Int[Array, " B"]
-    """Length, prompt included, at which the row ends; 0 marks a row that only fills the batch."""
+    """Length, prompt included, at which the row ends; 0 marks a padding row."""
     stop_ids: Int[Array, "B E"]
     """Ids that end the row; −1 fills up."""
     strengths: Float[Array, "B M"]
@@ -64,7 +64,7 @@ class DecodeState(NamedTuple):
     """A batch of rows being decoded; row b's next token is sampled from its first lengths[b]."""
 
     tokens: Int[Array, "B S"]
-    """Prompt, then what was generated; slot = position. Nothing is meant beyond a row's length."""
+    """Prompt, then what was generated; slot = position. Undefined beyond a row's length."""
     lengths: Int[Array, " B"]
     """Tokens so far, prompt included."""
     finish: Int[Array, " B"]
@@ -86,7 +86,7 @@ class DecodeState(NamedTuple):
 
     @property
     def last_positions(self) -> Int[Array, " B"]:
-        """Position of each row's last token; 0 in a row that only fills the batch."""
+        """Position of each row's last token; 0 in a padding row."""
         return jnp.maximum(self.lengths - 1, 0)
 
     @property
