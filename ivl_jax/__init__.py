@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ivl_jax.decoding.capacity import EngineLimits
     from ivl_jax.decoding.compose import compose
     from ivl_jax.decoding.generation import Generation
-    from ivl_jax.training.loop import run as train
+    from ivl_jax.post_training import run as train
     from ivl_jax.weights.language_model import LanguageModel
     from ivl_jax.weights.language_model import load_language_model as load_model
     from ivl_jax.weights.language_model import save_language_model as save_model
@@ -67,7 +67,7 @@ _HOMES = {
     "load_value": "ivl_jax.checkpoint:load_value",
     "save_model": "ivl_jax.weights.language_model:save_language_model",
     "save_value": "ivl_jax.checkpoint:save_value",
-    "train": "ivl_jax.training.loop:run",
+    "train": "ivl_jax.post_training:run",
     "value_forward": "ivl_jax.composition:value_forward",
     "value_penalty": "ivl_jax.composition:value_penalty",
 }

@@ -70,7 +70,7 @@ def _train(arguments: Sequence[str]) -> int:
     config = read_flags(arguments)
     _start_logging()
     # Imported after the flags are read: JAX takes seconds that --help need not wait for.
-    from ivl_jax.training.loop import run
+    from ivl_jax.post_training import run
 
     return STOPPED_AND_SAVED if run(config).interrupted else 0
 

@@ -1,7 +1,8 @@
 """How a composed model scores each token: the scores that losses and evaluations share.
 
 In: final hidden states and the tokens that follow. Out: named scores per position, such as the
-log-probability of the token that follows, the entropy, or the KL divergence from the base.
+log-probability of the token that follows, the entropy, or the KL divergence from the base or from
+a teacher.
 
 `score_positions` makes the logits [B T V] of the positions it is given; long texts are scored in
 chunks of positions (`split_positions`), so that no array of that size exists for a whole text.
@@ -29,6 +30,19 @@ class PositionLogits(NamedTuple):
     networks: NetworkLogits
     targets: Int[Array, "B T"]
     """The token that follows each position."""
+    teacher_logits: Float32[Array, "B T V2"] | None = None
+    """Logits of a teacher, −inf in its padding columns; None: there is none."""
+
+    @property
+    def teacher(self) -> Float32[Array, "B T V"]:
+        """The teacher's logits in the columns of the composed ones."""
+        logits = self.teacher_logits
+        assert logits is not None, "a score of a teacher needs one"
+        columns, width = self.composition.base.vocab_size, self.composed.shape[-1]
+        if logits.shape[-1] == width:
+            return logits
+        real, padding = logits[..., :columns], [(0, 0), (0, 0), (0, width - columns)]
+        return jnp.pad(real, padding, constant_values=-jnp.inf)
 
     @property
     def base(self) -> Float32[Array, "B T V"]:
@@ -61,6 +75,12 @@ SCORES: Mapping[str, Score] = {
     "base_top1": lambda at: is_largest(at.base, at.targets),
     # KL(composed ‖ base) of the next token, nats
     "base_kl": lambda at: kl_divergence(at.composed, at.base),
+    # log p(target) under the teacher, nats; and the divergence from it: KL(teacher ‖ composed),
+    # KL(composed ‖ teacher), Jensen–Shannon
+    "teacher_log_prob": lambda at: log_probs(at.teacher, at.targets),
+    "teacher_kl": lambda at: kl_divergence(at.teacher, at.composed),
+    "teacher_reverse_kl": lambda at: kl_divergence(at.composed, at.teacher),
+    "teacher_js": lambda at: js_divergence(at.teacher, at.composed),
     # mean over the vocabulary of |z_value| and z_value², [B T M]: one per value network
     "value_l1": lambda at: _value_size(at, "l1"),
     "value_l2": lambda at: _value_size(at, "l2"),
@@ -75,6 +95,7 @@ def score_positions(
     *,
     strengths: Float[Array, "#B M"],
     names: Sequence[str],
+    teacher_logits: Float32[Array, "B T V2"] | None = None,
 ) -> dict[str, Array]:
     """Score positions.
 
@@ -85,13 +106,14 @@ def score_positions(
         targets: [B T] the token that follows each.
         strengths: [B M] α of each value network, or one row for all.
         names: keys of `SCORES`; only these are computed.
+        teacher_logits: of a teacher at the same positions, for scores that compare with one.
 
     Returns:
         Name → scores [B T]; [B T M] for `value_l1` and `value_l2`.
     """
     logits = network_logits(composition, params, hidden)
     composed = compose(composition, params.values, logits, strengths=strengths)
-    at = PositionLogits(composition, composed, logits, targets)
+    at = PositionLogits(composition, composed, logits, targets, teacher_logits)
     return {name: SCORES[name](at) for name in names}
 
 
@@ -135,6 +157,24 @@ def kl_divergence(
     real = jnp.isfinite(log_p)
     gap = jnp.where(real, log_p, 0.0) - jnp.where(real, log_q, 0.0)
     return jnp.sum(_masked_exp(log_p, real) * gap, axis=-1)
+
+
+def js_divergence(
+    logits: Float32[Array, "*B V"], other: Float32[Array, "*B V"]
+) -> Float32[Array, "*B"]:
+    """½ KL(p ‖ m) + ½ KL(q ‖ m) in nats, m the mean of both; at most log 2.
+
+    Example:
+        >>> far_apart = jnp.array([[0.0, 99.0]]), jnp.array([[99.0, 0.0]])
+        >>> round(float(js_divergence(*far_apart)[0] / math.log(2)), 4)
+        1.0
+    """
+    log_p, log_q = jax.nn.log_softmax(logits), jax.nn.log_softmax(other)
+    real = jnp.isfinite(log_p)
+    log_p, log_q = jnp.where(real, log_p, 0.0), jnp.where(real, log_q, 0.0)
+    log_mean = jnp.logaddexp(log_p, log_q) - math.log(2)
+    terms = jnp.exp(log_p) * (log_p - log_mean) + jnp.exp(log_q) * (log_q - log_mean)
+    return jnp.sum(jnp.where(real, terms, 0.0), axis=-1) / 2
 
 
 def choose_chunk_length(

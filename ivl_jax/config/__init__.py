@@ -31,7 +31,7 @@ from ivl_jax.config.model import (
     RuntimeConfig,
     model_problems,
 )
-from ivl_jax.config.objectives import PreferenceConfig
+from ivl_jax.config.objectives import DistilConfig, GrpoConfig, PreferenceConfig
 from ivl_jax.config.train import (
     CONNECTIONS,
     BaseConfig,
@@ -56,8 +56,10 @@ __all__ = [
     "ConfigError",
     "DType",
     "DataConfig",
+    "DistilConfig",
     "GenerationKeywords",
     "GenerationOptions",
+    "GrpoConfig",
     "InferConfig",
     "LayoutName",
     "LoggingConfig",

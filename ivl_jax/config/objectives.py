@@ -4,6 +4,7 @@ In: values from a TOML file or the command line. Out: frozen dataclasses whose o
 passed.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,3 +39,87 @@ class PreferenceConfig:
             f'preference.loss = "{self.loss}"',
         )
         require(self.sft_weight >= 0, f"preference.sft_weight must be ≥ 0, got {self.sft_weight}")
+
+
+@dataclass(frozen=True)
+class DistilConfig:
+    """With `objective = "distil"`: the teacher whose predictions are learned, and how."""
+
+    teacher: str = ""
+    """Hugging Face folder or hub id of the teacher, or of its base if it has value networks."""
+    values: tuple[str, ...] = ()
+    """Value folders that are added to the teacher's base; empty: the model is the teacher."""
+    strengths: tuple[float, ...] = ()
+    """α of each of them; empty: 1 each."""
+    divergence: Literal["forward", "reverse", "js"] = "forward"
+    """`forward` is KL(teacher ‖ student), `reverse` KL(student ‖ teacher), `js` Jensen–Shannon."""
+    tokens: Literal["answers", "all"] = "answers"
+    """Where the two are compared: on the assistant's tokens, or on every token of the text."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """How the teacher's frozen parameters are stored."""
+
+    def __post_init__(self) -> None:
+        """Check that strengths and value networks match."""
+        require_numbers(self, "distil.")
+        require(
+            not self.strengths or len(self.strengths) == len(self.values),
+            f"distil.strengths has {len(self.strengths)} numbers for {len(self.values)} value "
+            "network(s) in distil.values: name one each, or none",
+        )
+        require(
+            all(math.isfinite(strength) for strength in self.strengths),
+            f"distil.strengths must be finite, got {self.strengths}",
+        )
+        require(
+            bool(self.teacher) or not self.values,
+            f"distil.values = {self.values} needs a base to be added to: name it as distil.teacher",
+        )
+
+
+@dataclass(frozen=True)
+class GrpoConfig:
+    """With `objective = "grpo"`: how answers are sampled, rewarded and compared."""
+
+    rewards: tuple[str, ...] = ("exact_match",)
+    """`exact_match`, `gsm8k_number`, `contains`, `regex:PATTERN`, or `module:function` of your own;
+    several are added up."""
+    reward_weights: tuple[float, ...] = ()
+    """Weight of each reward; empty: 1 each."""
+    group_size: int = 8
+    """Answers per prompt; `step.batch_size` is a multiple of it."""
+    max_new_tokens: int = 128
+    """The most tokens per answer."""
+    temperature: float = 1.0
+    """Of sampling."""
+    advantage: Literal["standardised", "centred"] = "standardised"
+    """A reward minus its group's mean, divided by the group's standard deviation (GRPO) or not (Dr.
+    GRPO)."""
+    average: Literal["answers", "tokens"] = "answers"
+    """Each answer counts the same (GRPO), or each token (DAPO)."""
+    kl_weight: float = 0.04
+    """β: weight of the exact KL divergence from the base, per token."""
+    mask_truncated: bool = True
+    """Leave answers that reached `max_new_tokens` out of the loss."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require_numbers(self, "grpo.")
+        require(bool(self.rewards), "grpo.rewards is empty: name at least one")
+        require(
+            not self.reward_weights or len(self.reward_weights) == len(self.rewards),
+            f"grpo.reward_weights has {len(self.reward_weights)} numbers for {len(self.rewards)} "
+            "reward(s) in grpo.rewards: name one each, or none",
+        )
+        require(
+            all(math.isfinite(weight) for weight in self.reward_weights),
+            f"grpo.reward_weights must be finite, got {self.reward_weights}",
+        )
+        require(
+            self.group_size >= 2,
+            f"grpo.group_size must be ≥ 2, got {self.group_size}: answers are compared",
+        )
+        require(
+            self.max_new_tokens >= 1, f"grpo.max_new_tokens must be ≥ 1, got {self.max_new_tokens}"
+        )
+        require(self.temperature > 0, f"grpo.temperature must be > 0, got {self.temperature}")
+        require(self.kl_weight >= 0, f"grpo.kl_weight must be ≥ 0, got {self.kl_weight}")

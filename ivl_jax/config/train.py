@@ -12,7 +12,7 @@ from ivl_jax.config.annotations import Inline
 from ivl_jax.config.checks import ConfigError, found, require, require_numbers
 from ivl_jax.config.data import DataConfig
 from ivl_jax.config.model import DType, LayoutName, MeshConfig, ModelConfig, RuntimeConfig
-from ivl_jax.config.objectives import PreferenceConfig
+from ivl_jax.config.objectives import DistilConfig, GrpoConfig, PreferenceConfig
 from ivl_jax.extensions import is_extension
 
 CONNECTIONS = ("residual", "cascade", "cascade_no_text", "hidden", "linear")
@@ -227,8 +227,9 @@ class TrainConfig:
     run_dir: str = ""
     """Folder of the run: config, versions, metrics, checkpoints and the final value folder."""
     objective: str = "sft"
-    """What is minimised: `sft` (cross-entropy of demonstrations), `dpo` (preferences), or
-    `module:attribute` of an objective of your own."""
+    """What is minimised: `sft` (cross-entropy of demonstrations), `dpo` (preferences), `distil`
+    (a teacher's predictions), `grpo` (rewards of sampled answers), or `module:attribute` of an
+    objective of your own."""
     method: Literal["value", "sft"] = "value"
     """`value`: train a value network with a frozen base; `sft`: fine-tune the base itself."""
     seed: int = 0
@@ -247,6 +248,8 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    distil: DistilConfig = field(default_factory=DistilConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
     penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     step: StepConfig = field(default_factory=StepConfig)

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float, Int32
+from jaxtyping import Bool, Float, Float32, Int32
 
 from ivl_jax.data.base_states import BaseStates
+from ivl_jax.data.formats import Demonstration
 from ivl_jax.data.packing import RowPlan, one_per_row, pack
 from ivl_jax.data.tokenized import TokenizedDemonstrations
 
@@ -31,6 +32,8 @@ class Batch(NamedTuple):
     segment_ids: Int32[Array | np.ndarray, "*B T"]  # 1, 2, … along a row; 0 is padding
     # The base's final hidden states, if they are read from disk instead of computed.
     base_states: Float[Array | np.ndarray, "*B T D"] | None = None
+    # Of sampled answers: how much better each is than the others to its prompt.
+    advantages: Float32[Array | np.ndarray, "*B T"] | None = None
 
     @property
     def token_mask(self) -> Bool[Array | np.ndarray, "*B T"]:
@@ -131,6 +134,15 @@ class _PackedRows:
         """For each of this process's rows, file and line of its dialogues."""
         return [[self.tokenized.row_id(dialogue) for dialogue in row] for row in self._local(rows)]
 
+    def demonstrations(self, rows: Sequence[int]) -> list[Demonstration]:
+        """The demonstrations of this process's rows, in order."""
+        tokenized = self.tokenized
+        return [
+            tokenized.demonstrations[int(tokenized.rows[dialogue])]
+            for row in self._local(rows)
+            for dialogue in row
+        ]
+
     def prefetched(self, states: Sequence[BaseStates | None]) -> int:
         """How many batches to prefetch; those with states are large."""
         length, rows = self.tokenized.sequence_length, self.batch_size // self.process_count
@@ -221,6 +233,10 @@ class TrainIterator(Iterator[Batch]):
         """
         return self._packed.row_ids(self._order[step])
 
+    def demonstrations(self, step: int) -> list[Demonstration]:
+        """Returns the demonstrations of a batch, by its number as `row_ids` takes it."""
+        return self._packed.demonstrations(self._order[step])
+
 
 class EvalBatches:
     """One pass in a fixed order, as often as it is iterated; made by `make_eval_batches`."""
@@ -240,6 +256,10 @@ class EvalBatches:
     def row_ids(self, index: int) -> list[list[str]]:
         """Returns, for each row of batch `index`, file and line of its dialogues."""
         return self._packed.row_ids(self._order[index])
+
+    def demonstrations(self, index: int) -> list[Demonstration]:
+        """Returns the demonstrations of batch `index`."""
+        return self._packed.demonstrations(self._order[index])
 
 
 def make_train_iterator(

@@ -11,8 +11,6 @@ So signs are ignored (two references are negative), and 18.00 does not equal 18.
 """
 
 import json
-import re
-import string
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +22,7 @@ from ivl_jax.config.annotations import Inline
 from ivl_jax.data.formats import Message
 from ivl_jax.evaluation.flags import ModelFlags, require
 from ivl_jax.evaluation.intervals import wilson_interval
+from ivl_jax.rewards import is_right_number, last_number, reference_number
 
 if TYPE_CHECKING:
     from ivl_jax.data.chat import ChatFormat
@@ -32,9 +31,6 @@ _INSTRUCTION = "Answer the following question."
 _ANSWER = "Answer:"
 # How a base model continues after its answer.
 _ENDS = (_INSTRUCTION.removesuffix("."), "Question:", "Comment:")
-_SEPARATOR = re.compile(r"(\d),(\d)")
-_NUMBER = re.compile(r"[-+]?\d*\.\d+|\d+")
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 @dataclass(frozen=True)
@@ -55,35 +51,6 @@ class Flags:
     """Answer only the first items; 0: all."""
     batch_size: int = 8
     """Items answered together."""
-
-
-def reference_number(answer: str) -> str:
-    """The number after `####` in a reference answer, without separators.
-
-    >>> reference_number("5 * 400 = 2,000 #### 2,000")
-    '2000'
-    """
-    return _without_separators(answer.split("####")[-1].strip())
-
-
-def last_number(text: str) -> str | None:
-    """The last number of a generated text, without separators; None if it has none.
-
-    >>> last_number("She sells 16 - 7 = 9 eggs a day, for $1,018.50.")
-    '1018.50'
-    """
-    numbers = _NUMBER.findall(_without_separators(text))
-    return numbers[-1] if numbers else None
-
-
-def is_right(text: str, answer: str) -> bool:
-    """Whether a generated text has the reference's answer.
-
-    >>> is_right("so it is 1,018 apples", "10 + 1,008 = 1,018 #### 1,018"), is_right("2", "#### 20")
-    (True, False)
-    """
-    found = last_number(text)
-    return found is not None and _bare(found) == _bare(reference_number(answer))
 
 
 def run(flags: Flags) -> dict[str, Any]:
@@ -144,7 +111,7 @@ def run(flags: Flags) -> dict[str, Any]:
         batch_size=flags.batch_size,
         judge=lambda index, text: {
             "number": last_number(text),
-            "right": is_right(text, items[index][1]["answer"]),
+            "right": is_right_number(text, items[index][1]["answer"]),
         },
     )
     summary = {"benchmark": "gsm8k", **settings, **summarise(Path(flags.output))}
@@ -195,14 +162,6 @@ def _problem(row: dict[str, Any]) -> str | None:
     for name in ("question", "answer"):
         if not isinstance(row.get(name), str):
             return f"no text `{name}`; the row has {sorted(row)}"
-    if not _NUMBER.search(reference_number(row["answer"])) or "####" not in row["answer"]:
+    if last_number(reference_number(row["answer"])) is None or "####" not in row["answer"]:
         return "the answer has no number after `####`"
     return None
-
-
-def _without_separators(text: str) -> str:
-    return _SEPARATOR.sub(r"\1\2", text)
-
-
-def _bare(text: str) -> str:
-    return text.translate(_NO_PUNCTUATION)

@@ -17,7 +17,7 @@ from etils import epath
 
 from ivl_jax.checkpoint import TrainCheckpointer, write_value_description
 from ivl_jax.compilation_cache import describe_compiling, use_compilation_cache
-from ivl_jax.config import TrainConfig, check_train_config, train_config_of
+from ivl_jax.config import ConfigError, TrainConfig, check_train_config, train_config_of
 from ivl_jax.devices import unused_accelerator
 from ivl_jax.processes import join_processes
 from ivl_jax.profiling import StepProfile
@@ -29,6 +29,7 @@ from ivl_jax.training.models import choose_models
 from ivl_jax.training.objectives import find_objective
 from ivl_jax.training.output import save_output, value_metadata
 from ivl_jax.training.reporting import Reporter
+from ivl_jax.training.rollouts import MakeRollouts, Rollouts
 from ivl_jax.training.run_directory import RunDirectory, RunDirectoryError
 from ivl_jax.training.setup import (
     Preparation,
@@ -70,11 +71,17 @@ class NonFiniteLossError(RuntimeError):
     """Loss or gradient became inf or NaN: which step, which rows; that step was not saved."""
 
 
-def run(config: TrainConfig | str | os.PathLike[str] | Mapping[str, Any]) -> TrainResult:
+def run(
+    config: TrainConfig | str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    make_rollouts: MakeRollouts | None = None,
+) -> TrainResult:
     """Train a value network, or fine-tune a model by itself, according to a config.
 
     Args:
         config: of the run, the path of its TOML file, or a mapping with the file's content.
+        make_rollouts: samples answers, for an objective that learns from them; see
+            `ivl_jax.post_training.run`, which has one.
 
     Returns:
         The result.
@@ -89,6 +96,13 @@ def run(config: TrainConfig | str | os.PathLike[str] | Mapping[str, Any]) -> Tra
     """
     config = train_config_of(config)
     check_train_config(config)
+    if not find_objective(config).needs_rollouts:
+        make_rollouts = None
+    elif make_rollouts is None:
+        raise ConfigError(
+            f'objective = "{config.objective}" samples answers, which training alone cannot: call '
+            "ivl_jax.post_training.run, or use train.py"
+        )
     directory = RunDirectory(config.run_dir)
     if config.distributed:
         join_processes()
@@ -96,10 +110,16 @@ def run(config: TrainConfig | str | os.PathLike[str] | Mapping[str, Any]) -> Tra
     if (notice := unused_accelerator()) is not None:
         logger.warning(notice)
     with directory.claim(config) as there:
-        return _run(config, directory, there=there)
+        return _run(config, directory, there=there, make_rollouts=make_rollouts)
 
 
-def _run(config: TrainConfig, directory: RunDirectory, *, there: bool) -> TrainResult:
+def _run(
+    config: TrainConfig,
+    directory: RunDirectory,
+    *,
+    there: bool,
+    make_rollouts: MakeRollouts | None,
+) -> TrainResult:
     """Train in a run directory that no other process writes to."""
     check_names(config)
     mesh = make_run_mesh(config)
@@ -119,7 +139,10 @@ def _run(config: TrainConfig, directory: RunDirectory, *, there: bool) -> TrainR
         with TrainCheckpointer(
             directory.checkpoints, keep=keep, metric=objective.best_by
         ) as checkpoints:
-            training = _Training(config, directory, prepared, weights, checkpoints, interrupts)
+            rollouts = make_rollouts and make_rollouts(config, prepared, weights, directory)
+            training = _Training(
+                config, directory, prepared, weights, checkpoints, interrupts, rollouts
+            )
             state, evaluation, interrupted = training.fit()
             best = checkpoints.best_step()
         output = None
@@ -162,6 +185,7 @@ class _Training:
         weights: UsedWeights,
         checkpoints: TrainCheckpointer,
         interrupts: Interrupts,
+        rollouts: Rollouts | None,
     ) -> None:
         self._config = config
         self._directory = directory
@@ -169,6 +193,7 @@ class _Training:
         self._weights = weights
         self._checkpoints = checkpoints
         self._interrupts = interrupts
+        self._rollouts = rollouts
         self._total = prepared.data.total_steps
         self._evaluation: Evaluation | None = None
         self._fresh = True
@@ -205,11 +230,16 @@ class _Training:
             stop_signal = self._interrupts.requested(step)
             batches, waiting = self._prepared.data.train, None
             while step < self._total and stop_signal is None:
-                batch = split_micro_batches(next(batches), self._config.step.micro_batches)
+                batch, sampled = next(batches), {}
+                if self._rollouts is not None:
+                    asked = batches.demonstrations(step)
+                    batch, sampled = self._rollouts.batch(state.params, step, asked)
+                batch = split_micro_batches(batch, self._config.step.micro_batches)
                 batch = place_batch(batch, self._prepared.mesh, micro_batched=True)
                 program = self._prepared.programs[self._prepared.turns(step)]
                 with profile.step(step, waiting):
                     state, metrics = program.step(state, program.base_params, batch)
+                metrics |= {name: jnp.float32(value) for name, value in sampled.items()}
                 step += 1
                 # The device computes this step while the host reads the last one's figures.
                 self._settle(waiting, report)
@@ -319,6 +349,10 @@ class _Training:
         held_out = {one.name: one.held_out for one in self._prepared.programs if one.held_out}
         with report.aside("evaluating", sum(one.count for one in held_out.values())) as advance:
             figures = {name: one(state.params, advance=advance) for name, one in held_out.items()}
+            if self._rollouts is not None:
+                asked = self._prepared.data.held_out_demonstrations()
+                for one in figures.values():
+                    one |= self._rollouts.evaluate(state.params, asked)
         self._evaluation = Evaluation.of(figures, self._prepared.turns.weights)
         report.evaluation(step, self._evaluation)
         return self._evaluation

@@ -11,7 +11,7 @@ exist, so nothing of size V is stored or computed twice.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,12 +19,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32
 
-from ivl_jax.composed.forward import HiddenStates, run_networks
+from ivl_jax.composed.forward import HiddenStates, compose, network_logits, run_networks
 from ivl_jax.composed.network import ComposedParams, Composition, ValueArrays
 from ivl_jax.composed.token_scores import join_positions, score_positions, split_positions
 from ivl_jax.config import PenaltyKind, PenaltyPositions
 from ivl_jax.data.batching import Batch
 from ivl_jax.model.decoder import Params
+from ivl_jax.training.chunked_sum import Frozen, chunked_sum
 from ivl_jax.training.objectives.objective import Objective
 from ivl_jax.training.objectives.sft import SFT
 
@@ -48,6 +49,10 @@ class Loss:
     penalty_positions: PenaltyPositions = "real"
     chunk_length: int = 1 << 30
     """Positions whose logits exist at once; see `choose_chunk_length`."""
+    teacher: Composition | None = None
+    """A frozen model that the objective compares with, over the same vocabulary."""
+    teacher_strengths: tuple[float, ...] = ()
+    """α of each of its value networks."""
 
     def __post_init__(self) -> None:
         """Check that a penalty is only used with value networks."""
@@ -78,15 +83,6 @@ class Counts(NamedTuple):
     penalty_tokens: Float32[Array, ""]  # positions that the penalty averages over
 
 
-class _Frozen(NamedTuple):
-    """What a chunk reads but does not differentiate."""
-
-    params: ComposedParams
-    positions: Any
-    """Per position, [B T …]: hidden states of the networks that are not trained, targets and
-    weights."""
-
-
 def count_tokens(loss: Loss, batch: Batch) -> Counts:
     """Count the denominators of the loss's two means.
 
@@ -111,6 +107,7 @@ def loss_sum(
     *,
     counts: Counts,
     with_base: bool = False,
+    teacher_params: ComposedParams | None = None,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""], Sums]:
     """Sum the loss over one micro-batch.
 
@@ -129,6 +126,7 @@ def loss_sum(
         batch: one micro-batch, arrays [B T].
         counts: of the global batch that this micro-batch belongs to.
         with_base: also compute what the objective evaluates for the base alone.
+        teacher_params: of the teacher, which gets no gradient; None iff the loss has none.
 
     Returns:
         (sum, denominator, sums): the loss of the global batch is the sum over its micro-batches
@@ -162,6 +160,8 @@ def loss_sum(
     """
     if (base_params is None) == loss.has_base:
         raise ValueError("loss_sum takes base_params exactly when the loss has a base")
+    if (teacher_params is None) != (loss.teacher is None):
+        raise ValueError("loss_sum takes teacher_params exactly when the loss has a teacher")
     arrays: Any = batch
     denominator = jnp.maximum(counts.objective, 1.0)
     penalty_scale = loss.penalty_weight * denominator / jnp.maximum(counts.penalty_tokens, 1.0)
@@ -175,6 +175,15 @@ def loss_sum(
         base_hidden=arrays.base_states,
     )
     networks = jax.lax.stop_gradient(networks)
+    teacher, teacher_hidden = jax.lax.stop_gradient(teacher_params), None
+    if loss.teacher is not None and teacher is not None:
+        teacher_hidden, _ = run_networks(
+            loss.teacher,
+            teacher,
+            arrays.tokens,
+            positions=arrays.positions,
+            segment_ids=arrays.segment_ids,
+        )
     objective, targets = loss.objective, arrays.targets
     first = {}
     if objective.first_pass:
@@ -183,10 +192,10 @@ def loss_sum(
     if loss.penalty_kind != "none":
         penalised = _penalised(loss, arrays).astype(jnp.float32)
         weights[f"value_{loss.penalty_kind}"] = penalty_scale * penalised
-    summed: Any = _weighted_sum(
+    summed: Any = chunked_sum(
         functools.partial(_chunk_loss, loss, _score_names(loss, weights, with_base=with_base)),
         _head_of(params),
-        *_split(loss, hidden, targets, weights, networks),
+        *_split(loss, hidden, (teacher_hidden, targets, weights), networks, teacher),
     )
     total, scores = summed
     scores = join_positions(targets.shape[1], scores)
@@ -280,25 +289,29 @@ def _first_pass(
 
 
 def _split(
-    loss: Loss, hidden: HiddenStates, targets: Array, weights: Any, networks: ComposedParams
-) -> tuple[Array, _Frozen]:
+    loss: Loss,
+    hidden: HiddenStates,
+    others: Any,
+    networks: ComposedParams,
+    teacher: ComposedParams | None,
+) -> tuple[Array, Frozen]:
     """The trained network's states in chunks [C B t D], and everything else that a chunk reads."""
     if loss.has_base:
-        trained, *others = hidden.values
-        rest = (hidden.base, tuple(others), hidden.base_logits)
+        trained, *values = hidden.values
+        rest = (hidden.base, tuple(values), hidden.base_logits)
     else:
         trained, rest = hidden.base, (None, (), None)
-    trained, rest, targets, weights = split_positions(
-        loss.chunk_length, (trained, jax.lax.stop_gradient(rest), targets, weights)
+    trained, positions = split_positions(
+        loss.chunk_length, (trained, jax.lax.stop_gradient((rest, *others)))
     )
-    return trained, _Frozen(networks, (rest, targets, weights))
+    return trained, Frozen(networks, teacher, positions)
 
 
 def _chunk_loss(
-    loss: Loss, names: tuple[str, ...], head: Params, trained: Array, frozen: _Frozen
+    loss: Loss, names: tuple[str, ...], head: Params, trained: Array, frozen: Frozen
 ) -> tuple[Float32[Array, ""], dict[str, Array]]:
     """Loss sum of one chunk of positions, and its scores."""
-    (base, others, base_logits), targets, weights = frozen.positions
+    (base, others, base_logits), teacher_hidden, targets, weights = frozen.positions
     if loss.has_base:
         hidden = HiddenStates(base, (trained, *others), base_logits)
     else:
@@ -311,6 +324,7 @@ def _chunk_loss(
             targets,
             strengths=jnp.ones((1, len(loss.composition.values)), jnp.float32),
             names=names,
+            teacher_logits=_teacher_logits(loss, frozen.teacher, teacher_hidden),
         )
     )
     zero = jnp.zeros((), jnp.float32)
@@ -318,64 +332,17 @@ def _chunk_loss(
     return total, jax.lax.stop_gradient(scores)
 
 
+def _teacher_logits(
+    loss: Loss, teacher: ComposedParams | None, hidden: HiddenStates | None
+) -> Float32[Array, "B T V"] | None:
+    """The teacher's logits at one chunk of positions; None: there is no teacher."""
+    if loss.teacher is None or teacher is None or hidden is None:
+        return None
+    strengths = jnp.asarray([loss.teacher_strengths], jnp.float32)
+    logits = network_logits(loss.teacher, teacher, hidden)
+    return compose(loss.teacher, teacher.values, logits, strengths=strengths)
+
+
 def _of_trained(scores: dict[str, Array]) -> dict[str, Array]:
     """Reduce scores per value network, [B T M], to those of the trained one."""
     return {name: score[..., 0] if score.ndim == 3 else score for name, score in scores.items()}
-
-
-_ChunkLoss = Callable[..., tuple[Array, dict[str, Array]]]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _weighted_sum(
-    chunk_loss: _ChunkLoss, head: Params, trained: Array, frozen: _Frozen
-) -> tuple[Array, dict[str, Array]]:
-    """Σ over chunks of the loss, and all scores [C B t]; differentiable through the loss only.
-
-    The gradient is with respect to `head` and `trained`.
-    """
-
-    def one(trained: Array, positions: Any) -> tuple[Array, dict[str, Array]]:
-        return chunk_loss(head, trained, frozen._replace(positions=positions))
-
-    return _scan_sum(one, (trained, frozen.positions))
-
-
-def _sum_forward(
-    chunk_loss: _ChunkLoss, head: Params, trained: Array, frozen: _Frozen
-) -> tuple[tuple[Array, dict[str, Array]], Any]:
-    with_gradient = jax.value_and_grad(chunk_loss, argnums=(0, 1), has_aux=True)
-
-    def one(trained: Array, positions: Any) -> tuple[Any, Any]:
-        (total, scores), (head_gradient, trained_gradient) = with_gradient(
-            head, trained, frozen._replace(positions=positions)
-        )
-        return (total, head_gradient), (scores, trained_gradient)
-
-    (total, head_gradient), (scores, trained_gradient) = _scan_sum(one, (trained, frozen.positions))
-    return (total, scores), (head_gradient, trained_gradient)
-
-
-def _sum_backward(chunk_loss: _ChunkLoss, gradients: Any, cotangents: Any) -> Any:
-    del chunk_loss
-    scaled = jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), gradients)
-    return (*scaled, None)
-
-
-_weighted_sum.defvjp(_sum_forward, _sum_backward)
-
-
-def _scan_sum(one: Callable[..., tuple[Any, Any]], chunks: Any) -> tuple[Any, Any]:
-    """Sum the first result over chunks and stack the second; a single chunk needs no loop."""
-    count = jax.tree.leaves(chunks)[0].shape[0]
-    first = jax.tree.map(lambda array: array[0], chunks)
-    if count == 1:
-        total, stacked = one(*first)
-        return total, jax.tree.map(lambda array: array[None], stacked)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, *first)[0])
-
-    def body(total: Any, chunk: Any) -> tuple[Any, Any]:
-        added, stacked = one(*chunk)
-        return jax.tree.map(jnp.add, total, added), stacked
-
-    return jax.lax.scan(body, zeros, chunks)

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, DTypeLike, Key
 
 from ivl_jax.composed.attention import attention_on_mesh
+from ivl_jax.composed.compatibility import ComposedSources
 from ivl_jax.composed.network import Layout
 from ivl_jax.composed.sources import ModelSource, read_language_model
 from ivl_jax.composition import SCHEMES, ConnectionScheme
@@ -30,6 +31,7 @@ from ivl_jax.model.network import Architecture, abstract_network, init_network
 from ivl_jax.model.projection import AS_TRAINED, KernelForm
 from ivl_jax.sharding import LAYOUTS, padded_vocab_rows, parameter_shardings
 from ivl_jax.tokenizer_agreement import check_compatible
+from ivl_jax.training.teacher import read_teacher
 from ivl_jax.weights.hf_checkpoint import load_params
 from ivl_jax.weights.language_model import check_rows
 
@@ -61,6 +63,8 @@ class Models:
     """The frozen bases; empty if a model is fine-tuned without one."""
     scheme: ConnectionScheme | None = None
     """How the trained model is connected to a base; None without a base."""
+    teacher: ComposedSources | None = None
+    """The teacher of a distillation; None: there is none."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ def choose_models(config: TrainConfig, mesh: Mesh) -> Models:
         attention_of(config, model.arch, Layout(mesh, LAYOUTS[base.layout]))
     if config.method == "sft":
         _check_context(config, found)
-        return Models(trained=first, arch=first.arch, bases=())
+        return Models(trained=first, arch=first.arch, bases=(), teacher=_teacher(config, [first]))
     trained, arch = first, first.arch
     scheme = load_extension(
         config.value.connection, SCHEMES, ConnectionScheme, where="value.connection"
@@ -128,7 +132,20 @@ def choose_models(config: TrainConfig, mesh: Mesh) -> Models:
                 model.info, trained.info, base_name=model.path, value_name=trained.path
             ).ids
         bases.append(FrozenBase(model, base, unknown))
-    return Models(trained=trained, arch=arch, bases=tuple(bases), scheme=scheme)
+    return Models(
+        trained=trained,
+        arch=arch,
+        bases=tuple(bases),
+        scheme=scheme,
+        teacher=_teacher(config, found),
+    )
+
+
+def _teacher(config: TrainConfig, students: list[ModelSource]) -> ComposedSources | None:
+    options = config.distil
+    if not options.teacher:
+        return None
+    return read_teacher(options, students, max_length=config.data.max_length)
 
 
 def _with_base_width(arch: Architecture, bases: list[ModelSource]) -> ArchConfig:

@@ -5,7 +5,7 @@ architecture share their programs; all of them share the train state.
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ from ivl_jax.training.models import (
 )
 from ivl_jax.training.objectives import find_objective
 from ivl_jax.training.step import EvalStep, TrainState, TrainStep, make_eval_step, make_train_step
+from ivl_jax.training.teacher import Teacher, load_teacher
 
 # Logits of one model that exist at once on one device. On CPU a chunk that fits the caches is as
 # fast as the whole and takes a fraction of the memory (8 MB in f32); accelerators need matmuls
@@ -84,6 +85,11 @@ def build_programs(
         One per base in the config's order; a single one without a base.
     """
     compiled: dict[Hashable, tuple[Loss, TrainStep, EvalStep]] = {}
+    teacher = None
+    if models.teacher is not None:
+        teacher = load_teacher(
+            config.distil, models.teacher, compute_dtype=config.step.compute_dtype, mesh=mesh
+        )
     programs = []
     bases: Sequence[FrozenBase | None] = models.bases or (None,)
     for index, base in enumerate(bases):
@@ -94,7 +100,14 @@ def build_programs(
         kind = None if base is None else _kind(base)
         if kind not in compiled:
             loss = make_loss(config, models, base, place, mesh)
-            compiled[kind] = (
+            teacher_shardings = None
+            if teacher is not None:
+                loss = replace(
+                    loss, teacher=teacher.composition, teacher_strengths=teacher.strengths
+                )
+                teacher_shardings = teacher.shardings
+            compiled[kind] = _taught(
+                teacher,
                 loss,
                 make_train_step(
                     loss,
@@ -103,9 +116,14 @@ def build_programs(
                     shardings=shardings,
                     base_shardings=base_shardings,
                     mesh=mesh,
+                    teacher_shardings=teacher_shardings,
                 ),
                 make_eval_step(
-                    loss, shardings=place.shardings, base_shardings=base_shardings, mesh=mesh
+                    loss,
+                    shardings=place.shardings,
+                    base_shardings=base_shardings,
+                    mesh=mesh,
+                    teacher_shardings=teacher_shardings,
                 ),
             )
         loss, step, evaluate = compiled[kind]
@@ -126,6 +144,20 @@ def build_programs(
         name = models.trained.path if base is None else base.model.path
         programs.append(BaseProgram(name, base_params, step, evaluation))
     return tuple(programs)
+
+
+def _taught(
+    teacher: Teacher | None, loss: Loss, step: TrainStep, evaluate: EvalStep
+) -> tuple[Loss, TrainStep, EvalStep]:
+    """The programs with the teacher's parameters given; they are the same at every step."""
+    if teacher is None:
+        return loss, step, evaluate
+    params = teacher.params
+    return (
+        loss,
+        lambda state, base, batch: step(state, base, batch, params),
+        lambda trained, base, batch: evaluate(trained, base, batch, params),
+    )
 
 
 def make_loss(

@@ -17,7 +17,7 @@ from ivl_jax.config import ConfigError, DataConfig, TrainConfig
 from ivl_jax.data.batching import EvalBatches, TrainIterator, make_eval_batches, make_train_iterator
 from ivl_jax.data.chat import ChatFormat, make_chat_format
 from ivl_jax.data.demonstrations import DemonstrationSource, store_demonstrations
-from ivl_jax.data.formats import FORMATS
+from ivl_jax.data.formats import FORMATS, Demonstration
 from ivl_jax.data.tokenized import TokenizedDemonstrations, tokenize_demonstrations
 from ivl_jax.model.decoder import Params
 from ivl_jax.sharding import batch_ways, data_shard, make_mesh
@@ -44,6 +44,13 @@ class Data:
     cached: tuple[dict[str, CachedSplit], ...]
     """For each base its cached states by split; empty if it runs at every step."""
 
+    def held_out_demonstrations(self) -> list[Demonstration]:
+        """The demonstrations that an evaluation reads."""
+        if not self.held_out:
+            return []
+        batches = self.held_out[0]
+        return [one for index in range(len(batches)) for one in batches.demonstrations(index)]
+
 
 @dataclass(frozen=True)
 class Preparation:
@@ -68,7 +75,8 @@ def check_names(config: TrainConfig) -> None:
 
     Raises:
         ValueError: an unknown objective or row format, or templates where none are read.
-        ConfigError: an objective that does not learn from such rows, or needs a base.
+        ConfigError: an objective that does not learn from such rows, or needs a base or a teacher;
+            or a teacher for an objective that has none.
     """
     objective, row_format = find_objective(config), _source(config.data).format
     if objective.needs_base and config.method != "value":
@@ -76,6 +84,16 @@ def check_names(config: TrainConfig) -> None:
             f'objective = "{config.objective}" compares with the frozen base, and method = '
             f'"{config.method}" has none: set method = "value"'
         )
+    if objective.needs_teacher != bool(config.distil.teacher):
+        raise ConfigError(
+            f'objective = "{config.objective}" learns from a teacher: name its folder or hub id as '
+            "distil.teacher"
+            if objective.needs_teacher
+            else f'distil.teacher = "{config.distil.teacher}" cannot be combined with objective = '
+            f'"{config.objective}", which has no teacher: set objective = "distil"'
+        )
+    if objective.needs_rollouts:
+        _check_rollouts(config)
     in_pairs = row_format.read_rejected is not None
     if in_pairs != (objective.dialogues == 2):
         expected = "preferences" if objective.dialogues == 2 else "demonstrations"
@@ -87,6 +105,27 @@ def check_names(config: TrainConfig) -> None:
             f"together: the objective learns from {expected}, which data.format = "
             f"{' or '.join(fitting)} reads"
         )
+
+
+def _check_rollouts(config: TrainConfig) -> None:
+    rows, group = config.step.batch_size, config.grpo.group_size
+    problems = [
+        (rows % group, f"step.batch_size = {rows} is not a multiple of grpo.group_size = {group}"),
+        (config.bases, "answers are sampled with one base: use [base], not [[bases]]"),
+        (
+            config.base.cache_states,
+            "base.cache_states: the states of sampled answers cannot be stored beforehand",
+        ),
+        (config.distributed, "distributed = true: answers are sampled in one process"),
+        (
+            config.grpo.max_new_tokens >= config.data.max_length,
+            f"grpo.max_new_tokens = {config.grpo.max_new_tokens} leaves no room for a prompt in "
+            f"data.max_length = {config.data.max_length}",
+        ),
+    ]
+    found = [message for wrong, message in problems if wrong]
+    if found:
+        raise ConfigError(f'objective = "{config.objective}": ' + "; ".join(found))
 
 
 def make_run_mesh(config: TrainConfig) -> Mesh:
@@ -158,13 +197,15 @@ def prepare_data(config: TrainConfig, models: Models, mesh: Mesh) -> Data:
         for base in models.bases
     ] or [{}]
     rows = config.step.batch_size
+    # Each prompt of a step is answered by a group of rows.
+    prompts = rows // config.grpo.group_size if find_objective(config).needs_rollouts else 0
     train = make_train_iterator(
         split["train"],
-        batch_size=rows,
+        batch_size=prompts or rows,
         seed=config.seed,
         states=[one["train"].states if one else None for one in cached],
         turns=base_turns(config),
-        **batch_options,
+        **(batch_options | ({"packing": False} if prompts else {})),
     )
     held_out = []
     if "validation" in split:

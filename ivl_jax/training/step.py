@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float32, Int32, Key
 
+from ivl_jax.composed.network import ComposedParams
 from ivl_jax.data.batching import Batch
 from ivl_jax.model.decoder import Params
 from ivl_jax.sharding import batch_sharding, replicated
@@ -33,8 +34,10 @@ StepMetrics = dict[str, Float32[Array, ""]]
 (`nll` in nats per counted token, `accuracy`, …), `penalty` (mean |z| or z² over penalised
 positions), `mean_abs_value` (over real tokens and vocabulary), `gradient_norm` (global, before
 clipping), `learning_rate`, `loss_tokens` and `real_tokens` (counted, and not padding)."""
-TrainStep = Callable[[TrainState, Params | None, Batch], tuple[TrainState, StepMetrics]]
-EvalStep = Callable[[Params, Params | None, Batch], Sums]
+TrainStep = Callable[..., tuple[TrainState, StepMetrics]]
+"""(state, base parameters or None, batch[, teacher's parameters]) → (state, metrics)."""
+EvalStep = Callable[..., Sums]
+"""(parameters, base parameters or None, batch[, teacher's parameters]) → sums."""
 
 
 def state_shardings(
@@ -128,6 +131,7 @@ def make_train_step(
     shardings: TrainState,
     base_shardings: Params | None,
     mesh: Mesh,
+    teacher_shardings: ComposedParams | None = None,
 ) -> TrainStep:
     """Compile one optimizer step; the only place where training is jitted.
 
@@ -138,18 +142,23 @@ def make_train_step(
         shardings: of the state.
         base_shardings: of the frozen base's parameters; None without a base.
         mesh: the mesh of all these shardings.
+        teacher_shardings: of the teacher's parameters; None without a teacher.
 
     Returns:
-        A function (state, base parameters or None, batch [A B T]) → (state, metrics). A is the
-        number of micro-batches: their gradients are summed by a scan and divided once, by the
-        counts of the whole global batch. The state is donated, the base never is.
+        A function (state, base parameters or None, batch [A B T]) → (state, metrics), with the
+        teacher's parameters as a fourth argument if the loss has a teacher. A is the number of
+        micro-batches: their gradients are summed by a scan and divided once, by the counts of the
+        whole global batch. The state is donated, the frozen parameters never are.
     """
 
     def step(
-        state: TrainState, base_params: Params | None, batch: Batch
+        state: TrainState,
+        base_params: Params | None,
+        batch: Batch,
+        teacher_params: ComposedParams | None = None,
     ) -> tuple[TrainState, StepMetrics]:
         gradient, denominator, sums, counts = _summed_gradient(
-            loss, state.params, base_params, batch, shardings.params
+            loss, state.params, (base_params, teacher_params), batch, shardings.params
         )
         gradient = jax.tree.map(lambda leaf: leaf / denominator.astype(leaf.dtype), gradient)
         # optax mixes dtypes and ranks by design; our own code stays strict in tests.
@@ -172,14 +181,24 @@ def make_train_step(
 
     return jax.jit(
         step,
-        in_shardings=(shardings, base_shardings, batch_sharding(mesh, micro_batched=True)),
+        in_shardings=(
+            shardings,
+            base_shardings,
+            batch_sharding(mesh, micro_batched=True),
+            *_given(teacher_shardings),
+        ),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
 
 
 def make_eval_step(
-    loss: Loss, *, shardings: Params, base_shardings: Params | None, mesh: Mesh
+    loss: Loss,
+    *,
+    shardings: Params,
+    base_shardings: Params | None,
+    mesh: Mesh,
+    teacher_shardings: ComposedParams | None = None,
 ) -> EvalStep:
     """Compile one evaluation step: base alone and base + value on the same batch.
 
@@ -188,21 +207,38 @@ def make_eval_step(
         shardings: of the trained parameters.
         base_shardings: of the base's parameters; None without a base.
         mesh: the mesh of all these shardings.
+        teacher_shardings: of the teacher's parameters; None without a teacher.
 
     Returns:
-        A function (parameters, base parameters or None, batch [B T]) → sums; nothing is donated.
+        A function (parameters, base parameters or None, batch [B T]) → sums, with the teacher's
+        parameters as a fourth argument if the loss has a teacher; nothing is donated.
     """
 
-    def evaluate(params: Params, base_params: Params | None, batch: Batch) -> Sums:
-        counts = count_tokens(loss, batch)
+    def evaluate(
+        params: Params,
+        base_params: Params | None,
+        batch: Batch,
+        teacher_params: ComposedParams | None = None,
+    ) -> Sums:
         _, _, sums = loss_sum(
-            loss, params, base_params, batch, counts=counts, with_base=base_params is not None
+            loss,
+            params,
+            base_params,
+            batch,
+            counts=count_tokens(loss, batch),
+            with_base=base_params is not None,
+            teacher_params=teacher_params,
         )
         return sums
 
     return jax.jit(
         evaluate,
-        in_shardings=(shardings, base_shardings, batch_sharding(mesh)),
+        in_shardings=(
+            shardings,
+            base_shardings,
+            batch_sharding(mesh),
+            *_given(teacher_shardings),
+        ),
         out_shardings=replicated(mesh),
     )
 
@@ -221,18 +257,25 @@ def split_micro_batches(batch: Batch, count: int) -> Batch:
     return jax.tree.map(lambda rows: rows.reshape(count, -1, *rows.shape[1:]), batch)
 
 
+def _given(shardings: ComposedParams | None) -> tuple[ComposedParams, ...]:
+    return () if shardings is None else (shardings,)
+
+
 def _summed_gradient(
     loss: Loss,
     params: Params,
-    base_params: Params | None,
+    frozen: tuple[Params | None, ComposedParams | None],
     batch: Batch,
     shardings: Params,
 ) -> tuple[Params, Array, Sums, Any]:
     """Σ over micro-batches of the gradient of loss_sum, the common denominator, and the sums."""
     counts = count_tokens(loss, batch)
+    base_params, teacher_params = frozen
 
     def of_micro(params: Params, micro: Batch) -> tuple[Array, tuple[Array, Sums]]:
-        total, denominator, sums = loss_sum(loss, params, base_params, micro, counts=counts)
+        total, denominator, sums = loss_sum(
+            loss, params, base_params, micro, counts=counts, teacher_params=teacher_params
+        )
         return total, (denominator, sums)
 
     def one(micro: Batch) -> tuple[Params, Array, Sums]:

@@ -3,10 +3,13 @@
 In: the config and the models it names. Out: a fingerprint of each.
 """
 
+import hashlib
+import json
 from typing import NamedTuple
 
 from ivl_jax.composed.sources import ModelSource
 from ivl_jax.config import TrainConfig
+from ivl_jax.manifest import read_manifest
 from ivl_jax.training.models import Models
 from ivl_jax.weights.fingerprint import remembered_weights, weights_fingerprint
 
@@ -17,8 +20,16 @@ class UsedWeights(NamedTuple):
     bases: tuple[str, ...]
     """Fingerprint of each frozen base."""
     records: dict[str, dict[str, str]]
-    """Config key → `path` and `fingerprint`, for the bases and for the trained model's initial
-    weights."""
+    """Config key → `path` and `fingerprint`, for the bases, the trained model's initial weights
+    and the teacher."""
+
+
+def _recorded_value(value: ModelSource) -> dict[str, str]:
+    """A value network's record: its folder's manifest has the hash of every file."""
+    if value.metadata is None:
+        return {"path": value.path, "fingerprint": weights_fingerprint(value.local_folder)}
+    manifest = json.dumps(read_manifest(value.folder).files, sort_keys=True, default=str)
+    return {"path": value.path, "fingerprint": hashlib.sha256(manifest.encode()).hexdigest()}
 
 
 def fingerprint_weights(config: TrainConfig, models: Models) -> UsedWeights:
@@ -45,4 +56,10 @@ def fingerprint_weights(config: TrainConfig, models: Models) -> UsedWeights:
         records["base.path"] = record(models.trained)
     elif config.value.init == "pretrained":
         records["value.path"] = record(models.trained)
+    if models.teacher is not None:
+        records["distil.teacher"] = record(models.teacher.base)
+        records |= {
+            f"distil.values[{index}]": _recorded_value(value)
+            for index, value in enumerate(models.teacher.values)
+        }
     return UsedWeights(bases, records)

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from ivl_jax.evaluation.__main__ import main
-from ivl_jax.evaluation.gsm8k import is_right, last_number, reference_number
+from ivl_jax.rewards import is_right_number, last_number, reference_number
 
 ITEMS = [
     {"question": " Lily has 2 cats. Tom has 3. How many? ", "answer": "2 + 3 = 5\n#### 5"},
@@ -41,7 +41,7 @@ def test_the_last_number_counts(text, number):
     ],
 )
 def test_an_answer_is_right_as_the_authors_count(text, answer, right):
-    assert is_right(text, answer) is right
+    assert is_right_number(text, answer) is right
 
 
 def test_the_references_of_all_test_items_are_numbers(gsm8k_dir):
@@ -77,7 +77,9 @@ def test_a_killed_run_resumes_and_its_summary_covers_all_items(run, tmp_path):
     whole, scored = output.read_bytes(), json.loads(summary.read_text())
     rows = [json.loads(line) for line in whole.splitlines()]
     assert [row["question"] for row in rows] == [item["question"] for item in ITEMS]
-    assert [row["right"] for row in rows] == [is_right(row["text"], row["answer"]) for row in rows]
+    assert [row["right"] for row in rows] == [
+        is_right_number(row["text"], row["answer"]) for row in rows
+    ]
     assert (scored["items"], scored["right"]) == (3, sum(row["right"] for row in rows))
     assert scored["interval"][0] <= scored["accuracy"] <= scored["interval"][1]
 

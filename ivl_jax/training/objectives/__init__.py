@@ -5,11 +5,13 @@ In: a name, or `module:attribute` from the user's own config. Out: an `Objective
 
 from ivl_jax.config import TrainConfig
 from ivl_jax.extensions import load_extension
+from ivl_jax.training.objectives.distil import DISTIL
 from ivl_jax.training.objectives.dpo import DPO
+from ivl_jax.training.objectives.grpo import GRPO
 from ivl_jax.training.objectives.objective import Objective
 from ivl_jax.training.objectives.sft import SFT
 
-OBJECTIVES = {objective.name: objective for objective in (SFT, DPO)}
+OBJECTIVES = {objective.name: objective for objective in (SFT, DPO, DISTIL, GRPO)}
 
 
 def find_objective(config: TrainConfig) -> Objective:

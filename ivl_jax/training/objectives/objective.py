@@ -54,6 +54,10 @@ class Objective:
     to each other in a row of the batch."""
     needs_base: bool = False
     """Whether it has no meaning for a model that is trained alone."""
+    needs_teacher: bool = False
+    """Whether its scores compare with a teacher, which the config's `distil` table names."""
+    needs_rollouts: bool = False
+    """Whether it learns from answers that are sampled at every step, not from demonstrations."""
     best_by: str = "nll"
     """The figure of held-out evaluations whose lowest value makes the best checkpoint."""
     shown: tuple[str, ...] = ("nll",)

@@ -1,0 +1,176 @@
+"""What configs/demo_dpo, demo_grpo and demo_distil start from, on the embedded family.
+
+`python -m ivl_jax.experiments.post_training`. Out: in `runs/post_training` a value network of S
+that was trained on a tenth of the demo's demonstrations, the questions about the invented facts,
+and for each of them the right answer beside a wrong one that S and this value network gave.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ivl_jax.assets import config_file, family_folder
+from ivl_jax.checkpoint import load_value
+from ivl_jax.checkpoint.hugging_face import export_hugging_face
+from ivl_jax.command_line.console import log_to_stdout
+from ivl_jax.command_line.flags import parse_flags
+from ivl_jax.command_line.guard import long_run_command
+from ivl_jax.config import GenerationOptions, TrainConfig, load_config
+from ivl_jax.data.formats import Message
+from ivl_jax.data.templates import standalone_template
+from ivl_jax.decoding.compose import compose
+from ivl_jax.experiments.demonstrations import Item, build_items, select, write_demonstrations
+from ivl_jax.training.loop import run
+
+logger = logging.getLogger(__name__)
+
+_PROGRAM = "python -m ivl_jax.experiments.post_training"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Train a value network on a part of the demonstrations, and sample wrong answers from it."""
+
+    config: Path = dataclasses.field(default_factory=lambda: config_file("demo.toml"))
+    """The training run's settings."""
+    run_dir: Path = Path("runs/post_training")
+    """Where everything is written; what is there is not made again."""
+    share: float = 0.1
+    """Share of the training demonstrations that the value network sees."""
+    samples: int = 4
+    """Answers sampled per question, from which the rejected one is chosen."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: without the program's name; None: of this process.
+
+    Returns:
+        The exit status.
+    """
+    return long_run_command(_PROGRAM, _run, arguments)
+
+
+def some_of(items: Sequence[Item], share: float) -> list[Item]:
+    """A share of the training items, chosen by hash, and all others.
+
+    Args:
+        items: of all splits.
+        share: of the training items to keep, in (0, 1].
+
+    Returns:
+        The items in order.
+    """
+    return [item for item in items if item.split != "train" or _draw(item) < share]
+
+
+def pair_rows(items: Sequence[Item], answers: Sequence[Sequence[str]]) -> list[dict[str, str]]:
+    """Preferences of the right answer over a sampled one.
+
+    Args:
+        items: Questions.
+        answers: Of each question, its sampled answers.
+
+    Returns:
+        A row for each question that was answered wrongly at least once: the first wrong answer.
+
+    Example:
+        >>> item = Item("Where?", "Here.", "fact", "someone", "test")
+        >>> pair_rows([item, item], [["Here.", " There.", "Nowhere."], ["Here."]])
+        [{'prompt': 'Where?', 'chosen': 'Here.', 'rejected': 'There.'}]
+    """
+    rows = []
+    for item, given in zip(items, answers, strict=True):
+        stripped = (answer.strip() for answer in given)
+        wrong = next((one for one in stripped if one and one != item.answer), None)
+        if wrong is not None:
+            rows.append({"prompt": item.question, "chosen": item.answer, "rejected": wrong})
+    return rows
+
+
+def _run(arguments: Sequence[str]) -> None:
+    options = parse_flags(Options, arguments, prog=_PROGRAM)
+    log_to_stdout(times=True)
+    items = build_items()
+    folder = options.run_dir
+    files = write_demonstrations(folder / "demonstrations", some_of(items, options.share))
+    value = _trained_value(options, files)
+    facts = [item for item in items if item.kind == "fact"]
+    for split, name in (("train", "questions"), ("validation", "questions_held_out")):
+        chosen = select(facts, "train" if split == "train" else "validation")
+        _write(folder / f"{name}.jsonl", (_dialogue(item) for item in chosen))
+        pairs = folder / name.replace("questions", "preferences")
+        if not pairs.with_suffix(".jsonl").exists():
+            answers = _sampled(value, chosen, options.samples)
+            _write(pairs.with_suffix(".jsonl"), pair_rows(chosen, answers))
+    logger.info("written to %s: %s", folder, ", ".join(sorted(p.name for p in folder.iterdir())))
+
+
+def _trained_value(options: Options, files: dict[str, Path]) -> Path:
+    """The value folder of S, and beside it the same network as a model folder."""
+    run_dir = options.run_dir / "training"
+    config, family_s = load_config(options.config, TrainConfig), str(family_folder("S"))
+    if not (run_dir / "value").exists():
+        data = dataclasses.replace(
+            config.data,
+            train=(str(files["train"]),),
+            validation=(str(files["validation"]),),
+            data_dir=str(options.run_dir / "data"),
+        )
+        run(
+            dataclasses.replace(
+                config,
+                run_dir=str(run_dir),
+                resume=(run_dir / "config.toml").exists(),
+                base=dataclasses.replace(config.base, path=family_s),
+                value=dataclasses.replace(config.value, path=family_s),
+                data=data,
+            )
+        )
+    exported = options.run_dir / "value"
+    if not exported.exists():
+        value = load_value(run_dir / "value")
+        template = standalone_template(value.tokenizer, value.chat_template)
+        export_hugging_face(value, exported, dtype="float32", chat_template=template)
+    return run_dir / "value"
+
+
+def _sampled(value: Path, items: Sequence[Item], samples: int) -> list[list[str]]:
+    """Answers of S with the value network, several to each question."""
+    model = compose(str(family_folder("S")), str(value))
+    options = GenerationOptions(max_new_tokens=24, temperature=1.0)
+    asked = [(Message("user", item.question),) for item in items for _ in range(samples)]
+    generations = model.generate_prepared(model.prepare(asked, options), batch_size=64)
+    texts = [one.text for one in generations]
+    return [texts[start : start + samples] for start in range(0, len(texts), samples)]
+
+
+def _dialogue(item: Item) -> dict[str, Any]:
+    return {
+        "messages": [
+            {"role": "user", "content": item.question},
+            {"role": "assistant", "content": item.answer},
+        ],
+        "group": item.group,
+    }
+
+
+def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")
+
+
+def _draw(item: Item) -> float:
+    digest = hashlib.sha256(f"{item.question}\0share".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""Group-relative policy optimisation: of several answers to a prompt, the better become likelier.
+
+    A       = r − mean of the prompt's rewards, divided by their standard deviation or not
+    loss    = mean over tokens of −A log p(token) + β KL(composed ‖ base)
+
+Answers are sampled anew from the model at every step, so the ratio to the model that sampled them
+is 1 and its gradient is that of log p; the KL divergence is exact, over the whole vocabulary. The
+mean is over each answer's tokens and then over answers, or over all tokens.
+
+In: batches of sampled answers with their advantages, or of demonstrations, which are only
+evaluated. Out: the objective; the rollouts come from above, since training does not decode.
+
+Source:
+    GRPO: arXiv 2402.03300, equation 3, for one update per batch of samples; without the standard
+    deviation: Dr. GRPO, arXiv 2503.20783; mean over all tokens: DAPO, arXiv 2503.14476.
+"""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32
+
+from ivl_jax.config import GrpoConfig
+from ivl_jax.data.batching import Batch
+from ivl_jax.training.objectives.objective import Objective, Scores, Weights
+from ivl_jax.training.objectives.segments import is_last, segment_totals
+
+
+def advantages(rewards: np.ndarray, *, standardised: bool) -> np.ndarray:
+    """Compare the rewards of answers to the same prompt.
+
+    Args:
+        rewards: [P G] of the G answers to each of P prompts.
+        standardised: divide by the group's standard deviation.
+
+    Returns:
+        [P G] float32; 0 where all rewards of a group are equal.
+
+    Example:
+        >>> advantages(np.array([[1.0, 0.0], [0.5, 0.5]]), standardised=True).tolist()
+        [[1.0, -1.0], [0.0, 0.0]]
+    """
+    centred = rewards - rewards.mean(axis=1, keepdims=True)
+    # Equal rewards may differ from their mean by rounding.
+    centred = np.where(np.ptp(rewards, axis=1, keepdims=True) == 0, 0.0, centred)
+    if standardised:
+        spread = rewards.std(axis=1, keepdims=True)
+        centred = centred / np.where(spread > 0, spread, 1.0)
+    return centred.astype(np.float32)
+
+
+def make_grpo(options: GrpoConfig) -> Objective:
+    """Make the objective.
+
+    Args:
+        options: β, and what the mean is over.
+
+    Returns:
+        The objective.
+    """
+    by_answer = options.average == "answers"
+
+    def share(batch: Batch) -> Float32[Array, "*A B T"]:
+        """What each token counts: 1, or 1 / length of its answer."""
+        counted = jnp.asarray(batch.loss_mask, jnp.float32)
+        if not by_answer:
+            return counted
+        return counted / jnp.maximum(segment_totals(counted, jnp.asarray(batch.segment_ids)), 1.0)
+
+    def weigh(batch: Batch, first: Scores) -> Weights:
+        del first
+        each = share(batch)
+        gain = 0.0 if batch.advantages is None else jnp.asarray(batch.advantages)
+        return {"log_prob": -gain * each, "base_kl": options.kl_weight * each}
+
+    def count(batch: Batch) -> Float32[Array, ""]:
+        counted = jnp.asarray(batch.loss_mask, jnp.float32)
+        if not by_answer:
+            return jnp.sum(counted)
+        ids = jnp.asarray(batch.segment_ids)
+        ends = is_last(ids) & (segment_totals(counted, ids) > 0)
+        return jnp.sum(ends, dtype=jnp.float32)
+
+    def sums(batch: Batch, scores: Scores) -> Mapping[str, Float32[Array, ""]]:
+        def over(values: Array) -> Float32[Array, ""]:
+            return jnp.sum(jnp.where(batch.loss_mask, values.astype(jnp.float32), 0.0))
+
+        return {
+            "nll": over(-scores["log_prob"]),
+            "base_kl": over(scores["base_kl"]),
+            "entropy": over(scores["entropy"]),
+        }
+
+    return Objective(
+        name="grpo",
+        scores=("log_prob", "base_kl"),
+        weigh=weigh,
+        count=count,
+        sums=sums,
+        figures={
+            "nll": ("nll", "loss_tokens"),
+            "kl": ("base_kl", "loss_tokens"),
+            "entropy": ("entropy", "loss_tokens"),
+        },
+        monitored=("entropy",),
+        needs_base=True,
+        needs_rollouts=True,
+        best_by="missed_reward",
+        shown=("reward", "kl", "entropy"),
+        configure=lambda config: make_grpo(config.grpo),
+    )
+
+
+GRPO = make_grpo(GrpoConfig())

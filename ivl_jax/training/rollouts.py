@@ -1,0 +1,54 @@
+"""What a run needs from outside to learn from sampled answers.
+
+Training does not decode, so whoever starts a run with an objective that `needs_rollouts` hands in
+`MakeRollouts`. In: the trained parameters and demonstrations, whose prompts are answered. Out: the
+batch of a step, or held-out figures.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+from ivl_jax.config import TrainConfig
+from ivl_jax.data.batching import Batch
+from ivl_jax.data.formats import Demonstration
+from ivl_jax.model.decoder import Params
+from ivl_jax.training.run_directory import RunDirectory
+from ivl_jax.training.setup import Preparation
+from ivl_jax.training.used_weights import UsedWeights
+
+
+@runtime_checkable
+class Rollouts(Protocol):
+    """Answers prompts with the model as it is at a step."""
+
+    def batch(
+        self, params: Params, step: int, demonstrations: Sequence[Demonstration]
+    ) -> tuple[Batch, Mapping[str, float]]:
+        """Sample answers; the same step and parameters give the same ones.
+
+        Args:
+            params: of the trained model.
+            step: steps taken.
+            demonstrations: whose prompts are answered.
+
+        Returns:
+            NumPy arrays [B T], and figures of the answers.
+        """
+        ...
+
+    def evaluate(
+        self, params: Params, demonstrations: Sequence[Demonstration]
+    ) -> Mapping[str, float]:
+        """Answer held-out prompts greedily.
+
+        Args:
+            params: of the trained model.
+            demonstrations: whose prompts are answered.
+
+        Returns:
+            Figures of the answers.
+        """
+        ...
+
+
+MakeRollouts = Callable[[TrainConfig, Preparation, UsedWeights, RunDirectory], Rollouts]

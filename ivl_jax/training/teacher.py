@@ -1,0 +1,137 @@
+"""The teacher of a distillation: a frozen model or composition with the student's vocabulary.
+
+In: the config's `distil` table. Out: first its sources, checked without weights; later its networks
+and parameters on the mesh.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ivl_jax.composed.compatibility import ComposedSources, check_sources
+from ivl_jax.composed.network import ComposedParams, Composition, Layout, Network, ValueArrays
+from ivl_jax.composed.sources import ModelSource, read_language_model, read_value
+from ivl_jax.config import ConfigError, DistilConfig, DType
+from ivl_jax.model.network import build_network
+from ivl_jax.sharding import DEFAULT_RULES, replicated
+from ivl_jax.tokenizer_agreement import TokenizerMismatchError, check_compatible
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher whose weights have been read."""
+
+    composition: Composition
+    strengths: tuple[float, ...]
+    params: ComposedParams
+    shardings: ComposedParams
+
+
+def read_teacher(
+    options: DistilConfig, students: Sequence[ModelSource], *, max_length: int
+) -> ComposedSources:
+    """Find a teacher and check everything that needs no weights.
+
+    Args:
+        options: of the config.
+        students: the models in whose vocabulary the student predicts: its bases, or itself.
+        max_length: tokens per row, which the teacher must be able to read.
+
+    Returns:
+        The teacher's models.
+
+    Raises:
+        FileNotFoundError: no such folder or hub id.
+        ConfigError: the teacher or one of its value networks has another vocabulary than a student,
+            or a shorter context than `max_length`.
+    """
+    try:
+        sources = check_sources(
+            read_language_model(options.teacher, role="the teacher"),
+            [read_value(path) for path in options.values],
+        )
+        for student in students:
+            _check_vocabulary(sources.base, student)
+    except ValueError as error:
+        raise ConfigError(f"distil.teacher = {options.teacher}: {error}") from error
+    short = [one for one in (sources.base, *sources.values) if one.context < max_length]
+    if short:
+        listed = ", ".join(f"{one.label}: {one.context}" for one in short)
+        raise ConfigError(
+            f"data.max_length = {max_length} exceeds the context of {listed}: lower it"
+        )
+    return sources
+
+
+def load_teacher(
+    options: DistilConfig, sources: ComposedSources, *, compute_dtype: DType, mesh: Mesh
+) -> Teacher:
+    """Read a teacher's weights onto the mesh.
+
+    Args:
+        options: of the config.
+        sources: from `read_teacher`.
+        compute_dtype: of its activations.
+        mesh: the device mesh.
+
+    Returns:
+        The teacher.
+    """
+    layout, everywhere = Layout(mesh, DEFAULT_RULES), replicated(mesh)
+
+    def load(source: ModelSource) -> tuple[Network, Any]:
+        logger.info("loading %s of the teacher", source.path)
+        model = source.load(
+            param_dtype=jnp.dtype(options.param_dtype),
+            mesh=mesh,
+            sharding_rules=DEFAULT_RULES,
+        )
+        network = Network(
+            build_network(source.arch, compute_dtype=jnp.dtype(compute_dtype)),
+            source.arch,
+            source.info.vocab_size,
+            scheme=None if source is sources.base else source.scheme,
+            layout=layout,
+        )
+        return network, model.params
+
+    base, base_params = load(sources.base)
+    loaded = [load(source) for source in sources.values]
+    arrays = tuple(
+        ValueArrays(params, jax.device_put(np.asarray(ids, np.int32), everywhere) if ids else None)
+        for (_, params), ids in zip(loaded, sources.unknown_ids, strict=True)
+    )
+    params = ComposedParams(base_params, arrays)
+    return Teacher(
+        Composition(base, tuple(network for network, _ in loaded)),
+        options.strengths or (1.0,) * len(loaded),
+        params,
+        jax.tree.map(lambda leaf: leaf.sharding, params),
+    )
+
+
+def _check_vocabulary(teacher: ModelSource, student: ModelSource) -> None:
+    """Raise an error unless both predict the same ids."""
+    try:
+        unknown = check_compatible(
+            student.info, teacher.info, base_name=student.path, value_name=teacher.label
+        ).ids
+    except TokenizerMismatchError as error:
+        raise ValueError(
+            f"another vocabulary than that of {student.path}, so its predictions are about other "
+            f"pieces of text: choose a teacher of the student's family. {error}"
+        ) from error
+    if unknown:
+        raise ValueError(
+            f"{teacher.path} does not know {len(unknown)} tokens of {student.path} (the first: id "
+            f"{unknown[0]}), so it cannot teach how likely they are: choose a teacher with the "
+            "student's tokenizer"
+        )

@@ -1,0 +1,132 @@
+"""Learning from sampled answers: the objective's weights, rewards that rise, runs that resume."""
+
+import json
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ivl_jax.config import ConfigError, GrpoConfig, PenaltyConfig, StepConfig, TrainConfig
+from ivl_jax.post_training import run
+from ivl_jax.rewards import RewardError, Sample
+from ivl_jax.training import loop
+from ivl_jax.training.objectives.grpo import advantages, make_grpo
+from tests.training.conftest import make_tiny_config, tiny_pair  # noqa: F401
+from tests.training.runs import Crash, assert_same_run, at_step, crash, records
+from tests.training.tiny import make_batch, on_device
+
+
+def ascii_share(sample: Sample) -> float:
+    """A reward that a model of random bytes can learn."""
+    return sum(character.isascii() for character in sample.answer) / max(len(sample.answer), 1)
+
+
+def is_absent(sample: Sample) -> float:
+    raise LookupError("no such answer")
+
+
+def test_advantages_compare_the_answers_of_a_prompt() -> None:
+    rewards = np.array([[1.0, 3.0, 2.0, 2.0], [0.1, 0.1, 0.1, 0.1]])
+    centred = advantages(rewards, standardised=False)
+    np.testing.assert_allclose(centred, [[-1, 1, 0, 0], [0, 0, 0, 0]])
+    np.testing.assert_allclose(
+        advantages(rewards, standardised=True), centred / np.sqrt(0.5), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("average", ["answers", "tokens"])
+def test_loss_is_a_mean_over_answers_or_over_tokens(average) -> None:
+    batch = on_device(make_batch())
+    rng = np.random.default_rng(0)
+    shape = batch.tokens.shape
+    gains, log_prob, kl = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(3))
+    batch = batch._replace(advantages=gains)
+    objective = make_grpo(GrpoConfig(average=average, kl_weight=0.3))
+    weights = objective.weigh(batch, {})
+    summed = jnp.sum(weights["log_prob"] * log_prob) + jnp.sum(weights["base_kl"] * kl)
+    per_token = np.asarray(-gains * log_prob + 0.3 * kl, np.float64)
+    counted, ids = np.asarray(batch.loss_mask), np.asarray(batch.segment_ids)
+    answers = [
+        per_token[row][counted[row] & (ids[row] == number)]
+        for row in range(shape[0])
+        for number in (1, 2)
+    ]
+    means = [one.mean() for one in answers if one.size]
+    expected = np.mean(means) if average == "answers" else per_token[counted].mean()
+    assert float(summed / objective.count(batch)) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.fixture
+def config(tiny_pair, tmp_path) -> TrainConfig:  # noqa: F811
+    tiny = make_tiny_config(tiny_pair, tmp_path / "run")
+    return replace(
+        tiny,
+        objective="grpo",
+        grpo=GrpoConfig(
+            rewards=("tests.test_post_training:ascii_share", "exact_match"),
+            group_size=4,
+            max_new_tokens=6,
+            kl_weight=0.01,
+            mask_truncated=False,
+        ),
+        penalty=PenaltyConfig(kind="none"),
+        step=StepConfig(max_steps=6, batch_size=16, micro_batches=2),
+    )
+
+
+def test_rewards_rise_and_a_stopped_run_resumes_to_the_bits_of_one_that_never_stopped(
+    config, tmp_path, monkeypatch
+) -> None:
+    whole = run(config)
+    steps = [one for one in records(whole.run_dir) if "loss" in one]
+    rewards = [one["reward"] for one in steps]
+    assert np.mean(rewards[-2:]) > rewards[0] + 0.05
+    assert {"reward", "missed_reward", "kl", "nll", "truncated"} <= set(whole.held_out)
+    assert all(one["kl"] > 0 for one in steps)
+    samples = [json.loads(line) for line in (whole.run_dir / "samples.jsonl").open()]
+    assert len(samples) == 6 * 16
+    groups = np.reshape([one["advantage"] for one in samples], (-1, 4))
+    np.testing.assert_allclose(groups.sum(axis=1), 0, atol=1e-5)
+    config = replace(config, run_dir=str(tmp_path / "stopped"))
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, crash)
+        with pytest.raises(Crash):
+            run(config)
+    assert_same_run(run(replace(config, resume=True)), whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rewards": ("best",)}, 'grpo.rewards = "best": expected one of'),
+        ({"group_size": 5}, "step.batch_size = 16 is not a multiple of grpo.group_size = 5"),
+        ({"max_new_tokens": 48}, "leaves no room for a prompt"),
+        ({"max_new_tokens": 40}, r"rows.jsonl:\d+: its prompt of \d+ tokens"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused_with_the_reason(config, changes, said) -> None:
+    with pytest.raises(ConfigError, match=said):
+        run(replace(config, grpo=replace(config.grpo, **changes)))
+
+
+def test_a_reward_that_raises_ends_the_run_and_names_the_answer(config) -> None:
+    grpo = replace(config.grpo, rewards=("tests.test_post_training:is_absent",))
+    with pytest.raises(RewardError, match=r"no such answer; the answer .* to rows.jsonl:\d+"):
+        run(replace(config, grpo=grpo))
+
+
+def test_training_alone_does_not_sample(config) -> None:
+    with pytest.raises(ConfigError, match=r"call\s+ivl_jax.post_training.run"):
+        loop.run(config)
+
+
+def test_options_out_of_range_are_refused() -> None:
+    for options, said in (
+        ({"group_size": 1}, "must be ≥ 2"),
+        ({"reward_weights": (1.0, 2.0)}, r"2 numbers for 1 reward"),
+        ({"rewards": ()}, "is empty"),
+        ({"temperature": 0.0}, "must be > 0"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            GrpoConfig(**options)
