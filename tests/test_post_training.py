@@ -84,7 +84,8 @@ def test_rewards_rise_and_a_stopped_run_resumes_to_the_bits_of_one_that_never_st
     assert np.mean(rewards[-2:]) > rewards[0] + 0.05
     assert {"reward", "missed_reward", "kl", "nll", "truncated"} <= set(whole.held_out)
     assert all(one["kl"] > 0 for one in steps)
-    samples = [json.loads(line) for line in (whole.run_dir / "samples.jsonl").open()]
+    lines = (whole.run_dir / "samples.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
     assert len(samples) == 6 * 16
     groups = np.reshape([one["advantage"] for one in samples], (-1, 4))
     np.testing.assert_allclose(groups.sum(axis=1), 0, atol=1e-5)
