@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from ivl_jax.composed.attention import attention_on_mesh
 from ivl_jax.composed.compatibility import ComposedSources, check_sources
 from ivl_jax.composed.network import ComposedParams, Composition, Layout, Network, ValueArrays
 from ivl_jax.composed.sources import ModelSource, read_language_model, read_value
@@ -86,6 +87,7 @@ def load_teacher(
         The teacher.
     """
     layout, everywhere = Layout(mesh, DEFAULT_RULES), replicated(mesh)
+    dtype = jnp.dtype(compute_dtype)
 
     def load(source: ModelSource) -> tuple[Network, Any]:
         logger.info("loading %s of the teacher", source.path)
@@ -95,7 +97,11 @@ def load_teacher(
             sharding_rules=DEFAULT_RULES,
         )
         network = Network(
-            build_network(source.arch, compute_dtype=jnp.dtype(compute_dtype)),
+            build_network(
+                source.arch,
+                compute_dtype=dtype,
+                attention=attention_on_mesh(source.arch, layout, dtype=dtype),
+            ),
             source.arch,
             source.info.vocab_size,
             scheme=None if source is sources.base else source.scheme,
