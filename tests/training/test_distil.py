@@ -1,5 +1,6 @@
 """Distillation: divergences against their formulas, runs that stop and resume, refused teachers."""
 
+import shutil
 from dataclasses import replace
 
 import jax
@@ -164,6 +165,7 @@ def test_a_teacher_altered_during_a_stop_is_named(config, tmp_path, monkeypatch)
         at_step(patch, 5, crash)
         with pytest.raises(Crash):
             run(config)
+    shutil.rmtree(tmp_path / "tuned")
     save_tiny_model(tmp_path / "tuned", seed=8)
     with pytest.raises(ValueError, match=r"distil\.teacher = .*fingerprint .* then"):
         run(replace(config, resume=True))
