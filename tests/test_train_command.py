@@ -61,6 +61,10 @@ def test_help_is_fast_complete_and_needs_no_jax(project_root):
             ["--config", "configs/absent.toml"],
             "no config file at configs/absent.toml; this folder has: debug.toml,",
         ),
+        (
+            ["--config", "configs/debug.toml", "--data.train", "a.jsonl", "--data.train=b.jsonl"],
+            "--data.train is given 2 times; give it once, with all values: --data.train A B",
+        ),
         (["--config", "configs/debug.toml", "--step.batch-siz", "3"], "step.batch-siz"),
         (["--config", "configs/debug.toml", "--step.micro-batches", "3"], "does not divide"),
     ],

@@ -10,6 +10,7 @@ old steps: at least one sealed checkpoint always exists.
 
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -357,13 +358,15 @@ class TrainCheckpointer:
         self._delete_old()
 
     def _save_error(self, step: int | None, error: Exception) -> CheckpointSaveError:
-        """What a failed save comes to; of Orbax's errors the first line says what happened."""
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        """What a failed save comes to; an Orbax error ends with the operating system's reason."""
+        system = re.search(r": ([^:]+) \[os_error_code=", str(error))
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = system[1] if system else lines[0][:300]
         left = list(complete_steps(self.directory))
         return CheckpointSaveError(
             f"step {step} could not be saved in {self.directory}: {reason}; "
-            + (f"the checkpoints of steps {left} are whole" if left else "there is no checkpoint")
-            + ": make room there if the disk is full, and resume"
+            + (f"intact checkpoints: steps {left}" if left else "there is no intact checkpoint")
+            + "; free some disk space if needed, and resume"
         )
 
     def _about(

@@ -25,6 +25,26 @@ def log_to_stdout(*, times: bool = False) -> None:
     logging.basicConfig(level=logging.INFO, format=form, stream=sys.stdout, force=True)
     for chatty in ("absl", "jax"):  # Orbax logs every file that it touches
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    silence_failed_saves()
+
+
+def silence_failed_saves() -> None:
+    """Keep Orbax from showing tracebacks of errors that it also raises, on today's handlers.
+
+    TensorStore reports the same errors to an event loop that is closed by then.
+    """
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_is_not_orbax_traceback)
+    sys.unraisablehook = _show_unraisable
+
+
+def _is_not_orbax_traceback(record: logging.LogRecord) -> bool:
+    return record.name != "absl" or not record.exc_info
+
+
+def _show_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def silence_advice() -> None:

@@ -5,8 +5,10 @@ In: a dataclass whose fields may carry the marks of `ivl_jax.config.annotations`
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+import typing
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, TypeVar
 
 import tyro
 from tyro.constructors import (
@@ -17,7 +19,7 @@ from tyro.constructors import (
 )
 
 from ivl_jax.config.annotations import INLINE, NO_FLAG, REPEATABLE, is_marked
-from ivl_jax.config.checks import require_numbers
+from ivl_jax.config.checks import ConfigError, require_numbers
 
 ConfigT = TypeVar("ConfigT")
 
@@ -44,8 +46,15 @@ def parse_flags(
 
     Raises:
         SystemExit: after `--help`, or if the flags cannot be parsed (status 2).
-        ConfigError: one of the dataclass's own checks failed.
+        ConfigError: one of the dataclass's own checks failed, or a flag for a list of values occurs
+            twice, of which only the last would count.
     """
+    given = Counter(one.split("=")[0].replace("_", "-") for one in arguments)
+    for flag in _list_flags(config_type):
+        if given[flag] > 1:
+            raise ConfigError(
+                f"{flag} is given {given[flag]} times; once, with all values: {flag} A B"
+            )
     return tyro.cli(
         config_type,
         prog=prog,
@@ -54,6 +63,18 @@ def parse_flags(
         default=tyro.MISSING_NONPROP if default is None else default,
         registry=_registry(),
     )
+
+
+def _list_flags(config_type: type, prefix: str = "--") -> Iterator[str]:
+    """Flags that take several values at once, `--data.train A B`."""
+    for name, hint in typing.get_type_hints(config_type, include_extras=True).items():
+        kind = hint.__origin__ if typing.get_origin(hint) is Annotated else hint
+        flag = prefix + name.replace("_", "-")
+        if dataclasses.is_dataclass(kind):
+            inline = is_marked(hint, INLINE)
+            yield from _list_flags(typing.cast(type, kind), prefix if inline else f"{flag}.")
+        elif typing.get_origin(kind) is tuple and hint is kind:
+            yield flag
 
 
 def parse_subcommand(

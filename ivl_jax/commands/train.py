@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ivl_jax.command_line.console import silence_failed_saves
 from ivl_jax.command_line.guard import FAILED, called_as, run_command
 
 if TYPE_CHECKING:
@@ -87,3 +88,4 @@ def _start_logging() -> None:
         handler, form = logging.StreamHandler(sys.stdout), "%(asctime)s %(message)s"
     logging.basicConfig(level=logging.WARNING, format=form, handlers=[handler], force=True)
     logging.getLogger("ivl_jax").setLevel(logging.INFO)
+    silence_failed_saves()

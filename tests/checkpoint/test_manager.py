@@ -217,7 +217,9 @@ def test_a_disk_that_fills_while_arrays_are_written_is_one_line(tmp_path: Path) 
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
         try:
             checkpointer.save(large, data_state=None, run_metadata=run_metadata(2))
-            with pytest.raises(CheckpointSaveError, match=r"\[1\] are whole: make room") as raised:
+            with pytest.raises(
+                CheckpointSaveError, match=r"intact checkpoints: steps \[1\]"
+            ) as raised:
                 checkpointer.wait_until_finished()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
