@@ -44,6 +44,7 @@ LEVELS = {
     "ivl_jax.decoding": 5,
     "ivl_jax.post_training": 6,
     "ivl_jax.evaluation": 6,
+    "ivl_jax.serving": 6,
     "ivl_jax.experiments": 7,
     "ivl_jax.assets": 0,
     "ivl_jax.commands": 7,

@@ -32,6 +32,7 @@ class ComposedSources:
         draft: A base that proposes tokens, or None.
         unknown_ids: For each value network, the base ids that it does not know.
         draft_unknown_ids: The same for the draft.
+        ngrams: Whether n-grams of the text propose tokens, in place of a draft.
     """
 
     base: ModelSource
@@ -39,10 +40,15 @@ class ComposedSources:
     draft: ModelSource | None
     unknown_ids: tuple[tuple[int, ...], ...]
     draft_unknown_ids: tuple[int, ...] = ()
+    ngrams: bool = False
 
 
 def check_sources(
-    base: ModelSource, values: Sequence[ModelSource], *, draft: ModelSource | None = None
+    base: ModelSource,
+    values: Sequence[ModelSource],
+    *,
+    draft: ModelSource | None = None,
+    ngrams: bool = False,
 ) -> ComposedSources:
     """Check tokenizers, vocabulary maps and connection schemes against each other.
 
@@ -50,6 +56,7 @@ def check_sources(
         base: the base.
         values: the value networks.
         draft: a base that will propose tokens, or None.
+        ngrams: whether n-grams of the text will.
 
     Returns:
         The models, with the base ids that each value network does not know.
@@ -59,11 +66,13 @@ def check_sources(
             more ids than its weights have rows.
     """
     unknown = tuple(check_fit(base, value) for value in values)
+    if ngrams:
+        _check_proposals(base, values, "n-grams as the draft")
     draft_unknown = () if draft is None else check_draft_fit(base, draft, values)
     for source in (base, *values, *([] if draft is None else [draft])):
         if source.metadata is None:
             check_rows(source.path, source.info, source.decoder)
-    return ComposedSources(base, tuple(values), draft, unknown, draft_unknown)
+    return ComposedSources(base, tuple(values), draft, unknown, draft_unknown, ngrams)
 
 
 def check_fit(base: ModelSource, value: ModelSource) -> tuple[int, ...]:
@@ -129,21 +138,7 @@ def check_draft_fit(
         TokenizerMismatchError: base and draft disagree on tokens that both have.
         ValueError: a value network reads base logits, or has its own vocabulary.
     """
-    for value in values:
-        scheme, described_map = value.scheme, value.described_map
-        if scheme.reads_base:
-            raise ValueError(
-                f"{value.label} reads {_reads(scheme)} (connection {scheme.name}), so its logits "
-                f"under the draft {draft.path} differ from those under the base {base.path}: a "
-                "draft works only with value networks that read nothing but the text (residual); "
-                "leave the draft out, or train a residual value network"
-            )
-        if described_map is not None:
-            raise ValueError(
-                f"{value.label} has its own vocabulary (the map {described_map.path}) and is "
-                f"re-tokenised on the host after every token, so the draft {draft.path} cannot "
-                "propose for it; leave the draft out"
-            )
+    _check_proposals(base, values, f"the draft {draft.path}")
     try:
         return check_compatible(
             base.info, draft.info, base_name=base.path, value_name=draft.label
@@ -154,6 +149,25 @@ def check_draft_fit(
             f"{base.label} ({_identity(base)}), so it cannot propose tokens for it: name a smaller "
             "model of the base's own family"
         ) from error
+
+
+def _check_proposals(base: ModelSource, values: Sequence[ModelSource], draft: str) -> None:
+    """Refuse value networks for which several tokens cannot be proposed at once."""
+    for value in values:
+        scheme, described_map = value.scheme, value.described_map
+        if scheme.reads_base:
+            raise ValueError(
+                f"{value.label} reads {_reads(scheme)} (connection {scheme.name}), so its logits "
+                f"under {draft} differ from those under the base {base.path}: a "
+                "draft works only with value networks that read nothing but the text (residual); "
+                "leave the draft out, or train a residual value network"
+            )
+        if described_map is not None:
+            raise ValueError(
+                f"{value.label} has its own vocabulary (the map {described_map.path}) and is "
+                f"re-tokenised on the host after every token, so {draft} cannot "
+                "propose for it; leave the draft out"
+            )
 
 
 def tokenizer_folder(value_path: str) -> str:

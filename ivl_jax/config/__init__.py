@@ -22,6 +22,7 @@ from ivl_jax.config.generation import (
 from ivl_jax.config.infer import InferConfig, check_infer_config
 from ivl_jax.config.model import (
     LONGEST_DRAFT,
+    NGRAM_DRAFT,
     AttentionName,
     ComposedModelConfig,
     DType,
@@ -32,6 +33,7 @@ from ivl_jax.config.model import (
     model_problems,
 )
 from ivl_jax.config.objectives import DistilConfig, GrpoConfig, PreferenceConfig
+from ivl_jax.config.serve import NamedModel, ServeConfig, check_serve_config
 from ivl_jax.config.train import (
     CONNECTIONS,
     BaseConfig,
@@ -50,6 +52,7 @@ from ivl_jax.config.train import (
 __all__ = [
     "CONNECTIONS",
     "LONGEST_DRAFT",
+    "NGRAM_DRAFT",
     "AttentionName",
     "BaseConfig",
     "ComposedModelConfig",
@@ -65,6 +68,7 @@ __all__ = [
     "LoggingConfig",
     "MeshConfig",
     "ModelConfig",
+    "NamedModel",
     "OptimizerConfig",
     "PenaltyConfig",
     "PenaltyKind",
@@ -72,10 +76,12 @@ __all__ = [
     "PreferenceConfig",
     "RowsConfig",
     "RuntimeConfig",
+    "ServeConfig",
     "StepConfig",
     "TrainConfig",
     "ValueConfig",
     "check_infer_config",
+    "check_serve_config",
     "check_train_config",
     "config_from_mapping",
     "config_to_mapping",

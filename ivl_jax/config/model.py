@@ -13,6 +13,8 @@ from ivl_jax.config.generation import strength_problem
 
 DType = Literal["float32", "bfloat16"]
 AttentionName = Literal["auto", "plain", "blocked", "splash", "cudnn"]
+NGRAM_DRAFT = "ngram"
+"""What `--draft` says where no model proposes tokens, but the text itself."""
 LayoutName = Literal["full", "fsdp", "tensor", "replicated"]
 
 LONGEST_DRAFT = 32
@@ -68,20 +70,23 @@ class ComposedModelConfig:
     value: Repeatable[tuple[str, ...]] = ()
     """Value folder written by train.py, or `none` for the base alone; repeat the flag for several.
     A language model (Hugging Face folder or hub id) can serve as a value: `--value TUNED
-    --value UNTUNED --strength 1 --strength -1` is proxy-tuning."""
+    --value UNTUNED --strength 1 --strength -1` is proxy-tuning. For ivl-serve, NAME=FOLDER names
+    it for requests."""
     strength: Repeatable[tuple[float, ...]] = ()
     """α in z = z_base + Σ α · z_value, one per value in the same order (default 1); 0 gives the
     base, a negative α steers away from the value."""
     map: Repeatable[tuple[str, ...]] = ()
     """Vocabulary map of a value whose tokenizer differs from the base's, built by `python -m
-    ivl_jax.vocabulary build`; one per value in the same order, `none` for those without."""
+    ivl_jax.vocabulary build`; one per value in the same order, `none` for those without. For
+    ivl-serve, NAME=FILE for the values that need one."""
     connection: Repeatable[tuple[str, ...]] = ()
     """Your own connection scheme, `module:attribute`, that a value folder names; without this flag
     nothing is imported for a value folder. Repeat the flag for several."""
     draft: str = ""
     """A small model of the base's family that proposes tokens, which base and values then verify
     several at a time. Greedy text stays the same (except for near-ties), and samples are drawn from
-    the same distribution."""
+    the same distribution. `ngram`: no model, but what followed the last tokens earlier in the text,
+    for texts that repeat themselves or their prompt."""
     draft_length: int = 0
     """Tokens that the draft proposes at a time; 0: chosen while decoding."""
     dtype: DType = "float32"
@@ -109,6 +114,16 @@ class ComposedModelConfig:
     def values(self) -> tuple[str, ...]:
         """The value networks; none with `--value none`."""
         return tuple(path for path in self.value if path != "none")
+
+    @property
+    def draft_model(self) -> str:
+        """The draft's folder or hub id; empty without one."""
+        return "" if self.drafts_ngrams else self.draft
+
+    @property
+    def drafts_ngrams(self) -> bool:
+        """Whether n-grams of the text propose tokens."""
+        return self.draft == NGRAM_DRAFT
 
 
 def model_problems(model: ComposedModelConfig) -> list[str]:

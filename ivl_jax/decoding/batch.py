@@ -368,7 +368,9 @@ class RowBatch:
 def _token_log_probs(latest: LogProbs, place: int, index: int, top: int) -> TokenLogProbs:
     pairs = zip(latest.top_ids[place, index, :top], latest.top[place, index, :top], strict=True)
     return TokenLogProbs(
-        float(latest.chosen[place, index]), tuple((int(token), float(p)) for token, p in pairs)
+        float(latest.chosen[place, index]),
+        tuple((int(token), float(p)) for token, p in pairs),
+        float(latest.base[place, index]),
     )
 
 

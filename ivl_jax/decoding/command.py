@@ -103,8 +103,8 @@ def prepare(config: InferConfig) -> Work | None:
     mesh = decoding_mesh(flags.mesh)
     base = read_language_model(flags.base, role="the base")
     networks = read_values(flags.value, flags.map, schemes=load_schemes(flags.connection))
-    draft = read_language_model(flags.draft, role="the draft") if flags.draft else None
-    sources = check_sources(base, networks, draft=draft)
+    draft = read_language_model(flags.draft_model, role="the draft") if flags.draft_model else None
+    sources = check_sources(base, networks, draft=draft, ngrams=flags.drafts_ngrams)
     prompts = _encode(config, rows, make_prompt_reader(sources))
     if config.output is None:
         return Work(config, load_composed(sources, flags, mesh=mesh), prompts, None)

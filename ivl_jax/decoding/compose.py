@@ -28,11 +28,12 @@ from ivl_jax.composed.network import (
     ValueArrays,
 )
 from ivl_jax.composed.sources import NO_SCHEMES, ModelSource, Schemes
-from ivl_jax.config import LONGEST_DRAFT, strength_problem
+from ivl_jax.config import LONGEST_DRAFT, NGRAM_DRAFT, strength_problem
 from ivl_jax.decoding.given_models import is_path, language_model_source, value_source
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.decoding.programs import build_programs
 from ivl_jax.decoding.prompts import make_prompt_reader
+from ivl_jax.decoding.speculative.ngram_proposer import NGRAM_PROPOSER
 from ivl_jax.model.decoder import Params
 from ivl_jax.sharding import DEFAULT_RULES, ShardingRules
 from ivl_jax.text_codec import spoken_bytes
@@ -81,7 +82,8 @@ def compose(
         base_rules: the base's sharding on the mesh.
         value_rules: the value networks' sharding on the mesh; it may differ from the base's.
         draft: a small base of the same family that proposes tokens under the same value networks,
-            loaded or by its path. Greedy text stays the same but for near-ties, samples keep their
+            loaded or by its path; or `ngram`, which proposes what followed the last tokens earlier
+            in the text. Greedy text stays the same but for near-ties, samples keep their
             distribution.
         draft_length: tokens it proposes at a time; 0: chosen for speed, none where it slows down.
         int8_base: round the base's kernels to int8: a quarter of their float32 memory, and faster
@@ -101,6 +103,9 @@ def compose(
             a value network with a map reads base logits (only the residual scheme reads just the
             text); or there is a draft and a value network that reads base logits or has a map.
     """
+    ngrams = isinstance(draft, str) and draft == NGRAM_DRAFT
+    if ngrams:
+        draft = None
     alphas = _strengths_of(strengths, number=len(values))
     given_maps = [maps] if isinstance(maps, str | os.PathLike | DescribedMap) else list(maps)
     if given_maps and len(given_maps) != len(values):
@@ -113,6 +118,7 @@ def compose(
             for index, (value, one_map) in enumerate(zip(values, described, strict=True))
         ],
         draft=None if draft is None else language_model_source(draft, "the draft"),
+        ngrams=ngrams,
     )
 
     def loaded(given: Any, source: ModelSource, rules: ShardingRules, *, int8: bool = False) -> Any:
@@ -193,7 +199,7 @@ def compose_loaded(
         base_network,
         tuple(network for network, _ in arranged),
         draft_network,
-        draft_length if draft is not None else 0,
+        draft_length if draft is not None or sources.ngrams else 0,
     )
     return ComposedModel(
         composition=composition,
@@ -211,7 +217,7 @@ def compose_loaded(
             ),
             draft_arrays,
         ),
-        programs=build_programs(composition),
+        programs=build_programs(composition, NGRAM_PROPOSER if sources.ngrams else None),
         strengths=tuple(float(alpha) for alpha in strengths) or (1.0,) * len(values),
         prompts=make_prompt_reader(sources),
         # Drop the arrays that they came with, or every weight would be held twice.

@@ -17,10 +17,12 @@ class TokenLogProbs:
         log_prob: Log-probability of the token itself.
         top: (token id, log-probability) of the likeliest tokens at its place, the likeliest first;
             as many as were asked for.
+        base_log_prob: Log-probability of the token under the base alone.
     """
 
     log_prob: float
     top: tuple[tuple[int, float], ...] = ()
+    base_log_prob: float = 0.0
 
 
 @dataclass(frozen=True)

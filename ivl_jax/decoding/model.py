@@ -192,11 +192,21 @@ class ComposedModel:
         """
         return self.prompts.prepare(prompts, options, names=names, keywords=keywords)
 
-    def engine(self, limits: EngineLimits = DEFAULT_LIMITS) -> Engine:
+    def engine(
+        self,
+        limits: EngineLimits = DEFAULT_LIMITS,
+        *,
+        stop_ids: Sequence[int] | None = None,
+        context: int | None = None,
+    ) -> Engine:
         """Make an engine, which decodes prompts that come and go while others are decoded.
 
         Args:
             limits: how many requests it decodes together, and how long they may be.
+            stop_ids: ids that end every row; None: those of the model. Requests that use only some
+                of the value networks bring the ids of these.
+            context: tokens a row may hold; None: the context of the model. It may be as large as
+                that of the base where requests are held to the context of the networks they use.
 
         Returns:
             The engine; it takes what `prepare` returns. Engines share the model and its programs.
@@ -208,8 +218,8 @@ class ComposedModel:
             self.programs,
             names=(base.label, *(value.label for value in values)),
             own_vocabularies=tuple(own for own in self.own_vocabularies if own),
-            context=self.context,
-            stop_ids=self.stop_ids,
+            context=self.context if context is None else context,
+            stop_ids=self.stop_ids if stop_ids is None else tuple(stop_ids),
             strengths=self.strengths,
         )
         return Engine(model, new_text=self._row_text, limits=limits)

@@ -8,7 +8,7 @@ import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -34,6 +34,42 @@ else:
 _SMALLEST_CAPACITY = 64
 # After a base token a value network reads 0 to 3 of its own as a rule: few widths, few programs.
 _WIDTHS = (1, 4, 16)
+
+
+@runtime_checkable
+class OwnText(Protocol):
+    """A growing text in the tokens of a value network with its own vocabulary."""
+
+    tokens: list[int]
+    """Its tokens so far, never empty; read only."""
+
+    def fork(self) -> "OwnText":
+        """An independent copy."""
+        ...
+
+    def push(self, source_ids: Sequence[int]) -> int:
+        """Append tokens of the base; return how many of the first `tokens` did not change."""
+        ...
+
+
+class UnreadText:
+    """The text of a row in which a value network has strength 0: one token, which never changes.
+
+    Args:
+        token_id: the token.
+    """
+
+    def __init__(self, token_id: int) -> None:
+        self.tokens = [token_id]
+
+    def fork(self) -> "UnreadText":
+        """The same text."""
+        return self
+
+    def push(self, source_ids: Sequence[int]) -> int:
+        """Nothing is read."""
+        del source_ids
+        return 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +116,10 @@ class OwnVocabulary:
             return self.retokenizer.begin(token_ids)
         own = self.chat_format.encode_prompt(messages).tolist()
         return self.retokenizer.resume(own, source_ids=token_ids)
+
+    def unread(self) -> OwnText:
+        """The text of a row that does not use the value network (strength 0)."""
+        return UnreadText(self.retokenizer.target.empty_id)
 
 
 def make_own_vocabulary(
@@ -155,7 +195,7 @@ def base_chat_format(base: PreTrainedTokenizerBase, own: OwnVocabulary) -> ChatF
 
 
 def expected_slots(
-    values: Sequence[OwnVocabulary], texts: Sequence[RetokenizedText], *, new_tokens: int
+    values: Sequence[OwnVocabulary], texts: Sequence[OwnText], *, new_tokens: int
 ) -> int:
     """Estimate the slots that a prompt will need in the caches of value networks; a bucket.
 
@@ -189,7 +229,7 @@ class TextReader:
     def __init__(self, values: Sequence[OwnVocabulary], *, batch: int) -> None:
         self._contexts = [own.context for own in values]
         # Of each network, each row's text; None: the row is free.
-        self._texts: list[list[RetokenizedText | None]] = [[None] * batch for _ in values]
+        self._texts: list[list[OwnText | None]] = [[None] * batch for _ in values]
         # Tokens that a network's cache still holds of each row.
         self._read = [[0] * batch for _ in values]
         self._full = [False] * batch
@@ -204,7 +244,7 @@ class TextReader:
         ]
         return _slots(lengths, contexts=self._contexts)
 
-    def admit(self, row: int, texts: Sequence[RetokenizedText]) -> None:
+    def admit(self, row: int, texts: Sequence[OwnText]) -> None:
         """Begin a prompt in a row, in place of what was there.
 
         Args:
@@ -272,9 +312,7 @@ class TextReader:
         width = next((w for w in _WIDTHS if w >= longest), bucket(longest, smallest=_WIDTHS[-1]))
         return tuple(_padded(each, size=size, width=width) for each in pieces)
 
-    def _piece(
-        self, text: RetokenizedText | None, read: list[int], row: int
-    ) -> tuple[int, list[int]]:
+    def _piece(self, text: OwnText | None, read: list[int], row: int) -> tuple[int, list[int]]:
         """Where a row's unread tokens begin, and what they are; at least the last one is read."""
         if text is None:
             return 0, [0]

@@ -190,11 +190,35 @@ def make_prompt_reader(sources: ComposedSources) -> PromptReader:
     if any(value.described_map for value in values):
         base_codec = TextCodec(base.tokenizer, base.info)
         own = [value.described_map and _own_vocabulary(base_codec, value) for value in values]
-    bounding = [base, *(value for value in values if value.described_map is None)]
-    if sources.draft is not None:
-        bounding.append(sources.draft)
-    smallest = min(bounding, key=lambda each: each.context)
+    smallest = _shortest(sources, values)
     return PromptReader(base, values, smallest.context, smallest.label, tuple(own))
+
+
+def part_of_reader(
+    reader: PromptReader, sources: ComposedSources, which: Sequence[int]
+) -> PromptReader:
+    """Make the reader of the base under some of its value networks.
+
+    Args:
+        reader: of the whole composition.
+        sources: its models.
+        which: the value networks; the first one's template is that of dialogues.
+
+    Returns:
+        The reader that the base and these value networks have without the others.
+    """
+    values = tuple(reader.values[index] for index in which)
+    own = tuple(reader.own_vocabularies[index] for index in which)
+    smallest = _shortest(sources, values)
+    return PromptReader(reader.base, values, smallest.context, smallest.label, own)
+
+
+def _shortest(sources: ComposedSources, values: Sequence[ModelSource]) -> ModelSource:
+    """The network with the smallest context among those that read the base's tokens."""
+    reading = [sources.base, *(value for value in values if value.described_map is None)]
+    if sources.draft is not None:
+        reading.append(sources.draft)
+    return min(reading, key=lambda each: each.context)
 
 
 def _own_vocabulary(base_codec: TextCodec, value: ModelSource) -> OwnVocabulary:

@@ -12,7 +12,7 @@ import numpy as np
 from ivl_jax.buckets import bucket
 from ivl_jax.config import GenerationOptions
 from ivl_jax.decoding.device.sampling import Sampling
-from ivl_jax.vocabulary.retokenize import RetokenizedText
+from ivl_jax.decoding.own_vocabulary import OwnText
 
 # Buckets are 2ᵏ and 3·2ᵏ⁻¹: at most a third of a bucket is padding, and a context of 4,096 has 17.
 _SMALLEST_PROMPT = 16
@@ -32,7 +32,7 @@ class EncodedPrompt(NamedTuple):
     options: GenerationOptions
     sample_index: int
     """Index in the request it belongs to; folded into its sampling seed."""
-    own_texts: tuple[RetokenizedText, ...] = ()
+    own_texts: tuple[OwnText, ...] = ()
     """The prompt as each value network with its own vocabulary reads it."""
 
 

@@ -65,6 +65,8 @@ class ModelSources:
                 "draft_length": composed.draft_length,
                 "draft_fingerprint": folder_fingerprint(draft.folder),
             }
+        elif self.models.ngrams:
+            record |= {"draft": composed.draft, "draft_length": composed.draft_length}
         return record
 
 
@@ -89,10 +91,11 @@ def find_sources(flags: ModelFlags) -> ModelSources:
     use_compilation_cache(flags.runtime.compilation_cache)
     mesh = decoding_mesh(composed.mesh)
     base = read_language_model(composed.base, role="the base")
-    draft = read_language_model(composed.draft, role="the draft") if composed.draft else None
+    path = composed.draft_model
+    draft = read_language_model(path, role="the draft") if path else None
     schemes = load_schemes(composed.connection)
     values = read_values(composed.value, composed.map, schemes=schemes)
-    models = check_sources(base, values, draft=draft)
+    models = check_sources(base, values, draft=draft, ngrams=composed.drafts_ngrams)
     return ModelSources(flags, models, make_prompt_reader(models), mesh)
 
 

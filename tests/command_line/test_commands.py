@@ -15,6 +15,7 @@ from ivl_jax.assets import config_file
 COMMANDS = {
     "ivl_jax.commands.train": "_train",
     "ivl_jax.commands.infer": "_infer",
+    "ivl_jax.commands.serve": "_serve",
     "ivl_jax.checkpoint.__main__": "_run",
     "ivl_jax.evaluation.__main__": "_run",
     "ivl_jax.experiments.__main__": "_run",

@@ -196,6 +196,11 @@ def test_log_probabilities_are_those_of_teacher_forcing(request, which, rows):
         text = [*ids, *generation.token_ids]
         logits = plain_logits(model.composition, model.params, text, model.strengths)
         expected = np.asarray(jax.nn.log_softmax(jnp.asarray(logits), axis=-1))[len(ids) - 1 : -1]
+        base = plain_logits(model.composition, model.params, text, [0.0] * len(model.strengths))
+        base = np.asarray(jax.nn.log_softmax(jnp.asarray(base), axis=-1))[len(ids) - 1 :]
+        alone = [base[place, token] for place, token in enumerate(generation.token_ids)]
+        found = [scores.base_log_prob for scores in generation.log_probs]
+        np.testing.assert_allclose(found, alone, atol=1e-3)
         assert len(generation.log_probs) == len(generation.token_ids)
         for row, token, found in zip(
             expected, generation.token_ids, generation.log_probs, strict=True

@@ -80,7 +80,7 @@ def prefill(
         requests=requests,
     )
     positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (batch, width))
-    logits, state = read_tokens(
+    logits, base_logits, state = read_tokens(
         composition,
         params,
         state,
@@ -95,7 +95,7 @@ def prefill(
             composition, params, state.speculation.proposer, prompts, lengths
         )
         state = state._replace(speculation=state.speculation._replace(proposer=own))
-    return _append(state, logits[:, 0])
+    return _append(state, logits[:, 0], base_logits[:, 0])
 
 
 def decode_chunk(
@@ -159,7 +159,7 @@ def decode_step(
     """
     # A row that is done reads its last token again, into the slot where it already is.
     tokens = state.last_tokens[:, None]
-    logits, state = read_tokens(
+    logits, base_logits, state = read_tokens(
         composition,
         params,
         state,
@@ -168,7 +168,7 @@ def decode_step(
         wanted=jnp.zeros_like(tokens),
         own_tokens=own_tokens,
     )
-    return _append(state, logits[:, 0])
+    return _append(state, logits[:, 0], base_logits[:, 0])
 
 
 def halt(state: DecodeState, stopped: Bool[Array, " B"]) -> DecodeState:
@@ -195,7 +195,7 @@ def read_tokens(
     positions: Int[Array, "B T"],
     wanted: Int[Array, "B C"],
     own_tokens: tuple[OwnTokens, ...] = (),
-) -> tuple[Float[Array, "B C V"], DecodeState]:
+) -> tuple[Float[Array, "B C V"], Float[Array, "B C V"], DecodeState]:
     """Run base and value networks over tokens, and compose the logits where they are wanted.
 
     Args:
@@ -208,7 +208,8 @@ def read_tokens(
         own_tokens: what each value network with its own vocabulary reads; C is then 1.
 
     Returns:
-        Composed logits [B C V] in float32, and the state with new caches.
+        Composed logits [B C V] and those of the base alone, both in float32, and the state with new
+        caches.
     """
     hidden, caches = run_networks(
         composition,
@@ -222,10 +223,12 @@ def read_tokens(
     picked = pick(composition, hidden, wanted, own_tokens)
     logits = network_logits(composition, params, picked)
     composed = compose(composition, params.values, logits, strengths=state.requests.strengths)
-    return composed, state._replace(caches=caches)
+    return composed, logits.base, state._replace(caches=caches)
 
 
-def _append(state: DecodeState, logits: Float[Array, "B V"]) -> DecodeState:
+def _append(
+    state: DecodeState, logits: Float[Array, "B V"], base_logits: Float[Array, "B V"]
+) -> DecodeState:
     """Sample one token for each running row and update its length and finish reason."""
     requests = state.requests
     token_indices = state.lengths - requests.prompt_lengths
@@ -237,5 +240,5 @@ def _append(state: DecodeState, logits: Float[Array, "B V"]) -> DecodeState:
         (state.running & finite).astype(jnp.int32),
         stopped=stopped,
         failed=~finite,
-        log_probs=None if top is None else score_chosen(logits, chosen, top=top),
+        log_probs=None if top is None else score_chosen(logits, base_logits, chosen, top=top),
     )

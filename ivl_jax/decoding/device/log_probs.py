@@ -28,14 +28,22 @@ def empty_log_probs(rows: int, places: int, *, top: int) -> LogProbs:
         jnp.zeros(shape, jnp.float32),
         jnp.zeros((*shape, top), jnp.int32),
         jnp.zeros((*shape, top), jnp.float32),
+        jnp.zeros(shape, jnp.float32),
     )
 
 
-def score_chosen(logits: Float[Array, "B V"], tokens: Int[Array, " B"], *, top: int) -> LogProbs:
+def score_chosen(
+    logits: Float[Array, "B V"],
+    base_logits: Float[Array, "B V"],
+    tokens: Int[Array, " B"],
+    *,
+    top: int,
+) -> LogProbs:
     """Score one generated token per row.
 
     Args:
         logits: [B V] float32 composed logits; −inf in padding columns.
+        base_logits: [B V] float32 logits of the base alone, anything in padding columns.
         tokens: [B] what was chosen.
         top: likeliest tokens to keep, K ≤ V.
 
@@ -46,7 +54,9 @@ def score_chosen(logits: Float[Array, "B V"], tokens: Int[Array, " B"], *, top: 
     ids = jax.lax.top_k(logits, top)[1]
     candidates = jnp.concatenate([tokens[:, None], ids], axis=1)
     scores, _ = candidate_scores(logits, candidates)
-    return LogProbs(scores[:, :1], ids[:, None], scores[:, None, 1:])
+    base = jnp.where(jnp.isneginf(logits), -jnp.inf, base_logits)
+    alone, _ = candidate_scores(base, tokens[:, None])
+    return LogProbs(scores[:, :1], ids[:, None], scores[:, None, 1:], alone)
 
 
 def latest_log_probs(held: LogProbs, starts: Int[Array, " B"], *, width: int) -> LogProbs:

@@ -43,6 +43,8 @@ class LogProbs(NamedTuple):
     """The K likeliest tokens there, the likeliest first; K may be 0."""
     top: Float[Array, "B S K"]
     """Their log-probabilities."""
+    base: Float[Array, "B S"]
+    """Of the token itself under the base alone."""
 
 
 class SpeculationState(NamedTuple):

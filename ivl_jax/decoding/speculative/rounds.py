@@ -265,7 +265,7 @@ def _verify_block(
     ) -> LogProbs | None:
         if held is None or top is None:
             return None
-        new = score_chosen(at, tokens, top=top)
+        new = score_chosen(at, _at(logits.base, place), tokens, top=top)
         return jax.tree.map(
             lambda all_, one: jax.lax.dynamic_update_slice_in_dim(all_, one, place, axis=1),
             held,

@@ -1,0 +1,1 @@
+"""HTTP over the engine: OpenAI's API for a base model and its value networks."""

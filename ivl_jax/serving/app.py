@@ -1,0 +1,292 @@
+"""The HTTP application: its paths, who may use them, and what they answer.
+
+In: a catalogue of models and the thread that decodes. Out: a Starlette application.
+"""
+
+import contextlib
+import hmac
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ivl_jax.config import ServeConfig
+from ivl_jax.serving.answers import Answer, Kind, TokenTexts
+from ivl_jax.serving.bodies import Asked, read_chat, read_completion
+from ivl_jax.serving.catalogue import Catalogue
+from ivl_jax.serving.connection import EventStream, read_json_body, unless_disconnected
+from ivl_jax.serving.engine_thread import ChoiceProgress, EngineThread
+from ivl_jax.serving.errors import ApiError
+from ivl_jax.serving.front import Front
+from ivl_jax.serving.metrics import CONTENT_TYPE, Metrics
+from ivl_jax.serving.page import PATHS, page_routes
+
+# Answered without a key: they say nothing of models or requests.
+_OPEN_PATHS = ("/health", *PATHS)
+_CLIENT_LEFT = 499  # nobody reads it; it is counted
+
+
+class Service:
+    """What the paths share.
+
+    Args:
+        config: of the server.
+        catalogue: the models.
+        engine: the thread that decodes.
+        metrics: what is counted.
+        started: when the models were loaded (seconds since 1970).
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        catalogue: Catalogue,
+        engine: EngineThread,
+        metrics: Metrics,
+        *,
+        started: int,
+    ) -> None:
+        self.config, self.catalogue, self.engine = config, catalogue, engine
+        self.metrics, self.front = metrics, Front(config, engine, metrics)
+        self.started = started
+        info = catalogue.model.base.tokenizer_info
+        self._texts = TokenTexts(catalogue.model.token_bytes, dict(info.special_tokens))
+
+    async def health(self, request: Request) -> Response:
+        """Whether requests can be answered."""
+        del request
+        if self.engine.failure is not None:
+            raise ApiError(503, f"the engine has failed: {self.engine.failure}", code="unavailable")
+        return JSONResponse({"status": "ok", "in_flight": self.front.in_flight})
+
+    async def show_metrics(self, request: Request) -> Response:
+        """Figures for Prometheus."""
+        del request
+        return Response(self.metrics.text(), headers={"content-type": CONTENT_TYPE})
+
+    async def list_models(self, request: Request) -> Response:
+        """The names that requests may use."""
+        del request
+        data = [self._describe(name) for name in self.catalogue.served]
+        return JSONResponse({"object": "list", "data": data})
+
+    async def show_model(self, request: Request) -> Response:
+        """One of them."""
+        name = request.path_params["name"]
+        self.catalogue.choose(name, {})
+        return JSONResponse(self._describe(name))
+
+    async def chat(self, request: Request) -> Response | EventStream:
+        """Continue a dialogue."""
+        body = await read_json_body(request, most_bytes=self.config.max_body_bytes)
+        return await self._answer(request, "chat", read_chat(body, self.config))
+
+    async def complete(self, request: Request) -> Response | EventStream:
+        """Continue texts."""
+        body = await read_json_body(request, most_bytes=self.config.max_body_bytes)
+        return await self._answer(request, "text", read_completion(body, self.config))
+
+    def _describe(self, name: str) -> dict[str, Any]:
+        catalogue = self.catalogue
+        chosen = catalogue.choose(name, {})
+        strengths = dict(zip(catalogue.values, chosen.strengths, strict=True))
+        return {
+            "id": name,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "ivl_jax",
+            "max_model_len": chosen.reader.context,
+            "strengths": {value: alpha for value, alpha in strengths.items() if alpha},
+        }
+
+    async def _answer(self, request: Request, kind: Kind, asked: Asked) -> Response | EventStream:
+        self.front.admit(asked.choices * len(asked.prompts))
+        chosen = self.catalogue.choose(asked.model, asked.strengths)
+        prompts = await self.front.read(
+            lambda: self.catalogue.encode(
+                chosen, asked.prompts, asked.options, choices=asked.choices
+            )
+        )
+        answer = Answer(
+            kind,
+            asked.model,
+            choices=len(prompts),
+            prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts[:: asked.choices]),
+            texts=self._texts,
+            log_probs=asked.top_log_probs is not None,
+            strengths=dict(zip(self.catalogue.values, chosen.strengths, strict=True)),
+        )
+        progress = self.front.choices(prompts, streams=asked.stream)
+        if not asked.stream:
+            return JSONResponse(await unless_disconnected(request, _whole(answer, progress)))
+        # Until something is decoded, a refusal still has a status of its own.
+        first = await unless_disconnected(request, _first(progress))
+        events = _chunks(answer, first, progress, usage=asked.include_usage)
+        longest = 2 * self.config.request_seconds
+        return EventStream(events, source=progress, longest=longest)
+
+
+async def _whole(answer: Answer, progress: AsyncGenerator[ChoiceProgress, None]) -> dict[str, Any]:
+    async with contextlib.aclosing(progress):
+        async for event in progress:
+            answer.take(event)
+    return answer.whole()
+
+
+async def _first(progress: AsyncGenerator[ChoiceProgress, None]) -> ChoiceProgress:
+    try:
+        return await anext(progress)
+    except BaseException:
+        await progress.aclose()
+        raise
+
+
+async def _chunks(
+    answer: Answer,
+    first: ChoiceProgress,
+    progress: AsyncGenerator[ChoiceProgress, None],
+    *,
+    usage: bool,
+) -> AsyncGenerator[dict[str, Any], None]:
+    async with contextlib.aclosing(progress):
+        for chunk in answer.first_chunks():
+            yield chunk
+        if chunk := answer.chunk(first):
+            yield chunk
+        async for event in progress:
+            if chunk := answer.chunk(event):
+                yield chunk
+    if usage:
+        yield answer.usage_chunk()
+
+
+def make_app(service: Service, *, api_key: str) -> Starlette:
+    """Make the application; the engine's thread runs while the application does.
+
+    Args:
+        service: what its paths do.
+        api_key: what clients must send; empty: nothing.
+
+    Returns:
+        The application.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        del app
+        service.engine.start()
+        try:
+            yield
+        finally:
+            service.front.close()
+            service.engine.stop()
+
+    routes = [
+        *page_routes(),
+        Route("/health", service.health, methods=["GET"]),
+        Route("/metrics", service.show_metrics, methods=["GET"]),
+        Route("/v1/models", service.list_models, methods=["GET"]),
+        Route("/v1/models/{name}", service.show_model, methods=["GET"]),
+        Route("/v1/chat/completions", service.chat, methods=["POST"]),
+        Route("/v1/completions", service.complete, methods=["POST"]),
+    ]
+    paths = frozenset(route.path for route in routes)
+    return Starlette(
+        routes=routes,
+        lifespan=lifespan,
+        middleware=[
+            Middleware(_Counted, metrics=service.metrics, paths=paths),
+            Middleware(_Guarded, api_key=api_key),
+        ],
+        exception_handlers={
+            ApiError: _api_error,
+            HTTPException: _http_error,
+            ClientDisconnect: _client_left,
+            Exception: _unexpected,
+        },
+    )
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    del request
+    assert isinstance(error, ApiError)
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    what = f"{request.method} {request.url.path}"
+    messages = {404: f"there is nothing at {what:.200}", 405: f"{what:.200} is not allowed"}
+    shown = ApiError(error.status_code, messages.get(error.status_code, error.detail))
+    return JSONResponse(shown.body(), status_code=error.status_code, headers=error.headers)
+
+
+async def _client_left(request: Request, error: Exception) -> Response:
+    del request, error
+    return Response(status_code=_CLIENT_LEFT)
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    """Answer with the error's class; its traceback goes to the log."""
+    del request
+    shown = ApiError(500, f"the server failed ({type(error).__name__}); its log says more")
+    return JSONResponse(shown.body(), status_code=500)
+
+
+class _Counted:
+    """Counts answers by path and status."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str]) -> None:
+        self._app, self._metrics, self._paths = app, metrics, paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = _CLIENT_LEFT
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception:
+            status = 500
+            raise
+        finally:
+            # Other paths would be as many labels as a client likes.
+            path = scope["path"] if scope["path"] in self._paths else "other"
+            self._metrics.requests.labels(path=path, status=str(status)).inc()
+            if status == _CLIENT_LEFT:
+                self._metrics.disconnects.inc()
+
+
+class _Guarded:
+    """Lets requests in that have the key."""
+
+    def __init__(self, app: ASGIApp, api_key: str) -> None:
+        self._app, self._expected = app, f"Bearer {api_key}".encode() if api_key else b""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._expected and scope["path"] not in _OPEN_PATHS:
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self._expected):
+                error = ApiError(
+                    401,
+                    "the API key is missing or wrong: send it as 'Authorization: Bearer …'",
+                    code="invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+                response = JSONResponse(error.body(), status_code=401, headers=error.headers)
+                await response(scope, receive, send)
+                return
+        await self._app(scope, receive, send)

@@ -1,0 +1,198 @@
+"""The one thread that owns the engine and its arrays; the event loop sends it orders.
+
+In: tickets (the choices of one request) to submit or to cancel. Out: what each step has brought,
+put into the ticket's own queue in the event loop. Nobody else touches the engine.
+
+A step that fails costs the requests that the engine says are lost; they get an error, and the
+thread runs on. It ends only when it is stopped, or by an error in its own code; every request then
+gets an error, and `failure` says why.
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from ivl_jax.decoding.capacity import RequestTooLargeError
+from ivl_jax.decoding.engine import Engine, Progress
+from ivl_jax.decoding.requests import EncodedPrompt
+from ivl_jax.serving.errors import ApiError, invalid
+from ivl_jax.serving.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+# Tokens between two looks of the host: a client that reads along sees a piece every few tokens.
+_TOKENS_A_PIECE = 4
+_TOKENS_A_LOOK = 16
+
+
+class ChoiceProgress(NamedTuple):
+    """What one choice of a request has got."""
+
+    choice: int
+    progress: Progress
+
+
+class Ticket:
+    """The choices of one request; made and read in the event loop.
+
+    Args:
+        prompts: one per choice.
+        streams: whether the client reads along.
+    """
+
+    def __init__(self, prompts: Sequence[EncodedPrompt], *, streams: bool) -> None:
+        self.prompts, self.streams = tuple(prompts), streams
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[ChoiceProgress | ApiError] = asyncio.Queue()
+
+    async def get(self) -> ChoiceProgress:
+        """Wait for the next event.
+
+        Raises:
+            ApiError: the request failed.
+        """
+        event = await self._events.get()
+        if isinstance(event, ApiError):
+            raise event
+        return event
+
+    def put(self, events: Sequence[ChoiceProgress | ApiError]) -> None:
+        """Deliver events; called from the engine's thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._put, events)
+        except RuntimeError:  # the event loop has ended, and every client with it
+            logger.debug("nobody is left to read %d events", len(events))
+
+    def _put(self, events: Sequence[ChoiceProgress | ApiError]) -> None:
+        for event in events:
+            self._events.put_nowait(event)
+
+
+class EngineThread:
+    """Runs an engine.
+
+    Args:
+        make_engine: called once, in the thread.
+        metrics: what it is counted in.
+
+    Attributes:
+        failure: Why the thread ended by itself; None while it runs.
+    """
+
+    def __init__(self, make_engine: Callable[[], Engine], metrics: Metrics) -> None:
+        self.failure: str | None = None
+        self._metrics = metrics
+        self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._engine = make_engine()
+        # Requests of the engine, by its id: whose choice each of them is.
+        self._owners: dict[int, tuple[Ticket, int]] = {}
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after the step that it is in; what still runs gets an error."""
+        self._orders.put(None)
+        self._thread.join()
+
+    def submit(self, ticket: Ticket) -> None:
+        """Queue the choices of a request."""
+        self._orders.put(lambda: self._submit(ticket))
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Forget a request; its rows are free before the next step."""
+        self._orders.put(lambda: self._cancel(ticket))
+
+    def _run(self) -> None:
+        try:
+            while self._take_orders():
+                self._step()
+            self._fail_all("the server is stopping")
+        except BaseException as error:
+            logger.exception("the engine's thread has ended")
+            self.failure = f"{type(error).__name__}: {error}"
+            self._fail_all(f"the engine has failed: {self.failure}")
+
+    def _take_orders(self) -> bool:
+        """Carry out what has been ordered; wait for an order where there is nothing to decode."""
+        try:
+            while True:
+                order = self._orders.get(block=self._engine.idle)
+                if order is None:
+                    return False
+                order()
+        except queue.Empty:
+            return True
+
+    def _submit(self, ticket: Ticket) -> None:
+        submitted = []
+        try:
+            for choice, prompt in enumerate(ticket.prompts):
+                request = self._engine.submit(prompt)
+                submitted.append(request)
+                self._owners[request] = (ticket, choice)
+        except Exception as error:
+            for request in submitted:
+                self._engine.cancel(request)
+                del self._owners[request]
+            if not isinstance(error, RequestTooLargeError):
+                logger.exception("a request could not be submitted")
+                ticket.put([ApiError(500, f"the request could not be submitted: {error}")])
+                return
+            ticket.put([invalid(str(error), code="context_length_exceeded")])
+        self._show_load()
+
+    def _cancel(self, ticket: Ticket) -> None:
+        for request, (owner, _) in list(self._owners.items()):
+            if owner is ticket:
+                self._engine.cancel(request)
+                del self._owners[request]
+        self._show_load()
+
+    def _step(self) -> None:
+        engine = self._engine
+        if engine.idle:
+            return
+        someone_reads = any(ticket.streams for ticket, _ in self._owners.values())
+        try:
+            progress = engine.step(max_tokens=_TOKENS_A_PIECE if someone_reads else _TOKENS_A_LOOK)
+        except Exception as error:
+            self._lose(engine.lost, error)
+            return
+        events: dict[Ticket, list[ChoiceProgress | ApiError]] = {}
+        for one in progress:
+            ticket, choice = self._owners[one.id]
+            events.setdefault(ticket, []).append(ChoiceProgress(choice, one))
+            self._metrics.generated_tokens.inc(len(one.token_ids))
+            if one.generation is not None:
+                del self._owners[one.id]
+        for ticket, news in events.items():
+            ticket.put(news)
+        self._show_load()
+        if engine.shape is not None:
+            self._metrics.occupancy.observe(engine.running / engine.shape.rows)
+
+    def _lose(self, lost: Sequence[int], error: Exception) -> None:
+        """Tell the owners of requests that a step has lost, and forget their other choices."""
+        logger.error("a step of the engine failed and lost %d choices", len(lost), exc_info=error)
+        self._metrics.failed_steps.inc()
+        message = f"decoding failed and this request was lost ({type(error).__name__}): try again"
+        for ticket in {self._owners[request][0] for request in lost if request in self._owners}:
+            ticket.put([ApiError(500, message, code="decoding_failed")])
+            self._cancel(ticket)
+
+    def _fail_all(self, message: str) -> None:
+        for ticket in {owner for owner, _ in self._owners.values()}:
+            ticket.put([ApiError(503, message)])
+        self._owners.clear()
+
+    def _show_load(self) -> None:
+        engine, metrics = self._engine, self._metrics
+        metrics.waiting.set(engine.waiting)
+        metrics.running.set(engine.running)
+        metrics.rows.set(0 if engine.shape is None else engine.shape.rows)

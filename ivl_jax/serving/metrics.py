@@ -1,0 +1,59 @@
+"""What Prometheus is told: requests, tokens, the queue, and how long clients wait.
+
+In: events of the front and of the engine's thread. Out: the text of `/metrics`. Every server has
+its own registry, so that several can live in one process.
+"""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
+
+
+class Metrics:
+    """The figures of one server; every method may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        named = {"registry": self._registry}
+        self.requests = Counter(
+            "ivl_requests",
+            "HTTP requests answered, by path and status.",
+            ["path", "status"],
+            **named,
+        )
+        self.disconnects = Counter(
+            "ivl_disconnects", "Requests whose client left before the answer was complete.", **named
+        )
+        self.prompt_tokens = Counter("ivl_prompt_tokens", "Tokens of prompts.", **named)
+        self.generated_tokens = Counter("ivl_generated_tokens", "Tokens generated.", **named)
+        self.failed_steps = Counter(
+            "ivl_failed_steps", "Steps of the engine that failed and lost their requests.", **named
+        )
+        self.waiting = Gauge("ivl_waiting", "Choices that wait for a row.", **named)
+        self.running = Gauge("ivl_running", "Choices that are being decoded.", **named)
+        self.rows = Gauge("ivl_rows", "Rows of the batch on device.", **named)
+        self.occupancy = Histogram(
+            "ivl_batch_occupancy",
+            "Share of the batch's rows that ran, one observation per step of the engine.",
+            buckets=[i / 8 for i in range(1, 9)],
+            **named,
+        )
+        self.first_token = Histogram(
+            "ivl_time_to_first_token_seconds",
+            "From the end of a request's body to its first token.",
+            buckets=_SECONDS,
+            **named,
+        )
+        self.per_token = Histogram(
+            "ivl_time_per_token_seconds",
+            "Seconds per token of a choice after its first one, one observation per choice.",
+            buckets=_TOKEN_SECONDS,
+            **named,
+        )
+
+    def text(self) -> bytes:
+        """All figures in Prometheus's text format."""
+        return generate_latest(self._registry)

@@ -1,0 +1,42 @@
+"""The page at `/`: a chat with the base alone and with value networks, side by side.
+
+In: the files beside this one. Out: routes. The page asks nobody but this server, and its headers
+let it run no other script.
+"""
+
+from importlib import resources
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+_FILES = {
+    "/": ("index.html", "text/html"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/page.css": ("page.css", "text/css"),
+}
+PATHS = tuple(_FILES)
+"""Its paths; they need no key, which the page itself asks for."""
+_HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "cache-control": "no-cache",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
+
+
+def page_routes() -> list[Route]:
+    """One route per file, which is read once."""
+    return [_route(path, *file) for path, file in _FILES.items()]
+
+
+def _route(path: str, name: str, kind: str) -> Route:
+    content = resources.files(__package__).joinpath(name).read_bytes()
+
+    async def show(request: Request) -> Response:
+        del request
+        return Response(content, media_type=kind, headers=_HEADERS)
+
+    return Route(path, show, methods=["GET"])

@@ -1,0 +1,222 @@
+"use strict";
+
+// A chat with the base alone and with value networks, side by side. The two columns are two
+// conversations with the same questions; a slider that moves answers the last question again.
+
+const byId = (id) => document.getElementById(id);
+const ALTERNATIVES = 5;
+const STRONGEST = 4; // a change of this many nats has the full colour
+
+let base = "";
+let values = [];
+let turns = [];
+let running = [];
+
+function make(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+function headers() {
+  const key = byId("api-key").value;
+  return { "content-type": "application/json", ...(key ? { authorization: `Bearer ${key}` } : {}) };
+}
+
+async function fail(response) {
+  let message = `status ${response.status}`;
+  try {
+    message = (await response.json()).error.message;
+  } catch { /* not one of the server's own answers */ }
+  throw new Error(message);
+}
+
+async function loadModels() {
+  const response = await fetch("v1/models", { headers: headers() });
+  if (!response.ok) await fail(response);
+  const models = (await response.json()).data;
+  base = models[0].id;
+  values = models
+    .filter((model) => model.id.startsWith(`${base}+`))
+    .map((model) => model.id.slice(base.length + 1));
+  byId("sliders").replaceChildren(...values.map((name, index) => {
+    const model = models.find((one) => one.id === `${base}+${name}`);
+    const strength = index === 0 ? model.strengths[name] ?? 1 : 0;
+    const input = make("input", {
+      type: "range", id: `strength-${name}`, min: -2, max: 2, step: 0.1, value: strength,
+    });
+    const shown = make("output", { for: input.id }, input.value);
+    input.addEventListener("input", () => { shown.value = Number(input.value).toFixed(1); });
+    input.addEventListener("change", answerAgain);
+    return make("div", { class: "slider" }, make("label", { for: input.id }, name), input, shown);
+  }));
+  byId("status").textContent = values.length
+    ? `${base}, and with ${values.join(", ")}`
+    : `${base}; no value network is loaded`;
+}
+
+function strengths() {
+  return Object.fromEntries(values.map((name) => [name, Number(byId(`strength-${name}`).value)]));
+}
+
+function columns() {
+  const alone = { title: `${base} alone`, model: base, strengths: {} };
+  if (!values.length) return [alone];
+  const all = strengths();
+  const shown = values.map((name) => `${name} ${all[name]}`).join(", ");
+  return [alone, { title: `with ${shown}`, model: `${base}+${values[0]}`, strengths: all }];
+}
+
+function showToken(span) {
+  for (const old of document.querySelectorAll(".token.chosen")) old.classList.remove("chosen");
+  span.classList.add("chosen");
+  const { token, logprob, base_logprob: alone, top_logprobs: top } = span.data;
+  const percent = (value) => `${(100 * Math.exp(value)).toFixed(2)} %`;
+  const rows = top.map((one) => make("tr", {},
+    make("td", {}, make("code", {}, JSON.stringify(one.token))), make("td", {}, percent(one.logprob))));
+  byId("token").replaceChildren(
+    make("p", {}, make("code", {}, JSON.stringify(token)),
+      `: ${percent(logprob)}, under the base alone ${percent(alone)}`),
+    make("table", {}, make("thead", {}, make("tr", {},
+      make("th", { scope: "col" }, "likeliest here"), make("th", { scope: "col" }, "probability"))),
+    make("tbody", {}, ...rows)));
+}
+
+function tokenSpan(data, text) {
+  const span = make("span", { class: "token" }, text);
+  span.data = data;
+  const change = data.logprob - data.base_logprob;
+  const strength = Math.min(1, Math.abs(change) / STRONGEST) * 0.6;
+  if (strength > 0.02) {
+    span.style.backgroundColor = `rgba(var(--${change > 0 ? "more" : "less"}), ${strength})`;
+  }
+  span.addEventListener("mouseenter", () => showToken(span));
+  span.addEventListener("click", () => showToken(span));
+  return span;
+}
+
+function moveWithArrows(event) {
+  const spans = [...event.currentTarget.querySelectorAll(".token")];
+  const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+  if (!step || !spans.length) return;
+  event.preventDefault();
+  const now = spans.findIndex((span) => span.classList.contains("chosen"));
+  const next = now < 0 ? (step > 0 ? 0 : spans.length - 1) : now + step;
+  showToken(spans[Math.max(0, Math.min(spans.length - 1, next))]);
+}
+
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let held = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    held += value;
+    const parts = held.split("\n\n");
+    held = parts.pop();
+    for (const part of parts) {
+      const data = part.slice("data: ".length);
+      if (data === "[DONE]") return;
+      const event = JSON.parse(data);
+      if (event.error) throw new Error(event.error.message);
+      yield event;
+    }
+  }
+}
+
+async function answer(turn, index, column) {
+  const cell = turn.cells[index];
+  cell.stopped?.abort();
+  const stopped = cell.stopped = new AbortController();
+  running.push(stopped);
+  cell.title.textContent = column.title;
+  cell.text.replaceChildren();
+  cell.text.setAttribute("aria-busy", "true");
+  cell.content = "";
+  const before = turns.slice(0, turns.indexOf(turn));
+  const messages = [
+    ...before.flatMap((one) => [
+      { role: "user", content: one.question },
+      { role: "assistant", content: one.cells[index].content.trim() },
+    ]),
+    { role: "user", content: turn.question },
+  ];
+  const body = {
+    model: column.model, strengths: column.strengths, messages, stream: true, logprobs: true,
+    top_logprobs: ALTERNATIVES, temperature: Number(byId("temperature").value),
+    max_tokens: Number(byId("max-tokens").value), seed: 0,
+  };
+  const decoder = new TextDecoder();
+  try {
+    const response = await fetch("v1/chat/completions", {
+      method: "POST", headers: headers(), body: JSON.stringify(body), signal: stopped.signal,
+    });
+    if (!response.ok) await fail(response);
+    for await (const event of events(response)) {
+      const choice = event.choices[0];
+      cell.content += choice?.delta.content ?? "";
+      for (const token of choice?.logprobs?.content ?? []) {
+        const text = decoder.decode(new Uint8Array(token.bytes), { stream: true });
+        cell.text.append(tokenSpan(token, text));
+      }
+    }
+  } catch (error) {
+    if (error.name !== "AbortError") cell.text.append(make("p", { class: "error" }, error.message));
+  }
+  if (cell.stopped === stopped) cell.text.setAttribute("aria-busy", "false");
+  running = running.filter((one) => one !== stopped);
+}
+
+function answerAgain() {
+  const turn = turns.at(-1);
+  if (turn && turn.cells.length > 1) answer(turn, 1, columns()[1]);
+}
+
+function ask(question) {
+  const shown = columns();
+  const cells = shown.map((column) => {
+    const title = make("h3", {}, column.title);
+    const text = make("div", { class: "text", tabindex: 0, role: "group", "aria-label": "answer" });
+    text.addEventListener("keydown", moveWithArrows);
+    return { title, text, content: "" };
+  });
+  const turn = { question, cells };
+  turns.push(turn);
+  byId("turns").append(make("li", {},
+    make("p", { class: "question" }, question),
+    make("div", { class: "answers" },
+      ...cells.map((cell) => make("div", { class: "answer" }, cell.title, cell.text)))));
+  shown.forEach((column, index) => answer(turn, index, column));
+}
+
+function stopAll() {
+  for (const one of running) one.abort();
+}
+
+byId("ask").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const question = byId("question").value.trim();
+  if (!question || !base) return;
+  byId("question").value = "";
+  ask(question);
+});
+byId("question").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    event.preventDefault();
+    byId("ask").requestSubmit();
+  }
+});
+byId("stop").addEventListener("click", stopAll);
+byId("reset").addEventListener("click", () => {
+  stopAll();
+  turns = [];
+  byId("turns").replaceChildren();
+  byId("token").replaceChildren();
+});
+
+function start() {
+  loadModels().catch((error) => { byId("status").textContent = error.message; });
+}
+byId("api-key").addEventListener("change", start);
+start();

@@ -1,0 +1,159 @@
+"""What ivl-serve does once its flags are read: check, load, listen, drain.
+
+In: a `ServeConfig`. Out: a running server. The port is taken and the models are checked against
+each other before any weight is read.
+"""
+
+import errno
+import logging
+import os
+import socket
+import time
+from dataclasses import dataclass
+
+import uvicorn
+from starlette.applications import Starlette
+
+from ivl_jax.compilation_cache import describe_compiling, use_compilation_cache
+from ivl_jax.composed.compatibility import check_sources
+from ivl_jax.composed.sources import load_schemes, read_language_model, read_values
+from ivl_jax.config import ConfigError, ServeConfig, check_serve_config
+from ivl_jax.decoding.capacity import EngineLimits
+from ivl_jax.decoding.loading import decoding_mesh, load_composed
+from ivl_jax.decoding.prompts import make_prompt_reader
+from ivl_jax.serving.app import Service, make_app
+from ivl_jax.serving.catalogue import Catalogue
+from ivl_jax.serving.engine_thread import EngineThread
+from ivl_jax.serving.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+_API_KEY = "IVL_API_KEY"
+_BACKLOG = 256
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A server that is ready to run.
+
+    Attributes:
+        config: The flags.
+        app: The application.
+        service: What its paths do.
+        listening: The socket, which is bound.
+    """
+
+    config: ServeConfig
+    app: Starlette
+    service: Service
+    listening: socket.socket
+
+
+def prepare(config: ServeConfig) -> Prepared:
+    """Check flags and files, take the port, then load the models.
+
+    Args:
+        config: the flags.
+
+    Raises:
+        ConfigError: flags that do not fit, or a port that is taken.
+        FileNotFoundError: no such base model or value folder.
+        ValueError: models that do not fit each other, or weights.
+    """
+    named = check_serve_config(config)
+    api_key = config.api_key or os.environ.get(_API_KEY, "")
+    listening = listen(config.host, config.port)
+    try:
+        use_compilation_cache(config.runtime.compilation_cache)
+        flags = named.model
+        mesh = decoding_mesh(flags.mesh)
+        base = read_language_model(flags.base, role="the base")
+        networks = read_values(flags.value, flags.map, schemes=load_schemes(flags.connection))
+        path = flags.draft_model
+        draft = read_language_model(path, role="the draft") if path else None
+        sources = check_sources(base, networks, draft=draft, ngrams=flags.drafts_ngrams)
+        _ = make_prompt_reader(sources).chat_format  # a template that cannot be used
+        model = load_composed(sources, flags, mesh=mesh)
+        catalogue = Catalogue(
+            model,
+            sources,
+            base=named.base,
+            values=named.values,
+            longest=config.max_request_tokens,
+        )
+        metrics = Metrics()
+        engine = EngineThread(lambda: catalogue.engine(engine_limits(config)), metrics)
+        service = Service(config, catalogue, engine, metrics, started=int(time.time()))
+        return Prepared(config, make_app(service, api_key=api_key), service, listening)
+    except BaseException:
+        listening.close()
+        raise
+
+
+def engine_limits(config: ServeConfig) -> EngineLimits:
+    """The engine's limits under these flags."""
+    return EngineLimits(
+        max_rows=config.max_rows,
+        max_capacity=config.max_request_tokens or None,
+        max_cache_bytes=config.max_cache_mib << 20 or None,
+    )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Take a port.
+
+    Args:
+        host: the address.
+        port: its port; 0: any free one.
+
+    Returns:
+        A socket that listens.
+
+    Raises:
+        ConfigError: it is taken, or cannot be used.
+    """
+    kind = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(kind, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen(_BACKLOG)
+    except OSError as error:
+        listening.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"--port {port} of {host} is taken by another program: stop it, or name another "
+                "port (0: any free one)"
+            ) from error
+        raise ConfigError(f"cannot listen on --host {host} --port {port}: {error}") from error
+    return listening
+
+
+def serve(prepared: Prepared) -> None:
+    """Answer requests until SIGTERM or Ctrl-C; running ones may then finish.
+
+    Args:
+        prepared: of `prepare`.
+    """
+    host, port = prepared.listening.getsockname()[:2]
+    address = f"[{host}]" if ":" in host else host
+    logger.info(describe_compiling())
+    logger.info("listening on http://%s:%d", address, port)
+    make_server(prepared).run(sockets=[prepared.listening])
+
+
+def make_server(prepared: Prepared) -> uvicorn.Server:
+    """Make what answers on the socket.
+
+    Args:
+        prepared: of `prepare`.
+    """
+    config = uvicorn.Config(
+        prepared.app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        timeout_graceful_shutdown=max(1, round(prepared.config.drain_seconds)),
+    )
+    return uvicorn.Server(config)

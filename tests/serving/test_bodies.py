@@ -1,0 +1,94 @@
+"""Whatever JSON a client sends is either understood or refused with a sentence."""
+
+import pytest
+
+pytest.importorskip("prometheus_client", reason="the extra `serve` is not installed")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ivl_jax.config import GenerationOptions, ServeConfig
+from ivl_jax.serving.bodies import Asked, read_chat, read_completion
+from ivl_jax.serving.errors import ApiError
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+_FIELDS = [
+    "model",
+    "messages",
+    "prompt",
+    "strengths",
+    "n",
+    "stream",
+    "stream_options",
+    "stop",
+    "max_tokens",
+    "seed",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "logprobs",
+    "top_logprobs",
+    "max_completion_tokens",
+    "logit_bias",
+    "tools",
+    "response_format",
+    "user",
+]
+_FITTING = st.fixed_dictionaries(
+    {"model": st.just("m"), "messages": st.just([{"role": "user", "content": "Hi"}])},
+    optional={
+        "strengths": st.dictionaries(st.text(max_size=3), st.integers() | st.floats(), max_size=2),
+        "temperature": st.integers() | st.floats(),
+        "top_p": st.floats(0, 1),
+        "n": st.integers(-1, 9),
+        "max_tokens": st.integers(-1, 2**40),
+        "seed": st.integers(),
+        "stop": st.text(max_size=2) | st.lists(st.text(max_size=2), max_size=2),
+        "logprobs": st.booleans(),
+        "top_logprobs": st.integers(-1, 30),
+    },
+)
+_BODIES = _JSON | st.dictionaries(st.sampled_from(_FIELDS), _JSON, max_size=6) | _FITTING
+
+
+def _read(read, body):
+    """What a reader says: an `Asked`, or the refusal."""
+    try:
+        return read(body, ServeConfig())
+    except ApiError as error:
+        return error
+
+
+@settings(max_examples=400, deadline=None)
+@given(_BODIES)
+def test_any_body_is_read_or_refused_with_a_sentence(body):
+    for read in (read_chat, read_completion):
+        found = _read(read, body)
+        if isinstance(found, Asked):
+            assert found.choices * len(found.prompts) <= ServeConfig().max_choices
+        else:
+            assert found.status == 400
+            assert 10 < len(found.message) < 400
+            assert set(found.body()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_body_that_says_little_gets_openais_defaults():
+    body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
+    asked = read_chat(body, ServeConfig())
+    seed = asked.options.seed
+    assert asked.options == GenerationOptions(max_new_tokens=256, temperature=1.0, seed=seed)
+    assert (asked.choices, asked.stream, asked.strengths) == (1, False, {})
+    assert read_chat(body, ServeConfig()).options.seed != seed
+    parts = [{"type": "text", "text": "Hi "}, {"type": "text", "text": "there"}]
+    message = {"role": "developer", "content": parts, "name": "me"}
+    body = {"model": "m", "messages": [message, message], "tools": None, "seed": 3, "n": None}
+    asked = read_chat(body, ServeConfig())
+    assert asked.prompts == [[("system", "Hi there"), ("system", "Hi there")]]
+    assert asked.options.seed == 3

@@ -1,0 +1,80 @@
+"""The real `openai` package as the client: whole answers, streams, errors, many at once."""
+
+import asyncio
+
+import pytest
+
+pytest.importorskip("starlette", reason="the extra `serve` is not installed")
+openai = pytest.importorskip("openai", reason="the extra `clients` is not installed")
+
+GREEDY = {"temperature": 0, "max_tokens": 16}
+USER = [{"role": "user", "content": "Once upon a time"}]
+
+
+def connect(client, kind=openai.OpenAI):
+    return kind(base_url=f"http://127.0.0.1:{client.port}/v1", api_key="any", max_retries=0)
+
+
+def test_whole_answers_and_streams_of_chats_and_texts_agree(client):
+    with connect(client) as api:
+        assert "stories+mine" in [model.id for model in api.models.list()]
+        whole = api.chat.completions.create(model="mine", messages=USER, **GREEDY)
+        usage = {"include_usage": True}
+        chunks = list(
+            api.chat.completions.create(
+                model="mine", messages=USER, stream=True, stream_options=usage, **GREEDY
+            )
+        )
+        pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+        assert "".join(pieces) == whole.choices[0].message.content
+        assert chunks[-1].usage == whole.usage
+        assert whole.choices[0].finish_reason == "length"
+        text = api.completions.create(model="mine", prompt="Lily said", logprobs=1, **GREEDY)
+        assert len(text.choices[0].logprobs.tokens) == 16
+        stream = api.completions.create(model="mine", prompt="Lily said", stream=True, **GREEDY)
+        assert "".join(one.choices[0].text for one in stream) == text.choices[0].text
+
+
+def test_a_strength_per_request_changes_the_text_and_zero_is_the_base(client):
+    def text(model, **strengths):
+        answer = api.chat.completions.create(
+            model=model, messages=USER, extra_body={"strengths": strengths}, **GREEDY
+        )
+        return answer.choices[0].message.content
+
+    with connect(client) as api:
+        assert text("stories", mine=0.3) == text("mine")
+        assert text("mine", mine=0) == text("stories")
+        assert len({text("mine"), text("mine", mine=1.0), text("mine", mine=-1.0)}) == 3
+
+
+def test_errors_are_the_packages_own_classes(client):
+    with connect(client) as api:
+        with pytest.raises(openai.NotFoundError, match="'nobody' does not exist") as missing:
+            api.chat.completions.create(model="nobody", messages=USER)
+        assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
+        with pytest.raises(openai.BadRequestError, match="logit_bias is not supported"):
+            api.completions.create(model="mine", prompt="A", logit_bias={"5": 1})
+
+
+def test_many_clients_at_once_get_what_each_gets_alone(client):
+    asked = [
+        {"model": model, "messages": [{"role": "user", "content": text}], **GREEDY}
+        for text in ("Once", "The big dog", "Lily said")
+        for model in ("stories", "mine", "other")
+    ]
+
+    async def ask(api, one):
+        if one["model"] == "mine":
+            stream = await api.chat.completions.create(**one, stream=True)
+            return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+        return (await api.chat.completions.create(**one)).choices[0].message.content
+
+    async def ask_all():
+        async with connect(client, openai.AsyncOpenAI) as api:
+            together = await asyncio.gather(*[ask(api, one) for one in asked])
+            return together, [await ask(api, one) for one in asked]
+
+    together, in_turn = asyncio.run(ask_all())
+    assert together == in_turn
+    assert len(set(together)) > 3

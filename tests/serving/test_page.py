@@ -1,0 +1,104 @@
+"""The page at / in a real browser: send, stream, move the slider, see the text change."""
+
+import http.client
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("starlette", reason="the extra `serve` is not installed")
+
+_CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
+
+
+def test_the_page_asks_nobody_else_and_runs_no_other_script(client):
+    for path, kind in [
+        ("/", "text/html"),
+        ("/page.js", "text/javascript"),
+        ("/page.css", "text/css"),
+    ]:
+        connection = http.client.HTTPConnection("127.0.0.1", client.port)
+        connection.request("GET", path)
+        response = connection.getresponse()
+        text = response.read().decode()
+        connection.close()
+        assert response.status == 200
+        assert response.headers["content-type"].startswith(kind)
+        assert "script-src 'self'" in response.headers["content-security-policy"]
+        assert "://" not in text
+        assert "innerHTML" not in text
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="the extra `browser` is not installed"
+    )
+    if not Path(_CHROMIUM).exists():
+        pytest.skip("Debian's package chromium is not installed")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=_CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def ask(page, question):
+    page.fill("#question", question)
+    page.press("#question", "Enter")
+    settled(page)
+
+
+def settled(page):
+    """Wait until no answer is being written."""
+    page.locator(".text").first.wait_for()
+    page.locator(".text[aria-busy=true]").first.wait_for(state="detached")
+
+
+def answers(page):
+    return [text.inner_text() for text in page.locator(".text").all()]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_two_answers_stream_and_the_slider_changes_one_of_them(client, browser, scheme):
+    sizes = {"light": {"width": 1100, "height": 900}, "dark": {"width": 390, "height": 844}}
+    page = browser.new_page(color_scheme=scheme, viewport=sizes[scheme])
+    page.set_default_timeout(120_000)  # the first answer compiles
+    problems = []
+    page.on("console", lambda message: message.type == "error" and problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto(f"http://127.0.0.1:{client.port}/")
+    page.wait_for_selector("#strength-mine")
+    page.locator("summary").click()
+    page.fill("#max-tokens", "16")
+    ask(page, "Once upon a time")
+    alone, with_value = answers(page)
+    _, whole = client.chat("stories", temperature=0, max_tokens=16)
+    assert alone.strip() == whole["choices"][0]["message"]["content"].strip()
+    strengths = {"mine": 0.3, "other": 0}
+    _, whole = client.chat("stories+mine", temperature=0, max_tokens=16, strengths=strengths)
+    assert with_value.strip() == whole["choices"][0]["message"]["content"].strip()
+    assert with_value != alone
+    # Only the value's column has colours: under the base alone nothing has changed.
+    colours = "cell => cell.querySelectorAll('[style]').length"
+    cells = page.locator(".text").all()
+    assert cells[0].evaluate(colours) == 0
+    assert cells[1].evaluate(colours) > 0
+    # The slider from the keyboard: to the left end, a strength of −2.
+    page.locator("#strength-mine").press("Home")
+    page.locator("h3", has_text="mine -2").wait_for()
+    settled(page)
+    assert answers(page)[0] == alone
+    assert answers(page)[1] != with_value
+    cells[1].press("ArrowRight")
+    assert "under the base alone" in page.locator("#token").inner_text()
+    assert page.locator("#token tbody tr").count() == 5
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    if folder := os.environ.get("IVL_SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/{scheme}.png", full_page=True)
+    ask(page, "And then?")
+    assert len(answers(page)) == 4
+    page.click("#reset")
+    assert answers(page) == []
+    assert problems == []
+    page.close()
