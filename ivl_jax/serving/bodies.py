@@ -114,7 +114,7 @@ def _read_rest(
     stop = fields.take("stop", _is_stop, "a text, or a list of texts", [])
     shorter = fields.take("max_tokens", _is_count, "an integer ≥ 1", None)
     seed = fields.take("seed", _is_integer, "an integer in [0, 2³²)", None)
-    numbers = {
+    numbers: dict[str, Any] = {
         "temperature": _float(fields.take("temperature", _is_number, "a number ≥ 0", 1.0)),
         "top_p": _float(fields.take("top_p", _is_number, "a number in (0, 1]", 1.0)),
         "min_p": _float(fields.take("min_p", _is_number, "a number in [0, 1)", 0.0)),

@@ -17,41 +17,50 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        named = {"registry": self._registry}
         self.requests = Counter(
             "ivl_requests",
             "HTTP requests answered, by path and status.",
             ["path", "status"],
-            **named,
+            registry=self._registry,
         )
         self.disconnects = Counter(
-            "ivl_disconnects", "Requests whose client left before the answer was complete.", **named
+            "ivl_disconnects",
+            "Requests whose client left before the answer was complete.",
+            registry=self._registry,
         )
-        self.prompt_tokens = Counter("ivl_prompt_tokens", "Tokens of prompts.", **named)
-        self.generated_tokens = Counter("ivl_generated_tokens", "Tokens generated.", **named)
+        self.prompt_tokens = Counter(
+            "ivl_prompt_tokens", "Tokens of prompts.", registry=self._registry
+        )
+        self.generated_tokens = Counter(
+            "ivl_generated_tokens", "Tokens generated.", registry=self._registry
+        )
         self.failed_steps = Counter(
-            "ivl_failed_steps", "Steps of the engine that failed and lost their requests.", **named
+            "ivl_failed_steps",
+            "Steps of the engine that failed and lost their requests.",
+            registry=self._registry,
         )
-        self.waiting = Gauge("ivl_waiting", "Choices that wait for a row.", **named)
-        self.running = Gauge("ivl_running", "Choices that are being decoded.", **named)
-        self.rows = Gauge("ivl_rows", "Rows of the batch on device.", **named)
+        self.waiting = Gauge("ivl_waiting", "Choices that wait for a row.", registry=self._registry)
+        self.running = Gauge(
+            "ivl_running", "Choices that are being decoded.", registry=self._registry
+        )
+        self.rows = Gauge("ivl_rows", "Rows of the batch on device.", registry=self._registry)
         self.occupancy = Histogram(
             "ivl_batch_occupancy",
             "Share of the batch's rows that ran, one observation per step of the engine.",
             buckets=[i / 8 for i in range(1, 9)],
-            **named,
+            registry=self._registry,
         )
         self.first_token = Histogram(
             "ivl_time_to_first_token_seconds",
             "From the end of a request's body to its first token.",
             buckets=_SECONDS,
-            **named,
+            registry=self._registry,
         )
         self.per_token = Histogram(
             "ivl_time_per_token_seconds",
             "Seconds per token of a choice after its first one, one observation per choice.",
             buckets=_TOKEN_SECONDS,
-            **named,
+            registry=self._registry,
         )
 
     def text(self) -> bytes:

@@ -33,7 +33,7 @@ def page_routes() -> list[Route]:
 
 
 def _route(path: str, name: str, kind: str) -> Route:
-    content = resources.files(__package__).joinpath(name).read_bytes()
+    content = resources.files("ivl_jax.serving.page").joinpath(name).read_bytes()
 
     async def show(request: Request) -> Response:
         del request

@@ -71,7 +71,7 @@ def test_a_bfloat16_base_composes_with_a_float32_value_in_float32():
     read = jax.jit(read_tokens, static_argnums=0)
     positions = jnp.asarray([[4], [8]], jnp.int32)
     tokens = jnp.take_along_axis(state.tokens, positions, axis=1)
-    logits, _ = read(
+    logits, _, _ = read(
         composition, params, state, tokens, positions=positions, wanted=jnp.zeros_like(tokens)
     )
     assert logits.dtype == jnp.float32
@@ -213,7 +213,7 @@ def test_reading_several_tokens_at_once_gives_their_plain_logits():
     tokens = jnp.take_along_axis(jnp.asarray(texts, jnp.int32), positions, axis=1)
     wanted = jnp.tile(jnp.arange(5, dtype=jnp.int32)[None], (2, 1))
     read = jax.jit(read_tokens, static_argnums=0)
-    logits, _ = read(composition, params, state, tokens, positions=positions, wanted=wanted)
+    logits, _, _ = read(composition, params, state, tokens, positions=positions, wanted=wanted)
     for row, start in enumerate(starts):
         plain = plain_logits(composition, params, texts[row][: start + 5], (1.0,))[start:]
         np.testing.assert_allclose(logits[row, :, :VOCAB], plain[:, :VOCAB], atol=2e-4)
