@@ -232,9 +232,7 @@ def _own_text(model: ComposedModel, row: Row, index: int) -> RetokenizedText:
     """A row up to the first scored position, as a network with its own vocabulary reads it."""
     if row.prompt is not None:
         text = row.prompt.own_texts[index]
-        assert isinstance(text, RetokenizedText), (
-            "an evaluation's prompts are read by every network"
-        )
+        assert isinstance(text, RetokenizedText), "every network reads these"
         return text
     own = [own for own in model.own_vocabularies if own][index]
     return own.retokenizer.begin(row.token_ids[:1])
