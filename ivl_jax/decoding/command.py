@@ -5,6 +5,7 @@ In: an `InferConfig`. Out: text on standard output, or lines of a JSONL file.
 
 import dataclasses
 import hashlib
+import io
 import logging
 import sys
 import time
@@ -23,13 +24,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ivl_jax.command_line.guard import StoppedBySignal
 from ivl_jax.compilation_cache import describe_compiling, use_compilation_cache
-from ivl_jax.composed.compatibility import ComposedSources, check_sources
-from ivl_jax.composed.sources import load_schemes, read_language_model, read_values
+from ivl_jax.composed.compatibility import ComposedSources
 from ivl_jax.config import ConfigError, InferConfig, check_infer_config, config_to_mapping
 from ivl_jax.data.formats import Message
 from ivl_jax.decoding.generation import Generation, GenerationError
 from ivl_jax.decoding.given_prompts import Prompt
-from ivl_jax.decoding.loading import decoding_mesh, load_composed
+from ivl_jax.decoding.loading import decoding_mesh, load_composed, read_sources
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.decoding.prompt_files import (
     GenerationFile,
@@ -101,10 +101,7 @@ def prepare(config: InferConfig) -> Work | None:
         join_processes()
     use_compilation_cache(config.runtime.compilation_cache)
     mesh = decoding_mesh(flags.mesh)
-    base = read_language_model(flags.base, role="the base")
-    networks = read_values(flags.value, flags.map, schemes=load_schemes(flags.connection))
-    draft = read_language_model(flags.draft_model, role="the draft") if flags.draft_model else None
-    sources = check_sources(base, networks, draft=draft, ngrams=flags.drafts_ngrams)
+    sources = read_sources(flags)
     prompts = _encode(config, rows, make_prompt_reader(sources))
     if config.output is None:
         return Work(config, load_composed(sources, flags, mesh=mesh), prompts, None)
@@ -288,6 +285,8 @@ def _read_message(*, interactive: bool) -> str | None:
 def _talk(work: Work, profile: StepProfile) -> None:
     """Talk until the end of input, a line per message; Ctrl-C stops an answer."""
     interactive = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):  # whose errors depend on the locale
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
     if interactive:
         sys.stdout.write("/reset starts a new conversation, /exit (or Ctrl-D) ends it\n")
     messages: list[Message] = []

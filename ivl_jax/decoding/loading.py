@@ -14,9 +14,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ivl_jax.checkpoint import ValueNetwork
-from ivl_jax.composed.compatibility import ComposedSources
+from ivl_jax.composed.compatibility import ComposedSources, check_sources
 from ivl_jax.composed.kernel_form import lay_out_network, loading_form
-from ivl_jax.composed.sources import ModelSource
+from ivl_jax.composed.sources import (
+    ModelSource,
+    load_schemes,
+    read_language_model,
+    read_values,
+)
 from ivl_jax.config import ComposedModelConfig, MeshConfig
 from ivl_jax.decoding.compose import compose_loaded
 from ivl_jax.decoding.model import ComposedModel
@@ -24,6 +29,27 @@ from ivl_jax.sharding import LAYOUTS, ShardingRules, make_mesh
 from ivl_jax.weights.language_model import LanguageModel
 
 logger = logging.getLogger(__name__)
+
+
+def read_sources(config: ComposedModelConfig) -> ComposedSources:
+    """Read and check the models that flags name, and whether they fit, without reading a weight.
+
+    Args:
+        config: names folders, maps, connection schemes and the draft.
+
+    Returns:
+        The checked models.
+
+    Raises:
+        FileNotFoundError: no such base model, value folder or draft.
+        ValueError: a value folder or a map has an unknown format version or does not fit the base;
+            if a map is needed, the message gives the command that builds it.
+    """
+    base = read_language_model(config.base, role="the base")
+    values = read_values(config.value, config.map, schemes=load_schemes(config.connection))
+    path = config.draft_model
+    draft = read_language_model(path, role="the draft") if path else None
+    return check_sources(base, values, draft=draft, ngrams=config.drafts_ngrams)
 
 
 def decoding_mesh(config: MeshConfig) -> Mesh | None:

@@ -12,11 +12,10 @@ from etils import epath
 from jax.sharding import Mesh
 
 from ivl_jax.compilation_cache import use_compilation_cache
-from ivl_jax.composed.compatibility import ComposedSources, check_sources
-from ivl_jax.composed.sources import load_schemes, read_language_model, read_values
+from ivl_jax.composed.compatibility import ComposedSources
 from ivl_jax.config import model_problems
 from ivl_jax.data.chat import ChatFormat, make_chat_format
-from ivl_jax.decoding.loading import decoding_mesh, load_composed
+from ivl_jax.decoding.loading import decoding_mesh, load_composed, read_sources
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.decoding.prompt_files import folder_fingerprint
 from ivl_jax.decoding.prompts import PromptReader, make_prompt_reader
@@ -90,12 +89,7 @@ def find_sources(flags: ModelFlags) -> ModelSources:
     require(model_problems(composed))
     use_compilation_cache(flags.runtime.compilation_cache)
     mesh = decoding_mesh(composed.mesh)
-    base = read_language_model(composed.base, role="the base")
-    path = composed.draft_model
-    draft = read_language_model(path, role="the draft") if path else None
-    schemes = load_schemes(composed.connection)
-    values = read_values(composed.value, composed.map, schemes=schemes)
-    models = check_sources(base, values, draft=draft, ngrams=composed.drafts_ngrams)
+    models = read_sources(composed)
     return ModelSources(flags, models, make_prompt_reader(models), mesh)
 
 

@@ -222,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _PROGRAM,
         _run,
         arguments,
-        when_stopped="stopped; an earlier result is untouched, the next demo begins anew",
+        when_stopped="stopped; an earlier result is untouched, the next demo starts from scratch",
     )
 
 

@@ -15,11 +15,9 @@ import uvicorn
 from starlette.applications import Starlette
 
 from ivl_jax.compilation_cache import describe_compiling, use_compilation_cache
-from ivl_jax.composed.compatibility import check_sources
-from ivl_jax.composed.sources import load_schemes, read_language_model, read_values
 from ivl_jax.config import ConfigError, ServeConfig, check_serve_config
 from ivl_jax.decoding.capacity import EngineLimits
-from ivl_jax.decoding.loading import decoding_mesh, load_composed
+from ivl_jax.decoding.loading import decoding_mesh, load_composed, read_sources
 from ivl_jax.decoding.prompts import make_prompt_reader
 from ivl_jax.serving.app import Service, make_app
 from ivl_jax.serving.catalogue import Catalogue
@@ -67,11 +65,7 @@ def prepare(config: ServeConfig) -> Prepared:
         use_compilation_cache(config.runtime.compilation_cache)
         flags = named.model
         mesh = decoding_mesh(flags.mesh)
-        base = read_language_model(flags.base, role="the base")
-        networks = read_values(flags.value, flags.map, schemes=load_schemes(flags.connection))
-        path = flags.draft_model
-        draft = read_language_model(path, role="the draft") if path else None
-        sources = check_sources(base, networks, draft=draft, ngrams=flags.drafts_ngrams)
+        sources = read_sources(flags)
         _ = make_prompt_reader(sources).chat_format  # a template that cannot be used
         model = load_composed(sources, flags, mesh=mesh)
         catalogue = Catalogue(

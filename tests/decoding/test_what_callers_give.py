@@ -60,7 +60,11 @@ def test_one_prompt_is_told_from_several(given, one, plain):
     [
         (None, "prompts: expected a text, token ids, or a dialogue .* got None"),
         (5, "prompts: expected a text, .* or a list of prompts, got 5 .int."),
-        (iter(["a", "b"]), "prompts: expected a text, .* or a list of prompts, got <list_iterator"),
+        pytest.param(
+            iter(["a", "b"]),
+            "prompts: expected a text, .* or a list of prompts, got <list_iterator",
+            id="iterator",
+        ),
         (b"text", "prompts: expected a text, .* got b'text' .bytes."),
         (HI, "prompts: expected a text, .* got {'role': 'user', 'content': 'Hi'} .dict."),
         (["a", 5], "prompt 1: expected a text, .* got 5"),
