@@ -55,11 +55,16 @@ class Loss:
     """α of each of its value networks."""
 
     def __post_init__(self) -> None:
-        """Check that a penalty is only used with value networks."""
+        """Check that the penalty has value logits, and a weight of its own."""
         if not self.has_base and self.penalty_kind != "none":
             raise ValueError(
                 f'penalty_kind = "{self.penalty_kind}" is a penalty on value logits, which do not '
                 'exist without a base model: use "none"'
+            )
+        if f"value_{self.penalty_kind}" in self.objective.scores:
+            raise ValueError(
+                f'penalty_kind = "{self.penalty_kind}": the objective {self.objective.name} weighs '
+                f'the score value_{self.penalty_kind} itself: use "none"'
             )
 
     @property

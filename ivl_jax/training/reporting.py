@@ -172,11 +172,11 @@ class Reporter:
 
 
 def _evaluation_text(figures: Mapping[str, float]) -> str:
-    if "accuracy" not in figures:  # another objective than cross-entropy
+    if not {"nll", "accuracy"} <= figures.keys():  # another objective than cross-entropy
         return " · ".join(
             f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items()
         )
-    if "base_nll" not in figures:
+    if not {"base_nll", "base_accuracy", "mean_abs_value"} <= figures.keys():
         return f"nll {figures['nll']:.4f} · accuracy {figures['accuracy']:.2%}"
     return (
         f"base nll {figures['base_nll']:.4f}, accuracy {figures['base_accuracy']:.2%} · "

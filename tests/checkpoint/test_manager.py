@@ -172,7 +172,9 @@ def test_a_failed_seal_is_raised_and_leaves_the_older_checkpoints(
         checkpointer.wait_until_finished()
         monkeypatch.setattr("ivl_jax.checkpoint.manager.write_manifest", disk_full)
         save(checkpointer, 1)
-        with pytest.raises(CheckpointSaveError, match=r"step 1 could .*No space left.* steps \[0\]"):
+        with pytest.raises(
+            CheckpointSaveError, match=r"step 1 could .*No space left.* steps \[0\]"
+        ):
             save(checkpointer, 2)
     monkeypatch.undo()
     restored = TrainCheckpointer(tmp_path, keep=1).restore(make_state(0))
@@ -192,7 +194,9 @@ def test_a_failed_write_is_raised_and_leaves_the_older_checkpoints(
         checkpointer.wait_until_finished()
         monkeypatch.setattr(ocp.JsonCheckpointHandler, "_save_fn", disk_full)
         assert save(checkpointer, 2), "the error comes from the background"
-        with pytest.raises(CheckpointSaveError, match=r"step 2 could .*No space left.* steps \[1\]"):
+        with pytest.raises(
+            CheckpointSaveError, match=r"step 2 could .*No space left.* steps \[1\]"
+        ):
             checkpointer.wait_until_finished()
     monkeypatch.undo()
     with TrainCheckpointer(tmp_path, keep=1) as checkpointer:

@@ -1,5 +1,6 @@
 """The loss: exact means over a global batch, no gradient where nothing counts, none to the base."""
 
+import dataclasses
 import functools
 import math
 
@@ -12,6 +13,7 @@ from ivl_jax.composed.token_scores import choose_chunk_length
 from ivl_jax.composition import SCHEMES, SchemeInputs, value_forward
 from ivl_jax.model.decoder import build_decoder, forward, zero_head
 from ivl_jax.training.loss import count_tokens, loss_sum
+from ivl_jax.training.objectives.sft import SFT
 from tests.jaxprs import multiplied_dtypes
 from tests.training.tiny import (
     VOCAB,
@@ -259,6 +261,14 @@ def test_a_penalty_without_a_base_is_an_error():
         make_loss(ARCH, alone=True, penalty_kind="l1")
     with pytest.raises(ValueError, match="base_params"):
         run(make_loss(ARCH), base=None)
+
+
+def test_a_penalty_does_not_replace_the_weight_that_an_objective_gives_to_the_same_score():
+    both = dataclasses.replace(SFT, name="shrink", scores=("log_prob", "value_l1"))
+    static = make_loss(ARCH, penalty_kind="l2")
+    assert dataclasses.replace(static, objective=both).objective is both
+    with pytest.raises(ValueError, match="the objective shrink weighs the score value_l1 itself"):
+        dataclasses.replace(static, objective=both, penalty_kind="l1")
 
 
 def test_chunks_are_even_and_within_the_budget():
