@@ -88,7 +88,7 @@ def choose_form(
     batch_axes: tuple[str, ...] = (),
     head_axis: str | None = None,
 ) -> AttentionForm:
-    """Choose a form, and log once which one and why.
+    """Choose a form, and log once which one and why (on a CPU only where it is configured).
 
     Args:
         wanted: `auto`, or the form to use.
@@ -130,7 +130,9 @@ def choose_form(
 
 @functools.cache
 def _say(name: str, why: str, device_kind: str) -> None:
-    logger.info("attention: the %s form on %s (%s)", name, device_kind, why)
+    usual = wanted == "auto" and device.platform == "cpu"
+    level = logging.DEBUG if usual else logging.INFO
+    logger.log(level, "attention: the %s form on %s (%s)", name, device_kind, why)
 
 
 def _no_splash(device: DeviceInfo) -> str | None:
