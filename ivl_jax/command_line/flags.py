@@ -53,7 +53,7 @@ def parse_flags(
     for flag in _list_flags(config_type):
         if given[flag] > 1:
             raise ConfigError(
-                f"{flag} is given {given[flag]} times; once, with all values: {flag} A B"
+                f"{flag} is given {given[flag]} times; give it once, with all values: {flag} A B"
             )
     return tyro.cli(
         config_type,

@@ -49,7 +49,8 @@ def find_tensors(folder: Path) -> dict[str, TensorRecord]:
             continue
         path = folder / shard
         if not path.is_file():
-            problems.append(f"{shard}: expected a file, got nothing")
+            by = "" if indexed is None else f" by {INDEX_FILE}"
+            problems.append(f"{shard}: expected a file{by}, got nothing")
             continue
         try:
             records = read_header(path)

@@ -78,7 +78,7 @@ def _mutate_lines(content: bytes, rng: random.Random) -> bytes:
             case _:
                 try:
                     lines[at] = _mutate_json(lines[at], rng)
-                except ValueError:  # altered before
+                except (ValueError, RecursionError):  # altered before
                     lines[at] = _mutate_bytes(lines[at], rng)
     return b"\n".join(lines) + rng.choice((b"\n", b"\n", b"", b"\r\n"))
 

@@ -105,7 +105,7 @@ def test_everything_wrong_with_shards_is_listed_at_once(write_folder: Callable) 
     assert f"y: expected in {A} by {INDEX}, got nothing" in message
     assert f"y: expected {A} by {INDEX}, got it in {B}" in message
     assert f"{c}: truncated" in message
-    assert f"{d}: expected a file, got nothing" in message
+    assert f"{d}: expected a file by model.safetensors.index.json, got nothing" in message
     assert str(folder) in message
     assert "ownload" in message
 

@@ -124,15 +124,14 @@ def choose_form(
     longest_plain = 0
     if wanted == "auto":
         longest_plain = SHORT_ROW if name == "blocked" else _SHORTEST_KERNEL_ROW - 1
-    _say(name, why, device.device_kind)
+    if wanted != "auto" or device.platform != "cpu":
+        _say(name, why, device.device_kind)
     return AttentionForm(name, longest_plain, mesh, batch_axes, head_axis)
 
 
 @functools.cache
 def _say(name: str, why: str, device_kind: str) -> None:
-    usual = wanted == "auto" and device.platform == "cpu"
-    level = logging.DEBUG if usual else logging.INFO
-    logger.log(level, "attention: the %s form on %s (%s)", name, device_kind, why)
+    logger.info("attention: the %s form on %s (%s)", name, device_kind, why)
 
 
 def _no_splash(device: DeviceInfo) -> str | None:
