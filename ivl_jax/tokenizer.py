@@ -134,7 +134,9 @@ def load_tokenizer(folder: epath.PathLike) -> PreTrainedTokenizerBase:
             str(folder), local_files_only=True, trust_remote_code=False
         )
         tokenizer("a b")  # a malformed option may show itself only here
-    except Exception as error:  # the tokenizers library raises bare ones
+    except BaseException as error:  # the tokenizers library raises bare ones, and Rust's panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ValueError(
             f"{folder}: its tokenizer files cannot be read ({type(error).__name__}: {error}); "
             "download tokenizer.json and tokenizer_config.json again"

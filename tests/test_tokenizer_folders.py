@@ -41,6 +41,17 @@ def test_a_broken_tokenizer_is_named_with_its_folder(folder):
         load_tokenizer(folder)
 
 
+def test_a_panic_of_the_tokenizers_library_is_an_error_that_names_the_folder(folder, monkeypatch):
+    kind = type("PanicException", (BaseException,), {})  # Rust's, raised for some altered merges
+
+    def panic(*_, **__):
+        raise kind("range end index 66 out of range")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", panic)
+    with pytest.raises(ValueError, match=f"{folder}: its tokenizer files.*range end index 66"):
+        load_tokenizer(folder)
+
+
 def test_an_id_beyond_any_vocabulary_is_refused_before_a_table_is_made(folder):
     path = folder / "tokenizer.json"
     record = json.loads(path.read_text())
