@@ -13,7 +13,7 @@ from ivl_jax.rewards import RewardError, Sample
 from ivl_jax.training import loop
 from ivl_jax.training.objectives.grpo import advantages, make_grpo
 from tests.training.conftest import make_tiny_config, tiny_pair  # noqa: F401
-from tests.training.runs import Crash, assert_same_run, at_step, crash, records
+from tests.training.runs import assert_same_run, crash_and_resume, records
 from tests.training.tiny import make_batch, on_device
 
 
@@ -90,11 +90,7 @@ def test_rewards_rise_and_a_stopped_run_resumes_to_the_bits_of_one_that_never_st
     groups = np.reshape([one["advantage"] for one in samples], (-1, 4))
     np.testing.assert_allclose(groups.sum(axis=1), 0, atol=1e-5)
     config = replace(config, run_dir=str(tmp_path / "stopped"))
-    with monkeypatch.context() as patch:
-        at_step(patch, 5, crash)
-        with pytest.raises(Crash):
-            run(config)
-    assert_same_run(run(replace(config, resume=True)), whole)
+    assert_same_run(crash_and_resume(monkeypatch, run, config), whole)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def read_rows(reference: str) -> Iterator[tuple[str, Any]]:
     try:
         rows = builder.as_data_source(split)
         count = len(rows)
-    except NotImplementedError as error:
+    except NotImplementedError as error:  # TFDS's, for formats without random access
         raise SourceError(
             f"{reference}: stored as {builder.info.file_format.value}, expected array_record: "
             f"{_PREPARE}"

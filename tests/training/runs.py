@@ -1,9 +1,11 @@
 """Runs that die at a chosen moment, and what two runs must have in common."""
 
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
+import pytest
 
 from ivl_jax.checkpoint import load_value
 from ivl_jax.training.record_file import RecordFile
@@ -52,6 +54,15 @@ def crash_at_record(monkeypatch, number):
         original(self, record)
 
     monkeypatch.setattr(RecordFile, "append", append)
+
+
+def crash_and_resume(monkeypatch, run, config):
+    """Crash a run after step 5, resume it, and return what the second start returns."""
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, crash)
+        with pytest.raises(Crash):
+            run(config)
+    return run(replace(config, resume=True))
 
 
 def assert_same_run(one, other):

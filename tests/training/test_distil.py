@@ -17,7 +17,7 @@ from ivl_jax.training.loop import run
 from ivl_jax.training.loss import count_tokens, loss_sum
 from ivl_jax.training.objectives.distil import make_distil
 from tests.training.conftest import save_tiny_model
-from tests.training.runs import Crash, assert_same_run, at_step, crash, records
+from tests.training.runs import Crash, assert_same_run, at_step, crash, crash_and_resume, records
 from tests.training.tiny import VOCAB, make_arch, make_batch, make_loss, make_params, on_device
 
 
@@ -134,11 +134,7 @@ def test_a_stopped_distillation_resumes_to_the_bits_of_one_that_never_stopped(
     assert figures[-1]["divergence"] < 0.8 * figures[0]["divergence"]
     assert figures[0]["teacher_nll"] == figures[-1]["teacher_nll"]
     config = replace(config, run_dir=str(tmp_path / "stopped"))
-    with monkeypatch.context() as patch:
-        at_step(patch, 5, crash)
-        with pytest.raises(Crash):
-            run(config)
-    assert_same_run(run(replace(config, resume=True)), whole)
+    assert_same_run(crash_and_resume(monkeypatch, run, config), whole)
 
 
 def test_a_base_with_its_value_is_folded_into_one_model(config, tiny_pair, tmp_path) -> None:

@@ -13,7 +13,7 @@ from ivl_jax.data.batching import Batch, lay_out_rows
 from ivl_jax.training.loop import run
 from ivl_jax.training.objectives.dpo import make_dpo
 from ivl_jax.training.objectives.segments import segment_totals
-from tests.training.runs import Crash, assert_same_run, at_step, crash, records
+from tests.training.runs import assert_same_run, crash_and_resume, records
 
 # Two rows: (chosen, rejected, chosen, rejected) and (chosen, rejected), lengths in tokens.
 LENGTHS = [[5, 7, 3, 2], [6, 4]]
@@ -155,11 +155,7 @@ def test_a_stopped_run_of_preferences_resumes_to_the_bits_of_one_that_never_stop
     assert margins == sorted(margins)
     assert {"preference_loss", "reward_margin", "kl", "nll"} <= set(whole.held_out)
     config = replace(config, run_dir=str(tmp_path / "stopped"))
-    with monkeypatch.context() as patch:
-        at_step(patch, 5, crash)
-        with pytest.raises(Crash):
-            run(config)
-    assert_same_run(run(replace(config, resume=True)), whole)
+    assert_same_run(crash_and_resume(monkeypatch, run, config), whole)
 
 
 @pytest.mark.parametrize(
