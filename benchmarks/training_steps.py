@@ -80,7 +80,9 @@ class OurStep:
         mesh = single_device_mesh()
         vocabulary, dtype = value.vocab_size, jnp.bfloat16 if bfloat16 else jnp.float32
         if chunk_length is None:
-            chunk_length = default_chunk_length(sizes.rows, sizes.length, vocabulary)
+            chunk_length = default_chunk_length(
+                sizes.rows, sizes.length, vocabulary, platform=mesh.devices.flat[0].platform
+            )
         self.chunk_length = chunk_length
         networks = [
             Network(

@@ -21,6 +21,7 @@ LEVELS = {
     "ivl_jax.extensions": -2,
     "ivl_jax.profiling": 0,
     "ivl_jax.devices": 0,
+    "ivl_jax.target_platform": 0,
     "ivl_jax.file_lock": 1,
     "ivl_jax.model": 1,
     "ivl_jax.tokenizer": 1,
@@ -43,6 +44,8 @@ LEVELS = {
     "ivl_jax.decoding.speculative": 4.7,
     "ivl_jax.decoding": 5,
     "ivl_jax.post_training": 6,
+    "ivl_jax.plan.__main__": 7.5,  # a command line
+    "ivl_jax.plan": 6,
     "ivl_jax.evaluation": 6,
     "ivl_jax.serving": 6,
     "ivl_jax.experiments": 7,

@@ -40,11 +40,15 @@ def main() -> int:
     )
 
 
-def read_flags(arguments: Sequence[str]) -> "TrainConfig":
+def read_flags(
+    arguments: Sequence[str], *, program: str = "", description: str = ""
+) -> "TrainConfig":
     """Read `--config`, then let every other flag change one of its values.
 
     Args:
         arguments: without the program's name.
+        program: what the user called; empty: this process's name.
+        description: the first paragraphs of the help; empty: train.py's.
 
     Returns:
         The config.
@@ -59,11 +63,11 @@ def read_flags(arguments: Sequence[str]) -> "TrainConfig":
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     chosen, rest = parser.parse_known_args(list(arguments))
-    program = called_as()
+    program = program or called_as()
     if chosen.config is None and not {"-h", "--help"} & set(rest):
         raise ConfigError(f"name a config: {program} --config configs/debug.toml")
     default = TrainConfig() if chosen.config is None else load_config(chosen.config)
-    description = (__doc__ or "").replace("{program}", program)
+    description = (description or __doc__ or "").replace("{program}", program)
     return parse_flags(TrainConfig, rest, prog=program, description=description, default=default)
 
 

@@ -59,6 +59,9 @@ class DataConfig:
     """`auto`: the tokenizer's own; or `llama-2`, `llama-3`, `chatml`, `vicuna`, `plain`."""
     max_length: int = 1024
     """Tokens per row of a batch; longer dialogues are truncated, counted and reported."""
+    beyond_context: bool = False
+    """Allow rows longer than a model's context (the paper trains TinyLlama, made for 2,048 tokens,
+    at 4,096); a warning names the models instead of an error."""
     packing: bool = True
     """Put several demonstrations into one row; they never attend to each other."""
 

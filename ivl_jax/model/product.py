@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ivl_jax.target_platform import target_platform
+
 
 def multiply(
     contraction: str, x: Float[Array, "..."], y: Float[Array, "..."], *, dtype: DTypeLike
@@ -38,7 +40,7 @@ def multiply(
 def _multiply(contraction: str, dtype: jnp.dtype, x: Array, y: Array) -> Array:
     # On CPU, XLA multiplies bfloat16 into float32 at twice the speed of float32, but into bfloat16
     # only at the speed of float32 (Zen 4); accelerators always sum in float32.
-    sums = jnp.float32 if jax.default_backend() == "cpu" else dtype
+    sums = jnp.float32 if target_platform() == "cpu" else dtype
     return jnp.einsum(contraction, x, y.astype(x.dtype), preferred_element_type=sums).astype(dtype)
 
 

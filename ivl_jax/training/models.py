@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -80,12 +81,40 @@ class Placement:
     scan_layers: bool
 
 
-def choose_models(config: TrainConfig, mesh: Mesh) -> Models:
+def read_model(path: str, revision: str | None, where: str) -> ModelSource:
+    """Read a model's architecture and tokenizer, without its weights.
+
+    Args:
+        path: folder or hub id.
+        revision: hub revision, or None.
+        where: the config key, for errors.
+
+    Returns:
+        The model without weights.
+
+    Raises:
+        FileNotFoundError: no such folder or hub id.
+        ConfigError: the model is not supported.
+    """
+    try:
+        model = read_language_model(path, revision=revision)
+        check_rows(str(model.folder), model.info, model.decoder)
+        return model
+    except ValueError as error:
+        raise ConfigError(f"{where} = {path}: {error}") from error
+
+
+ModelReader = Callable[[str, str | None, str], ModelSource]
+"""(path or hub id, revision, config key for errors) → a model without weights."""
+
+
+def choose_models(config: TrainConfig, mesh: Mesh, *, read: ModelReader = read_model) -> Models:
     """Find the folders and check everything that needs no weights.
 
     Args:
         config: of the run.
         mesh: the device mesh; a linear map is checked against its memory.
+        read: reads a model without its weights.
 
     Returns:
         The models.
@@ -99,7 +128,7 @@ def choose_models(config: TrainConfig, mesh: Mesh) -> Models:
     """
     several = bool(config.bases)
     found = [
-        read_model(base.path, base.revision, f"bases[{index}].path" if several else "base.path")
+        read(base.path, base.revision, f"bases[{index}].path" if several else "base.path")
         for index, base in enumerate(config.all_bases)
     ]
     first = found[0]
@@ -118,7 +147,7 @@ def choose_models(config: TrainConfig, mesh: Mesh) -> Models:
     elif config.value.init == "base":
         arch = dataclasses.replace(first.arch, tie_word_embeddings=False)
     else:
-        trained = read_model(config.value.path, config.value.revision, "value.path")
+        trained = read(config.value.path, config.value.revision, "value.path")
         arch = trained.arch
     if scheme.reads_base_hidden:
         arch = _with_base_width(arch, found)
@@ -159,29 +188,6 @@ def _with_base_width(arch: Architecture, bases: list[ModelSource]) -> ArchConfig
             f"hidden_size, found {listed}"
         )
     return dataclasses.replace(arch, base_hidden_size=bases[0].decoder.hidden_size)
-
-
-def read_model(path: str, revision: str | None, where: str) -> ModelSource:
-    """Read a model's architecture and tokenizer, without its weights.
-
-    Args:
-        path: folder or hub id.
-        revision: hub revision, or None.
-        where: the config key, for errors.
-
-    Returns:
-        The model without weights.
-
-    Raises:
-        FileNotFoundError: no such folder or hub id.
-        ConfigError: the model is not supported.
-    """
-    try:
-        model = read_language_model(path, revision=revision)
-        check_rows(str(model.folder), model.info, model.decoder)
-        return model
-    except ValueError as error:
-        raise ConfigError(f"{where} = {path}: {error}") from error
 
 
 def attention_of(config: TrainConfig, arch: Architecture, layout: Layout) -> AttentionForm:
@@ -374,8 +380,9 @@ def _check_context(config: TrainConfig, models: list[ModelSource]) -> None:
         for name, context in contexts.items()
         if config.data.max_length > context
     ]
-    if long:
-        raise ConfigError(
-            f"data.max_length = {config.data.max_length} exceeds the context of "
-            f"{', '.join(long)}: lower it"
-        )
+    if not long:
+        return
+    message = f"data.max_length = {config.data.max_length} exceeds the context of {', '.join(long)}"
+    if not config.data.beyond_context:
+        raise ConfigError(f"{message}: lower it, or set data.beyond_context = true")
+    logger.warning("%s; data.beyond_context allows it", message)

@@ -6,8 +6,8 @@ architecture share their programs; all of them share the train state.
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
@@ -58,6 +58,14 @@ class BaseProgram:
     """None without held-out demonstrations."""
 
 
+class StepPrograms(NamedTuple):
+    """The programs that bases of one kind share."""
+
+    loss: Loss
+    step: TrainStep
+    evaluate: EvalStep
+
+
 def build_programs(
     config: TrainConfig,
     models: Models,
@@ -84,7 +92,7 @@ def build_programs(
     Returns:
         One per base in the config's order; a single one without a base.
     """
-    compiled: dict[Hashable, tuple[Loss, TrainStep, EvalStep]] = {}
+    compiled: dict[Hashable, StepPrograms] = {}
     teacher = None
     if models.teacher is not None:
         teacher = load_teacher(
@@ -93,39 +101,22 @@ def build_programs(
     programs = []
     bases: Sequence[FrozenBase | None] = models.bases or (None,)
     for index, base in enumerate(bases):
-        base_place = None if base is None else place_base(config, base, mesh)
-        if base is not None and base_place is not None and base.config.cache_states:
-            base_place = head_only(base.model.decoder, base_place)
-        base_shardings = None if base_place is None else base_place.shardings
+        base_place = None if base is None else place_in_step(config, base, mesh)
         kind = None if base is None else _kind(base)
         if kind not in compiled:
-            loss = make_loss(config, models, base, place, mesh)
-            teacher_shardings = None
-            if teacher is not None:
-                loss = replace(
-                    loss, teacher=teacher.composition, teacher_strengths=teacher.strengths
-                )
-                teacher_shardings = teacher.shardings
-            compiled[kind] = _taught(
-                teacher,
-                loss,
-                make_train_step(
-                    loss,
-                    optimizer,
-                    schedule,
-                    shardings=shardings,
-                    base_shardings=base_shardings,
-                    mesh=mesh,
-                    teacher_shardings=teacher_shardings,
-                ),
-                make_eval_step(
-                    loss,
-                    shardings=place.shardings,
-                    base_shardings=base_shardings,
-                    mesh=mesh,
-                    teacher_shardings=teacher_shardings,
-                ),
+            programs_of_kind = step_programs(
+                config,
+                models,
+                base,
+                place,
+                base_place,
+                optimizer=optimizer,
+                schedule=schedule,
+                shardings=shardings,
+                mesh=mesh,
+                teacher=teacher,
             )
+            compiled[kind] = _taught(teacher, programs_of_kind)
         loss, step, evaluate = compiled[kind]
         base_params = None
         if base is not None and base_place is not None:
@@ -146,18 +137,77 @@ def build_programs(
     return tuple(programs)
 
 
-def _taught(
-    teacher: Teacher | None, loss: Loss, step: TrainStep, evaluate: EvalStep
-) -> tuple[Loss, TrainStep, EvalStep]:
+def _taught(teacher: Teacher | None, programs: StepPrograms) -> StepPrograms:
     """The programs with the teacher's parameters given; they are the same at every step."""
     if teacher is None:
-        return loss, step, evaluate
+        return programs
+    loss, step, evaluate = programs
     params = teacher.params
-    return (
+    return StepPrograms(
         loss,
         lambda state, base, batch: step(state, base, batch, params),
         lambda trained, base, batch: evaluate(trained, base, batch, params),
     )
+
+
+def step_programs(
+    config: TrainConfig,
+    models: Models,
+    base: FrozenBase | None,
+    place: Placement,
+    base_place: Placement | None,
+    *,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    shardings: TrainState,
+    mesh: Mesh,
+    teacher: Teacher | None = None,
+) -> StepPrograms:
+    """Make the training step and the evaluation step with one base; neither is compiled yet.
+
+    Args:
+        config: of the run.
+        models: from `choose_models`.
+        base: the base; None: without a base.
+        place: of the trained model.
+        base_place: from `place_in_step`; None without a base.
+        optimizer: the optax chain.
+        schedule: the learning rate it follows.
+        shardings: of the train state.
+        mesh: the device mesh; its devices need not be attached.
+        teacher: of a distillation; its parameters are the programs' fourth argument. None: without.
+
+    Returns:
+        The loss and both steps.
+    """
+    loss, teacher_shardings = make_loss(config, models, base, place, mesh), None
+    if teacher is not None:
+        loss = replace(loss, teacher=teacher.composition, teacher_strengths=teacher.strengths)
+        teacher_shardings = teacher.shardings
+    base_shardings = None if base_place is None else base_place.shardings
+    step = make_train_step(
+        loss,
+        optimizer,
+        schedule,
+        shardings=shardings,
+        base_shardings=base_shardings,
+        mesh=mesh,
+        teacher_shardings=teacher_shardings,
+    )
+    evaluate = make_eval_step(
+        loss,
+        shardings=place.shardings,
+        base_shardings=base_shardings,
+        mesh=mesh,
+        teacher_shardings=teacher_shardings,
+    )
+    return StepPrograms(loss, step, evaluate)
+
+
+def place_in_step(config: TrainConfig, base: FrozenBase, mesh: Mesh) -> Placement:
+    """Decide where a step's arrays of a base live: only the head's if its states are cached."""
+    place = place_base(config, base, mesh)
+    return head_only(base.model.decoder, place) if base.config.cache_states else place
 
 
 def make_loss(
@@ -181,6 +231,7 @@ def make_loss(
         step.batch_size // step.micro_batches // batch_ways(mesh),
         config.data.max_length,
         place.vocab_rows,
+        platform=mesh.devices.flat[0].platform,
     )
     layout = Layout(mesh, LAYOUTS[config.base.layout if base is None else config.value.layout])
     trained = Network(
@@ -224,18 +275,19 @@ def make_loss(
     )
 
 
-def default_chunk_length(rows: int, length: int, vocab_rows: int) -> int:
-    """Choose for this backend how many positions' logits exist at once.
+def default_chunk_length(rows: int, length: int, vocab_rows: int, *, platform: str) -> int:
+    """Choose how many positions' logits exist at once.
 
     Args:
         rows: rows of a micro-batch on one device.
         length: positions per row.
         vocab_rows: output rows of the wider head.
+        platform: of the mesh's devices: cpu, gpu or tpu.
 
     Returns:
         Positions per chunk.
     """
-    max_logits = _MAX_LOGITS.get(jax.default_backend(), _MAX_LOGITS_ACCELERATOR)
+    max_logits = _MAX_LOGITS.get(platform, _MAX_LOGITS_ACCELERATOR)
     return choose_chunk_length(
         rows, length, vocab_rows, max_logits=max_logits, min_tokens=_MIN_TOKENS
     )

@@ -4,7 +4,7 @@ In: a config. Out: `Preparation`. Cheap checks come first; weights are read last
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,15 +128,22 @@ def _check_rollouts(config: TrainConfig) -> None:
         raise ConfigError(f'objective = "{config.objective}": ' + "; ".join(found))
 
 
-def make_run_mesh(config: TrainConfig) -> Mesh:
+def make_run_mesh(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Make the mesh and check that the batch divides evenly over it.
+
+    Args:
+        config: of the run.
+        devices: the devices to use, which need not be attached; None: all of `jax.devices()`.
+
+    Returns:
+        The mesh.
 
     Raises:
         ConfigError: the mesh does not fit the devices, or the batch does not divide evenly.
     """
     try:
         sizes = config.mesh
-        mesh = make_mesh(data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor)
+        mesh = make_mesh(data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor, devices=devices)
     except ValueError as error:
         raise ConfigError(f"mesh: {error}") from error
     rows, ways = config.step.batch_size // config.step.micro_batches, batch_ways(mesh)
@@ -254,8 +261,8 @@ def state_shapes(config: TrainConfig, models: Models, mesh: Mesh) -> TrainState:
     Returns:
         A `TrainState` of `ShapeDtypeStruct`s.
     """
-    place = _place_trained(config, models, mesh)
-    _, optimizer = _optimizer(config, total_steps=1)
+    place = place_trained(config, models, mesh)
+    _, optimizer = make_run_optimizer(config, total_steps=1)
     key = jax.random.key(config.seed)
     shardings = state_shardings(place.shapes, place.shardings, optimizer, mesh)
     return abstract_state(place.shapes, optimizer, key, shardings)
@@ -273,8 +280,8 @@ def prepare(config: TrainConfig, models: Models, data: Data, mesh: Mesh) -> Prep
     Returns:
         Everything but the state.
     """
-    place = _place_trained(config, models, mesh)
-    schedule, optimizer = _optimizer(config, data.total_steps)
+    place = place_trained(config, models, mesh)
+    schedule, optimizer = make_run_optimizer(config, data.total_steps)
     shardings = state_shardings(place.shapes, place.shardings, optimizer, mesh)
     key = jax.random.key(config.seed)
     programs = build_programs(
@@ -308,7 +315,8 @@ def base_turns(config: TrainConfig) -> BaseTurns:
     return BaseTurns(tuple(base.weight for base in config.all_bases), config.seed)
 
 
-def _place_trained(config: TrainConfig, models: Models, mesh: Mesh) -> Placement:
+def place_trained(config: TrainConfig, models: Models, mesh: Mesh) -> Placement:
+    """Decide where the trained model's parameters live."""
     alone = not models.bases
     return place_model(
         models.arch,
@@ -319,9 +327,10 @@ def _place_trained(config: TrainConfig, models: Models, mesh: Mesh) -> Placement
     )
 
 
-def _optimizer(
+def make_run_optimizer(
     config: TrainConfig, total_steps: int
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
+    """Make the run's learning-rate schedule, and the optax chain that follows it."""
     options = config.optimizer
     schedule = make_schedule(
         learning_rate=options.learning_rate,

@@ -1,0 +1,69 @@
+"""Plan a training run for a machine that is not attached: does it fit, and what takes the memory?
+
+{program} --config configs/llama2_7b_sharegpt.toml --on v5e-8
+
+{program} --config configs/llama2_7b_sharegpt.toml --on v5e-8 --step.micro-batches 1 --json
+
+The program that train.py would run is compiled by the machine's own compiler, from the models'
+config.json alone. Every flag of train.py works here too. Exit status 1 means that it does not fit.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from ivl_jax.command_line.console import log_to_stderr
+from ivl_jax.command_line.guard import run_command
+from ivl_jax.commands.train import read_flags
+
+PROGRAM = "python -m ivl_jax.plan"
+DOES_NOT_FIT = 1
+
+
+def main() -> int:
+    """Run the command line.
+
+    Returns:
+        The exit status: 0 if the run fits, 1 if it does not, 2 for flags that cannot be used.
+    """
+    return run_command(PROGRAM, _plan)
+
+
+def _plan(arguments: Sequence[str]) -> int:
+    from ivl_jax.config import ConfigError, check_train_config
+    from ivl_jax.plan.machines import MACHINES, find_machine
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--on")
+    parser.add_argument("--json", action="store_true")
+    chosen, rest = parser.parse_known_args(list(arguments))
+    config = read_flags(rest, program=PROGRAM, description=__doc__ or "")
+    if chosen.on is None:
+        raise ConfigError(f"name a machine: --on NAME, one of {', '.join(MACHINES)}")
+    machine = find_machine(chosen.on)
+    check_train_config(config)
+    log_to_stderr()
+    # Nothing runs here, so no accelerator of this machine is claimed.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+    # Imported after the flags are checked, and after the environment is set, which JAX reads.
+    from ivl_jax.plan.report import as_json, table
+    from ivl_jax.plan.training import plan_training
+
+    plans = plan_training(config, machine)
+    bases = [base.path for base in config.all_bases] if config.method == "value" else [""]
+    if chosen.json:
+        sys.stdout.write(json.dumps(as_json(machine, plans, bases), indent=1) + "\n")
+    else:
+        tables = [
+            table(config, machine, plan, base) for plan, base in zip(plans, bases, strict=True)
+        ]
+        sys.stdout.write("\n\n".join(tables) + "\n")
+    return 0 if all(plan.fits for plan in plans) else DOES_NOT_FIT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

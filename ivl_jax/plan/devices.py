@@ -1,0 +1,43 @@
+"""Devices of a machine that is not attached, for the compiler that would run there.
+
+In: a machine. Out: its devices; programs can be compiled for them, but not run.
+"""
+
+from importlib.util import find_spec
+
+import jax
+from jax.experimental import topologies
+
+from ivl_jax.plan.machines import Machine
+
+
+class MissingCompilerError(RuntimeError):
+    """The machine's compiler is not installed."""
+
+
+def describe_devices(machine: Machine) -> list[jax.Device]:
+    """Make the devices of a machine.
+
+    Args:
+        machine: from `find_machine`.
+
+    Returns:
+        Its devices, in the order of a mesh.
+
+    Raises:
+        MissingCompilerError: its compiler is not installed; names the extra.
+    """
+    if find_spec("libtpu") is None:
+        raise MissingCompilerError(
+            f"--on {machine.name}: programs for it are compiled by libtpu, which is not installed: "
+            "pip install 'ivl_jax[plan-tpu]' (in a clone: pip install -e '.[plan-tpu]')"
+        )
+    sizes = [int(size) for size in machine.topology.split(":")[1].split("x")]
+    bounds = tuple([*(min(2, size) for size in sizes), 1, 1][:3])  # up to four chips per host
+    description = topologies.get_topology_desc(
+        platform="tpu",
+        topology_name=machine.topology,
+        chips_per_host_bounds=bounds,
+        num_slices=1,
+    )
+    return list(description.devices)

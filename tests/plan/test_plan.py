@@ -1,0 +1,183 @@
+"""A run is planned from config.json alone, by the program that train.py compiles."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import pytest
+
+from ivl_jax.config import (
+    BaseConfig,
+    ConfigError,
+    DataConfig,
+    OptimizerConfig,
+    StepConfig,
+    TrainConfig,
+    ValueConfig,
+)
+from ivl_jax.model.decoder import abstract_params
+from ivl_jax.plan import __main__ as command
+from ivl_jax.plan import devices, models, training
+from ivl_jax.plan.machines import MACHINES, Machine, find_machine
+from ivl_jax.plan.report import table
+from ivl_jax.sharding import make_mesh
+from ivl_jax.target_platform import target_platform, tracing_for
+from tests.model.families import CONFIGS, tiny_arch
+
+GB = 1 << 30
+HERE = Machine("cpu-8", "cpu:8", 8, 4 * GB, 1e12)
+
+
+def lowered(error):
+    """A program that the compiler refuses with this error."""
+
+    def compile_it() -> None:
+        raise error
+
+    return SimpleNamespace(compile=compile_it)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A folder with nothing but a config.json is base and value."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama3"]))
+    path = str(tmp_path)
+    return TrainConfig(
+        run_dir="runs/none",
+        base=BaseConfig(path=path, param_dtype="bfloat16"),
+        value=ValueConfig(init="pretrained", path=path),
+        data=DataConfig(train=("none.json",), max_length=16),
+        optimizer=OptimizerConfig(),
+        step=StepConfig(batch_size=16, micro_batches=2),
+    )
+
+
+def test_a_machine_that_is_not_known_lists_those_that_are():
+    with pytest.raises(ConfigError, match=r"--on v9: not a known machine; known are v5e-1, v5e-4"):
+        find_machine("v9")
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "topology"),
+    [("v5e-8", 8, "v5e:2x4"), ("v5p-8", 4, "v5:2x2x1"), ("v6e-256", 256, "v6e:16x16")],
+)
+def test_names_count_what_their_vendor_counts(name, devices, topology):
+    machine = MACHINES[name]
+    assert (machine.devices, machine.topology) == (devices, topology)
+
+
+def test_a_missing_compiler_names_its_extra(monkeypatch):
+    monkeypatch.setattr(devices, "find_spec", lambda name: None)
+    with pytest.raises(devices.MissingCompilerError, match=r"libtpu.*ivl_jax\[plan-tpu\]"):
+        devices.describe_devices(MACHINES["v5e-8"])
+
+
+def test_models_of_the_shipped_configs_need_no_network(monkeypatch):
+    def no_hub(*arguments: Any, **options: Any) -> str:
+        raise AssertionError(f"asked the hub for {arguments}")
+
+    monkeypatch.setattr(models, "hf_hub_download", no_hub)
+    for path in (
+        "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
+        "meta-llama/Llama-2-7b-hf",
+    ):
+        arch = models._read(path, None, "base.path")
+        assert arch.vocab_size == 32_000
+    leaves = jax.tree.leaves(abstract_params(arch))
+    assert sum(leaf.size for leaf in leaves) == 6_738_415_616  # as published
+
+
+def test_a_model_without_a_config_json_names_the_flag(config, tmp_path):
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"base\.path = .*config\.json.*--base\.path FOLDER"):
+        models.planned_models(config, make_mesh(fsdp=8))
+
+
+def test_rows_longer_than_the_context_need_leave(config, caplog):
+    mesh = make_mesh(fsdp=8)
+    context = tiny_arch("llama3").max_position_embeddings
+    long = dataclasses.replace(config.data, max_length=context + 1)
+    with pytest.raises(ConfigError, match=f"exceeds the context of .*{context}.*beyond_context"):
+        models.planned_models(dataclasses.replace(config, data=long), mesh)
+    allowed = dataclasses.replace(long, beyond_context=True)
+    models.planned_models(dataclasses.replace(config, data=allowed), mesh)
+    assert "data.beyond_context allows it" in caplog.text
+
+
+def test_a_plan_counts_what_each_device_holds(config, monkeypatch):
+    monkeypatch.setattr(training, "describe_devices", lambda machine: jax.devices())
+    (plan,) = training.plan_training(config, HERE)
+    leaves = jax.tree.leaves(abstract_params(tiny_arch("llama3")))
+    parameters = sum(leaf.size for leaf in leaves)
+    assert plan.fits
+    assert plan.tokens == 256
+    # Vocabulary rows are padded, and norms are replicated where they do not divide.
+    assert 1 <= plan.value / (4 * parameters / 8) < 1.5
+    assert plan.base * 2 == plan.value  # bfloat16 and float32 of one model
+    assert 2 * plan.value <= plan.optimizer <= 2 * plan.value + 100
+    assert plan.batch == 256 * 17 // 8
+    text = table(config, HERE, plan, "BASE")
+    assert "16 rows of 16 tokens in 2 micro-batches" in text
+    assert text.endswith("fits")
+
+
+@pytest.mark.parametrize(
+    ("message", "temporaries", "peak"),
+    [
+        ("Used 28.50G of 15.75G hbm. Exceeded hbm capacity by 12.75G.", None, 28.5 * GB),
+        (
+            "Ran out of memory on HBM, the total memory required for HLO temporaries (31.50G) "
+            "exceeds available HBM (15.75G).",
+            31.5 * GB,
+            33.5 * GB,
+        ),
+    ],
+)
+def test_the_compilers_refusal_is_a_plan_that_does_not_fit(config, message, temporaries, peak):
+    refused = lowered(jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {message}"))
+    found = training._compile(refused, held=2 * GB)
+    assert found == (False, temporaries, peak)
+    plan = training.TrainingPlan(1, 2, 4, 0, found[1], found[2], 8, found[0], 1, 1.0, 1.0)
+    text = table(config, HERE, plan, "BASE")
+    assert "set step.remat = true, set step.scan_layers = true, raise step.micro_batches" in text
+
+
+def test_another_failure_of_the_compiler_is_not_taken_for_one():
+    failing = lowered(jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed"))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Mosaic"):
+        training._compile(failing, held=0)
+
+
+@pytest.mark.parametrize(("fits", "status"), [(True, 0), (False, command.DOES_NOT_FIT)])
+def test_the_exit_status_says_whether_it_fits(config, tmp_path, monkeypatch, capsys, fits, status):
+    plan = training.TrainingPlan(1, 2, 4, 0, 1, 8, 16, fits, 1, 1.0, 1.0)
+    monkeypatch.setattr(training, "plan_training", lambda config, machine: [plan])
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f'run_dir = "runs/none"\n[base]\npath = "{tmp_path}"\n[value]\ninit = "base"\n'
+        '[data]\ntrain = ["none.json"]\n'
+    )
+    assert command._plan(["--config", str(file), "--on", "v5e-8", "--json"]) == status
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["programs"][0]["fits"] is (status == 0)
+
+
+def test_flops_of_a_step_are_the_usual_ones(config):
+    mesh = make_mesh(fsdp=8)
+    chosen = models.planned_models(config, mesh)
+    arch = tiny_arch("llama3")
+    leaves = jax.tree.leaves_with_path(abstract_params(arch))
+    matrices = sum(leaf.size for _, leaf in leaves if leaf.ndim == 2)  # a tied head counts once
+    tokens = 16 * 16
+    attention = arch.num_hidden_layers * 2 * arch.num_attention_heads * arch.head_dim * 16
+    expected = (6 + 2) * matrices + (3 + 1) * attention
+    assert training.step_flops(config, chosen, chosen.bases[0]) == expected * tokens
+
+
+def test_tracing_for_another_platform_ends_with_the_block():
+    assert target_platform() == "cpu"
+    with tracing_for("tpu"):
+        assert target_platform() == "tpu"
+    assert target_platform() == "cpu"
