@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ivl_jax.config import TrainConfig
+from ivl_jax.config import ConfigError, TrainConfig
 from ivl_jax.data.batching import Batch
 from ivl_jax.model.linear_map import LinearMapConfig
 from ivl_jax.model.network import Architecture

@@ -181,3 +181,9 @@ def test_tracing_for_another_platform_ends_with_the_block():
     with tracing_for("tpu"):
         assert target_platform() == "tpu"
     assert target_platform() == "cpu"
+
+
+@pytest.mark.parametrize("objective", ["distil", "grpo"])
+def test_objectives_with_programs_of_their_own_are_refused(config, objective):
+    with pytest.raises(ConfigError, match=f'objective = "{objective}".*not planned'):
+        training.plan_training(dataclasses.replace(config, objective=objective), HERE)
