@@ -111,8 +111,9 @@ class _EngineRollouts:
         answers = self._answer(params, asked, temperature=options.temperature, seed=seed)
         grouped = answers.rewards.reshape(-1, size)
         gains = advantages(grouped, standardised=options.advantage == "standardised").ravel()
-        if (step + 1) % self._config.logging.log_every == 0:
-            self._write_samples(step + 1, answers, gains)
+        every, last = self._config.logging.log_every, step + options.updates
+        if last // every > step // every:
+            self._write_samples(last, answers, gains)
         equal = np.mean(np.ptp(grouped, axis=1) == 0)
         return self._batch(answers, gains), {**answers.figures(), "equal_groups": float(equal)}
 

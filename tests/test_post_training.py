@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -57,6 +58,32 @@ def test_loss_is_a_mean_over_answers_or_over_tokens(average) -> None:
     assert float(summed / objective.count(batch)) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("average", ["answers", "tokens"])
+def test_weights_are_the_gradient_of_the_clipped_loss(average) -> None:
+    batch = on_device(make_batch())
+    rng = np.random.default_rng(1)
+    shape = batch.tokens.shape
+    gains, log_prob, kl, moved = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in "glkm")
+    batch = batch._replace(advantages=gains, sampled_log_probs=log_prob - 0.3 * moved)
+    options = GrpoConfig(updates=2, average=average, clip_low=0.1, clip_high=0.3, kl_weight=0.5)
+    objective = make_grpo(options)
+    assert objective.loss is not None
+    scores = {"log_prob": log_prob, "base_kl": kl, "entropy": kl}
+    found = objective.weigh(batch, {"log_prob": log_prob})
+    wanted = jax.grad(lambda scores: objective.loss(batch, scores))(scores)
+    counted = np.asarray(batch.loss_mask)
+    for name in ("log_prob", "base_kl"):
+        weights = np.where(counted, found[name], 0)
+        np.testing.assert_allclose(weights, wanted[name], rtol=1e-5, atol=1e-7)
+    ratio = np.exp(0.3 * np.asarray(moved))
+    up, sign = ratio > 1.3, np.asarray(gains) > 0
+    clipped = counted & np.where(sign, up, ratio < 0.9)
+    assert 0 < clipped.sum() < counted.sum()
+    assert float(objective.sums(batch, scores)["clipped"]) == clipped.sum()
+    # A ratio beyond the border does not matter where the advantage pulls back.
+    assert np.all(np.asarray(found["log_prob"])[counted & up & ~sign] != 0)
+
+
 @pytest.fixture
 def config(tiny_pair, tmp_path) -> TrainConfig:  # noqa: F811
     tiny = make_tiny_config(tiny_pair, tmp_path / "run")
@@ -75,9 +102,13 @@ def config(tiny_pair, tmp_path) -> TrainConfig:  # noqa: F811
     )
 
 
+@pytest.mark.parametrize("updates", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_rewards_rise_and_a_stopped_run_resumes_to_the_bits_of_one_that_never_stopped(
-    config, tmp_path, monkeypatch
+    config, updates, tmp_path, monkeypatch
 ) -> None:
+    grpo = replace(config.grpo, updates=updates)
+    logging = replace(config.logging, evaluate_every=updates, checkpoint_every=updates)
+    config = replace(config, grpo=grpo, logging=logging)
     whole = run(config)
     steps = [one for one in records(whole.run_dir) if "loss" in one]
     rewards = [one["reward"] for one in steps]
@@ -86,7 +117,11 @@ def test_rewards_rise_and_a_stopped_run_resumes_to_the_bits_of_one_that_never_st
     assert all(one["kl"] > 0 for one in steps)
     lines = (whole.run_dir / "samples.jsonl").read_text().splitlines()
     samples = [json.loads(line) for line in lines]
-    assert len(samples) == 6 * 16
+    assert len(samples) == 6 // updates * 16
+    if updates == 2:
+        # The first of two steps still has the parameters that the answers were sampled with.
+        assert [one["clipped"] for one in steps[::2]] == [0.0] * 3
+        assert [one["reward"] for one in steps[::2]] == [one["reward"] for one in steps[1::2]]
     groups = np.reshape([one["advantage"] for one in samples], (-1, 4))
     np.testing.assert_allclose(groups.sum(axis=1), 0, atol=1e-5)
     config = replace(config, run_dir=str(tmp_path / "stopped"))
@@ -98,6 +133,7 @@ def test_rewards_rise_and_a_stopped_run_resumes_to_the_bits_of_one_that_never_st
     [
         ({"rewards": ("best",)}, 'grpo.rewards = "best": expected one of'),
         ({"group_size": 5}, "step.batch_size = 16 is not a multiple of grpo.group_size = 5"),
+        ({"updates": 4}, "step.max_steps = 6 is not a multiple of grpo.updates = 4"),
         ({"max_new_tokens": 48}, "leaves no room for a prompt"),
         ({"max_new_tokens": 40}, r"rows.jsonl:\d+: its prompt of \d+ tokens"),
     ],
@@ -124,6 +160,9 @@ def test_options_out_of_range_are_refused() -> None:
         ({"reward_weights": (1.0, 2.0)}, r"2 numbers for 1 reward"),
         ({"rewards": ()}, "is empty"),
         ({"temperature": 0.0}, "must be > 0"),
+        ({"updates": 0}, "must be ≥ 1"),
+        ({"clip_low": 1.0}, "between 0 and 1"),
+        ({"clip_high": 0.0}, "must be > 0"),
     ):
         with pytest.raises(ConfigError, match=said):
             GrpoConfig(**options)

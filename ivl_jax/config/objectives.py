@@ -100,6 +100,13 @@ class GrpoConfig:
     """β: weight of the exact KL divergence from the base, per token."""
     mask_truncated: bool = True
     """Leave answers that reached `max_new_tokens` out of the loss."""
+    updates: int = 1
+    """Optimizer steps per batch of sampled answers; `step.max_steps` counts each of them."""
+    clip_low: float = 0.2
+    """ε: an answer that should become less likely pulls no further once the ratio of its token's
+    probability to that at sampling is below 1 − ε; with `updates > 1`."""
+    clip_high: float = 0.2
+    """The same for likelier ones above 1 + ε; DAPO's is larger, 0.28."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -123,3 +130,8 @@ class GrpoConfig:
         )
         require(self.temperature > 0, f"grpo.temperature must be > 0, got {self.temperature}")
         require(self.kl_weight >= 0, f"grpo.kl_weight must be ≥ 0, got {self.kl_weight}")
+        require(self.updates >= 1, f"grpo.updates must be ≥ 1, got {self.updates}")
+        require(
+            0 < self.clip_low < 1, f"grpo.clip_low must be between 0 and 1, got {self.clip_low}"
+        )
+        require(self.clip_high > 0, f"grpo.clip_high must be > 0, got {self.clip_high}")

@@ -34,6 +34,8 @@ class Batch(NamedTuple):
     base_states: Float[Array | np.ndarray, "*B T D"] | None = None
     # Of sampled answers: how much better each is than the others to its prompt.
     advantages: Float32[Array | np.ndarray, "*B T"] | None = None
+    # Log-probabilities of the targets when they were sampled, if the model has changed since.
+    sampled_log_probs: Float32[Array | np.ndarray, "*B T"] | None = None
 
     @property
     def token_mask(self) -> Bool[Array | np.ndarray, "*B T"]:

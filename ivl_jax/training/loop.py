@@ -18,6 +18,7 @@ from etils import epath
 from ivl_jax.checkpoint import TrainCheckpointer, write_value_description
 from ivl_jax.compilation_cache import describe_compiling, use_compilation_cache
 from ivl_jax.config import ConfigError, TrainConfig, check_train_config, train_config_of
+from ivl_jax.data.batching import Batch
 from ivl_jax.devices import unused_accelerator
 from ivl_jax.processes import join_processes
 from ivl_jax.profiling import StepProfile
@@ -27,7 +28,8 @@ from ivl_jax.training.interrupts import Interrupts
 from ivl_jax.training.limits import check_batch, check_disk, disk_use
 from ivl_jax.training.models import choose_models
 from ivl_jax.training.objectives import find_objective
-from ivl_jax.training.output import save_output, value_metadata
+from ivl_jax.training.output import report_best, save_output, value_metadata
+from ivl_jax.training.programs import BaseProgram
 from ivl_jax.training.reporting import Reporter
 from ivl_jax.training.rollouts import MakeRollouts, Rollouts
 from ivl_jax.training.run_directory import RunDirectory, RunDirectoryError
@@ -148,21 +150,7 @@ def _run(
         output = None
         if not interrupted:
             output = save_output(config, directory, prepared, weights, state)
-            what = "NLL" if objective.best_by == "nll" else objective.best_by.replace("_", " ")
-            if config.method == "value" and best == 0:
-                logger.warning(
-                    "no checkpoint has a lower held-out %s than step 0, before any training: "
-                    "try a lower optimizer.learning_rate or more data",
-                    what,
-                )
-            elif config.method == "value" and best not in (None, int(state.step)):
-                logger.info(
-                    "the lowest held-out %s was at step %d; to export it: "
-                    "python -m ivl_jax.checkpoint export-value %s OUT --step best",
-                    what,
-                    best,
-                    directory.path,
-                )
+            report_best(config, directory, objective.best_by, best=best, last=int(state.step))
     return TrainResult(
         run_dir=directory.path,
         steps=int(state.step),
@@ -195,6 +183,8 @@ class _Training:
         self._interrupts = interrupts
         self._rollouts = rollouts
         self._total = prepared.data.total_steps
+        self._updates = find_objective(config).updates
+        """Steps per batch."""
         self._evaluation: Evaluation | None = None
         self._fresh = True
         """Whether step 0 must still be evaluated and saved; a run may also resume from step 0."""
@@ -228,15 +218,12 @@ class _Training:
                 if evaluation is not None:
                     self._checkpoints.record_metrics(evaluation.mean)
             stop_signal = self._interrupts.requested(step)
-            batches, waiting = self._prepared.data.train, None
+            waiting = None
+            batch, sampled = None, {}
             while step < self._total and stop_signal is None:
-                batch, sampled = next(batches), {}
-                if self._rollouts is not None:
-                    asked = batches.demonstrations(step)
-                    batch, sampled = self._rollouts.batch(state.params, step, asked)
-                batch = split_micro_batches(batch, self._config.step.micro_batches)
-                batch = place_batch(batch, self._prepared.mesh, micro_batched=True)
-                program = self._prepared.programs[self._prepared.turns(step)]
+                program = self._prepared.programs[self._prepared.turns(step // self._updates)]
+                if step % self._updates == 0:
+                    batch, sampled = self._next_batch(program, state, step)
                 with profile.step(step, waiting):
                     state, metrics = program.step(state, program.base_params, batch)
                 metrics |= {name: jnp.float32(value) for name, value in sampled.items()}
@@ -244,7 +231,8 @@ class _Training:
                 # The device computes this step while the host reads the last one's figures.
                 self._settle(waiting, report)
                 waiting = (step, metrics)
-                stop_signal = self._interrupts.requested(step)
+                if step % self._updates == 0:  # sampled answers are not saved
+                    stop_signal = self._interrupts.requested(step)
                 if self._is_boundary(step) or stop_signal is not None:
                     self._settle(waiting, report)
                     waiting = None
@@ -264,6 +252,22 @@ class _Training:
             )
             return state, self._evaluation, stop_signal
         return state, self._evaluation, None
+
+    def _next_batch(
+        self, program: BaseProgram, state: TrainState, step: int
+    ) -> tuple[Batch, Mapping[str, float]]:
+        """The batch that follows, on the devices, and figures of the answers that it holds."""
+        batches, figures = self._prepared.data.train, {}
+        batch = next(batches)
+        if self._rollouts is not None:
+            asked = batches.demonstrations(step // self._updates)
+            batch, figures = self._rollouts.batch(state.params, step, asked)
+        batch = split_micro_batches(batch, self._config.step.micro_batches)
+        batch = place_batch(batch, self._prepared.mesh, micro_batched=True)
+        if self._updates > 1:
+            scores = program.first_pass(state.params, program.base_params, batch)
+            batch = batch._replace(sampled_log_probs=scores["log_prob"])
+        return batch, figures
 
     def _begin(self) -> TrainState:
         """Restore the newest intact checkpoint, or make the state of step 0."""
@@ -316,14 +320,15 @@ class _Training:
         every = self._config.logging.log_every
         name = ""
         if len(self._prepared.programs) > 1:
-            name = self._prepared.programs[self._prepared.turns(step - 1)].name
+            batch = (step - 1) // self._updates
+            name = self._prepared.programs[self._prepared.turns(batch)].name
         record = step % every == 0 or step in (1, self._total)
         report.step(step, figures, base=name, record=record)
 
     def _stop_at_non_finite(self, step: int, figures: Mapping[str, float], bad: list[str]) -> None:
         self._checkpoints.wait_until_finished()
-        # Step n is computed from batch n − 1.
-        rows = self._prepared.data.train.row_ids(step - 1)
+        # Step n is computed from batch n − 1, if there is one step per batch.
+        rows = self._prepared.data.train.row_ids((step - 1) // self._updates)
         named = "\n".join(f"  row {i}: {', '.join(ids)}" for i, ids in enumerate(rows) if ids)
         values = ", ".join(f"{name} = {figures[name]}" for name in bad)
         raise NonFiniteLossError(

@@ -207,6 +207,33 @@ def loss_sum(
     return total, denominator, _sums(loss, batch, scores, weights)
 
 
+def first_pass_scores(
+    loss: Loss, params: Params, base_params: Params | None, batch: Batch
+) -> dict[str, Float32[Array, "B T"]]:
+    """The scores that the objective's weights depend on, of a batch that is trained on later.
+
+    Args:
+        loss: the static half.
+        params: parameters of the trained network.
+        base_params: frozen parameters of the base; None iff a model is trained without one.
+        batch: one micro-batch, arrays [B T].
+
+    Returns:
+        Name → score, for each of the objective's `first_pass`.
+    """
+    arrays: Any = batch
+    networks = _networks(loss, params, base_params)
+    hidden, _ = run_networks(
+        loss.composition,
+        networks,
+        arrays.tokens,
+        positions=arrays.positions,
+        segment_ids=arrays.segment_ids,
+        base_hidden=arrays.base_states,
+    )
+    return _first_pass(loss, networks, hidden, arrays.targets)
+
+
 def _networks(loss: Loss, params: Params, base_params: Params | None) -> ComposedParams:
     if base_params is None:
         return ComposedParams(params)

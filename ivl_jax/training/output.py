@@ -110,3 +110,34 @@ def _stop_ids(models: Models, prepared: Preparation) -> tuple[int, ...]:
     """The ids that end a text: the tokenizer's eos ids and the chat format's end of turn."""
     ids = (*models.trained.info.eos_ids, *prepared.data.chat_format.stop_ids)
     return tuple(dict.fromkeys(ids))
+
+
+def report_best(
+    config: TrainConfig, directory: RunDirectory, figure: str, *, best: int | None, last: int
+) -> None:
+    """Say where the lowest held-out figure was, if that is not what was saved.
+
+    Args:
+        config: of the run.
+        directory: the run directory.
+        figure: that is compared.
+        best: the step of its lowest value; None without held-out demonstrations.
+        last: the run's last step.
+    """
+    if config.method != "value":
+        return
+    what = "NLL" if figure == "nll" else figure.replace("_", " ")
+    if best == 0:
+        logger.warning(
+            "no checkpoint has a lower held-out %s than step 0, before any training: "
+            "try a lower optimizer.learning_rate or more data",
+            what,
+        )
+    elif best not in (None, last):
+        logger.info(
+            "the lowest held-out %s was at step %d; to export it: "
+            "python -m ivl_jax.checkpoint export-value %s OUT --step best",
+            what,
+            best,
+            directory.path,
+        )

@@ -32,7 +32,15 @@ from ivl_jax.training.models import (
     place_base,
 )
 from ivl_jax.training.objectives import find_objective
-from ivl_jax.training.step import EvalStep, TrainState, TrainStep, make_eval_step, make_train_step
+from ivl_jax.training.step import (
+    EvalStep,
+    FirstPass,
+    TrainState,
+    TrainStep,
+    make_eval_step,
+    make_first_pass,
+    make_train_step,
+)
 from ivl_jax.training.teacher import Teacher, load_teacher
 
 # Logits of one model that exist at once on one device. On CPU a chunk that fits the caches is as
@@ -56,6 +64,8 @@ class BaseProgram:
     step: TrainStep
     held_out: HeldOut | None
     """None without held-out demonstrations."""
+    first_pass: FirstPass
+    """What the weights of a batch that several steps train on depend on."""
 
 
 class StepPrograms(NamedTuple):
@@ -64,6 +74,7 @@ class StepPrograms(NamedTuple):
     loss: Loss
     step: TrainStep
     evaluate: EvalStep
+    first_pass: FirstPass
 
 
 def build_programs(
@@ -117,7 +128,7 @@ def build_programs(
                 teacher=teacher,
             )
             compiled[kind] = _taught(teacher, programs_of_kind)
-        loss, step, evaluate = compiled[kind]
+        loss, step, evaluate, first_pass = compiled[kind]
         base_params = None
         if base is not None and base_place is not None:
             base_params = load_base(base.model, base.config, base_place)
@@ -133,7 +144,7 @@ def build_programs(
                 mesh=mesh,
             )
         name = models.trained.path if base is None else base.model.path
-        programs.append(BaseProgram(name, base_params, step, evaluation))
+        programs.append(BaseProgram(name, base_params, step, evaluation, first_pass))
     return tuple(programs)
 
 
@@ -141,12 +152,10 @@ def _taught(teacher: Teacher | None, programs: StepPrograms) -> StepPrograms:
     """The programs with the teacher's parameters given; they are the same at every step."""
     if teacher is None:
         return programs
-    loss, step, evaluate = programs
-    params = teacher.params
-    return StepPrograms(
-        loss,
-        lambda state, base, batch: step(state, base, batch, params),
-        lambda trained, base, batch: evaluate(trained, base, batch, params),
+    step, evaluate, params = programs.step, programs.evaluate, teacher.params
+    return programs._replace(
+        step=lambda state, base, batch: step(state, base, batch, params),
+        evaluate=lambda trained, base, batch: evaluate(trained, base, batch, params),
     )
 
 
@@ -201,7 +210,10 @@ def step_programs(
         mesh=mesh,
         teacher_shardings=teacher_shardings,
     )
-    return StepPrograms(loss, step, evaluate)
+    first_pass = make_first_pass(
+        loss, shardings=place.shardings, base_shardings=base_shardings, mesh=mesh
+    )
+    return StepPrograms(loss, step, evaluate, first_pass)
 
 
 def place_in_step(config: TrainConfig, base: FrozenBase, mesh: Mesh) -> Placement:

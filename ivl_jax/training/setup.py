@@ -117,6 +117,18 @@ def _check_rollouts(config: TrainConfig) -> None:
             "base.cache_states: the states of sampled answers cannot be stored beforehand",
         ),
         (config.distributed, "distributed = true: answers are sampled in one process"),
+        *(
+            (
+                steps % config.grpo.updates,
+                f"{name} = {steps} is not a multiple of grpo.updates = {config.grpo.updates}: a "
+                "run stops only between batches of answers",
+            )
+            for name, steps in (
+                ("step.max_steps", config.step.max_steps),
+                ("logging.checkpoint_every", config.logging.checkpoint_every),
+                ("logging.evaluate_every", config.logging.evaluate_every),
+            )
+        ),
         (
             config.grpo.max_new_tokens >= config.data.max_length,
             f"grpo.max_new_tokens = {config.grpo.max_new_tokens} leaves no room for a prompt in "
@@ -228,7 +240,9 @@ def prepare_data(config: TrainConfig, models: Models, mesh: Mesh) -> Data:
         ]
     else:
         logger.warning("no held-out demonstrations: data.validation_fraction is 0; no evaluation")
-    steps = config.step.max_steps or max(1, round(config.step.epochs * train.steps_per_epoch))
+    updates = find_objective(config).updates
+    batches = max(1, round(config.step.epochs * train.steps_per_epoch))
+    steps = config.step.max_steps or batches * updates
     return Data(train, tuple(held_out), chat_format, steps, tuple(cached))
 
 

@@ -17,7 +17,7 @@ from ivl_jax.composed.network import ComposedParams
 from ivl_jax.data.batching import Batch
 from ivl_jax.model.decoder import Params
 from ivl_jax.sharding import batch_sharding, replicated
-from ivl_jax.training.loss import Loss, Sums, count_tokens, loss_sum
+from ivl_jax.training.loss import Loss, Sums, count_tokens, first_pass_scores, loss_sum
 
 
 class TrainState(NamedTuple):
@@ -38,6 +38,8 @@ TrainStep = Callable[..., tuple[TrainState, StepMetrics]]
 """(state, base parameters or None, batch[, teacher's parameters]) → (state, metrics)."""
 EvalStep = Callable[..., Sums]
 """(parameters, base parameters or None, batch[, teacher's parameters]) → sums."""
+FirstPass = Callable[[Params, Params | None, Batch], Mapping[str, Array]]
+"""(parameters, base parameters or None, batch [A B T]) → scores [A B T]."""
 
 
 def state_shardings(
@@ -241,6 +243,28 @@ def make_eval_step(
         ),
         out_shardings=replicated(mesh),
     )
+
+
+def make_first_pass(
+    loss: Loss, *, shardings: Params, base_shardings: Params | None, mesh: Mesh
+) -> FirstPass:
+    """Compile the first pass of a batch that several steps train on; see `first_pass_scores`.
+
+    Args:
+        loss: its static half.
+        shardings: of the trained parameters.
+        base_shardings: of the base's parameters; None without a base.
+        mesh: the mesh of all these shardings.
+
+    Returns:
+        A function that gives the scores of all micro-batches; nothing is donated.
+    """
+
+    def scores(params: Params, base_params: Params | None, batch: Batch) -> Mapping[str, Array]:
+        return jax.lax.map(lambda micro: first_pass_scores(loss, params, base_params, micro), batch)
+
+    rows = batch_sharding(mesh, micro_batched=True)
+    return jax.jit(scores, in_shardings=(shardings, base_shardings, rows), out_shardings=rows)
 
 
 def quotients(loss: Loss, sums: Mapping[str, Any]) -> dict[str, Any]:

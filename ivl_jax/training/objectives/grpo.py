@@ -1,18 +1,19 @@
 """Group-relative policy optimisation: of several answers to a prompt, the better become likelier.
 
     A       = r − mean of the prompt's rewards, divided by their standard deviation or not
-    loss    = mean over tokens of −A log p(token) + β KL(composed ‖ base)
+    ρ       = p(token) / p(token) when it was sampled
+    loss    = mean over tokens of −min(ρ A, clip(ρ, 1 − ε, 1 + ε') A) + β KL(composed ‖ base)
 
-Answers are sampled anew from the model at every step, so the ratio to the model that sampled them
-is 1 and its gradient is that of log p; the KL divergence is exact, over the whole vocabulary. The
-mean is over each answer's tokens and then over answers, or over all tokens.
+With one update per batch of samples ρ is 1, and the loss has the gradient of −A log p(token), which
+is reported. The KL divergence is exact, over the whole vocabulary. The mean is over each answer's
+tokens and then over answers, or over all tokens.
 
 In: batches of sampled answers with their advantages, or of demonstrations, which are only
 evaluated. Out: the objective; the rollouts come from above, since training does not decode.
 
 Source:
-    GRPO: arXiv 2402.03300, equation 3, for one update per batch of samples; without the standard
-    deviation: Dr. GRPO, arXiv 2503.20783; mean over all tokens: DAPO, arXiv 2503.14476.
+    GRPO: arXiv 2402.03300, equation 3; without the standard deviation: Dr. GRPO, arXiv 2503.20783;
+    mean over all tokens, ε and ε' that differ: DAPO, arXiv 2503.14476.
 """
 
 from collections.abc import Mapping
@@ -54,12 +55,12 @@ def make_grpo(options: GrpoConfig) -> Objective:
     """Make the objective.
 
     Args:
-        options: β, and what the mean is over.
+        options: β, ε and ε', what the mean is over, updates per batch.
 
     Returns:
         The objective.
     """
-    by_answer = options.average == "answers"
+    by_answer, clips = options.average == "answers", options.updates > 1
 
     def share(batch: Batch) -> Float32[Array, "*A B T"]:
         """What each token counts: 1, or 1 / length of its answer."""
@@ -68,11 +69,36 @@ def make_grpo(options: GrpoConfig) -> Objective:
             return counted
         return counted / jnp.maximum(segment_totals(counted, jnp.asarray(batch.segment_ids)), 1.0)
 
+    def gains(batch: Batch) -> Array:
+        """A; 0 for demonstrations, which are only evaluated."""
+        if batch.advantages is None:
+            return jnp.zeros(batch.tokens.shape, jnp.float32)
+        return jnp.asarray(batch.advantages)
+
+    def ratios(batch: Batch, scores: Scores) -> tuple[Array, Array]:
+        """ρ, and whether it is outside of where an advantage of its sign still pulls."""
+        if batch.sampled_log_probs is None:
+            ones = jnp.ones(batch.tokens.shape, jnp.float32)
+            return ones, jnp.zeros_like(ones, bool)
+        ratio = jnp.exp(scores["log_prob"] - jnp.asarray(batch.sampled_log_probs))
+        above, below = ratio > 1 + options.clip_high, ratio < 1 - options.clip_low
+        gain = gains(batch)
+        return ratio, ((gain > 0) & above) | ((gain < 0) & below)
+
     def weigh(batch: Batch, first: Scores) -> Weights:
-        del first
-        each = share(batch)
-        gain = 0.0 if batch.advantages is None else jnp.asarray(batch.advantages)
+        each, gain = share(batch), gains(batch)
+        if clips:
+            # d ρ / d log p = ρ, and a clipped ρ is a constant.
+            ratio, clipped = ratios(batch, first)
+            gain = jnp.where(clipped, 0.0, ratio * gain)
         return {"log_prob": -gain * each, "base_kl": options.kl_weight * each}
+
+    def loss(batch: Batch, scores: Scores) -> Float32[Array, ""]:
+        ratio, _ = ratios(batch, scores)
+        kept = jnp.clip(ratio, 1 - options.clip_low, 1 + options.clip_high)
+        surrogate = jnp.minimum(ratio * gains(batch), kept * gains(batch))
+        terms = options.kl_weight * scores["base_kl"] - surrogate
+        return jnp.sum(jnp.where(batch.loss_mask, terms * share(batch), 0.0))
 
     def count(batch: Batch) -> Float32[Array, ""]:
         counted = jnp.asarray(batch.loss_mask, jnp.float32)
@@ -86,22 +112,28 @@ def make_grpo(options: GrpoConfig) -> Objective:
         def over(values: Array) -> Float32[Array, ""]:
             return jnp.sum(jnp.where(batch.loss_mask, values.astype(jnp.float32), 0.0))
 
+        clipped = {"clipped": over(ratios(batch, scores)[1])} if clips else {}
         return {
             "nll": over(-scores["log_prob"]),
             "base_kl": over(scores["base_kl"]),
             "entropy": over(scores["entropy"]),
+            **clipped,
         }
 
     return Objective(
         name="grpo",
         scores=("log_prob", "base_kl"),
         weigh=weigh,
+        first_pass=("log_prob",) if clips else (),
+        loss=loss if clips else None,
+        updates=options.updates,
         count=count,
         sums=sums,
         figures={
             "nll": ("nll", "loss_tokens"),
             "kl": ("base_kl", "loss_tokens"),
             "entropy": ("entropy", "loss_tokens"),
+            "clipped": ("clipped", "loss_tokens"),
         },
         monitored=("entropy",),
         needs_base=True,

@@ -58,6 +58,9 @@ class Objective:
     """Whether its scores compare with a teacher, which the config's `distil` table names."""
     needs_rollouts: bool = False
     """Whether it learns from answers that are sampled at every step, not from demonstrations."""
+    updates: int = 1
+    """Optimizer steps per batch of sampled answers; with more than one, its batches hold the
+    `sampled_log_probs`."""
     best_by: str = "nll"
     """The figure of held-out evaluations whose lowest value makes the best checkpoint."""
     shown: tuple[str, ...] = ("nll",)
