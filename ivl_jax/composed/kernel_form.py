@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from ivl_jax.composed.attention import attention_on_device, attention_on_mesh
@@ -19,9 +20,9 @@ from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decode_layout import to_decode_layout
 from ivl_jax.model.decoder import Params, untie_head
 from ivl_jax.model.int8 import quantize
-from ivl_jax.model.network import Architecture, build_network
+from ivl_jax.model.network import Architecture, abstract_network, build_network
 from ivl_jax.model.projection import AS_TRAINED, KernelForm
-from ivl_jax.sharding import VOCABULARY_ROW_MULTIPLE, parameter_shardings
+from ivl_jax.sharding import VOCABULARY_ROW_MULTIPLE, padded_vocab_rows, parameter_shardings
 
 
 def lay_out_network(
@@ -68,9 +69,40 @@ def lay_out_network(
         params = quantize(params, rows=rows)
     if layout is None:
         return graphdef, params
-    units = {"heads": arch.num_attention_heads, "kv_heads": arch.num_key_value_heads}
-    shardings = parameter_shardings(params, layout.mesh, layout.rules, units=units)
-    return graphdef, jax.device_put(params, shardings)
+    return graphdef, jax.device_put(params, _shardings(params, arch, layout))
+
+
+def network_shapes(
+    arch: Architecture, layout: Layout, *, dtype: DTypeLike, int8: bool = False
+) -> tuple[nnx.GraphDef, Params]:
+    """What `lay_out_network` returns for a network on a mesh, as shapes: no weights are needed.
+
+    Args:
+        arch: its architecture.
+        layout: where it would decode; the devices need not be attached.
+        dtype: of its parameters.
+        int8: its kernels are rounded to int8, including the head.
+
+    Returns:
+        The static half of the network, and `jax.ShapeDtypeStruct`s with shardings.
+    """
+    attention = attention_on_mesh(arch, layout, dtype=dtype)
+    form = KernelForm(int8=int8)
+    graphdef = build_network(arch, compute_dtype=dtype, form=form, attention=attention)
+    rows = padded_vocab_rows(arch.vocab_size, layout.mesh, layout.rules)
+
+    def arranged(params: Params) -> Params:
+        untied = untie_head(params)
+        return quantize(untied, rows=False) if int8 else untied
+
+    as_loaded = abstract_network(arch, param_dtype=dtype, vocab_rows=rows)
+    params = jax.eval_shape(arranged, as_loaded)
+    shapes = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        params,
+        _shardings(params, arch, layout),
+    )
+    return graphdef, shapes
 
 
 def loading_form(mesh: Mesh | None, *, int8: bool = False) -> KernelForm:
@@ -91,6 +123,11 @@ def output_rows(params: Params) -> int:
     if "lm_head" in params:
         return params["lm_head"]["kernel"].shape[0 if _form_of(params).rows else 1]
     return _embedding(params).shape[0]
+
+
+def _shardings(params: Params, arch: Architecture, layout: Layout) -> Params:
+    units = {"heads": arch.num_attention_heads, "kv_heads": arch.num_key_value_heads}
+    return parameter_shardings(params, layout.mesh, layout.rules, units=units)
 
 
 def _form_of(params: Params) -> KernelForm:
