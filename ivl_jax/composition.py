@@ -151,7 +151,8 @@ def value_hidden(
         graphdef: static part of the value network.
         params: its parameters.
         inputs: what it may read.
-        **decoder_arguments: `positions`, `segment_ids`, `cache`, `constrain` of `hidden_states`.
+        **decoder_arguments: `positions`, `segment_ids`, `cache`, `prompt_lengths`, `constrain`
+            of `hidden_states`.
 
     Returns:
         Hidden states [B T D] for `logits_from_hidden`, and the new cache (None without one).

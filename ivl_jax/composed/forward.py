@@ -75,6 +75,7 @@ def run_networks(
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"] | None = None,
     caches: Caches | None = None,
+    prompt_lengths: Int[Array, " B"] | None = None,
     base_hidden: Float[Array, "B T D"] | None = None,
     own_texts: Sequence[OwnTokens | OwnPrefixes] = (),
 ) -> tuple[HiddenStates, Caches | None]:
@@ -87,6 +88,8 @@ def run_networks(
         positions: [B T] position of each token, and its slot in every cache.
         segment_ids: [B T], 0 is padding; None: one text per row. Not with caches.
         caches: keys and values of what the networks have read; None: no cache.
+        prompt_lengths: [B] real tokens of each row, where these are its first; what the caches hold
+            is then not read. None: the rows continue.
         base_hidden: the base's final hidden states if already known; the base is then not run.
         own_texts: what each value network with its own vocabulary reads, in their order: its tokens
             in this call, or (without caches) every prefix of the text.
@@ -104,6 +107,7 @@ def run_networks(
             positions=positions,
             segment_ids=segment_ids,
             cache=None if caches is None else caches.base,
+            prompt_lengths=prompt_lengths,
         )
     base_logits = None
     if composition.reads_base_logits:
@@ -115,6 +119,7 @@ def run_networks(
         positions=positions,
         segment_ids=segment_ids,
         caches=None if caches is None else caches.values,
+        prompt_lengths=prompt_lengths,
         base_hidden=base_hidden,
         base_logits=base_logits,
         own_texts=own_texts,
@@ -133,6 +138,7 @@ def run_network(
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"] | None = None,
     cache: KVCache | None = None,
+    prompt_lengths: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B T D"], KVCache | None]:
     """Run a network that reads only text, a base or its draft, over tokens, up to its head.
 
@@ -143,6 +149,7 @@ def run_network(
         positions: [B T] position of each token, and its slot in the cache.
         segment_ids: [B T], 0 is padding; None: one text per row. Not with a cache.
         cache: what it has read; None: no cache.
+        prompt_lengths: as `run_networks` takes it.
 
     Returns:
         Hidden states [B T D] for its head, and the new cache (None without one).
@@ -154,6 +161,7 @@ def run_network(
         positions=positions,
         segment_ids=segment_ids,
         cache=cache,
+        prompt_lengths=prompt_lengths,
         constrain=network.constrain,
     )
 
@@ -165,9 +173,12 @@ def run_cached(
     tokens: Int[Array, "B T"],
     *,
     positions: Int[Array, "B T"],
+    prompt_lengths: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B T D"], KVCache]:
     """As `run_network`, always with a cache."""
-    hidden, after = run_network(network, params, tokens, positions=positions, cache=cache)
+    hidden, after = run_network(
+        network, params, tokens, positions=positions, cache=cache, prompt_lengths=prompt_lengths
+    )
     assert after is not None
     return hidden, after
 
@@ -180,6 +191,7 @@ def run_values(
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"] | None = None,
     caches: Sequence[KVCache] | None = None,
+    prompt_lengths: Int[Array, " B"] | None = None,
     base_hidden: Float[Array, "B T D"] | None = None,
     base_logits: Float[Array, "B T V"] | None = None,
     own_texts: Sequence[OwnTokens | OwnPrefixes] = (),
@@ -193,6 +205,7 @@ def run_values(
         positions: [B T] position of each token.
         segment_ids: [B T], or None.
         caches: of each value network, or None.
+        prompt_lengths: as `run_networks` takes it.
         base_hidden: the base's final hidden states; None where no scheme reads them.
         base_logits: the base's logits; None where no scheme reads them.
         own_texts: as `run_networks` takes them.
@@ -207,9 +220,11 @@ def run_values(
         if isinstance(own, OwnPrefixes):
             states.append(run_prefixes(network, value.params, own))
             continue
+        lengths = prompt_lengths
         if own is None:
             read, where = known_tokens(network, tokens, value.unknown_ids), positions
         else:
+            lengths = None if prompt_lengths is None else own.counts
             steps = jnp.arange(own.tokens.shape[1], dtype=jnp.int32)[None, :]
             read, where = own.tokens, own.starts[:, None] + steps
         scheme = network.connection
@@ -226,6 +241,7 @@ def run_values(
             positions=where,
             segment_ids=segment_ids,
             cache=None if caches is None else caches[index],
+            prompt_lengths=lengths,
             constrain=network.constrain,
         )
         states.append(hidden)

@@ -117,7 +117,8 @@ def run_prefixes(network: Network, params: Params, prefixes: OwnPrefixes) -> Flo
     dtype = jnp.dtype(network.cache_dtype)
     empty = init_cache(network.arch, batch_size=batch, capacity=capacity, dtype=dtype)
     starts = jnp.zeros(batch, jnp.int32)
-    whole, cache = _read(network, params, jnp.asarray(prefixes.tokens), starts, empty)
+    tokens = jnp.asarray(prefixes.tokens)
+    whole, cache = _read(network, params, tokens, starts, empty, prompt_lengths=starts + width)
     flat = whole.reshape(-1, whole.shape[-1])
     if tails:
         at_once = _tails_at_once(network, tails, capacity)
@@ -144,6 +145,8 @@ def _read(
     tokens: Int[Array, "B U"],
     starts: Int[Array, " B"],
     cache: KVCache,
+    *,
+    prompt_lengths: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B U D"], KVCache]:
     """Run the network over each row's tokens, from that row's own position on."""
     steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
@@ -154,6 +157,7 @@ def _read(
         SchemeInputs(tokens),
         positions=starts[:, None] + steps,
         cache=cache,
+        prompt_lengths=prompt_lengths,
         constrain=network.constrain,
     )
     assert cache_after is not None

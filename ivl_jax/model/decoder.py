@@ -218,6 +218,7 @@ def hidden_states(
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"] | None = None,
     cache: KVCache | None = None,
+    prompt_lengths: Int[Array, " B"] | None = None,
     input_embeddings: Float[Array, "B T D"] | None = None,
     constrain: Constrain | None = None,
 ) -> tuple[Float[Array, "B T D"], KVCache | None]:
@@ -227,7 +228,8 @@ def hidden_states(
     the layer's window. With one, keys and values are written at slot = position first, and a query
     at position p sees slots s ≤ p (and p − s < window): what lies beyond a row's length is masked
     until it is overwritten, so ragged right-padded prompts need no mask, and a smaller next
-    position rolls the row back.
+    position rolls the row back. A call with the first tokens of the rows
+    attends as one without a cache: over its own tokens, not over the capacity.
 
     Args:
         graphdef: From `build_decoder`.
@@ -236,6 +238,8 @@ def hidden_states(
         positions: Position of each token in its own sequence; with a cache, also its slot.
         segment_ids: 0 padding, 1.. sequences packed in a row; None: one sequence. Not with a cache.
         cache: What earlier calls remembered; None: nothing is remembered.
+        prompt_lengths: Real tokens of each row, where these are its first: at the positions 0, 1,
+            …, then padding; what the cache held is not read. None: the rows continue.
         input_embeddings: Take the place of `embed(tokens)`; already scaled.
         constrain: Called with activations and their logical axes; adds sharding constraints.
 
@@ -262,6 +266,7 @@ def hidden_states(
         positions=positions,
         segment_ids=segment_ids,
         cache=cache,
+        prompt_lengths=prompt_lengths,
         constrain=constrain,
     )
     return decoder.norm(x), cache

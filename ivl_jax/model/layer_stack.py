@@ -11,27 +11,26 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.attention.entry import attend_to_own
 from ivl_jax.model.attention.form import AttentionForm
 from ivl_jax.model.attention.plain import attend
 from ivl_jax.model.attention.visibility import own_mask
+from ivl_jax.model.cache_writes import CacheWrite
 from ivl_jax.model.kv_cache import (
     KVCache,
-    cache_capacity,
+    layer_capacity,
     visible_slots,
-    write_slots,
-    write_stacked_slots,
 )
 from ivl_jax.model.layers import Attend, Constrain, Decoder, Memory, Write
 from ivl_jax.model.rope import Rotation, no_rotation, rotation
 
 _Kind = tuple[str, bool]
 """A layer's attention span, and whether it rotates queries and keys."""
-# (layer state, residual stream, context, kind, memory, slots, layer) → (residual stream, memory)
-_Step = Callable[[Any, Array, "_Context", Any, Memory, Array, Array], tuple[Array, Memory]]
+# (layer state, residual stream, context, kind, memory, layer) → (residual stream, memory)
+_Step = Callable[[Any, Array, "_Context", Any, Memory, Array | None], tuple[Array, Memory]]
 
 
 class _Context(NamedTuple):
@@ -40,6 +39,7 @@ class _Context(NamedTuple):
     rotations: tuple[Rotation, ...] | Rotation  # one per kind; stacked where layers are scanned
     masks: tuple[Array, ...] | Array | None  # likewise, [#B 1 T S]; None: the form needs no masks
     segment_ids: Array | None  # [B T], for forms without masks
+    cache_write: CacheWrite | None  # where this call's tokens go; None: no cache
 
 
 def run_layers(
@@ -49,6 +49,7 @@ def run_layers(
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"] | None,
     cache: KVCache | None,
+    prompt_lengths: Int[Array, " B"] | None,
     constrain: Constrain,
 ) -> tuple[Float[Array, "B T D"], KVCache | None]:
     """The residual stream after every layer, and the cache with this call's keys and values.
@@ -59,6 +60,7 @@ def run_layers(
         positions: See `decoder.hidden_states`, also for the rest.
         segment_ids: Sequences packed in a row.
         cache: Keys and values of earlier calls.
+        prompt_lengths: Of rows that begin; the cache is then written only.
         constrain: Adds sharding constraints.
 
     Returns:
@@ -69,13 +71,23 @@ def run_layers(
     kinds = sorted(set(of_layers))
     rotations = [_rotation(arch, kind, positions) for kind in kinds]
     masks, form = None, decoder.attention
-    if cache is not None or form.at_length(x.shape[1]) == "plain":
-        masks = tuple(_mask(arch, kind, positions, segment_ids, cache) for kind in kinds)
-    context = _Context(tuple(rotations), masks, segment_ids)
     windows = [_window(arch, kind) for kind in kinds]
+    if cache is not None and prompt_lengths is None:
+        slots = [layer_capacity(cache, of_layers.index(kind)) for kind in kinds]
+        masks = tuple(
+            visible_slots(positions, capacity=capacity, window=window)
+            for capacity, window in zip(slots, windows, strict=True)
+        )
+    elif form.at_length(x.shape[1]) == "plain":
+        masks = tuple(own_mask(x.shape[1], segment_ids, window) for window in windows)
+    cache_write = None
+    if cache is not None:
+        cache_write = CacheWrite(positions, prompt_lengths)
+    context = _Context(tuple(rotations), masks, segment_ids, cache_write)
+    step = _step(decoder, windows, constrain)
     kind_of_layer = [kinds.index(kind) for kind in of_layers]
     run = _run_scanned if decoder.scan_layers else _run_unrolled
-    return run(decoder, x, context, windows, kind_of_layer, positions, cache, constrain)
+    return run(decoder, x, context, step, kind_of_layer, cache)
 
 
 def _rotation(arch: ArchConfig, kind: _Kind, positions: Array) -> Rotation:
@@ -87,25 +99,12 @@ def _rotation(arch: ArchConfig, kind: _Kind, positions: Array) -> Rotation:
     return found if rotates else no_rotation(found)
 
 
-def _mask(
-    arch: ArchConfig,
-    kind: _Kind,
-    positions: Array,
-    segment_ids: Array | None,
-    cache: KVCache | None,
-) -> Bool[Array, "_ 1 T S"]:
-    if cache is None:
-        return own_mask(positions.shape[1], segment_ids, _window(arch, kind))
-    return visible_slots(positions, capacity=cache_capacity(cache), window=_window(arch, kind))
-
-
 def _window(arch: ArchConfig, kind: _Kind) -> int | None:
     return arch.sliding_window if kind[0] == "sliding_attention" else None
 
 
 def _step(
     decoder: Decoder,
-    write: Callable[[Array, Array], Write],
     windows: Sequence[int | None],
     constrain: Constrain,
 ) -> _Step:
@@ -118,8 +117,7 @@ def _step(
         context: _Context,
         kind: Any,  # an int, or an index that a scan traces
         memory: Memory,
-        slots: Array,
-        layer: Array,
+        layer: Array | None,  # its index in stacked arrays
     ) -> tuple[Array, Memory]:
         rotation = _pick(context.rotations, kind)
         if context.masks is not None:
@@ -131,7 +129,7 @@ def _step(
             rotation=rotation,
             attend=attend,
             memory=memory,
-            write=write(slots, layer),
+            write=_write(context.cache_write, layer, windows, kind, decoder.attention),
             constrain=constrain,
         )
 
@@ -187,40 +185,35 @@ def _attend_to_own(
     return attend_with
 
 
-def _write_nothing(slots: Array, layer: Array) -> Write:
-    del slots, layer
-    return lambda memory, keys, values: (memory, keys, values)
+def _write(
+    cache_write: CacheWrite | None,
+    layer: Array | None,
+    windows: Sequence[int | None],
+    kind: Any,
+    form: AttentionForm,
+) -> Write:
+    if cache_write is None:
+        return lambda memory, keys, values: (memory, keys, values)
+    # Stacked layers have one capacity and no rings.
+    window = windows[kind] if isinstance(kind, int) else None
+    return cache_write.into(layer, window=window, by_head=form.writes_by_head)
 
 
 def _run_unrolled(
     decoder: Decoder,
     x: Array,
     context: _Context,
-    windows: Sequence[int | None],
+    step: _Step,
     kind_of_layer: list[int],
-    positions: Array,
     cache: KVCache | None,
-    constrain: Constrain,
 ) -> tuple[Array, KVCache | None]:
-    def write(slots: Array, layer: Array) -> Write:
-        del layer
-
-        def into_cache(memory: Memory, keys: Array, values: Array) -> tuple[Memory, Array, Array]:
-            all_keys = write_slots(memory[0], keys, slots)
-            all_values = write_slots(memory[1], values, slots)
-            return (all_keys, all_values), all_keys, all_values
-
-        return into_cache
-
     # Equal layers are traced once (pair A's prefill: 0.4 s, not 1.3 s); XLA inlines the calls.
-    step = _step(decoder, _write_nothing if cache is None else write, windows, constrain)
     step = jax.jit(step, static_argnums=3)
     memories = []
     for layer, kind in enumerate(kind_of_layer):
         memory = None if cache is None else (cache.keys[layer], cache.values[layer])
         state = nnx.split(decoder.layers[layer])[1]
-        index = jnp.asarray(layer)
-        x, memory = step(state, x, context, kind, memory, positions, index)
+        x, memory = step(state, x, context, kind, memory, None)
         memories.append(memory)
     if cache is None:
         return x, None
@@ -231,28 +224,17 @@ def _run_scanned(
     decoder: Decoder,
     x: Array,
     context: _Context,
-    windows: Sequence[int | None],
+    step: _Step,
     kind_of_layer: list[int],
-    positions: Array,
     cache: KVCache | None,
-    constrain: Constrain,
 ) -> tuple[Array, KVCache | None]:
-    def write(slots: Array, layer: Array) -> Write:
-        def into_cache(memory: Memory, keys: Array, values: Array) -> tuple[Memory, Array, Array]:
-            all_keys = write_stacked_slots(memory[0], keys, slots, layer=layer)
-            all_values = write_stacked_slots(memory[1], values, slots, layer=layer)
-            return (all_keys, all_values), all_keys[layer], all_values[layer]
-
-        return into_cache
-
-    step = _step(decoder, _write_nothing if cache is None else write, windows, constrain)
     context = _stack_kinds(context)
 
     # The whole cache is the carry: as scan inputs and outputs it would be copied at each call.
     def body(carry: tuple[Array, Memory], inputs: tuple) -> tuple[tuple[Array, Memory], None]:
         state, kind, layer = inputs
         x, memory = carry
-        return step(state, x, context, kind, memory, positions, layer), None
+        return step(state, x, context, kind, memory, layer), None
 
     state = nnx.split(decoder.layers)[1]
     kinds = jnp.asarray(kind_of_layer)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ivl_jax.model.attention.form import PLAIN, AttentionForm
 from ivl_jax.model.decoder import (
     build_decoder,
     forward,
@@ -15,7 +16,8 @@ from ivl_jax.model.decoder import (
     logits_from_hidden,
     stack_layers,
 )
-from ivl_jax.model.kv_cache import cache_capacity, init_cache
+from ivl_jax.model.kv_cache import init_cache, layer_capacity
+from tests.jaxprs import products_in
 from tests.model.families import NAMES, VOCAB, WINDOW, random_params, tiny_arch, tokens
 
 ROWS, LENGTH, CAPACITY = 3, 48, 50
@@ -25,23 +27,37 @@ PROMPTS = (30, 17, 1)  # One longer than the window, one shorter, one of a singl
 class Reader:
     """Reads rows of a text in chunks, each row at its own place."""
 
-    def __init__(self, name: str, *, scan_layers: bool = False, rows: int = ROWS):
+    def __init__(
+        self,
+        name: str,
+        *,
+        scan_layers: bool = False,
+        rows: int = ROWS,
+        attention: AttentionForm = PLAIN,
+    ):
         arch = tiny_arch(name)
         params = random_params(arch)
         self.text = tokens(rows, LENGTH)
         at = jnp.tile(jnp.arange(LENGTH, dtype=jnp.int32)[None], (rows, 1))
         plain = build_decoder(arch)
         self.expected = np.asarray(forward(plain, params, jnp.asarray(self.text), positions=at))
-        self.graphdef = build_decoder(arch, scan_layers=scan_layers)
+        self.graphdef = build_decoder(arch, scan_layers=scan_layers, attention=attention)
         self.params = stack_layers(params) if scan_layers else params
         self.cache = init_cache(
             arch, batch_size=rows, capacity=CAPACITY, dtype=jnp.float32, scan_layers=scan_layers
         )
 
-    def read(self, chunk: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    def read(
+        self, chunk: np.ndarray, starts: np.ndarray, *, lengths: np.ndarray | None = None
+    ) -> np.ndarray:
         at = jnp.asarray(starts[:, None] + np.arange(chunk.shape[1]), jnp.int32)
         hidden, cache = hidden_states(
-            self.graphdef, self.params, jnp.asarray(chunk), positions=at, cache=self.cache
+            self.graphdef,
+            self.params,
+            jnp.asarray(chunk),
+            positions=at,
+            cache=self.cache,
+            prompt_lengths=None if lengths is None else jnp.asarray(lengths, jnp.int32),
         )
         assert cache is not None
         self.cache = cache
@@ -54,12 +70,13 @@ class Reader:
         rows = np.arange(len(starts))[:, None]
         np.testing.assert_allclose(got, self.expected[rows, columns], atol=5e-5)
 
-    def prefill(self) -> np.ndarray:
+    def prefill(self, *, begins_rows: bool = False) -> np.ndarray:
         """Reads ragged prompts, padded on the right with rubbish; returns their lengths."""
         lengths = np.asarray(PROMPTS)
         prompt = self.text[:, : lengths.max()].copy()
         prompt[np.arange(lengths.max())[None] >= lengths[:, None]] = VOCAB - 1
-        got = self.read(prompt, np.zeros(len(lengths), np.int32))
+        starts = np.zeros(len(lengths), np.int32)
+        got = self.read(prompt, starts, lengths=lengths if begins_rows else None)
         for row, length in enumerate(lengths):
             np.testing.assert_allclose(got[row, :length], self.expected[row, :length], atol=5e-5)
         return lengths
@@ -82,6 +99,57 @@ def test_a_scanned_decoder_reads_through_its_stacked_cache_alike(name):
     for width in (1, 4, 1):
         reader.read_text(at, width)
         at = at + width
+
+
+@pytest.mark.parametrize("attention", [PLAIN, AttentionForm("blocked", block=8)], ids=str)
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("name", ["llama3", "gemma2", "gemma3"])
+def test_prompts_that_begin_rows_are_read_without_the_cache_and_kept_in_it(
+    name, scan_layers, attention
+):
+    reader = Reader(name, scan_layers=scan_layers, attention=attention)
+    # What an earlier row left there must not be seen.
+    reader.cache = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), reader.cache)
+    at = reader.prefill(begins_rows=True)
+    reader.cache = jax.tree.map(jnp.nan_to_num, reader.cache)
+    for width in (1, 5, 1):
+        reader.read_text(at, width)
+        at = at + width
+
+
+def test_prompts_that_begin_rows_have_no_scores_over_the_capacity():
+    arch = tiny_arch("llama3")
+    graphdef, params = build_decoder(arch), random_params(arch)
+    cache = init_cache(arch, batch_size=2, capacity=CAPACITY, dtype=jnp.float32)
+    text = jnp.ones((2, LENGTH - 1), jnp.int32)
+    at = jnp.tile(jnp.arange(LENGTH - 1, dtype=jnp.int32)[None], (2, 1))
+
+    def multiplied(lengths):
+        jaxpr = jax.make_jaxpr(
+            lambda: hidden_states(
+                graphdef, params, text, positions=at, cache=cache, prompt_lengths=lengths
+            )
+        )()
+        factors = (factor for product in products_in(jaxpr.jaxpr) for factor in product.invars)
+        return {size for factor in factors for size in factor.aval.shape}
+
+    assert CAPACITY in multiplied(None)
+    assert CAPACITY not in multiplied(jnp.full(2, LENGTH - 1))
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_writing_head_by_head_keeps_the_same_slots(scan_layers):
+    by_slot, by_head = (
+        Reader("llama3", scan_layers=scan_layers, attention=AttentionForm(writes_by_head=by_head))
+        for by_head in (False, True)
+    )
+    for reader in (by_slot, by_head):
+        reader.read(reader.text[:, :3], np.array([0, 7, CAPACITY - 1]))
+    for one, other in zip(
+        jax.tree.leaves(by_slot.cache), jax.tree.leaves(by_head.cache), strict=True
+    ):
+        assert np.any(one)
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("name", ["llama3", "mistral", "gemma3"])
@@ -131,7 +199,7 @@ def test_a_cache_has_a_slot_for_every_position_of_every_layer():
     assert cache.values[0].dtype == jnp.bfloat16
     stacked = init_cache(arch, batch_size=2, capacity=7, dtype=jnp.bfloat16, scan_layers=True)
     assert stacked.keys.shape == (3, 2, 2, 7, 16)
-    assert cache_capacity(cache) == cache_capacity(stacked) == 7
+    assert layer_capacity(cache, 1) == layer_capacity(stacked, 1) == 7
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])

@@ -4,8 +4,9 @@ In: parameters of a base and of any number of value networks, and what each row 
 `DecodeState`, the whole state of a batch of rows. All of it stays on device; the host
 looks at a state when it wants to, not after every token.
 
-Every network keeps slot = position in its cache, and a row of length n has its first n − 1 tokens
-in every cache. So rolling a row back is setting a smaller length, and right padding needs no mask.
+Every network's cache has a slot for every position that is still seen, and a row of length n has
+its first n − 1 tokens in every cache. So rolling a row back is setting a smaller length, and right
+padding needs no mask.
 
 A value network with a vocabulary of its own reads the row's text in its own tokens, at its own
 positions. The host says before each step which those are (`OwnTokens`): such a composition is
@@ -30,6 +31,7 @@ from ivl_jax.decoding.device.placement import empty_rows
 from ivl_jax.decoding.device.proposals import Proposer
 from ivl_jax.decoding.device.sampling import are_finite, sample_tokens
 from ivl_jax.decoding.device.state import DecodeState, Requests
+from ivl_jax.model.kv_cache import LOOKAHEAD
 
 
 def prefill(
@@ -87,6 +89,7 @@ def prefill(
         prompts,
         positions=positions,
         wanted=lengths[:, None] - 1,
+        prompt_lengths=lengths,
         own_tokens=own_tokens,
     )
     if proposer is not None:
@@ -194,6 +197,7 @@ def read_tokens(
     *,
     positions: Int[Array, "B T"],
     wanted: Int[Array, "B C"],
+    prompt_lengths: Int[Array, " B"] | None = None,
     own_tokens: tuple[OwnTokens, ...] = (),
 ) -> tuple[Float[Array, "B C V"], Float[Array, "B C V"], DecodeState]:
     """Run base and value networks over tokens, and compose the logits where they are wanted.
@@ -205,18 +209,21 @@ def read_tokens(
         tokens: [B T] token ids.
         positions: [B T] position of each token, and its slot in every cache.
         wanted: [B C] which of the T tokens' predictions are composed (index into T).
+        prompt_lengths: [B] real tokens of each row, where these are its first; None: it continues.
         own_tokens: what each value network with its own vocabulary reads; C is then 1.
 
     Returns:
         Composed logits [B C V] and those of the base alone, both in float32, and the state with new
         caches.
     """
+    assert prompt_lengths is not None or tokens.shape[1] <= LOOKAHEAD, "more than a ring can hold"
     hidden, caches = run_networks(
         composition,
         params,
         tokens,
         positions=positions,
         caches=state.caches,
+        prompt_lengths=prompt_lengths,
         own_texts=own_tokens,
     )
     assert caches is not None

@@ -44,9 +44,13 @@ def empty_rows(
     """
 
     def empty_cache(network: Network) -> KVCache:
-        slots = mapped_capacity if network.mapped else capacity
-        dtype = jnp.dtype(network.cache_dtype)
-        return init_cache(network.arch, batch_size=rows, capacity=slots, dtype=dtype)
+        return init_cache(
+            network.arch,
+            batch_size=rows,
+            capacity=mapped_capacity if network.mapped else capacity,
+            dtype=jnp.dtype(network.cache_dtype),
+            rings=not network.mapped,  # re-tokenised text may return to any earlier position
+        )
 
     integers, floats = jnp.zeros(rows, jnp.int32), jnp.zeros(rows, jnp.float32)
     speculation = None
@@ -80,9 +84,10 @@ def place(state: DecodeState, others: DecodeState, rows: Int[Array, " A"]) -> De
     """Put rows of one batch into another, in place of what was there.
 
     They may differ in their number of slots: slots beyond the smaller one are cut off, or left as
-    they were. Those are never seen, since slot = position, and a position is written before it is
-    read. But attention weighs unseen slots by 0, and 0 · NaN is NaN: floats that the previous row
-    left there become 0.
+    they were. Those are never seen: such a row fits the smaller one, where slot = position (a ring
+    is as long in every batch that needs more), and a position is written before it is read. But
+    attention weighs unseen slots by 0, and 0 · NaN is NaN: floats that the previous row left there
+    become 0.
 
     Args:
         state: the batch that receives them, of the same kinds of parts as the other one; its stop

@@ -35,8 +35,8 @@ from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.kv_cache import KVCache, init_cache
 from ivl_jax.sharding import replicated
 
-# Tokens that the draft reads at once where it has fallen behind.
-_CATCH_UP = 16
+CATCH_UP = 16
+"""Tokens that the draft reads at once where it has fallen behind."""
 
 
 class DraftCache(NamedTuple):
@@ -51,7 +51,7 @@ class DraftCache(NamedTuple):
 def _empty(composition: Composition, rows: int, capacity: int) -> DraftCache:
     network = _network_of(composition)
     dtype = jnp.dtype(network.cache_dtype)
-    cache = init_cache(network.arch, batch_size=rows, capacity=capacity, dtype=dtype)
+    cache = init_cache(network.arch, batch_size=rows, capacity=capacity, dtype=dtype, rings=True)
     return DraftCache(cache, jnp.zeros(rows, jnp.int32))
 
 
@@ -63,7 +63,9 @@ def _read_prompts(
     lengths: Int[Array, " B"],
 ) -> DraftCache:
     positions = jnp.broadcast_to(jnp.arange(prompts.shape[1], dtype=jnp.int32), prompts.shape)
-    cache = run_draft(composition, params, own.cache, prompts, positions=positions)[1]
+    cache = run_draft(
+        composition, params, own.cache, prompts, positions=positions, prompt_lengths=lengths
+    )[1]
     return DraftCache(cache, lengths)
 
 
@@ -177,6 +179,7 @@ def run_draft(
     tokens: Int[Array, "B T"],
     *,
     positions: Int[Array, "B T"],
+    prompt_lengths: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B T D"], KVCache]:
     """Run the draft over tokens, up to its head.
 
@@ -186,13 +189,16 @@ def run_draft(
         cache: what the draft has read.
         tokens: [B T] ids of the base.
         positions: [B T] position of each token, and its slot in the cache.
+        prompt_lengths: [B] real tokens of each row, where these are its first; None: it continues.
 
     Returns:
         Hidden states [B T D] for its head, and the new cache.
     """
     draft, arrays = _network_of(composition), _arrays_of(params)
     known = known_tokens(draft, tokens, arrays.unknown_ids)
-    return run_cached(draft, arrays.params, cache, known, positions=positions)
+    return run_cached(
+        draft, arrays.params, cache, known, positions=positions, prompt_lengths=prompt_lengths
+    )
 
 
 class _Block(NamedTuple):
@@ -227,11 +233,11 @@ def _catch_up(composition: Composition, params: ComposedParams, state: DecodeSta
         return jnp.any(state.running & (own.lengths < lengths - 2))
 
     def read(own: DraftCache) -> DraftCache:
-        positions = own.lengths[:, None] + jnp.arange(_CATCH_UP, dtype=jnp.int32)[None, :]
+        positions = own.lengths[:, None] + jnp.arange(CATCH_UP, dtype=jnp.int32)[None, :]
         # What is read beyond a row's end is in slots that later tokens will overwrite.
         text = jnp.take_along_axis(tokens, positions, axis=1, mode="clip")
         cache = run_draft(composition, params, own.cache, text, positions=positions)[1]
-        return DraftCache(cache, jnp.minimum(own.lengths + _CATCH_UP, lengths - 1))
+        return DraftCache(cache, jnp.minimum(own.lengths + CATCH_UP, lengths - 1))
 
     return _with_own(state, jax.lax.while_loop(behind, read, own))
 

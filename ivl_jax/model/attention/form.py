@@ -1,4 +1,4 @@
-"""Which form attention takes without a cache, decided from the devices before anything is traced.
+"""Which form attention takes, decided from the devices before anything is traced.
 
 In: the configured form, the mesh's devices, dtype and architecture. Out: `AttentionForm`, static
 and hashable, part of a decoder's graphdef. The process's own backend plays no part, so that
@@ -7,7 +7,7 @@ programs can be compiled for machines that are not attached.
     splash   TPU: Pallas' splash attention kernel
     cudnn    GPU from compute capability 8.0, 16-bit floats: cuDNN through JAX
     blocked  everything else: XLA operations, a block of queries at a time
-    plain    short rows, and every call with a cache: all scores at once
+    plain    short rows, and every call that reads a cache: all scores at once
 """
 
 import functools
@@ -50,7 +50,10 @@ class DeviceInfo(Protocol):
 
 @dataclass(frozen=True)
 class AttentionForm:
-    """How attention without a cache is computed; all forms compute the same function."""
+    """How attention over a call's own keys is computed, and how caches are written.
+
+    All forms compute the same function.
+    """
 
     name: FormName = "plain"
     longest_plain: int = 0
@@ -65,6 +68,8 @@ class AttentionForm:
     """Queries per block in the blocked form."""
     interpret: bool = False
     """Interpret Pallas kernels operation by operation, for tests without a TPU."""
+    writes_by_head: bool = False
+    """How a cache is written: see `cache_writes.write_slots`."""
 
     def at_length(self, length: int) -> FormName:
         """The form for rows of this many tokens."""
@@ -126,7 +131,14 @@ def choose_form(
         longest_plain = SHORT_ROW if name == "blocked" else _SHORTEST_KERNEL_ROW - 1
     if wanted != "auto" or device.platform != "cpu":
         _say(name, why, device.device_kind)
-    return AttentionForm(name, longest_plain, mesh, batch_axes, head_axis)
+    return AttentionForm(
+        name,
+        longest_plain,
+        mesh,
+        batch_axes,
+        head_axis,
+        writes_by_head=device.platform != "cpu",
+    )
 
 
 @functools.cache
