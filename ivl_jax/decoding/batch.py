@@ -17,6 +17,7 @@ from ivl_jax.composed.network import ComposedParams, Composition
 from ivl_jax.decoding.capacity import BatchShape, Need
 from ivl_jax.decoding.device.finish import FinishReason
 from ivl_jax.decoding.device.log_probs import LogProbs
+from ivl_jax.decoding.device.shardings import row_multiple
 from ivl_jax.decoding.device.state import DecodeState, Requests
 from ivl_jax.decoding.generation import TokenLogProbs
 from ivl_jax.decoding.own_vocabulary import OwnVocabulary, TextReader
@@ -28,7 +29,6 @@ from ivl_jax.decoding.requests import (
     lay_out,
     row_end,
 )
-from ivl_jax.sharding import batch_ways
 
 # New tokens whose log-probabilities are fetched at once: few widths, few programs.
 _SMALLEST_FETCH = 16
@@ -54,8 +54,7 @@ class EngineModel(NamedTuple):
     @property
     def row_multiple(self) -> int:
         """The number of rows is a multiple of this: the devices that they are split over."""
-        layout = self.composition.base.layout
-        return 1 if layout is None else batch_ways(layout.mesh)
+        return row_multiple(self.composition)
 
 
 class Entry(NamedTuple):

@@ -100,8 +100,8 @@ def prepare(config: InferConfig) -> Work | None:
     if config.distributed:
         join_processes()
     use_compilation_cache(config.runtime.compilation_cache)
-    mesh = decoding_mesh(flags.mesh)
     sources = read_sources(flags)
+    mesh = decoding_mesh(flags.mesh, sources.base.arch)
     prompts = _encode(config, rows, make_prompt_reader(sources))
     if config.output is None:
         return Work(config, load_composed(sources, flags, mesh=mesh), prompts, None)

@@ -5,6 +5,7 @@ model may take a value network's place: its logits are added like theirs (proxy-
 """
 
 import dataclasses
+import logging
 import numbers
 import os
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from ivl_jax.composed.network import (
 )
 from ivl_jax.composed.sources import NO_SCHEMES, ModelSource, Schemes
 from ivl_jax.config import LONGEST_DRAFT, NGRAM_DRAFT, strength_problem
+from ivl_jax.decoding.device.shardings import replicated_cache
 from ivl_jax.decoding.given_models import is_path, language_model_source, value_source
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.decoding.programs import build_programs
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 else:
     PreTrainedTokenizerBase = Any
+
+logger = logging.getLogger(__name__)
 
 
 def compose(
@@ -201,6 +205,7 @@ def compose_loaded(
         draft_network,
         draft_length if draft is not None or sources.ngrams else 0,
     )
+    _report_replicated_caches(composition, sources)
     return ComposedModel(
         composition=composition,
         params=ComposedParams(
@@ -229,6 +234,17 @@ def compose_loaded(
         token_bytes=spoken_bytes(base.tokenizer, base.tokenizer_info),
         strips_leading_space=_strips_leading_space(base.tokenizer, base.tokenizer_info),
     )
+
+
+def _report_replicated_caches(composition: Composition, sources: ComposedSources) -> None:
+    networks = [composition.base, *composition.values]
+    models = [sources.base, *sources.values]
+    if composition.draft is not None and sources.draft is not None:
+        networks.append(composition.draft)
+        models.append(sources.draft)
+    for network, model in zip(networks, models, strict=True):
+        if cost := replicated_cache(network):
+            logger.warning("%s: %s", model.label, cost)
 
 
 def _network(

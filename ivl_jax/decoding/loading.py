@@ -25,6 +25,7 @@ from ivl_jax.composed.sources import (
 from ivl_jax.config import ComposedModelConfig, MeshConfig
 from ivl_jax.decoding.compose import compose_loaded
 from ivl_jax.decoding.model import ComposedModel
+from ivl_jax.model.network import Architecture
 from ivl_jax.sharding import LAYOUTS, ShardingRules, make_mesh
 from ivl_jax.weights.language_model import LanguageModel
 
@@ -52,16 +53,63 @@ def read_sources(config: ComposedModelConfig) -> ComposedSources:
     return check_sources(base, values, draft=draft, ngrams=config.drafts_ngrams)
 
 
-def decoding_mesh(config: MeshConfig) -> Mesh | None:
+def decoding_mesh(config: MeshConfig, base: Architecture) -> Mesh | None:
     """Make the mesh that flags ask for; None where one device needs none.
+
+    With `tensor` = −1, the default, as many devices split heads, MLP width and vocabulary as the
+    base's heads can use: query heads divide over them, and kv heads, or they over kv heads (caches
+    are then split into rows, too). The other devices hold copies, with rows of their own: 9 query
+    and 3 kv heads on 8 devices are 8 copies, on 6 devices 2 of 3 parts each.
+
+    Args:
+        config: the flags.
+        base: architecture of the base.
+
+    Returns:
+        The mesh.
 
     Raises:
         ValueError: it does not fit the devices.
     """
-    sizes = dataclasses.asdict(config)
-    if len(jax.devices()) == 1 and max(sizes.values()) <= 1:
+    sizes, devices = dataclasses.asdict(config), len(jax.devices())
+    if devices == 1 and max(sizes.values()) <= 1:
         return None
+    fixed = config.data * config.fsdp
+    if config.tensor == -1 and fixed >= 1 and devices % fixed == 0:
+        sizes["tensor"] = usable_tensor_ways(base, devices // fixed)
+        copies = devices // fixed // sizes["tensor"]
+        if copies > 1:
+            sizes["data"] *= copies
+            logger.info(
+                "mesh: tensor=%d, as %d query and %d kv heads do not divide over %d devices; "
+                "data=%d copies of the weights decode rows of their own",
+                sizes["tensor"],
+                base.num_attention_heads,
+                base.num_key_value_heads,
+                devices // fixed,
+                sizes["data"],
+            )
     return make_mesh(**sizes)
+
+
+def usable_tensor_ways(base: Architecture, devices: int) -> int:
+    """The most of these devices over which a base's heads can be split.
+
+    Args:
+        base: its architecture.
+        devices: at most as many.
+
+    Returns:
+        The largest divisor of `devices` for which each part has its own query heads, and its own
+        kv heads or a kv head of its own rows.
+    """
+    heads, kv_heads = base.num_attention_heads, base.num_key_value_heads
+
+    def fits(ways: int) -> bool:
+        shared = kv_heads % ways == 0 or (kv_heads and ways % kv_heads == 0)
+        return devices % ways == 0 and heads % ways == 0 and bool(shared)
+
+    return max(ways for ways in range(1, devices + 1) if fits(ways))
 
 
 def spare_the_collector() -> None:

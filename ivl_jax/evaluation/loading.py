@@ -88,8 +88,8 @@ def find_sources(flags: ModelFlags) -> ModelSources:
     composed = flags.composed
     require(model_problems(composed))
     use_compilation_cache(flags.runtime.compilation_cache)
-    mesh = decoding_mesh(composed.mesh)
     models = read_sources(composed)
+    mesh = decoding_mesh(composed.mesh, models.base.arch)
     return ModelSources(flags, models, make_prompt_reader(models), mesh)
 
 

@@ -64,8 +64,8 @@ def prepare(config: ServeConfig) -> Prepared:
     try:
         use_compilation_cache(config.runtime.compilation_cache)
         flags = named.model
-        mesh = decoding_mesh(flags.mesh)
         sources = read_sources(flags)
+        mesh = decoding_mesh(flags.mesh, sources.base.arch)
         _ = make_prompt_reader(sources).chat_format  # a template that cannot be used
         model = load_composed(sources, flags, mesh=mesh)
         catalogue = Catalogue(
