@@ -25,6 +25,7 @@ from ivl_jax.decoding.device.proposals import Proposer
 from ivl_jax.decoding.device.sampling import Sampling, row_keys
 from ivl_jax.decoding.device.state import DecodeState, Requests
 from ivl_jax.decoding.programs import build_programs
+from ivl_jax.model.decoder import Params
 from ivl_jax.model.network import Architecture
 from ivl_jax.sharding import DEFAULT_RULES, ShardingRules, replicated
 
@@ -60,7 +61,7 @@ def abstract_composition(
 
     def network(
         arch: Architecture, rules: ShardingRules, *, int8: bool = False
-    ) -> tuple[Network, dict]:
+    ) -> tuple[Network, Params]:
         layout = Layout(mesh, rules)
         graphdef, params = network_shapes(arch, layout, dtype=dtype, int8=int8)
         cache_dtype = str(jnp.dtype(dtype))
@@ -95,7 +96,7 @@ def lower_prefill(
     Returns:
         The lowered program; `compile` it.
     """
-    program = build_programs(composition, proposer).prefill
+    program: Any = build_programs(composition, proposer).prefill
     tokens = jax.ShapeDtypeStruct((rows, prompt), jnp.int32, sharding=_whole(composition))
     requests = _request_shapes(composition, rows)
     return program.lower(params, tokens, requests, capacity=capacity)
@@ -121,7 +122,8 @@ def lower_chunk(
     Returns:
         The lowered program; `compile` it.
     """
-    programs, whole = build_programs(composition, proposer), _whole(composition)
+    programs: Any = build_programs(composition, proposer)
+    whole = _whole(composition)
     state: DecodeState = programs.empty.eval_shape(rows=rows, capacity=capacity, stop_ids=_STOP_IDS)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     stopped = jax.ShapeDtypeStruct((rows,), jnp.bool_, sharding=whole)
