@@ -8,6 +8,8 @@ from importlib.util import find_spec
 import jax
 from jax.experimental import topologies
 
+from ivl_jax.plan.gpu_chips import GPU_CHIPS, target_config
+from ivl_jax.plan.gpu_devices import describe_gpus, missing_packages
 from ivl_jax.plan.machines import Machine
 
 
@@ -27,6 +29,14 @@ def describe_devices(machine: Machine) -> list[jax.Device]:
     Raises:
         MissingCompilerError: its compiler is not installed; names the extra.
     """
+    if machine.platform == "gpu":
+        if missing := missing_packages():
+            raise MissingCompilerError(
+                f"--on {machine.name}: programs for it are compiled by XLA's GPU compiler, and "
+                f"{' and '.join(missing)} is not installed: pip install 'ivl_jax[plan-gpu]' (in a "
+                "clone: pip install -e '.[plan-gpu]')"
+            )
+        return describe_gpus(target_config(GPU_CHIPS[machine.topology]), count=machine.devices)
     if find_spec("libtpu") is None:
         raise MissingCompilerError(
             f"--on {machine.name}: programs for it are compiled by libtpu, which is not installed: "

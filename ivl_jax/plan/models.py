@@ -42,18 +42,31 @@ def planned_models(config: TrainConfig, mesh: Mesh) -> Models:
     named = [(base.path, base.revision, "base.path") for base in config.all_bases]
     if config.method == "value" and config.value.path:
         named.append((config.value.path, config.value.revision, "value.path"))
-    vocab_size = min(_read(*each).vocab_size for each in named)
+    vocab_size = min(read_architecture(*each).vocab_size for each in named)
     return choose_models(config, mesh, read=partial(_source, vocab_size))
 
 
 def _source(vocab_size: int, path: str, revision: str | None, where: str) -> ModelSource:
     tokenizer: Any = None  # nothing here reads text
     info = TokenizerInfo(vocab_size, "planned", {}, None, (), 0, None)
-    arch = _read(path, revision, where)
+    arch = read_architecture(path, revision, where)
     return ModelSource(path, path, epath.Path(path), arch, tokenizer, info, ())
 
 
-def _read(path: str, revision: str | None, where: str) -> ArchConfig:
+def read_architecture(path: str, revision: str | None, where: str) -> ArchConfig:
+    """Read a language model's architecture.
+
+    Args:
+        path: a folder with a `config.json`, or a hub id.
+        revision: hub revision, or None.
+        where: the config key, for errors.
+
+    Returns:
+        The architecture.
+
+    Raises:
+        ConfigError: its `config.json` cannot be found or read.
+    """
     try:
         folder = Path(path).expanduser()
         if folder.is_dir():
@@ -66,5 +79,5 @@ def _read(path: str, revision: str | None, where: str) -> ArchConfig:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"{where} = {path}: planning needs its config.json ({reason}): give a folder that "
-            f"holds one, as in --{where} FOLDER"
+            f"holds one, as in --{where.removeprefix('--')} FOLDER"
         ) from error

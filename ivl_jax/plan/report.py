@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from ivl_jax.config import TrainConfig
-from ivl_jax.plan.machines import Machine
+from ivl_jax.plan.machines import MACHINES, Machine, pool_fraction
 from ivl_jax.plan.training import TrainingPlan
+
+# Of a GPU's memory; the rest is for the driver's own needs and for libraries such as cuDNN.
+_LARGEST_POOL = 0.95
 
 
 def table(config: TrainConfig, machine: Machine, plan: TrainingPlan, base: str) -> str:
@@ -39,13 +42,15 @@ def table(config: TrainConfig, machine: Machine, plan: TrainingPlan, base: str) 
     }
     if plan.temporaries is not None:
         parts["temporaries (activations, gradients)"] = plan.temporaries
-    lines = [f"  {name:38} {_size(size)}" for name, size in parts.items()]
-    lines.append(f"  {'peak':38} {_size(plan.peak)} of {_size(plan.available).strip()}")
+    lines = [f"  {name:38} {size_text(size)}" for name, size in parts.items()]
+    available = f"{size_text(plan.available).strip()}{pool_note(machine)}"
+    lines.append(f"  {'peak':38} {size_text(plan.peak)} of {available}")
+    dtype = step.compute_dtype
     lines.append(
         f"  {plan.flops:.3g} FLOPs per step: at least {plan.seconds:.3g} s at the chips' peak "
-        f"bf16 rate ({machine.peak_flops / 1e12:.0f} TFLOP/s each)"
+        f"rate in {dtype} ({machine.flops(dtype) / 1e12:.3g} TFLOP/s each)"
     )
-    lines.append("  " + ("fits" if plan.fits else _remedy(config, plan)))
+    lines.append("  " + ("fits" if plan.fits else _remedy(config, machine, plan)))
     return "\n".join([head, "per device:", *lines])
 
 
@@ -69,7 +74,19 @@ def as_json(machine: Machine, plans: Sequence[TrainingPlan], bases: Sequence[str
     }
 
 
-def _remedy(config: TrainConfig, plan: TrainingPlan) -> str:
+def pool_note(machine: Machine) -> str:
+    """What the available memory is on a GPU; empty on a TPU."""
+    if machine.platform != "gpu":
+        return ""
+    return f", the {pool_fraction():.0%} of its memory that JAX takes"
+
+
+def _remedy(config: TrainConfig, machine: Machine, plan: TrainingPlan) -> str:
+    if machine.platform == "gpu" and plan.peak <= _LARGEST_POOL * MACHINES[machine.name].memory:
+        return (
+            f"does not fit, but would with XLA_PYTHON_CLIENT_MEM_FRACTION={_LARGEST_POOL} in the "
+            "environment of the run (and of the plan)"
+        )
     step = config.step
     held = plan.base + plan.value + plan.optimizer
     if held > plan.available:
@@ -87,5 +104,6 @@ def _remedy(config: TrainConfig, plan: TrainingPlan) -> str:
     return f"does not fit: {', '.join([*ways, 'use more devices'])}"
 
 
-def _size(size: int) -> str:
+def size_text(size: int) -> str:
+    """Bytes as gigabytes, right-aligned."""
     return f"{size / 1e9:8.2f} GB"

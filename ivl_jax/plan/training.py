@@ -5,7 +5,6 @@ program is the one that train.py compiles, made by the same functions from the s
 """
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,20 +16,15 @@ from ivl_jax.config import ConfigError, TrainConfig
 from ivl_jax.data.batching import Batch
 from ivl_jax.model.linear_map import LinearMapConfig
 from ivl_jax.model.network import Architecture
+from ivl_jax.plan.compiled import compile_program, lowering_for
 from ivl_jax.plan.devices import describe_devices
 from ivl_jax.plan.machines import Machine
 from ivl_jax.plan.models import planned_models
 from ivl_jax.sharding import batch_sharding
-from ivl_jax.target_platform import tracing_for
 from ivl_jax.training.models import FrozenBase, Models
 from ivl_jax.training.programs import place_in_step, step_programs
 from ivl_jax.training.setup import make_run_mesh, make_run_optimizer, place_trained, state_shapes
 from ivl_jax.training.step import state_shardings
-
-# The TPU compiler refuses a program in one of two ways: by its peak, or by its temporaries alone.
-_PEAK = re.compile(r"Used ([\d.]+)([MGT]) of [\d.]+[MGT] hbm")
-_TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([MGT])\) exceeds available HBM")
-_UNITS = {"M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 @dataclass(frozen=True)
@@ -53,7 +47,7 @@ class TrainingPlan:
     flops: float
     """Of a step over all devices; see `step_flops`."""
     seconds: float
-    """The step's time if it ran at the machine's peak bf16 rate."""
+    """The step's time if it ran at the machine's peak rate in the compute dtype."""
 
 
 def plan_training(config: TrainConfig, machine: Machine) -> list[TrainingPlan]:
@@ -77,7 +71,7 @@ def plan_training(config: TrainConfig, machine: Machine) -> list[TrainingPlan]:
         )
     mesh = make_run_mesh(config, describe_devices(machine))
     models = planned_models(config, mesh)
-    with tracing_for(mesh.devices.flat[0].platform):
+    with lowering_for(machine):
         return [_plan(config, machine, models, base, mesh) for base in models.bases or (None,)]
 
 
@@ -106,7 +100,9 @@ def _plan(
     )
     step: Any = programs.step
     arguments = (state, frozen, batch)
-    fits, temporaries, peak = _compile(step.lower(*arguments), held=_bytes(arguments))
+    fits, temporaries, peak = compile_program(
+        step.lower(*arguments), machine, held=_bytes(arguments)
+    )
     flops = step_flops(config, models, base)
     return TrainingPlan(
         base=_bytes(frozen),
@@ -119,26 +115,8 @@ def _plan(
         fits=fits,
         tokens=config.step.batch_size * config.data.max_length,
         flops=flops,
-        seconds=flops / (machine.devices * machine.peak_flops),
+        seconds=flops / (machine.devices * machine.flops(config.step.compute_dtype)),
     )
-
-
-def _compile(lowered: Any, *, held: int) -> tuple[bool, int | None, int]:
-    """(whether it fits, temporaries or None, peak), in bytes per device; `held`: its arguments."""
-    try:
-        stats = lowered.compile().memory_analysis()
-    except jax.errors.JaxRuntimeError as error:
-        if found := _PEAK.search(str(error)):
-            return False, None, _parsed(*found.groups())
-        if found := _TEMPORARIES.search(str(error)):
-            temporaries = _parsed(*found.groups())
-            return False, temporaries, held + temporaries
-        raise
-    return True, stats.temp_size_in_bytes, stats.peak_memory_in_bytes
-
-
-def _parsed(number: str, unit: str) -> int:
-    return int(float(number) * _UNITS[unit])
 
 
 def step_flops(config: TrainConfig, models: Models, base: FrozenBase | None) -> float:

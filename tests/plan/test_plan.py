@@ -9,25 +9,20 @@ import jax
 import pytest
 
 from ivl_jax.config import (
-    BaseConfig,
     ConfigError,
-    DataConfig,
-    OptimizerConfig,
-    StepConfig,
-    TrainConfig,
-    ValueConfig,
 )
 from ivl_jax.model.decoder import abstract_params
 from ivl_jax.plan import __main__ as command
 from ivl_jax.plan import devices, models, training
+from ivl_jax.plan.compiled import compile_program
 from ivl_jax.plan.machines import MACHINES, Machine, find_machine
 from ivl_jax.plan.report import table
 from ivl_jax.sharding import make_mesh
 from ivl_jax.target_platform import target_platform, tracing_for
-from tests.model.families import CONFIGS, tiny_arch
+from tests.model.families import tiny_arch
 
 GB = 1 << 30
-HERE = Machine("cpu-8", "cpu:8", 8, 4 * GB, 1e12)
+HERE = Machine("cpu-8", "cpu:8", 8, 4 * GB, 1e12, 1e12, 1e11)
 
 
 def lowered(error):
@@ -37,21 +32,6 @@ def lowered(error):
         raise error
 
     return SimpleNamespace(compile=compile_it)
-
-
-@pytest.fixture
-def config(tmp_path):
-    """A folder with nothing but a config.json is base and value."""
-    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama3"]))
-    path = str(tmp_path)
-    return TrainConfig(
-        run_dir="runs/none",
-        base=BaseConfig(path=path, param_dtype="bfloat16"),
-        value=ValueConfig(init="pretrained", path=path),
-        data=DataConfig(train=("none.json",), max_length=16),
-        optimizer=OptimizerConfig(),
-        step=StepConfig(batch_size=16, micro_batches=2),
-    )
 
 
 def test_a_machine_that_is_not_known_lists_those_that_are():
@@ -83,7 +63,7 @@ def test_models_of_the_shipped_configs_need_no_network(monkeypatch):
         "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
         "meta-llama/Llama-2-7b-hf",
     ):
-        arch = models._read(path, None, "base.path")
+        arch = models.read_architecture(path, None, "base.path")
         assert arch.vocab_size == 32_000
     leaves = jax.tree.leaves(abstract_params(arch))
     assert sum(leaf.size for leaf in leaves) == 6_738_415_616  # as published
@@ -137,7 +117,7 @@ def test_a_plan_counts_what_each_device_holds(config, monkeypatch):
 )
 def test_the_compilers_refusal_is_a_plan_that_does_not_fit(config, message, temporaries, peak):
     refused = lowered(jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {message}"))
-    found = training._compile(refused, held=2 * GB)
+    found = compile_program(refused, HERE, held=2 * GB)
     assert found == (False, temporaries, peak)
     plan = training.TrainingPlan(1, 2, 4, 0, found[1], found[2], 8, found[0], 1, 1.0, 1.0)
     text = table(config, HERE, plan, "BASE")
@@ -147,7 +127,7 @@ def test_the_compilers_refusal_is_a_plan_that_does_not_fit(config, message, temp
 def test_another_failure_of_the_compiler_is_not_taken_for_one():
     failing = lowered(jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed"))
     with pytest.raises(jax.errors.JaxRuntimeError, match="Mosaic"):
-        training._compile(failing, held=0)
+        compile_program(failing, HERE, held=0)
 
 
 @pytest.mark.parametrize(("fits", "status"), [(True, 0), (False, command.DOES_NOT_FIT)])
