@@ -5,7 +5,9 @@
 {program} --config configs/llama2_7b_sharegpt.toml --on v5e-8 --step.micro-batches 1 --json
 
 The program that train.py would run is compiled by the machine's own compiler, from the models'
-config.json alone. Every flag of train.py works here too. Exit status 1 means that it does not fit.
+config.json alone. Every flag of train.py works here too. --largest searches for the largest batch
+and the longest rows that fit, with up to ten more compilations. Exit status 1 means that the run
+does not fit. What a compilation found is kept on disk.
 """
 
 import argparse
@@ -37,6 +39,7 @@ def _plan(arguments: Sequence[str]) -> int:
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--on")
+    parser.add_argument("--largest", action="store_true")
     parser.add_argument("--json", action="store_true")
     chosen, rest = parser.parse_known_args(list(arguments))
     config = read_flags(rest, program=PROGRAM, description=__doc__ or "")
@@ -50,18 +53,21 @@ def _plan(arguments: Sequence[str]) -> int:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
     # Imported after the flags are checked, and after the environment is set, which JAX reads.
+    from ivl_jax.plan.largest import find_largest
     from ivl_jax.plan.report import as_json, table
     from ivl_jax.plan.training import plan_training
 
     plans = plan_training(config, machine)
     bases = [base.path for base in config.all_bases] if config.method == "value" else [""]
+    largest = find_largest(config, machine, plans) if chosen.largest else None
     if chosen.json:
-        sys.stdout.write(json.dumps(as_json(machine, plans, bases), indent=1) + "\n")
+        text = json.dumps(as_json(config, machine, plans, bases, largest), indent=1)
     else:
-        tables = [
-            table(config, machine, plan, base) for plan, base in zip(plans, bases, strict=True)
-        ]
-        sys.stdout.write("\n\n".join(tables) + "\n")
+        text = "\n\n".join(
+            table(config, machine, plan, base, largest)
+            for plan, base in zip(plans, bases, strict=True)
+        )
+    sys.stdout.write(f"{text}\n")
     return 0 if all(plan.fits for plan in plans) else DOES_NOT_FIT
 
 

@@ -5,17 +5,22 @@ program that does not fit; a GPU's compiles it, and its peak tells.
 """
 
 import contextlib
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
+from ivl_jax.plan.collectives import count_collectives
 from ivl_jax.plan.cudnn_without_driver import cudnn_for
 from ivl_jax.plan.gpu_chips import GPU_CHIPS
 from ivl_jax.plan.gpu_devices import compiler_options, ptxas_on_path
 from ivl_jax.plan.machines import Machine
+from ivl_jax.plan.result_cache import compilation_key, find_record, keep_record
 from ivl_jax.target_platform import tracing_for
+
+logger = logging.getLogger(__name__)
 
 # The TPU compiler refuses a program in one of two ways: by its peak, or by its temporaries alone.
 _PEAK = re.compile(r"Used ([\d.]+)([MGT]) of [\d.]+[MGT] hbm")
@@ -32,6 +37,8 @@ class Compiled(NamedTuple):
     """Bytes beside arguments and results; None if the compiler's refusal omits them."""
     peak: int
     """Bytes, arguments included."""
+    sent: Mapping[str, int] | None = None
+    """Kind of collective → bytes that each device sends; None if the compiler refused."""
 
 
 @contextlib.contextmanager
@@ -48,7 +55,7 @@ def lowering_for(machine: Machine) -> Iterator[None]:
 
 
 def compile_program(lowered: Any, machine: Machine, *, held: int) -> Compiled:
-    """Compile a program; nothing runs.
+    """Compile a program, unless a record of it is on disk; nothing runs.
 
     Args:
         lowered: from `jax.jit(…).lower` within `lowering_for`.
@@ -61,10 +68,20 @@ def compile_program(lowered: Any, machine: Machine, *, held: int) -> Compiled:
     Raises:
         jax.errors.JaxRuntimeError: the compiler fails for another reason than memory.
     """
+    options = compiler_options() if machine.platform == "gpu" else {}
+    key = compilation_key(lowered.as_text(), (repr(machine), repr(options), str(held)))
+    record = find_record(key)
+    if record is None:
+        record = _compile(lowered, machine, options, held)._asdict()
+        keep_record(key, record)
+    return Compiled(**record)
+
+
+def _compile(lowered: Any, machine: Machine, options: Any, held: int) -> Compiled:
     try:
         if machine.platform == "gpu":
             with ptxas_on_path():
-                compiled = lowered.compile(compiler_options=compiler_options())
+                compiled = lowered.compile(compiler_options=options)
         else:
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -77,7 +94,13 @@ def compile_program(lowered: Any, machine: Machine, *, held: int) -> Compiled:
     stats = compiled.memory_analysis()
     peak = stats.peak_memory_in_bytes
     fits = machine.platform != "gpu" or peak <= machine.memory
-    return Compiled(fits, stats.temp_size_in_bytes, peak)
+    collectives = count_collectives(compiled.as_text(), devices=machine.devices)
+    if collectives.unknown_loops:
+        logger.warning(
+            "%d collectives are in loops of unknown length and counted once: more bytes are sent",
+            collectives.unknown_loops,
+        )
+    return Compiled(fits, stats.temp_size_in_bytes, peak, dict(collectives.sent))
 
 
 def _parsed(number: str, unit: str) -> int:

@@ -5,12 +5,14 @@ usable memory is what the compiler itself allows a program on a TPU, and JAX's p
 """
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass
 from typing import Literal
 
 from ivl_jax.config import ConfigError
 from ivl_jax.plan.gpu_chips import GPU_CHIPS
+from ivl_jax.plan.tpu_chips import TPU_FAMILIES
 
 
 @dataclass(frozen=True)
@@ -30,30 +32,27 @@ class Machine:
     bandwidth: float
     """Bytes of its memory that a device reads per second."""
     platform: Literal["tpu", "gpu"] = "tpu"
+    interconnect: float = 0.0
+    """Bytes per second that a device sends to others over all its links; 0: not known."""
+
+    @property
+    def family(self) -> str:
+        """Its name without its number."""
+        return self.name.rpartition("-")[0]
 
     def flops(self, dtype: str) -> float:
         """FLOP/s per device in a dtype."""
         return self.float32_flops if dtype == "float32" else self.peak_flops
 
 
-@dataclass(frozen=True)
-class _Family:
-    topology: str
-    shapes: tuple[tuple[int, ...], ...]
-    per_chip: int  # what the number in a slice's name counts per chip
-    memory: int
-    peak_flops: float
-    bandwidth: float
-
-
-_GIB = 1 << 30
-_FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
-_DEEP = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8))
-_FAMILIES = {
-    "v5e": _Family("v5e", _FLAT, 1, int(15.75 * _GIB), 197e12, 819e9),
-    # Named by cores, two per chip.
-    "v5p": _Family("v5", _DEEP, 2, int(95.0 * _GIB), 459e12, 2765e9),
-    "v6e": _Family("v6e", _FLAT, 1, int(31.25 * _GIB), 918e12, 1640e9),
+# Bytes per second that a GPU sends to those of its host: PCIe 3 and 4, NVLink 3 and 4.
+_GPU_LINKS = {
+    "t4": 16e9,
+    "l4": 32e9,
+    "a100-40gb": 300e9,
+    "a100-80gb": 300e9,
+    "h100": 450e9,
+    "h200": 450e9,
 }
 _GPUS_PER_HOST = (1, 2, 4, 8)
 _POOL = "XLA_PYTHON_CLIENT_MEM_FRACTION"
@@ -61,20 +60,24 @@ _POOL = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 def _machines() -> dict[str, Machine]:
     machines = {}
-    for name, family in _FAMILIES.items():
-        for shape in family.shapes:
-            chips = 1
-            for size in shape:
-                chips *= size
-            topology = f"{family.topology}:{'x'.join(map(str, shape))}"
-            label = f"{name}-{chips * family.per_chip}"
+    for name, family in TPU_FAMILIES.items():
+        for number, shape in family.slices().items():
             # Float32 products are one pass in bfloat16 at JAX's default precision.
             rates = (family.peak_flops, family.peak_flops, family.bandwidth)
-            machines[label] = Machine(label, topology, chips, family.memory, *rates)
+            machines[f"{name}-{number}"] = Machine(
+                f"{name}-{number}",
+                f"{family.topology}:{'x'.join(map(str, shape))}",
+                math.prod(shape) * family.devices_per_chip,
+                family.memory,
+                *rates,
+                interconnect=family.interconnect,
+            )
     for name, chip in GPU_CHIPS.items():
         for count in _GPUS_PER_HOST:
-            label, rates = f"{name}-{count}", (chip.peak_flops, chip.float32_flops, chip.bandwidth)
-            machines[label] = Machine(label, name, count, chip.memory, *rates, "gpu")
+            rates = (chip.peak_flops, chip.float32_flops, chip.bandwidth)
+            machines[f"{name}-{count}"] = Machine(
+                f"{name}-{count}", name, count, chip.memory, *rates, "gpu", _GPU_LINKS[name]
+            )
     return machines
 
 
@@ -94,12 +97,40 @@ def find_machine(name: str) -> Machine:
     Raises:
         ConfigError: it is not known; lists those that are.
     """
+    if name.startswith("7x-"):
+        name = f"tpu{name}"
     if name not in MACHINES:
-        raise ConfigError(f"--on {name}: not a known machine; known are {', '.join(MACHINES)}")
+        raise ConfigError(f"--on {name}: {_not_known(name)}")
     machine = MACHINES[name]
     if machine.platform == "tpu":
         return machine
     return dataclasses.replace(machine, memory=int(machine.memory * pool_fraction()))
+
+
+def sizes_of(family: str) -> list[Machine]:
+    """The machines of one family, from the smallest to the largest.
+
+    Args:
+        family: a machine's name without its number: `v5e`, `h100`.
+    """
+    return [machine for machine in MACHINES.values() if machine.family == family]
+
+
+def _not_known(name: str) -> str:
+    family, _, number = name.rpartition("-")
+    sizes = [int(machine.name.rpartition("-")[2]) for machine in sizes_of(family)]
+    if not sizes or not number.isdecimal():
+        families = dict.fromkeys(machine.family for machine in MACHINES.values())
+        listed = ", ".join(f"{one}-{_listed(one)}" for one in families)
+        return f"not a known machine; known are {listed}"
+    smaller = [size for size in sizes if size < int(number)][-1:]
+    larger = [size for size in sizes if size > int(number)][:1]
+    nearest = " and ".join(f"{family}-{size}" for size in (*smaller, *larger))
+    return f"there is no {family} of this size; the nearest: {nearest} (all: {_listed(family)})"
+
+
+def _listed(family: str) -> str:
+    return "/".join(machine.name.rpartition("-")[2] for machine in sizes_of(family))
 
 
 def pool_fraction() -> float:

@@ -8,14 +8,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from ivl_jax.config import TrainConfig
-from ivl_jax.plan.machines import MACHINES, Machine, pool_fraction
+from ivl_jax.plan.largest import Largest
+from ivl_jax.plan.machines import Machine, pool_fraction
+from ivl_jax.plan.remedies import remedies
 from ivl_jax.plan.training import TrainingPlan
 
-# Of a GPU's memory; the rest is for the driver's own needs and for libraries such as cuDNN.
-_LARGEST_POOL = 0.95
 
-
-def table(config: TrainConfig, machine: Machine, plan: TrainingPlan, base: str) -> str:
+def table(
+    config: TrainConfig,
+    machine: Machine,
+    plan: TrainingPlan,
+    base: str,
+    largest: Largest | None = None,
+) -> str:
     """One plan for people.
 
     Args:
@@ -23,6 +28,7 @@ def table(config: TrainConfig, machine: Machine, plan: TrainingPlan, base: str) 
         machine: where it would run.
         plan: of its step.
         base: the base's path; empty without a base.
+        largest: the largest sizes that fit; None: not searched.
 
     Returns:
         Lines of text.
@@ -45,32 +51,58 @@ def table(config: TrainConfig, machine: Machine, plan: TrainingPlan, base: str) 
     lines = [f"  {name:38} {size_text(size)}" for name, size in parts.items()]
     available = f"{size_text(plan.available).strip()}{pool_note(machine)}"
     lines.append(f"  {'peak':38} {size_text(plan.peak)} of {available}")
-    dtype = step.compute_dtype
     lines.append(
-        f"  {plan.flops:.3g} FLOPs per step: at least {plan.seconds:.3g} s at the chips' peak "
-        f"rate in {dtype} ({machine.flops(dtype) / 1e12:.3g} TFLOP/s each)"
+        f"  {plan.flops:.3g} FLOPs per step at {machine.flops(step.compute_dtype) / 1e12:.3g} "
+        f"TFLOP/s per device ({step.compute_dtype}); per device{size_text(plan.traffic)} to and from "
+        f"memory{_sent(plan)}"
     )
-    lines.append("  " + ("fits" if plan.fits else _remedy(config, machine, plan)))
+    limits = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in plan.limits.items())
+    lines.append(f"  a step takes at least {plan.seconds:.3g} s ({limits})")
+    if largest is not None:
+        lines.append(
+            f"  the largest that fits: {largest.rows} rows of {config.data.max_length:,} tokens in "
+            f"{step.micro_batches} micro-batches, or {rows} rows of {largest.length:,} tokens"
+        )
+    if plan.fits:
+        lines.append("  fits")
+    else:
+        lines.append("  does not fit:")
+        lines += [f"  - {remedy}" for remedy in remedies(config, machine, plan)]
     return "\n".join([head, "per device:", *lines])
 
 
-def as_json(machine: Machine, plans: Sequence[TrainingPlan], bases: Sequence[str]) -> Any:
+def as_json(
+    config: TrainConfig,
+    machine: Machine,
+    plans: Sequence[TrainingPlan],
+    bases: Sequence[str],
+    largest: Largest | None = None,
+) -> Any:
     """All plans for programs; sizes are bytes per device.
 
     Args:
+        config: of the run.
         machine: where the run would take place.
         plans: one per base.
         bases: the bases' paths.
+        largest: the largest sizes that fit; None: not searched.
 
     Returns:
         An object that `json.dumps` takes.
     """
     return {
         "machine": dataclasses.asdict(machine),
+        "fits": all(plan.fits for plan in plans),
         "programs": [
-            {"base": base, "fits": plan.fits, **dataclasses.asdict(plan)}
+            {
+                "base": base,
+                **dataclasses.asdict(plan),
+                "seconds": plan.seconds,
+                "remedies": [] if plan.fits else remedies(config, machine, plan),
+            }
             for base, plan in zip(bases, plans, strict=True)
         ],
+        "largest": None if largest is None else largest._asdict(),
     }
 
 
@@ -81,29 +113,16 @@ def pool_note(machine: Machine) -> str:
     return f", the {pool_fraction():.0%} of its memory that JAX takes"
 
 
-def _remedy(config: TrainConfig, machine: Machine, plan: TrainingPlan) -> str:
-    if machine.platform == "gpu" and plan.peak <= _LARGEST_POOL * MACHINES[machine.name].memory:
-        return (
-            f"does not fit, but would with XLA_PYTHON_CLIENT_MEM_FRACTION={_LARGEST_POOL} in the "
-            "environment of the run (and of the plan)"
-        )
-    step = config.step
-    held = plan.base + plan.value + plan.optimizer
-    if held > plan.available:
-        return (
-            "does not fit: the parameters and moments alone exceed a device; shard them over more "
-            "devices (mesh.fsdp, mesh.tensor)"
-        )
-    ways = []
-    if not step.remat:
-        ways.append("set step.remat = true")
-    if not step.scan_layers:
-        ways.append("set step.scan_layers = true")
-    if step.batch_size > step.micro_batches:
-        ways.append(f"raise step.micro_batches from {step.micro_batches}")
-    return f"does not fit: {', '.join([*ways, 'use more devices'])}"
+def _sent(plan: TrainingPlan) -> str:
+    """What goes to other devices."""
+    if plan.sent is None:
+        return ""
+    kinds = ", ".join(f"{kind}{size_text(size)}" for kind, size in plan.sent.items() if size)
+    return f",{size_text(sum(plan.sent.values()))} to other devices" + (
+        f" ({kinds})" if kinds else ""
+    )
 
 
-def size_text(size: int) -> str:
+def size_text(size: float | int) -> str:
     """Bytes as gigabytes, right-aligned."""
     return f"{size / 1e9:8.2f} GB"

@@ -5,6 +5,7 @@ program is the one that train.py compiles, made by the same functions from the s
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +15,14 @@ from jax.sharding import Mesh
 
 from ivl_jax.config import ConfigError, TrainConfig
 from ivl_jax.data.batching import Batch
-from ivl_jax.model.linear_map import LinearMapConfig
-from ivl_jax.model.network import Architecture
 from ivl_jax.plan.compiled import compile_program, lowering_for
 from ivl_jax.plan.devices import describe_devices
 from ivl_jax.plan.machines import Machine
 from ivl_jax.plan.models import planned_models
-from ivl_jax.sharding import batch_sharding
+from ivl_jax.plan.work import step_flops, step_traffic
+from ivl_jax.sharding import batch_sharding, batch_ways
 from ivl_jax.training.models import FrozenBase, Models
+from ivl_jax.training.objectives import find_objective
 from ivl_jax.training.programs import place_in_step, step_programs
 from ivl_jax.training.setup import make_run_mesh, make_run_optimizer, place_trained, state_shapes
 from ivl_jax.training.step import state_shardings
@@ -46,8 +47,21 @@ class TrainingPlan:
     """Positions of a global batch."""
     flops: float
     """Of a step over all devices; see `step_flops`."""
-    seconds: float
-    """The step's time if it ran at the machine's peak rate in the compute dtype."""
+    traffic: float
+    """Bytes per device to and from memory; see `step_traffic`."""
+    sent: Mapping[str, int] | None
+    """Kind of collective → bytes that each device sends; None if the compiler refused."""
+    ways: int
+    """Devices over which the rows of a micro-batch are split."""
+    limits: Mapping[str, float]
+    """Seconds that a step takes at least, by what limits it: compute (FLOPs at the peak rate),
+    memory (traffic at its bandwidth) and, unless the compiler refused, interconnect (bytes sent at
+    the rate of all links). The three overlap at best; real steps take longer."""
+
+    @property
+    def seconds(self) -> float:
+        """The least time of a step, in seconds."""
+        return max(self.limits.values())
 
 
 def plan_training(config: TrainConfig, machine: Machine) -> list[TrainingPlan]:
@@ -64,10 +78,12 @@ def plan_training(config: TrainConfig, machine: Machine) -> list[TrainingPlan]:
         ConfigError: the config does not fit the machine's mesh, or a `config.json` is missing.
         MissingCompilerError: the machine's compiler is not installed.
     """
-    if config.objective in ("grpo", "distil"):
+    objective = find_objective(config)
+    if objective.needs_teacher or objective.needs_rollouts:
+        what = "that of its teacher" if objective.needs_teacher else "that of sampling answers"
         raise ConfigError(
-            f'objective = "{config.objective}": a teacher and sampled answers are not planned yet; '
-            'plan the step with objective = "sft" or "dpo"'
+            f'objective = "{config.objective}": not all of its memory can be planned ({what} '
+            'cannot): set objective = "sft" to plan the rest'
         )
     mesh = make_run_mesh(config, describe_devices(machine))
     models = planned_models(config, mesh)
@@ -100,14 +116,16 @@ def _plan(
     )
     step: Any = programs.step
     arguments = (state, frozen, batch)
-    fits, temporaries, peak = compile_program(
+    fits, temporaries, peak, sent = compile_program(
         step.lower(*arguments), machine, held=_bytes(arguments)
     )
+    held = {"trained": _bytes(state.params), "optimizer": _bytes(state.opt_state)}
     flops = step_flops(config, models, base)
+    traffic = step_traffic(config, models, base, mesh, **held)
     return TrainingPlan(
         base=_bytes(frozen),
-        value=_bytes(state.params),
-        optimizer=_bytes(state.opt_state),
+        value=held["trained"],
+        optimizer=held["optimizer"],
         batch=_bytes(batch),
         temporaries=temporaries,
         peak=peak,
@@ -115,45 +133,28 @@ def _plan(
         fits=fits,
         tokens=config.step.batch_size * config.data.max_length,
         flops=flops,
-        seconds=flops / (machine.devices * machine.flops(config.step.compute_dtype)),
+        traffic=traffic,
+        sent=sent,
+        ways=batch_ways(mesh),
+        limits=_limits(config, machine, flops / mesh.size, traffic, sent),
     )
 
 
-def step_flops(config: TrainConfig, models: Models, base: FrozenBase | None) -> float:
-    """The multiplications and additions of one step, over all devices.
-
-    Per token: 2 for each parameter of a matrix in the forward pass and 4 in the backward pass,
-    2 more where layers are recomputed; attention reads T / 2 keys on average.
-
-    Args:
-        config: of the run.
-        models: of the run.
-        base: runs forward only, and not at all where its states are cached; None: no base.
-
-    Returns:
-        FLOPs.
-    """
-    length = config.data.max_length
-    tokens = config.step.batch_size * length
-    layers, head = _forward_flops(models.arch, length)
-    total = (4 if config.step.remat else 3) * layers + 3 * head
-    if base is not None:
-        layers, head = _forward_flops(base.model.arch, length)
-        total += head + (0 if base.config.cache_states else layers)
-    return float(total) * tokens
-
-
-def _forward_flops(arch: Architecture, length: int) -> tuple[float, float]:
-    """Per token of the forward pass: (layers, head)."""
-    if isinstance(arch, LinearMapConfig):
-        parameters = 2 * arch.vocab_size * arch.rank if arch.rank else arch.vocab_size**2
-        return 0.0, 2.0 * parameters
-    heads, kv_heads = arch.num_attention_heads, arch.num_key_value_heads
-    projections = 2 * arch.hidden_size * arch.head_dim * (heads + kv_heads)
-    mlp = 3 * arch.hidden_size * arch.intermediate_size
-    attention = 2 * heads * arch.head_dim * length / 2
-    layer = 2.0 * (projections + mlp + attention)
-    return arch.num_hidden_layers * layer, 2.0 * arch.hidden_size * arch.vocab_size
+def _limits(
+    config: TrainConfig,
+    machine: Machine,
+    flops: float,
+    traffic: float,
+    sent: Mapping[str, int] | None,
+) -> dict[str, float]:
+    """What limits a step → seconds, from FLOPs and bytes per device."""
+    limits = {
+        "compute": flops / machine.flops(config.step.compute_dtype),
+        "memory": traffic / machine.bandwidth,
+    }
+    if sent is not None and machine.interconnect:
+        limits["interconnect"] = sum(sent.values()) / machine.interconnect
+    return limits
 
 
 def _batch_shapes(config: TrainConfig, base: FrozenBase | None, mesh: Mesh) -> Batch:

@@ -12,7 +12,35 @@ from ivl_jax.config import (
     TrainConfig,
     ValueConfig,
 )
+from ivl_jax.plan.training import TrainingPlan
 from tests.model.families import CONFIGS
+
+
+@pytest.fixture(autouse=True)
+def own_records(tmp_path, monkeypatch):
+    """Compilations of this test are not answered by those of an earlier one."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def plan():
+    """A plan that does not fit; tests replace what matters to them."""
+    return TrainingPlan(
+        base=1,
+        value=2,
+        optimizer=4,
+        batch=0,
+        temporaries=20,
+        peak=27,
+        available=16,
+        fits=False,
+        tokens=1,
+        flops=6e12,
+        traffic=4e9,
+        sent={"all-gather": 10**9, "all-reduce": 2 * 10**9},
+        ways=8,
+        limits={"compute": 0.5, "memory": 0.25, "interconnect": 0.75},
+    )
 
 
 @pytest.fixture

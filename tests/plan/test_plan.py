@@ -17,6 +17,7 @@ from ivl_jax.plan import devices, models, training
 from ivl_jax.plan.compiled import compile_program
 from ivl_jax.plan.machines import MACHINES, Machine, find_machine
 from ivl_jax.plan.report import table
+from ivl_jax.plan.work import step_flops
 from ivl_jax.sharding import make_mesh
 from ivl_jax.target_platform import target_platform, tracing_for
 from tests.model.families import tiny_arch
@@ -31,20 +32,42 @@ def lowered(error):
     def compile_it() -> None:
         raise error
 
-    return SimpleNamespace(compile=compile_it)
+    return SimpleNamespace(as_text=lambda: "program", compile=compile_it)
 
 
 def test_a_machine_that_is_not_known_lists_those_that_are():
-    with pytest.raises(ConfigError, match=r"--on v9: not a known machine; known are v5e-1, v5e-4"):
+    with pytest.raises(
+        ConfigError, match=r"--on v9: not a known machine; known are v5e-1/4/8/.*v6e"
+    ):
         find_machine("v9")
 
 
 @pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("v5e-12", "v5e-8 and v5e-16"),
+        ("v5e-512", "v5e-256"),
+        ("v5p-4", "v5p-8"),
+        ("v6e-2", "v6e-1 and v6e-4"),
+    ],
+)
+def test_a_size_that_does_not_exist_names_the_nearest(name, nearest):
+    family = name.partition("-")[0]
+    with pytest.raises(ConfigError, match=f"no {family} of this size; the nearest: {nearest} "):
+        find_machine(name)
+
+
+@pytest.mark.parametrize(
     ("name", "devices", "topology"),
-    [("v5e-8", 8, "v5e:2x4"), ("v5p-8", 4, "v5:2x2x1"), ("v6e-256", 256, "v6e:16x16")],
+    [
+        ("v5e-8", 8, "v5e:2x4"),
+        ("v5p-8", 4, "v5:2x2x1"),  # cores, of which a device has two
+        ("v6e-256", 256, "v6e:16x16"),
+        ("7x-8", 8, "tpu7x:2x2x1"),  # cores, each of which is a device
+    ],
 )
 def test_names_count_what_their_vendor_counts(name, devices, topology):
-    machine = MACHINES[name]
+    machine = find_machine(name)
     assert (machine.devices, machine.topology) == (devices, topology)
 
 
@@ -115,13 +138,16 @@ def test_a_plan_counts_what_each_device_holds(config, monkeypatch):
         ),
     ],
 )
-def test_the_compilers_refusal_is_a_plan_that_does_not_fit(config, message, temporaries, peak):
+def test_the_compilers_refusal_is_a_plan_that_does_not_fit(
+    config, plan, message, temporaries, peak
+):
     refused = lowered(jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {message}"))
     found = compile_program(refused, HERE, held=2 * GB)
-    assert found == (False, temporaries, peak)
-    plan = training.TrainingPlan(1, 2, 4, 0, found[1], found[2], 8, found[0], 1, 1.0, 1.0)
+    assert found == (False, temporaries, peak, None)
+    plan = dataclasses.replace(plan, temporaries=found.temporaries, peak=found.peak, sent=None)
     text = table(config, HERE, plan, "BASE")
-    assert "set step.remat = true, set step.scan_layers = true, raise step.micro_batches" in text
+    assert f"{peak / 1e9:8.2f} GB of 0.00 GB" in text
+    assert "does not fit:\n" in text
 
 
 def test_another_failure_of_the_compiler_is_not_taken_for_one():
@@ -131,8 +157,10 @@ def test_another_failure_of_the_compiler_is_not_taken_for_one():
 
 
 @pytest.mark.parametrize(("fits", "status"), [(True, 0), (False, command.DOES_NOT_FIT)])
-def test_the_exit_status_says_whether_it_fits(config, tmp_path, monkeypatch, capsys, fits, status):
-    plan = training.TrainingPlan(1, 2, 4, 0, 1, 8, 16, fits, 1, 1.0, 1.0)
+def test_the_exit_status_says_whether_it_fits(
+    config, plan, tmp_path, monkeypatch, capsys, fits, status
+):
+    plan = dataclasses.replace(plan, fits=fits)
     monkeypatch.setattr(training, "plan_training", lambda config, machine: [plan])
     file = tmp_path / "run.toml"
     file.write_text(
@@ -153,7 +181,7 @@ def test_flops_of_a_step_are_the_usual_ones(config):
     tokens = 16 * 16
     attention = arch.num_hidden_layers * 2 * arch.num_attention_heads * arch.head_dim * 16
     expected = (6 + 2) * matrices + (3 + 1) * attention
-    assert training.step_flops(config, chosen, chosen.bases[0]) == expected * tokens
+    assert step_flops(config, chosen, chosen.bases[0]) == expected * tokens
 
 
 def test_tracing_for_another_platform_ends_with_the_block():
@@ -165,5 +193,5 @@ def test_tracing_for_another_platform_ends_with_the_block():
 
 @pytest.mark.parametrize("objective", ["distil", "grpo"])
 def test_objectives_with_programs_of_their_own_are_refused(config, objective):
-    with pytest.raises(ConfigError, match=f'objective = "{objective}".*not planned'):
+    with pytest.raises(ConfigError, match=f'objective = "{objective}".*cannot'):
         training.plan_training(dataclasses.replace(config, objective=objective), HERE)
