@@ -116,7 +116,7 @@ def make_mesh(
     if total > len(available) or (-1 in (data, fsdp, tensor) and total != len(available)):
         raise ValueError(
             f"mesh {sizes_text} does not fit {len(available)} device(s): the sizes must multiply "
-            f"to {len(available)}, or set one of them to −1"
+            f"to {len(available)}{_fitting_sizes(len(available))}, or set one of them to −1"
         )
     if total < len(available):
         if jax.process_count() > 1:
@@ -131,6 +131,13 @@ def make_mesh(
         axis_types=(AxisType.Auto,) * len(MESH_AXES),
         devices=available[:total],
     )
+
+
+def _fitting_sizes(devices: int) -> str:
+    """Sizes that do fit, for messages: a few ways to split this many devices."""
+    ways = [tensor for tensor in (2, 4, 8) if devices % tensor == 0]
+    sizes = [f"fsdp={devices}", *(f"fsdp={devices // tensor}, tensor={tensor}" for tensor in ways)]
+    return f" (such as {'; or '.join(sizes)})" if ways else ""
 
 
 def single_device_mesh(device: jax.Device | None = None) -> Mesh:

@@ -15,10 +15,14 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ivl_jax.command_line.console import log_to_stderr
 from ivl_jax.command_line.guard import run_command
 from ivl_jax.commands.train import read_flags
+
+if TYPE_CHECKING:
+    from ivl_jax.plan.machines import Machine
 
 PROGRAM = "python -m ivl_jax.plan"
 DOES_NOT_FIT = 1
@@ -34,8 +38,7 @@ def main() -> int:
 
 
 def _plan(arguments: Sequence[str]) -> int:
-    from ivl_jax.config import ConfigError, check_train_config
-    from ivl_jax.plan.machines import MACHINES, find_machine
+    from ivl_jax.config import check_train_config
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--on")
@@ -43,15 +46,9 @@ def _plan(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true")
     chosen, rest = parser.parse_known_args(list(arguments))
     config = read_flags(rest, program=PROGRAM, description=__doc__ or "")
-    if chosen.on is None:
-        raise ConfigError(f"name a machine: --on NAME, one of {', '.join(MACHINES)}")
-    machine = find_machine(chosen.on)
+    machine = _find_machine(chosen.on)
     check_train_config(config)
-    log_to_stderr()
-    # Nothing runs here, so no accelerator of this machine is claimed.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+    _begin()
     # Imported after the flags are checked, and after the environment is set, which JAX reads.
     from ivl_jax.plan.largest import find_largest
     from ivl_jax.plan.report import as_json, table
@@ -69,6 +66,23 @@ def _plan(arguments: Sequence[str]) -> int:
         )
     sys.stdout.write(f"{text}\n")
     return 0 if all(plan.fits for plan in plans) else DOES_NOT_FIT
+
+
+def _find_machine(name: str | None) -> "Machine":
+    from ivl_jax.config import ConfigError
+    from ivl_jax.plan.machines import find_machine, known_machines
+
+    if name is None:
+        raise ConfigError(f"name a machine: --on NAME, one of {known_machines()}")
+    return find_machine(name)
+
+
+def _begin() -> None:
+    """Log, and claim no accelerator of this machine: nothing runs. JAX reads these variables."""
+    log_to_stderr()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
 
 
 if __name__ == "__main__":

@@ -107,6 +107,12 @@ def find_machine(name: str) -> Machine:
     return dataclasses.replace(machine, memory=int(machine.memory * pool_fraction()))
 
 
+def known_machines() -> str:
+    """All names, for messages: `v5e-1/4/8, …`."""
+    families = dict.fromkeys(machine.family for machine in MACHINES.values())
+    return ", ".join(f"{family}-{_listed(family)}" for family in families)
+
+
 def sizes_of(family: str) -> list[Machine]:
     """The machines of one family, from the smallest to the largest.
 
@@ -120,9 +126,7 @@ def _not_known(name: str) -> str:
     family, _, number = name.rpartition("-")
     sizes = [int(machine.name.rpartition("-")[2]) for machine in sizes_of(family)]
     if not sizes or not number.isdecimal():
-        families = dict.fromkeys(machine.family for machine in MACHINES.values())
-        listed = ", ".join(f"{one}-{_listed(one)}" for one in families)
-        return f"not a known machine; known are {listed}"
+        return f"not a known machine; known are {known_machines()}"
     smaller = [size for size in sizes if size < int(number)][-1:]
     larger = [size for size in sizes if size > int(number)][:1]
     nearest = " and ".join(f"{family}-{size}" for size in (*smaller, *larger))

@@ -53,16 +53,13 @@ def table(
     lines.append(f"  {'peak':38} {size_text(plan.peak)} of {available}")
     lines.append(
         f"  {plan.flops:.3g} FLOPs per step at {machine.flops(step.compute_dtype) / 1e12:.3g} "
-        f"TFLOP/s per device ({step.compute_dtype}); per device{size_text(plan.traffic)} to and from "
-        f"memory{_sent(plan)}"
+        f"TFLOP/s per device ({step.compute_dtype})"
     )
+    lines.append(f"  per device {size_text(plan.traffic).strip()} to and from memory{_sent(plan)}")
     limits = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in plan.limits.items())
     lines.append(f"  a step takes at least {plan.seconds:.3g} s ({limits})")
     if largest is not None:
-        lines.append(
-            f"  the largest that fits: {largest.rows} rows of {config.data.max_length:,} tokens in "
-            f"{step.micro_batches} micro-batches, or {rows} rows of {largest.length:,} tokens"
-        )
+        lines.append(f"  the largest that fits: {_largest(config, largest)}")
     if plan.fits:
         lines.append("  fits")
     else:
@@ -113,12 +110,24 @@ def pool_note(machine: Machine) -> str:
     return f", the {pool_fraction():.0%} of its memory that JAX takes"
 
 
+def _largest(config: TrainConfig, largest: Largest) -> str:
+    step, length = config.step, config.data.max_length
+    batch = f"{largest.rows} rows of {length:,} tokens in {step.micro_batches} micro-batches"
+    longest = f"{step.batch_size} rows of {largest.length:,} tokens"
+    return (
+        f"{batch if largest.rows else f'no batch of rows of {length:,} tokens'}, or "
+        f"{longest if largest.length else f'{step.batch_size} rows of no length'}"
+    )
+
+
 def _sent(plan: TrainingPlan) -> str:
     """What goes to other devices."""
     if plan.sent is None:
         return ""
-    kinds = ", ".join(f"{kind}{size_text(size)}" for kind, size in plan.sent.items() if size)
-    return f",{size_text(sum(plan.sent.values()))} to other devices" + (
+    kinds = ", ".join(
+        f"{kind} {size_text(size).strip()}" for kind, size in plan.sent.items() if size
+    )
+    return f", {size_text(sum(plan.sent.values())).strip()} to other devices" + (
         f" ({kinds})" if kinds else ""
     )
 

@@ -15,9 +15,10 @@ from ivl_jax.model.decoder import abstract_params
 from ivl_jax.plan import __main__ as command
 from ivl_jax.plan import devices, models, training
 from ivl_jax.plan.compiled import compile_program
+from ivl_jax.plan.largest import Largest
 from ivl_jax.plan.machines import MACHINES, Machine, find_machine
 from ivl_jax.plan.report import table
-from ivl_jax.plan.work import step_flops
+from ivl_jax.plan.work import step_flops, step_traffic
 from ivl_jax.sharding import make_mesh
 from ivl_jax.target_platform import target_platform, tracing_for
 from tests.model.families import tiny_arch
@@ -195,3 +196,41 @@ def test_tracing_for_another_platform_ends_with_the_block():
 def test_objectives_with_programs_of_their_own_are_refused(config, objective):
     with pytest.raises(ConfigError, match=f'objective = "{objective}".*cannot'):
         training.plan_training(dataclasses.replace(config, objective=objective), HERE)
+
+
+def test_the_table_has_what_is_moved_and_what_limits_a_step(config, plan):
+    lines = table(config, HERE, plan, "BASE", Largest(48, 0)).splitlines()
+    text = "\n".join(lines)
+    assert "6e+12 FLOPs per step at 1 TFLOP/s per device (float32)" in text
+    assert "4.00 GB to and from memory" in text
+    assert "3.00 GB to other devices (all-gather 1.00 GB, all-reduce 2.00 GB)" in text
+    assert "at least 0.75 s (compute 0.5 s, memory 0.25 s, interconnect 0.75 s)" in text
+    assert "48 rows of 16 tokens in 2 micro-batches, or 16 rows of no length" in text
+    assert lines[-1].startswith("  - ")  # a remedy
+
+
+def test_traffic_is_weights_once_per_product_and_rows_once_per_matrix(config):
+    mesh = make_mesh(fsdp=4, tensor=2)
+    chosen = models.planned_models(config, mesh)
+    sizes = {"trained": 1000, "optimizer": 2000}
+
+    def traffic(**step):
+        changed = dataclasses.replace(config, step=dataclasses.replace(config.step, **step))
+        return step_traffic(changed, chosen, chosen.bases[0], mesh, **sizes)
+
+    one, two = traffic(micro_batches=1), traffic(micro_batches=2)
+    arch = tiny_arch("llama3")
+    leaves = jax.tree.leaves(abstract_params(arch))
+    matrices = sum(leaf.size for leaf in leaves if leaf.ndim == 2)  # a tied head counts once
+    # A second micro-batch reads the weights again, and adds to the gradient.
+    assert two - one == (3 * 4 + 1 * 2) * matrices / 2 + 2 * 1000
+    rows = traffic(micro_batches=1, batch_size=32) - one
+    assert rows == pytest.approx(one - (3 * 4 + 2) * matrices / 2 - 2 * 4000)
+    assert traffic(micro_batches=1, remat=True) > one
+
+
+def test_a_mesh_that_does_not_fit_names_sizes_that_do(config, monkeypatch):
+    monkeypatch.setattr(training, "describe_devices", lambda machine: jax.devices())
+    mesh = dataclasses.replace(config.mesh, fsdp=3, tensor=4)
+    with pytest.raises(ConfigError, match=r"fit 8 device.*fsdp=8.*fsdp=4, tensor=2"):
+        training.plan_training(dataclasses.replace(config, mesh=mesh), HERE)
