@@ -78,11 +78,9 @@ def _find_machine(name: str | None) -> "Machine":
 
 
 def _begin() -> None:
-    """Log, and claim no accelerator of this machine: nothing runs. JAX reads these variables."""
+    """Log, and claim no accelerator of this machine: nothing runs. JAX reads this variable."""
     log_to_stderr()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
 
 
 if __name__ == "__main__":

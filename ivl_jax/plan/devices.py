@@ -3,6 +3,7 @@
 In: a machine. Out: its devices; programs can be compiled for them, but not run.
 """
 
+import os
 from importlib.util import find_spec
 
 import jax
@@ -11,6 +12,15 @@ from jax.experimental import topologies
 from ivl_jax.plan.gpu_chips import GPU_CHIPS, target_config
 from ivl_jax.plan.gpu_devices import describe_gpus, missing_packages
 from ivl_jax.plan.machines import Machine
+
+# What libtpu asks of its surroundings before it compiles: no metadata server, no lock on a TPU, and
+# answers to what it would otherwise complain about. The topology decides what is compiled for.
+_COMPILER_ONLY = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+}
 
 
 class MissingCompilerError(RuntimeError):
@@ -42,6 +52,8 @@ def describe_devices(machine: Machine) -> list[jax.Device]:
             f"--on {machine.name}: programs for it are compiled by libtpu, which is not installed: "
             "pip install 'ivl_jax[plan-tpu]' (in a clone: pip install -e '.[plan-tpu]')"
         )
+    for name, value in _COMPILER_ONLY.items():
+        os.environ.setdefault(name, value)
     sizes = [int(size) for size in machine.topology.split(":")[1].split("x")]
     bounds = tuple([*(min(2, size) for size in sizes), 1, 1][:3])  # up to four chips per host
     description = topologies.get_topology_desc(
