@@ -4,10 +4,13 @@
 
 {program} --config configs/llama2_7b_sharegpt.toml --on v5e-8 --step.micro-batches 1 --json
 
+{program} recipes docs/accelerators.md
+
 The program that train.py would run is compiled by the machine's own compiler, from the models'
 config.json alone. Every flag of train.py works here too. --largest searches for the largest batch
 and the longest rows that fit, with up to ten more compilations. Exit status 1 means that the run
-does not fit. What a compilation found is kept on disk.
+does not fit. What a compilation found is kept on disk. `recipes` plans the shipped configs listed
+in the TOML file beside a document, and writes its table.
 """
 
 import argparse
@@ -40,6 +43,8 @@ def main() -> int:
 def _plan(arguments: Sequence[str]) -> int:
     from ivl_jax.config import check_train_config
 
+    if arguments and arguments[0] == "recipes":
+        return _write_recipes(arguments[1:])
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--on")
     parser.add_argument("--largest", action="store_true")
@@ -66,6 +71,29 @@ def _plan(arguments: Sequence[str]) -> int:
         )
     sys.stdout.write(f"{text}\n")
     return 0 if all(plan.fits for plan in plans) else DOES_NOT_FIT
+
+
+def _write_recipes(arguments: Sequence[str]) -> int:
+    from pathlib import Path
+
+    from ivl_jax.config import ConfigError, TrainConfig, check_train_config
+
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise ConfigError(f"name the document: {PROGRAM} recipes docs/accelerators.md")
+    document = Path(arguments[0])
+    _begin()
+    from ivl_jax.plan.recipes import read_recipes, recipe_rows, write_table
+    from ivl_jax.plan.training import plan_training
+
+    def read(flags: Sequence[str]) -> TrainConfig:
+        config = read_flags(flags, program=PROGRAM)
+        check_train_config(config)
+        return config
+
+    rows = recipe_rows(read_recipes(document.with_suffix(".toml")), read, plan_training)
+    write_table(document, rows)
+    sys.stdout.write("\n".join(rows) + "\n")
+    return DOES_NOT_FIT if any("does not fit" in row for row in rows) else 0
 
 
 def _find_machine(name: str | None) -> "Machine":
