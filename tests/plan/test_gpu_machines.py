@@ -162,7 +162,7 @@ def test_attention_compiles_in_the_form_that_the_gpu_takes(name, options, expect
     compiled = compile_attention(name, form, **options)
     scores = 4 * 2048 * 2048 * 4  # of four heads in float32
     assert compiled.fits
-    assert 0 < compiled.temporaries < scores
+    assert 0 < (compiled.temporaries or 0) < scores
 
 
 @pytest.mark.usefixtures("gpu_compiler")
@@ -170,6 +170,8 @@ def test_all_scores_at_once_take_more():
     options = {"width": 64, "dtype": jnp.bfloat16}
     plain = compile_attention("h100-1", AttentionForm("plain"), **options)
     fused = compile_attention("h100-1", AttentionForm("cudnn"), **options)
+    assert plain.temporaries is not None
+    assert fused.temporaries is not None
     assert plain.temporaries > 4 * fused.temporaries
 
 

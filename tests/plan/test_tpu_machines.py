@@ -34,7 +34,8 @@ def test_the_debug_configs_step_compiles_for_a_slice(debug, caplog):
     assert plan.fits
     held = plan.base + plan.value + plan.optimizer + plan.batch
     assert held < plan.peak < plan.available
-    assert plan.temporaries is not None and plan.sent is not None
+    assert plan.temporaries is not None
+    assert plan.sent is not None
     assert plan.peak == pytest.approx(held + plan.temporaries, rel=0.2)
     # Gathered in bfloat16 or float32 over the four devices of fsdp, base and value; and gradients.
     assert 1.5 * plan.value < plan.sent["all-gather"] < 20 * plan.value
