@@ -107,7 +107,7 @@ def step_traffic(
 
 def recomputes(config: TrainConfig) -> bool:
     """Whether the backward pass runs the layers' forward pass once more."""
-    return config.step.remat
+    return config.step.remat not in (False, "none")
 
 
 def _matrices(arch: Architecture) -> Iterator[_Matrix]:

@@ -14,7 +14,7 @@ from ivl_jax.sharding import make_mesh
 from ivl_jax.target_platform import tracing_for
 from ivl_jax.weights.language_model import read_arch
 
-pytest.importorskip("libtpu", reason="the extra plan-tpu")
+pytest.importorskip("libtpu", reason="the extra `plan-tpu` is not installed")
 
 ROWS, CAPACITY, PROMPT = 64, 32_768, 1024  # 268 MB of caches per chip: more than its fast memory
 
