@@ -2,9 +2,11 @@
 
 In: the path of the lock file. Out: the lock, or an error that names host, process and time. The
 lock is the operating system's, so it ends with its process, even after `kill -9`; a killed process
-leaves a lock file that nobody holds.
+leaves a lock file that nobody holds. Object stores have no such locks; there, the file only tells
+the next process who was the last.
 """
 
+import contextlib
 import errno
 import json
 import logging
@@ -12,11 +14,14 @@ import os
 import shlex
 import socket
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
-from ivl_jax.json_files import read_json_object
+from etils import epath
+
+from ivl_jax.json_files import read_json_object, write_json
 
 try:
     import fcntl
@@ -105,6 +110,35 @@ class FileLock:
             )
 
 
+@contextlib.contextmanager
+def record_holder(path: epath.Path) -> Iterator[None]:
+    """Record who works in a folder where nothing can be locked, on an object store.
+
+    Nobody is kept out; a record that is there already is named in a warning.
+
+    Args:
+        path: the record.
+
+    Yields:
+        Nothing; afterwards the record is removed, unless it is another's by then.
+    """
+    left, now = _read_holder(path), _this_process()
+    if left is None:
+        logger.info("%s cannot be locked: make sure that no other run writes there", path.parent)
+    else:
+        logger.warning(
+            "%s has not said that it has ended, and %s cannot be locked: make sure that it has",
+            _describe(left),
+            path.parent,
+        )
+    write_json(path, now)
+    try:
+        yield
+    finally:
+        if _read_holder(path) == now:
+            path.unlink(missing_ok=True)
+
+
 def _is_file(descriptor: int, path: Path) -> bool:
     """Whether an open file is still the one at this path."""
     try:
@@ -122,7 +156,7 @@ def _this_process() -> dict[str, str | int]:
     }
 
 
-def _read_holder(path: Path) -> dict[str, str | int] | None:
+def _read_holder(path: epath.PathLike) -> dict[str, str | int] | None:
     """Read the record of the last holder; None if there is none."""
     try:
         holder = read_json_object(path)

@@ -15,6 +15,7 @@ from typing import Any
 
 from etils import epath
 
+from ivl_jax.folder_copies import file_names
 from ivl_jax.json_files import json_kind, parse_json
 from ivl_jax.paths import flush_folder, is_local, write_atomically
 
@@ -63,7 +64,7 @@ def write_manifest(
         The manifest that was written.
     """
     folder = epath.Path(folder)
-    names = sorted(set(_file_names(folder)) - {MANIFEST_NAME})
+    names = sorted(set(file_names(folder)) - {MANIFEST_NAME})
     with ThreadPoolExecutor(threads) as pool:
         records = list(pool.map(lambda name: _record(folder / name, flush=True), names))
     manifest = Manifest(files=dict(zip(names, records, strict=True)), about=dict(about))
@@ -171,7 +172,7 @@ def unlisted_files(folder: epath.PathLike, manifest: Manifest) -> list[str]:
         Their paths relative to the folder, in alphabetical order.
     """
     known = {*manifest.files, MANIFEST_NAME}
-    return sorted(set(_file_names(epath.Path(folder))) - known)
+    return sorted(set(file_names(folder)) - known)
 
 
 def shorten(problems: Sequence[str]) -> tuple[str, ...]:
@@ -209,16 +210,6 @@ def _check_shape(content: Mapping[str, Any]) -> None:
 def _checksum(content: Mapping[str, Any]) -> str:
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _file_names(folder: epath.Path, prefix: str = "") -> list[str]:
-    names = []
-    for path in folder.iterdir():
-        if path.is_dir():
-            names += _file_names(path, f"{prefix}{path.name}/")
-        else:
-            names.append(prefix + path.name)
-    return names
 
 
 def _record(path: epath.Path, *, flush: bool) -> dict[str, Any]:

@@ -5,10 +5,83 @@ their old content or their new content, never part of it. Does not import JAX.
 """
 
 import contextlib
+import functools
+import importlib.util
 import os
 import uuid
+from pathlib import Path
 
 from etils import epath
+
+_GCS = "gs://"
+
+
+class MissingExtraError(ImportError):
+    """A path that needs a package which is not installed: which path, which extra."""
+
+
+class StoreError(OSError):
+    """An object store that cannot be used: which path, why, remedy."""
+
+
+class LocalPathError(ValueError):
+    """A URL where only a local path works: what, where, remedy."""
+
+
+def usable_path(path: epath.PathLike) -> epath.Path:
+    """A path that can be read and written: `~` expanded; for a URL its package is installed.
+
+    Every path that a user may give as a URL passes through here before it is used.
+
+    Args:
+        path: a local path or a URL such as `gs://…`.
+
+    Returns:
+        The path.
+
+    Raises:
+        MissingExtraError: a gs:// path, and the extra `gcs` is not installed.
+        StoreError: there is no such bucket, or it cannot be read.
+    """
+    path = epath.Path(path)
+    if is_local(path):
+        return path.expanduser()
+    if os.fspath(path).startswith(_GCS):
+        _prepare_gcs(path)
+    return path
+
+
+def _prepare_gcs(path: epath.Path) -> None:
+    """Check that gs:// paths can be used, and let every look at a folder be a new one."""
+    if importlib.util.find_spec("gcsfs") is None:
+        raise MissingExtraError(
+            f"{path}: gs:// paths need the extra `gcs`: pip install 'ivl_jax[gcs]' (in a clone: "
+            "pip install -e '.[gcs]')"
+        )
+    import fsspec.config
+
+    # gcsfs never forgets a listing, and TensorStore writes arrays without telling it.
+    fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+    bucket = os.fspath(path).removeprefix(_GCS).split("/")[0]
+    # gcsfs would create it, for a misspelt name too.
+    try:
+        found = _is_bucket(bucket)
+    except Exception as error:  # of gcsfs, aiohttp or google.auth
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise StoreError(
+            f"{path}: the bucket cannot be read: {reason}; are these the right credentials? "
+            "(gcloud auth application-default login)"
+        ) from error
+    if not found:
+        raise StoreError(
+            f"{path}: there is no bucket {bucket}, or these credentials may not see it: check the "
+            f"name, or create it (gcloud storage buckets create {_GCS}{bucket})"
+        )
+
+
+@functools.cache
+def _is_bucket(name: str) -> bool:
+    return epath.Path(f"{_GCS}{name}").exists()
 
 
 def absolute_path(path: epath.PathLike) -> epath.Path:
@@ -19,9 +92,33 @@ def absolute_path(path: epath.PathLike) -> epath.Path:
 
     Returns:
         The path.
+
+    Raises:
+        MissingExtraError: as `usable_path`.
     """
-    path = epath.Path(path)
-    return epath.Path(os.path.abspath(path.expanduser())) if is_local(path) else path
+    path = usable_path(path)
+    return epath.Path(os.path.abspath(path)) if is_local(path) else path
+
+
+def local_path(path: str | os.PathLike[str], what: str) -> Path:
+    """A path that must be local, since it is appended to, locked or mapped into memory.
+
+    Args:
+        path: as given.
+        what: the flag or field that names it, for the error.
+
+    Returns:
+        The path.
+
+    Raises:
+        LocalPathError: it is a URL.
+    """
+    if not is_local(path):
+        raise LocalPathError(
+            f"{what}: {os.fspath(path)} is not a local path, which it must be: use a local one, "
+            "and copy it from or to the store (gcloud storage cp)"
+        )
+    return Path(path)
 
 
 def is_local(path: epath.PathLike) -> bool:

@@ -8,10 +8,8 @@ they do there. Training and decoding do not know each other; this module gives t
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +29,7 @@ from ivl_jax.training import loop
 from ivl_jax.training.loop import TrainResult
 from ivl_jax.training.objectives.grpo import advantages
 from ivl_jax.training.output import value_metadata
+from ivl_jax.training.record_file import RecordFile
 from ivl_jax.training.rollouts import Rollouts
 from ivl_jax.training.run_directory import RunDirectory
 from ivl_jax.training.setup import Preparation
@@ -92,7 +91,7 @@ class _EngineRollouts:
         rewards: Sequence[Any],
         *,
         pad_id: int,
-        samples_file: Path,
+        samples_file: RecordFile,
     ) -> None:
         self._config = config
         self._model = model
@@ -189,8 +188,8 @@ class _EngineRollouts:
     def _write_samples(self, step: int, answers: _Answers, gains: np.ndarray) -> None:
         """Add a step's answers to the run's `samples.jsonl`."""
         values = zip(answers.samples, answers.rewards, gains, strict=True)
-        lines = [
-            json.dumps(
+        for sample, reward, gain in values:
+            self._samples_file.append(
                 {
                     "step": step,
                     "row": sample.name,
@@ -198,13 +197,8 @@ class _EngineRollouts:
                     "answer": sample.answer,
                     "reward": float(reward),
                     "advantage": float(gain),
-                },
-                ensure_ascii=False,
+                }
             )
-            for sample, reward, gain in values
-        ]
-        with self._samples_file.open("a", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
 
 
 def _make_rollouts(
@@ -242,7 +236,7 @@ def _make_rollouts(
         model,
         rewards,
         pad_id=models.trained.info.pad_id,
-        samples_file=Path(directory.path / "samples.jsonl"),
+        samples_file=directory.samples,
     )
 
 

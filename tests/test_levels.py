@@ -7,6 +7,7 @@ from pathlib import Path
 LEVELS = {
     "ivl_jax.version": -2,
     "ivl_jax.paths": -1,
+    "ivl_jax.folder_copies": 0,
     "ivl_jax.text_files": -1,
     "ivl_jax.json_files": 0,
     "ivl_jax.toml_files": 0,

@@ -6,10 +6,10 @@ In: a command line. Out: the folder it names, one line on stdout, or the error o
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from ivl_jax.command_line.console import log_to_stderr
 from ivl_jax.command_line.guard import FAILED, run_command
+from ivl_jax.paths import local_path
 
 _PROGRAM = "python -m ivl_jax.checkpoint"
 
@@ -71,7 +71,7 @@ def _export_hf(chosen: argparse.Namespace) -> str:
     from ivl_jax.checkpoint.value_folder import load_value
     from ivl_jax.data.templates import standalone_template
 
-    out = Path(chosen.out)
+    out = local_path(chosen.out, "OUT")
     check_exportable(chosen.value, out, overwrite=chosen.overwrite)
     value = load_value(chosen.value)
     export_hugging_face(

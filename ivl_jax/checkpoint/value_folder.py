@@ -27,6 +27,11 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from ivl_jax.checkpoint.arrays import restore_arrays, to_storable
+from ivl_jax.checkpoint.folder_replacement import (
+    building_folder,
+    finish_replacement,
+    is_half_replaced,
+)
 from ivl_jax.checkpoint.value_metadata import (
     METADATA_NAME,
     ValueFolderError,
@@ -285,7 +290,7 @@ def check_replaceable(folder: epath.PathLike, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise FileExistsError(f"{folder} exists: set overwrite, or choose another folder")
-    if not (folder / METADATA_NAME).exists():
+    if not (folder / METADATA_NAME).exists() and not is_half_replaced(folder):
         raise FileExistsError(
             f"{folder} exists and has no {METADATA_NAME}: it is not a value folder, so it is not "
             "replaced; choose another folder"
@@ -307,7 +312,7 @@ def write_value_folder(
         tokenizer: its files are copied.
         params: nested string dictionaries of arrays in the stored form; None: no arrays.
     """
-    building = folder.parent / f"{folder.name}.unfinished"
+    building = building_folder(folder)
     first = jax.process_index() == 0
     if first:
         if building.exists():
@@ -322,14 +327,7 @@ def write_value_folder(
             writer.save(building / PARAMS_FOLDER, dict(params))
     if first:
         write_manifest(building, {"what": "value folder"}, threads=4)
-        replaced = folder.parent / f"{folder.name}.replaced"
-        if folder.exists():
-            if replaced.exists():
-                replaced.rmtree()
-            folder.rename(replaced)
-        building.rename(folder)
-        if replaced.exists():
-            replaced.rmtree()
+        finish_replacement(folder)
     _barrier(f"value_folder_finished_{folder}")
 
 

@@ -16,6 +16,7 @@ from etils import epath
 from ivl_jax.config import CONNECTIONS, is_connection
 from ivl_jax.json_files import json_kind, read_json_object
 from ivl_jax.manifest import shorten
+from ivl_jax.paths import usable_path
 
 logger = logging.getLogger(__name__)
 
@@ -116,12 +117,13 @@ def read_value_metadata(folder: epath.PathLike) -> ValueMetadata:
         ValueFolderError: it is not JSON, has a format version that this package does not read, or a
             missing, unknown or invalid entry.
     """
-    path = epath.Path(folder) / METADATA_NAME
+    folder = usable_path(folder)
+    path = folder / METADATA_NAME
     try:
         content = read_json_object(path)
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{path} does not exist: {folder} is not a value folder; {_remedy(epath.Path(folder))}"
+            f"{path} does not exist: {folder} is not a value folder; {_remedy(folder)}"
         ) from None
     except ValueError as error:
         raise ValueFolderError(f"{error}; copy the folder again") from None

@@ -12,6 +12,7 @@ def log_to_stderr() -> None:
     """Show our records and others' warnings on standard error, which results never go to."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("ivl_jax").setLevel(logging.INFO)
+    silence_failed_saves()
 
 
 def log_to_stdout(*, times: bool = False) -> None:
@@ -29,17 +30,18 @@ def log_to_stdout(*, times: bool = False) -> None:
 
 
 def silence_failed_saves() -> None:
-    """Keep Orbax from showing tracebacks of errors that it also raises, on today's handlers.
+    """Keep Orbax and gcsfs from showing tracebacks of errors that they also raise.
 
-    TensorStore reports the same errors to an event loop that is closed by then.
+    It concerns today's handlers. TensorStore reports the same errors to an event loop that is
+    closed by then.
     """
     for handler in logging.getLogger().handlers:
-        handler.addFilter(_is_not_orbax_traceback)
+        handler.addFilter(_is_not_repeated_traceback)
     sys.unraisablehook = _show_unraisable
 
 
-def _is_not_orbax_traceback(record: logging.LogRecord) -> bool:
-    return record.name != "absl" or not record.exc_info
+def _is_not_repeated_traceback(record: logging.LogRecord) -> bool:
+    return record.name not in ("absl", "gcsfs") or not record.exc_info
 
 
 def _show_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:

@@ -26,6 +26,7 @@ from ivl_jax.extensions import load_extension
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.network import Architecture
 from ivl_jax.model.projection import AS_TRAINED, KernelForm
+from ivl_jax.paths import usable_path
 from ivl_jax.sharding import DEFAULT_RULES, ShardingRules
 from ivl_jax.tokenizer import TokenizerInfo, describe_tokenizer, load_tokenizer
 from ivl_jax.vocabulary.mapping import DescribedMap, read_map
@@ -179,7 +180,7 @@ def read_value(path: str, *, schemes: Schemes = NO_SCHEMES) -> ModelSource:
         FileNotFoundError: it is neither.
         ValueError: its files are damaged or invalid, or its connection scheme is unknown.
     """
-    folder = epath.Path(path)
+    folder = usable_path(path)
     if (folder / METADATA_NAME).exists():
         metadata, tokenizer, info = read_description(folder)
         return ModelSource(

@@ -54,6 +54,18 @@ def number_problem(value: Any) -> str | None:
     return None
 
 
+def remote_problem(name: str, path: str | None) -> str | None:
+    """Say that a path must be local; None for a local one.
+
+    Example:
+        >>> remote_problem("--output", "gs://b/out.jsonl")
+        '--output gs://b/out.jsonl must be a local path: copy it afterwards (gcloud storage cp)'
+    """
+    if path is None or "://" not in path:
+        return None
+    return f"{name} {path} must be a local path: copy it afterwards (gcloud storage cp)"
+
+
 def found(value: Any) -> str:
     """Say what was given; for an integer beyond 64 bits its size rather than its digits."""
     if isinstance(value, int) and abs(value) > _LARGEST_INTEGER:

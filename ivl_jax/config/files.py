@@ -25,7 +25,7 @@ def load_config(path: str | Path, config_type: type[ConfigT] = TrainConfig) -> C
     """Read a TOML file into a config dataclass.
 
     Args:
-        path: TOML file; tables are nested dataclasses, keys are field names.
+        path: TOML file, local or a gs:// URL; tables are nested dataclasses, keys are field names.
         config_type: the dataclass to build.
 
     Returns:
@@ -35,11 +35,26 @@ def load_config(path: str | Path, config_type: type[ConfigT] = TrainConfig) -> C
         ConfigError: no such file, not UTF-8 or not TOML (with the place), an unknown key (names the
             closest known one), a value of the wrong type, or a failed cross-field check.
     """
+    if "://" in str(path):
+        return _load_url(str(path), config_type)
     path = Path(path)
     if not path.is_file():
         known = ", ".join(sorted(p.name for p in path.parent.glob("*.toml")))
         others = f"; this folder has: {known}" if known else ""
         raise ConfigError(f"no config file at {path}{others}")
+    return _load(path, config_type)
+
+
+def _load_url(url: str, config_type: type[ConfigT]) -> ConfigT:
+    from ivl_jax.paths import usable_path
+
+    path = usable_path(url)
+    if not path.exists():
+        raise ConfigError(f"no config file at {path}")
+    return _load(path, config_type)
+
+
+def _load(path: Any, config_type: type[ConfigT]) -> ConfigT:
     # Imported here: it takes longer to import than all configs.
     from ivl_jax.toml_files import MalformedFileError, read_toml
 
@@ -66,7 +81,7 @@ def train_config_of(given: Any) -> TrainConfig:
     if isinstance(given, TrainConfig):
         return given
     if isinstance(given, str | os.PathLike):
-        return load_config(Path(given))
+        return load_config(os.fspath(given))
     if isinstance(given, Mapping):
         return config_from_mapping(given)
     raise TypeError(

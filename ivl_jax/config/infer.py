@@ -6,7 +6,7 @@ In: the command line. Out: a frozen dataclass whose own checks have passed.
 from dataclasses import dataclass, field
 
 from ivl_jax.config.annotations import Inline
-from ivl_jax.config.checks import ConfigError, require, require_numbers
+from ivl_jax.config.checks import ConfigError, remote_problem, require, require_numbers
 from ivl_jax.config.generation import GenerationOptions
 from ivl_jax.config.model import ComposedModelConfig, RuntimeConfig, model_problems
 
@@ -66,6 +66,11 @@ def check_infer_config(config: InferConfig) -> None:
         problems.append("--input and --output must be used together: give both or neither")
     if config.input is not None and config.input == config.output:
         problems.append(f"--input and --output are the same file, {config.input}: name another")
+    if config.input is not None and "://" in config.input:
+        problems.append(f"--input {config.input} must be a local path: copy it first")
+    for name in ("output", "profile"):
+        problem = remote_problem(f"--{name}", getattr(config, name))
+        problems += [problem] if problem else []
     if problems:
         raise ConfigError(
             "decoding cannot start:\n" + "\n".join(f"  - {line}" for line in problems)

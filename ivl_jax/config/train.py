@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ivl_jax.config.annotations import Inline
-from ivl_jax.config.checks import ConfigError, found, require, require_numbers
+from ivl_jax.config.checks import ConfigError, found, remote_problem, require, require_numbers
 from ivl_jax.config.data import DataConfig
 from ivl_jax.config.model import DType, LayoutName, MeshConfig, ModelConfig, RuntimeConfig
 from ivl_jax.config.objectives import DistilConfig, GrpoConfig, PreferenceConfig
@@ -286,6 +286,13 @@ def check_train_config(config: TrainConfig) -> None:
         problems.append(
             f'value.path is empty and value.init = "{config.value.init}" needs it: name a Hugging '
             'Face folder or hub id, or set value.init = "base"'
+        )
+    if problem := remote_problem("profile", config.profile):
+        problems.append(problem)
+    if "://" in config.data.data_dir and any(base.cache_states for base in config.all_bases):
+        problems.append(
+            f"cache_states = true needs a local data.data_dir, got {config.data.data_dir}: cached "
+            "states are read from the disk at every step"
         )
     if problems:
         raise ConfigError(

@@ -30,6 +30,7 @@ from ivl_jax.data.sources import hash_source, is_tfds
 from ivl_jax.data.storage import DemonstrationSplit, dataset_folder, write_dataset
 from ivl_jax.extensions import extension_hash
 from ivl_jax.json_files import read_json_object, write_json
+from ivl_jax.paths import usable_path
 from ivl_jax.text_files import MalformedFileError
 
 __all__ = [
@@ -59,7 +60,7 @@ class StoredDemonstrations:
     """A dataset stored on disk.
 
     Attributes:
-        folder: The folder that TFDS reads.
+        folder: The local folder that TFDS reads.
         fingerprint: SHA-256 over the source's content, the format and the split rule, and whether
             turns of weight 0 are marked, which earlier versions did not do.
         counts: Split to number of demonstrations.
@@ -159,7 +160,7 @@ def store_demonstrations(
             usable; lists places and reasons, and nothing is stored.
         SourceError: A file or a dataset is missing or cannot be read at all.
     """
-    data_dir = epath.Path(data_dir).expanduser()
+    data_dir = usable_path(data_dir)
     hashes = {
         split: [(reference, hash_source(reference)) for reference in references]
         for split, references in source.files.items()
@@ -197,7 +198,8 @@ def store_demonstrations(
     if not folder.parent.exists():
         _warn_of_changes(source, hashes, data_dir)
     what = f"the stored demonstrations of {source.train[0]}"
-    stored = _from_record(open_sealed_folder(folder.parent, fill, what=what), folder)
+    sealed = open_sealed_folder(folder.parent, fill, what=what)
+    stored = _from_record(sealed.record, sealed.path / folder.name)
     _check_share(stored, max_malformed_share)
     stored.log()
     return stored

@@ -13,6 +13,7 @@ from etils import epath
 from ivl_jax.data import catalogue
 from ivl_jax.data.formats import RowError, SourceError
 from ivl_jax.json_files import read_json_items, read_json_lines
+from ivl_jax.paths import usable_path
 from ivl_jax.text_files import MalformedFileError
 
 _HASH_CHUNK = 1 << 20  # bytes
@@ -72,7 +73,7 @@ def hash_source(reference: str) -> str:
 
 
 def _existing(reference: str) -> epath.Path:
-    path = epath.Path(reference).expanduser()
+    path = usable_path(reference)
     if not path.exists():
         raise SourceError(f"demonstrations: no file {reference}")
     if path.is_dir():

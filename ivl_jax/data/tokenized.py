@@ -28,7 +28,7 @@ from ivl_jax.data.rendering import TemplateLimitError
 from ivl_jax.data.sealed_folders import open_sealed_folder
 from ivl_jax.data.segments import encode_segments
 from ivl_jax.data.storage import DemonstrationSplit
-from ivl_jax.paths import is_local
+from ivl_jax.paths import usable_path
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -193,9 +193,8 @@ def tokenize_demonstrations(
             for name, stream in streams.items()
         }
     else:
-        folder = epath.Path(cache_dir).expanduser() / "tokenized" / fingerprint[:16]
-        record = open_sealed_folder(
-            folder,
+        folder, record = open_sealed_folder(
+            usable_path(cache_dir) / "tokenized" / fingerprint[:16],
             lambda temporary: _write(temporary, demonstrations, chat, sequence_length),
             what="the cached tokens",
         )
@@ -346,7 +345,7 @@ def _write(
 def _load(folder: epath.Path, name: str) -> np.ndarray:
     """An array that is read from disk on demand."""
     path, dtype = folder / f"{name}.bin", _ARRAYS[name]
-    if not is_local(path) or not path.stat().length:
+    if not path.stat().length:
         return np.frombuffer(path.read_bytes(), dtype)
     # A plain view: slicing a memmap object costs ten times as much.
     return np.asarray(np.memmap(str(path), dtype, mode="r"))

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from ivl_jax.config import GenerationOptions, model_problems
 from ivl_jax.config.annotations import Inline
+from ivl_jax.config.checks import remote_problem
 from ivl_jax.data.formats import Message
 from ivl_jax.evaluation.flags import ModelFlags, require
 from ivl_jax.evaluation.intervals import wilson_interval
@@ -77,6 +78,8 @@ def run(flags: Flags) -> dict[str, Any]:
         problems.append("--data is missing: name GSM8K's test.jsonl")
     if not flags.output.endswith(".jsonl"):
         problems.append("--output is missing: name a .jsonl file")
+    if problem := remote_problem("--output", flags.output):
+        problems.append(problem)
     require(problems)
     items = read_json_lines(
         "--data",

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from ivl_jax.config import ConfigError, RowsConfig, model_problems
 from ivl_jax.config.annotations import Inline
+from ivl_jax.config.checks import remote_problem
 from ivl_jax.evaluation.flags import ModelFlags, require
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ def run(flags: Flags) -> "LikelihoodReport":
     problems += [] if flags.data else ["--data is missing: name files of demonstrations"]
     if flags.model.composed.draft:
         problems.append("--draft has no effect, since nothing is generated here: leave it out")
+    if problem := remote_problem("--output", flags.output):
+        problems.append(problem)
     require(problems)
     output = _writable(Path(flags.output)) if flags.output else None
     sources = find_sources(flags.model)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ivl_jax.config import GenerationOptions, model_problems
 from ivl_jax.config.annotations import Inline
+from ivl_jax.config.checks import remote_problem
 from ivl_jax.data.formats import Message
 from ivl_jax.evaluation.flags import ModelFlags, require
 
@@ -85,6 +86,8 @@ def run(flags: Flags) -> None:
         problems.append("--questions is missing: name FastChat's question.jsonl, or one like it")
     if not flags.output.endswith(".jsonl"):
         problems.append("--output is missing: name a .jsonl file")
+    if problem := remote_problem("--output", flags.output):
+        problems.append(problem)
     require(problems)
     questions = read_json_lines(
         "--questions",

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from ivl_jax.config import ConfigError, GenerationOptions, model_problems
 from ivl_jax.config.annotations import Inline
+from ivl_jax.config.checks import remote_problem
 from ivl_jax.data.formats import Message
 from ivl_jax.evaluation.flags import ModelFlags, require
 
@@ -69,6 +70,8 @@ def run(flags: Flags) -> None:
         problems.append("--prompts is missing: name ToxiGen's files, such as hate_women_1k.txt")
     if not flags.output.endswith(".jsonl"):
         problems.append("--output is missing: name a .jsonl file")
+    if problem := remote_problem("--output", flags.output):
+        problems.append(problem)
     require(problems)
     rows = draw_prompts(
         [Path(name) for name in flags.prompts], per_group=flags.per_group, seed=flags.seed

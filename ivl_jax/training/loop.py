@@ -20,6 +20,7 @@ from ivl_jax.compilation_cache import describe_compiling, use_compilation_cache
 from ivl_jax.config import ConfigError, TrainConfig, check_train_config, train_config_of
 from ivl_jax.data.batching import Batch
 from ivl_jax.devices import unused_accelerator
+from ivl_jax.paths import usable_path
 from ivl_jax.processes import join_processes
 from ivl_jax.profiling import StepProfile
 from ivl_jax.sharding import place_batch
@@ -106,6 +107,7 @@ def run(
             "ivl_jax.post_training.run, or use train.py"
         )
     directory = RunDirectory(config.run_dir)
+    usable_path(config.data.data_dir)
     if config.distributed:
         join_processes()
     use_compilation_cache(config.runtime.compilation_cache)
@@ -241,6 +243,7 @@ class _Training:
                     evaluation = self._evaluate(step, state, report) if finished else None
                     if self._is_checkpoint(step) or stop_signal is not None:
                         self._save(state, evaluation)
+                        report.copy_events()
         if stop_signal is not None and step < self._total:
             self._checkpoints.wait_until_finished()
             logger.warning(
@@ -381,6 +384,8 @@ class _Training:
             leave_out=() if int(state.step) else ("opt_state",),
         )
         self._directory.timings.flush()
+        if self._rollouts is not None:
+            self._directory.samples.flush()
 
 
 @jax.jit

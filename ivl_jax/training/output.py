@@ -3,17 +3,23 @@
 In: the state after the last step, models and data of the run. Out: a self-contained folder.
 """
 
+import hashlib
 import logging
+import shutil
+import tempfile
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 from etils import epath
 
 from ivl_jax.checkpoint import ValueMetadata, save_value
 from ivl_jax.config import TrainConfig
+from ivl_jax.folder_copies import copy_files, file_names
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import unstack_layers
 from ivl_jax.model.network import architecture_to_json
+from ivl_jax.paths import is_local
 from ivl_jax.training.models import Models
 from ivl_jax.training.run_directory import RunDirectory
 from ivl_jax.training.setup import Preparation
@@ -101,9 +107,24 @@ def save_output(
         tokenizer_info=models.trained.info,
         stop_ids=_stop_ids(models, prepared),
     )
-    save_language_model(Path(directory.model), model, dtype=jnp.float32, overwrite=True)
+    if is_local(directory.model):
+        save_language_model(Path(directory.model), model, dtype=jnp.float32, overwrite=True)
+    else:
+        _upload_model(directory.model, model)
     logger.info("model folder: %s", directory.model)
     return directory.model
+
+
+def _upload_model(folder: epath.Path, model: LanguageModel) -> None:
+    """Write a model's folder to an object store, `config.json` last: without it, it is not one."""
+    # All processes that write it together must call it the same.
+    digest = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    local = Path(tempfile.gettempdir()) / f"ivl_jax-model-{digest}"
+    save_language_model(local, model, dtype=jnp.float32, overwrite=True)
+    if jax.process_index() == 0:
+        (folder / "config.json").unlink(missing_ok=True)
+        copy_files(local, folder, file_names(local), last=("config.json",))
+        shutil.rmtree(local)
 
 
 def _stop_ids(models: Models, prepared: Preparation) -> tuple[int, ...]:

@@ -21,21 +21,27 @@ class RecordsError(ValueError):
 
 
 class RecordFile:
-    """A JSON-lines file that can be cut back; on an object store it is rewritten when flushed."""
+    """A JSON-lines file that can be cut back; on an object store it is rewritten when flushed.
 
-    def __init__(self, path: epath.Path) -> None:
+    Args:
+        path: the file.
+        ensure_ascii: whether other characters are written as escapes.
+    """
+
+    def __init__(self, path: epath.Path, *, ensure_ascii: bool = True) -> None:
         self.path = path
+        self._ensure_ascii = ensure_ascii
         self._lines: list[bytes] | None = None
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add a record; from then on it survives a kill of the process (local files).
+        """Add a record; on a local disk, it survives a kill of the process from then on.
 
         Raises:
             OSError: it cannot be written; names the file.
         """
         if jax.process_index() > 0:
             return
-        line = json.dumps(record).encode() + b"\n"
+        line = json.dumps(record, ensure_ascii=self._ensure_ascii).encode() + b"\n"
         if is_local(self.path):
             try:
                 with Path(self.path).open("ab") as file:
@@ -57,7 +63,9 @@ class RecordFile:
         if jax.process_index() > 0:
             return 0
         if self._lines is not None:
-            self.path.write_bytes(b"".join(self._lines))
+            content = b"".join(self._lines)
+            self.path.write_bytes(content)
+            self._lines = [content]
         if not self.path.exists():
             return 0
         if is_local(self.path):
@@ -65,6 +73,11 @@ class RecordFile:
                 os.fsync(file.fileno())
             flush_folder(str(self.path.parent))
         return self.path.stat().length
+
+    def close(self) -> None:
+        """Write what an object store does not have yet."""
+        if self._lines is not None and len(self._lines) > 1:
+            self.flush()
 
     def missing_records(self, size: int) -> str | None:
         """Check whether the file is shorter than a size that `flush` returned, in bytes.

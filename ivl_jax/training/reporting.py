@@ -25,6 +25,7 @@ from rich.progress import (
 )
 
 from ivl_jax.training.evaluation import Evaluation
+from ivl_jax.training.event_files import EventFiles
 from ivl_jax.training.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class Reporter:
         self._shown = shown
         self._total = total_steps
         self._writes = jax.process_index() == 0
-        self._events = _open_tensorboard(run, first_step) if self._writes else None
+        self._events = EventFiles(run.tensorboard, first_step=first_step) if self._writes else None
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -80,6 +81,7 @@ class Reporter:
         self._progress.stop()
         if self._events is not None:
             self._events.close()
+        self._run.close_records()
 
     def step(self, step: int, metrics: Mapping[str, float], *, base: str, record: bool) -> None:
         """Count a step, and record it if `record` is set.
@@ -145,6 +147,11 @@ class Reporter:
                 self._scalars(f"held_out/{name}", figures, step)
         self._scalars("held_out", evaluation.mean, step)
 
+    def copy_events(self) -> None:
+        """Copy the events so far to a run directory on an object store."""
+        if self._events is not None:
+            self._events.copy()
+
     @contextmanager
     def aside(self, what: str, count: int | None = None) -> Iterator[Callable[[], None]]:
         """Show work that is not a training step, and exclude it from tokens/s.
@@ -166,9 +173,7 @@ class Reporter:
 
     def _scalars(self, group: str, figures: Mapping[str, float], step: int) -> None:
         if self._events is not None:
-            for name, value in figures.items():
-                self._events.add_scalar(f"{group}/{name}", value, step)
-            self._events.flush()
+            self._events.add(group, figures, step)
 
 
 def _evaluation_text(figures: Mapping[str, float]) -> str:
@@ -183,17 +188,6 @@ def _evaluation_text(figures: Mapping[str, float]) -> str:
         f"with value nll {figures['nll']:.4f}, accuracy {figures['accuracy']:.2%}, "
         f"mean |z_value| {figures['mean_abs_value']:.3f}"
     )
-
-
-def _open_tensorboard(run: RunDirectory, first_step: int) -> Any:
-    if "://" in str(run.path):
-        logger.info("TensorBoard events are written to local run directories only")
-        return None
-    # Imported here: protobuf takes a third of a second to import, and only a run needs it.
-    from tensorboardX import SummaryWriter
-
-    # Events of steps that a killed process took after its last checkpoint are hidden.
-    return SummaryWriter(str(run.tensorboard), purge_step=first_step + 1 if first_step else None)
 
 
 def _clock(seconds: float) -> str:

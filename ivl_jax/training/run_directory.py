@@ -30,9 +30,9 @@ from ivl_jax.config import (
     config_to_mapping,
     config_to_toml,
 )
-from ivl_jax.file_lock import FileLock, LockedError
+from ivl_jax.file_lock import FileLock, LockedError, record_holder
 from ivl_jax.json_files import read_json_list, read_json_object, write_json
-from ivl_jax.paths import is_local, write_atomically
+from ivl_jax.paths import is_local, usable_path, write_atomically
 from ivl_jax.text_files import shortened
 from ivl_jax.toml_files import read_toml
 from ivl_jax.training.record_file import RecordFile
@@ -69,13 +69,19 @@ class RunDirectory:
     """The files of one run; only process 0 writes."""
 
     def __init__(self, path: epath.PathLike) -> None:
-        self.path = epath.Path(path).expanduser()
+        self.path = usable_path(path)
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
         self.value = self.path / "value"
         self.model = self.path / "model"
         self.metrics = RecordFile(self.path / "metrics.jsonl")
         self.timings = RecordFile(self.path / "timings.jsonl")
+        self.samples = RecordFile(self.path / "samples.jsonl", ensure_ascii=False)
+
+    def close_records(self) -> None:
+        """Write all records that an object store does not have yet."""
+        for records in (self.metrics, self.timings, self.samples):
+            records.close()
 
     @property
     def resume_command(self) -> str:
@@ -88,6 +94,8 @@ class RunDirectory:
     def claim(self, config: TrainConfig) -> Iterator[bool]:
         """Check that a run may start or resume here, and keep other processes out meanwhile.
 
+        On an object store nobody is kept out, but told who is there.
+
         Args:
             config: of the run.
 
@@ -99,8 +107,13 @@ class RunDirectory:
             ConfigError: as `check`.
         """
         self._check_is_run_directory()
-        if jax.process_index() > 0 or not is_local(self.path):
+        if jax.process_index() > 0:
             yield self.check(config)
+            return
+        if not is_local(self.path):
+            there = self.check(config)
+            with record_holder(self.path / LOCK_FILE):
+                yield there
             return
         self.path.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:

@@ -21,6 +21,7 @@ from rich.progress import Progress
 from ivl_jax.command_line.console import log_to_stderr
 from ivl_jax.command_line.flags import parse_subcommand
 from ivl_jax.command_line.guard import FAILED, run_command
+from ivl_jax.paths import is_local, usable_path
 
 if TYPE_CHECKING:
     from ivl_jax.vocabulary.alignment import BuiltMap, NamedTokenizer
@@ -33,7 +34,7 @@ def build(
     base_tokenizer: Path,
     value_tokenizer: Path,
     text: tuple[Path, ...],
-    output: Path,
+    output: str,
     method: Literal["dtw", "bytes"] = "dtw",
     centred: bool = False,
     pair: tuple[str, ...] = (),
@@ -45,7 +46,8 @@ def build(
         value_tokenizer: Folder with the value network's tokenizer.
         text: Files of running text: .jsonl or .json rows (all string fields, or dialogues), or
             plain text; ideally the kind of text that the models will read and write.
-        output: Where to write the map, a .safetensors file; an existing one is replaced.
+        output: Where to write the map, a .safetensors file, local or a gs:// URL; an existing one
+            is replaced.
         method: dtw: the authors' dynamic time warping with edit distance; bytes: alignment by byte
             offsets, many times faster.
         centred: Record in the map that value logits should be centred over the mapped tokens before
@@ -57,7 +59,8 @@ def build(
     from ivl_jax.vocabulary.mapping import coverage_problem, save_vocabulary_map
     from ivl_jax.vocabulary.texts import MAX_TEXT_BYTES, read_texts
 
-    if output.suffix != ".safetensors" or not output.parent.is_dir():
+    path = usable_path(output)
+    if path.suffix != ".safetensors" or (is_local(path) and not path.parent.is_dir()):
         raise ValueError(
             f"--output {output}: expected the name of a .safetensors file in an existing folder"
         )
@@ -83,20 +86,20 @@ def build(
             f"{value.name}: the map would change nothing, so it is not written; is the text of the "
             "kind that both tokenizers read?"
         )
-    save_vocabulary_map(output, built.vocabulary_map, built.metadata)
+    save_vocabulary_map(path, built.vocabulary_map, built.metadata)
     if cut:
         console.print(f"{cut:,} texts were longer than {MAX_TEXT_BYTES:,} bytes and were split")
     _report(console, built, base, value, len(texts))
     if (problem := coverage_problem(built.metadata)) is not None:
         logging.getLogger(__name__).warning(problem)
-    console.print(f"wrote {escape(str(output))} ({output.stat().st_size / 1e6:.2f} MB)")
+    console.print(f"wrote {escape(output)} ({path.stat().length / 1e6:.2f} MB)")
 
 
-def show(map_file: Annotated[Path, tyro.conf.Positional], /) -> None:
+def show(map_file: Annotated[str, tyro.conf.Positional], /) -> None:
     """Show where a vocabulary map comes from and what it covers.
 
     Args:
-        map_file: A file written by build.
+        map_file: A file written by build, local or a gs:// URL.
     """
     from ivl_jax.vocabulary.mapping import load_vocabulary_map
 

@@ -18,6 +18,7 @@ from etils import epath
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from ivl_jax.json_files import json_kind, parse_json
+from ivl_jax.paths import usable_path, write_atomically
 from ivl_jax.text_files import read_bytes
 
 logger = logging.getLogger(__name__)
@@ -143,16 +144,14 @@ def save_vocabulary_map(
         vocabulary_map: the map.
         metadata: where it comes from.
     """
-    path = epath.Path(path)
+    path = usable_path(path)
     tensors = {
         "value_index": np.asarray(vocabulary_map.value_index, np.int32),
         "weight": np.asarray(vocabulary_map.weight, np.float32),
     }
     record = {"format_version": FORMAT_VERSION, **dataclasses.asdict(metadata)}
     content = safetensors.numpy.save(tensors, metadata={_METADATA_KEY: json.dumps(record)})
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    write_atomically(path, content)
 
 
 def load_vocabulary_map(path: epath.PathLike) -> tuple[VocabularyMap, MapMetadata]:
@@ -168,7 +167,7 @@ def load_vocabulary_map(path: epath.PathLike) -> tuple[VocabularyMap, MapMetadat
         VocabularyMapError: no such file, not a vocabulary map, another format version, or invalid
             arrays (all problems are listed).
     """
-    path = epath.Path(path)
+    path = usable_path(path)
     if not path.exists():
         raise VocabularyMapError(
             f"no vocabulary map at {path}; build one: "

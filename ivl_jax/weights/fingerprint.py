@@ -18,6 +18,7 @@ from etils import epath
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ivl_jax.json_files import MalformedFileError, read_json_object, write_json
+from ivl_jax.paths import usable_path
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def remembered_weights(data_dir: epath.PathLike, model: str) -> epath.Path:
     Returns:
         The file.
     """
-    return epath.Path(data_dir).expanduser() / "weights" / f"{folder_name(model)}.json"
+    return usable_path(data_dir) / "weights" / f"{folder_name(model)}.json"
 
 
 def folder_name(model: str) -> str:

@@ -29,6 +29,7 @@ from ivl_jax.json_files import read_json_object
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import Params, abstract_params
 from ivl_jax.model.projection import AS_TRAINED, KernelForm
+from ivl_jax.paths import is_local
 from ivl_jax.sharding import (
     DEFAULT_RULES,
     ShardingRules,
@@ -213,6 +214,11 @@ def find_model(path_or_hub_id: str | Path, *, revision: str | None = None) -> Pa
     if not isinstance(path_or_hub_id, str | os.PathLike):
         raise TypeError(f"expected a model's folder or hub id, got {path_or_hub_id!r:.60}")
     name = os.fspath(path_or_hub_id)
+    if not is_local(name):
+        raise FileNotFoundError(
+            f"{name}: a language model is read from a local folder or the hub, since its weights "
+            f"are mapped into memory: copy it first (gcloud storage cp --recursive {name} FOLDER)"
+        )
     folder = Path(name).expanduser()
     if folder.is_dir():
         _check_is_language_model(folder, name)

@@ -299,7 +299,7 @@ def _sound_cache(altered: str) -> Callable[[Path], Path]:
 
 def _read_cache(path: Path) -> None:
     """Whatever was altered, what was filled in is what is read."""
-    record = open_sealed_folder(epath.Path(path.parent), _fill, what="tokens")
+    _, record = open_sealed_folder(epath.Path(path.parent), _fill, what="tokens")
     assert record == {"dialogues": 3, "malformed": []}
     assert (path.parent / "tokens.bin").read_bytes() == bytes(range(200))
 

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 pytest.importorskip("starlette", reason="the extra `serve` is not installed")
-openai = pytest.importorskip("openai", reason="the extra `clients` is not installed")
+openai = pytest.importorskip("openai", reason="the extra `interop` is not installed")
 
 GREEDY = {"temperature": 0, "max_tokens": 16}
 USER = [{"role": "user", "content": "Once upon a time"}]
