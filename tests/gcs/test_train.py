@@ -25,6 +25,7 @@ def _on_store(config, store):
     return replace(config, run_dir=str(store / "run"), data=data)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_and_resumed_ends_as_a_local_one(
     tiny_config, store: epath.Path, monkeypatch, caplog
 ) -> None:
@@ -46,11 +47,12 @@ def test_a_run_that_is_stopped_and_resumed_ends_as_a_local_one(
 
 
 def test_a_fine_tuned_model_is_written_last_of_all(tiny_config, store: epath.Path) -> None:
+    config = _on_store(tiny_config, store)
     config = replace(
-        _on_store(tiny_config, store),
+        config,
         method="sft",
-        step=replace(tiny_config.step, max_steps=1),
-        data=replace(tiny_config.data, validation_fraction=0.0),
+        step=replace(config.step, max_steps=1),
+        data=replace(config.data, validation_fraction=0.0),
     )
     result = run(config)
     assert str(result.output) == str(store / "run" / "model")
