@@ -22,6 +22,7 @@ _INSTRUCTION = re.compile(
 _ARRAY = re.compile(r"\b(?P<dtype>pred|[a-z]+\d+(?:[a-z]\w*)?)\[(?P<shape>[\d,<=]*)\]")
 _CALLED = re.compile(r"\b(?:calls|body|to_apply)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"\b(?:branch_computations=\{|true_computation=)%?([\w.-]+)")
+_CONDITION = re.compile(r"\bcondition=%?([\w.-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _LISTED = re.compile(r"\breplica_groups=\{\{([\d,]*)\}")
 _COUNTED = re.compile(r"\breplica_groups=\[(?:\d+,)*(\d+)\]<=")
@@ -115,14 +116,28 @@ def _walk(
             continue
         inner, inner_known = times, known
         if one.opcode == "while":
-            trips = _TRIPS.search(one.rest)
-            inner, inner_known = (
-                times * (int(trips[1]) if trips else 1),
-                known and trips is not None,
-            )
+            trips = _trips(computations, one)
+            inner, inner_known = times * (trips or 1), known and trips is not None
         # Of a conditional the first branch: those of our programs do not differ in collectives.
         for called in (*_CALLED.findall(one.rest), *_BRANCHES.findall(one.rest)):
             yield from _walk(computations, called, inner, known=inner_known)
+
+
+def _trips(computations: _Computations, loop: _Instruction) -> int | None:
+    """How often a loop runs; None: the text omits it.
+
+    The TPU compiler leaves it to the condition, `i < n`: JAX's loops count up from 0.
+    """
+    if found := _TRIPS.search(loop.rest):
+        return int(found[1])
+    condition = _CONDITION.search(loop.rest)
+    tests = computations.get(condition[1], ()) if condition else ()
+    constants = {one.name: one.rest.partition(")")[0] for one in tests if one.opcode == "constant"}
+    for one in tests:
+        if one.opcode == "compare" and "direction=LT" in one.rest:
+            limit = constants.get(one.rest.partition(")")[0].rpartition("%")[2], "")
+            return int(limit) if limit.isdecimal() else None
+    return None
 
 
 def _sent_by(collective: _Instruction, kind: str, devices: int) -> int:

@@ -100,7 +100,9 @@ def _compile(lowered: Any, machine: Machine, options: Any, held: int) -> Compile
             "%d collectives are in loops of unknown length and counted once: more bytes are sent",
             collectives.unknown_loops,
         )
-    return Compiled(fits, stats.temp_size_in_bytes, peak, dict(collectives.sent))
+    # libtpu reports no temporaries for some programs whose peak contains them.
+    temporaries = stats.temp_size_in_bytes or max(peak - held, 0)
+    return Compiled(fits, temporaries, peak, dict(collectives.sent))
 
 
 def _parsed(number: str, unit: str) -> int:

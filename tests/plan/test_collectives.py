@@ -78,6 +78,12 @@ _LOOP = """\
   ROOT %c = pred[] constant(true)
 }
 
+%below_5 (p: (s32[], f32[64])) -> pred[] {
+  %five = s32[]{:T(128)} constant(5)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %five), direction=LT, metadata={op_name="while/cond/lt"}
+}
+
 %outer (p: (f32[64])) -> (f32[64]) {
   ROOT %w = (f32[64]) while(%p), body=%body, backend_config={"known_trip_count":{"n":"22"}}
 }
@@ -89,6 +95,10 @@ def test_a_collective_counts_once_per_iteration_of_every_loop_around_it():
     known = ', backend_config={"known_trip_count":{"n":"3"},"x":"1"}'
     found = count_collectives(program(call.format(trips=known), more=_LOOP), devices=4)
     assert found == ({"all-gather": 3 * 22 * 192}, 0)
+    found = count_collectives(
+        program(call.format(trips="").replace("%cond", "%below_5"), more=_LOOP), devices=4
+    )
+    assert found == ({"all-gather": 5 * 22 * 192}, 0)
     found = count_collectives(program(call.format(trips=""), more=_LOOP), devices=4)
     assert found == ({"all-gather": 22 * 192}, 1)
 
