@@ -159,6 +159,12 @@ def test_fields_that_contradict_each_other_are_refused(build) -> None:
         build()
 
 
+def test_training_in_float16_is_refused_with_the_reason() -> None:
+    with pytest.raises(ConfigError, match=r"loss scaling.*bfloat16.*float32"):
+        StepConfig(compute_dtype="float16")
+    assert ComposedModelConfig(dtype="float16").dtype == "float16"
+
+
 def test_all_missing_fields_are_listed_at_once() -> None:
     with pytest.raises(ConfigError) as error:
         check_train_config(TrainConfig())

@@ -6,12 +6,12 @@ chat template, stop ids. Its logits are z_value; the caller adds them to a base'
 """
 
 from pathlib import Path
+from typing import Literal
 
 from etils import epath
 
 from ivl_jax.checkpoint.value_folder import ValueNetwork
 from ivl_jax.checkpoint.value_metadata import read_value_metadata
-from ivl_jax.config import DType
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.weights.hf_folder import check_new_folder
 from ivl_jax.weights.language_model import LanguageModel, save_language_model
@@ -46,7 +46,7 @@ def export_hugging_face(
     value: ValueNetwork,
     out: Path,
     *,
-    dtype: DType,
+    dtype: Literal["float32", "bfloat16"],
     chat_template: str | None = None,
     overwrite: bool = False,
 ) -> None:

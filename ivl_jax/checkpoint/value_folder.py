@@ -217,7 +217,10 @@ def load_described_value(
         remedy="its arrays do not match the architecture in its ivl.json: export it again",
         cast=True,
     )
-    check_finite(named_leaves(params), what=name, remedy="its training diverged: train it again")
+    remedy = "its training diverged: train it again"
+    if jnp.dtype(param_dtype) == jnp.float16:
+        remedy = f"float16 ends at 65,504: use float32; where it has infinities too, {remedy}"
+    check_finite(named_leaves(params), what=name, remedy=remedy)
     return ValueNetwork(
         arch=arch,
         params=params,

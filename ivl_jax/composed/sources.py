@@ -105,7 +105,7 @@ class ModelSource:
         """Read the weights.
 
         Args:
-            param_dtype: float32 or bfloat16, for every parameter that is not in int8.
+            param_dtype: float32, bfloat16 or float16, for every parameter that is not in int8.
             form: how a language model's kernels are stored; a value network's are as trained.
             mesh: where the parameters live, or None.
             sharding_rules: how they are sharded over the mesh.

@@ -11,7 +11,7 @@ from ivl_jax.config.annotations import Repeatable
 from ivl_jax.config.checks import require, require_numbers
 from ivl_jax.config.generation import strength_problem
 
-DType = Literal["float32", "bfloat16"]
+DType = Literal["float32", "bfloat16", "float16"]
 AttentionName = Literal["auto", "plain", "blocked", "splash", "cudnn"]
 NGRAM_DRAFT = "ngram"
 """What `--draft` says where no model proposes tokens, but the text itself."""
@@ -90,7 +90,8 @@ class ComposedModelConfig:
     draft_length: int = 0
     """Tokens that the draft proposes at a time; 0: chosen while decoding."""
     dtype: DType = "float32"
-    """Parameters and computation; logits are always composed in float32."""
+    """Parameters and computation; logits are always composed in float32. float16 is for GPUs
+    without bfloat16 (T4); networks whose activations exceed 65,504 fail in it and are named."""
     int8_base: bool = False
     """Round the base's kernels to int8: a quarter of their float32 memory, and faster on CPU."""
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(fsdp=1, tensor=-1))

@@ -176,6 +176,11 @@ class StepConfig:
     def __post_init__(self) -> None:
         """Check that micro-batches divide the batch."""
         require_numbers(self, "step.")
+        require(
+            self.compute_dtype != "float16",
+            'step.compute_dtype = "float16": gradients below 6e-8 would become 0 without loss '
+            'scaling, which training does not do; use "bfloat16", or "float32" on a GPU without it',
+        )
         require(self.epochs > 0, f"step.epochs must be > 0, got {self.epochs}")
         require(self.max_steps >= 0, f"step.max_steps must be ≥ 0, got {self.max_steps}")
         require(

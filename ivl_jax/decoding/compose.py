@@ -92,7 +92,7 @@ def compose(
         draft_length: tokens it proposes at a time; 0: chosen for speed, none where it slows down.
         int8_base: round the base's kernels to int8: a quarter of their float32 memory, and faster
             where memory is what decoding waits for.
-        param_dtype: float32 or bfloat16, for models given by path.
+        param_dtype: float32, bfloat16 or float16, for models given by path.
 
     Returns:
         A model that generates. Computation runs in the dtype each network's parameters are held in.

@@ -37,7 +37,7 @@ from ivl_jax.weights.hf_folder import find_tensors
 from ivl_jax.weights.hf_names import (
     EMBEDDING,
     LM_HEAD,
-    PARAM_DTYPES,
+    LOADED_DTYPES,
     file_shapes,
     flat_paths,
     hf_tensors,
@@ -88,7 +88,7 @@ def load_params(
         folder: with `model.safetensors`, or `model.safetensors.index.json` and its shards; float32,
             bfloat16 or float16.
         arch: the architecture, from the folder's `config.json`.
-        param_dtype: float32 or bfloat16, of every parameter that is not in int8.
+        param_dtype: float32, bfloat16 or float16, of every parameter that is not in int8.
         form: how kernels are stored. The embedding stays a float, so a tied head is not converted
             to int8 here.
         vocab_rows: rows of embedding and head, more than the vocabulary to pad for a mesh; None:
@@ -104,14 +104,14 @@ def load_params(
         FileNotFoundError: the folder has no safetensors files.
         TreeMismatchError: a tensor is unknown, missing, set twice, or has another shape or dtype;
             or a shard is damaged or misplaced. Lists at most 20 of them.
-        NonFiniteWeightsError: a tensor has NaN or infinity.
+        NonFiniteWeightsError: a tensor has NaN or infinity, or a number too large for float16.
         ValueError: `param_dtype` is not supported, `vocab_rows` is below the vocabulary, or there
             are shardings for the single-device form (`form.rows`).
     """
     folder = Path(folder)
     dtype = jnp.dtype(param_dtype)
-    if dtype not in PARAM_DTYPES:
-        raise ValueError(f"param_dtype: expected float32 or bfloat16, got {dtype}")
+    if dtype not in LOADED_DTYPES:
+        raise ValueError(f"param_dtype: expected float32, bfloat16 or float16, got {dtype}")
     if vocab_rows is not None and vocab_rows < arch.vocab_size:
         raise ValueError(
             f"vocab_rows: expected at least the vocabulary, {arch.vocab_size}, got {vocab_rows}"
@@ -230,6 +230,8 @@ def _read_all(
         def read(path: ParamPath) -> Array:
             with jax.default_device(device):
                 array = _read_one(descriptors, sources[path], dtype)
+                if dtype == jnp.float16:
+                    _check_overflow(array, path, name)
             progress.advance(task, sources[path].nbytes)
             return array
 
@@ -263,6 +265,17 @@ def _read_one(descriptors: Mapping[Path, int], source: _Source, dtype: np.dtype)
 def _convert(array: Array, dtype: np.dtype) -> Array:
     """Convert to a dtype; waits, so that only a few tensors are on the host at a time."""
     return jax.block_until_ready(jax.lax.convert_element_type(array, dtype))
+
+
+def _check_overflow(array: Array, path: ParamPath, name: str) -> None:
+    """Refuse numbers that became infinite; those of the file are finite."""
+    # Counted on the devices: the host would have to copy the array, which is not there any more.
+    shards = [shard.data for shard in array.addressable_shards]
+    if count := sum(int(jnp.sum(~jnp.isfinite(data), dtype=jnp.int32)) for data in shards):
+        raise NonFiniteWeightsError(
+            f"{name} cannot be held in float16, which ends at 65,504: "
+            f"{'.'.join(map(str, path))} has {count} larger numbers; use bfloat16 or float32"
+        )
 
 
 def _read_parts(

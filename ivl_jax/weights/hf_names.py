@@ -17,7 +17,9 @@ from ivl_jax.model.assembly import abstract_params, parameter_declarations
 from ivl_jax.model.parameter import Declaration, ParamPath
 
 PARAM_DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
-"""Dtypes of parameters, in memory and in files that we write."""
+"""Dtypes of parameters in files that we write."""
+LOADED_DTYPES = (*PARAM_DTYPES, jnp.dtype(jnp.float16))
+"""Dtypes of parameters in memory."""
 
 
 class HfTensor(NamedTuple):

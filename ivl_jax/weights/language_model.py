@@ -91,7 +91,7 @@ def load_language_model(
     Args:
         path_or_hub_id: a folder (tried first), or an id such as `TinyLlama/TinyLlama_v1.1`.
         revision: branch, tag or commit on the hub; None: its main branch, or a local folder.
-        param_dtype: float32 or bfloat16, of every parameter that is not in int8.
+        param_dtype: float32, bfloat16 or float16, of every parameter that is not in int8.
         form: how kernels are stored; for a model that only decodes, the result of
             `ivl_jax.composed.kernel_form.loading_form`.
         mesh: where the parameters live, sharded by `sharding_rules`, vocabulary rows padded to

@@ -28,7 +28,7 @@ def test_model_arguments_name_values_with_their_strengths(lm_eval, stories260k_d
         ({}, "--base is missing"),
         ({"base": "./absent"}, "./absent: no such folder"),
         ({"base": "BASE", "values": "x"}, "unknown key values; did you mean value?"),
-        ({"base": "BASE", "dtype": "float16"}, "dtype must be one of float32, bfloat16"),
+        ({"base": "BASE", "dtype": "float64"}, "dtype must be one of float32, bfloat16, float16"),
         ({"base": "BASE", "batch_size": "many"}, "batch_size: expected a number ≥ 1 or auto"),
         ({"base": "BASE", "value": "FUTURE"}, "format_version 99, this version of ivl_jax reads 1"),
         ({"base": "BASE", "value": ["a", "b"], "strength": 1}, "strength is given 1 time"),

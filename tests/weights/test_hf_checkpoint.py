@@ -14,6 +14,7 @@ import pytest
 from flax import traverse_util
 from safetensors.numpy import load_file
 
+from ivl_jax.finite_arrays import NonFiniteWeightsError
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import (
     abstract_params,
@@ -159,7 +160,7 @@ def test_gemma3_text_is_read_out_of_a_multimodal_file(
 
 
 @pytest.mark.parametrize("stored", [np.float16, jnp.bfloat16, np.float32])
-@pytest.mark.parametrize("wanted", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("wanted", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_dtypes_are_converted_with_one_rounding(
     arch: ArchConfig, tensors: Tensors, write_folder: Write, stored: Any, wanted: Any
 ) -> None:
@@ -176,10 +177,25 @@ def test_other_parameter_dtypes_are_refused(
     arch: ArchConfig, tensors: Tensors, write_folder: Write, tmp_path: Path
 ) -> None:
     folder = write_folder({SINGLE: tensors})
-    with pytest.raises(ValueError, match="expected float32 or bfloat16, got float16"):
-        load_params(folder, arch, param_dtype=jnp.float16)
+    with pytest.raises(ValueError, match="expected float32, bfloat16 or float16, got int8"):
+        load_params(folder, arch, param_dtype=jnp.int8)
     with pytest.raises(ValueError, match="expected float32 or bfloat16, got int8"):
         save_params(tmp_path / "x", arch, load_params(folder, arch), dtype=jnp.int8)
+
+
+@pytest.mark.parametrize("largest", [65_504.0, 70_000.0])
+def test_weights_too_large_for_float16_are_refused_in_it(
+    arch: ArchConfig, tensors: Tensors, write_folder: Write, largest: float
+) -> None:
+    norm = np.full_like(tensors["model.norm.weight"], largest)
+    folder = write_folder({SINGLE: tensors | {"model.norm.weight": norm}})
+    assert float(load_params(folder, arch)["norm"]["scale"][0]) == largest
+    if largest <= 65_504:
+        load_params(folder, arch, param_dtype=jnp.float16)
+        return
+    message = f"float16, which ends at 65,504: norm.scale has {norm.size} larger numbers"
+    with pytest.raises(NonFiniteWeightsError, match=message):
+        load_params(folder, arch, param_dtype=jnp.float16)
 
 
 def test_padded_vocabulary_rows_are_zero_and_saving_crops_them(
