@@ -1,16 +1,21 @@
-"""Plan a training run for a machine that is not attached: does it fit, and what takes the memory?
+"""Plan a run for a machine that is not attached: does it fit, and what takes the memory?
 
 {program} --config configs/llama2_7b_sharegpt.toml --on v5e-8
 
 {program} --config configs/llama2_7b_sharegpt.toml --on v5e-8 --step.micro-batches 1 --json
 
+{program} --config configs/llama2_7b_sharegpt.toml --on h100-1 --decode --batch 8 --context 2048
+
+{program} --on v5e-8 --decode --base BASE --value VALUE --dtype bfloat16 --int8-base
+
 {program} recipes docs/accelerators.md
 
 The program that train.py would run is compiled by the machine's own compiler, from the models'
-config.json alone. Every flag of train.py works here too. --largest searches for the largest batch
-and the longest rows that fit, with up to ten more compilations. Exit status 1 means that the run
-does not fit. What a compilation found is kept on disk. `recipes` plans the shipped configs listed
-in the TOML file beside a document, and writes its table.
+config.json alone. Every flag of train.py works here too. --decode compiles those of infer.py
+instead, with its flags for models and mesh; see `--decode --help`. --largest searches for the
+largest batch and the longest rows that fit, with up to ten more compilations. Exit status 1 means
+that the run does not fit. What a compilation found is kept on disk. `recipes` plans the shipped
+configs listed in the TOML file beside a document, and writes its table.
 """
 
 import argparse
@@ -29,6 +34,10 @@ if TYPE_CHECKING:
 
 PROGRAM = "python -m ivl_jax.plan"
 DOES_NOT_FIT = 1
+_DECODE = """Plan decoding on a machine that is not attached: --on MACHINE, and --json for programs.
+
+Base, value network and dtype may come from the --config of a training run. Exit status 1 means that
+it does not fit."""
 
 
 def main() -> int:
@@ -47,9 +56,12 @@ def _plan(arguments: Sequence[str]) -> int:
         return _write_recipes(arguments[1:])
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--on")
+    parser.add_argument("--decode", action="store_true")
     parser.add_argument("--largest", action="store_true")
     parser.add_argument("--json", action="store_true")
     chosen, rest = parser.parse_known_args(list(arguments))
+    if chosen.decode:
+        return _plan_decoding(chosen, rest)
     config = read_flags(rest, program=PROGRAM, description=__doc__ or "")
     machine = _find_machine(chosen.on)
     check_train_config(config)
@@ -71,6 +83,29 @@ def _plan(arguments: Sequence[str]) -> int:
         )
     sys.stdout.write(f"{text}\n")
     return 0 if all(plan.fits for plan in plans) else DOES_NOT_FIT
+
+
+def _plan_decoding(chosen: argparse.Namespace, rest: Sequence[str]) -> int:
+    from ivl_jax.config import ConfigError
+    from ivl_jax.plan.decode_flags import check_decode_flags, read_decode_flags
+
+    config, run = read_decode_flags(rest, program=f"{PROGRAM} --decode", description=_DECODE)
+    machine = _find_machine(chosen.on)
+    if chosen.largest:
+        raise ConfigError("--largest cannot be combined with --decode: plan several sizes instead")
+    check_decode_flags(config, run)
+    _begin()
+    from ivl_jax.plan.decode_report import decode_json, decode_table
+    from ivl_jax.plan.decoding import plan_decoding
+
+    plan = plan_decoding(config, machine, run=run)
+    if chosen.json:
+        text = json.dumps(decode_json(config, machine, plan), indent=1)
+    else:
+        trained = "" if run is None or config.model.value else "the value network of --config"
+        text = decode_table(config, machine, plan, trained or " and ".join(config.model.values))
+    sys.stdout.write(f"{text}\n")
+    return 0 if plan.fits else DOES_NOT_FIT
 
 
 def _write_recipes(arguments: Sequence[str]) -> int:

@@ -54,13 +54,16 @@ def lowering_for(machine: Machine) -> Iterator[None]:
         yield stack.enter_context(tracing_for(machine.platform))
 
 
-def compile_program(lowered: Any, machine: Machine, *, held: int) -> Compiled:
+def compile_program(
+    lowered: Any, machine: Machine, *, held: int, one_pass: bool = False
+) -> Compiled:
     """Compile a program, unless a record of it is on disk; nothing runs.
 
     Args:
         lowered: from `jax.jit(…).lower` within `lowering_for`.
         machine: where it would run.
         held: bytes of its arguments per device.
+        one_pass: its loop of unknown length is meant to count once, as in a chunk of decoding.
 
     Returns:
         What it takes.
@@ -72,12 +75,14 @@ def compile_program(lowered: Any, machine: Machine, *, held: int) -> Compiled:
     key = compilation_key(lowered.as_text(), (repr(machine), repr(options), str(held)))
     record = find_record(key)
     if record is None:
-        record = _compile(lowered, machine, options, held)._asdict()
+        record = _compile(lowered, machine, options, held, one_pass=one_pass)._asdict()
         keep_record(key, record)
     return Compiled(**record)
 
 
-def _compile(lowered: Any, machine: Machine, options: Any, held: int) -> Compiled:
+def _compile(
+    lowered: Any, machine: Machine, options: Any, held: int, *, one_pass: bool
+) -> Compiled:
     try:
         if machine.platform == "gpu":
             with ptxas_on_path():
@@ -95,7 +100,7 @@ def _compile(lowered: Any, machine: Machine, options: Any, held: int) -> Compile
     peak = stats.peak_memory_in_bytes
     fits = machine.platform != "gpu" or peak <= machine.memory
     collectives = count_collectives(compiled.as_text(), devices=machine.devices)
-    if collectives.unknown_loops:
+    if collectives.unknown_loops and not one_pass:
         logger.warning(
             "%d collectives are in loops of unknown length and counted once: more bytes are sent",
             collectives.unknown_loops,
