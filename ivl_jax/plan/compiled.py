@@ -54,6 +54,23 @@ def lowering_for(machine: Machine) -> Iterator[None]:
         yield stack.enter_context(tracing_for(machine.platform))
 
 
+def warn_of_dtype(machine: Machine, dtype: str) -> None:
+    """Warn of a dtype that a GPU does not compute in; XLA converts to float32 and back.
+
+    Args:
+        machine: where a program would run.
+        dtype: what it computes in.
+    """
+    if machine.platform == "gpu" and dtype == "bfloat16":
+        chip = GPU_CHIPS[machine.topology]
+        if not chip.has_bfloat16:
+            logger.warning(
+                "%s has no bfloat16, which is converted to float32 and back: plan with float32 "
+                "(or, for decoding, float16)",
+                chip.name,
+            )
+
+
 def compile_program(
     lowered: Any, machine: Machine, *, held: int, one_pass: bool = False
 ) -> Compiled:

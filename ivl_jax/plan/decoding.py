@@ -26,7 +26,7 @@ from ivl_jax.decoding.requests import bucket_capacity
 from ivl_jax.decoding.shapes import abstract_composition, lower_chunk, lower_prefill
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.network import Architecture, architecture_from_json
-from ivl_jax.plan.compiled import Compiled, compile_program, lowering_for
+from ivl_jax.plan.compiled import Compiled, compile_program, lowering_for, warn_of_dtype
 from ivl_jax.plan.decode_flags import DecodeConfig, check_decode_flags
 from ivl_jax.plan.devices import describe_devices
 from ivl_jax.plan.machines import Machine
@@ -104,6 +104,7 @@ def plan_decoding(
     rows = -(-config.batch // multiple) * multiple
     held = _bytes(params)
     caches = _cache_bytes(composition, rows=rows, capacity=capacity)
+    warn_of_dtype(machine, model.dtype)
     with lowering_for(machine):
         chunk = compile_program(
             lower_chunk(composition, params, rows=rows, capacity=capacity),

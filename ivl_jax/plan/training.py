@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from ivl_jax.config import ConfigError, TrainConfig
 from ivl_jax.data.batching import Batch
-from ivl_jax.plan.compiled import compile_program, lowering_for
+from ivl_jax.plan.compiled import compile_program, lowering_for, warn_of_dtype
 from ivl_jax.plan.devices import describe_devices
 from ivl_jax.plan.machines import Machine
 from ivl_jax.plan.models import planned_models
@@ -87,6 +87,7 @@ def plan_training(config: TrainConfig, machine: Machine) -> list[TrainingPlan]:
         )
     mesh = make_run_mesh(config, describe_devices(machine))
     models = planned_models(config, mesh)
+    warn_of_dtype(machine, config.step.compute_dtype)
     with lowering_for(machine):
         return [_plan(config, machine, models, base, mesh) for base in models.bases or (None,)]
 

@@ -14,7 +14,7 @@ from ivl_jax.config import ConfigError
 from ivl_jax.model.attention.entry import attend_to_own
 from ivl_jax.model.attention.form import AttentionForm, _say, choose_form
 from ivl_jax.plan import devices, gpu_devices
-from ivl_jax.plan.compiled import compile_program, lowering_for
+from ivl_jax.plan.compiled import compile_program, lowering_for, warn_of_dtype
 from ivl_jax.plan.gpu_chips import GPU_CHIPS, target_config
 from ivl_jax.plan.machines import MACHINES, find_machine
 from ivl_jax.plan.report import table
@@ -65,6 +65,15 @@ def test_a_run_that_needs_more_of_a_gpus_memory_is_told_how(
 def test_float32_has_a_rate_of_its_own_on_gpus():
     assert MACHINES["t4-1"].flops("float32") < MACHINES["t4-1"].flops("float16") / 8
     assert MACHINES["v5e-1"].flops("float32") == MACHINES["v5e-1"].flops("bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "warned"),
+    [("t4-1", "bfloat16", True), ("t4-1", "float16", False), ("l4-1", "bfloat16", False)],
+)
+def test_a_gpu_without_bfloat16_is_named(caplog, name, dtype, warned):
+    warn_of_dtype(MACHINES[name], dtype)
+    assert ("Tesla T4 has no bfloat16" in caplog.text) == warned
 
 
 @pytest.mark.parametrize("name", GPU_CHIPS)
