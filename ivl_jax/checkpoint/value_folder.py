@@ -217,9 +217,8 @@ def load_described_value(
         remedy="its arrays do not match the architecture in its ivl.json: export it again",
         cast=True,
     )
-    remedy = "its training diverged: train it again"
-    if jnp.dtype(param_dtype) == jnp.float16:
-        remedy = f"float16 ends at 65,504: use float32; where it has infinities too, {remedy}"
+    half = "float16 ends at 65,504, float32 does not; or " if param_dtype == jnp.float16 else ""
+    remedy = f"{half}its training diverged: train it again"
     check_finite(named_leaves(params), what=name, remedy=remedy)
     return ValueNetwork(
         arch=arch,
