@@ -1,11 +1,10 @@
-"""One accelerator in eight minutes: attention, composed decoding, a training step, the demo.
+"""One accelerator in eight minutes: attention, composed decoding, training steps, drafts, the demo.
 
 Weights and tokens are random. Out: rows with the device's own measured limits. A part that fails is
 recorded under `failed`, and the others still run. Without an accelerator, or with `quick`,
 everything runs scaled down.
 """
 
-import functools
 import os
 import subprocess
 import sys
@@ -18,11 +17,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks.accelerator_attention import attention_rows
-from benchmarks.composed import Weights, bytes_a_step, composed
+from benchmarks.composed import Composed, Weights, bytes_a_step, composed, with_draft
 from benchmarks.decode_contest import PROMPT_TOKENS, random_prompts
-from benchmarks.report import Options, Report, Row, Target
+from benchmarks.known_chain import chain_weights, cycle, followers
+from benchmarks.report import Options, Peer, Report, Row, Target
 from benchmarks.setting import PROJECT_ROOT
 from benchmarks.shapes import BASE_7B, BASE_B, BASE_C, VALUE_C, draw_params, parameter_count
 from benchmarks.timing import Figures, Timing, time_work
@@ -35,6 +36,7 @@ ABOUT = "one accelerator: attention, decoding and training beside its measured l
 _SECONDS = 450  # for all parts; the demo gets the rest
 _DEMO_NEEDS = 60
 _SIZES = Sizes(rows=4, length=2048)
+_ACCEPTED = 0.8  # share of a draft's proposals
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,10 @@ class Scale:
         dtype: Of weights and products.
         base: The base that decodes.
         value: The value network, and both networks of the training step.
+        draft: The draft of the base.
         batches: Rows decoded together, one after the other.
         new_tokens: Tokens decoded a row.
-        training: Sizes of the training batch.
+        training: Sizes of the training batches.
         attention: Rows and tokens of the timed attention.
         matrix: Side of the square product that measures the arithmetic limit.
         copied: Elements of the array whose copy measures the memory limit.
@@ -58,9 +61,10 @@ class Scale:
     dtype: str = "bfloat16"
     base: ArchConfig = BASE_7B
     value: ArchConfig = BASE_B
+    draft: ArchConfig = BASE_B
     batches: tuple[int, ...] = (1, 16)
     new_tokens: int = 128
-    training: Sizes = _SIZES
+    training: tuple[Sizes, ...] = (_SIZES, Sizes(rows=2, length=4096))
     attention: Sizes = _SIZES
     matrix: int = 8192
     copied: int = 1 << 30
@@ -72,9 +76,10 @@ _SMALL = Scale(
     dtype="float32",
     base=BASE_C,
     value=VALUE_C,
+    draft=VALUE_C,
     batches=(1, 2),
     new_tokens=8,
-    training=Sizes(2, 32),
+    training=(Sizes(2, 32), Sizes(1, 64)),
     attention=Sizes(2, 64),
     matrix=512,
     copied=1 << 20,
@@ -128,7 +133,6 @@ def run(options: Options) -> Report:
         "value": parameter_count(scale.value),
         "prompt": PROMPT_TOKENS,
         "new tokens": scale.new_tokens,
-        "training batch": f"{scale.training.rows} × {scale.training.length}",
         "backend": jax.default_backend(),
         "scaled down": small,
         "seconds": round(time.perf_counter() - check.started, 1),
@@ -165,28 +169,14 @@ def _attention(check: _Check) -> Iterator[Row]:
 def _decoding(check: _Check) -> Iterator[Row]:
     """A base with a value network, decoded greedily at every batch size."""
     scale = check.scale
-    networks = [
-        Weights(arch, draw_params(abstract_params(arch, param_dtype=scale.dtype), seed))
-        for seed, arch in enumerate((scale.base, scale.value))
-    ]
+    networks = _networks(scale)
     slots = PROMPT_TOKENS + scale.new_tokens / 2
     needed = {batch: bytes_a_step(networks, batch=batch, slots=slots) for batch in scale.batches}
     model = composed(*networks)
     del networks  # the model holds the form that decodes
     for batch in scale.batches:
         prompts = random_prompts(batch, scale.base.vocab_size)
-        prefill = functools.partial(model.prefill, prompts, scale.new_tokens)
-        first, seconds = 0.0, []
-        for turn in range(-1, scale.repeats):
-            state = jax.block_until_ready(prefill())
-            started = time.perf_counter()
-            model.decode(state)
-            elapsed = time.perf_counter() - started
-            if turn < 0:
-                first = elapsed
-            else:
-                seconds.append(elapsed)
-        timing = Timing(first, tuple(seconds))
+        timing, _ = _time_decoding(model, prompts, scale)
         limit = None
         if check.bytes_a_second is not None:
             limit = check.bytes_a_second / needed[batch] * batch
@@ -201,33 +191,88 @@ def _decoding(check: _Check) -> Iterator[Row]:
         yield _compilation(f"composed decoding, batch {batch}", timing)
 
 
+def _int8(check: _Check) -> Iterator[Row]:
+    """The same with the base's kernels in int8, at the smallest batch."""
+    scale, batch = check.scale, min(check.scale.batches)
+    model = composed(*_networks(scale), int8_base=True)
+    prompts = random_prompts(batch, scale.base.vocab_size)
+    timing, _ = _time_decoding(model, prompts, scale)
+    name = f"composed decoding, int8 base, batch {batch}"
+    yield Row(name, timing.rate(batch * (scale.new_tokens - 1)), "tokens/s", "higher")
+
+
+def _speculation(check: _Check) -> Iterator[Row]:
+    """A draft with a known share of accepted proposals, and the same tokens without one."""
+    scale, order = check.scale, cycle(check.scale.base.vocab_size)
+    base = chain_weights(scale.base, followers(order), seed=0, dtype=scale.dtype)
+    plain = composed(base, _networks(scale)[1])
+    del base
+    draft = followers(order, agreement=_ACCEPTED)
+    drafted = with_draft(plain, chain_weights(scale.draft, draft, seed=1, dtype=scale.dtype))
+    prompts = random_prompts(1, scale.base.vocab_size)
+    timing, expected = _time_decoding(plain, prompts, scale)
+    peer = timing.rate(scale.new_tokens - 1)
+    timing, tokens = _time_decoding(drafted, prompts, scale)
+    if not np.array_equal(tokens, expected):
+        raise RuntimeError("the tokens with a draft differ from those without")
+    yield Row(
+        f"composed decoding with a draft, {_ACCEPTED} accepted, batch 1",
+        timing.rate(scale.new_tokens - 1),
+        "tokens/s",
+        "higher",
+        peer=Peer("without a draft", peer.median),
+    )
+
+
+def _networks(scale: Scale) -> list[Weights]:
+    """Random weights of base and value network."""
+    return [
+        Weights(arch, draw_params(abstract_params(arch, param_dtype=scale.dtype), seed))
+        for seed, arch in enumerate((scale.base, scale.value))
+    ]
+
+
+def _time_decoding(model: Composed, prompts: np.ndarray, scale: Scale) -> tuple[Timing, np.ndarray]:
+    """The time of decoding after the prompts are read, and the tokens."""
+    first, seconds, tokens = 0.0, [], np.empty(0)
+    for turn in range(-1, scale.repeats):
+        state = jax.block_until_ready(model.prefill(prompts, scale.new_tokens))
+        started = time.perf_counter()
+        tokens = model.decode(state)
+        elapsed = time.perf_counter() - started
+        if turn < 0:
+            first = elapsed
+        else:
+            seconds.append(elapsed)
+    return Timing(first, tuple(seconds)), tokens
+
+
 def _training(check: _Check) -> Iterator[Row]:
     """A training step of a value network with a frozen base of the same shape."""
     scale = check.scale
-    started = time.perf_counter()
-    step = OurStep(
-        scale.value,
-        scale.value,
-        scale.training,
-        bfloat16=scale.dtype == "bfloat16",
-        compact=True,
-    )
-    made = time.perf_counter() - started
-    timing = time_work(step, repeats=scale.repeats)
-    flops = model_flops(scale.value, scale.value, scale.training, base_runs=True)
-    limit = None
-    if check.operations_a_second is not None:
-        limit = check.operations_a_second / flops * scale.training.tokens
-    yield Row(
-        f"training step, {scale.training.rows} × {scale.training.length} tokens",
-        timing.rate(scale.training.tokens),
-        "tokens/s",
-        "higher",
-        limit=limit,
-        target=Target("fraction_of_limit", 0.4) if limit and scale.demo else None,
-    )
-    yield Row("training step: temporaries", Figures(step.temporary_bytes() / 1e9, 0.0), "GB")
-    yield Row("training step: weights made and compiled", Figures(made, 0.0), "s")
+    for sizes in scale.training:
+        started = time.perf_counter()
+        step = OurStep(
+            scale.value, scale.value, sizes, bfloat16=scale.dtype == "bfloat16", compact=True
+        )
+        made = time.perf_counter() - started
+        timing = time_work(step, repeats=scale.repeats)
+        flops = model_flops(scale.value, scale.value, sizes, base_runs=True)
+        limit = None
+        if check.operations_a_second is not None:
+            limit = check.operations_a_second / flops * sizes.tokens
+        name = f"training step, {sizes.rows} × {sizes.length} tokens"
+        yield Row(
+            name,
+            timing.rate(sizes.tokens),
+            "tokens/s",
+            "higher",
+            limit=limit,
+            target=Target("fraction_of_limit", 0.4) if limit and scale.demo else None,
+        )
+        yield Row(f"{name}: temporaries", Figures(step.temporary_bytes() / 1e9, 0.0), "GB")
+        yield Row(f"{name}: weights made and compiled", Figures(made, 0.0), "s")
+        del step  # before the next one's weights are made
 
 
 def _demo(check: _Check) -> Iterator[Row]:
@@ -265,6 +310,8 @@ _PARTS: dict[str, Callable[[_Check], Iterator[Row]]] = {
     "attention": _attention,
     "decoding": _decoding,
     "training": _training,
+    "int8": _int8,
+    "speculation": _speculation,
     "demo": _demo,
 }
 

@@ -10,9 +10,10 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.composed import Weights, random_weights
+from benchmarks.composed import Weights
+from benchmarks.shapes import draw_params
 from ivl_jax.model.architecture import ArchConfig
-from ivl_jax.model.decoder import Params
+from ivl_jax.model.decoder import Params, abstract_params
 
 # The logit of the token that follows; the others are within ±8 at a width of 192 or more.
 _LOGIT = 20.0
@@ -49,13 +50,16 @@ def followers(order: np.ndarray, *, agreement: float = 1.0, seed: int = 1) -> np
     return following
 
 
-def chain_weights(arch: ArchConfig, following: np.ndarray, *, seed: int) -> Weights:
+def chain_weights(
+    arch: ArchConfig, following: np.ndarray, *, seed: int, dtype: str = "float32"
+) -> Weights:
     """Weights of this shape that predict the given successor of each token.
 
     Args:
         arch: the shape, with an untied head.
         following: from `followers`.
         seed: of everything else.
+        dtype: of the weights.
 
     Returns:
         The weights; greedy decoding continues token t with following[t].
@@ -66,16 +70,16 @@ def chain_weights(arch: ArchConfig, following: np.ndarray, *, seed: int) -> Weig
     head = np.empty_like(rows)
     head[following] = rows * (_LOGIT / arch.hidden_size)
     ends = {
-        "embed_tokens": {"embedding": jnp.asarray(rows)},
-        "lm_head": {"kernel": jnp.asarray(head.T)},
+        "embed_tokens": {"embedding": jnp.asarray(rows, dtype)},
+        "lm_head": {"kernel": jnp.asarray(head.T, dtype)},
     }
-    return Weights(arch, _silent_layers(arch, seed) | ends)
+    return Weights(arch, _silent_layers(arch, seed, dtype) | ends)
 
 
 @functools.lru_cache(maxsize=1)
-def _silent_layers(arch: ArchConfig, seed: int) -> Params:
+def _silent_layers(arch: ArchConfig, seed: int, dtype: str) -> Params:
     """Random weights whose layers add nothing; cached, since drafts differ only in their heads."""
-    params = random_weights(arch, seed).params
+    params = draw_params(abstract_params(arch, param_dtype=dtype), seed)
     for layer in params["layers"].values():
         for part, name in (("self_attn", "o_proj"), ("mlp", "down_proj")):
             kernel = layer[part][name]["kernel"]

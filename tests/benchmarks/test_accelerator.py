@@ -24,6 +24,10 @@ def test_every_part_but_the_demo_runs_scaled_down(monkeypatch: pytest.MonkeyPatc
     assert decoding.figures.median > 0
     training = rows["training step, 2 × 32 tokens"]
     assert training.fraction_of_limit is not None
+    assert rows["training step, 1 × 64 tokens"].figures.median > 0
+    assert rows["composed decoding, int8 base, batch 1"].figures.median > 0
+    drafted = rows["composed decoding with a draft, 0.8 accepted, batch 1"]
+    assert drafted.peer is not None
     assert rows["attention, plain: error of gradients"].figures.median < 1e-5
     assert "the demo" not in rows
     assert report.shapes["scaled down"] is True
