@@ -31,4 +31,4 @@ def test_every_cell_of_the_notebook_runs(
     assert "base_nll" in printed
     assert "L  " in printed
     assert "α = -1.0" in printed
-    assert (tmp_path / "colab" / "hugging_face" / "value" / "ivl.json").is_file()
+    assert (tmp_path / "colab" / "smollm2" / "value" / "ivl.json").is_file()
