@@ -11,9 +11,10 @@ import pytest
 from ivl_jax.config import LONGEST_DRAFT
 from ivl_jax.decoding.device.proposals import BLOCK_WIDTHS
 from ivl_jax.decoding.speculative.draft_proposer import CATCH_UP
+from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import build_decoder, forward, hidden_states, logits_from_hidden
 from ivl_jax.model.kv_cache import LOOKAHEAD, init_cache
-from tests.model.families import VOCAB, WINDOW, random_params, tiny_arch, tokens
+from tests.model.families import CONFIGS, VOCAB, WINDOW, random_params, tiny_arch, tokens
 
 LENGTH, CAPACITY = 420, 448
 RING = 128  # WINDOW + LOOKAHEAD, in whole tiles
@@ -92,6 +93,21 @@ def test_sliding_layers_hold_their_window_and_not_the_context():
     assert slots_of("gemma3", CAPACITY) == rings
     assert slots_of("gemma3", RING - 1) == [RING - 1] * len(kinds)
     assert slots_of("llama3", CAPACITY) == [CAPACITY] * long_arch("llama3").num_hidden_layers
+
+
+def test_a_long_context_costs_its_full_layers():
+    """Gemma 3's shapes: of six layers five have a window of 512."""
+    kinds = [*["sliding_attention"] * 5, "full_attention"]
+    changed = {"num_hidden_layers": 6, "layer_types": kinds, "sliding_window": 512}
+    arch = ArchConfig.from_hf(CONFIGS["gemma3"] | changed)
+
+    def size(*, rings):
+        make = functools.partial(
+            init_cache, arch, batch_size=1, capacity=32_768, dtype=jnp.bfloat16, rings=rings
+        )
+        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(make)))
+
+    assert size(rings=True) / size(rings=False) == (5 * 640 / 32_768 + 1) / 6
 
 
 def test_no_proposal_reaches_beyond_what_a_ring_keeps():
