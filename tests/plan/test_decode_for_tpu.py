@@ -35,6 +35,7 @@ def cache_bytes(arch):
     return 2 * 2 * ROWS * CAPACITY * numbers // 4
 
 
+@pytest.mark.slow
 def test_a_decode_chunk_copies_no_cache(composed):
     arch, composition, params = composed
     compiled = lower_chunk(composition, params, rows=ROWS, capacity=CAPACITY).compile()
