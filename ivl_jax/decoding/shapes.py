@@ -148,11 +148,12 @@ def _request_shapes(composition: Composition, rows: int) -> Requests:
 
     floats = array(rows, dtype=jnp.float32)
     keys = jax.eval_shape(row_keys, array(rows), array(rows))
+    placed_keys: Any = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=whole)
     return Requests(
         prompt_lengths=array(rows),
         limits=array(rows),
         stop_ids=array(rows, _STOP_IDS),
         strengths=array(rows, len(composition.values), dtype=jnp.float32),
-        keys=jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=whole),
+        keys=placed_keys,
         sampling=Sampling(floats, array(rows), floats, floats),
     )

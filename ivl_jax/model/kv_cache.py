@@ -106,6 +106,7 @@ def visible_slots(
         distance = positions[:, None, :, None] - slots[:, None, None, :]
         visible = distance >= 0
         return visible if window is None else visible & (distance < window)
+    assert window is not None
     newest = positions[:, -1:]
     held = newest - (newest - slots) % capacity
     distance = positions[:, None, :, None] - held[:, None, None, :]
