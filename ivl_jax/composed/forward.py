@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
+from ivl_jax.composed.head_copies import holds_copies, logits_of_copies
 from ivl_jax.composed.network import (
     ComposedParams,
     Composition,
@@ -352,6 +353,8 @@ def head_logits(
     network: Network, params: Params, hidden: Float[Array, "B T D"]
 ) -> Float32[Array, "B T V"]:
     """Logits of one network's final hidden states, sharded like its head."""
+    if holds_copies(params):
+        return logits_of_copies(network, params, hidden)
     logits = logits_from_hidden(network.graphdef, params, hidden)
     constrain = network.constrain
     return logits if constrain is None else constrain(logits, ("batch", "length", "vocabulary"))

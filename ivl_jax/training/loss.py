@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32
 
 from ivl_jax.composed.forward import HiddenStates, compose, network_logits, run_networks
-from ivl_jax.composed.network import ComposedParams, Composition, ValueArrays
+from ivl_jax.composed.head_copies import copy_head
+from ivl_jax.composed.network import ComposedParams, Composition, Network, ValueArrays
 from ivl_jax.composed.token_scores import join_positions, score_positions, split_positions
 from ivl_jax.config import PenaltyKind, PenaltyPositions
 from ivl_jax.data.batching import Batch
@@ -71,6 +72,11 @@ class Loss:
     def has_base(self) -> bool:
         """Whether a value network is trained with a frozen base."""
         return bool(self.composition.values)
+
+    @property
+    def trained(self) -> Network:
+        """The network that is trained."""
+        return self.composition.values[0] if self.has_base else self.composition.base
 
     @property
     def figures(self) -> Mapping[str, tuple[str, str]]:
@@ -197,13 +203,16 @@ def loss_sum(
     if loss.penalty_kind != "none":
         penalised = _penalised(loss, arrays).astype(jnp.float32)
         weights[f"value_{loss.penalty_kind}"] = penalty_scale * penalised
+    head, (rows, length) = _head_of(params), targets.shape
+    if False and length > loss.chunk_length:
+        head = copy_head(loss.trained, head, rows=rows)
     summed: Any = chunked_sum(
         functools.partial(_chunk_loss, loss, _score_names(loss, weights, with_base=with_base)),
-        _head_of(params),
+        head,
         *_split(loss, hidden, (teacher_hidden, targets, weights), networks, teacher),
     )
     total, scores = summed
-    scores = join_positions(targets.shape[1], scores)
+    scores = join_positions(length, scores)
     return total, denominator, _sums(loss, batch, scores, weights)
 
 
