@@ -136,6 +136,8 @@ class OptimizerConfig:
     """Added to the square root of the second moment."""
     max_gradient_norm: float = 1.0
     """Global norm above which gradients are scaled down; 0 turns clipping off."""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """How both moments are stored; bfloat16 saves 4 bytes per trained parameter."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

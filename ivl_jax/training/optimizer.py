@@ -9,6 +9,8 @@ from typing import Any, Literal
 import jax
 import optax
 
+from ivl_jax.training.moments import bfloat16_moments
+
 # Leaves that are matrices. Decided by name: the stacked norms of scanned layers are [L D] too.
 _MATRICES = ("kernel", "embedding")
 
@@ -65,6 +67,7 @@ def make_optimizer(
     beta2: float,
     epsilon: float,
     max_gradient_norm: float,
+    moment_dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> optax.GradientTransformation:
     """Make AdamW with decoupled weight decay on matrices, after clipping by the global norm.
 
@@ -78,12 +81,19 @@ def make_optimizer(
         beta2: decay of the second moment.
         epsilon: added to the square root of the second moment.
         max_gradient_norm: global norm above which gradients are scaled down; 0: never.
+        moment_dtype: how the moments are stored (`bfloat16_moments`).
 
     Returns:
-        The optax chain; its moments are float32 like the master weights.
+        The optax chain; the updates are computed in float32 like the master weights.
     """
-    adamw = optax.adamw(
-        schedule, b1=beta1, b2=beta2, eps=epsilon, weight_decay=weight_decay, mask=decay_mask
+    adam = optax.scale_by_adam(b1=beta1, b2=beta2, eps=epsilon)
+    if moment_dtype == "bfloat16":
+        adam = bfloat16_moments(adam)
+    # optax.adamw, with another way to store the moments.
+    adamw = optax.chain(
+        adam,
+        optax.add_decayed_weights(weight_decay, decay_mask),
+        optax.scale_by_learning_rate(schedule),
     )
     if not max_gradient_norm:
         return adamw

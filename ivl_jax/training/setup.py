@@ -360,6 +360,7 @@ def make_run_optimizer(
         beta2=options.beta2,
         epsilon=options.epsilon,
         max_gradient_norm=options.max_gradient_norm,
+        moment_dtype=options.moment_dtype,
     )
 
 
