@@ -65,7 +65,7 @@ def _bare(arch: ArchConfig, *, form: KernelForm, scan_layers: bool, rows: int) -
     return Decoder(
         arch,
         compute_dtype=jnp.float32,
-        remat=False,
+        remat="none",
         scan_layers=scan_layers,
         form=form,
         attention=PLAIN,

@@ -29,6 +29,7 @@ from ivl_jax.model.layers import Constrain, Decoder
 from ivl_jax.model.parameter import static_half
 from ivl_jax.model.product import multiply
 from ivl_jax.model.projection import AS_TRAINED, KernelForm, project
+from ivl_jax.model.remat import Remat
 
 
 @functools.cache
@@ -36,7 +37,7 @@ def build_decoder(
     arch: ArchConfig,
     *,
     compute_dtype: DTypeLike = jnp.float32,
-    remat: bool = False,
+    remat: Remat = "none",
     scan_layers: bool = False,
     form: KernelForm = AS_TRAINED,
     attention: AttentionForm = PLAIN,
@@ -46,8 +47,9 @@ def build_decoder(
     Args:
         arch: The architecture.
         compute_dtype: Of activations and matmuls; norms, softmax and logits are always fp32.
-        remat: Recompute each layer's activations in the backward pass instead of keeping them. On
-            CPU this saves memory only together with `scan_layers`: XLA merges the unrolled forms.
+        remat: Which of a layer's activations are computed again in the backward pass
+            (`ivl_jax.model.remat`). On CPU this saves memory only together with `scan_layers`: XLA
+            merges the unrolled forms.
         scan_layers: Run the layers as one `lax.scan`; params then hold them stacked
             (`stack_layers`) and so does the cache.
         form: How kernels are stored.

@@ -25,6 +25,7 @@ from ivl_jax.model.kv_cache import (
     visible_slots,
 )
 from ivl_jax.model.layers import Attend, Constrain, Decoder, Memory, Write
+from ivl_jax.model.remat import rematerialised
 from ivl_jax.model.rope import Rotation, no_rotation, rotation
 
 _Kind = tuple[str, bool]
@@ -108,7 +109,7 @@ def _step(
     windows: Sequence[int | None],
     constrain: Constrain,
 ) -> _Step:
-    """One layer as a pure function, rematerialised if asked."""
+    """One layer as a pure function, rematerialised as the decoder says."""
     structure = nnx.split(decoder.layers if decoder.scan_layers else decoder.layers[0])[0]
 
     def step(
@@ -133,11 +134,9 @@ def _step(
             constrain=constrain,
         )
 
-    if not decoder.remat:
-        return step
-    # Inside a scan XLA cannot merge the forward and the recomputed backward pass anyway.
-    static = () if decoder.scan_layers else (3,)
-    return jax.checkpoint(step, prevent_cse=not decoder.scan_layers, static_argnums=static)
+    scanned = decoder.scan_layers
+    static = () if scanned else (3,)
+    return rematerialised(step, decoder.remat, scanned=scanned, static_argnums=static)
 
 
 def _pick(each: Any, kind: Any) -> Any:

@@ -20,6 +20,7 @@ from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.attention.form import AttentionForm
 from ivl_jax.model.parameter import Fused, declare
 from ivl_jax.model.projection import KernelForm, Projection
+from ivl_jax.model.remat import Remat
 from ivl_jax.model.rope import Rotation, rotate
 
 Constrain = Callable[[Array, tuple[str, ...]], Array]
@@ -213,7 +214,7 @@ class Decoder(nnx.Module):
         arch: ArchConfig,
         *,
         compute_dtype: DTypeLike,
-        remat: bool,
+        remat: Remat,
         scan_layers: bool,
         form: KernelForm,
         attention: AttentionForm,

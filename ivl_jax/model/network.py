@@ -22,6 +22,7 @@ from ivl_jax.model.attention.form import PLAIN, AttentionForm
 from ivl_jax.model.decoder import Params
 from ivl_jax.model.linear_map import MODEL_TYPE, LinearMapConfig
 from ivl_jax.model.projection import AS_TRAINED, KernelForm
+from ivl_jax.model.remat import Remat
 
 Architecture = ArchConfig | LinearMapConfig
 
@@ -46,7 +47,7 @@ def build_network(
     arch: Architecture,
     *,
     compute_dtype: DTypeLike = jnp.float32,
-    remat: bool = False,
+    remat: Remat = "none",
     scan_layers: bool = False,
     form: KernelForm = AS_TRAINED,
     attention: AttentionForm = PLAIN,

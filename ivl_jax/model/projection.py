@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int8
 
 from ivl_jax.model.parameter import Axis, Fused, Initial, declare
 from ivl_jax.model.product import multiply
+from ivl_jax.model.remat import keep
 
 # Rows of an int8 kernel converted to floats at a time: 3 MB in float32 at a width of 768, which
 # stays in a core's cache until it is multiplied.
@@ -69,7 +70,9 @@ class Projection(nnx.Module):
         """The projection in x's dtype."""
         scale = self.scale[...] if self.form.int8 else None
         y = project(x, self.kernel[...], scale, rows=self.form.rows, dtype=x.dtype)
-        return y + self.bias[...].astype(x.dtype)[None, None, :] if self.use_bias else y
+        if self.use_bias:
+            y = y + self.bias[...].astype(x.dtype)[None, None, :]
+        return keep(y)
 
 
 def project(

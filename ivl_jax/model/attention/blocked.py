@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from ivl_jax.model.attention.plain import attend
 from ivl_jax.model.attention.visibility import visible_keys
+from ivl_jax.model.remat import keep
 
 
 def attend_in_blocks(
@@ -65,7 +66,8 @@ def attend_in_blocks(
     # XLA does not merge a scan's body with its recomputation, so `prevent_cse` is not needed.
     step = jax.checkpoint(one_block, prevent_cse=False)
     _, mixed = jax.lax.scan(step, None, (blocks, starts, segments))
-    return mixed.swapaxes(0, 1).reshape(query.shape[0], -1, *query.shape[2:])[:, :length]
+    mixed = mixed.swapaxes(0, 1).reshape(query.shape[0], -1, *query.shape[2:])
+    return keep(mixed[:, :length])
 
 
 def _split(array: Array, count: int, size: int) -> Array:

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jaxtyping import Array, Float, Int
 
+from ivl_jax.model.remat import KEPT
+
 _TILE = 128  # block lengths are multiples of this
 _LARGEST_BLOCK = 512
 _PADDING = -1  # a segment of its own
@@ -63,6 +65,7 @@ def splash(
             mask=splash_attention.MultiHeadMask([mask] * heads),
             block_sizes=_block_sizes(block),
             attn_logits_soft_cap=softcap,
+            residual_checkpoint_name=KEPT,
             interpret=interpret,
         )
 
