@@ -89,7 +89,7 @@ class OurStep:
                 build_decoder(
                     arch,
                     compute_dtype=dtype,
-                    remat=compact,
+                    remat="full" if compact else "none",
                     scan_layers=compact,
                     attention=attention_on_device(arch, mesh.devices.flat[0], dtype=dtype),
                 ),

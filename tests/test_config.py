@@ -262,6 +262,20 @@ def test_whatever_a_config_file_holds_the_error_names_file_and_place(
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("flags", "remat"),
+    [
+        (["--step.remat"], "full"),
+        (["--step.remat", "--seed", "1"], "full"),
+        (["--step.no-remat"], "none"),
+        (["--step.remat", "dots"], "dots"),
+        ([], "auto"),
+    ],
+)
+def test_a_flag_that_had_no_value_may_still_have_none(flags: list[str], remat: str) -> None:
+    assert parse_flags(TrainConfig, flags, prog="train.py").step.remat == remat
+
+
 def test_integers_beyond_64_bits_are_refused_by_key() -> None:
     with pytest.raises(
         ConfigError, match=r"c: seed must be an integer of at most 64 bits, got an integer of 77"

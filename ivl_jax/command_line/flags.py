@@ -5,6 +5,7 @@ In: a dataclass whose fields may carry the marks of `ivl_jax.config.annotations`
 
 import dataclasses
 import functools
+import itertools
 import typing
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,6 +50,7 @@ def parse_flags(
         ConfigError: one of the dataclass's own checks failed, or a flag for a list of values occurs
             twice, of which only the last would count.
     """
+    arguments = _in_todays_words(arguments)
     given = Counter(one.split("=")[0].replace("_", "-") for one in arguments)
     for flag in _list_flags(config_type):
         if given[flag] > 1:
@@ -63,6 +65,19 @@ def parse_flags(
         default=tyro.MISSING_NONPROP if default is None else default,
         registry=_registry(),
     )
+
+
+def _in_todays_words(arguments: Sequence[str]) -> list[str]:
+    """Give `--step.remat` and `--step.no-remat`, once flags without a value, their values."""
+    words: list[str] = []
+    for one, following in itertools.zip_longest(arguments, arguments[1:]):
+        if one == "--step.no-remat":
+            words += ["--step.remat", "none"]
+        elif one == "--step.remat" and (following is None or following.startswith("--")):
+            words += [one, "full"]
+        else:
+            words.append(one)
+    return words
 
 
 def _list_flags(config_type: type, prefix: str = "--") -> Iterator[str]:

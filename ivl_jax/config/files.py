@@ -20,6 +20,9 @@ from ivl_jax.config.train import TrainConfig
 
 ConfigT = TypeVar("ConfigT")
 
+# Booleans that earlier versions wrote, in today's words.
+_EARLIER_BOOLEANS = {"step.remat": {False: "none", True: "full"}}
+
 
 def load_config(path: str | Path, config_type: type[ConfigT] = TrainConfig) -> ConfigT:
     """Read a TOML file into a config dataclass.
@@ -241,6 +244,8 @@ def _checked(value: Any, hint: Any, where: str, name: str) -> Any:
         return _build(typing.cast(type, hint), value, where, f"{name}.")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
+        if isinstance(value, bool):
+            value = _EARLIER_BOOLEANS.get(name, {}).get(value, value)
         if value not in arguments:
             choices = ", ".join(map(str, arguments))
             raise ConfigError(f"{what} must be one of {choices}; got {value!r}")

@@ -170,8 +170,9 @@ class StepConfig:
     """Parts in which the batch is computed; the gradient equals that of the whole batch."""
     compute_dtype: DType = "float32"
     """Activations and matmuls; master weights, norms, softmax and loss stay in float32."""
-    remat: bool = False
-    """Recompute each layer's activations in the backward pass: less memory, a third more work."""
+    remat: Literal["auto", "none", "full", "dots"] = "auto"
+    """What is computed again in the backward pass: `none`; `full`: each layer, for the least memory
+    and a third more work; `dots`: all but matrix products and attention; `auto`: as memory asks."""
     scan_layers: bool = False
     """Run the layers as one scan: shorter compile time for deep models."""
 
@@ -182,6 +183,11 @@ class StepConfig:
             self.compute_dtype != "float16",
             'step.compute_dtype = "float16": gradients below 6e-8 would become 0 without loss '
             'scaling, which training does not do; use "bfloat16", or "float32" on a GPU without it',
+        )
+        require(
+            not isinstance(self.remat, bool),
+            f'step.remat = {self.remat}: expected "auto", "none", "full" or "dots"; False and True '
+            'are now "none" and "full"',
         )
         require(self.epochs > 0, f"step.epochs must be > 0, got {self.epochs}")
         require(self.max_steps >= 0, f"step.max_steps must be ≥ 0, got {self.max_steps}")

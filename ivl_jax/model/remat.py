@@ -2,7 +2,7 @@
 
 In: one layer as a pure function, and a policy. Out: the same function, rematerialised.
 
-    none   everything is kept: the most memory, nothing is computed twice
+    none   everything but masks is kept: the most memory, hardly anything is computed twice
     full   the residual stream before each layer; its whole forward pass is computed again
     dots   also the results of its projections and of attention; norms, rotations, activations and,
            in attention forms without a result to keep, attention are computed again
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
@@ -23,7 +24,20 @@ Remat = Literal["none", "full", "dots"]
 KEPT = "kept by dots"
 """The name of values that `dots` keeps."""
 
+
+def _all_but_masks(primitive: Any, *inputs: Any, **parameters: Any) -> bool:
+    """Keep everything but booleans that were picked or broadcast from other booleans.
+
+    A scan would stack every layer's own copy of the mask, for each head.
+    """
+    del primitive, parameters
+    dtypes = [getattr(value, "dtype", None) for value in inputs]
+    of_mask = bool(dtypes) and dtypes[0] == jnp.bool_
+    return not of_mask or any(dtype == jnp.float32 for dtype in dtypes)
+
+
 _POLICIES: dict[str, Any] = {
+    "none": _all_but_masks,
     "full": None,
     "dots": jax.checkpoint_policies.save_only_these_names(KEPT),
 }
@@ -50,7 +64,7 @@ def rematerialised(
     Returns:
         A function with the same values and gradients.
     """
-    if remat == "none":
+    if remat == "none" and not scanned:
         return layer
     return jax.checkpoint(
         layer,

@@ -45,7 +45,7 @@ def _fewer_temporaries(config: TrainConfig, plan: TrainingPlan, *, room: int) ->
     """Changes of the step, where parameters and batch leave this much room."""
     step, found = config.step, []
     if not recomputes(config):
-        found.append("set step.remat = true: layers keep only their inputs for the backward pass")
+        found.append('set step.remat = "full": layers keep only their inputs for the backward pass')
     if not step.scan_layers:
         found.append("set step.scan_layers = true: layers share one body and its temporaries")
     temporaries = plan.peak - (plan.available - room)

@@ -6,7 +6,7 @@ program is the one that train.py compiles, made by the same functions from the s
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -15,12 +15,16 @@ from jax.sharding import Mesh
 
 from ivl_jax.config import ConfigError, TrainConfig
 from ivl_jax.data.batching import Batch
+from ivl_jax.model.assembly import static_attribute
+from ivl_jax.model.linear_map import LinearMapConfig
+from ivl_jax.model.remat import Remat
 from ivl_jax.plan.compiled import compile_program, lowering_for, warn_of_dtype
 from ivl_jax.plan.devices import describe_devices
 from ivl_jax.plan.machines import Machine
 from ivl_jax.plan.models import planned_models
 from ivl_jax.plan.work import step_flops, step_traffic
 from ivl_jax.sharding import batch_sharding, batch_ways
+from ivl_jax.training.loss import Loss
 from ivl_jax.training.models import FrozenBase, Models
 from ivl_jax.training.objectives import find_objective
 from ivl_jax.training.programs import place_in_step, step_programs
@@ -114,6 +118,7 @@ def _plan(
         schedule=schedule,
         shardings=shardings,
         mesh=mesh,
+        memory=machine.memory,
     )
     step: Any = programs.step
     arguments = (state, frozen, batch)
@@ -121,6 +126,7 @@ def _plan(
         step.lower(*arguments), machine, held=_bytes(arguments)
     )
     held = {"trained": _bytes(state.params), "optimizer": _bytes(state.opt_state)}
+    config = replace(config, step=replace(config.step, remat=_remat(programs.loss)))
     flops = step_flops(config, models, base)
     traffic = step_traffic(config, models, base, mesh, **held)
     return TrainingPlan(
@@ -139,6 +145,14 @@ def _plan(
         ways=batch_ways(mesh),
         limits=_limits(config, machine, flops / mesh.size, traffic, sent),
     )
+
+
+def _remat(loss: Loss) -> Remat:
+    """The policy of the trained network: the config's, or the one chosen for `auto`."""
+    trained = loss.trained
+    if isinstance(trained.arch, LinearMapConfig):
+        return "none"
+    return static_attribute(trained.graphdef, "remat")
 
 
 def _limits(

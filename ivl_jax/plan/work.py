@@ -106,8 +106,8 @@ def step_traffic(
 
 
 def recomputes(config: TrainConfig) -> bool:
-    """Whether the backward pass runs the layers' forward pass once more."""
-    return config.step.remat not in (False, "none")
+    """Whether the backward pass runs the layers' whole forward pass once more."""
+    return config.step.remat == "full"
 
 
 def _matrices(arch: Architecture) -> Iterator[_Matrix]:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import rich
 from etils import epath
@@ -22,23 +21,17 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 from rich.progress import Progress
 
-from ivl_jax.composed.network import Layout
+from ivl_jax.composed.forward import run_network
 from ivl_jax.config import TrainConfig
 from ivl_jax.data.base_states import BaseStates, open_base_states
 from ivl_jax.data.batching import Batch, lay_out_rows
 from ivl_jax.data.chat import ChatFormat
 from ivl_jax.data.packing import pack
 from ivl_jax.data.tokenized import TokenizedDemonstrations
-from ivl_jax.model.decoder import Params, build_decoder, hidden_states
-from ivl_jax.sharding import LAYOUTS, activation_constraint, batch_sharding, place_batch
-from ivl_jax.training.models import (
-    FrozenBase,
-    Placement,
-    attention_of,
-    kernel_form,
-    load_base,
-    place_base,
-)
+from ivl_jax.model.decoder import Params
+from ivl_jax.sharding import batch_sharding, place_batch
+from ivl_jax.training.models import FrozenBase, Placement, load_base, place_base
+from ivl_jax.training.networks import frozen_network
 from ivl_jax.weights.fingerprint import folder_name, remembered_weights, weights_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -175,19 +168,11 @@ def _make_program(
     config: TrainConfig, base: FrozenBase, place: Placement, mesh: Mesh
 ) -> Callable[[Params, Batch], Array]:
     """(base parameters, batch [B T]) → final hidden states [B T D]."""
-    layout = Layout(mesh, LAYOUTS[base.config.layout])
-    graphdef = build_decoder(
-        base.model.arch,
-        compute_dtype=jnp.dtype(config.step.compute_dtype),
-        scan_layers=config.step.scan_layers,
-        form=kernel_form(base.config),
-        attention=attention_of(config, base.model.arch, layout),
-    )
-    constrain = activation_constraint(mesh, layout.rules)
+    network = frozen_network(config, base, mesh)
 
     def run(params: Params, batch: Any) -> Array:
         where = {"positions": batch.positions, "segment_ids": batch.segment_ids}
-        return hidden_states(graphdef, params, batch.tokens, constrain=constrain, **where)[0]
+        return run_network(network, params, batch.tokens, **where)[0]
 
     rows = batch_sharding(mesh)
     return jax.jit(run, in_shardings=(place.shardings, rows), out_shardings=rows)

@@ -139,7 +139,7 @@ def _run(
     with Interrupts() as interrupts:
         prepared = prepare(config, models, data, mesh)
         keep = config.logging.keep_checkpoints
-        objective = find_objective(config)
+        objective = prepared.objective
         with TrainCheckpointer(
             directory.checkpoints, keep=keep, metric=objective.best_by
         ) as checkpoints:
@@ -185,7 +185,7 @@ class _Training:
         self._interrupts = interrupts
         self._rollouts = rollouts
         self._total = prepared.data.total_steps
-        self._updates = find_objective(config).updates
+        self._updates = prepared.objective.updates
         """Steps per batch."""
         self._evaluation: Evaluation | None = None
         self._fresh = True
@@ -207,7 +207,7 @@ class _Training:
                 self._directory,
                 first_step=step,
                 total_steps=self._total,
-                shown=find_objective(self._config).shown,
+                shown=self._prepared.objective.shown,
             ) as report,
             StepProfile(self._config.profile, first_step=step, name="train") as profile,
         ):

@@ -204,7 +204,7 @@ def loss_sum(
         penalised = _penalised(loss, arrays).astype(jnp.float32)
         weights[f"value_{loss.penalty_kind}"] = penalty_scale * penalised
     head, (rows, length) = _head_of(params), targets.shape
-    if False and length > loss.chunk_length:
+    if length > loss.chunk_length:
         head = copy_head(loss.trained, head, rows=rows)
     summed: Any = chunked_sum(
         functools.partial(_chunk_loss, loss, _score_names(loss, weights, with_base=with_base)),

@@ -58,6 +58,7 @@ _MAY_CHANGE = (
     "base.layout",
     "bases.layout",
     "value.layout",
+    "step.remat",
 )
 
 

@@ -25,6 +25,7 @@ from ivl_jax.training.base_turns import BaseTurns
 from ivl_jax.training.cached_states import CachedSplit, open_cached_splits, write_cached_states
 from ivl_jax.training.models import Models, Placement, make_trained_params, place_model
 from ivl_jax.training.objectives import find_objective
+from ivl_jax.training.objectives.objective import Objective
 from ivl_jax.training.optimizer import make_optimizer, make_schedule
 from ivl_jax.training.programs import BaseProgram, build_programs
 from ivl_jax.training.step import TrainState, abstract_state, init_state, state_shardings
@@ -58,6 +59,7 @@ class Preparation:
 
     mesh: Mesh
     models: Models
+    objective: Objective
     data: Data
     programs: tuple[BaseProgram, ...]
     """One per base; a single one without a base if a model is trained alone."""
@@ -315,6 +317,7 @@ def prepare(config: TrainConfig, models: Models, data: Data, mesh: Mesh) -> Prep
     return Preparation(
         mesh=mesh,
         models=models,
+        objective=find_objective(config),
         data=data,
         programs=programs,
         turns=base_turns(config),

@@ -25,6 +25,7 @@ from ivl_jax.model.decoder import (
     untie_head,
     zero_head,
 )
+from ivl_jax.model.remat import Remat
 from tests.model.families import (
     CONFIGS,
     NAMES,
@@ -155,12 +156,15 @@ def test_scanned_layers_equal_unstacked_ones_in_value_and_gradient(name):
     assert_trees_close(unstack_layers(scanned), gradient)
 
 
-@pytest.mark.parametrize(("name", "scan_layers"), [("qwen3", False), ("gemma3", True)])
-def test_rematerialised_layers_equal_kept_ones(name, scan_layers):
+@pytest.mark.parametrize(
+    ("name", "scan_layers", "remat"),
+    [("qwen3", False, "full"), ("qwen3", False, "dots"), ("gemma3", True, "full")],
+)
+def test_rematerialised_layers_equal_kept_ones(name, scan_layers, remat):
     arch = tiny_arch(name)
     value, gradient = plain_value_and_gradient(name)
     params = stack_layers(random_params(arch)) if scan_layers else random_params(arch)
-    again, recomputed = value_and_gradient(arch, params, scan_layers=scan_layers, remat=True)
+    again, recomputed = value_and_gradient(arch, params, scan_layers=scan_layers, remat=remat)
     np.testing.assert_allclose(again, value, rtol=1e-6)
     assert_trees_close(unstack_layers(recomputed) if scan_layers else recomputed, gradient)
 
@@ -171,14 +175,16 @@ def test_remat_keeps_only_one_layers_activations_at_a_time():
     )
     params = stack_layers(random_params(arch))
 
-    def temporary_bytes(remat: bool) -> int:
+    def temporary_bytes(remat: Remat) -> int:
         def loss(params):
             return jnp.mean(run(arch, params, ids(4), remat=remat, scan_layers=True))
 
         compiled = jax.jit(jax.grad(loss)).lower(params).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert temporary_bytes(True) < 0.3 * temporary_bytes(False)
+    full, dots, none = (temporary_bytes(remat) for remat in ("full", "dots", "none"))
+    assert full < 0.3 * none
+    assert full < dots < 0.7 * none
 
 
 def test_stacking_and_unstacking_are_inverse():
@@ -353,7 +359,7 @@ def test_the_largest_models_have_their_published_size_without_allocating(config,
     arch = ArchConfig.from_hf(config)
     params = abstract_params(arch, param_dtype=jnp.bfloat16, scan_layers=True)
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == parameters
-    graphdef = build_decoder(arch, compute_dtype=jnp.bfloat16, scan_layers=True, remat=True)
+    graphdef = build_decoder(arch, compute_dtype=jnp.bfloat16, scan_layers=True, remat="full")
     x = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
     logits = jax.eval_shape(functools.partial(forward, graphdef), params, x, positions=x)
     assert (logits.shape, logits.dtype) == ((1, 4096, arch.vocab_size), jnp.float32)

@@ -9,7 +9,6 @@ import pytest
 
 from ivl_jax.model.attention.form import PLAIN, AttentionForm
 from ivl_jax.model.decoder import build_decoder, hidden_states, stack_layers
-from tests.jaxprs import equations
 from tests.model.families import random_params, tiny_arch, tokens
 
 TOKENS = jnp.asarray(tokens(2, 50))
@@ -39,9 +38,9 @@ def value_and_gradients(name, attention, scan_layers, remat):
 @pytest.mark.parametrize(
     ("name", "attention", "scan_layers", "remat"),
     [
-        ("gemma2", BLOCKED, True, True),
-        ("gemma2", BLOCKED, False, True),
-        ("gemma2", SPLASH, True, False),
+        ("gemma2", BLOCKED, True, "full"),
+        ("gemma2", BLOCKED, False, "full"),
+        ("gemma2", SPLASH, True, "dots"),
     ],
 )
 def test_every_form_gives_the_numbers_of_the_plain_one(name, attention, scan_layers, remat):
@@ -52,18 +51,40 @@ def test_every_form_gives_the_numbers_of_the_plain_one(name, attention, scan_lay
         np.testing.assert_allclose(one / scale, other / scale, atol=2e-5)
 
 
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize("attention", [PLAIN, BLOCKED, SPLASH])
-def test_no_scanned_layer_keeps_a_mask_or_scores(attention):
-    params = stack_layers(random_params(tiny_arch("gemma2")))
-    options = {"attention": attention, "scan_layers": True, "remat": True}
-    loss = functools.partial(total, name="gemma2", **options)
-    traced = jax.make_jaxpr(jax.grad(loss, has_aux=True))(params)
-    layers = tiny_arch("gemma2").num_hidden_layers
-    shapes = [
-        variable.aval.shape  # pyright: ignore[reportAttributeAccessIssue]
-        for equation in equations(traced.jaxpr)
-        if equation.primitive.name == "scan"
-        for variable in equation.outvars
+def test_no_scanned_layer_keeps_a_mask(attention, remat):
+    kept = kept_by_each_layer("gemma2", attention, remat)
+    assert ("float32", (2, 50, 32)) in kept  # the residual stream
+    assert not [shape for dtype, shape in kept if dtype == "bool" and shape[-2:] == (50, 50)]
+    scores = [shape for _, shape in kept if shape[-2:] in ((50, 50), (100, 50))]
+    assert bool(scores) == (attention is PLAIN and remat == "none")
+
+
+@pytest.mark.parametrize("attention", [PLAIN, BLOCKED, SPLASH])
+def test_dots_keeps_the_results_of_projections_and_of_attention(attention):
+    names = {"q": (2, 50, 64), "k": (2, 50, 32), "gate and up": (2, 50, 48)}
+    full = kept_by_each_layer("gemma2", attention, "full")
+    dots = kept_by_each_layer("gemma2", attention, "dots")
+    assert set(full) == {("float32", (2, 50, 32))}
+    assert set(names.values()) <= {shape for _, shape in dots}
+    widths = {shape[-1] for _, shape in dots if shape[:2] == (2, 50)}
+    attended = {"blocked": (2, 50, 4, 16), "splash": (2, 4, 128, 16)}
+    assert attention is PLAIN or attended[attention.name] in {shape for _, shape in dots}
+    assert widths <= {64, 32, 48, 16}
+
+
+def kept_by_each_layer(name, attention, remat):
+    """(dtype, shape) of what the forward scan over layers stacks for the backward pass."""
+    params = stack_layers(random_params(tiny_arch(name)))
+    options = {"attention": attention, "scan_layers": True, "remat": remat}
+    loss = functools.partial(total, name=name, **options)
+    traced = jax.make_jaxpr(lambda params: jax.vjp(loss, params, has_aux=True)[1])(params)
+    layers = tiny_arch(name).num_hidden_layers
+    return [
+        (str(aval.dtype), aval.shape[1:])
+        for equation in traced.jaxpr.eqns
+        if equation.primitive.name == "scan" and equation.params["length"] == layers
+        for aval in (variable.aval for variable in equation.outvars)
+        if aval.shape[:1] == (layers,)
     ]
-    assert (layers, 2, 50, 32) in shapes  # what each layer keeps: the residual stream
-    assert not [shape for shape in shapes if shape[:1] == (layers,) and shape[-2:] == (50, 50)]

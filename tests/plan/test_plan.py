@@ -226,7 +226,7 @@ def test_traffic_is_weights_once_per_product_and_rows_once_per_matrix(config):
     assert two - one == (3 * 4 + 1 * 2) * matrices / 2 + 2 * 1000
     rows = traffic(micro_batches=1, batch_size=32) - one
     assert rows == pytest.approx(one - (3 * 4 + 2) * matrices / 2 - 2 * 4000)
-    assert traffic(micro_batches=1, remat=True) > one
+    assert traffic(micro_batches=1, remat="full") > one
 
 
 def test_a_mesh_that_does_not_fit_names_sizes_that_do(config, monkeypatch):

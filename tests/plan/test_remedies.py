@@ -24,7 +24,7 @@ def test_more_micro_batches_are_those_that_leave_enough_room(config, plan):
     # 30 GB of temporaries in 2 micro-batches, 11.9 GB of room: 4 would take 15, 8 take 7.5.
     assert "step.micro_batches = 8 instead of 2: 1 row(s) per device at a time" in text
     assert "not be enough" not in text
-    assert "set step.remat = true" in text
+    assert 'set step.remat = "full"' in text
     assert "set step.scan_layers = true" in text
 
 
@@ -35,7 +35,7 @@ def test_the_most_micro_batches_may_not_be_enough(config, plan):
 
 
 def test_a_single_row_per_device_can_only_be_shorter(config, plan):
-    done = {"remat": True, "scan_layers": True, "batch_size": 16}
+    done = {"remat": "full", "scan_layers": True, "batch_size": 16}
     text = found(config, plan, base=2, value=1, optimizer=2, peak=25, step=done)
     assert "shorten data.max_length" in text
     assert "step." not in text

@@ -246,7 +246,7 @@ def test_a_zeroed_head_starts_as_the_base_on_eight_devices_with_stacked_layers(t
         tiny_config,
         value=ValueConfig(init="base", layout="fsdp"),
         base=replace(tiny_config.base, layout="tensor"),
-        step=StepConfig(max_steps=2, batch_size=4, scan_layers=True, remat=True),
+        step=StepConfig(max_steps=2, batch_size=4, scan_layers=True, remat="full"),
         mesh=MeshConfig(data=2, fsdp=2, tensor=2),
     )
     result = run(config)
