@@ -39,7 +39,7 @@ def copy_head(network: Network, head: Params, *, rows: int) -> Params:
     ways = 1 if layout is None else batch_ways(layout.mesh)
     if layout is None or ways == 1 or rows % ways:
         return head
-    # The constraint's transpose makes the sum over copies a reduce-scatter where fsdp splits it.
+    # So that the sum of the copies' gradients is sharded like the head at once.
     places = parameter_shardings(head, layout.mesh, layout.rules)
     head = jax.lax.with_sharding_constraint(head, places)
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (ways, *leaf.shape)), head)
