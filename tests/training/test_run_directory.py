@@ -60,12 +60,25 @@ def test_every_difference_to_the_started_config_is_named(tmp_path):
     config = TrainConfig(run_dir=str(tmp_path / "run"), resume=True)
     directory = RunDirectory(config.run_dir)
     directory.open(config, there=False, weights={})
-    changed = replace(config, seed=3, optimizer=OptimizerConfig(learning_rate=0.5))
+    optimizer = OptimizerConfig(learning_rate=0.5, moment_dtype="bfloat16")
+    changed = replace(config, seed=3, optimizer=optimizer)
     with pytest.raises(ConfigError) as caught:
         directory.check(changed)
     assert "seed was 0, now 3" in str(caught.value)
     assert "optimizer.learning_rate was 0.0001, now 0.5" in str(caught.value)
+    assert "optimizer.moment_dtype was 'float32', now 'bfloat16'" in str(caught.value)
     assert directory.resume_command in str(caught.value)
+
+
+def test_a_run_that_recorded_remat_as_a_boolean_resumes_under_any_policy(tmp_path):
+    config = TrainConfig(run_dir=str(tmp_path / "run"), resume=True)
+    directory = RunDirectory(config.run_dir)
+    directory.open(config, there=False, weights={})
+    recorded = tmp_path / "run" / "config.toml"
+    text = recorded.read_text()
+    assert 'remat = "auto"' in text
+    recorded.write_text(text.replace('remat = "auto"', "remat = true"))
+    assert directory.check(config)
 
 
 def test_other_library_versions_are_reported(tmp_path, caplog):
