@@ -21,7 +21,7 @@ def device_memory(mesh: Mesh) -> int | None:
 
     Virtual CPU devices share the machine's memory.
     """
-    device = mesh.devices.flat[0]
+    device = mesh.local_devices[0]
     if device.platform == "cpu":
         total = host_memory()
         return None if total is None else total // mesh.devices.size

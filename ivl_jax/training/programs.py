@@ -8,8 +8,11 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from ivl_jax.composed.network import Composition, Layout
@@ -196,7 +199,6 @@ def step_programs(
         The loss and both steps.
     """
     teacher_shardings = None
-    memory = device_memory(mesh) if memory is None else memory
     loss = make_loss(config, models, base, place, base_place, mesh, memory=memory)
     if teacher is not None:
         loss = replace(loss, teacher=teacher.composition, teacher_strengths=teacher.strengths)
@@ -249,7 +251,7 @@ def make_loss(
         place: of the trained model.
         base_place: of the base; None without one.
         mesh: the device mesh.
-        memory: bytes that a device has; None: unknown.
+        memory: bytes that a device has; None: ask the devices, if that matters.
 
     Returns:
         The loss.
@@ -307,8 +309,16 @@ def _remat(
         compute_dtype=jnp.dtype(step.compute_dtype),
         attention=attention_of(config, arch, Layout(mesh, layout)),
         held=2 * trained + moments + base,
-        memory=memory,
+        memory=_agreed_memory(mesh) if memory is None else memory,
     )
+
+
+def _agreed_memory(mesh: Mesh) -> int | None:
+    """Bytes per device; the least of all processes, which must make the same choice."""
+    memory = device_memory(mesh) or 0
+    if jax.process_count() > 1:
+        memory = int(multihost_utils.process_allgather(np.float32(memory)).min())
+    return memory or None
 
 
 def default_chunk_length(rows: int, length: int, vocab_rows: int, *, platform: str) -> int:

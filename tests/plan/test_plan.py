@@ -21,6 +21,8 @@ from ivl_jax.plan.report import table
 from ivl_jax.plan.work import step_flops, step_traffic
 from ivl_jax.sharding import make_mesh
 from ivl_jax.target_platform import target_platform, tracing_for
+from ivl_jax.training.programs import make_loss, place_in_step
+from ivl_jax.training.setup import place_trained
 from tests.model.families import tiny_arch
 
 GB = 1 << 30
@@ -234,3 +236,24 @@ def test_a_mesh_that_does_not_fit_names_sizes_that_do(config, monkeypatch):
     mesh = dataclasses.replace(config.mesh, fsdp=3, tensor=4)
     with pytest.raises(ConfigError, match=r"fit 8 device.*fsdp=8.*fsdp=4, tensor=2"):
         training.plan_training(dataclasses.replace(config, mesh=mesh), HERE)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "scan_layers", "memory", "chosen"),
+    [
+        ("auto", True, 4 * GB, "none"),
+        ("auto", True, 1000, "full"),
+        ("auto", False, 1000, "none"),  # on CPU unrolled layers are not recomputed
+        ("dots", True, 1000, "dots"),
+    ],
+)
+def test_what_is_recomputed_follows_the_machines_memory(
+    config, wanted, scan_layers, memory, chosen
+):
+    step = dataclasses.replace(config.step, remat=wanted, scan_layers=scan_layers)
+    config, mesh = dataclasses.replace(config, step=step), make_mesh(fsdp=8)
+    found = models.planned_models(config, mesh)
+    (base,) = found.bases
+    places = place_trained(config, found, mesh), place_in_step(config, base, mesh)
+    loss = make_loss(config, found, base, *places, mesh, memory=memory)
+    assert training._remat(loss) == chosen
