@@ -222,7 +222,7 @@ class Decoder(nnx.Module):
     ):
         self.arch = arch
         self.compute_dtype = jnp.dtype(compute_dtype)
-        self.remat = remat
+        self.remat: Remat = remat
         self.scan_layers = scan_layers
         self.form = form
         self.attention = attention

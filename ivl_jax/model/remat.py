@@ -12,7 +12,7 @@ after rounding, at half the size.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ _POLICIES: dict[str, Any] = {
     "full": None,
     "dots": jax.checkpoint_policies.save_only_these_names(KEPT),
 }
-_Layer = TypeVar("_Layer", bound=Callable[..., Any])
+_Layer = Callable[..., Any]
 
 
 def keep(x: Array) -> Array:
