@@ -97,7 +97,13 @@ def compiled(case: Case, mesh: Any) -> Any:
     return jax.jit(gradient).lower(params, base, batch, teacher).compile()
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("a sharded vocabulary, tied", "kto in micro-batches")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
+)
 def test_the_heads_gradient_is_summed_once_and_not_once_per_chunk(name: str) -> None:
     case = CASES[name]
     data, fsdp, tensor = case.mesh
