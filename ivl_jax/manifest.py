@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from etils import epath
@@ -22,6 +23,7 @@ from ivl_jax.paths import flush_folder, is_local, write_atomically
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = 1
 PROBLEMS_SHOWN = 20
+NOT_HASHED: Mapping[str, dict[str, Any]] = MappingProxyType({})
 _BLOCK_BYTES = 1 << 22
 
 
@@ -47,8 +49,31 @@ class Manifest:
         return sum(record["bytes"] for record in self.files.values())
 
 
+def hash_files(folder: epath.PathLike, below: str) -> dict[str, dict[str, Any]]:
+    """Hash the files of a sub-folder, and flush them to the disk.
+
+    Args:
+        folder: the folder that a manifest will describe.
+        below: the sub-folder, relative to it; it need not exist.
+
+    Returns:
+        Path relative to `folder` → size and hash, as `write_manifest` takes them.
+    """
+    folder = epath.Path(folder)
+    if not (folder / below).exists():
+        return {}
+    names = sorted(file_names(folder / below, f"{below}/"))
+    records = {name: _record(folder / name, flush=True) for name in names}
+    _flush_folders(folder, names)
+    return records
+
+
 def write_manifest(
-    folder: epath.PathLike, about: Mapping[str, Any], *, threads: int = 1
+    folder: epath.PathLike,
+    about: Mapping[str, Any],
+    *,
+    threads: int = 1,
+    hashed: Mapping[str, dict[str, Any]] = NOT_HASHED,
 ) -> Manifest:
     """Hash every file below a folder and write `manifest.json` there, atomically and last.
 
@@ -59,14 +84,25 @@ def write_manifest(
         folder: the folder; local or a URL that `etils.epath` reads. Nothing may write to it now.
         about: JSON recorded and protected with the hashes.
         threads: files hashed at once; 1 leaves the other cores to a training loop.
+        hashed: what `hash_files` returned elsewhere; these files are not read.
 
     Returns:
         The manifest that was written.
+
+    Raises:
+        FileNotFoundError: a file of `hashed` is not there.
     """
     folder = epath.Path(folder)
     names = sorted(set(file_names(folder)) - {MANIFEST_NAME})
+    if missing := sorted(set(hashed) - set(names)):
+        raise FileNotFoundError(f"{folder / missing[0]} was hashed elsewhere, but is not here")
     with ThreadPoolExecutor(threads) as pool:
-        records = list(pool.map(lambda name: _record(folder / name, flush=True), names))
+        records = list(
+            pool.map(
+                lambda name: hashed.get(name) or _record(folder / name, flush=True),
+                names,
+            )
+        )
     manifest = Manifest(files=dict(zip(names, records, strict=True)), about=dict(about))
     _flush_folders(folder, names)
     _write(folder, manifest)
@@ -124,7 +160,12 @@ def read_manifest(folder: epath.PathLike) -> Manifest:
 
 
 def file_problems(
-    folder: epath.PathLike, manifest: Manifest, *, sizes_only: bool = False, threads: int = 4
+    folder: epath.PathLike,
+    manifest: Manifest,
+    *,
+    sizes_only: bool = False,
+    threads: int = 4,
+    share: tuple[int, int] = (0, 1),
 ) -> tuple[str, ...]:
     """Compare the files of a folder with its manifest, every byte of them.
 
@@ -133,6 +174,7 @@ def file_problems(
         manifest: the expected files.
         sizes_only: look only for missing and truncated files, without reading them.
         threads: files hashed at once.
+        share: (index, count) of the part of the files that is compared, about equal in bytes.
 
     Returns:
         One sentence for each file that is missing, truncated or altered, at most 20 and then a
@@ -157,8 +199,11 @@ def file_problems(
             return f"{name}: altered: expected SHA-256 {expected['sha256']}, found {found}"
         return None
 
+    files = list(manifest.files.items())
+    if share != (0, 1):
+        files = sorted(files, key=lambda item: (-item[1]["bytes"], item[0]))[share[0] :: share[1]]
     with ThreadPoolExecutor(threads) as pool:
-        return shorten([line for line in pool.map(problem, manifest.files.items()) if line])
+        return shorten([line for line in pool.map(problem, files) if line])
 
 
 def unlisted_files(folder: epath.PathLike, manifest: Manifest) -> list[str]:

@@ -21,6 +21,7 @@ from ivl_jax.config import (
     MeshConfig,
     OptimizerConfig,
     PenaltyConfig,
+    ProcessesConfig,
     RowsConfig,
     StepConfig,
     TrainConfig,
@@ -141,6 +142,13 @@ def test_a_missing_config_file_names_its_neighbours(tmp_path: Path) -> None:
         lambda: OptimizerConfig(weight_decay=-0.1),
         lambda: MeshConfig(data=-1, fsdp=-1),
         lambda: MeshConfig(tensor=0),
+        lambda: ProcessesConfig(coordinator_address="host"),
+        lambda: ProcessesConfig(coordinator_address=":8476"),
+        lambda: ProcessesConfig(num_processes=-1),
+        lambda: ProcessesConfig(process_id=-1),
+        lambda: ProcessesConfig(num_processes=2, process_id=2),
+        lambda: ProcessesConfig(heartbeat_timeout=1),
+        lambda: ProcessesConfig(shutdown_timeout=0),
         lambda: StepConfig(batch_size=8, micro_batches=3),
         lambda: StepConfig(epochs=0.0),
         lambda: InferConfig(batch_size=0),
@@ -163,6 +171,15 @@ def test_training_in_float16_is_refused_with_the_reason() -> None:
     with pytest.raises(ConfigError, match=r"loss scaling.*bfloat16.*float32"):
         StepConfig(compute_dtype="float16")
     assert ComposedModelConfig(dtype="float16").dtype == "float16"
+
+
+def test_processes_are_a_switch_and_a_table_of_details() -> None:
+    assert config_from_mapping({"distributed": True}).processes == ProcessesConfig()
+    table = {"coordinator_address": "[::1]:8476", "num_processes": 2, "heartbeat_timeout": 20}
+    config = config_from_mapping({"distributed": True, "processes": table})
+    assert config.processes == ProcessesConfig("[::1]:8476", 2, heartbeat_timeout=20)
+    with pytest.raises(ConfigError, match=r"did you mean processes.process_id"):
+        config_from_mapping({"processes": {"processid": 1}})
 
 
 def test_all_missing_fields_are_listed_at_once() -> None:

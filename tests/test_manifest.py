@@ -17,6 +17,7 @@ from ivl_jax.manifest import (
     MANIFEST_NAME,
     ManifestError,
     file_problems,
+    hash_files,
     read_manifest,
     write_manifest,
 )
@@ -33,6 +34,32 @@ def folder(tmp_path: Path) -> Path:
     (root / "deep" / "empty").write_bytes(b"")
     write_manifest(root, {"step": 3})
     return root
+
+
+def test_hashes_of_another_process_give_the_same_manifest(folder: Path) -> None:
+    before = read_manifest(folder)
+    (folder / MANIFEST_NAME).unlink()
+    hashed = hash_files(folder, "deep")
+    assert set(hashed) == {"deep/er/leaf", "deep/empty"}
+    assert write_manifest(folder, {"step": 3}, hashed=hashed) == before
+    assert hash_files(folder, "absent") == {}
+    # They are taken as they are, not read again.
+    hashed["deep/er/leaf"]["sha256"] = "0"
+    write_manifest(folder, {"step": 3}, hashed=hashed)
+    (problem,) = file_problems(folder, read_manifest(folder))
+    assert problem.startswith("deep/er/leaf: altered: expected SHA-256 0")
+    (folder / "deep" / "empty").unlink()
+    with pytest.raises(FileNotFoundError, match="was hashed elsewhere, but is not here"):
+        write_manifest(folder, {"step": 3}, hashed=hashed)
+
+
+def test_shares_of_a_check_find_all_problems_between_them(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    for name in manifest.files:
+        (folder / name).write_bytes(b"x" * (manifest.files[name]["bytes"] + 1))
+    shares = [file_problems(folder, manifest, share=(index, 2)) for index in range(2)]
+    assert all(shares)
+    assert sorted([*shares[0], *shares[1]]) == sorted(file_problems(folder, manifest))
 
 
 def test_an_untouched_folder_has_no_problems(folder: Path) -> None:

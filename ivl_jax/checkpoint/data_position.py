@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
+
+from ivl_jax.processes import all_texts
 
 DataState = bytes | Mapping[str, Any] | None
 
@@ -32,15 +32,7 @@ def pack_data_states(data_state: DataState) -> dict[str, Any]:
         own: dict[str, Any] = {"base64": base64.b64encode(data_state).decode()}
     else:
         own = {"json": None if data_state is None else dict(data_state)}
-    text = json.dumps(own).encode()
-    if jax.process_count() == 1:
-        return {"processes": [json.loads(text)]}
-    sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(text)))).reshape(-1)
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: len(text)] = np.frombuffer(text, np.uint8)
-    rows = np.asarray(multihost_utils.process_allgather(padded))
-    texts = [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
-    return {"processes": [json.loads(text) for text in texts]}
+    return {"processes": [json.loads(text) for text in all_texts(json.dumps(own))]}
 
 
 def unpack_data_state(stored: Mapping[str, Any], folder: epath.Path) -> Any:
@@ -51,16 +43,20 @@ def unpack_data_state(stored: Mapping[str, Any], folder: epath.Path) -> Any:
         folder: where it was read, for the error.
 
     Returns:
-        What this process saved.
+        What this process saved, or, for another number of processes, what all of them saved alike:
+        a position in global batches, of which each process reads its share.
 
     Raises:
-        ValueError: they were saved by another number of processes.
+        ValueError: another number of processes saved different positions.
     """
     states = stored["processes"]
-    if len(states) != jax.process_count():
+    if len(states) == jax.process_count():
+        own = states[jax.process_index()]
+    elif all(state == states[0] for state in states):
+        own = states[0]
+    else:
         raise ValueError(
-            f"{folder} has the data positions of {len(states)} process(es), but this run has "
+            f"{folder} has different data positions of {len(states)} processes, but this run has "
             f"{jax.process_count()}: resume with the number of processes that saved it"
         )
-    own = states[jax.process_index()]
     return base64.b64decode(own["base64"]) if "base64" in own else own["json"]

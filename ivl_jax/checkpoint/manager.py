@@ -17,7 +17,6 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
@@ -25,18 +24,17 @@ from jax.experimental import multihost_utils
 from ivl_jax.checkpoint.arrays import restore_arrays, to_storable
 from ivl_jax.checkpoint.data_position import DataState, pack_data_states, unpack_data_state
 from ivl_jax.checkpoint.steps import (
-    NoUsableCheckpointError,
     RejectedStep,
     best_step,
     committed_steps,
     complete_steps,
     delete_step,
-    find_usable_step,
     has_started,
     recorded_metrics,
     set_aside,
 )
-from ivl_jax.manifest import MANIFEST_NAME, read_manifest, replace_about, write_manifest
+from ivl_jax.checkpoint.together import agree_on_step, seal_step
+from ivl_jax.manifest import MANIFEST_NAME, read_manifest, replace_about
 from ivl_jax.paths import absolute_path
 
 logger = logging.getLogger(__name__)
@@ -73,6 +71,7 @@ class TrainCheckpointer:
         keep: int,
         metric: str = "nll",
         lower_is_better: bool = True,
+        timeout: int = 600,
     ) -> None:
         """Set the folder and how many checkpoints to keep; touches no file.
 
@@ -82,6 +81,7 @@ class TrainCheckpointer:
                 and sealed.
             metric: the best checkpoint by this entry of `metrics` is kept as well.
             lower_is_better: whether smaller values of the metric are better.
+            timeout: seconds that a process waits for the others during a save.
 
         Raises:
             ValueError: `keep` is below 1.
@@ -92,6 +92,7 @@ class TrainCheckpointer:
         self._keep = keep
         self._metric = metric
         self._lower_is_better = lower_is_better
+        self._timeout = timeout
         self._manager: ocp.CheckpointManager | None = None
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint_manifest")
         self._pending: Future[None] | None = None
@@ -209,10 +210,10 @@ class TrainCheckpointer:
         Raises:
             NoUsableCheckpointError: no checkpoint is intact; lists the reason for each.
             TreeMismatchError: the checkpoint has other arrays than the target.
-            ValueError: it was saved by another number of processes.
+            ValueError: another number of processes saved different data positions.
         """
         self.wait_until_finished()
-        found, rejected = self._agree_on_step(step, fits)
+        found, rejected = agree_on_step(self.directory, step, fits)
         for one in rejected:
             logger.warning("a checkpoint in %s cannot be used: %s", self.directory, one)
         folder = self.directory / str(found)
@@ -325,7 +326,9 @@ class TrainCheckpointer:
             self.directory,
             # Without a limit it keeps every step: we decide what is deleted, and when.
             options=ocp.CheckpointManagerOptions(
-                cleanup_tmp_directories=True, lightweight_initialize=True
+                cleanup_tmp_directories=True,
+                lightweight_initialize=True,
+                async_options=ocp.AsyncOptions(timeout_secs=self._timeout),
             ),
         )
 
@@ -352,8 +355,8 @@ class TrainCheckpointer:
     ) -> None:
         """Wait until a step is committed, then write its manifest; runs in the worker thread."""
         manager.wait_until_finished()
-        if jax.process_index() == 0:
-            write_manifest(self.directory / str(step), self._about(step, metrics, left_out))
+        about = self._about(step, metrics, left_out)
+        seal_step(self.directory / str(step), about, timeout=self._timeout)
         self._metrics[step] = metrics
         self._delete_old()
 
@@ -376,23 +379,6 @@ class TrainCheckpointer:
         best_by = {"metric": self._metric, "lower_is_better": self._lower_is_better}
         about = {"step": step, "metrics": metrics, "best_by": best_by}
         return about | ({"left_out": list(left_out)} if left_out else {})
-
-    def _agree_on_step(
-        self, step: int | None, fits: Callable[[dict[str, Any]], str | None]
-    ) -> tuple[int, tuple[RejectedStep, ...]]:
-        """Let process 0 read and check the files and broadcast the result."""
-        if jax.process_count() == 1:
-            return find_usable_step(self.directory, step, fits)
-        found, rejected, error = -1, (), None
-        if jax.process_index() == 0:
-            try:
-                found, rejected = find_usable_step(self.directory, step, fits)
-            except NoUsableCheckpointError as raised:
-                error = raised
-        found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
-        if found < 0:
-            raise error or NoUsableCheckpointError("no checkpoint can be used: see process 0")
-        return found, rejected
 
 
 def _barrier(name: str) -> None:

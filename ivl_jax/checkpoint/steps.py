@@ -68,12 +68,19 @@ def has_started(directory: epath.PathLike) -> bool:
     return (epath.Path(directory) / "0" / MANIFEST_NAME).exists()
 
 
-def step_problems(directory: epath.PathLike, step: int) -> tuple[str, ...]:
+FileCheck = Callable[[epath.Path, Manifest], tuple[str, ...]]
+"""Compares a step's folder with its manifest, as `file_problems` does."""
+
+
+def step_problems(
+    directory: epath.PathLike, step: int, *, check: FileCheck = file_problems
+) -> tuple[str, ...]:
     """Check every byte of one step against its manifest.
 
     Args:
         directory: the checkpoint folder.
         step: the step's label.
+        check: reads and compares the files.
 
     Returns:
         What is wrong, one sentence per file; empty if the step is as it was written.
@@ -86,13 +93,14 @@ def step_problems(directory: epath.PathLike, step: int) -> tuple[str, ...]:
     if manifest.about.get("step") != step:
         return (f"the folder {step} contains step {manifest.about.get('step')}: it was renamed",)
     logger.info("checking step %d: %.1f MB", step, manifest.total_bytes / 1e6)
-    return file_problems(folder, manifest)
+    return check(folder, manifest)
 
 
 def find_usable_step(
     directory: epath.PathLike,
     step: int | None,
     fits: Callable[[dict[str, Any]], str | None] = lambda run_metadata: None,
+    check: FileCheck = file_problems,
 ) -> tuple[int, tuple[RejectedStep, ...]]:
     """Find the newest intact step, and what is wrong with each newer one.
 
@@ -100,6 +108,7 @@ def find_usable_step(
         directory: the checkpoint folder.
         step: only this step; None: the newest intact one.
         fits: given a step's JSON about the run, returns why it cannot be used, or None.
+        check: reads and compares the files of a step.
 
     Returns:
         The step, and the newer ones that cannot be used, newest first. An interrupted save (Orbax's
@@ -123,7 +132,7 @@ def find_usable_step(
         if step is not None and candidate != step:
             continue
         if candidate in committed:
-            problems = step_problems(directory, candidate)
+            problems = step_problems(directory, candidate, check=check)
             if not problems and (reason := fits(run_metadata(directory, candidate))) is not None:
                 problems = (reason,)
             if not problems:

@@ -60,8 +60,9 @@ def _infer(arguments: Sequence[str], stage: _Stage) -> int:
     # Imported after the flags are checked: JAX takes seconds that a wrong flag need not wait for.
     from ivl_jax.decoding import command
 
-    work = command.prepare(config)
-    if work is not None:
-        stage.decoding, stage.resumable = True, config.output is not None
-        command.decode(work)
+    with command.joined(config):
+        work = command.prepare(config)
+        if work is not None:
+            stage.decoding, stage.resumable = True, config.output is not None
+            command.decode(work)
     return 0

@@ -33,6 +33,7 @@ from ivl_jax.config.model import (
     model_problems,
 )
 from ivl_jax.config.objectives import DistilConfig, GrpoConfig, PreferenceConfig
+from ivl_jax.config.processes import ProcessesConfig
 from ivl_jax.config.serve import NamedModel, ServeConfig, check_serve_config
 from ivl_jax.config.train import (
     CONNECTIONS,
@@ -74,6 +75,7 @@ __all__ = [
     "PenaltyKind",
     "PenaltyPositions",
     "PreferenceConfig",
+    "ProcessesConfig",
     "RowsConfig",
     "RuntimeConfig",
     "ServeConfig",

@@ -9,6 +9,7 @@ from ivl_jax.config.annotations import Inline
 from ivl_jax.config.checks import ConfigError, remote_problem, require, require_numbers
 from ivl_jax.config.generation import GenerationOptions
 from ivl_jax.config.model import ComposedModelConfig, RuntimeConfig, model_problems
+from ivl_jax.config.processes import ProcessesConfig
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class InferConfig:
     """Prompts decoded together, with --input; when one ends, the next takes its place."""
     runtime: Inline[RuntimeConfig] = field(default_factory=RuntimeConfig)
     distributed: bool = False
-    """Call `jax.distributed.initialize` first (several hosts); the first process writes."""
+    """Several processes, on one or more hosts, compute as one; the first one writes."""
+    processes: ProcessesConfig = field(default_factory=ProcessesConfig)
     profile: str = ""
     """Write a trace of the third to seventh step, each of up to 16 tokens per row (4 for a single
     prompt), to this folder, for TensorBoard or xprof."""

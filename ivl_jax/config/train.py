@@ -13,6 +13,7 @@ from ivl_jax.config.checks import ConfigError, found, remote_problem, require, r
 from ivl_jax.config.data import DataConfig
 from ivl_jax.config.model import DType, LayoutName, MeshConfig, ModelConfig, RuntimeConfig
 from ivl_jax.config.objectives import DistilConfig, GrpoConfig, PreferenceConfig
+from ivl_jax.config.processes import ProcessesConfig
 from ivl_jax.extensions import is_extension
 
 CONNECTIONS = ("residual", "cascade", "cascade_no_text", "hidden", "linear")
@@ -250,7 +251,7 @@ class TrainConfig:
     resume: bool = False
     """Resume from the newest intact checkpoint of `run_dir`."""
     distributed: bool = False
-    """Call `jax.distributed.initialize` first (several hosts)."""
+    """Several processes, on one or more hosts, compute as one; see `[processes]`."""
     runtime: Inline[RuntimeConfig] = field(default_factory=RuntimeConfig)
     profile: str = ""
     """Write a trace of the third to seventh step to this folder, for TensorBoard or xprof."""
@@ -268,6 +269,7 @@ class TrainConfig:
     step: StepConfig = field(default_factory=StepConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    processes: ProcessesConfig = field(default_factory=ProcessesConfig)
 
     @property
     def all_bases(self) -> tuple[BaseConfig, ...]:

@@ -9,8 +9,8 @@ import io
 import logging
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from ivl_jax.decoding.prompt_files import (
 )
 from ivl_jax.decoding.prompts import PromptReader, make_prompt_reader
 from ivl_jax.decoding.requests import EncodedPrompt, PromptTooLongError
-from ivl_jax.processes import join_processes
+from ivl_jax.processes import joined_processes
 from ivl_jax.profiling import StepProfile
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ _FREE_FLAGS = frozenset(
         "profile",
         "compilation_cache",
         "distributed",
+        "processes",
         "connection",  # the value folder names it
         "stop_ids",
     }
@@ -80,6 +81,24 @@ class Work:
     output: GenerationFile | None
 
 
+@contextmanager
+def joined(config: InferConfig) -> Iterator[None]:
+    """Be one of several processes, with `--distributed`; around `prepare` and `decode`.
+
+    Args:
+        config: the flags.
+
+    Raises:
+        ConfigError: the other processes cannot be found.
+    """
+    if not config.distributed:
+        yield
+        return
+    again = "; finished lines are kept" if config.output is not None else ""
+    with joined_processes(config.processes, remedy=f"run the same command again{again}"):
+        yield
+
+
 def prepare(config: InferConfig) -> Work | None:
     """Check flags and files and encode the prompts, then load the models.
 
@@ -97,8 +116,6 @@ def prepare(config: InferConfig) -> Work | None:
     check_infer_config(config)
     flags, values = config.model, len(config.model.values)
     rows = [] if config.input is None else read_prompts(Path(config.input), values=values)
-    if config.distributed:
-        join_processes()
     use_compilation_cache(config.runtime.compilation_cache)
     sources = read_sources(flags)
     mesh = decoding_mesh(flags.mesh, sources.base.arch)

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from ivl_jax.config import ConfigError, TrainConfig, check_train_config, train_c
 from ivl_jax.data.batching import Batch
 from ivl_jax.devices import unused_accelerator
 from ivl_jax.paths import usable_path
-from ivl_jax.processes import join_processes
+from ivl_jax.processes import joined_processes
 from ivl_jax.profiling import StepProfile
 from ivl_jax.sharding import place_batch
 from ivl_jax.training.evaluation import Evaluation
@@ -108,12 +109,14 @@ def run(
         )
     directory = RunDirectory(config.run_dir)
     usable_path(config.data.data_dir)
-    if config.distributed:
-        join_processes()
-    use_compilation_cache(config.runtime.compilation_cache)
-    if (notice := unused_accelerator()) is not None:
-        logger.warning(notice)
-    with directory.claim(config) as there:
+    with ExitStack() as stack:
+        if config.distributed:
+            remedy = f"when all are gone, resume on every host: {directory.resume_command}"
+            stack.enter_context(joined_processes(config.processes, remedy=remedy))
+        use_compilation_cache(config.runtime.compilation_cache)
+        if (notice := unused_accelerator()) is not None:
+            logger.warning(notice)
+        there = stack.enter_context(directory.claim(config))
         return _run(config, directory, there=there, make_rollouts=make_rollouts)
 
 
@@ -141,7 +144,10 @@ def _run(
         keep = config.logging.keep_checkpoints
         objective = prepared.objective
         with TrainCheckpointer(
-            directory.checkpoints, keep=keep, metric=objective.best_by
+            directory.checkpoints,
+            keep=keep,
+            metric=objective.best_by,
+            timeout=config.processes.barrier_timeout,
         ) as checkpoints:
             rollouts = make_rollouts and make_rollouts(config, prepared, weights, directory)
             training = _Training(

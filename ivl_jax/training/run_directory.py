@@ -51,6 +51,7 @@ _MAY_CHANGE = (
     "run_dir",
     "resume",
     "distributed",
+    "processes",
     "compilation_cache",
     "profile",
     "mesh",
@@ -185,7 +186,10 @@ class RunDirectory:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         if not there:
-            text = config_to_toml(replace(config, resume=False)) + "\n"
+            # One file for all processes: each has a number of its own.
+            processes = replace(config.processes, process_id=None)
+            stored = replace(config, resume=False, processes=processes)
+            text = config_to_toml(stored) + "\n"
             write_atomically(self.path / CONFIG_FILE, text.encode())
         starts_file = self.path / "starts.json"
         starts = _read_starts(starts_file)

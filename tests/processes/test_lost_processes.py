@@ -1,0 +1,128 @@
+"""train.py as several processes, of which one is killed, stopped, told to stop, or fails."""
+
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ivl_jax.config import MeshConfig, ProcessesConfig, config_to_toml
+from tests.processes.several import SeveralProcesses
+from tests.training.conftest import tiny_config, tiny_pair
+
+__all__ = ["tiny_config", "tiny_pair"]
+
+_TIMEOUT = 5
+
+
+@pytest.fixture
+def start(project_root, tiny_config, tmp_path):
+    """Starts the tiny run, with so many steps that it does not end by itself."""
+
+    def start(count, *flags, steps=100_000, devices=1):
+        config = replace(
+            tiny_config,
+            distributed=True,
+            step=replace(tiny_config.step, max_steps=steps, micro_batches=1),
+            logging=replace(tiny_config.logging, checkpoint_every=5, evaluate_every=0),
+            mesh=MeshConfig(data=1, fsdp=-1),
+            processes=ProcessesConfig(heartbeat_timeout=_TIMEOUT),
+        )
+        file = tmp_path / "many.toml"
+        file.write_text(config_to_toml(config))
+        folder = tmp_path / f"output{len(list(tmp_path.glob('output*')))}"
+        arguments = ("--config", str(file), *flags)
+        return SeveralProcesses(project_root, folder, *arguments, count=count, devices=devices)
+
+    return start
+
+
+def last_saved(run_dir):
+    return max(int(path.name) for path in Path(run_dir, "checkpoints").glob("[0-9]*"))
+
+
+def lines_about_the_end(output):
+    return [line for line in output.splitlines() if line.startswith("train.py: ")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "lost", "count"),
+    [
+        (signal.SIGKILL, 1, 2),
+        (signal.SIGKILL, 0, 2),
+        (signal.SIGSTOP, 1, 2),
+        (signal.SIGSTOP, 0, 2),
+        (signal.SIGKILL, 2, 4),
+    ],
+)
+def test_when_one_process_is_killed_or_stopped_the_others_end_with_one_line(
+    start, tiny_config, number, lost, count
+):
+    with start(count) as run:
+        run.wait_for("step 12/")
+        run.processes[lost].send_signal(number)
+        others = [index for index in range(count) if index != lost]
+        assert run.finish(*others, seconds=60) == [76] * len(others)
+        for index in others:
+            (line,) = lines_about_the_end(run.output(index))
+            reason = "closed the connection" if lost == 0 else "gave no sign of life"
+            assert f"process {lost} " in line
+            assert reason in line or number == signal.SIGSTOP
+            assert f"process {index} of {count} ends too (status 76)" in line
+            assert line.endswith(f"--config {tiny_config.run_dir}/config.toml --resume")
+            assert "stack trace" not in run.output(index)
+        if number == signal.SIGSTOP:
+            run.processes[lost].send_signal(signal.SIGCONT)
+            assert run.finish(lost, seconds=60) == [76]
+            assert "stack trace" not in run.output(lost)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [0, 3])
+def test_sigterm_to_one_of_four_processes_saves_the_same_step_in_all(start, tiny_config, told):
+    with start(4) as run:
+        run.wait_for("step 7/")
+        run.processes[told].send_signal(signal.SIGTERM)
+        assert run.finish(seconds=60) == [75] * 4
+        stopped = f"after step {last_saved(tiny_config.run_dir)}/"
+        assert stopped in run.output(0)
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_alone_says_why_in_all(start, tiny_config, tmp_path):
+    with start(2) as run:
+        run.wait_for("step 7/")
+        # Process 0 alone writes the records; a folder in the way is an error of its own.
+        checkpoints = Path(tiny_config.run_dir, "checkpoints")
+        checkpoints.rename(tmp_path / "moved")
+        checkpoints.write_text("")
+        statuses = run.finish(seconds=60)
+        assert 0 not in statuses
+        for index in range(2):
+            assert "could not be saved" in run.output(index)
+            assert "stack trace" not in run.output(index)
+
+
+@pytest.mark.slow
+def test_a_run_resumes_with_another_number_of_processes(start, tiny_config, tmp_path):
+    records = {}
+    for order in ((4, 2, 1), (1, 4, 2)):
+        run_dir = tmp_path / "-".join(map(str, order))
+        for part, count in enumerate(order, start=1):
+            flags = ["--run-dir", str(run_dir), "--step.max-steps", "9"]
+            flags += ["--no-distributed"] if count == 1 else []
+            flags += ["--resume"] if part > 1 else []
+            with start(count, *flags, devices=4 // count) as run:
+                if part < 3:
+                    run.wait_for(f"step {3 * part}/")
+                    run.processes[-1].send_signal(signal.SIGTERM)
+                    assert run.finish(seconds=120) == [75] * count
+                else:
+                    assert run.finish(seconds=120) == [0] * count
+        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+        records[order] = [json.loads(line) for line in lines]
+    first, second = records.values()
+    assert [record["step"] for record in first] == [record["step"] for record in second]
+    assert first == second
