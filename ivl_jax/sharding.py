@@ -14,9 +14,11 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from ivl_jax.mesh_sizes import mesh_sizes
 from ivl_jax.model.network import declared_axes
 
 logger = logging.getLogger(__name__)
@@ -92,52 +94,72 @@ def make_mesh(
         devices: the devices to use; None: all of `jax.devices()`.
 
     Returns:
-        The mesh, every axis of type Auto. One size may be −1: all remaining devices.
+        The mesh, every axis of type Auto. One size may be −1: all remaining devices. Of a TPU that
+        consists of several slices, data spans the slices.
 
     Raises:
-        ValueError: the sizes do not fit the number of devices.
+        ValueError: the sizes do not fit the devices; the message lists sizes that do.
     """
     available = list(jax.devices() if devices is None else devices)
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    sizes_text = ", ".join(f"{name}={size}" for name, size in sizes.items())
-    if (
-        sum(size == -1 for size in sizes.values()) > 1
-        or min(sizes.values()) < -1
-        or 0 in sizes.values()
-    ):
-        raise ValueError(
-            f"mesh sizes must be ≥ 1, or −1 on one axis for all remaining devices: {sizes_text}"
-        )
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    for name, size in sizes.items():
-        if size == -1:
-            sizes[name] = max(len(available) // fixed, 1)
+    sizes = fit_sizes({"data": data, "fsdp": fsdp, "tensor": tensor}, available)
     total = math.prod(sizes.values())
-    if total > len(available) or (-1 in (data, fsdp, tensor) and total != len(available)):
-        raise ValueError(
-            f"mesh {sizes_text} does not fit {len(available)} device(s): the sizes must multiply "
-            f"to {len(available)}{_fitting_sizes(len(available))}, or set one of them to −1"
-        )
     if total < len(available):
-        if jax.process_count() > 1:
-            raise ValueError(
-                f"mesh {sizes_text} uses {total} of {len(available)} devices; with several "
-                "processes every device must be used: set one size to −1"
-            )
-        logger.warning("mesh %s uses %d of %d devices", sizes_text, total, len(available))
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        MESH_AXES,
-        axis_types=(AxisType.Auto,) * len(MESH_AXES),
-        devices=available[:total],
-    )
+        text = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        logger.warning("mesh %s uses %d of %d devices", text, total, len(available))
+        available = available[:total]
+    axis_types = (AxisType.Auto,) * len(MESH_AXES)
+    if _slice_count(available) > 1:
+        return Mesh(arrange_slices(available, sizes), MESH_AXES, axis_types=axis_types)
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=axis_types, devices=available)
 
 
-def _fitting_sizes(devices: int) -> str:
-    """Sizes that do fit, for messages: a few ways to split this many devices."""
-    ways = [tensor for tensor in (2, 4, 8) if devices % tensor == 0]
-    sizes = [f"fsdp={devices}", *(f"fsdp={devices // tensor}, tensor={tensor}" for tensor in ways)]
-    return f" (such as {'; or '.join(sizes)})" if ways else ""
+def fit_sizes(wanted: Mapping[str, int], devices: Sequence[Any]) -> dict[str, int]:
+    """Fit the sizes of a mesh to devices.
+
+    Args:
+        wanted: sizes of data, fsdp and tensor; one may be −1.
+        devices: the devices.
+
+    Returns:
+        The sizes.
+
+    Raises:
+        ValueError: they do not fit, leave out devices of several processes, or would split the
+            model over the slices of a TPU.
+    """
+    # A slow network connects the slices of a TPU. GPUs of several hosts have slice numbers too, but
+    # their network may carry any axis.
+    slices = _slice_count(devices) if devices[0].platform == "tpu" else 1
+    several = len({device.process_index for device in devices}) > 1
+    return mesh_sizes(wanted, devices=len(devices), slices=slices, all_used=several)
+
+
+def arrange_slices(devices: Sequence[Any], sizes: Mapping[str, int]) -> np.ndarray:
+    """Arrange the devices of several slices, so that only data spans them, if it can.
+
+    Args:
+        devices: of all slices.
+        sizes: of the mesh axes, which use all devices.
+
+    Returns:
+        The devices, [data fsdp tensor]; each slice holds consecutive indices of data, or, where
+        the number of slices does not divide data, consecutive devices.
+    """
+    shape, slices = tuple(sizes.values()), _slice_count(devices)
+    if shape[0] % slices:
+        ordered = sorted(devices, key=lambda device: (device.slice_index, device.id))
+        return np.asarray(ordered, dtype=object).reshape(shape)
+    inside, outside = (shape[0] // slices, *shape[1:]), (slices, 1, 1)
+    try:
+        return mesh_utils.create_hybrid_device_mesh(inside, outside, devices)
+    except NotImplementedError:  # an axis would have to take a part of a torus's axis
+        return mesh_utils.create_hybrid_device_mesh(
+            inside, outside, devices, allow_split_physical_axes=True
+        )
+
+
+def _slice_count(devices: Sequence[Any]) -> int:
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def single_device_mesh(device: jax.Device | None = None) -> Mesh:

@@ -27,6 +27,7 @@ LEVELS = {
     "ivl_jax.model": 1,
     "ivl_jax.tokenizer": 1,
     "ivl_jax.tokenizer_agreement": 1.2,
+    "ivl_jax.mesh_sizes": 0,
     "ivl_jax.sharding": 1.5,
     "ivl_jax.tree_compare": 1,
     "ivl_jax.vocabulary.mapping": 1,

@@ -1,5 +1,6 @@
 """Meshes, the path table, padding of the vocabulary, and where the bytes are."""
 
+import dataclasses
 import logging
 
 import jax
@@ -12,8 +13,10 @@ from ivl_jax.sharding import (
     LAYOUTS,
     ShardingRules,
     activation_constraint,
+    arrange_slices,
     bytes_per_device,
     data_shard,
+    fit_sizes,
     logical_axes,
     make_mesh,
     padded_vocab_rows,
@@ -57,6 +60,68 @@ def test_minus_one_takes_all_devices_that_are_left():
 
 def test_mesh_axes_are_auto():
     assert all(kind == jax.sharding.AxisType.Auto for kind in make_mesh(fsdp=8).axis_types)
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeDevice:
+    """A device of one of several slices; as much as arranging them reads."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+    core_on_chip: int = 0
+    client: None = None
+
+    @property
+    def process_index(self):
+        return self.id // 4
+
+
+def two_slices(**fields):
+    """Two slices of 2 × 4 chips, mixed up."""
+    return [
+        FakeDevice(8 * part + 4 * y + x, part, (x, y, 0), **fields)
+        for y in range(2)
+        for x in range(4)
+        for part in (1, 0)
+    ]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"data": 2, "fsdp": 8, "tensor": 1},
+        {"data": 4, "fsdp": 2, "tensor": 2},
+        {"data": 16, "fsdp": 1, "tensor": 1},
+    ],
+)
+def test_only_data_spans_the_slices_of_a_tpu(sizes):
+    devices = arrange_slices(two_slices(), sizes)
+    assert devices.shape == tuple(sizes.values())
+    assert len({device.id for device in devices.flat}) == 16
+    for part, of_data in enumerate(np.split(devices, 2)):
+        assert {device.slice_index for device in of_data.flat} == {part}
+
+
+def test_a_tpu_of_two_slices_refuses_sizes_that_span_them_and_names_others():
+    with pytest.raises(ValueError, match=r"16 devices in 2 slices \(data must be a mul") as error:
+        fit_sizes({"data": 1, "fsdp": -1, "tensor": 1}, two_slices())
+    assert "these sizes do: data=2, fsdp=8, tensor=1; " in str(error.value)
+    wanted = {"data": 2, "fsdp": -1, "tensor": 1}
+    assert fit_sizes(wanted, two_slices()) == {"data": 2, "fsdp": 8, "tensor": 1}
+
+
+def test_gpus_of_two_hosts_may_have_any_axis_between_them():
+    gpus = two_slices(platform="gpu", device_kind="NVIDIA H100")
+    sizes = fit_sizes({"data": 1, "fsdp": -1, "tensor": 1}, gpus)
+    assert [device.id for device in arrange_slices(gpus, sizes).flat] == list(range(16))
+
+
+def test_every_device_of_several_processes_is_used():
+    with pytest.raises(ValueError, match=r"does not fit 16 devices; these sizes do: data=2, fsdp"):
+        fit_sizes({"data": 2, "fsdp": 2, "tensor": 2}, two_slices(platform="gpu"))
 
 
 @pytest.mark.parametrize("sizes", [{"data": 16}, {"fsdp": -1, "tensor": 3}, {"data": 0}])

@@ -20,6 +20,7 @@ from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.decoding.prompt_files import folder_fingerprint
 from ivl_jax.decoding.prompts import PromptReader, make_prompt_reader
 from ivl_jax.evaluation.flags import ModelFlags, require
+from ivl_jax.processes import require_one_process
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def find_sources(flags: ModelFlags) -> ModelSources:
         The checked models.
 
     Raises:
-        ConfigError: flags are missing or inconsistent.
+        ConfigError: flags are missing or inconsistent, or there are several processes.
         FileNotFoundError: no such base model or value folder.
         ValueError: a value folder or a map has an unknown format version or does not fit the base
             (if a map is needed, the message gives the command that builds it); or the mesh does not
@@ -87,6 +88,7 @@ def find_sources(flags: ModelFlags) -> ModelSources:
     """
     composed = flags.composed
     require(model_problems(composed))
+    require_one_process("an evaluation")
     use_compilation_cache(flags.runtime.compilation_cache)
     models = read_sources(composed)
     mesh = decoding_mesh(composed.mesh, models.base.arch)

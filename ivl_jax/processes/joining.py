@@ -117,6 +117,25 @@ def join_processes(options: ProcessesConfig) -> None:
         logging.getLogger("ivl_jax").setLevel(logging.ERROR)
 
 
+def require_one_process(what: str) -> None:
+    """Check that this is not one of several processes.
+
+    Args:
+        what: what runs in one process only, to begin the message.
+
+    Raises:
+        ConfigError: it is one of several.
+    """
+    told = os.environ.get("JAX_NUM_PROCESSES", "1")
+    count = max(jax.process_count(), int(told) if told.isdigit() else 1)
+    if count > 1:
+        raise ConfigError(
+            f"{what} runs in one process, and this is one of {count}: start it once, on one host "
+            "and without JAX_NUM_PROCESSES; for texts from several hosts use infer.py --input "
+            "FILE --output FILE --distributed"
+        )
+
+
 def _find_processes(options: ProcessesConfig) -> tuple[str, int, int]:
     """The coordinator's address, the number of processes and this one's index."""
     address = options.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")

@@ -34,3 +34,9 @@ def test_compiled_programs_are_kept_where_the_flag_says(monkeypatch):
 def test_a_strength_that_is_not_a_number_is_refused_before_any_folder_is_looked_for():
     with pytest.raises(ConfigError, match="--strength must be finite, got nan"):
         ComposedModelConfig(base="absent", value=("absent",), strength=(float("nan"),))
+
+
+def test_one_of_several_processes_is_refused_before_any_folder_is_looked_for(monkeypatch):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
+    with pytest.raises(ConfigError, match="runs in one process, and this is one of 4: start it"):
+        find_sources(ModelFlags(ComposedModelConfig(base="absent")))
