@@ -71,7 +71,7 @@ class TrainCheckpointer:
         keep: int,
         metric: str = "nll",
         lower_is_better: bool = True,
-        timeout: int = 600,
+        timeout: int = 300,
     ) -> None:
         """Set the folder and how many checkpoints to keep; touches no file.
 
@@ -290,6 +290,10 @@ class TrainCheckpointer:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if kind is not None and jax.process_count() > 1:
+            # The others may be elsewhere: to wait for them would hide the error from them.
+            self._worker.shutdown(wait=False)
+            return
         self.close()
 
     def _delete_old(self) -> None:

@@ -24,6 +24,9 @@ FAILED = 1
 _PACKAGE = "ivl_jax"
 _SAME_REQUEST_SECONDS = 0.1
 
+ends_at_once = threading.Event()
+"""Set where threads would keep the process alive: they wait for a process that is gone."""
+
 
 class StoppedBySignal(KeyboardInterrupt):
     """SIGTERM or SIGHUP was received; handled like Ctrl-C."""
@@ -56,8 +59,27 @@ def run_command(
         The exit status: 0, `failure_status`, 2, 1 after an unexpected error, 128 + the number of
         the signal that stopped it, or 141 if the reader of a pipe closed it.
     """
+    status = _run_command(
+        program,
+        command,
+        sys.argv[1:] if arguments is None else list(arguments),
+        when_stopped=when_stopped,
+        failure_status=failure_status,
+    )
+    if ends_at_once.is_set():
+        os._exit(status)
+    return status
+
+
+def _run_command(
+    program: str,
+    command: Callable[[Sequence[str]], int | None],
+    given: Sequence[str],
+    *,
+    when_stopped: Callable[[], str],
+    failure_status: int | Callable[[], int],
+) -> int:
     silence_advice()
-    given = sys.argv[1:] if arguments is None else list(arguments)
     if "--version" in given:
         sys.stdout.write(f"{version_line()}\n")
         return 0

@@ -29,8 +29,9 @@ class ProcessesConfig:
     heartbeat_timeout: int = 30
     """Seconds without a sign of life after which a process counts as lost, and all others end with
     status 76."""
-    barrier_timeout: int = 600
-    """Seconds that a process waits for the others while a checkpoint is saved."""
+    barrier_timeout: int = 300
+    """Seconds that a process waits for the others while a checkpoint is saved; a save that fails in
+    only one of them ends the run after this time."""
     shutdown_timeout: int = 300
     """Seconds that a process which has finished waits for the others to finish."""
 

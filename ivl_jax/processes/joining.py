@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 
+from ivl_jax.command_line.guard import ends_at_once
 from ivl_jax.config import ConfigError, ProcessesConfig
 from ivl_jax.processes.link import CoordinatorLink
 from ivl_jax.processes.watch import PeerWatch
@@ -192,6 +193,7 @@ def _skip_shutdown() -> None:
     """Do not wait for the other processes when the interpreter ends: they are gone, or will be."""
     from jax._src import api, distributed
 
+    ends_at_once.set()
     atexit.unregister(api.clean_up)
     state = distributed.global_state
     for part in (state.client, state.service, state.preemption_sync_manager):

@@ -91,18 +91,20 @@ def test_sigterm_to_one_of_four_processes_saves_the_same_step_in_all(start, tiny
 
 
 @pytest.mark.slow
-def test_a_process_that_fails_alone_says_why_in_all(start, tiny_config, tmp_path):
+def test_a_process_that_fails_alone_says_why_in_all(start, tiny_config):
     with start(2) as run:
         run.wait_for("step 7/")
-        # Process 0 alone writes the records; a folder in the way is an error of its own.
-        checkpoints = Path(tiny_config.run_dir, "checkpoints")
-        checkpoints.rename(tmp_path / "moved")
-        checkpoints.write_text("")
-        statuses = run.finish(seconds=60)
-        assert 0 not in statuses
-        for index in range(2):
-            assert "could not be saved" in run.output(index)
-            assert "stack trace" not in run.output(index)
+        # Process 0 alone writes the records; a folder in their place is an error of its own.
+        records = Path(tiny_config.run_dir, "metrics.jsonl")
+        records.rename(records.with_name("moved"))
+        records.mkdir()
+        assert run.finish(seconds=60) == [1, 76]
+        (line,) = lines_about_the_end(run.output(0))
+        assert "Is a directory" in line
+        (line,) = lines_about_the_end(run.output(1))
+        assert "process 0 " in line
+        assert "ended with an error: [Errno 21] Is a directory" in line
+        assert "process 1 of 2 ends too (status 76)" in line
 
 
 @pytest.mark.slow

@@ -30,14 +30,12 @@ class Store:
             threading.Event().wait()
 
 
-@pytest.fixture
-def start():
-    """Starts a watch that notes its exit status in `ended` instead of ending this process."""
-    watches = []
+class Watched(PeerWatch):
+    """Notes its exit status instead of ending this process."""
 
-    def start(store, index, count=3, **options):
-        ended = []
-        watch = PeerWatch(
+    def __init__(self, store, index, count, **options):
+        self.ended = []
+        super().__init__(
             store,
             name="run",
             index=index,
@@ -45,12 +43,19 @@ def start():
             timeout=1.0,
             host=f"host-{index}",
             remedy="resume with X",
-            end=ended.append,
+            end=self.ended.append,
             **options,
         )
-        watch.ended = ended
-        watches.append(watch)
-        return watch
+
+
+@pytest.fixture
+def start():
+    """Starts a watch."""
+    watches = []
+
+    def start(store, index, count=3, **options):
+        watches.append(Watched(store, index, count, **options))
+        return watches[-1]
 
     yield start
     for watch in watches:
