@@ -166,11 +166,11 @@ def test_the_label_must_be_the_step_of_the_state(tmp_path: Path) -> None:
         TrainCheckpointer(tmp_path, keep=1).restore(make_state(0))
 
 
-def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
+def test_positions_that_differ_are_refused_with_another_number_of_processes(tmp_path: Path) -> None:
     saved_run(tmp_path, 0)
     (tmp_path / "0" / "data" / "metadata").write_text('{"processes": [{"json": 1}, {"json": 2}]}')
     reseal(tmp_path / "0", 0)
-    with pytest.raises(ValueError, match=r"of 2 process\(es\), but this run has 1: resume with"):
+    with pytest.raises(ValueError, match="positions of 2 processes, but this run has 1: resume with"):
         TrainCheckpointer(tmp_path, keep=1).restore(make_state(0))
 
 
