@@ -170,7 +170,7 @@ def test_positions_that_differ_are_refused_with_another_number_of_processes(tmp_
     saved_run(tmp_path, 0)
     (tmp_path / "0" / "data" / "metadata").write_text('{"processes": [{"json": 1}, {"json": 2}]}')
     reseal(tmp_path / "0", 0)
-    with pytest.raises(ValueError, match="positions of 2 processes, but this run has 1: resume with"):
+    with pytest.raises(ValueError, match="positions of 2 processes, but this run has 1: resume"):
         TrainCheckpointer(tmp_path, keep=1).restore(make_state(0))
 
 
