@@ -170,7 +170,7 @@ def test_a_failed_seal_is_raised_and_leaves_the_older_checkpoints(
     with TrainCheckpointer(tmp_path, keep=1) as checkpointer:
         save(checkpointer, 0)
         checkpointer.wait_until_finished()
-        monkeypatch.setattr("ivl_jax.checkpoint.manager.write_manifest", disk_full)
+        monkeypatch.setattr("ivl_jax.checkpoint.together.write_manifest", disk_full)
         save(checkpointer, 1)
         with pytest.raises(
             CheckpointSaveError, match=r"step 1 could .*No space left.* steps \[0\]"

@@ -71,15 +71,15 @@ def test_the_last_fallback_is_dropped_only_when_the_newest_is_sealed(
     def sealed() -> set[str]:
         return {path.parent.name for path in tmp_path.glob(f"*/{MANIFEST_NAME}")}
 
-    import ivl_jax.checkpoint.manager as manager_module
+    import ivl_jax.checkpoint.together as sealing
 
-    original = manager_module.write_manifest
+    original = sealing.write_manifest
 
     def slow(folder: Path, about: dict) -> None:
         seen.append((about["step"], sealed(), folders(tmp_path)))
         original(folder, about)
 
-    monkeypatch.setattr(manager_module, "write_manifest", slow)
+    monkeypatch.setattr(sealing, "write_manifest", slow)
     with TrainCheckpointer(tmp_path, keep=1) as checkpointer:
         for step in range(4):
             save(checkpointer, step)

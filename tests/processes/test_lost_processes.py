@@ -108,23 +108,26 @@ def test_a_process_that_fails_alone_says_why_in_all(start, tiny_config):
 
 
 @pytest.mark.slow
-def test_a_run_resumes_with_another_number_of_processes(start, tiny_config, tmp_path):
+def test_a_run_resumes_with_another_number_of_processes(start, tmp_path):
     records = {}
-    for order in ((4, 2, 1), (1, 4, 2)):
-        run_dir = tmp_path / "-".join(map(str, order))
-        for part, count in enumerate(order, start=1):
-            flags = ["--run-dir", str(run_dir), "--step.max-steps", "9"]
+    for counts in ((2, 4, 1), (1,)):  # of four devices in all
+        run_dir = tmp_path / "-".join(map(str, counts))
+        for part, count in enumerate(counts):
+            flags = ["--run-dir", str(run_dir), "--step.max-steps", "40"]
             flags += ["--no-distributed"] if count == 1 else []
-            flags += ["--resume"] if part > 1 else []
+            flags += ["--resume"] if part else []
             with start(count, *flags, devices=4 // count) as run:
-                if part < 3:
-                    run.wait_for(f"step {3 * part}/")
-                    run.processes[-1].send_signal(signal.SIGTERM)
-                    assert run.finish(seconds=120) == [75] * count
+                if part == len(counts) - 1:
+                    assert run.finish() == [0] * count, run.output(0)
                 else:
-                    assert run.finish(seconds=120) == [0] * count
+                    run.wait_for(f"step {(4, 20)[part]}/")
+                    run.processes[-1].send_signal(signal.SIGTERM)
+                    assert run.finish() == [75] * count, run.output(0)
         lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-        records[order] = [json.loads(line) for line in lines]
-    first, second = records.values()
-    assert [record["step"] for record in first] == [record["step"] for record in second]
-    assert first == second
+        records[counts] = [json.loads(line) for line in lines]
+    resumed, alone = ([one for one in found if "loss" in one] for found in records.values())
+    assert [one["step"] for one in resumed] == [one["step"] for one in alone] == [*range(1, 41)]
+    # The same rows in every step; collectives add in another order.
+    assert [one["real_tokens"] for one in resumed] == [one["real_tokens"] for one in alone]
+    losses = [[one["loss"] for one in found] for found in (resumed, alone)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
