@@ -26,7 +26,7 @@ class ProcessesConfig:
     """This process's number, from 0; unset: `JAX_PROCESS_ID`, or what the cluster says."""
     initialization_timeout: int = 300
     """Seconds that a process waits at the start until all have come."""
-    heartbeat_timeout: int = 30
+    heartbeat_timeout: int = 40
     """Seconds without a sign of life after which a process counts as lost, and all others end with
     status 76."""
     barrier_timeout: int = 300

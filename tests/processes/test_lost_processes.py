@@ -114,6 +114,7 @@ def test_a_run_resumes_with_another_number_of_processes(start, tmp_path):
         run_dir = tmp_path / "-".join(map(str, counts))
         for part, count in enumerate(counts):
             flags = ["--run-dir", str(run_dir), "--step.max-steps", "40"]
+            flags += ["--processes.heartbeat-timeout", "60"]  # nothing is lost here
             flags += ["--no-distributed"] if count == 1 else []
             flags += ["--resume"] if part else []
             with start(count, *flags, devices=4 // count) as run:
