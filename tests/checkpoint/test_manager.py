@@ -76,7 +76,7 @@ def test_a_step_without_its_optimizer_state_is_filled_when_it_is_restored(tmp_pa
         sum(path.stat().st_size for path in (tmp_path / name).rglob("*") if path.is_file())
         for name in ("part", "whole")
     ]
-    assert sizes[0] < 0.7 * sizes[1]
+    assert sizes[0] < 0.8 * sizes[1]  # the state is small, its manifest is not
 
 
 def test_relative_paths_are_taken(tmp_path: Path, monkeypatch) -> None:
