@@ -1,6 +1,7 @@
 """Shared test set-up: eight virtual CPU devices, strict numerics, shape checks, shared data."""
 
 import gc
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -81,6 +82,15 @@ def llama2_tokenizer_dir() -> Path:
 def gpt2_tokenizer_dir() -> Path:
     """The GPT-2 byte-level BPE, 50,257 pieces."""
     return _shared("tokenizers/gpt2")
+
+
+@pytest.fixture(autouse=True)
+def _level_of_our_records() -> Iterator[None]:
+    """Restore the level of our log, which command lines set for their process."""
+    ours = logging.getLogger("ivl_jax")
+    level = ours.level
+    yield
+    ours.setLevel(level)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,5 +1,6 @@
 """train.py as several processes, of which one is killed, stopped, told to stop, or fails."""
 
+import json
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -104,3 +105,30 @@ def test_a_process_that_fails_alone_says_why_in_all(start, tiny_config):
         assert "process 0 " in line
         assert "ended with an error: [Errno 21] Is a directory" in line
         assert "process 1 of 2 ends too (status 76)" in line
+
+
+@pytest.mark.slow
+def test_a_run_resumes_with_another_number_of_processes(start, tmp_path):
+    records = {}
+    for counts in ((2, 4, 1), (1,)):  # of four devices in all
+        run_dir = tmp_path / "-".join(map(str, counts))
+        for part, count in enumerate(counts):
+            flags = ["--run-dir", str(run_dir), "--step.max-steps", "40"]
+            flags += ["--processes.heartbeat-timeout", "60"]  # nothing is lost here
+            flags += ["--no-distributed"] if count == 1 else []
+            flags += ["--resume"] if part else []
+            with start(count, *flags, devices=4 // count) as run:
+                if part == len(counts) - 1:
+                    assert run.finish() == [0] * count, run.output(0)
+                else:
+                    run.wait_for(f"step {(4, 20)[part]}/")
+                    run.processes[-1].send_signal(signal.SIGTERM)
+                    assert run.finish() == [75] * count, run.output(0)
+        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+        records[counts] = [json.loads(line) for line in lines]
+    resumed, alone = ([one for one in found if "loss" in one] for found in records.values())
+    assert [one["step"] for one in resumed] == [one["step"] for one in alone] == [*range(1, 41)]
+    # The same rows in every step; collectives add in another order.
+    assert [one["real_tokens"] for one in resumed] == [one["real_tokens"] for one in alone]
+    losses = [[one["loss"] for one in found] for found in (resumed, alone)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
