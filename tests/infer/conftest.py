@@ -85,5 +85,5 @@ def mapped_flags(stories260k_dir, tmp_path_factory):
     (folder / "text.txt").write_text("Once upon a time there was a girl. She said: return 0\n" * 5)
     sides = {"base_tokenizer": family_folder("S"), "value_tokenizer": stories260k_dir}
     path = folder / "map.safetensors"
-    build(**sides, text=(folder / "text.txt",), output=path, method="bytes")
+    build(**sides, text=(folder / "text.txt",), output=str(path), method="bytes")
     return ("--base", family_folder("S"), "--value", stories260k_dir, "--map", path)
