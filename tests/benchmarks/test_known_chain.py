@@ -20,6 +20,7 @@ def test_followers_agree_with_the_cycle_in_the_share_asked_for(agreement):
     assert sorted(found) == list(range(ROWS))
 
 
+@pytest.mark.slow
 def test_greedy_text_follows_the_chain_and_the_drafts_agreement_is_what_is_kept():
     order = cycle(ROWS)
     plain = composed(

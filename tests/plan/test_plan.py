@@ -234,7 +234,7 @@ def test_traffic_is_weights_once_per_product_and_rows_once_per_matrix(config):
 def test_a_mesh_that_does_not_fit_names_sizes_that_do(config, monkeypatch):
     monkeypatch.setattr(training, "describe_devices", lambda machine: jax.devices())
     mesh = dataclasses.replace(config.mesh, fsdp=3, tensor=4)
-    with pytest.raises(ConfigError, match=r"fit 8 devices; these sizes do: .*fsdp=4, tensor=2.*fsdp=8"):
+    with pytest.raises(ConfigError, match=r"fit 8 devices; these sizes do: .*fsdp=4, tensor=2"):
         training.plan_training(dataclasses.replace(config, mesh=mesh), HERE)
 
 

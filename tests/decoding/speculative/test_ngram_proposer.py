@@ -34,6 +34,7 @@ def test_repetitions_are_found_where_a_plain_search_finds_them():
     assert {0} < set(expected)
 
 
+@pytest.mark.slow
 def test_ngram_drafts_change_no_token_and_some_are_accepted(stories):
     value = make_value(stories)
     plain = compose(stories, value, strengths=[0.1])
