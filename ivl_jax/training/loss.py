@@ -177,24 +177,11 @@ def loss_sum(
     denominator = jnp.maximum(counts.objective, 1.0)
     penalty_scale = loss.penalty_weight * denominator / jnp.maximum(counts.penalty_tokens, 1.0)
     networks = _networks(loss, params, jax.lax.stop_gradient(base_params))
-    hidden, _ = run_networks(
-        loss.composition,
-        networks,
-        arrays.tokens,
-        positions=arrays.positions,
-        segment_ids=arrays.segment_ids,
-        base_hidden=arrays.base_states,
-    )
+    hidden = _run(loss.composition, networks, batch, base_hidden=batch.base_states)
     networks = jax.lax.stop_gradient(networks)
     teacher, teacher_hidden = jax.lax.stop_gradient(teacher_params), None
     if loss.teacher is not None and teacher is not None:
-        teacher_hidden, _ = run_networks(
-            loss.teacher,
-            teacher,
-            arrays.tokens,
-            positions=arrays.positions,
-            segment_ids=arrays.segment_ids,
-        )
+        teacher_hidden = _run(loss.teacher, teacher, batch)
     objective, targets = loss.objective, arrays.targets
     first = {}
     if objective.first_pass:
@@ -230,17 +217,24 @@ def first_pass_scores(
     Returns:
         Name → score, for each of the objective's `first_pass`.
     """
-    arrays: Any = batch
-    networks = _networks(loss, params, base_params)
+    networks, targets = _networks(loss, params, base_params), jnp.asarray(batch.targets)
+    hidden = _run(loss.composition, networks, batch, base_hidden=batch.base_states)
+    return _first_pass(loss, networks, hidden, targets)
+
+
+def _run(
+    composition: Composition, networks: ComposedParams, batch: Any, *, base_hidden: Any = None
+) -> HiddenStates:
+    """Final hidden states of all networks at the positions of a micro-batch."""
     hidden, _ = run_networks(
-        loss.composition,
+        composition,
         networks,
-        arrays.tokens,
-        positions=arrays.positions,
-        segment_ids=arrays.segment_ids,
-        base_hidden=arrays.base_states,
+        batch.tokens,
+        positions=batch.positions,
+        segment_ids=batch.segment_ids,
+        base_hidden=base_hidden,
     )
-    return _first_pass(loss, networks, hidden, arrays.targets)
+    return hidden
 
 
 def _networks(loss: Loss, params: Params, base_params: Params | None) -> ComposedParams:
