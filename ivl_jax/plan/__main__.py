@@ -15,7 +15,7 @@ config.json alone. Every flag of train.py works here too. --decode compiles thos
 instead, with its flags for models and mesh; see `--decode --help`. --largest searches for the
 largest batch and the longest rows that fit, with up to ten more compilations. Exit status 1 means
 that the run does not fit. What a compilation found is kept on disk. `recipes` plans the shipped
-configs listed in the TOML file beside a document, and writes its table.
+configs listed in the TOML file beside a document, and writes its tables.
 """
 
 import argparse
@@ -117,7 +117,9 @@ def _write_recipes(arguments: Sequence[str]) -> int:
         raise ConfigError(f"name the document: {PROGRAM} recipes docs/accelerators.md")
     document = Path(arguments[0])
     _begin()
-    from ivl_jax.plan.recipes import read_recipes, recipe_rows, write_table
+    from ivl_jax.plan.decode_flags import DecodeConfig, check_decode_flags, read_decode_flags
+    from ivl_jax.plan.decoding import plan_decoding
+    from ivl_jax.plan.recipes import decoding_rows, read_recipes, training_rows, write_tables
     from ivl_jax.plan.training import plan_training
 
     def read(flags: Sequence[str]) -> TrainConfig:
@@ -125,8 +127,24 @@ def _write_recipes(arguments: Sequence[str]) -> int:
         check_train_config(config)
         return config
 
-    rows = recipe_rows(read_recipes(document.with_suffix(".toml")), read, plan_training)
-    write_table(document, rows)
+    def read_decoding(flags: Sequence[str]) -> tuple[DecodeConfig, TrainConfig | None]:
+        config, run = read_decode_flags(flags, program=PROGRAM, description=_DECODE)
+        check_decode_flags(config, run)
+        return config, run
+
+    recipes = read_recipes(document.with_suffix(".toml"))
+    tables = {
+        kind: training_rows(listed, read, plan_training)
+        if kind == "recipes"
+        else decoding_rows(
+            listed,
+            read_decoding,
+            lambda config, machine, run: plan_decoding(config, machine, run=run),
+        )
+        for kind, listed in recipes.items()
+    }
+    write_tables(document, tables)
+    rows = [row for table in tables.values() for row in table]
     sys.stdout.write("\n".join(rows) + "\n")
     return DOES_NOT_FIT if any("does not fit" in row for row in rows) else 0
 

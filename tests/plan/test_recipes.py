@@ -7,7 +7,9 @@ import pytest
 
 from ivl_jax.config import ConfigError
 from ivl_jax.plan import __main__ as command
-from ivl_jax.plan import training
+from ivl_jax.plan import decoding, training
+from ivl_jax.plan.compiled import Compiled
+from ivl_jax.plan.decoding import DecodingPlan
 from ivl_jax.plan.recipes import read_recipes
 
 _LIST = """\
@@ -19,6 +21,11 @@ flags = ["--step.batch-size", "64"]
 [[recipes]]
 config = "RUN"
 machines = ["v6e-1"]
+
+[[decoding]]
+config = "RUN"
+machines = ["v5e-16"]
+flags = ["--batch", "8", "--int8-base"]
 """
 
 
@@ -32,12 +39,31 @@ def document(tmp_path):
     )
     (tmp_path / "machines.toml").write_text(_LIST.replace("RUN", str(run)))
     (tmp_path / "machines.md").write_text(
-        "before\n<!-- recipes -->\nold\n<!-- /recipes -->\nafter\n"
+        "before\n<!-- recipes -->\nold\n<!-- /recipes -->\n"
+        "between\n<!-- decoding -->\nold\n<!-- /decoding -->\nafter\n"
     )
     return tmp_path / "machines.md"
 
 
-def test_the_table_is_written_with_a_row_per_machine(document, plan, monkeypatch, capsys):
+@pytest.fixture
+def decoded(monkeypatch):
+    """Plans of decoding are made up; those asked for, in order."""
+    compiled = Compiled(fits=True, temporaries=120_000_000, peak=5_000_000_000)
+    asked = []
+
+    def plan_decoding(config, machine, *, run):
+        asked.append((config.batch, config.model.int8_base, run is not None))
+        return DecodingPlan(
+            8, 4 * 10**9, 10**9, 10**9, compiled, compiled, machine.memory, 6 * 10**9, 1234.5
+        )
+
+    monkeypatch.setattr(decoding, "plan_decoding", plan_decoding)
+    return asked
+
+
+def test_the_tables_are_written_with_a_row_per_machine(
+    document, plan, decoded, monkeypatch, capsys
+):
     def plan_training(config, machine):
         fits = machine.name != "v6e-1"
         found = dataclasses.replace(plan, peak=12_340_000_000, available=machine.memory, fits=fits)
@@ -48,14 +74,20 @@ def test_the_table_is_written_with_a_row_per_machine(document, plan, monkeypatch
         assert command._plan(["recipes", str(document)]) == command.DOES_NOT_FIT
     text = document.read_text()
     rows = [line for line in text.splitlines() if line.startswith("| `")]
-    assert [row.split(" | ")[2] for row in rows] == ["v5e-8", "tpu7x-8", "v6e-1"]
+    assert [row.split(" | ")[2] for row in rows] == ["v5e-8", "tpu7x-8", "v6e-1", "v5e-16"]
     assert "| `--step.batch-size 64` | v5e-8 | 64 × 1,024 | 1 | 12.3 GB | 16.9 GB |" in rows[0]
     assert "0.75 s (interconnect)" in rows[0]
     assert "12.3 GB, **does not fit**" in rows[2]
     assert text.startswith("before\n")
-    assert text.endswith("<!-- /recipes -->\nafter\n")
+    assert rows[3].endswith(
+        "| `--batch 8 --int8-base` | v5e-16 | 8 × 2,048 | 5.0 GB | 1.00 GB | 0.12 GB | 5.0 GB "
+        "| 16.9 GB | 1,234 |"
+    )
+    assert decoded == [(8, True, True)] * 2
+    assert "<!-- /recipes -->\nbetween\n<!-- decoding -->\n" in text
+    assert text.endswith("<!-- /decoding -->\nafter\n")
     assert "old" not in text
-    assert capsys.readouterr().out.splitlines()[:3] == rows
+    assert capsys.readouterr().out.splitlines()[:4] == rows
 
 
 def test_a_recipe_that_does_not_divide_is_named(document, monkeypatch):
@@ -72,8 +104,10 @@ def test_a_recipe_that_does_not_divide_is_named(document, monkeypatch):
     ("text", "message"),
     [
         ("recipes = 3", r"no \[\[recipes\]\]"),
+        ("[[training]]", "expected recipes and decoding, found training"),
+        ('[[decoding]]\nconfig = "a"', "decoding 1: expected config, machines.*found config"),
         ("recipes = [", "machines.toml: "),
-        ('[[recipes]]\nconfig = "a"', "recipe 1: expected config, machines.*found config"),
+        ('[[recipes]]\nconfig = "a"', "recipes 1: expected config, machines.*found config"),
         ('[[recipes]]\nconfig = "a"\nmachines = ["v9"]', "--on v9: not a known machine"),
         ('[[recipes]]\nconfig = "a"\nmachines = ["v5e-8"]\non = 1', "found config, machines, on"),
     ],
@@ -84,11 +118,16 @@ def test_a_list_that_is_none_is_refused(document, text, message):
         command._plan(["recipes", str(document)])
 
 
-def test_a_document_needs_a_place_for_the_table(document, plan, monkeypatch):
+@pytest.mark.usefixtures("decoded")
+def test_a_document_needs_a_place_for_each_table(document, plan, monkeypatch):
     monkeypatch.setattr(training, "plan_training", lambda config, machine: [plan])
     document.write_text("text")
-    with pytest.raises(ConfigError, match="no place for the table, between <!-- recipes -->"):
+    with pytest.raises(ConfigError, match="no place for a table, between <!-- recipes -->"):
         command._plan(["recipes", str(document)])
+    document.write_text("<!-- recipes --><!-- /recipes -->")
+    with pytest.raises(ConfigError, match="no place for a table, between <!-- decoding -->"):
+        command._plan(["recipes", str(document)])
+    assert document.read_text() == "<!-- recipes --><!-- /recipes -->"
     with pytest.raises(ConfigError, match="name the document"):
         command._plan(["recipes"])
 
@@ -96,5 +135,7 @@ def test_a_document_needs_a_place_for_the_table(document, plan, monkeypatch):
 def test_the_shipped_list_names_shipped_configs(project_root: Path):
     recipes = read_recipes(project_root / "docs/accelerators.toml")
     assert {
-        recipe.config for recipe in recipes if not (project_root / recipe.config).exists()
+        recipe.config
+        for recipe in (*recipes["recipes"], *recipes["decoding"])
+        if not (project_root / recipe.config).exists()
     } == set()
