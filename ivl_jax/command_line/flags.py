@@ -21,6 +21,7 @@ from tyro.constructors import (
 
 from ivl_jax.config.annotations import INLINE, NO_FLAG, REPEATABLE, is_marked
 from ivl_jax.config.checks import ConfigError, require_numbers
+from ivl_jax.config.files import EARLIER_BOOLEANS
 
 ConfigT = TypeVar("ConfigT")
 
@@ -68,16 +69,19 @@ def parse_flags(
 
 
 def _in_todays_words(arguments: Sequence[str]) -> list[str]:
-    """Give `--step.remat` and `--step.no-remat`, once flags without a value, their values."""
-    words: list[str] = []
+    """Give flags that were once booleans, `--step.remat` and `--step.no-remat`, their words."""
+    yes = {f"--{key}": words[True] for key, words in EARLIER_BOOLEANS.items()}
+    no = {flag.replace(".", ".no-"): flag for flag in yes}
+    found: list[str] = []
     for one, following in itertools.zip_longest(arguments, arguments[1:]):
-        if one == "--step.no-remat":
-            words += ["--step.remat", "none"]
-        elif one == "--step.remat" and (following is None or following.startswith("--")):
-            words += [one, "full"]
+        if one in no:
+            flag = no[one]
+            found += [flag, EARLIER_BOOLEANS[flag.removeprefix("--")][False]]
+        elif one in yes and (following is None or following.startswith("--")):
+            found += [one, yes[one]]
         else:
-            words.append(one)
-    return words
+            found.append(one)
+    return found
 
 
 def _list_flags(config_type: type, prefix: str = "--") -> Iterator[str]:

@@ -20,8 +20,8 @@ from ivl_jax.config.train import TrainConfig
 
 ConfigT = TypeVar("ConfigT")
 
-# Booleans that earlier versions wrote, in today's words.
-_EARLIER_BOOLEANS = {"step.remat": {False: "none", True: "full"}}
+# Keys that earlier versions took as booleans, in files and as flags, and their words today.
+EARLIER_BOOLEANS = {"step.remat": {False: "none", True: "full"}}
 
 
 def load_config(path: str | Path, config_type: type[ConfigT] = TrainConfig) -> ConfigT:
@@ -245,7 +245,7 @@ def _checked(value: Any, hint: Any, where: str, name: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if isinstance(value, bool):
-            value = _EARLIER_BOOLEANS.get(name, {}).get(value, value)
+            value = EARLIER_BOOLEANS.get(name, {}).get(value, value)
         if value not in arguments:
             choices = ", ".join(map(str, arguments))
             raise ConfigError(f"{what} must be one of {choices}; got {value!r}")
