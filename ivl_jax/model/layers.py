@@ -106,6 +106,10 @@ class Attention(nnx.Module):
         names = ("batch", "length", "heads", "head_dim")
         heads = (*x.shape[:2], -1, self.head_dim)
         query, key, value = self._projected(x)
+        if memory is not None and not self.form.rows:
+            # Else the TPU's compiler splits the kernels, not their products, into heads, and keeps
+            # a copy of them all in that form.
+            query, key, value = jax.lax.optimization_barrier((query, key, value))
         if self.qk_norm and self.joint_qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = (constrain(y.reshape(heads), names) for y in (query, key, value))

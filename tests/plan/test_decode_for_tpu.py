@@ -13,6 +13,7 @@ from ivl_jax.plan.machines import find_machine
 from ivl_jax.sharding import make_mesh
 from ivl_jax.target_platform import tracing_for
 from ivl_jax.weights.language_model import read_arch
+from tests.training.tiny import make_arch
 
 pytest.importorskip("libtpu", reason="the extra `plan-tpu` is not installed")
 
@@ -57,6 +58,23 @@ def test_prefill_attends_over_the_prompt_in_the_kernel_for_tpus(composed):
     outputs = compiled.memory_analysis().output_size_in_bytes
     assert outputs == pytest.approx(caches, rel=0.05)
     assert compiled.memory_analysis().temp_size_in_bytes < 0.4 * caches
+
+
+def test_generating_copies_no_kernel():
+    width, devices = 4096, describe_devices(find_machine("v5e-8"))
+    arch = make_arch(
+        hidden_size=width,
+        intermediate_size=256,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        head_dim=128,
+        max_position_embeddings=2048,
+    )
+    mesh = make_mesh(tensor=8, devices=devices)
+    with tracing_for("tpu"), jax.default_matmul_precision("default"):
+        composition, params = abstract_composition(arch, mesh=mesh, dtype=jnp.bfloat16)
+        compiled = lower_chunk(composition, params, rows=8, capacity=2048).compile()
+    assert not re.findall(rf"= bf16\[{width},{width // 8}\]\S* copy\(", compiled.as_text())
 
 
 def test_shapes_are_those_of_the_arrays_that_decode(composed):
