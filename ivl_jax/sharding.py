@@ -224,7 +224,7 @@ def parameter_shardings(
     Raises:
         ValueError: no module declares a path.
     """
-    notices: list[str] = []
+    notices: dict[str, int] = {}  # what → how many arrays, one per layer
 
     def one(key_path: Sequence[Any], leaf: Any) -> NamedSharding:
         path = path_string(key_path)
@@ -236,15 +236,18 @@ def parameter_shardings(
             ways = mesh.shape[mesh_axis] if mesh_axis else 1
             if axis and (size % ways or units.get(axis, ways) % ways):
                 count = f"{units[axis]} {axis} of " if axis in units else ""
-                notices.append(f"{path} dim {dim} ({count}size {size}) over {mesh_axis}={ways}")
+                where = re.sub(r"^layers\.\d+\.", "layers.*.", path)
+                notice = f"{where} dim {dim} ({count}size {size}) over {mesh_axis}={ways}"
+                notices[notice] = notices.get(notice, 0) + 1
                 mesh_axis = None
             spec.append(mesh_axis if ways > 1 else None)
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     shardings = jax.tree_util.tree_map_with_path(one, dict(abstract_params))
     if notices:
-        more = f"; and {len(notices) - 20} more" if len(notices) > 20 else ""
-        logger.warning("replicated, as not divisible: %s%s", "; ".join(notices[:20]), more)
+        listed = [f"{what}, {n} times" if n > 1 else what for what, n in notices.items()]
+        more = f"; and {len(listed) - 20} more" if len(listed) > 20 else ""
+        logger.warning("replicated, as not divisible: %s%s", "; ".join(listed[:20]), more)
     return shardings
 
 
