@@ -164,12 +164,12 @@ def test_a_dimension_that_does_not_divide_is_replicated_with_one_notice(caplog):
     shapes = {"mlp": {"up_proj": {"kernel": (16, 30)}, "down_proj": {"kernel": (30, 16)}}}
     with caplog.at_level(logging.WARNING):
         shardings = parameter_shardings(
-            abstract({"layers": {0: shapes}}), make_mesh(fsdp=2, tensor=4)
+            abstract({"layers": {0: shapes, 1: shapes}}), make_mesh(fsdp=2, tensor=4)
         )
     assert shardings["layers"][0]["mlp"]["up_proj"]["kernel"].spec == P("fsdp", None)
     assert len(caplog.records) == 1
-    assert "layers.0.mlp.up_proj.kernel dim 1 (size 30) over tensor=4" in caplog.text
-    assert "layers.0.mlp.down_proj.kernel dim 0 (size 30) over tensor=4" in caplog.text
+    assert "layers.*.mlp.up_proj.kernel dim 1 (size 30) over tensor=4, 2 times" in caplog.text
+    assert "layers.*.mlp.down_proj.kernel dim 0 (size 30) over tensor=4, 2 times" in caplog.text
 
 
 def test_no_head_is_cut_in_two(caplog):
