@@ -23,6 +23,7 @@ from tests.training.runs import (
     assert_same_run,
     at_step,
     crash,
+    crash_and_resume,
     crash_at_record,
     records,
 )
@@ -63,6 +64,14 @@ def test_a_stopped_and_crashed_run_equals_one_that_never_stopped_bit_for_bit(
     assert_same_run(resumed, whole)
     assert load_config(str(resumed.run_dir / "config.toml")) == tiny_config
     assert len(json.loads((resumed.run_dir / "starts.json").read_text())) == 3
+
+
+@pytest.mark.slow
+def test_rounded_moments_are_resumed_bit_for_bit(tiny_config, tmp_path, monkeypatch):
+    optimizer = replace(tiny_config.optimizer, moment_dtype="bfloat16")
+    config = replace(tiny_config, optimizer=optimizer)
+    never_stopped = run(replace(config, run_dir=str(tmp_path / "never_stopped")))
+    assert_same_run(crash_and_resume(monkeypatch, run, config), never_stopped)
 
 
 @pytest.mark.slow
