@@ -7,15 +7,16 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.fast_compilation import FAST_COMPILATION
+
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 # Before jax is imported anywhere: eight virtual CPU devices, never an accelerator, never a hub.
-# Level 0, because half of the suite's time would be LLVM's optimisation.
 os.environ["XLA_FLAGS"] = " ".join(
     (
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
+        FAST_COMPILATION,
     )
 ).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"

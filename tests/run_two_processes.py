@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.fast_compilation import FAST_COMPILATION
+
 _MOST_SECONDS = 300
 
 
@@ -14,8 +16,11 @@ def run_two_processes(script: Path, folder: Path, *, project_root: Path) -> list
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(project_root)}
+    environment = os.environ | {
+        "XLA_FLAGS": FAST_COMPILATION,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(project_root),
+    }
     processes = [
         subprocess.Popen(
             [sys.executable, str(script), str(index), port, str(folder)],

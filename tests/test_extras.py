@@ -64,7 +64,11 @@ def _run(project_root: Path, folder: Path, *, required: str) -> tuple[int, str]:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *flags, "--continue-on-collection-errors"],
         cwd=folder,
-        env={**os.environ, "IVL_REQUIRED_EXTRAS": required},
+        env={
+            **os.environ,
+            "IVL_REQUIRED_EXTRAS": required,
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        },
         capture_output=True,
         text=True,
         check=False,

@@ -6,8 +6,9 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.fast_compilation import FAST_COMPILATION
 
-@pytest.mark.slow
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_every_cell_of_the_notebook_runs(
@@ -15,7 +16,7 @@ def test_every_cell_of_the_notebook_runs(
 ) -> None:
     family = project_root / "ivl_jax" / "assets" / "family"
     # One device, as on Colab.
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setenv("XLA_FLAGS", FAST_COMPILATION)
     monkeypatch.setenv("IVL_NOTEBOOK_STEPS", "3")
     monkeypatch.setenv("IVL_NOTEBOOK_SMALL", str(family / "S"))
     monkeypatch.setenv("IVL_NOTEBOOK_LARGE", str(family / "L"))

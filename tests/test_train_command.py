@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ivl_jax.config import MeshConfig, config_to_toml, load_config
+from tests.fast_compilation import FAST_COMPILATION
 from tests.training.conftest import tiny_config, tiny_pair
 
 __all__ = ["tiny_config", "tiny_pair"]
@@ -19,11 +20,10 @@ __all__ = ["tiny_config", "tiny_pair"]
 
 def start(project_root, *arguments, environment=None):
     """train.py as a user starts it, on one CPU device."""
-    clean = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     return subprocess.Popen(
         [sys.executable, "train.py", *arguments],
         cwd=project_root,
-        env=clean | (environment or {}),
+        env=os.environ | {"XLA_FLAGS": FAST_COMPILATION} | (environment or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

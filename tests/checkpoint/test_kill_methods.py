@@ -14,6 +14,7 @@ import pytest
 
 from tests.checkpoint.kill_repeat import kill_and_repeat
 from tests.checkpoint.test_kill_resume import KILLS, SEED, kill, say
+from tests.fast_compilation import FAST_COMPILATION
 
 _FIXTURES = Path(__file__).parent.parent / "fixtures" / "exchanged"
 _CONFIG = """
@@ -87,7 +88,7 @@ def _preferences(folder: Path) -> Path:
 
 
 def _repeat(tmp_path: Path, project_root: Path, command, result) -> None:
-    one_device = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+    one_device = {"XLA_FLAGS": FAST_COMPILATION, "JAX_PLATFORMS": "cpu"}
     kill_and_repeat(
         command,
         result,

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoint.kill_resume import Command, kill_and_resume
+from tests.fast_compilation import FAST_COMPILATION
 
 KILLS = int(os.environ.get("IVL_JAX_KILLS", "0"))  # 0: a few
 SEED = int(os.environ.get("IVL_JAX_KILL_SEED", "0"))
@@ -18,7 +19,7 @@ SEED = int(os.environ.get("IVL_JAX_KILL_SEED", "0"))
 
 def kill(command: Command, workplace: Path, project_root: Path, *, few: int) -> None:
     """Kill and resume a command, with the transcript on stdout."""
-    one_device = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+    one_device = {"XLA_FLAGS": FAST_COMPILATION, "JAX_PLATFORMS": "cpu"}
     during_save = kill_and_resume(
         command,
         workplace,

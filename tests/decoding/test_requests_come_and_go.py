@@ -178,7 +178,9 @@ def with_draft(small):
     return compose(small, small_value(small), strengths=[0.3], draft=small, draft_length=3)
 
 
-@pytest.mark.parametrize(("which", "rows"), [("composed", 2), ("with_draft", 5)])
+@pytest.mark.parametrize(
+    ("which", "rows"), [("composed", 2), pytest.param("with_draft", 5, marks=pytest.mark.slow)]
+)
 def test_log_probabilities_are_those_of_teacher_forcing(request, which, rows):
     model = request.getfixturevalue(which)
     # Rows that ask for none, for their own, and for the likeliest; sampling changes none of them.
@@ -232,7 +234,9 @@ def test_log_probabilities_reach_the_caller_with_their_tokens(composed):
     assert [found.top[0][1] for found in log_probs] == [found.log_prob for found in log_probs]
 
 
-@pytest.mark.parametrize("draft", [False, True], ids=["plain", "draft"])
+@pytest.mark.parametrize(
+    "draft", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "draft"]
+)
 def test_a_nan_in_one_values_weights_ends_its_row_alone_and_names_it(small, draft):
     value = small_value(small)
     healthy = compose(small, value, strengths=[0.3])

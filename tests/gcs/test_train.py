@@ -13,6 +13,7 @@ from etils import epath
 
 from ivl_jax.folder_copies import file_names
 from ivl_jax.training.loop import run
+from tests.fast_compilation import FAST_COMPILATION
 from tests.training.conftest import tiny_config, tiny_pair
 from tests.training.runs import assert_same_run, at_step
 
@@ -70,7 +71,7 @@ def test_the_commands_train_resume_export_and_decode(
         return subprocess.Popen(
             [sys.executable, *command],
             cwd=project_root,
-            env=gcs_environment | {"XLA_FLAGS": ""},
+            env=gcs_environment | {"XLA_FLAGS": FAST_COMPILATION},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.fast_compilation import FAST_COMPILATION
+
 
 def test_each_line_of_a_file_may_have_its_own_strengths(infer, base_flags, tmp_path):
     source, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
@@ -99,11 +101,12 @@ def test_two_processes_that_decode_together_write_every_line_once(
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     cluster = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
+    cluster["XLA_FLAGS"] = FAST_COMPILATION
     processes = [
         subprocess.Popen(
             [sys.executable, "infer.py", *flags, str(output), "--distributed"],
             cwd=project_root,
-            env={**os.environ, "XLA_FLAGS": "", **cluster, "JAX_PROCESS_ID": str(index)},
+            env=os.environ | cluster | {"JAX_PROCESS_ID": str(index)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -8,6 +8,8 @@ import sys
 import jax
 import pytest
 
+from tests.fast_compilation import FAST_COMPILATION
+
 
 def test_the_base_alone_from_bos_prints_the_published_greedy_text(
     stories260k_dir, project_root, without_torch
@@ -17,7 +19,7 @@ def test_the_base_alone_from_bos_prints_the_published_greedy_text(
         [sys.executable, "infer.py", *flags, "--max-new-tokens", "200"],
         capture_output=True,
         cwd=project_root,
-        env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(without_torch)},
+        env={**os.environ, "XLA_FLAGS": FAST_COMPILATION, "PYTHONPATH": str(without_torch)},
         timeout=600,
         check=False,
     )

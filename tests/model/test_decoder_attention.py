@@ -39,7 +39,7 @@ def value_and_gradients(name, attention, scan_layers, remat):
     ("name", "attention", "scan_layers", "remat"),
     [
         ("gemma2", BLOCKED, True, "full"),
-        ("gemma2", BLOCKED, False, "full"),
+        pytest.param("gemma2", BLOCKED, False, "full", marks=pytest.mark.slow),
         ("gemma2", SPLASH, True, "dots"),
     ],
 )

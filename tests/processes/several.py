@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from tests.fast_compilation import FAST_COMPILATION
+
 _MOST_SECONDS = 300
 
 
@@ -26,9 +28,8 @@ class SeveralProcesses:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
         flags = f"--xla_force_host_platform_device_count={devices}"
-        # Level 0 as in the tests' own process: compiling is most of the time.
         common = {
-            "XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0",
+            "XLA_FLAGS": f"{flags} {FAST_COMPILATION}",
             "PYTHONPATH": str(project_root),
             "JAX_COORDINATOR_ADDRESS": address,
             "JAX_NUM_PROCESSES": str(count),

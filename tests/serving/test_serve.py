@@ -34,7 +34,9 @@ def test_greedy_text_is_that_of_each_model_alone_whatever_runs_beside_it(client,
     options = GenerationOptions(max_new_tokens=24)
     asked = [(name, prompt) for prompt in PROMPTS for name in alone]
     expected = {
-        (name, prompt): alone[name].generate(prompt, options).text for name, prompt in asked
+        (name, prompt): found.text
+        for name, model in alone.items()
+        for prompt, found in zip(PROMPTS, model.generate(PROMPTS, options), strict=True)
     }
     assert len(set(expected.values())) > len(alone)
 

@@ -82,18 +82,21 @@ def expected_loss(options: PreferenceConfig, batch: Batch, log_prob, base_log_pr
 def test_loss_and_its_gradient_are_the_papers(options, batch, scores) -> None:
     dpo = make_dpo(options)
     base = scores["base_log_prob"]
-    expected, gradient = jax.value_and_grad(
-        lambda log_prob: expected_loss(options, batch, log_prob, base)
+    expected, gradient = jax.jit(
+        jax.value_and_grad(lambda log_prob: expected_loss(options, batch, log_prob, base))
     )(scores["log_prob"])
-    np.testing.assert_allclose(dpo.loss(batch, scores), expected, rtol=1e-5)
-    weights = dpo.weigh(batch, scores)["log_prob"]
+    np.testing.assert_allclose(jax.jit(dpo.loss)(batch, scores), expected, rtol=1e-5)
+    weights = jax.jit(dpo.weigh)(batch, scores)["log_prob"]
     np.testing.assert_allclose(weights, gradient, rtol=1e-4, atol=1e-6)
     assert float(dpo.count(batch)) == 3
 
 
 def test_figures_are_means_over_pairs_and_tokens(batch, scores) -> None:
     dpo = make_dpo(PreferenceConfig(beta=0.5))
-    sums = dpo.sums(batch, scores) | {"loss_tokens": batch.loss_mask.sum(), "loss": jnp.zeros(())}
+    sums = jax.jit(dpo.sums)(batch, scores) | {
+        "loss_tokens": batch.loss_mask.sum(),
+        "loss": jnp.zeros(()),
+    }
     figures = {name: float(sums[a]) / float(sums[b]) for name, (a, b) in dpo.figures.items()}
     ratio = 0.5 * np.asarray(scores["log_prob"] - scores["base_log_prob"])
     rewards = np.array([[ratio[side].sum() for side in pair] for pair in pairs_of(batch)])
@@ -112,9 +115,7 @@ def test_a_segments_total_stands_at_each_of_its_positions() -> None:
     expected = np.stack(
         [[v[i == here].sum() for here in i] for v, i in zip(values, ids, strict=True)]
     )
-    np.testing.assert_allclose(
-        segment_totals(jnp.asarray(values), jnp.asarray(ids)), expected, rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(jax.jit(segment_totals)(values, ids), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

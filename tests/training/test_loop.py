@@ -268,19 +268,28 @@ def test_a_zeroed_head_starts_as_the_base_on_eight_devices_with_stacked_layers(t
     assert sorted(value.params["layers"]) == [0, 1]
 
 
-def test_a_base_in_int8_is_nearly_the_base_itself(tiny_config, tmp_path):
-    """Split over a mesh, layers stacked; a value network learns nearly the same beside it."""
+def losses(result):
+    return [line["loss"] for line in records(result.run_dir) if "loss" in line]
+
+
+def in_int8(config):
+    return replace(config, base=replace(config.base, param_dtype="int8"))
+
+
+def test_a_value_network_learns_nearly_the_same_beside_a_base_in_int8(tiny_config, whole):
+    found, exact = losses(run(in_int8(tiny_config))), losses(whole)
+    assert found != exact
+    np.testing.assert_allclose(found, exact, rtol=0.01)
+
+
+@pytest.mark.slow
+def test_a_base_in_int8_is_split_over_a_mesh_with_its_layers_stacked(tiny_config, tmp_path):
     step = StepConfig(max_steps=2, batch_size=4, scan_layers=True)
     exact = replace(tiny_config, step=step, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
-    near = replace(
-        exact, run_dir=str(tmp_path / "int8"), base=replace(exact.base, param_dtype="int8")
-    )
-    losses = [
-        [line["loss"] for line in records(run(config).run_dir) if "loss" in line]
-        for config in (exact, near)
-    ]
-    assert losses[0] != losses[1]
-    np.testing.assert_allclose(losses[1], losses[0], rtol=0.01)
+    near = replace(in_int8(exact), run_dir=str(tmp_path / "int8"))
+    found, expected = losses(run(near)), losses(run(exact))
+    assert found != expected
+    np.testing.assert_allclose(found, expected, rtol=0.01)
 
 
 def test_fine_tuning_alone_takes_the_same_loop_and_leaves_a_model_folder(

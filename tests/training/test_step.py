@@ -132,7 +132,7 @@ def test_metrics_are_the_means_they_say(reference):
     assert first["gradient_norm"] > 0
 
 
-@pytest.mark.parametrize("micro_batches", [2, 8])
+@pytest.mark.parametrize("micro_batches", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_micro_batches_of_uneven_token_counts_equal_one_large_batch(reference, micro_batches):
     whole, history, _ = reference
     run = Run(single_device_mesh())
@@ -146,7 +146,14 @@ def test_micro_batches_of_uneven_token_counts_equal_one_large_batch(reference, m
 
 
 @pytest.mark.parametrize(
-    ("data", "fsdp", "tensor"), [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 1, 2)]
+    ("data", "fsdp", "tensor"),
+    [
+        (2, 2, 2),
+        *(
+            pytest.param(*mesh, marks=pytest.mark.slow)
+            for mesh in [(8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 1, 2)]
+        ),
+    ],
 )
 def test_every_mesh_gives_the_numbers_of_one_device_and_holds_its_share(
     reference, data, fsdp, tensor

@@ -17,7 +17,7 @@ from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.requests import GenerationOptions
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decode_layout import to_decode_layout
-from ivl_jax.model.decoder import Params, abstract_params, init_params
+from ivl_jax.model.decoder import Params, abstract_params
 from ivl_jax.model.int8 import quantize
 from ivl_jax.model.projection import KernelForm
 from ivl_jax.sharding import bytes_per_device, make_mesh, parameter_shardings
@@ -45,8 +45,21 @@ def assert_same(found: Params, expected: Params) -> None:
         np.testing.assert_allclose(one, other, atol=tolerance, rtol=0, err_msg=str(path))
 
 
-@pytest.mark.parametrize("form", [ROWS, INT8, ROWS_INT8], ids=str)
-@pytest.mark.parametrize("name", ["llama_bias", "qwen3", "gemma2"])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("llama_bias", ROWS),
+        ("llama_bias", INT8),
+        ("llama_bias", ROWS_INT8),
+        ("qwen3", ROWS_INT8),
+        ("gemma2", ROWS_INT8),
+        pytest.param("qwen3", ROWS, marks=pytest.mark.slow),
+        pytest.param("qwen3", INT8, marks=pytest.mark.slow),
+        pytest.param("gemma2", ROWS, marks=pytest.mark.slow),
+        pytest.param("gemma2", INT8, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_each_form_is_the_one_made_after_loading(name, form, tmp_path):
     arch = tiny_arch(name)
     save_params(tmp_path / "model", arch, random_params(arch), dtype=jnp.float32)
@@ -98,7 +111,7 @@ def test_int8_kernels_on_a_mesh_are_split_with_their_scales(tmp_path):
         load_params(tmp_path / "model", arch, form=ROWS, shardings=shardings)
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("int8", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_model_loaded_for_decoding_says_what_the_other_says(stories260k_dir, int8, tmp_path):
     plain = load_language_model(stories260k_dir)
     ready = load_language_model(stories260k_dir, form=loading_form(None, int8=int8))
@@ -148,7 +161,9 @@ def test_loading_for_decoding_holds_one_copy(kernels, tmp_path: Path, project_ro
             "num_attention_heads": 8,
         }
     )
-    params = init_params(arch, jax.random.key(0))
+    params = jax.tree.map(
+        lambda leaf: jnp.full(leaf.shape, 0.5, jnp.float32), abstract_params(arch)
+    )
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     save_params(tmp_path / "big", arch, params, dtype=jnp.float32)
     del params

@@ -41,11 +41,11 @@ def decode(composition, params, prompts, *, chunk=1000, capacity=CAPACITY, **opt
         (("residual",), (1.0,)),
         (("residual",), (-0.5,)),
         (("cascade",), (1.0,)),
-        (("cascade_no_text",), (1.0,)),
+        pytest.param(("cascade_no_text",), (1.0,), marks=pytest.mark.slow),
         (("hidden",), (1.0,)),
         (("linear",), (1.0,)),
         (("residual", "cascade"), (0.7, -0.3)),
-        (("linear", "residual"), (0.7, -0.3)),
+        pytest.param(("linear", "residual"), (0.7, -0.3), marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -1,3 +1,4 @@
+import functools
 import re
 
 import jax
@@ -40,15 +41,18 @@ def cache_bytes(model):
     return [(set(bytes_per_device(cache).values()), total_bytes(cache)) for cache in caches]
 
 
+_slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
 # Shares of base and value that a device holds: of the parameters, and of the caches. Norm scales
 # stay whole. tensor = 8 divides neither the 4 kv heads nor stories260k's MLP width of 172: each
 # device then holds one head of half of the rows.
 @pytest.mark.parametrize(
     ("mesh", "layouts", "parameter_shares", "cache_shares"),
     [
-        ({"data": 8}, ("full", "full"), (1, 1), (1 / 8, 1 / 8)),
-        ({"fsdp": 8}, ("full", "full"), (1 / 8, 1 / 8), (1 / 8, 1 / 8)),
-        ({"tensor": 8}, ("full", "full"), (0.68, 0.178), (1 / 8, 1 / 8)),
+        _slow({"data": 8}, ("full", "full"), (1, 1), (1 / 8, 1 / 8)),
+        _slow({"fsdp": 8}, ("full", "full"), (1 / 8, 1 / 8), (1 / 8, 1 / 8)),
+        _slow({"tensor": 8}, ("full", "full"), (0.68, 0.178), (1 / 8, 1 / 8)),
         ({"data": 2, "fsdp": 2, "tensor": 2}, ("full", "full"), (1 / 4, 1 / 4), (1 / 8, 1 / 8)),
         ({"fsdp": 2, "tensor": 4}, ("full", "replicated"), (1 / 8, 1), (1 / 8, 1 / 2)),
     ],
