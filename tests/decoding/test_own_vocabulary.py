@@ -96,7 +96,7 @@ def swapped(gpt2_tokenizer_dir, llama2_tokenizer_dir):
     return compose_beside(base, value, strengths=[1.5], maps=maps), maps
 
 
-@pytest.mark.parametrize("which", ["mixed", "swapped"])
+@pytest.mark.parametrize("which", ["mixed", pytest.param("swapped", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("temperature", [0.0, 1.5], ids=["greedy", "sampled"])
 def test_tokens_equal_reading_and_running_everything_anew_at_each_step(request, which, temperature):
     model, maps = request.getfixturevalue(which)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from ivl_jax.model.architecture import ArchConfig, RopeParameters
 from ivl_jax.model.decoder import Params, abstract_params
@@ -155,6 +156,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 NAMES = tuple(CONFIGS)
+# Each family is a compilation. These have the kinds of layer that matter to masks and caches, and
+# logits and features of all families are compared with transformers' in test_hf_parity.
+QUICK = ("llama_bias", "qwen2_window", "gemma2", "gemma3", "smollm3")
+FAMILIES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 
 _FULL = {
     "layer_types": ("full_attention",) * 3,

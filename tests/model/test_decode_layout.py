@@ -15,12 +15,12 @@ from ivl_jax.model.decoder import (
 )
 from ivl_jax.model.kv_cache import init_cache
 from ivl_jax.model.projection import KernelForm
-from tests.model.families import NAMES, random_params, tiny_arch, tokens
+from tests.model.families import FAMILIES, NAMES, random_params, tiny_arch, tokens
 
 LENGTH = 12
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_logits_equal_those_of_the_trained_form_with_and_without_a_cache(name):
     arch = tiny_arch(name)
     params = random_params(arch)

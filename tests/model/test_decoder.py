@@ -28,7 +28,7 @@ from ivl_jax.model.decoder import (
 from ivl_jax.model.remat import Remat
 from tests.model.families import (
     CONFIGS,
-    NAMES,
+    FAMILIES,
     VOCAB,
     WINDOW,
     random_params,
@@ -39,7 +39,10 @@ from tests.model.families import (
 
 LENGTH = 40
 # Layers that differ; between them tied and untied heads, biases, qk norms, soft caps.
-MIXED = ("qwen2_window", "gemma2", "gemma3")
+MIXED = (
+    "gemma3",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2_window", "gemma2")),
+)
 
 
 def ids(rows: int = 2, length: int = LENGTH) -> jax.Array:
@@ -75,14 +78,14 @@ def sensitivity(arch: ArchConfig, *, target: int) -> tuple[np.ndarray, Params]:
     return np.abs(np.asarray(by_token))[0].max(axis=-1), by_parameter
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_no_later_token_has_any_influence(name):
     influence, _ = sensitivity(tiny_arch(name), target=25)
     assert np.all(influence[26:] == 0.0)
     assert np.all(influence[20:26] > 0.0)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_parameter_moves_the_logits(name):
     _, gradient = sensitivity(tiny_arch(name), target=25)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
@@ -101,7 +104,7 @@ def test_a_sliding_layer_sees_exactly_its_window(name):
 _ROUNDING = {"yarn": 4e-5}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_packed_segments_equal_the_sequences_alone(name):
     arch = tiny_arch(name)
     params, graphdef = random_params(arch), build_decoder(arch)

@@ -12,6 +12,7 @@ from ivl_jax.model.decoder import Params, build_decoder, forward
 from tests.model.families import (
     LENGTH,
     NAMES,
+    QUICK,
     WITHOUT,
     params_for,
     random_params,
@@ -83,8 +84,16 @@ def theirs(name: str, side: str) -> np.ndarray:
         ).logits.numpy()
 
 
-@pytest.mark.parametrize("side", ["no", "left", "right"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        (name, side)
+        if side == "no" or name in QUICK
+        else pytest.param(name, side, marks=pytest.mark.slow)
+        for name in NAMES
+        for side in ("no", "left", "right")
+    ],
+)
 def test_logits_equal_transformers(name, side):
     mask = padding(side)
     real = mask.astype(bool)

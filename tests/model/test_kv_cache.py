@@ -19,7 +19,7 @@ from ivl_jax.model.decoder import (
 )
 from ivl_jax.model.kv_cache import init_cache, layer_capacity
 from tests.jaxprs import products_in
-from tests.model.families import NAMES, VOCAB, WINDOW, random_params, tiny_arch, tokens
+from tests.model.families import FAMILIES, VOCAB, WINDOW, random_params, tiny_arch, tokens
 
 ROWS, LENGTH, CAPACITY = 3, 48, 50
 PROMPTS = (30, 17, 1)  # One longer than the window, one shorter, one of a single token.
@@ -83,14 +83,7 @@ class Reader:
         return lengths
 
 
-# Each family is a compilation: these have the kinds of layer that a cache can tell apart.
-QUICK = ("llama2", "qwen2_window", "gemma2", "gemma3", "smollm3")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES],
-)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_ragged_prefill_and_decoding_equal_reading_at_once(name):
     reader = Reader(name)
     at = reader.prefill()

@@ -104,7 +104,7 @@ def test_a_second_process_is_turned_away_and_changes_nothing(tiny_config, whole,
     assert refused
 
 
-@pytest.mark.parametrize("lost", ["a few bytes", "half"])
+@pytest.mark.parametrize("lost", ["a few bytes", pytest.param("half", marks=pytest.mark.slow)])
 def test_lost_records_are_computed_again_from_a_checkpoint_that_fits(
     tiny_config, whole, monkeypatch, lost, caplog
 ):

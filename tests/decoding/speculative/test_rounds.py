@@ -91,7 +91,11 @@ def eager(*_, **__):
     return np.linspace(1.0, 1.1, LONGEST + 1, dtype=np.float32)
 
 
-@pytest.mark.parametrize(("length", "likeness"), [(4, 0.02), (0, None)], ids=str)
+@pytest.mark.parametrize(
+    ("length", "likeness"),
+    [pytest.param(4, 0.02, marks=pytest.mark.slow), (0, None)],
+    ids=str,
+)
 def test_greedy_tokens_and_ends_are_those_of_plain_decoding(plain, length, likeness, monkeypatch):
     monkeypatch.setattr(rounds, "round_costs", eager)
     composition, params = drafted(length, likeness=likeness)
@@ -111,10 +115,10 @@ def test_a_draft_that_is_the_base_is_kept_whole_and_saves_its_share_of_rounds():
     composition, params = drafted(4, likeness=0.0)
     rounds = []
     programs = build_programs(composition)
-    padded, requests = make_requests(PROMPTS[:1], new_tokens=31, width=20)
+    padded, requests = make_requests(PROMPTS, new_tokens=31, width=20)
     state = programs.prefill(params, padded, requests, capacity=CAPACITY)
     while int(state.finish[0]) == FinishReason.RUNNING:
-        state = programs.decode_chunk(params, state, np.int32(1), np.zeros(1, bool))
+        state = programs.decode_chunk(params, state, np.int32(1), np.zeros(3, bool))
         rounds.append(int(state.lengths[0]))
     # The first token is the prompt's; then four proposals and one more in each round.
     assert np.diff([6, *rounds]).tolist() == [5] * 6
