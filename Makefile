@@ -9,8 +9,10 @@ EXTRAS ?= dev
 # Types are checked in modules whose imports other extras bring.
 LINT_EXTRAS ?= dev,eval,torch,serve
 
-# Files of one test run in one process; two processes, as on the CI machine.
+# Files of one test run in one process; two processes, as on the CI machine. In their own order the
+# many small files come last, so that no process waits long for the other's last one.
 WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 
@@ -48,11 +50,11 @@ demo: $(VENV)/.installed-run-$(VERSIONS) ## Train a value network on S, lift L: 
 
 .PHONY: test
 test: $(VENV)/.installed-$(EXTRAS)-$(VERSIONS) ## Run the tests, but for the slow ones
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow"
+	$(PYTEST) -m "not slow"
 
 .PHONY: test-all
 test-all: $(VENV)/.installed-$(EXTRAS)-$(VERSIONS) ## Run all tests
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+	$(PYTEST)
 
 .PHONY: install
 install: $(VENV)/.installed-$(EXTRAS)-$(VERSIONS) ## Install the package with EXTRAS=dev,… into .venv

@@ -96,8 +96,16 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "tied"),
+    [
+        pytest.param(family, tied, marks=pytest.mark.slow)
+        if tied and family not in ("llama", "gemma2")
+        else (family, tied)
+        for family in FAMILIES
+        for tied in (False, True)
+    ],
+)
 def test_transformers_computes_identical_logits_from_what_is_saved(
     family: str, tied: bool, tmp_path: Path
 ) -> None:
