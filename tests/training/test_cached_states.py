@@ -65,13 +65,23 @@ def test_cached_states_give_the_online_run_and_the_base_runs_once(
     first = run(config)
     assert "final hidden states of 1,103 positions take 0.1 MB in" in caplog.text
     assert_close_runs(first, whole)
-    # Another run on the same demonstrations, packed otherwise, reads what is there.
+    # Another run on the same demonstrations reads what is there.
+    monkeypatch.setattr(cached_states, "load_base", never)
+    assert_same_run(run(replace(config, run_dir=str(tmp_path / "again"))), first)
+
+
+@pytest.mark.slow
+def test_a_run_on_the_same_demonstrations_packed_otherwise_reads_what_is_there(
+    config, tmp_path, monkeypatch
+):
+    run(config)
     monkeypatch.setattr(cached_states, "load_base", never)
     optimizer = replace(config.optimizer, learning_rate=3e-3)
     again = replace(config, seed=5, optimizer=optimizer)
     again = replace(again, data=replace(again.data, packing=False))
     other = run(replace(again, run_dir=str(tmp_path / "again")))
-    theirs = replace(again, base=online.base, run_dir=str(tmp_path / "theirs"))
+    base = replace(config.base, cache_states=False)
+    theirs = replace(again, base=base, run_dir=str(tmp_path / "theirs"))
     assert_close_runs(other, run(theirs))
 
 

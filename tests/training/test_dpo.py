@@ -146,15 +146,20 @@ def config(tiny_config: TrainConfig, tmp_path) -> TrainConfig:
     return replace(tiny_config, objective="dpo", data=data)
 
 
-def test_a_stopped_run_of_preferences_resumes_to_the_bits_of_one_that_never_stopped(
-    config, tmp_path, monkeypatch
-) -> None:
+def test_margins_grow_while_preferences_are_learnt(config) -> None:
     whole = run(config)
     margins = [
         one["held_out"]["reward_margin"] for one in records(whole.run_dir) if "held_out" in one
     ]
     assert margins == sorted(margins)
     assert {"preference_loss", "reward_margin", "kl", "nll"} <= set(whole.held_out)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_of_preferences_resumes_to_the_bits_of_one_that_never_stopped(
+    config, tmp_path, monkeypatch
+) -> None:
+    whole = run(config)
     config = replace(config, run_dir=str(tmp_path / "stopped"))
     assert_same_run(crash_and_resume(monkeypatch, run, config), whole)
 
