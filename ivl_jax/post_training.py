@@ -23,17 +23,19 @@ from ivl_jax.data.formats import Demonstration
 from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.generation import Generation
 from ivl_jax.decoding.model import ComposedModel
+from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import Params, unstack_layers
 from ivl_jax.rewards import Sample, find_reward, weighted_reward
 from ivl_jax.training import loop
 from ivl_jax.training.loop import TrainResult
 from ivl_jax.training.objectives.grpo import advantages
-from ivl_jax.training.output import value_metadata
+from ivl_jax.training.output import stop_ids, value_metadata
 from ivl_jax.training.record_file import RecordFile
 from ivl_jax.training.rollouts import Rollouts
 from ivl_jax.training.run_directory import RunDirectory
 from ivl_jax.training.setup import Preparation
 from ivl_jax.training.used_weights import UsedWeights
+from ivl_jax.weights.language_model import LanguageModel
 
 _SEEDS = 2**32
 
@@ -132,7 +134,7 @@ class _EngineRollouts:
         temperature: float,
         seed: int,
     ) -> _Answers:
-        model = _with_value(self._model, params, stacked=self._config.step.scan_layers)
+        model = _with_params(self._model, params, stacked=self._config.step.scan_layers)
         options = GenerationOptions(
             max_new_tokens=self._config.grpo.max_new_tokens, temperature=temperature, seed=seed
         )
@@ -208,7 +210,40 @@ def _make_rollouts(
     weights: UsedWeights,
     directory: RunDirectory,
 ) -> Rollouts:
-    """Compose the base with a value network whose parameters every step replaces."""
+    """Compose the model that is trained; every step replaces its parameters."""
+    models = prepared.models
+    alone = not models.bases
+    return _EngineRollouts(
+        config,
+        _trained_alone(config, prepared) if alone else _beside_base(config, prepared, weights),
+        rewards,
+        pad_id=models.trained.info.pad_id,
+        samples_file=directory.samples,
+    )
+
+
+def _trained_alone(config: TrainConfig, prepared: Preparation) -> ComposedModel:
+    """The model without value networks, which reads dialogues in the run's chat format."""
+    trained, arch = prepared.models.trained, prepared.models.arch
+    assert isinstance(arch, ArchConfig)
+    model = compose(
+        LanguageModel(
+            path=trained.path,
+            arch=arch,
+            params=_own_layers(prepared.make_state().params, stacked=config.step.scan_layers),
+            tokenizer=trained.tokenizer,
+            tokenizer_info=trained.info,
+            stop_ids=stop_ids(prepared),
+        ),
+        mesh=prepared.mesh if prepared.mesh.size > 1 else None,
+    )
+    template = prepared.data.chat_format.template
+    source = dataclasses.replace(model.prompts.base, chat_template=template)
+    return dataclasses.replace(model, prompts=dataclasses.replace(model.prompts, base=source))
+
+
+def _beside_base(config: TrainConfig, prepared: Preparation, weights: UsedWeights) -> ComposedModel:
+    """The base with the value network."""
     models = prepared.models
     metadata = value_metadata(config, prepared, weights, steps=0)
     value = ValueNetwork(
@@ -223,7 +258,7 @@ def _make_rollouts(
     )
     schemes = {config.value.connection: models.scheme} if models.scheme is not None else {}
     base, mesh = config.base, prepared.mesh
-    model = compose(
+    return compose(
         str(models.bases[0].model.local_folder),
         value,
         schemes=schemes,
@@ -231,23 +266,19 @@ def _make_rollouts(
         int8_base=base.param_dtype == "int8",
         param_dtype="float32" if base.param_dtype == "int8" else base.param_dtype,
     )
-    return _EngineRollouts(
-        config,
-        model,
-        rewards,
-        pad_id=models.trained.info.pad_id,
-        samples_file=directory.samples,
-    )
 
 
-def _with_value(model: ComposedModel, params: Params, *, stacked: bool) -> ComposedModel:
-    """The model with other parameters of its value network; nothing is compiled again."""
-    (network,), (arrays,) = model.composition.values, model.params.values
+def _with_params(model: ComposedModel, params: Params, *, stacked: bool) -> ComposedModel:
+    """The model with other parameters of its trained network; nothing is compiled again."""
+    network = (*model.composition.values, model.composition.base)[0]
     _, arranged = lay_out_network(
         _own_layers(params, stacked=stacked), network.arch, network.layout
     )
-    values = (arrays._replace(params=arranged),)
-    return dataclasses.replace(model, params=ComposedParams(model.params.base, values))
+    composed = ComposedParams(arranged)
+    if model.params.values:
+        (arrays,) = model.params.values
+        composed = ComposedParams(model.params.base, (arrays._replace(params=arranged),))
+    return dataclasses.replace(model, params=composed)
 
 
 def _own_layers(params: Params, *, stacked: bool) -> Params:

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ivl_jax.config import ConfigError, GrpoConfig, PenaltyConfig, StepConfig, TrainConfig
+from ivl_jax.config import (
+    ConfigError,
+    GrpoConfig,
+    PenaltyConfig,
+    StepConfig,
+    TrainConfig,
+    ValueConfig,
+)
 from ivl_jax.post_training import run
 from ivl_jax.rewards import RewardError, Sample
 from ivl_jax.training import loop
@@ -126,6 +133,15 @@ def test_rewards_rise_and_a_stopped_run_resumes_to_the_bits_of_one_that_never_st
     np.testing.assert_allclose(groups.sum(axis=1), 0, atol=1e-5)
     config = replace(config, run_dir=str(tmp_path / "stopped"))
     assert_same_run(crash_and_resume(monkeypatch, run, config), whole)
+
+
+def test_a_model_alone_learns_from_rewards(config) -> None:
+    step = replace(config.step, max_steps=2, scan_layers=True)
+    config = replace(config, method="sft", value=ValueConfig(), step=step)
+    result = run(config)
+    first, second = (one for one in records(result.run_dir) if "loss" in one)
+    assert first["kl"] == pytest.approx(0, abs=1e-6)
+    assert second["kl"] > 0
 
 
 @pytest.mark.parametrize(

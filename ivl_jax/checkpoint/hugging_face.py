@@ -65,19 +65,12 @@ def export_hugging_face(
     """
     if not isinstance(value.arch, ArchConfig):
         raise ValueError(f"{value.path}: expected a decoder, got a linear map on base logits")
-    tokenizer = value.tokenizer
-    own_template = tokenizer.chat_template
     model = LanguageModel(
         path=value.path,
         arch=value.arch,
         params=value.params,
-        tokenizer=tokenizer,
+        tokenizer=value.tokenizer,
         tokenizer_info=value.tokenizer_info,
         stop_ids=value.stop_ids,
     )
-    try:
-        if chat_template is not None:
-            tokenizer.chat_template = chat_template
-        save_language_model(out, model, dtype=dtype, overwrite=overwrite)
-    finally:
-        tokenizer.chat_template = own_template
+    save_language_model(out, model, dtype=dtype, chat_template=chat_template, overwrite=overwrite)

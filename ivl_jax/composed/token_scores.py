@@ -46,7 +46,12 @@ class PositionLogits(NamedTuple):
 
     @property
     def base(self) -> Float32[Array, "B T V"]:
-        """Logits of the base alone, −inf in the padding columns."""
+        """Logits of the base alone, −inf in the padding columns.
+
+        A model without value networks is compared with its teacher, if there is one.
+        """
+        if not self.composition.values and self.teacher_logits is not None:
+            return self.teacher
         size = self.composition.base.vocab_size
         return compose_logits(self.networks.base, (), vocab_size=size)
 

@@ -19,13 +19,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32
 
-from ivl_jax.composed.forward import HiddenStates, compose, network_logits, run_networks
+from ivl_jax.composed.forward import HiddenStates
 from ivl_jax.composed.head_copies import copy_head
 from ivl_jax.composed.network import ComposedParams, Composition, Network, ValueArrays
 from ivl_jax.composed.token_scores import join_positions, score_positions, split_positions
 from ivl_jax.config import PenaltyKind, PenaltyPositions
 from ivl_jax.data.batching import Batch
 from ivl_jax.model.decoder import Params
+from ivl_jax.training.batch_forward import run_batch, run_teacher, teacher_logits
 from ivl_jax.training.chunked_sum import Frozen, chunked_sum
 from ivl_jax.training.objectives.objective import Objective
 from ivl_jax.training.objectives.sft import SFT
@@ -51,16 +52,22 @@ class Loss:
     chunk_length: int = 1 << 30
     """Positions whose logits exist at once; see `choose_chunk_length`."""
     teacher: Composition | None = None
-    """A frozen model that the objective compares with, over the same vocabulary."""
+    """A frozen model over the same vocabulary that the objective compares with: the teacher of a
+    distillation, or the original of a model that is trained alone."""
     teacher_strengths: tuple[float, ...] = ()
     """α of each of its value networks."""
 
     def __post_init__(self) -> None:
-        """Check that the penalty has value logits, and a weight of its own."""
+        """Check that the penalty has value logits, and that there is a reference if needed."""
         if not self.has_base and self.penalty_kind != "none":
             raise ValueError(
                 f'penalty_kind = "{self.penalty_kind}" is a penalty on value logits, which do not '
                 'exist without a base model: use "none"'
+            )
+        if self.objective.needs_reference and not self.has_base and self.teacher is None:
+            raise ValueError(
+                f"the objective {self.objective.name} compares with a frozen reference: give a "
+                "base, or the original of the model that is trained alone as the teacher"
             )
         if f"value_{self.penalty_kind}" in self.objective.scores:
             raise ValueError(
@@ -177,15 +184,15 @@ def loss_sum(
     denominator = jnp.maximum(counts.objective, 1.0)
     penalty_scale = loss.penalty_weight * denominator / jnp.maximum(counts.penalty_tokens, 1.0)
     networks = _networks(loss, params, jax.lax.stop_gradient(base_params))
-    hidden = _run(loss.composition, networks, batch, base_hidden=batch.base_states)
+    hidden = run_batch(loss.composition, networks, batch, base_hidden=batch.base_states)
     networks = jax.lax.stop_gradient(networks)
-    teacher, teacher_hidden = jax.lax.stop_gradient(teacher_params), None
-    if loss.teacher is not None and teacher is not None:
-        teacher_hidden = _run(loss.teacher, teacher, batch)
+    teacher = jax.lax.stop_gradient(teacher_params)
+    teacher_hidden = run_teacher(loss.teacher, teacher, batch)
     objective, targets = loss.objective, arrays.targets
     first = {}
     if objective.first_pass:
-        first = _first_pass(loss, networks, jax.lax.stop_gradient(hidden), targets)
+        states = jax.lax.stop_gradient(hidden), teacher_hidden
+        first = _first_pass(loss, networks, teacher, states, targets)
     weights = dict(objective.weigh(batch, first))
     if loss.penalty_kind != "none":
         penalised = _penalised(loss, arrays).astype(jnp.float32)
@@ -204,7 +211,11 @@ def loss_sum(
 
 
 def first_pass_scores(
-    loss: Loss, params: Params, base_params: Params | None, batch: Batch
+    loss: Loss,
+    params: Params,
+    base_params: Params | None,
+    batch: Batch,
+    teacher_params: ComposedParams | None = None,
 ) -> dict[str, Float32[Array, "B T"]]:
     """The scores that the objective's weights depend on, of a batch that is trained on later.
 
@@ -213,28 +224,15 @@ def first_pass_scores(
         params: parameters of the trained network.
         base_params: frozen parameters of the base; None iff a model is trained without one.
         batch: one micro-batch, arrays [B T].
+        teacher_params: of the teacher; None iff the loss has none.
 
     Returns:
         Name → score, for each of the objective's `first_pass`.
     """
     networks, targets = _networks(loss, params, base_params), jnp.asarray(batch.targets)
-    hidden = _run(loss.composition, networks, batch, base_hidden=batch.base_states)
-    return _first_pass(loss, networks, hidden, targets)
-
-
-def _run(
-    composition: Composition, networks: ComposedParams, batch: Any, *, base_hidden: Any = None
-) -> HiddenStates:
-    """Final hidden states of all networks at the positions of a micro-batch."""
-    hidden, _ = run_networks(
-        composition,
-        networks,
-        batch.tokens,
-        positions=batch.positions,
-        segment_ids=batch.segment_ids,
-        base_hidden=base_hidden,
-    )
-    return hidden
+    hidden = run_batch(loss.composition, networks, batch, base_hidden=batch.base_states)
+    states = hidden, run_teacher(loss.teacher, teacher_params, batch)
+    return _first_pass(loss, networks, teacher_params, states, targets)
 
 
 def _networks(loss: Loss, params: Params, base_params: Params | None) -> ComposedParams:
@@ -304,22 +302,31 @@ def _weighted(weight: Array, score: Array) -> Float32[Array, ""]:
 
 
 def _first_pass(
-    loss: Loss, networks: ComposedParams, hidden: HiddenStates, targets: Array
+    loss: Loss,
+    networks: ComposedParams,
+    teacher: ComposedParams | None,
+    states: tuple[HiddenStates, HiddenStates | None],
+    targets: Array,
 ) -> dict[str, Array]:
     """The scores that weights depend on, chunk by chunk, without a gradient."""
     strengths = jnp.ones((1, len(loss.composition.values)), jnp.float32)
 
     def one(chunk: Any) -> dict[str, Array]:
+        (hidden, teacher_hidden), targets = chunk
         scores = score_positions(
             loss.composition,
             networks,
-            *chunk,
+            hidden,
+            targets,
             strengths=strengths,
             names=loss.objective.first_pass,
+            teacher_logits=teacher_logits(
+                loss.teacher, loss.teacher_strengths, teacher, teacher_hidden
+            ),
         )
         return _of_trained(scores)
 
-    scores = jax.lax.map(one, split_positions(loss.chunk_length, (hidden, targets)))
+    scores = jax.lax.map(one, split_positions(loss.chunk_length, (states, targets)))
     return join_positions(targets.shape[1], scores)
 
 
@@ -359,23 +366,14 @@ def _chunk_loss(
             targets,
             strengths=jnp.ones((1, len(loss.composition.values)), jnp.float32),
             names=names,
-            teacher_logits=_teacher_logits(loss, frozen.teacher, teacher_hidden),
+            teacher_logits=teacher_logits(
+                loss.teacher, loss.teacher_strengths, frozen.teacher, teacher_hidden
+            ),
         )
     )
     zero = jnp.zeros((), jnp.float32)
     total = sum((_weighted(weight, scores[name]) for name, weight in weights.items()), zero)
     return total, jax.lax.stop_gradient(scores)
-
-
-def _teacher_logits(
-    loss: Loss, teacher: ComposedParams | None, hidden: HiddenStates | None
-) -> Float32[Array, "B T V"] | None:
-    """The teacher's logits at one chunk of positions; None: there is no teacher."""
-    if loss.teacher is None or teacher is None or hidden is None:
-        return None
-    strengths = jnp.asarray([loss.teacher_strengths], jnp.float32)
-    logits = network_logits(loss.teacher, teacher, hidden)
-    return compose(loss.teacher, teacher.values, logits, strengths=strengths)
 
 
 def _of_trained(scores: dict[str, Array]) -> dict[str, Array]:

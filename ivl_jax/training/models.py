@@ -32,6 +32,7 @@ from ivl_jax.model.network import Architecture, abstract_network, init_network
 from ivl_jax.model.projection import AS_TRAINED, KernelForm
 from ivl_jax.sharding import LAYOUTS, padded_vocab_rows, parameter_shardings
 from ivl_jax.tokenizer_agreement import check_compatible
+from ivl_jax.training.objectives import find_objective
 from ivl_jax.training.teacher import read_teacher
 from ivl_jax.weights.hf_checkpoint import load_params
 from ivl_jax.weights.language_model import check_rows
@@ -66,6 +67,9 @@ class Models:
     """How the trained model is connected to a base; None without a base."""
     teacher: ComposedSources | None = None
     """The teacher of a distillation; None: there is none."""
+    original: FrozenBase | None = None
+    """The model that is trained alone, as it was before the run, where the objective needs it as
+    the reference."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,11 @@ def choose_models(config: TrainConfig, mesh: Mesh, *, read: ModelReader = read_m
         attention_of(config, model.arch, Layout(mesh, LAYOUTS[base.layout]))
     if config.method == "sft":
         _check_context(config, found)
-        return Models(trained=first, arch=first.arch, bases=(), teacher=_teacher(config, [first]))
+        original = None
+        if find_objective(config).needs_reference:
+            original = FrozenBase(first, config.base, unknown_ids=())
+        teacher = _teacher(config, [first])
+        return Models(first, first.arch, bases=(), teacher=teacher, original=original)
     trained, arch = first, first.arch
     scheme = load_extension(
         config.value.connection, SCHEMES, ConnectionScheme, where="value.connection"

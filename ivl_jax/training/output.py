@@ -15,12 +15,12 @@ from etils import epath
 
 from ivl_jax.checkpoint import ValueMetadata, save_value
 from ivl_jax.config import TrainConfig
+from ivl_jax.data.templates import standalone_template
 from ivl_jax.folder_copies import copy_files, file_names
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import unstack_layers
 from ivl_jax.model.network import architecture_to_json
 from ivl_jax.paths import is_local
-from ivl_jax.training.models import Models
 from ivl_jax.training.run_directory import RunDirectory
 from ivl_jax.training.setup import Preparation
 from ivl_jax.training.step import TrainState
@@ -62,7 +62,7 @@ def value_metadata(
             "fingerprint": combined_fingerprint(weights.bases),
         },
         chat_template=chat_format.template,
-        stop_ids=_stop_ids(models, prepared),
+        stop_ids=stop_ids(prepared),
         steps=steps,
     )
 
@@ -105,31 +105,44 @@ def save_output(
         params=params,
         tokenizer=models.trained.tokenizer,
         tokenizer_info=models.trained.info,
-        stop_ids=_stop_ids(models, prepared),
+        stop_ids=stop_ids(prepared),
     )
+    template = standalone_template(model.tokenizer, prepared.data.chat_format.template)
     if is_local(directory.model):
-        save_language_model(Path(directory.model), model, dtype=jnp.float32, overwrite=True)
+        _save_model(Path(directory.model), model, template)
     else:
-        _upload_model(directory.model, model)
+        _upload_model(directory.model, model, template)
     logger.info("model folder: %s", directory.model)
     return directory.model
 
 
-def _upload_model(folder: epath.Path, model: LanguageModel) -> None:
+def _save_model(folder: Path, model: LanguageModel, template: str | None) -> None:
+    """Write a model's folder, in which the tokenizer has the chat template of the run."""
+    save_language_model(folder, model, dtype=jnp.float32, chat_template=template, overwrite=True)
+
+
+def _upload_model(folder: epath.Path, model: LanguageModel, template: str | None) -> None:
     """Write a model's folder to an object store, `config.json` last: without it, it is not one."""
     # All processes that write it together must call it the same.
     digest = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
     local = Path(tempfile.gettempdir()) / f"ivl_jax-model-{digest}"
-    save_language_model(local, model, dtype=jnp.float32, overwrite=True)
+    _save_model(local, model, template)
     if jax.process_index() == 0:
         (folder / "config.json").unlink(missing_ok=True)
         copy_files(local, folder, file_names(local), last=("config.json",))
         shutil.rmtree(local)
 
 
-def _stop_ids(models: Models, prepared: Preparation) -> tuple[int, ...]:
-    """The ids that end a text: the tokenizer's eos ids and the chat format's end of turn."""
-    ids = (*models.trained.info.eos_ids, *prepared.data.chat_format.stop_ids)
+def stop_ids(prepared: Preparation) -> tuple[int, ...]:
+    """The ids that end a text: the tokenizer's eos ids and the chat format's end of turn.
+
+    Args:
+        prepared: models and data of a run.
+
+    Returns:
+        Each id once.
+    """
+    ids = (*prepared.models.trained.info.eos_ids, *prepared.data.chat_format.stop_ids)
     return tuple(dict.fromkeys(ids))
 
 

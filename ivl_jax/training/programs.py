@@ -5,8 +5,8 @@ architecture share their programs; all of them share the train state.
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ from ivl_jax.training.models import (
 )
 from ivl_jax.training.networks import frozen_network, trained_network
 from ivl_jax.training.objectives import find_objective
+from ivl_jax.training.reference import load_reference
 from ivl_jax.training.step import (
     EvalStep,
     FirstPass,
@@ -47,7 +48,7 @@ from ivl_jax.training.step import (
     make_first_pass,
     make_train_step,
 )
-from ivl_jax.training.teacher import Teacher, load_teacher
+from ivl_jax.training.teacher import Teacher
 
 # Logits of one model that exist at once on one device. On CPU a chunk that fits the caches is as
 # fast as the whole and takes a fraction of the memory (8 MB in f32); accelerators need matmuls
@@ -111,11 +112,7 @@ def build_programs(
         One per base in the config's order; a single one without a base.
     """
     compiled: dict[Hashable, StepPrograms] = {}
-    teacher = None
-    if models.teacher is not None:
-        teacher = load_teacher(
-            config.distil, models.teacher, compute_dtype=config.step.compute_dtype, mesh=mesh
-        )
+    teacher = load_reference(config, models, mesh)
     programs = []
     bases: Sequence[FrozenBase | None] = models.bases or (None,)
     for index, base in enumerate(bases):
@@ -159,10 +156,11 @@ def _taught(teacher: Teacher | None, programs: StepPrograms) -> StepPrograms:
     """The programs with the teacher's parameters given; they are the same at every step."""
     if teacher is None:
         return programs
-    step, evaluate, params = programs.step, programs.evaluate, teacher.params
+    (_, step, evaluate, first_pass), params = programs, teacher.params
     return programs._replace(
         step=lambda state, base, batch: step(state, base, batch, params),
         evaluate=lambda trained, base, batch: evaluate(trained, base, batch, params),
+        first_pass=lambda trained, base, batch: first_pass(trained, base, batch, params),
     )
 
 
@@ -192,17 +190,15 @@ def step_programs(
         schedule: the learning rate it follows.
         shardings: of the train state.
         mesh: the device mesh; its devices need not be attached.
-        teacher: of a distillation; its parameters are the programs' fourth argument. None: without.
+        teacher: that the objective compares with; its parameters are the programs' fourth argument.
+            None: there is none.
         memory: bytes that a device has; None: ask the devices, which must then be attached.
 
     Returns:
         The loss and both steps.
     """
-    teacher_shardings = None
-    loss = make_loss(config, models, base, place, base_place, mesh, memory=memory)
-    if teacher is not None:
-        loss = replace(loss, teacher=teacher.composition, teacher_strengths=teacher.strengths)
-        teacher_shardings = teacher.shardings
+    teacher_shardings = None if teacher is None else teacher.shardings
+    loss = make_loss(config, models, base, place, base_place, mesh, memory=memory, teacher=teacher)
     base_shardings = None if base_place is None else base_place.shardings
     step = make_train_step(
         loss,
@@ -221,7 +217,11 @@ def step_programs(
         teacher_shardings=teacher_shardings,
     )
     first_pass = make_first_pass(
-        loss, shardings=place.shardings, base_shardings=base_shardings, mesh=mesh
+        loss,
+        shardings=place.shardings,
+        base_shardings=base_shardings,
+        mesh=mesh,
+        teacher_shardings=teacher_shardings,
     )
     return StepPrograms(loss, step, evaluate, first_pass)
 
@@ -241,6 +241,7 @@ def make_loss(
     mesh: Mesh,
     *,
     memory: int | None,
+    teacher: Teacher | None = None,
 ) -> Loss:
     """Make the static half of the loss.
 
@@ -252,31 +253,37 @@ def make_loss(
         base_place: of the base; None without one.
         mesh: the device mesh.
         memory: bytes that a device has; None: ask the devices, if that matters.
+        teacher: that the objective compares with, or None.
 
     Returns:
         The loss.
     """
     rows = config.step.batch_size // config.step.micro_batches // batch_ways(mesh)
     heads = [at.vocab_rows for at in (place, base_place) if at is not None]
-    if models.teacher is not None:
-        heads.append(models.teacher.base.arch.vocab_size)
+    if teacher is not None:
+        heads.append(teacher.composition.base.arch.vocab_size)
     chunk_length = default_chunk_length(
         rows, config.data.max_length, max(heads), platform=mesh.devices.flat[0].platform
     )
-    remat = _remat(config, models, place, base_place, mesh, rows=rows, memory=memory)
+    frozen = 0 if base_place is None else shard_bytes(base_place.shapes, base_place.shardings)
+    if teacher is not None:
+        frozen += shard_bytes(teacher.params, teacher.shardings)
+    remat = _remat(config, models, place, mesh, rows=rows, frozen=frozen, memory=memory)
     trained = trained_network(config, models, mesh, remat=remat)
     objective = find_objective(config)
+    common: dict[str, Any] = {"objective": objective, "chunk_length": chunk_length}
+    if teacher is not None:
+        common |= {"teacher": teacher.composition, "teacher_strengths": teacher.strengths}
     if base is None:
-        return Loss(Composition(trained), objective, chunk_length=chunk_length)
+        return Loss(Composition(trained), **common)
     penalty = config.penalty
     return Loss(
         Composition(frozen_network(config, base, mesh), (trained,)),
-        objective,
         unknown_ids=base.unknown_ids,
         penalty_kind=penalty.kind,
         penalty_weight=0.0 if penalty.kind == "none" else penalty.weight,
         penalty_positions=penalty.positions,
-        chunk_length=chunk_length,
+        **common,
     )
 
 
@@ -284,10 +291,10 @@ def _remat(
     config: TrainConfig,
     models: Models,
     place: Placement,
-    base_place: Placement | None,
     mesh: Mesh,
     *,
     rows: int,
+    frozen: int,
     memory: int | None,
 ) -> Remat:
     """The config's policy, or the one that a device's memory asks for."""
@@ -300,7 +307,6 @@ def _remat(
         return "none"
     trained = shard_bytes(place.shapes, place.shardings)
     moments = trained if config.optimizer.moment_dtype == "bfloat16" else 2 * trained
-    base = 0 if base_place is None else shard_bytes(base_place.shapes, base_place.shardings)
     layout = LAYOUTS[config.value.layout if models.bases else config.base.layout]
     return choose_remat(
         arch,
@@ -308,7 +314,7 @@ def _remat(
         length=config.data.max_length,
         compute_dtype=jnp.dtype(step.compute_dtype),
         attention=attention_of(config, arch, Layout(mesh, layout)),
-        held=2 * trained + moments + base,
+        held=2 * trained + moments + frozen,
         memory=_agreed_memory(mesh) if memory is None else memory,
     )
 

@@ -77,15 +77,10 @@ def check_names(config: TrainConfig) -> None:
 
     Raises:
         ValueError: an unknown objective or row format, or templates where none are read.
-        ConfigError: an objective that does not learn from such rows, or needs a base or a teacher;
-            or a teacher for an objective that has none.
+        ConfigError: an objective that does not learn from such rows, or needs a teacher; or a
+            teacher for an objective that has none.
     """
     objective, row_format = find_objective(config), _source(config.data).format
-    if objective.needs_base and config.method != "value":
-        raise ConfigError(
-            f'objective = "{config.objective}" compares with the frozen base, and method = '
-            f'"{config.method}" has none: set method = "value"'
-        )
     if objective.needs_teacher != bool(config.distil.teacher):
         raise ConfigError(
             f'objective = "{config.objective}" learns from a teacher: name its folder or hub id as '

@@ -38,8 +38,8 @@ TrainStep = Callable[..., tuple[TrainState, StepMetrics]]
 """(state, base parameters or None, batch[, teacher's parameters]) → (state, metrics)."""
 EvalStep = Callable[..., Sums]
 """(parameters, base parameters or None, batch[, teacher's parameters]) → sums."""
-FirstPass = Callable[[Params, Params | None, Batch], Mapping[str, Array]]
-"""(parameters, base parameters or None, batch [A B T]) → scores [A B T]."""
+FirstPass = Callable[..., Mapping[str, Array]]
+"""(parameters, base parameters or None, batch [A B T][, teacher's parameters]) → scores [A B T]."""
 
 
 def state_shardings(
@@ -246,7 +246,12 @@ def make_eval_step(
 
 
 def make_first_pass(
-    loss: Loss, *, shardings: Params, base_shardings: Params | None, mesh: Mesh
+    loss: Loss,
+    *,
+    shardings: Params,
+    base_shardings: Params | None,
+    mesh: Mesh,
+    teacher_shardings: ComposedParams | None = None,
 ) -> FirstPass:
     """Compile the first pass of a batch that several steps train on; see `first_pass_scores`.
 
@@ -255,16 +260,29 @@ def make_first_pass(
         shardings: of the trained parameters.
         base_shardings: of the base's parameters; None without a base.
         mesh: the mesh of all these shardings.
+        teacher_shardings: of the teacher's parameters; None without a teacher.
 
     Returns:
         A function that gives the scores of all micro-batches; nothing is donated.
     """
 
-    def scores(params: Params, base_params: Params | None, batch: Batch) -> Mapping[str, Array]:
-        return jax.lax.map(lambda micro: first_pass_scores(loss, params, base_params, micro), batch)
+    def scores(
+        params: Params,
+        base_params: Params | None,
+        batch: Batch,
+        teacher_params: ComposedParams | None = None,
+    ) -> Mapping[str, Array]:
+        def one(micro: Batch) -> Mapping[str, Array]:
+            return first_pass_scores(loss, params, base_params, micro, teacher_params)
+
+        return jax.lax.map(one, batch)
 
     rows = batch_sharding(mesh, micro_batched=True)
-    return jax.jit(scores, in_shardings=(shardings, base_shardings, rows), out_shardings=rows)
+    return jax.jit(
+        scores,
+        in_shardings=(shardings, base_shardings, rows, *_given(teacher_shardings)),
+        out_shardings=rows,
+    )
 
 
 def quotients(loss: Loss, sums: Mapping[str, Any]) -> dict[str, Any]:

@@ -326,6 +326,7 @@ def save_language_model(
     model: LanguageModel,
     *,
     dtype: DTypeLike,
+    chat_template: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a model as a Hugging Face folder: weights, configuration, tokenizer, stop ids.
@@ -336,6 +337,7 @@ def save_language_model(
         folder: the folder to create.
         model: the model.
         dtype: float32 or bfloat16, of every tensor written.
+        chat_template: Jinja text for the tokenizer; None keeps its own.
         overwrite: replace an existing model folder.
 
     Raises:
@@ -345,9 +347,21 @@ def save_language_model(
     with new_folder(Path(folder), overwrite=overwrite) as staging:
         write_params(staging, model.arch, model.params, dtype=dtype)
         if jax.process_index() == 0:
-            save_tokenizer(model.tokenizer, staging)
+            _save_tokenizer(model.tokenizer, staging, chat_template)
             text = json.dumps(_generation_config(model), indent=2)
             (staging / "generation_config.json").write_text(text + "\n")
+
+
+def _save_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, folder: Path, chat_template: str | None
+) -> None:
+    own_template = tokenizer.chat_template
+    try:
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template
+        save_tokenizer(tokenizer, folder)
+    finally:
+        tokenizer.chat_template = own_template
 
 
 def _generation_config(model: LanguageModel) -> Mapping[str, Any]:

@@ -8,12 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ivl_jax.config import ConfigError, PreferenceConfig, RowsConfig, TrainConfig
+from ivl_jax.composed.forward import network_logits, run_networks
+from ivl_jax.composed.network import ComposedParams
+from ivl_jax.config import ConfigError, PreferenceConfig, RowsConfig, TrainConfig, ValueConfig
 from ivl_jax.data.batching import Batch, lay_out_rows
+from ivl_jax.data.chat import make_chat_format
+from ivl_jax.data.formats import Message
+from ivl_jax.decoding.compose import compose
 from ivl_jax.training.loop import run
+from ivl_jax.training.loss import count_tokens, loss_sum
 from ivl_jax.training.objectives.dpo import make_dpo
 from ivl_jax.training.objectives.segments import segment_totals
 from tests.training.runs import assert_same_run, crash_and_resume, records
+from tests.training.tiny import VOCAB, make_arch, make_loss, make_params, on_device
 
 # Two rows: (chosen, rejected, chosen, rejected) and (chosen, rejected), lengths in tokens.
 LENGTHS = [[5, 7, 3, 2], [6, 4]]
@@ -164,10 +171,85 @@ def test_a_stopped_run_of_preferences_resumes_to_the_bits_of_one_that_never_stop
     assert_same_run(crash_and_resume(monkeypatch, run, config), whole)
 
 
+def test_a_model_alone_is_compared_with_its_original() -> None:
+    arch, beta = make_arch(), 0.7
+    params, original = make_params(arch, 1), make_params(arch, 2)
+    rows = [
+        [(np.arange(3, 3 + n, dtype=np.int32), np.arange(n) >= 1) for n in row] for row in LENGTHS
+    ]
+    batch = on_device(lay_out_rows(rows, sequence_length=20, pad_id=0))
+    loss = make_loss(
+        arch,
+        alone=True,
+        objective=make_dpo(PreferenceConfig(beta=beta)),
+        teacher=make_loss(arch, alone=True).composition,
+        chunk_length=6,
+    )
+
+    def found(params):
+        total, count, sums = loss_sum(
+            loss,
+            params,
+            None,
+            batch,
+            counts=count_tokens(loss, batch),
+            teacher_params=ComposedParams(original),
+        )
+        return total / count, sums["loss"] / count
+
+    def log_prob(params):
+        composed = ComposedParams(params)
+        positions, segments = batch.positions, batch.segment_ids
+        hidden, _ = run_networks(
+            loss.composition, composed, batch.tokens, positions=positions, segment_ids=segments
+        )
+        logits = network_logits(loss.composition, composed, hidden).base[..., :VOCAB]
+        every = jax.nn.log_softmax(logits)
+        return jnp.take_along_axis(every, batch.targets[..., None], axis=-1)[..., 0]
+
+    def expected(params):
+        ratio = log_prob(params) - log_prob(original)
+        gaps = [ratio[good].sum() - ratio[bad].sum() for good, bad in pairs_of(batch)]
+        return -jnp.mean(jnp.log(jax.nn.sigmoid(beta * jnp.stack(gaps))))
+
+    gradient, value = jax.jit(jax.grad(found, has_aux=True))(params)
+    wanted, wanted_gradient = jax.jit(jax.value_and_grad(expected))(params)
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-5),
+        gradient,
+        wanted_gradient,
+    )
+
+
+def test_an_objective_that_compares_needs_something_to_compare_with() -> None:
+    with pytest.raises(ValueError, match="dpo compares with a frozen reference: give a base"):
+        make_loss(make_arch(), alone=True, objective=make_dpo(PreferenceConfig()))
+
+
+def test_a_model_trained_alone_resumes_and_answers_in_the_chat_format_of_its_run(
+    config, tmp_path, monkeypatch
+) -> None:
+    data = replace(config.data, chat_template="llama-2")
+    config = replace(config, method="sft", data=data, value=ValueConfig())
+    whole = run(config)
+    held_out = [one["held_out"] for one in records(whole.run_dir) if "held_out" in one]
+    # Before the first step it is its own reference.
+    assert held_out[0]["reward_margin"] == held_out[0]["kl"] == 0
+    assert held_out[0]["preference_loss"] == pytest.approx(np.log(2))
+    assert held_out[-1]["preference_loss"] < held_out[0]["preference_loss"]
+    assert held_out[-1]["kl"] > 0
+    config = replace(config, run_dir=str(tmp_path / "stopped"))
+    assert_same_run(crash_and_resume(monkeypatch, run, config), whole)
+    model = compose(str(whole.output))
+    asked = [Message("user", "2+2")]
+    wanted = make_chat_format(model.tokenizer, template="llama-2")
+    np.testing.assert_array_equal(model.encode(asked), wanted.encode_prompt(asked))
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"method": "sft"}, 'has none: set method = "value"'),
         ({"objective": "sft"}, r'learns from demonstrations, which data.format = "sharegpt" or'),
     ],
 )

@@ -81,7 +81,7 @@ def make_dpo(options: PreferenceConfig) -> Objective:
     return Objective(
         name="dpo",
         dialogues=2,
-        needs_base=True,
+        needs_reference=True,
         best_by="preference_loss",
         shown=("reward_accuracy", "reward_margin", "kl"),
         configure=lambda config: make_dpo(config.preference),

@@ -136,7 +136,7 @@ def make_grpo(options: GrpoConfig) -> Objective:
             "clipped": ("clipped", "loss_tokens"),
         },
         monitored=("entropy",),
-        needs_base=True,
+        needs_reference=True,
         needs_rollouts=True,
         best_by="missed_reward",
         shown=("reward", "kl", "entropy"),

@@ -52,8 +52,9 @@ class Objective:
     dialogues: int = 1
     """Dialogues per row of the data: 2 for pairs of a chosen and a rejected answer, which lie next
     to each other in a row of the batch."""
-    needs_base: bool = False
-    """Whether it has no meaning for a model that is trained alone."""
+    needs_reference: bool = False
+    """Whether its scores compare with a frozen reference, the scores `base_…`: the base or, for a
+    model that is trained alone, the model as it was before the run."""
     needs_teacher: bool = False
     """Whether its scores compare with a teacher, which the config's `distil` table names."""
     needs_rollouts: bool = False
