@@ -6,7 +6,6 @@ In: architectures and sizes; nothing is allocated. Out: bytes, and a policy.
 import functools
 import logging
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -122,11 +121,11 @@ def _residual_bytes(
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
 
 
-def shard_bytes(shapes: Mapping[Any, Any], shardings: Mapping[Any, Any]) -> int:
+def shard_bytes(shapes: Any, shardings: Any) -> int:
     """Bytes of a tree's arrays on one device.
 
     Args:
-        shapes: arrays or their shapes and dtypes.
+        shapes: a tree of arrays, or of their shapes and dtypes.
         shardings: where each of them lives.
 
     Returns:
