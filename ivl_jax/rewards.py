@@ -31,6 +31,8 @@ class Sample(NamedTuple):
 
 
 Reward = Callable[[Sample], float]
+WeightedReward = tuple[str, Reward, float]
+"""Name, function, weight."""
 
 
 class RewardError(RuntimeError):
@@ -101,7 +103,7 @@ def find_reward(name: str, *, where: str) -> Reward:
 
 
 def weighted_reward(
-    rewards: Sequence[tuple[str, Reward, float]], sample: Sample
+    rewards: Sequence[WeightedReward], sample: Sample
 ) -> tuple[float, dict[str, float]]:
     """Add up the rewards of a sample.
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +10,22 @@ import numpy as np
 import pytest
 
 from ivl_jax.config import (
+    BaseConfig,
     ConfigError,
+    DistilConfig,
     GrpoConfig,
+    MeshConfig,
     PenaltyConfig,
     StepConfig,
     TrainConfig,
     ValueConfig,
 )
 from ivl_jax.post_training import run
+from ivl_jax.post_training.sampler import Sampler
 from ivl_jax.rewards import RewardError, Sample
 from ivl_jax.training import loop
 from ivl_jax.training.objectives.grpo import advantages, make_grpo
-from tests.training.conftest import make_tiny_config, tiny_pair  # noqa: F401
+from tests.training.conftest import make_tiny_config, save_tiny_model, tiny_pair  # noqa: F401
 from tests.training.runs import assert_same_run, crash_and_resume, records
 from tests.training.tiny import make_batch, on_device
 
@@ -135,13 +140,87 @@ def test_rewards_rise_and_a_stopped_run_resumes_to_the_bits_of_one_that_never_st
     assert_same_run(crash_and_resume(monkeypatch, run, config), whole)
 
 
-def test_a_model_alone_learns_from_rewards(config) -> None:
-    step = replace(config.step, max_steps=2, scan_layers=True)
-    config = replace(config, method="sft", value=ValueConfig(), step=step)
-    result = run(config)
+@pytest.fixture
+def unevaluated(config) -> TrainConfig:
+    """Two steps, nothing held out: less to compile."""
+    return replace(
+        config,
+        data=replace(config.data, validation_fraction=0.0),
+        step=replace(config.step, max_steps=2, micro_batches=1),
+    )
+
+
+def test_a_model_alone_learns_from_rewards(unevaluated) -> None:
+    step = replace(unevaluated.step, scan_layers=True)
+    result = run(replace(unevaluated, method="sft", value=ValueConfig(), step=step))
     first, second = (one for one in records(result.run_dir) if "loss" in one)
+    # Before the first update it is its own reference.
     assert first["kl"] == pytest.approx(0, abs=1e-6)
-    assert second["kl"] > 0
+    assert second["kl"] > 1e-5
+
+
+def test_on_a_mesh_bases_take_turns_and_the_engine_reads_the_arrays_of_the_step(
+    unevaluated, tmp_path, monkeypatch
+) -> None:
+    composed: dict[str, Any] = {}
+    make = Sampler._beside_base
+
+    def noted(self, params, program):
+        model = composed[program.name] = make(self, params, program)
+        assert_shared(model.params.base, program.base_params)
+        return model
+
+    monkeypatch.setattr(Sampler, "_beside_base", noted)
+    bases = (unevaluated.base, BaseConfig(path=str(save_tiny_model(tmp_path / "other", seed=5))))
+    config = replace(
+        unevaluated,
+        base=BaseConfig(),
+        bases=bases,
+        mesh=MeshConfig(data=1, fsdp=2, tensor=1),
+        step=replace(unevaluated.step, scan_layers=True),
+    )
+    result = run(config)
+    steps = [one for one in records(result.run_dir) if "loss" in one]
+    assert {one["base"] for one in steps} == set(composed) == {one.path for one in bases}
+    assert all(np.isfinite(one["reward"]) for one in steps)
+
+
+def assert_shared(used: Any, held: Any) -> None:
+    """Every array of one tree is held in the buffers of the other."""
+
+    def buffers(tree: Any) -> set[int]:
+        return {
+            part.data.unsafe_buffer_pointer()
+            for leaf in jax.tree.leaves(tree)
+            for part in leaf.addressable_shards
+        }
+
+    assert buffers(used) == buffers(held)
+
+
+@pytest.fixture
+def on_policy(config, tmp_path) -> TrainConfig:
+    """The student's own answers, of which the tuned version of its base is the teacher."""
+    teacher = str(save_tiny_model(tmp_path / "tuned", seed=7))
+    distil = DistilConfig(teacher, answers="sampled", max_new_tokens=6)
+    return replace(config, objective="distil", distil=distil)
+
+
+def test_a_teacher_of_the_students_own_answers_is_learned_and_a_stopped_run_resumes(
+    on_policy, tmp_path, monkeypatch
+) -> None:
+    whole = run(on_policy)
+    steps = [one for one in records(whole.run_dir) if "loss" in one]
+    assert steps[-1]["divergence"] < 0.9 * steps[0]["divergence"]
+    # What is compared are the sampled answers, all of them and nothing else.
+    for one in steps[:2]:
+        assert one["loss_tokens"] == pytest.approx(16 * one["answer_tokens"])
+    lines = (whole.run_dir / "samples.jsonl").read_text()
+    assert len({json.loads(line)["answer"] for line in lines.splitlines()}) > 16
+    stopped = replace(on_policy, run_dir=str(tmp_path / "stopped"))
+    resumed = crash_and_resume(monkeypatch, run, stopped)
+    assert_same_run(resumed, whole)
+    assert (resumed.run_dir / "samples.jsonl").read_text() == lines
 
 
 @pytest.mark.parametrize(
@@ -151,7 +230,10 @@ def test_a_model_alone_learns_from_rewards(config) -> None:
         ({"group_size": 5}, "step.batch_size = 16 is not a multiple of grpo.group_size = 5"),
         ({"updates": 4}, "step.max_steps = 6 is not a multiple of grpo.updates = 4"),
         ({"max_new_tokens": 48}, "leaves no room for a prompt"),
-        ({"max_new_tokens": 40}, r"rows.jsonl:\d+: its prompt of \d+ tokens"),
+        (
+            {"max_new_tokens": 40},
+            r"rows.jsonl:\d+: its prompt of \d+ tokens .* grpo.max_new_tokens",
+        ),
     ],
 )
 def test_what_cannot_be_sampled_is_refused_with_the_reason(config, changes, said) -> None:
@@ -182,3 +264,5 @@ def test_options_out_of_range_are_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=said):
             GrpoConfig(**options)
+    with pytest.raises(ConfigError, match="temperature must be > 0, got 0.0"):
+        DistilConfig(temperature=0.0)

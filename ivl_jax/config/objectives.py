@@ -55,6 +55,13 @@ class DistilConfig:
     """`forward` is KL(teacher ‖ student), `reverse` KL(student ‖ teacher), `js` Jensen–Shannon."""
     tokens: Literal["answers", "all"] = "answers"
     """Where the two are compared: on the assistant's tokens, or on every token of the text."""
+    answers: Literal["given", "sampled"] = "given"
+    """Answers that the two are compared on: those of the rows, or the student's own, sampled anew
+    for every step (on-policy)."""
+    max_new_tokens: int = 128
+    """The most tokens per sampled answer."""
+    temperature: float = 1.0
+    """Of sampling."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """How the teacher's frozen parameters are stored."""
 
@@ -74,6 +81,7 @@ class DistilConfig:
             bool(self.teacher) or not self.values,
             f"distil.values = {self.values} needs a base to be added to: name it as distil.teacher",
         )
+        _require_sampling("distil", self.max_new_tokens, self.temperature)
 
 
 @dataclass(frozen=True)
@@ -125,13 +133,15 @@ class GrpoConfig:
             self.group_size >= 2,
             f"grpo.group_size must be ≥ 2, got {self.group_size}: answers are compared",
         )
-        require(
-            self.max_new_tokens >= 1, f"grpo.max_new_tokens must be ≥ 1, got {self.max_new_tokens}"
-        )
-        require(self.temperature > 0, f"grpo.temperature must be > 0, got {self.temperature}")
+        _require_sampling("grpo", self.max_new_tokens, self.temperature)
         require(self.kl_weight >= 0, f"grpo.kl_weight must be ≥ 0, got {self.kl_weight}")
         require(self.updates >= 1, f"grpo.updates must be ≥ 1, got {self.updates}")
         require(
             0 < self.clip_low < 1, f"grpo.clip_low must be between 0 and 1, got {self.clip_low}"
         )
         require(self.clip_high > 0, f"grpo.clip_high must be > 0, got {self.clip_high}")
+
+
+def _require_sampling(table: str, max_new_tokens: int, temperature: float) -> None:
+    require(max_new_tokens >= 1, f"{table}.max_new_tokens must be ≥ 1, got {max_new_tokens}")
+    require(temperature > 0, f"{table}.temperature must be > 0, got {temperature}")

@@ -100,7 +100,7 @@ def run(
     """
     config = train_config_of(config)
     check_train_config(config)
-    if not find_objective(config).needs_rollouts:
+    if find_objective(config).sampling is None:
         make_rollouts = None
     elif make_rollouts is None:
         raise ConfigError(
@@ -270,7 +270,7 @@ class _Training:
         batch = next(batches)
         if self._rollouts is not None:
             asked = batches.demonstrations(step // self._updates)
-            batch, figures = self._rollouts.batch(state.params, step, asked)
+            batch, figures = self._rollouts.batch(state.params, step, asked, program)
         batch = split_micro_batches(batch, self._config.step.micro_batches)
         batch = place_batch(batch, self._prepared.mesh, micro_batched=True)
         if self._updates > 1:
@@ -365,8 +365,8 @@ class _Training:
             figures = {name: one(state.params, advance=advance) for name, one in held_out.items()}
             if self._rollouts is not None:
                 asked = self._prepared.data.held_out_demonstrations()
-                for one in figures.values():
-                    one |= self._rollouts.evaluate(state.params, asked)
+                for one in self._prepared.programs:
+                    figures[one.name] |= self._rollouts.evaluate(state.params, asked, one)
         self._evaluation = Evaluation.of(figures, self._prepared.turns.weights)
         report.evaluation(step, self._evaluation)
         return self._evaluation

@@ -253,7 +253,8 @@ def place_base(config: TrainConfig, base: FrozenBase, mesh: Mesh) -> Placement:
         base.model.arch,
         layout=base.config.layout,
         param_dtype=float_dtype(base.config),
-        scan_layers=config.step.scan_layers,
+        # The engine that samples answers reads the same arrays, and decodes layer by layer.
+        scan_layers=config.step.scan_layers and find_objective(config).sampling is None,
         mesh=mesh,
         form=kernel_form(base.config),
     )

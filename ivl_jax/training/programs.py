@@ -67,6 +67,8 @@ class BaseProgram:
 
     name: str
     """The base's path in the config."""
+    base: FrozenBase | None
+    """The base; None if a model is trained without one."""
     base_params: Params | None
     """Its frozen parameters (only the head if its states are cached); None without a base."""
     step: TrainStep
@@ -148,7 +150,7 @@ def build_programs(
                 mesh=mesh,
             )
         name = models.trained.path if base is None else base.model.path
-        programs.append(BaseProgram(name, base_params, step, evaluation, first_pass))
+        programs.append(BaseProgram(name, base, base_params, step, evaluation, first_pass))
     return tuple(programs)
 
 

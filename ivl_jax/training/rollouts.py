@@ -1,6 +1,6 @@
 """What a run needs from outside to learn from sampled answers.
 
-Training does not decode, so whoever starts a run with an objective that `needs_rollouts` hands in
+Training does not decode, so whoever starts a run with an objective that samples hands in
 `MakeRollouts`. In: the trained parameters and demonstrations, whose prompts are answered. Out: the
 batch of a step, or held-out figures.
 """
@@ -12,6 +12,7 @@ from ivl_jax.config import TrainConfig
 from ivl_jax.data.batching import Batch
 from ivl_jax.data.formats import Demonstration
 from ivl_jax.model.decoder import Params
+from ivl_jax.training.programs import BaseProgram
 from ivl_jax.training.run_directory import RunDirectory
 from ivl_jax.training.setup import Preparation
 from ivl_jax.training.used_weights import UsedWeights
@@ -22,7 +23,11 @@ class Rollouts(Protocol):
     """Answers prompts with the model as it is at a step."""
 
     def batch(
-        self, params: Params, step: int, demonstrations: Sequence[Demonstration]
+        self,
+        params: Params,
+        step: int,
+        demonstrations: Sequence[Demonstration],
+        program: BaseProgram,
     ) -> tuple[Batch, Mapping[str, float]]:
         """Sample answers; the same step and parameters give the same ones.
 
@@ -30,6 +35,7 @@ class Rollouts(Protocol):
             params: of the trained model.
             step: steps taken.
             demonstrations: whose prompts are answered.
+            program: of the base whose turn it is, which samples with the trained model.
 
         Returns:
             NumPy arrays [B T], and figures of the answers.
@@ -37,16 +43,17 @@ class Rollouts(Protocol):
         ...
 
     def evaluate(
-        self, params: Params, demonstrations: Sequence[Demonstration]
+        self, params: Params, demonstrations: Sequence[Demonstration], program: BaseProgram
     ) -> Mapping[str, float]:
         """Answer held-out prompts greedily.
 
         Args:
             params: of the trained model.
             demonstrations: whose prompts are answered.
+            program: of the base that answers with it.
 
         Returns:
-            Figures of the answers.
+            Figures of the answers; none if the objective has none.
         """
         ...
 

@@ -25,7 +25,7 @@ from ivl_jax.training.base_turns import BaseTurns
 from ivl_jax.training.cached_states import CachedSplit, open_cached_splits, write_cached_states
 from ivl_jax.training.models import Models, Placement, make_trained_params, place_model
 from ivl_jax.training.objectives import find_objective
-from ivl_jax.training.objectives.objective import Objective
+from ivl_jax.training.objectives.objective import Objective, Sampling
 from ivl_jax.training.optimizer import make_optimizer, make_schedule
 from ivl_jax.training.programs import BaseProgram, build_programs
 from ivl_jax.training.step import TrainState, abstract_state, init_state, state_shardings
@@ -89,8 +89,8 @@ def check_names(config: TrainConfig) -> None:
             else f'distil.teacher = "{config.distil.teacher}" cannot be combined with objective = '
             f'"{config.objective}", which has no teacher: set objective = "distil"'
         )
-    if objective.needs_rollouts:
-        _check_rollouts(config)
+    if objective.sampling is not None:
+        _check_sampling(config, objective.sampling)
     in_pairs = row_format.read_rejected is not None
     if in_pairs != (objective.dialogues == 2):
         expected = "preferences" if objective.dialogues == 2 else "demonstrations"
@@ -104,20 +104,22 @@ def check_names(config: TrainConfig) -> None:
         )
 
 
-def _check_rollouts(config: TrainConfig) -> None:
-    rows, group = config.step.batch_size, config.grpo.group_size
+def _check_sampling(config: TrainConfig, sampling: Sampling) -> None:
+    table, rows, group = sampling.table, config.step.batch_size, sampling.group_size
     problems = [
-        (rows % group, f"step.batch_size = {rows} is not a multiple of grpo.group_size = {group}"),
-        (config.bases, "answers are sampled with one base: use [base], not [[bases]]"),
         (
-            config.base.cache_states,
+            rows % group,
+            f"step.batch_size = {rows} is not a multiple of {table}.group_size = {group}",
+        ),
+        (
+            any(base.cache_states for base in config.all_bases),
             "base.cache_states: the states of sampled answers cannot be stored beforehand",
         ),
         (config.distributed, "distributed = true: answers are sampled in one process"),
         *(
             (
-                steps % config.grpo.updates,
-                f"{name} = {steps} is not a multiple of grpo.updates = {config.grpo.updates}: a "
+                steps % sampling.updates,
+                f"{name} = {steps} is not a multiple of {table}.updates = {sampling.updates}: a "
                 "run stops only between batches of answers",
             )
             for name, steps in (
@@ -127,8 +129,8 @@ def _check_rollouts(config: TrainConfig) -> None:
             )
         ),
         (
-            config.grpo.max_new_tokens >= config.data.max_length,
-            f"grpo.max_new_tokens = {config.grpo.max_new_tokens} leaves no room for a prompt in "
+            sampling.max_new_tokens >= config.data.max_length,
+            f"{table}.max_new_tokens = {sampling.max_new_tokens} leaves no room for a prompt in "
             f"data.max_length = {config.data.max_length}",
         ),
     ]
@@ -214,7 +216,8 @@ def prepare_data(config: TrainConfig, models: Models, mesh: Mesh) -> Data:
     ] or [{}]
     rows = config.step.batch_size
     # Each prompt of a step is answered by a group of rows.
-    prompts = rows // config.grpo.group_size if find_objective(config).needs_rollouts else 0
+    objective = find_objective(config)
+    prompts = rows // objective.sampling.group_size if objective.sampling is not None else 0
     train = make_train_iterator(
         split["train"],
         batch_size=prompts or rows,
@@ -237,9 +240,8 @@ def prepare_data(config: TrainConfig, models: Models, mesh: Mesh) -> Data:
         ]
     else:
         logger.warning("no held-out demonstrations: data.validation_fraction is 0; no evaluation")
-    updates = find_objective(config).updates
     batches = max(1, round(config.step.epochs * train.steps_per_epoch))
-    steps = config.step.max_steps or batches * updates
+    steps = config.step.max_steps or batches * objective.updates
     return Data(train, tuple(held_out), chat_format, steps, tuple(cached))
 
 

@@ -71,7 +71,7 @@ def compiled(case: Case, mesh: Any) -> Any:
     params, base = (jax.device_put(make_params(arch, seed), places) for seed in (1, 0))
     teacher = ComposedParams(base, (ValueArrays(params),)) if taught else None
     batch = make_batch(rows=ROWS)
-    if case.objective.needs_rollouts:
+    if case.objective.sampling is not None:
         batch = batch._replace(advantages=np.cos(np.arange(ROWS * 12.0, dtype=np.float32)))
         batch = batch._replace(advantages=batch.advantages.reshape(ROWS, 12))
     batch = split_micro_batches(batch, case.micro_batches)

@@ -1,17 +1,18 @@
-"""Distillation: the student predicts what a teacher predicts, on given text.
+"""Distillation: the student predicts what a teacher predicts, on given or on its own text.
 
     forward   loss = KL(teacher ‖ student)                 mean over tokens
     reverse   loss = KL(student ‖ teacher)
     js        loss = ½ KL(teacher ‖ m) + ½ KL(student ‖ m),  m the mean of both
 
 The divergences are exact, over the whole vocabulary. The student is base + value network, or a
-model trained alone; the teacher is any model or composition with the same vocabulary.
+model trained alone; the teacher is any model or composition with the same vocabulary. No gradient
+goes through the sampling of the student's own answers.
 
-In: batches of demonstrations. Out: the objective.
+In: batches of demonstrations, or of answers that the student sampled. Out: the objective.
 
 Source:
-    arXiv 1503.02531 (forward); arXiv 2306.13649, generalised knowledge distillation, on fixed text
-    and with β = ½ for `js`.
+    arXiv 1503.02531 (forward); arXiv 2306.13649, generalised knowledge distillation, with β = ½ for
+    `js`, and its on-policy form for sampled answers.
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from jaxtyping import Array, Bool, Float32
 
 from ivl_jax.config import DistilConfig
 from ivl_jax.data.batching import Batch
-from ivl_jax.training.objectives.objective import Objective, Scores, Weights
+from ivl_jax.training.objectives.objective import Objective, Sampling, Scores, Weights
 
 _SCORES = {"forward": "teacher_kl", "reverse": "teacher_reverse_kl", "js": "teacher_js"}
 
@@ -78,6 +79,11 @@ def make_distil(options: DistilConfig) -> Objective:
         monitored=("log_prob", "teacher_log_prob"),
         evaluated=("base_log_prob",),
         needs_teacher=True,
+        sampling=None
+        if options.answers == "given"
+        else Sampling(
+            "distil", max_new_tokens=options.max_new_tokens, temperature=options.temperature
+        ),
         best_by="divergence",
         shown=("divergence", "nll"),
         configure=lambda config: make_distil(config.distil),

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float32
 
 from ivl_jax.config import GrpoConfig
 from ivl_jax.data.batching import Batch
-from ivl_jax.training.objectives.objective import Objective, Scores, Weights
+from ivl_jax.training.objectives.objective import Objective, Sampling, Scores, Weights
 from ivl_jax.training.objectives.segments import is_last, segment_totals
 
 
@@ -126,7 +126,6 @@ def make_grpo(options: GrpoConfig) -> Objective:
         weigh=weigh,
         first_pass=("log_prob",) if clips else (),
         loss=loss if clips else None,
-        updates=options.updates,
         count=count,
         sums=sums,
         figures={
@@ -137,7 +136,15 @@ def make_grpo(options: GrpoConfig) -> Objective:
         },
         monitored=("entropy",),
         needs_reference=True,
-        needs_rollouts=True,
+        sampling=Sampling(
+            "grpo",
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            group_size=options.group_size,
+            updates=options.updates,
+            rewarded=True,
+            mask_truncated=options.mask_truncated,
+        ),
         best_by="missed_reward",
         shown=("reward", "kl", "entropy"),
         configure=lambda config: make_grpo(config.grpo),

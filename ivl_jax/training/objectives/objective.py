@@ -23,6 +23,26 @@ Weights = Mapping[str, Float32[Array, "B T"]]
 """Name of a score → its weight in the loss per token; 0 for a token that does not count."""
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are sampled from the model that is trained, in place of those of the rows."""
+
+    table: str
+    """The config table that these options come from, for messages."""
+    max_new_tokens: int
+    """The most tokens per answer."""
+    temperature: float
+    group_size: int = 1
+    """Answers per prompt."""
+    updates: int = 1
+    """Optimizer steps per batch of answers; with more than one, batches hold the
+    `sampled_log_probs`."""
+    rewarded: bool = False
+    """Whether batches hold the `advantages` of each answer over the others to its prompt."""
+    mask_truncated: bool = False
+    """Whether answers that reached `max_new_tokens` are left out of the loss."""
+
+
 @dataclass(frozen=True, eq=False)
 class Objective:
     """A loss that is linear in per-token scores; equal only to itself."""
@@ -57,14 +77,16 @@ class Objective:
     model that is trained alone, the model as it was before the run."""
     needs_teacher: bool = False
     """Whether its scores compare with a teacher, which the config's `distil` table names."""
-    needs_rollouts: bool = False
-    """Whether it learns from answers that are sampled at every step, not from demonstrations."""
-    updates: int = 1
-    """Optimizer steps per batch of sampled answers; with more than one, its batches hold the
-    `sampled_log_probs`."""
+    sampling: Sampling | None = None
+    """How the answers that it learns from are sampled; None: it learns from those of the rows."""
     best_by: str = "nll"
     """The figure of held-out evaluations whose lowest value makes the best checkpoint."""
     shown: tuple[str, ...] = ("nll",)
     """Figures that the line of a step shows beside the loss."""
     configure: "Callable[[TrainConfig], Objective] | None" = None
     """Config of the run → the objective with the run's options; None: it has none."""
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps per batch."""
+        return 1 if self.sampling is None else self.sampling.updates

@@ -1,0 +1,102 @@
+"""What objectives make of sampled answers: batches of a step, and held-out figures.
+
+In: a `Sampler`. Out: `ivl_jax.training.rollouts.Rollouts`: answers as they are (a teacher says what
+they should have been), or answers with rewards, compared within each prompt's group.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ivl_jax.data.batching import Batch
+from ivl_jax.data.formats import Demonstration
+from ivl_jax.model.decoder import Params
+from ivl_jax.post_training.answers import Answers
+from ivl_jax.post_training.sampler import Sampler
+from ivl_jax.rewards import WeightedReward, weighted_reward
+from ivl_jax.training.objectives.grpo import advantages
+from ivl_jax.training.programs import BaseProgram
+
+
+class PlainRollouts:
+    """Answers as they are; held-out figures are those of the given answers alone."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        """Store the sampler."""
+        self._sampler = sampler
+
+    def batch(
+        self,
+        params: Params,
+        step: int,
+        demonstrations: Sequence[Demonstration],
+        program: BaseProgram,
+    ) -> tuple[Batch, Mapping[str, float]]:
+        """See `Rollouts`."""
+        answers = self._sampler.sample(params, step, demonstrations, program)
+        self._sampler.write(step, answers, {})
+        return self._sampler.batch(answers), answers.figures()
+
+    def evaluate(
+        self, params: Params, demonstrations: Sequence[Demonstration], program: BaseProgram
+    ) -> Mapping[str, float]:
+        """See `Rollouts`."""
+        del params, demonstrations, program
+        return {}
+
+
+class RewardedRollouts:
+    """Answers with rewards, and how much better each is than the others to its prompt."""
+
+    def __init__(
+        self, sampler: Sampler, rewards: Sequence[WeightedReward], *, standardised: bool
+    ) -> None:
+        """Store the sampler and the rewards.
+
+        Args:
+            sampler: answers prompts.
+            rewards: what answers are worth.
+            standardised: as `advantages` takes it.
+        """
+        self._sampler = sampler
+        self._rewards = rewards
+        self._standardised = standardised
+
+    def batch(
+        self,
+        params: Params,
+        step: int,
+        demonstrations: Sequence[Demonstration],
+        program: BaseProgram,
+    ) -> tuple[Batch, Mapping[str, float]]:
+        """See `Rollouts`."""
+        answers = self._sampler.sample(params, step, demonstrations, program)
+        rewards, figures = self._reward(answers)
+        grouped = rewards.reshape(-1, self._sampler.sampling.group_size)
+        gains = advantages(grouped, standardised=self._standardised).ravel()
+        self._sampler.write(step, answers, {"reward": rewards, "advantage": gains})
+        figures["equal_groups"] = float(np.mean(np.ptp(grouped, axis=1) == 0))
+        batch = self._sampler.batch(answers)
+        column = np.zeros((len(batch.tokens), 1), np.float32)
+        column[: len(gains), 0] = gains
+        spread = np.repeat(column, batch.tokens.shape[1], axis=1)
+        return batch._replace(advantages=spread), figures
+
+    def evaluate(
+        self, params: Params, demonstrations: Sequence[Demonstration], program: BaseProgram
+    ) -> Mapping[str, float]:
+        """See `Rollouts`."""
+        answers = self._sampler.answer(params, demonstrations, program, temperature=0.0, seed=0)
+        _, figures = self._reward(answers)
+        # The best checkpoint is the one whose figure is lowest.
+        return {**figures, "missed_reward": -figures["reward"]}
+
+    def _reward(self, answers: Answers) -> tuple[np.ndarray, dict[str, float]]:
+        """The reward of each answer, and figures of all."""
+        found = [weighted_reward(self._rewards, sample) for sample in answers.samples]
+        totals = np.asarray([total for total, _ in found], np.float64)
+        figures = {"reward": float(totals.mean()), **answers.figures()}
+        if len(self._rewards) > 1:
+            for name, _, _ in self._rewards:
+                figures[f"reward/{name}"] = float(np.mean([each[name] for _, each in found]))
+        return totals, figures
