@@ -264,5 +264,5 @@ def test_options_out_of_range_are_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=said):
             GrpoConfig(**options)
-    with pytest.raises(ConfigError, match="temperature must be > 0, got 0.0"):
+    with pytest.raises(ConfigError, match="temperature must be > 0"):
         DistilConfig(temperature=0.0)
