@@ -38,6 +38,7 @@ def abstract_composition(
     *,
     mesh: Mesh,
     dtype: DTypeLike,
+    value_dtype: DTypeLike | None = None,
     scheme: ConnectionScheme = SCHEMES["residual"],
     base_rules: ShardingRules = DEFAULT_RULES,
     value_rules: ShardingRules = DEFAULT_RULES,
@@ -50,6 +51,7 @@ def abstract_composition(
         values: Those of the value networks.
         mesh: Where they decode; its devices need not be attached.
         dtype: Of all parameters and caches.
+        value_dtype: Of those of the value networks, if they have another one.
         scheme: How the value networks are connected.
         base_rules: The base's sharding.
         value_rules: That of the value networks.
@@ -60,15 +62,15 @@ def abstract_composition(
     """
 
     def network(
-        arch: Architecture, rules: ShardingRules, *, int8: bool = False
+        arch: Architecture, rules: ShardingRules, dtype: DTypeLike, *, int8: bool = False
     ) -> tuple[Network, Params]:
         layout = Layout(mesh, rules)
         graphdef, params = network_shapes(arch, layout, dtype=dtype, int8=int8)
         cache_dtype = str(jnp.dtype(dtype))
         return Network(graphdef, arch, arch.vocab_size, cache_dtype, layout=layout), params
 
-    base_network, base_params = network(base, base_rules, int8=int8_base)
-    pairs = [network(arch, value_rules) for arch in values]
+    base_network, base_params = network(base, base_rules, dtype, int8=int8_base)
+    pairs = [network(arch, value_rules, value_dtype or dtype) for arch in values]
     networks = tuple(_connected(each, scheme) for each, _ in pairs)
     arrays = tuple(ValueArrays(params) for _, params in pairs)
     return Composition(base_network, networks), ComposedParams(base_params, arrays)

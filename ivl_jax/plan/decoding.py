@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-from etils import epath
 from jax.sharding import Mesh
 
-from ivl_jax.checkpoint.value_metadata import METADATA_NAME, read_value_metadata
 from ivl_jax.composed.network import ComposedParams, Composition
-from ivl_jax.composed.sources import known_scheme, load_schemes
+from ivl_jax.composed.sources import load_schemes
 from ivl_jax.composition import SCHEMES, ConnectionScheme
 from ivl_jax.config import ComposedModelConfig, ConfigError, TrainConfig
 from ivl_jax.decoding.device.shardings import row_multiple, state_shardings
@@ -25,12 +23,12 @@ from ivl_jax.decoding.programs import build_programs
 from ivl_jax.decoding.requests import bucket_capacity
 from ivl_jax.decoding.shapes import abstract_composition, lower_chunk, lower_prefill
 from ivl_jax.model.architecture import ArchConfig
-from ivl_jax.model.network import Architecture, architecture_from_json
+from ivl_jax.model.network import Architecture
 from ivl_jax.plan.compiled import Compiled, compile_program, lowering_for, warn_of_dtype
 from ivl_jax.plan.decode_flags import DecodeConfig, check_decode_flags
 from ivl_jax.plan.devices import describe_devices
 from ivl_jax.plan.machines import Machine
-from ivl_jax.plan.models import planned_models, read_architecture
+from ivl_jax.plan.models import planned_models, read_architecture, read_value_architecture
 from ivl_jax.sharding import LAYOUTS, make_mesh
 
 
@@ -102,8 +100,8 @@ def plan_decoding(
     )
     multiple = row_multiple(composition)
     rows = -(-config.batch // multiple) * multiple
-    held = _bytes(params)
-    caches = _cache_bytes(composition, rows=rows, capacity=capacity)
+    held = tree_bytes(params)
+    caches = cache_bytes(composition, rows=rows, capacity=capacity)
     warn_of_dtype(machine, model.dtype)
     with lowering_for(machine):
         chunk = compile_program(
@@ -117,11 +115,11 @@ def plan_decoding(
             machine,
             held=held,
         )
-    step = _bytes_read(composition, params) + caches
+    step = bytes_read(composition, params) + caches
     return DecodingPlan(
         rows=rows,
-        base=_bytes(params.base),
-        values=_bytes(params.values),
+        base=tree_bytes(params.base),
+        values=tree_bytes(params.values),
         caches=caches,
         prefill=prefill,
         chunk=chunk,
@@ -149,7 +147,9 @@ def _networks(model: ComposedModelConfig, run: TrainConfig | None, mesh: Mesh) -
     base = read_architecture(model.base, None, "--base")
     if model.value:
         schemes = load_schemes(model.connection)
-        read = [_value(path, schemes) for path in model.values]
+        read = [
+            read_value_architecture(path, where="--value", schemes=schemes) for path in model.values
+        ]
         kinds = {scheme for _, scheme in read} or {SCHEMES["residual"]}
         if len(kinds) > 1:
             raise ConfigError(
@@ -160,15 +160,6 @@ def _networks(model: ComposedModelConfig, run: TrainConfig | None, mesh: Mesh) -
     trained = planned_models(run, mesh)
     assert trained.scheme is not None, "a run that trains a value network has a scheme"
     return _Networks(base, [trained.arch], trained.scheme)
-
-
-def _value(path: str, schemes: Any) -> tuple[Architecture, ConnectionScheme]:
-    """A value folder's architecture and scheme; or those of a language model."""
-    if not (epath.Path(path) / METADATA_NAME).exists():
-        return read_architecture(path, None, "--value"), SCHEMES["residual"]
-    metadata = read_value_metadata(path)
-    arch = architecture_from_json(metadata.architecture)
-    return arch, known_scheme(metadata.connection, schemes, path)
 
 
 def _capacity(config: DecodeConfig, networks: _Networks) -> int:
@@ -183,7 +174,17 @@ def _capacity(config: DecodeConfig, networks: _Networks) -> int:
     return bucket_capacity(config.context, context=min(contexts))
 
 
-def _cache_bytes(composition: Composition, *, rows: int, capacity: int) -> int:
+def cache_bytes(composition: Composition, *, rows: int, capacity: int) -> int:
+    """Bytes of all caches on each device.
+
+    Args:
+        composition: the static half.
+        rows: of the batch.
+        capacity: slots per row.
+
+    Returns:
+        Bytes.
+    """
     programs = build_programs(composition)
     state = programs.empty.eval_shape(rows=rows, capacity=capacity, stop_ids=1)  # pyright: ignore
     shardings = state_shardings(composition, None)
@@ -199,18 +200,26 @@ def _cache_bytes(composition: Composition, *, rows: int, capacity: int) -> int:
     return sum(jax.tree.leaves(per_network))
 
 
-def _bytes_read(composition: Composition, params: ComposedParams) -> int:
-    """Bytes of parameters that a step reads on each device."""
+def bytes_read(composition: Composition, params: ComposedParams) -> int:
+    """Bytes of parameters that generating one token per row reads on each device.
+
+    Args:
+        composition: the static half.
+        params: shapes with shardings.
+
+    Returns:
+        Bytes; of embeddings only the rows of these tokens are read.
+    """
     whole = [params.base, *(value.params for value in params.values)]
     # Schemes that read the base's predictions multiply them with the whole embedding.
     multiplies = [False, *(value.connection.reads_base_logits for value in composition.values)]
     return sum(
-        _bytes(tree if multiplied else {k: v for k, v in tree.items() if k != "embed_tokens"})
+        tree_bytes(tree if multiplied else {k: v for k, v in tree.items() if k != "embed_tokens"})
         for tree, multiplied in zip(whole, multiplies, strict=True)
     )
 
 
-def _bytes(tree: Any) -> int:
+def tree_bytes(tree: Any) -> int:
     """Bytes of a tree's arrays on one device."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

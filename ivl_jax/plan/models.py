@@ -5,7 +5,6 @@ nothing but a `config.json`; for the models in `published.json` a copy of it is 
 the hub is asked for that one file.
 """
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,14 @@ from etils import epath
 from huggingface_hub import hf_hub_download
 from jax.sharding import Mesh
 
-from ivl_jax.composed.sources import ModelSource
-from ivl_jax.config import ConfigError, TrainConfig
+from ivl_jax.checkpoint.value_metadata import METADATA_NAME, read_value_metadata
+from ivl_jax.composed.compatibility import ComposedSources
+from ivl_jax.composed.sources import ModelSource, Schemes, known_scheme
+from ivl_jax.composition import SCHEMES, ConnectionScheme
+from ivl_jax.config import ConfigError, DistilConfig, TrainConfig
 from ivl_jax.json_files import read_json_object
 from ivl_jax.model.architecture import ArchConfig
+from ivl_jax.model.network import Architecture, architecture_from_json
 from ivl_jax.tokenizer import TokenizerInfo
 from ivl_jax.training.models import Models, choose_models
 from ivl_jax.weights.language_model import read_arch
@@ -42,15 +45,56 @@ def planned_models(config: TrainConfig, mesh: Mesh) -> Models:
     named = [(base.path, base.revision, "base.path") for base in config.all_bases]
     if config.method == "value" and config.value.path:
         named.append((config.value.path, config.value.revision, "value.path"))
+    if config.distil.teacher:
+        named.append((config.distil.teacher, None, "distil.teacher"))
     vocab_size = min(read_architecture(*each).vocab_size for each in named)
-    return choose_models(config, mesh, read=partial(_source, vocab_size))
+
+    def read(path: str, revision: str | None, where: str) -> ModelSource:
+        return _source(path, read_architecture(path, revision, where), vocab_size)
+
+    def teach(options: DistilConfig, students: Any, max_length: int) -> ComposedSources:
+        del students, max_length
+        values = tuple(
+            _source(path, arch, vocab_size, scheme)
+            for path in options.values
+            for arch, scheme in [read_value_architecture(path, where="distil.values", schemes={})]
+        )
+        base = read(options.teacher, None, "distil.teacher")
+        return ComposedSources(base, values, None, unknown_ids=((),) * len(values))
+
+    return choose_models(config, mesh, read=read, teach=teach)
 
 
-def _source(vocab_size: int, path: str, revision: str | None, where: str) -> ModelSource:
+def _source(
+    path: str, arch: Architecture, vocab_size: int, scheme: ConnectionScheme = SCHEMES["residual"]
+) -> ModelSource:
     tokenizer: Any = None  # nothing here reads text
     info = TokenizerInfo(vocab_size, "planned", {}, None, (), 0, None)
-    arch = read_architecture(path, revision, where)
-    return ModelSource(path, path, epath.Path(path), arch, tokenizer, info, ())
+    return ModelSource(path, path, epath.Path(path), arch, tokenizer, info, (), scheme=scheme)
+
+
+def read_value_architecture(
+    path: str, *, where: str, schemes: Schemes
+) -> tuple[Architecture, ConnectionScheme]:
+    """Read a value folder's architecture and connection scheme.
+
+    Args:
+        path: a value folder; or a language model in its place, which is residual.
+        where: the config key or flag, for errors.
+        schemes: connection schemes of the user's own, by name.
+
+    Returns:
+        Both.
+
+    Raises:
+        ConfigError: its `config.json` cannot be found or read.
+        ValueError: the value folder's description is damaged, or its scheme is unknown.
+    """
+    if not (epath.Path(path) / METADATA_NAME).exists():
+        return read_architecture(path, None, where), SCHEMES["residual"]
+    metadata = read_value_metadata(path)
+    arch = architecture_from_json(metadata.architecture)
+    return arch, known_scheme(metadata.connection, schemes, path)
 
 
 def read_architecture(path: str, revision: str | None, where: str) -> ArchConfig:

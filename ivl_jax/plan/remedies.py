@@ -31,7 +31,7 @@ def remedies(config: TrainConfig, machine: Machine, plan: TrainingPlan) -> list[
             f"set XLA_PYTHON_CLIENT_MEM_FRACTION={_LARGEST_POOL} in the environment of the run "
             "(and of the plan): it would fit"
         )
-    held = plan.base + plan.value + plan.optimizer + plan.batch
+    held = plan.base + plan.value + plan.optimizer + plan.batch + plan.teacher
     if held <= plan.available:
         found += _fewer_temporaries(config, plan, room=plan.available - held)
     found += _smaller_parameters(config, machine, plan)

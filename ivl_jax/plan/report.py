@@ -46,6 +46,10 @@ def table(
         "optimizer": plan.optimizer,
         "batch": plan.batch,
     }
+    if plan.teacher:
+        parts["teacher, or the original"] = plan.teacher
+    if plan.rollouts is not None:
+        parts["caches, while answers are sampled"] = plan.rollouts.caches
     if plan.temporaries is not None:
         parts["temporaries (activations, gradients)"] = plan.temporaries
     lines = [f"  {name:38} {size_text(size)}" for name, size in parts.items()]
@@ -58,6 +62,8 @@ def table(
     lines.append(f"  per device {size_text(plan.traffic).strip()} to and from memory{_sent(plan)}")
     limits = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in plan.limits.items())
     lines.append(f"  a step takes at least {plan.seconds:.3g} s ({limits})")
+    if plan.rollouts is not None:
+        lines.append(f"  sampling its answers takes at least {plan.rollouts.seconds:.3g} s")
     if largest is not None:
         lines.append(f"  the largest that fits: {_largest(config, largest)}")
     if plan.fits:

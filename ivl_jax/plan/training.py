@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ivl_jax.config import ConfigError, TrainConfig
+from ivl_jax.config import TrainConfig
 from ivl_jax.data.batching import Batch
 from ivl_jax.model.assembly import static_attribute
 from ivl_jax.model.linear_map import LinearMapConfig
@@ -22,13 +22,21 @@ from ivl_jax.plan.compiled import compile_program, lowering_for, warn_of_dtype
 from ivl_jax.plan.devices import describe_devices
 from ivl_jax.plan.machines import Machine
 from ivl_jax.plan.models import planned_models
+from ivl_jax.plan.rollouts import RolloutsPlan, plan_rollouts
 from ivl_jax.plan.work import step_flops, step_traffic
 from ivl_jax.sharding import batch_sharding, batch_ways
 from ivl_jax.training.loss import Loss
 from ivl_jax.training.models import FrozenBase, Models
 from ivl_jax.training.objectives import find_objective
 from ivl_jax.training.programs import place_in_step, step_programs
-from ivl_jax.training.setup import make_run_mesh, make_run_optimizer, place_trained, state_shapes
+from ivl_jax.training.reference import describe_reference
+from ivl_jax.training.setup import (
+    check_names,
+    make_run_mesh,
+    make_run_optimizer,
+    place_trained,
+    state_shapes,
+)
 from ivl_jax.training.step import state_shardings
 
 
@@ -61,6 +69,10 @@ class TrainingPlan:
     """Seconds that a step takes at least, by what limits it: compute (FLOPs at the peak rate),
     memory (traffic at its bandwidth) and, unless the compiler refused, interconnect (bytes sent at
     the rate of all links). The three overlap at best; real steps take longer."""
+    teacher: int = 0
+    """Of the frozen model that the objective compares with, beside the base."""
+    rollouts: RolloutsPlan | None = None
+    """Of sampling answers; None if the objective learns from those of the rows."""
 
     @property
     def seconds(self) -> float:
@@ -79,16 +91,11 @@ def plan_training(config: TrainConfig, machine: Machine) -> list[TrainingPlan]:
         A plan per base, in the config's order; a single one without a base.
 
     Raises:
-        ConfigError: the config does not fit the machine's mesh, or a `config.json` is missing.
+        ConfigError: the config does not fit the machine's mesh, its fields contradict each other,
+            or a `config.json` is missing.
         MissingCompilerError: the machine's compiler is not installed.
     """
-    objective = find_objective(config)
-    if objective.needs_teacher or objective.needs_rollouts:
-        what = "that of its teacher" if objective.needs_teacher else "that of sampling answers"
-        raise ConfigError(
-            f'objective = "{config.objective}": not all of its memory can be planned ({what} '
-            'cannot): set objective = "sft" to plan the rest'
-        )
+    check_names(config)
     mesh = make_run_mesh(config, describe_devices(machine))
     models = planned_models(config, mesh)
     warn_of_dtype(machine, config.step.compute_dtype)
@@ -108,6 +115,7 @@ def _plan(
     if base_place is not None:
         frozen = _with_shardings(base_place.shapes, base_place.shardings)
     batch = _batch_shapes(config, base, mesh)
+    teacher = describe_reference(config, models, mesh)
     programs = step_programs(
         config,
         models,
@@ -119,13 +127,24 @@ def _plan(
         shardings=shardings,
         mesh=mesh,
         memory=machine.memory,
+        teacher=teacher,
     )
     step: Any = programs.step
-    arguments = (state, frozen, batch)
+    arguments = (state, frozen, batch, *([] if teacher is None else [teacher.params]))
     fits, temporaries, peak, sent = compile_program(
         step.lower(*arguments), machine, held=_bytes(arguments)
     )
     held = {"trained": _bytes(state.params), "optimizer": _bytes(state.opt_state)}
+    taught = 0 if teacher is None else _bytes(teacher.params)
+    rollouts, sampling = None, find_objective(config).sampling
+    if sampling is not None:
+        rollouts = plan_rollouts(config, machine, models, base, mesh, sampling)
+        # Moments and teacher wait while answers are sampled; so do layers that are stacked, of
+        # which the engine has a copy.
+        stacked = held["trained"] if config.step.scan_layers else 0
+        beside = held["optimizer"] + taught + stacked
+        peak = max(peak, rollouts.peak + beside)
+        fits = fits and rollouts.fits and peak <= machine.memory
     config = replace(config, step=replace(config.step, remat=_remat(programs.loss)))
     flops = step_flops(config, models, base)
     traffic = step_traffic(config, models, base, mesh, **held)
@@ -144,6 +163,8 @@ def _plan(
         sent=sent,
         ways=batch_ways(mesh),
         limits=_limits(config, machine, flops / mesh.size, traffic, sent),
+        teacher=taught,
+        rollouts=rollouts,
     )
 
 
@@ -183,7 +204,15 @@ def _batch_shapes(config: TrainConfig, base: FrozenBase | None, mesh: Mesh) -> B
     ids, states = array(jnp.int32), None
     if base is not None and base.config.cache_states:
         states = array(jnp.dtype(config.step.compute_dtype), base.model.decoder.hidden_size)
-    return Batch(ids, ids, array(jnp.bool_), ids, ids, states)
+    batch = Batch(ids, ids, array(jnp.bool_), ids, ids, states)
+    sampling = find_objective(config).sampling
+    if sampling is None:
+        return batch
+    column = array(jnp.float32)
+    return batch._replace(
+        advantages=column if sampling.rewarded else None,
+        sampled_log_probs=column if sampling.updates > 1 else None,
+    )
 
 
 def _with_shardings(shapes: Any, shardings: Any) -> Any:

@@ -23,6 +23,7 @@ from ivl_jax.model.linear_map import LinearMapConfig
 from ivl_jax.model.network import Architecture
 from ivl_jax.sharding import batch_ways
 from ivl_jax.training.models import FrozenBase, Models, float_dtype
+from ivl_jax.training.objectives import find_objective
 
 _FLOAT32 = 4  # bytes; logits, gradients and master weights
 
@@ -51,9 +52,14 @@ def step_flops(config: TrainConfig, models: Models, base: FrozenBase | None) -> 
     tokens = config.step.batch_size * length
     layers, head = _forward_flops(models.arch, length)
     total = (4 if recomputes(config) else 3) * layers + 3 * head
+    passes = heads_passes(config)
+    total += (passes - 1) * head
     if base is not None:
         layers, head = _forward_flops(base.model.arch, length)
-        total += head + (0 if base.config.cache_states else layers)
+        total += passes * head + (0 if base.config.cache_states else layers)
+    for arch in compared_with(models):
+        layers, head = _forward_flops(arch, length)
+        total += passes * head + layers
     return float(total) * tokens
 
 
@@ -94,15 +100,31 @@ def step_traffic(
         return total / mesh.shape["tensor"]
 
     # Master weights are converted, and gathered over fsdp, in the compute dtype.
-    total = micro_batches * products(models.arch, 4 if recomputes(config) else 3, 3, width)
+    layers, head = 4 if recomputes(config) else 3, 2 + heads_passes(config)
+    total = micro_batches * products(models.arch, layers, head, width)
     if base is not None:
         stored = (
             1 if base.config.param_dtype == "int8" else jnp.dtype(float_dtype(base.config)).itemsize
         )
         layers = 0 if base.config.cache_states else 1
-        total += micro_batches * products(base.model.arch, layers, 1, stored)
+        total += micro_batches * products(base.model.arch, layers, heads_passes(config), stored)
+    for arch in compared_with(models):
+        stored = jnp.dtype(config.distil.param_dtype).itemsize
+        total += micro_batches * products(arch, 1, heads_passes(config), stored)
     gradients = 2 * micro_batches * trained  # added up, then read by the optimizer
     return total + gradients + 2 * (trained + optimizer)
+
+
+def heads_passes(config: TrainConfig) -> int:
+    """How often the heads run forward: twice if the objective's weights depend on the model."""
+    return 2 if find_objective(config).first_pass else 1
+
+
+def compared_with(models: Models) -> list[Architecture]:
+    """The networks that run forward beside student and base: the teacher's, or the original."""
+    if models.teacher is not None:
+        return [source.arch for source in (models.teacher.base, *models.teacher.values)]
+    return [] if models.original is None else [models.original.model.arch]
 
 
 def recomputes(config: TrainConfig) -> bool:

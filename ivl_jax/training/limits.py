@@ -15,16 +15,19 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
-from ivl_jax.config import ConfigError, LoggingConfig, TrainConfig
+from ivl_jax.config import ConfigError, LayoutName, LoggingConfig, TrainConfig
 from ivl_jax.devices import device_memory, host_memory
+from ivl_jax.model.linear_map import LinearMapConfig
 from ivl_jax.model.network import Architecture
 from ivl_jax.paths import is_local
+from ivl_jax.sharding import LAYOUTS
 from ivl_jax.training.step import TrainState
 
 logger = logging.getLogger(__name__)
 
 # Per position of a batch: token, target, position and segment in int32, and the loss mask.
 _BATCH_BYTES = 17
+_BYTES_TRAINED = 16  # a trained parameter: weight, gradient and two moments in float32
 
 
 class DiskUse(NamedTuple):
@@ -150,3 +153,31 @@ def _bytes(tree: Any) -> int:
 
 def _size(count: int) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"
+
+
+def check_linear_map(arch: LinearMapConfig, layout: LayoutName, mesh: Mesh) -> None:
+    """Check that a linear map on base logits can be trained in a device's memory.
+
+    Args:
+        arch: the map.
+        layout: which mesh axes split it.
+        mesh: the device mesh.
+
+    Raises:
+        ConfigError: it does not fit; names the rank that would.
+    """
+    rules, size = LAYOUTS[layout], arch.vocab_size
+    ways = math.prod(mesh.shape[axis] for axis in (rules.embed, rules.vocabulary) if axis)
+    parameters = 2 * size * arch.rank if arch.rank else size * size
+    needed = parameters * _BYTES_TRAINED // ways
+    formula = f"2 · V · rank = 2 · {size:,} · {arch.rank}" if arch.rank else f"V² = {size:,}²"
+    logger.info("linear map on base logits: %s = %s parameters", formula, f"{parameters:,}")
+    available = device_memory(mesh)
+    if available is not None and needed > available:
+        rank = min(256, size // 2)
+        raise ConfigError(
+            f"value.rank = {arch.rank}: training a linear map of {formula} parameters takes "
+            f"{needed / 1e9:,.0f} GB per device (weights, gradient, two moments in float32), but a "
+            f"device has {available / 1e9:,.0f} GB: set value.rank; {rank} takes "
+            f"{2 * size * rank * _BYTES_TRAINED / ways / 1e9:,.1f} GB"
+        )

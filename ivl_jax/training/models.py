@@ -7,7 +7,6 @@ later, when everything else has been checked, the parameters.
 import dataclasses
 import functools
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,7 +21,6 @@ from ivl_jax.composed.network import Layout
 from ivl_jax.composed.sources import ModelSource, read_language_model
 from ivl_jax.composition import SCHEMES, ConnectionScheme
 from ivl_jax.config import BaseConfig, ConfigError, LayoutName, TrainConfig
-from ivl_jax.devices import device_memory
 from ivl_jax.extensions import load_extension
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.attention.form import AttentionForm
@@ -32,14 +30,13 @@ from ivl_jax.model.network import Architecture, abstract_network, init_network
 from ivl_jax.model.projection import AS_TRAINED, KernelForm
 from ivl_jax.sharding import LAYOUTS, padded_vocab_rows, parameter_shardings
 from ivl_jax.tokenizer_agreement import check_compatible
+from ivl_jax.training.limits import check_linear_map
 from ivl_jax.training.objectives import find_objective
-from ivl_jax.training.teacher import read_teacher
+from ivl_jax.training.teacher import TeacherReader, read_teacher
 from ivl_jax.weights.hf_checkpoint import load_params
 from ivl_jax.weights.language_model import check_rows
 
 logger = logging.getLogger(__name__)
-
-_BYTES_TRAINED = 16  # a trained parameter: weight, gradient and two moments in float32
 
 
 @dataclass(frozen=True)
@@ -112,13 +109,20 @@ ModelReader = Callable[[str, str | None, str], ModelSource]
 """(path or hub id, revision, config key for errors) → a model without weights."""
 
 
-def choose_models(config: TrainConfig, mesh: Mesh, *, read: ModelReader = read_model) -> Models:
+def choose_models(
+    config: TrainConfig,
+    mesh: Mesh,
+    *,
+    read: ModelReader = read_model,
+    teach: TeacherReader = read_teacher,
+) -> Models:
     """Find the folders and check everything that needs no weights.
 
     Args:
         config: of the run.
         mesh: the device mesh; a linear map is checked against its memory.
         read: reads a model without its weights.
+        teach: reads a teacher without its weights.
 
     Returns:
         The models.
@@ -143,7 +147,7 @@ def choose_models(config: TrainConfig, mesh: Mesh, *, read: ModelReader = read_m
         original = None
         if find_objective(config).needs_reference:
             original = FrozenBase(first, config.base, unknown_ids=())
-        teacher = _teacher(config, [first])
+        teacher = _teacher(config, [first], teach)
         return Models(first, first.arch, bases=(), teacher=teacher, original=original)
     trained, arch = first, first.arch
     scheme = load_extension(
@@ -151,7 +155,7 @@ def choose_models(config: TrainConfig, mesh: Mesh, *, read: ModelReader = read_m
     )
     if not scheme.has_layers:
         arch = LinearMapConfig(first.info.vocab_size, config.value.rank)
-        _check_linear_map_fits(arch, config.value.layout, mesh)
+        check_linear_map(arch, config.value.layout, mesh)
     elif config.value.init == "base":
         arch = dataclasses.replace(first.arch, tie_word_embeddings=False)
     else:
@@ -174,15 +178,15 @@ def choose_models(config: TrainConfig, mesh: Mesh, *, read: ModelReader = read_m
         arch=arch,
         bases=tuple(bases),
         scheme=scheme,
-        teacher=_teacher(config, found),
+        teacher=_teacher(config, found, teach),
     )
 
 
-def _teacher(config: TrainConfig, students: list[ModelSource]) -> ComposedSources | None:
+def _teacher(
+    config: TrainConfig, students: list[ModelSource], read: TeacherReader
+) -> ComposedSources | None:
     options = config.distil
-    if not options.teacher:
-        return None
-    return read_teacher(options, students, max_length=config.data.max_length)
+    return read(options, students, config.data.max_length) if options.teacher else None
 
 
 def _with_base_width(arch: Architecture, bases: list[ModelSource]) -> ArchConfig:
@@ -362,24 +366,6 @@ def _stack_layers(params: Params, shardings: Params) -> Params:
         return whole
 
     return params | {"layers": jax.tree.map(stack, shardings, *layers)}
-
-
-def _check_linear_map_fits(arch: LinearMapConfig, layout: LayoutName, mesh: Mesh) -> None:
-    rules, size = LAYOUTS[layout], arch.vocab_size
-    ways = math.prod(mesh.shape[axis] for axis in (rules.embed, rules.vocabulary) if axis)
-    parameters = 2 * size * arch.rank if arch.rank else size * size
-    needed = parameters * _BYTES_TRAINED // ways
-    formula = f"2 · V · rank = 2 · {size:,} · {arch.rank}" if arch.rank else f"V² = {size:,}²"
-    logger.info("linear map on base logits: %s = %s parameters", formula, f"{parameters:,}")
-    available = device_memory(mesh)
-    if available is not None and needed > available:
-        rank = min(256, size // 2)
-        raise ConfigError(
-            f"value.rank = {arch.rank}: training a linear map of {formula} parameters takes "
-            f"{needed / 1e9:,.0f} GB per device (weights, gradient, two moments in float32), but a "
-            f"device has {available / 1e9:,.0f} GB: set value.rank; {rank} takes "
-            f"{2 * size * rank * _BYTES_TRAINED / ways / 1e9:,.1f} GB"
-        )
 
 
 def _check_context(config: TrainConfig, models: list[ModelSource]) -> None:

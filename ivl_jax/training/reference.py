@@ -5,13 +5,22 @@ has a teacher; a model that is trained alone with an objective that needs a refe
 with itself as it was before the run.
 """
 
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ivl_jax.composed.network import ComposedParams, Composition
+from ivl_jax.composed.network import ComposedParams, Composition, ValueArrays
 from ivl_jax.config import TrainConfig
-from ivl_jax.training.models import Models, load_base, place_base
+from ivl_jax.training.models import Models, Placement, load_base, place_base, place_model
 from ivl_jax.training.networks import frozen_network
-from ivl_jax.training.teacher import Teacher, load_teacher
+from ivl_jax.training.teacher import (
+    Teacher,
+    load_teacher,
+    teacher_composition,
+    teacher_strengths,
+)
 
 
 def load_reference(config: TrainConfig, models: Models, mesh: Mesh) -> Teacher | None:
@@ -38,4 +47,49 @@ def load_reference(config: TrainConfig, models: Models, mesh: Mesh) -> Teacher |
         (),
         ComposedParams(load_base(original.model, original.config, place)),
         ComposedParams(place.shardings),
+    )
+
+
+def describe_reference(config: TrainConfig, models: Models, mesh: Mesh) -> Teacher | None:
+    """As `load_reference`, with shapes in place of the weights, which are not read.
+
+    Args:
+        config: of the run.
+        models: from `choose_models`.
+        mesh: the device mesh, whose devices need not be attached.
+
+    Returns:
+        The teacher, whose parameters are ShapeDtypeStructs with shardings.
+    """
+    if models.teacher is not None:
+        sources = models.teacher
+        composition = teacher_composition(
+            sources, compute_dtype=config.step.compute_dtype, mesh=mesh
+        )
+        strengths = teacher_strengths(config.distil)
+        base, *values = (
+            place_model(
+                source.arch,
+                layout="full",
+                param_dtype=jnp.dtype(config.distil.param_dtype),
+                scan_layers=False,
+                mesh=mesh,
+            )
+            for source in (sources.base, *sources.values)
+        )
+    elif models.original is not None:
+        composition = Composition(frozen_network(config, models.original, mesh))
+        strengths = ()
+        base, values = place_base(config, models.original, mesh), []
+    else:
+        return None
+    params = ComposedParams(_shapes(base), tuple(ValueArrays(_shapes(one)) for one in values))
+    return Teacher(composition, strengths, params, jax.tree.map(lambda leaf: leaf.sharding, params))
+
+
+def _shapes(place: Placement) -> Any:
+    return jax.tree.map(
+        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+        place.shapes,
+        place.shardings,
     )

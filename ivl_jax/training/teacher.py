@@ -5,7 +5,7 @@ and parameters on the mesh.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,8 +36,12 @@ class Teacher:
     shardings: ComposedParams
 
 
+TeacherReader = Callable[[DistilConfig, Sequence[ModelSource], int], ComposedSources]
+"""(options, students, tokens per row) → a teacher without its weights."""
+
+
 def read_teacher(
-    options: DistilConfig, students: Sequence[ModelSource], *, max_length: int
+    options: DistilConfig, students: Sequence[ModelSource], max_length: int
 ) -> ComposedSources:
     """Find a teacher and check everything that needs no weights.
 
@@ -86,17 +90,50 @@ def load_teacher(
     Returns:
         The teacher.
     """
-    layout, everywhere = Layout(mesh, DEFAULT_RULES), replicated(mesh)
-    dtype = jnp.dtype(compute_dtype)
+    everywhere = replicated(mesh)
 
-    def load(source: ModelSource) -> tuple[Network, Any]:
+    def load(source: ModelSource) -> Any:
         logger.info("loading %s of the teacher", source.path)
-        model = source.load(
+        return source.load(
             param_dtype=jnp.dtype(options.param_dtype),
             mesh=mesh,
             sharding_rules=DEFAULT_RULES,
+        ).params
+
+    base_params = load(sources.base)
+    arrays = tuple(
+        ValueArrays(
+            load(source),
+            jax.device_put(np.asarray(ids, np.int32), everywhere) if ids else None,
         )
-        network = Network(
+        for source, ids in zip(sources.values, sources.unknown_ids, strict=True)
+    )
+    params = ComposedParams(base_params, arrays)
+    return Teacher(
+        teacher_composition(sources, compute_dtype=compute_dtype, mesh=mesh),
+        teacher_strengths(options),
+        params,
+        jax.tree.map(lambda leaf: leaf.sharding, params),
+    )
+
+
+def teacher_composition(
+    sources: ComposedSources, *, compute_dtype: DType, mesh: Mesh
+) -> Composition:
+    """Make the static half of a teacher.
+
+    Args:
+        sources: from `read_teacher`.
+        compute_dtype: of its activations.
+        mesh: the device mesh.
+
+    Returns:
+        Its networks.
+    """
+    layout, dtype = Layout(mesh, DEFAULT_RULES), jnp.dtype(compute_dtype)
+
+    def network(source: ModelSource) -> Network:
+        return Network(
             build_network(
                 source.arch,
                 compute_dtype=dtype,
@@ -107,21 +144,13 @@ def load_teacher(
             scheme=None if source is sources.base else source.scheme,
             layout=layout,
         )
-        return network, model.params
 
-    base, base_params = load(sources.base)
-    loaded = [load(source) for source in sources.values]
-    arrays = tuple(
-        ValueArrays(params, jax.device_put(np.asarray(ids, np.int32), everywhere) if ids else None)
-        for (_, params), ids in zip(loaded, sources.unknown_ids, strict=True)
-    )
-    params = ComposedParams(base_params, arrays)
-    return Teacher(
-        Composition(base, tuple(network for network, _ in loaded)),
-        options.strengths or (1.0,) * len(loaded),
-        params,
-        jax.tree.map(lambda leaf: leaf.sharding, params),
-    )
+    return Composition(network(sources.base), tuple(network(one) for one in sources.values))
+
+
+def teacher_strengths(options: DistilConfig) -> tuple[float, ...]:
+    """α of each of the teacher's value networks."""
+    return options.strengths or (1.0,) * len(options.values)
 
 
 def _check_vocabulary(teacher: ModelSource, student: ModelSource) -> None:

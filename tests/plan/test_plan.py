@@ -8,9 +8,7 @@ from typing import Any
 import jax
 import pytest
 
-from ivl_jax.config import (
-    ConfigError,
-)
+from ivl_jax.config import ConfigError, DistilConfig, GrpoConfig, RowsConfig
 from ivl_jax.model.decoder import abstract_params
 from ivl_jax.plan import __main__ as command
 from ivl_jax.plan import devices, models, training
@@ -194,10 +192,50 @@ def test_tracing_for_another_platform_ends_with_the_block():
     assert target_platform() == "cpu"
 
 
-@pytest.mark.parametrize("objective", ["distil", "grpo"])
-def test_objectives_with_programs_of_their_own_are_refused(config, objective):
-    with pytest.raises(ConfigError, match=f'objective = "{objective}".*cannot'):
-        training.plan_training(dataclasses.replace(config, objective=objective), HERE)
+def test_a_teachers_parameters_are_planned_and_its_products_are_counted(config, monkeypatch):
+    monkeypatch.setattr(training, "describe_devices", lambda machine: jax.devices())
+    distil = DistilConfig(config.base.path, values=(config.base.path,), param_dtype="bfloat16")
+    taught = dataclasses.replace(config, objective="distil", distil=distil)
+    (plan,) = training.plan_training(taught, HERE)
+    # A base and a value network, each as large as the student's base in bfloat16.
+    assert plan.teacher == 2 * plan.base
+    assert plan.rollouts is None
+    leaves = jax.tree.leaves(abstract_params(tiny_arch("llama3")))
+    assert plan.flops > step_flops_of(config) + 2 * 2 * 256 * max(leaf.size for leaf in leaves)
+    text = table(taught, HERE, plan, "BASE")
+    assert f"{'teacher, or the original':38}" in text
+
+
+def step_flops_of(config):
+    chosen = models.planned_models(config, make_mesh(fsdp=8))
+    return step_flops(config, chosen, chosen.bases[0])
+
+
+def test_answers_that_a_run_samples_are_planned_with_its_step(config, monkeypatch):
+    monkeypatch.setattr(training, "describe_devices", lambda machine: jax.devices())
+    grpo = GrpoConfig(group_size=2, max_new_tokens=4, updates=2)
+    alone = dataclasses.replace(
+        config,
+        objective="grpo",
+        grpo=grpo,
+        method="sft",
+        base=dataclasses.replace(config.base, param_dtype="float32"),
+        step=dataclasses.replace(config.step, scan_layers=True),
+        data=dataclasses.replace(config.data, rows=RowsConfig(format="messages")),
+    )
+    (plan,) = training.plan_training(alone, HERE)
+    assert plan.fits
+    # Without a base the original is held a second time; and the batch has two columns more.
+    assert plan.teacher == plan.value
+    assert plan.batch == 256 * (17 + 8) // 8
+    assert plan.rollouts is not None
+    # Moments, original and stacked layers wait while the engine decodes.
+    assert plan.peak >= plan.rollouts.peak + plan.optimizer + 2 * plan.value
+    assert plan.rollouts.caches > 0
+    assert "sampling its answers takes at least" in table(alone, HERE, plan, "")
+    little = dataclasses.replace(HERE, memory=plan.peak - 1)
+    (plan,) = training.plan_training(alone, little)
+    assert not plan.fits
 
 
 def test_the_table_has_what_is_moved_and_what_limits_a_step(config, plan):

@@ -10,7 +10,7 @@ from ivl_jax.checkpoint.__main__ import main as checkpoint_command
 from ivl_jax.config import ConfigError, MeshConfig, StepConfig, ValueConfig
 from ivl_jax.decoding.compose import compose
 from ivl_jax.sharding import single_device_mesh
-from ivl_jax.training import models
+from ivl_jax.training import limits
 from ivl_jax.training.loop import run
 from ivl_jax.training.models import choose_models
 from ivl_jax.weights.language_model import load_language_model
@@ -81,7 +81,7 @@ def test_a_linear_map_starts_as_the_base_learns_and_is_a_value_folder(
 
 
 def test_a_full_map_that_does_not_fit_names_the_sizes_and_the_remedy(tiny_config, monkeypatch):
-    monkeypatch.setattr(models, "device_memory", lambda mesh: 500_000)
+    monkeypatch.setattr(limits, "device_memory", lambda mesh: 500_000)
     value = ValueConfig(connection="linear", init="scratch")
     with pytest.raises(ConfigError, match=r"V² = 258² parameters .* set value.rank; 129 takes"):
         choose_models(replace(tiny_config, value=value), single_device_mesh())
