@@ -9,7 +9,11 @@ import pytest
 
 from ivl_jax.data.batching import make_train_iterator
 from ivl_jax.data.chat import EncodedDialogue, make_chat_format
-from ivl_jax.data.demonstrations import DemonstrationSource, store_demonstrations
+from ivl_jax.data.demonstrations import (
+    DemonstrationSource,
+    MalformedRowsError,
+    store_demonstrations,
+)
 from ivl_jax.data.formats import FORMATS, RowError, parse_row
 from ivl_jax.data.segments import _cut
 from ivl_jax.data.tokenized import tokenize_demonstrations
@@ -105,6 +109,33 @@ def rows(tmp_path: Path) -> str:
     path = tmp_path / "preferences.jsonl"
     path.write_text("".join(json.dumps(row(number)) + "\n" for number in range(40)))
     return str(path)
+
+
+def test_pairs_that_prefer_nothing_are_left_out_of_the_stored_rows_and_named(
+    rows, tmp_path
+) -> None:
+    bad = [
+        {"prompt": "Q", "chosen": "A", "rejected": "A"},
+        {"prompt": "Q", "chosen": "A", "rejected": " "},
+        {"chosen": [QUESTION, GOOD], "rejected": [{**QUESTION, "content": "P"}, BAD]},
+    ]
+    with Path(rows).open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in bad)
+    source = DemonstrationSource((rows,), row_format="preference")
+    data = {"data_dir": tmp_path / "data"}
+    stored = store_demonstrations(source, max_malformed_share=0.1, **data)
+    assert stored.counts["train"] == 40
+    for line, reason in (
+        (41, "'chosen' and 'rejected' are the same answer: nothing to prefer"),
+        (42, "turn 1 is empty"),
+        (43, "'chosen' (2 turns) and 'rejected' (2) answer different prompts"),
+    ):
+        assert f"preferences.jsonl:{line}: {reason}" in stored.listed
+    # Stored or not, a stricter share refuses them with the same lines.
+    with pytest.raises(
+        MalformedRowsError, match=r"(?s)3 of 43 rows.*preferences\.jsonl:41: .*:43: "
+    ):
+        store_demonstrations(source, max_malformed_share=0.01, **data)
 
 
 def test_stored_pairs_become_segments_side_by_side(rows, tmp_path, stories260k_dir) -> None:

@@ -1,0 +1,99 @@
+"""What is made of sampled answers: batches, rewards compared within a group, failures named."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ivl_jax.decoding.generation import Generation
+from ivl_jax.post_training.answers import Answers, lay_out_answers
+from ivl_jax.post_training.rollouts import PlainRollouts, RewardedRollouts
+from ivl_jax.post_training.sampler import Sampler
+from ivl_jax.rewards import RewardError, Sample
+from ivl_jax.training.objectives.objective import Sampling
+from ivl_jax.training.programs import BaseProgram
+
+
+def answers() -> Answers:
+    """Two prompts with two answers each; the last answer was cut off."""
+    texts = ("yes", "no", "same", "same")
+    ids = [(5, 6, 2), (7, 2), (8, 2), (8, 9, 9, 9)]
+    ends = ("eos", "eos", "eos", "length")
+    generations = [
+        Generation(text, token_ids, finish_reason=end, prompt_tokens=2)
+        for text, token_ids, end in zip(texts, ids, ends, strict=True)
+    ]
+    samples = [
+        Sample(text, "yes", f"Q{i // 2}", f"a.jsonl:{i // 2}") for i, text in enumerate(texts)
+    ]
+    return Answers([(3, 4), (3, 4), (3,), (3,)], generations, samples)
+
+
+class FakeSampler(Sampler):
+    """Gives the same answers at every step, and notes what is written."""
+
+    sampling = Sampling("grpo", max_new_tokens=4, temperature=1.0, group_size=2, rewarded=True)
+
+    def __init__(self) -> None:
+        self.written: dict[str, Any] = {}
+
+    def sample(self, *_: Any) -> Answers:
+        return answers()
+
+    def batch(self, found: Answers) -> Any:
+        return lay_out_answers(found, rows=5, length=6, pad_id=0, mask_truncated=True)
+
+    def write(self, step: int, found: Answers, columns: Any) -> None:
+        self.written = {"step": step, "answers": len(found.samples), **columns}
+
+
+PROGRAM = BaseProgram("S", None, None, step=max, held_out=None, first_pass=max)
+
+
+def exact(sample: Sample) -> float:
+    return float(sample.answer == sample.reference)
+
+
+def test_answers_follow_their_prompts_and_truncated_ones_do_not_count() -> None:
+    batch = FakeSampler().batch(answers())
+    np.testing.assert_array_equal(batch.tokens[0], [3, 4, 5, 6, 0, 0])
+    np.testing.assert_array_equal(batch.targets[0], [4, 5, 6, 2, 0, 0])
+    np.testing.assert_array_equal(batch.loss_mask[0], [False, True, True, True, False, False])
+    # The fourth reached the most tokens; the fifth row is empty.
+    assert batch.loss_mask.sum(axis=1).tolist() == [3, 2, 2, 0, 0]
+    kept = lay_out_answers(answers(), rows=4, length=6, pad_id=0, mask_truncated=False)
+    assert kept.loss_mask.sum(axis=1).tolist() == [3, 2, 2, 4]
+
+
+def test_groups_of_equal_rewards_are_counted_and_teach_nothing() -> None:
+    sampler = FakeSampler()
+    rollouts = RewardedRollouts(sampler, [("exact", exact, 2.0)], standardised=False)
+    batch, figures = rollouts.batch({}, 7, [], PROGRAM)
+    assert figures == {
+        "reward": 0.5,
+        "answer_tokens": 11 / 4,
+        "truncated": 0.25,
+        "equal_groups": 0.5,
+    }
+    assert batch.advantages is not None
+    assert batch.advantages[:, 0].tolist() == [1.0, -1.0, 0.0, 0.0, 0.0]
+    assert (batch.advantages == batch.advantages[:, :1]).all()
+    assert sampler.written["step"] == 7
+    assert list(sampler.written["reward"]) == [2.0, 0.0, 0.0, 0.0]
+
+
+def test_a_reward_that_is_not_a_number_is_named_with_its_sample() -> None:
+    broken = [("mine", lambda sample: math.nan if sample.answer == "same" else 0.0, 1.0)]
+    rollouts = RewardedRollouts(FakeSampler(), broken, standardised=True)
+    said = r"reward mine returned nan.*'same' to a\.jsonl:1 \('Q1'\)"
+    with pytest.raises(RewardError, match=said):
+        rollouts.batch({}, 0, [], PROGRAM)
+
+
+def test_plain_answers_have_no_rewards() -> None:
+    sampler = FakeSampler()
+    batch, figures = PlainRollouts(sampler).batch({}, 3, [], PROGRAM)
+    assert batch.advantages is None
+    assert set(figures) == {"answer_tokens", "truncated"}
+    assert sampler.written == {"step": 3, "answers": 4}
