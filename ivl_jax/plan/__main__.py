@@ -70,7 +70,9 @@ def _plan(arguments: Sequence[str]) -> int:
     from ivl_jax.plan.largest import find_largest
     from ivl_jax.plan.report import as_json, table
     from ivl_jax.plan.training import plan_training
+    from ivl_jax.training.setup import check_names
 
+    check_names(config)
     plans = plan_training(config, machine)
     bases = [base.path for base in config.all_bases] if config.method == "value" else [""]
     largest = find_largest(config, machine, plans) if chosen.largest else None
@@ -121,10 +123,12 @@ def _write_recipes(arguments: Sequence[str]) -> int:
     from ivl_jax.plan.decoding import plan_decoding
     from ivl_jax.plan.recipes import decoding_rows, read_recipes, training_rows, write_tables
     from ivl_jax.plan.training import plan_training
+    from ivl_jax.training.setup import check_names
 
     def read(flags: Sequence[str]) -> TrainConfig:
         config = read_flags(flags, program=PROGRAM)
         check_train_config(config)
+        check_names(config)
         return config
 
     def read_decoding(flags: Sequence[str]) -> tuple[DecodeConfig, TrainConfig | None]:

@@ -5,6 +5,7 @@ was compiled and fits. Peaks grow almost linearly in both, so two of them predic
 each further compilation corrects the prediction.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from typing import NamedTuple
 from ivl_jax.config import TrainConfig
 from ivl_jax.plan.machines import Machine
 from ivl_jax.plan.training import TrainingPlan, plan_training
+from ivl_jax.training.objectives import find_objective
 
 _COMPILATIONS = 5  # beside the first, whose peak is known
 _TOKENS = 128  # lengths are multiples of this: a vector register's lanes
@@ -47,7 +49,9 @@ def find_largest(config: TrainConfig, machine: Machine, plans: Sequence[Training
         The largest of each; the search stops at 64 × the config's own size.
     """
     step, length = config.step, config.data.max_length
-    together = step.micro_batches * plans[0].ways  # rows that are added at once
+    sampling = find_objective(config).sampling
+    group = 1 if sampling is None else sampling.group_size
+    together = math.lcm(step.micro_batches * plans[0].ways, group)  # rows that are added at once
 
     def with_rows(rows: int) -> TrainConfig:
         return replace(config, step=replace(step, batch_size=rows * together))

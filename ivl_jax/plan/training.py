@@ -30,13 +30,7 @@ from ivl_jax.training.models import FrozenBase, Models
 from ivl_jax.training.objectives import find_objective
 from ivl_jax.training.programs import place_in_step, step_programs
 from ivl_jax.training.reference import describe_reference
-from ivl_jax.training.setup import (
-    check_names,
-    make_run_mesh,
-    make_run_optimizer,
-    place_trained,
-    state_shapes,
-)
+from ivl_jax.training.setup import make_run_mesh, make_run_optimizer, place_trained, state_shapes
 from ivl_jax.training.step import state_shardings
 
 
@@ -91,11 +85,9 @@ def plan_training(config: TrainConfig, machine: Machine) -> list[TrainingPlan]:
         A plan per base, in the config's order; a single one without a base.
 
     Raises:
-        ConfigError: the config does not fit the machine's mesh, its fields contradict each other,
-            or a `config.json` is missing.
+        ConfigError: the config does not fit the machine's mesh, or a `config.json` is missing.
         MissingCompilerError: the machine's compiler is not installed.
     """
-    check_names(config)
     mesh = make_run_mesh(config, describe_devices(machine))
     models = planned_models(config, mesh)
     warn_of_dtype(machine, config.step.compute_dtype)
