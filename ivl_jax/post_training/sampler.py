@@ -64,6 +64,7 @@ class Sampler:
         self._weights = weights
         self._samples_file = samples_file
         self._composed: dict[str, ComposedModel] = {}
+        self._writing = False
 
     def sample(
         self,
@@ -165,6 +166,10 @@ class Sampler:
         every, last = self._config.logging.log_every, step + self.sampling.updates
         if last // every == step // every:
             return
+        if not self._writing:
+            # A run that was stopped had perhaps come further than what is resumed.
+            self._samples_file.cut_from(last)
+            self._writing = True
         for index, sample in enumerate(answers.samples):
             record: dict[str, Any] = {
                 "step": last,

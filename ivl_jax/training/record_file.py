@@ -108,15 +108,30 @@ class RecordFile:
             write_atomically(self.path, content[:size])
         self._lines = None
 
+    def cut_from(self, step: int) -> None:
+        """Remove the records of a step and of all later ones, and lines that are not records.
+
+        Args:
+            step: the first that a resumed run writes again.
+        """
+        if jax.process_index() > 0 or not self.path.exists():
+            return
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if 0 <= _step_of(line) < step]
+        if len(kept) < len(lines):
+            write_atomically(self.path, b"".join(kept))
+        self._lines = None
+
     def last_step(self) -> int:
         """The largest `step` of all complete records; −1 if there is none."""
-        last = -1
-        if self.path.exists():
-            for line in self.path.read_bytes().split(b"\n"):
-                try:
-                    step = json.loads(line)["step"]
-                except (ValueError, KeyError, TypeError, RecursionError):
-                    continue
-                if type(step) is int:  # an altered line may have anything there
-                    last = max(last, step)
-        return last
+        lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
+        return max(map(_step_of, lines), default=-1)
+
+
+def _step_of(line: bytes) -> int:
+    """The step of a record; −1 if the line is not a whole one."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return -1
+    return step if type(step) is int else -1  # an altered line may have anything there

@@ -71,6 +71,6 @@ def assert_same_run(one, other):
     metrics = [(result.run_dir / "metrics.jsonl").read_bytes() for result in (one, other)]
     assert metrics[0] == metrics[1]
     load = load_value if (one.output / "ivl.json").exists() else load_language_model
-    models = [load(result.output) for result in (one, other)]
+    models = [load(str(result.output)) for result in (one, other)]
     assert_same_arrays(models[0].params, models[1].params)
     assert one.held_out == other.held_out
