@@ -159,6 +159,7 @@ def test_a_model_alone_learns_from_rewards(unevaluated) -> None:
     assert second["kl"] > 1e-5
 
 
+@pytest.mark.slow
 def test_on_a_mesh_bases_take_turns_and_the_engine_reads_the_arrays_of_the_step(
     unevaluated, tmp_path, monkeypatch
 ) -> None:
@@ -206,6 +207,7 @@ def on_policy(config, tmp_path) -> TrainConfig:
     return replace(config, objective="distil", distil=distil)
 
 
+@pytest.mark.slow
 def test_a_teacher_of_the_students_own_answers_is_learned_and_a_stopped_run_resumes(
     on_policy, tmp_path, monkeypatch
 ) -> None:

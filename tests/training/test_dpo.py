@@ -227,6 +227,7 @@ def test_an_objective_that_compares_needs_something_to_compare_with() -> None:
         make_loss(make_arch(), alone=True, objective=make_dpo(PreferenceConfig()))
 
 
+@pytest.mark.slow
 def test_a_model_trained_alone_resumes_and_answers_in_the_chat_format_of_its_run(
     config, tmp_path, monkeypatch
 ) -> None:
