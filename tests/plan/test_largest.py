@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from ivl_jax.config import GrpoConfig
 from ivl_jax.plan import largest as module
 from ivl_jax.plan.largest import Peak, find_largest, largest_that_fits
 from ivl_jax.plan.machines import Machine
@@ -56,3 +57,22 @@ def test_a_runs_batch_and_length_are_searched_apart(config, plan, monkeypatch):
     assert found == (896, 896)  # 2 micro-batches of 56 rows on each of 8 devices
     assert all(rows == 16 or length == 16 for rows, length, _ in seen)
     assert all(beyond for _, length, beyond in seen if length != 16)
+
+
+def test_rows_of_a_run_that_samples_are_whole_groups(config, plan, monkeypatch):
+    machine = Machine("cpu-8", "cpu:8", 8, 1000, 1e12, 1e12, 1e11)
+    seen = set()
+
+    def plan_training(config, machine):
+        seen.add(config.step.batch_size)
+        peak = 100 + config.step.batch_size
+        return [dataclasses.replace(plan, peak=peak, fits=peak <= machine.memory)]
+
+    monkeypatch.setattr(module, "plan_training", plan_training)
+    step = dataclasses.replace(config.step, batch_size=48)
+    sampled = dataclasses.replace(
+        config, objective="grpo", grpo=GrpoConfig(group_size=6), step=step
+    )
+    found = find_largest(sampled, machine, plan_training(sampled, machine))
+    assert found.rows == 864  # of at most 900, the largest multiple of 2 × 8 rows and of a group
+    assert all(rows % 48 == 0 for rows in seen)
