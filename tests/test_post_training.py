@@ -20,11 +20,15 @@ from ivl_jax.config import (
     TrainConfig,
     ValueConfig,
 )
+from ivl_jax.model.assembly import static_attribute
 from ivl_jax.post_training import run
 from ivl_jax.post_training.sampler import Sampler
 from ivl_jax.rewards import RewardError, Sample
 from ivl_jax.training import loop
+from ivl_jax.training.models import choose_models, place_base
+from ivl_jax.training.networks import frozen_network
 from ivl_jax.training.objectives.grpo import advantages, make_grpo
+from ivl_jax.training.setup import make_run_mesh
 from tests.training.conftest import make_tiny_config, save_tiny_model, tiny_pair  # noqa: F401
 from tests.training.runs import assert_same_run, crash_and_resume, records
 from tests.training.tiny import make_batch, on_device
@@ -168,7 +172,12 @@ def test_on_a_mesh_bases_take_turns_and_the_engine_reads_the_arrays_of_the_step(
 
     def noted(self, params, program):
         model = composed[program.name] = make(self, params, program)
-        assert_shared(model.params.base, program.base_params)
+        for used, held in (
+            (model.params.base, program.base_params),
+            (model.params.values[0].params, params),
+        ):
+            # Of a tied head, decoding has a transposed copy.
+            assert buffers({name: used[name] for name in held}) == buffers(held)
         return model
 
     monkeypatch.setattr(Sampler, "_beside_base", noted)
@@ -178,7 +187,6 @@ def test_on_a_mesh_bases_take_turns_and_the_engine_reads_the_arrays_of_the_step(
         base=BaseConfig(),
         bases=bases,
         mesh=MeshConfig(data=1, fsdp=2, tensor=1),
-        step=replace(unevaluated.step, scan_layers=True),
     )
     result = run(config)
     steps = [one for one in records(result.run_dir) if "loss" in one]
@@ -186,17 +194,25 @@ def test_on_a_mesh_bases_take_turns_and_the_engine_reads_the_arrays_of_the_step(
     assert all(np.isfinite(one["reward"]) for one in steps)
 
 
-def assert_shared(used: Any, held: Any) -> None:
-    """Every array of one tree is held in the buffers of the other."""
+def buffers(tree: Any) -> set[int]:
+    """Where the parts of a tree's arrays are, on every device."""
+    return {
+        part.data.unsafe_buffer_pointer()
+        for leaf in jax.tree.leaves(tree)
+        for part in leaf.addressable_shards
+    }
 
-    def buffers(tree: Any) -> set[int]:
-        return {
-            part.data.unsafe_buffer_pointer()
-            for leaf in jax.tree.leaves(tree)
-            for part in leaf.addressable_shards
-        }
 
-    assert buffers(used) == buffers(held)
+def test_a_base_that_samples_is_not_stacked(config) -> None:
+    config = replace(config, step=replace(config.step, scan_layers=True))
+    mesh = make_run_mesh(config)
+    for objective, stacked in (("grpo", False), ("sft", True)):
+        chosen = replace(config, objective=objective)
+        (base,) = choose_models(chosen, mesh).bases
+        assert place_base(chosen, base, mesh).scan_layers == stacked
+        assert (
+            static_attribute(frozen_network(chosen, base, mesh).graphdef, "scan_layers") == stacked
+        )
 
 
 @pytest.fixture
