@@ -124,10 +124,10 @@ def test_pairs_that_prefer_nothing_are_left_out_of_the_stored_rows_and_named(
     source = DemonstrationSource((rows,), row_format="preference")
     data = {"data_dir": tmp_path / "data"}
     stored = store_demonstrations(source, max_malformed_share=0.1, **data)
-    assert stored.counts["train"] == 40
+    assert sum(stored.counts.values()) == 40
     for line, reason in (
         (41, "'chosen' and 'rejected' are the same answer: nothing to prefer"),
-        (42, "turn 1 is empty"),
+        (42, "the assistant's turn 1 is empty"),
         (43, "'chosen' (2 turns) and 'rejected' (2) answer different prompts"),
     ):
         assert f"preferences.jsonl:{line}: {reason}" in stored.listed
