@@ -7,6 +7,7 @@ plain function of one `Sample`; the package's own are in `REWARDS`, yours is `mo
 import math
 import re
 import string
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -66,8 +67,19 @@ def reference_is_contained(sample: Sample) -> float:
     return float(sample.reference.strip() in sample.answer)
 
 
+def word_f1(sample: Sample) -> float:
+    """F1 of the answer's words and the reference's, a graded reward for short answers.
+
+    >>> word_f1(Sample("Ann lives in Rome.", "Ann lives in Paris.", "Where?", ""))
+    0.75
+    """
+    answer, reference = (Counter(text.split()) for text in (sample.answer, sample.reference))
+    return 2 * (answer & reference).total() / max((answer + reference).total(), 1)
+
+
 REWARDS: dict[str, Reward] = {
     "exact_match": exact_match,
+    "word_f1": word_f1,
     "gsm8k_number": gsm8k_number,
     "contains": reference_is_contained,
 }

@@ -17,6 +17,7 @@ def raises(sample: Sample) -> float:
     ("name", "worth"),
     [
         ("exact_match", 0.0),
+        ("word_f1", 0.0),
         ("gsm8k_number", 1.0),
         ("contains", 0.0),
         (r"regex:\d\.$", 1.0),
@@ -30,7 +31,7 @@ def test_rewards_by_name(name, worth) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("accuracy", "expected one of exact_match, gsm8k_number, contains"),
+        ("accuracy", "expected one of exact_match, word_f1, gsm8k_number, contains"),
         ("regex:(", "not a regular expression"),
         ("tests.test_rewards:absent", "absent"),
         ("tests.test_rewards:SAMPLE", "expected a Callable, found Sample"),

@@ -89,8 +89,8 @@ class GrpoConfig:
     """With `objective = "grpo"`: how answers are sampled, rewarded and compared."""
 
     rewards: tuple[str, ...] = ("exact_match",)
-    """`exact_match`, `gsm8k_number`, `contains`, `regex:PATTERN`, or `module:function` of your own;
-    several are added up."""
+    """`exact_match`, `word_f1`, `gsm8k_number`, `contains`, `regex:PATTERN`, or
+    `module:function` of your own; several are added up."""
     reward_weights: tuple[float, ...] = ()
     """Weight of each reward; empty: 1 each."""
     group_size: int = 8
