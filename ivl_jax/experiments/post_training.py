@@ -42,6 +42,9 @@ class Options:
     """Where everything is written; what is there is not made again."""
     share: float = 0.1
     """Share of the training demonstrations that the value network sees."""
+    epochs: float = 30.0
+    """Passes over that share: after 3 the value network answers nothing, after 30 a fifth of what
+    it samples is right, so that there is something to reward."""
     samples: int = 4
     """Answers sampled per question, from which the rejected one is chosen."""
 
@@ -105,11 +108,10 @@ def _run(arguments: Sequence[str]) -> None:
     facts = [item for item in items if item.kind == "fact"]
     for split, name in (("train", "questions"), ("validation", "questions_held_out")):
         chosen = select(facts, "train" if split == "train" else "validation")
-        _write(folder / f"{name}.jsonl", (_dialogue(item) for item in chosen))
-        pairs = folder / name.replace("questions", "preferences")
-        if not pairs.with_suffix(".jsonl").exists():
-            answers = _sampled(value, chosen, options.samples)
-            _write(pairs.with_suffix(".jsonl"), pair_rows(chosen, answers))
+        write_questions(folder / f"{name}.jsonl", chosen)
+        pairs = folder / f"{name.replace('questions', 'preferences')}.jsonl"
+        if not pairs.exists():
+            write_pairs(pairs, chosen, value, samples=options.samples)
     logger.info("written to %s: %s", folder, ", ".join(sorted(p.name for p in folder.iterdir())))
 
 
@@ -132,24 +134,51 @@ def _trained_value(options: Options, files: dict[str, Path]) -> Path:
                 base=dataclasses.replace(config.base, path=family_s),
                 value=dataclasses.replace(config.value, path=family_s),
                 data=data,
+                step=dataclasses.replace(config.step, epochs=options.epochs),
             )
         )
     exported = options.run_dir / "value"
     if not exported.exists():
-        value = load_value(run_dir / "value")
-        template = standalone_template(value.tokenizer, value.chat_template)
-        export_hugging_face(value, exported, dtype="float32", chat_template=template)
+        export_value(run_dir / "value", exported)
     return run_dir / "value"
 
 
-def _sampled(value: Path, items: Sequence[Item], samples: int) -> list[list[str]]:
-    """Answers of S with the value network, several to each question."""
+def export_value(value: Path, folder: Path) -> None:
+    """Write a value network as a model folder, from which another training can start.
+
+    Args:
+        value: Value folder.
+        folder: The model folder.
+    """
+    network = load_value(value)
+    template = standalone_template(network.tokenizer, network.chat_template)
+    export_hugging_face(network, folder, dtype="float32", chat_template=template)
+
+
+def write_questions(path: Path, items: Sequence[Item]) -> None:
+    """Write questions with their right answers, as `format = "messages"` reads them."""
+    _write(path, (_dialogue(item) for item in items))
+
+
+def write_pairs(
+    path: Path, items: Sequence[Item], value: Path, *, samples: int, seed: int = 0
+) -> None:
+    """Write the right answers beside wrong ones that S with a value network gives.
+
+    Args:
+        path: JSONL file.
+        items: Questions.
+        value: Value folder.
+        samples: Answers sampled per question, from which the rejected one is chosen.
+        seed: Of sampling.
+    """
     model = compose(str(family_folder("S")), str(value))
-    options = GenerationOptions(max_new_tokens=24, temperature=1.0)
+    options = GenerationOptions(max_new_tokens=24, temperature=1.0, seed=seed)
     asked = [(Message("user", item.question),) for item in items for _ in range(samples)]
     generations = model.generate_prepared(model.prepare(asked, options), batch_size=64)
     texts = [one.text for one in generations]
-    return [texts[start : start + samples] for start in range(0, len(texts), samples)]
+    answers = [texts[start : start + samples] for start in range(0, len(texts), samples)]
+    _write(path, pair_rows(items, answers))
 
 
 def _dialogue(item: Item) -> dict[str, Any]:

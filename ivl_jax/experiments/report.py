@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from ivl_jax.experiments import matrix
 from ivl_jax.experiments.matrix import Base, Measurement, Term, Training, on
+from ivl_jax.experiments.post_training_report import update_page
 from ivl_jax.experiments.report_plots import plot_penalties, plot_strengths, plot_transfer
 
 Figures = Mapping[str, Mapping[str, Any]]
@@ -130,6 +131,7 @@ def write_report(figures: Figures, docs: Path, *, seeds: Sequence[int]) -> None:
         sections.append(notes.read_text(encoding="utf-8").strip())
     text = "\n\n".join(section for section in sections if section) + "\n"
     (docs / "experiments.md").write_text(text, encoding="utf-8")
+    update_page(docs)
 
 
 def _introduction(seeds: Sequence[int]) -> str:

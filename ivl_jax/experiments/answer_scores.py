@@ -1,0 +1,70 @@
+"""Scores given answers under a composition and under its base alone.
+
+In: a composed model, questions and answers. Out: for each answer the log-probabilities of both, and
+the divergence between them.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float64, Int
+
+from ivl_jax.data.chat import make_chat_format
+from ivl_jax.data.formats import Message
+from ivl_jax.decoding.model import ComposedModel
+from ivl_jax.evaluation.scoring import Row, score_rows
+
+
+class AnswerScores(NamedTuple):
+    """Sums over the tokens of each answer, the end of the answer included."""
+
+    log_prob: Float64[np.ndarray, " N"]
+    """Under the composition, nats."""
+    base_log_prob: Float64[np.ndarray, " N"]
+    """Under the base alone, nats."""
+    divergence: Float64[np.ndarray, " N"]
+    """KL(composed ‖ base), exact, nats."""
+    tokens: Int[np.ndarray, " N"]
+    """Tokens of the answer."""
+
+    @property
+    def nll(self) -> float:
+        """Nats per token, over all answers."""
+        return float(-self.log_prob.sum() / self.tokens.sum())
+
+    @property
+    def kl(self) -> float:
+        """KL(composed ‖ base) per token, over all answers, nats."""
+        return float(self.divergence.sum() / self.tokens.sum())
+
+
+def score_answers(
+    model: ComposedModel, answers: Sequence[tuple[str, str]], *, batch_size: int = 64
+) -> AnswerScores:
+    """Score answers to questions.
+
+    Args:
+        model: The composition; the base's tokenizer counts the tokens.
+        answers: Question and answer.
+        batch_size: Answers scored together.
+
+    Returns:
+        The scores, in order.
+    """
+    asked = [(Message("user", question),) for question, _ in answers]
+    prompts = model.prepare(asked)
+    chat_format = make_chat_format(model.tokenizer)
+    rows, lengths = [], []
+    for messages, prompt, (_, answer) in zip(asked, prompts, answers, strict=True):
+        whole = chat_format.encode_dialogue((*messages, Message("assistant", answer)))
+        ids = whole.tokens[len(prompt.token_ids) :].tolist()
+        rows.append(Row([*prompt.token_ids, *ids], prompt=prompt))
+        lengths.append(len(ids))
+    sums = np.zeros((3, len(rows)), np.float64)
+    for index, scores in score_rows(model, rows, batch_size=batch_size, with_base=True):
+        assert scores.base is not None, "requested above"
+        each = scores.tokens.log_prob, scores.base.log_prob, scores.base.divergence
+        sums[:, index] = [part[-lengths[index] :].sum(dtype=np.float64) for part in each]
+    log_prob, base_log_prob, divergence = sums
+    return AnswerScores(log_prob, base_log_prob, divergence, np.asarray(lengths))
