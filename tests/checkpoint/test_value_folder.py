@@ -132,7 +132,14 @@ def test_stacked_layers_and_padded_rows_are_stored_in_the_one_form(
     assert_equal(got["layers"], expected)
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param({"fsdp": 8}, marks=pytest.mark.slow),
+        pytest.param({"tensor": 8}, marks=pytest.mark.slow),
+        {"data": 2, "fsdp": 2, "tensor": 2},
+    ],
+)
 def test_on_a_mesh_each_device_holds_its_share_and_the_logits_are_equal(
     folder: Path, arch, params, sizes
 ) -> None:

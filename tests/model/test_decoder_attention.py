@@ -40,7 +40,7 @@ def value_and_gradients(name, attention, scan_layers, remat):
     [
         ("gemma2", BLOCKED, True, "full"),
         pytest.param("gemma2", BLOCKED, False, "full", marks=pytest.mark.slow),
-        ("gemma2", SPLASH, True, "dots"),
+        pytest.param("gemma2", SPLASH, True, "dots", marks=pytest.mark.slow),
     ],
 )
 def test_every_form_gives_the_numbers_of_the_plain_one(name, attention, scan_layers, remat):

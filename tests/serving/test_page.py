@@ -59,7 +59,7 @@ def answers(page):
     return [text.inner_text() for text in page.locator(".text").all()]
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_two_answers_stream_and_the_slider_changes_one_of_them(client, browser, scheme):
     sizes = {"light": {"width": 1100, "height": 900}, "dark": {"width": 390, "height": 844}}
     page = browser.new_page(color_scheme=scheme, viewport=sizes[scheme])

@@ -292,12 +292,13 @@ def test_a_base_in_int8_is_split_over_a_mesh_with_its_layers_stacked(tiny_config
     np.testing.assert_allclose(found, expected, rtol=0.01)
 
 
-def test_fine_tuning_alone_takes_the_same_loop_and_leaves_a_model_folder(
-    tiny_config, tmp_path, monkeypatch
-):
+def fine_tuning(config):
     step = StepConfig(max_steps=4, batch_size=4, scan_layers=True, compute_dtype="bfloat16")
-    config = replace(tiny_config, method="sft", step=step)
-    result = run(config)
+    return replace(config, method="sft", step=step)
+
+
+def test_fine_tuning_alone_takes_the_same_loop_and_leaves_a_model_folder(tiny_config):
+    result = run(fine_tuning(tiny_config))
     assert "base_nll" not in result.held_out
     assert [line["step"] for line in records(result.run_dir) if "loss" in line] == [1, 2, 3, 4]
     model = load_language_model(str(result.output))
@@ -308,6 +309,13 @@ def test_fine_tuning_alone_takes_the_same_loop_and_leaves_a_model_folder(
     )
     assert moved.max() > 1e-3
 
+
+@pytest.mark.slow
+def test_fine_tuning_resumes_to_the_bytes_of_a_run_that_never_stopped(
+    tiny_config, tmp_path, monkeypatch
+):
+    config = fine_tuning(tiny_config)
+    result = run(config)
     stopped = replace(config, run_dir=str(tmp_path / "stopped"))
     with monkeypatch.context() as patch:
         at_step(patch, 3, crash)

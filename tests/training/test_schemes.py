@@ -22,7 +22,9 @@ pytestmark = pytest.mark.usefixtures("caplog")
 STEPS = StepConfig(max_steps=6, batch_size=4)
 
 
-@pytest.mark.parametrize("connection", ["cascade", "cascade_no_text", "hidden"])
+@pytest.mark.parametrize(
+    "connection", ["cascade", pytest.param("cascade_no_text", marks=pytest.mark.slow), "hidden"]
+)
 def test_a_value_network_that_reads_its_base_learns_and_its_folder_says_so(tiny_config, connection):
     value = replace(tiny_config.value, connection=connection)
     result = run(replace(tiny_config, value=value, step=STEPS))
@@ -51,7 +53,11 @@ def test_hidden_starts_as_a_network_that_reads_text_and_fits_only_bases_of_its_w
 
 
 @pytest.mark.parametrize(
-    ("rank", "mesh"), [(0, MeshConfig(fsdp=1)), (8, MeshConfig(fsdp=2, tensor=2))]
+    ("rank", "mesh"),
+    [
+        pytest.param(0, MeshConfig(fsdp=1), marks=pytest.mark.slow),
+        (8, MeshConfig(fsdp=2, tensor=2)),
+    ],
 )
 def test_a_linear_map_starts_as_the_base_learns_and_is_a_value_folder(
     tiny_config, rank, mesh, capsys

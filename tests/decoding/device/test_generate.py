@@ -37,7 +37,7 @@ def decode(composition, params, prompts, *, chunk=1000, capacity=CAPACITY, **opt
 @pytest.mark.parametrize(
     ("connections", "strengths"),
     [
-        ((), ()),
+        pytest.param((), (), marks=pytest.mark.slow),
         (("residual",), (1.0,)),
         (("residual",), (-0.5,)),
         (("cascade",), (1.0,)),

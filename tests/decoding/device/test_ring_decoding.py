@@ -98,6 +98,7 @@ def test_text_is_the_teacher_forced_arg_max(ringed):
         assert_is_teacher_forced_arg_max(composition, params, prompt, own, (1.0,))
 
 
+@pytest.mark.slow
 def test_proposals_that_are_rejected_change_no_text(ringed):
     state = prefill(PROMPTS, NEW_TOKENS, draft_length=5)
     assert [keys.shape[2] for keys in state.speculation.proposer.cache.keys] == [RING, CAPACITY]

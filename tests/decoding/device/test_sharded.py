@@ -54,7 +54,7 @@ _slow = functools.partial(pytest.param, marks=pytest.mark.slow)
         _slow({"fsdp": 8}, ("full", "full"), (1 / 8, 1 / 8), (1 / 8, 1 / 8)),
         _slow({"tensor": 8}, ("full", "full"), (0.68, 0.178), (1 / 8, 1 / 8)),
         ({"data": 2, "fsdp": 2, "tensor": 2}, ("full", "full"), (1 / 4, 1 / 4), (1 / 8, 1 / 8)),
-        ({"fsdp": 2, "tensor": 4}, ("full", "replicated"), (1 / 8, 1), (1 / 8, 1 / 2)),
+        _slow({"fsdp": 2, "tensor": 4}, ("full", "replicated"), (1 / 8, 1), (1 / 8, 1 / 2)),
     ],
     ids=str,
 )
