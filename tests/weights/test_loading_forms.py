@@ -157,7 +157,7 @@ def test_loading_for_decoding_holds_one_copy(kernels, tmp_path: Path, project_ro
             "vocab_size": 2048,
             "hidden_size": 1024,
             "intermediate_size": 2048,
-            "num_hidden_layers": 6,
+            "num_hidden_layers": 12,
             "num_attention_heads": 8,
         }
     )

@@ -115,10 +115,10 @@ def test_a_draft_that_is_the_base_is_kept_whole_and_saves_its_share_of_rounds():
     composition, params = drafted(4, likeness=0.0)
     rounds = []
     programs = build_programs(composition)
-    padded, requests = make_requests(PROMPTS, new_tokens=31, width=20)
+    padded, requests = make_requests(PROMPTS[:1], new_tokens=31, width=20)
     state = programs.prefill(params, padded, requests, capacity=CAPACITY)
     while int(state.finish[0]) == FinishReason.RUNNING:
-        state = programs.decode_chunk(params, state, np.int32(1), np.zeros(3, bool))
+        state = programs.decode_chunk(params, state, np.int32(1), np.zeros(1, bool))
         rounds.append(int(state.lengths[0]))
     # The first token is the prompt's; then four proposals and one more in each round.
     assert np.diff([6, *rounds]).tolist() == [5] * 6
