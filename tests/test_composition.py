@@ -75,6 +75,18 @@ def test_a_mapped_term_adds_weighted_columns_of_its_own_vocabulary_and_nothing_e
         assert np.isneginf(composed[..., 7]).all()
 
 
+def test_a_projected_term_adds_weighted_sums_of_columns() -> None:
+    base, value = _logits(0), _logits(1, 5)
+    index = np.array([[3, 1], [0, 0], [1, 2], [0, 3], [3, 0], [2, 0]])
+    weight = np.array([[0.5, 0.5], [0, 0], [0.25, 0.75], [0.9, 0.1], [1, 0], [1, 0]])
+    vocabulary_map = VocabularyMap(jnp.asarray(index, jnp.int32), jnp.asarray(weight, jnp.float32))
+    term = ValueTerm(value, jnp.array([-2.0]), 4, None, vocabulary_map)
+    composed = np.asarray(compose_logits(base, [term], vocab_size=7))
+    expected = np.array(base)
+    expected[..., :6] += -2.0 * (weight * np.asarray(value)[..., index]).sum(axis=-1)
+    np.testing.assert_allclose(composed[..., :7], expected[..., :7], rtol=1e-5, atol=1e-6)
+
+
 def test_bfloat16_logits_are_composed_in_float32() -> None:
     base, value = _logits(0).astype(jnp.bfloat16), (_logits(1) * 1e-3).astype(jnp.bfloat16)
     composed = compose_logits(base, [ValueTerm(value, _ones(), V)], vocab_size=V)

@@ -30,6 +30,7 @@ LEVELS = {
     "ivl_jax.mesh_sizes": 0,
     "ivl_jax.sharding": 1.5,
     "ivl_jax.tree_compare": 1,
+    "ivl_jax.vocabulary.map_checks": 0.5,
     "ivl_jax.vocabulary.mapping": 1,
     "ivl_jax.vocabulary.value_term": 1.5,
     "ivl_jax.vocabulary": 2,

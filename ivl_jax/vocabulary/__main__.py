@@ -1,8 +1,10 @@
-"""Command line: build a vocabulary map, or show what one covers.
+"""Command line: build a vocabulary map, show what one covers, or check what it will not transfer.
 
     python -m ivl_jax.vocabulary build --base-tokenizer DIR --value-tokenizer DIR --text FILE… \
-        --output MAP.safetensors [--method dtw|bytes]
+        --output MAP.safetensors [--method dtw|bytes|projection]
     python -m ivl_jax.vocabulary show MAP.safetensors
+    python -m ivl_jax.vocabulary check MAP.safetensors --base-tokenizer DIR --value-tokenizer DIR \
+        [--text FILE…] [--json]
 
 In: two tokenizer folders and text files, or a map. Out: the map's file and a report on the console.
 """
@@ -11,7 +13,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -35,7 +37,8 @@ def build(
     value_tokenizer: Path,
     text: tuple[Path, ...],
     output: str,
-    method: Literal["dtw", "bytes"] = "dtw",
+    method: Literal["dtw", "bytes", "projection"] = "dtw",
+    entries: int = 4,
     centred: bool = False,
     pair: tuple[str, ...] = (),
 ) -> None:
@@ -49,7 +52,9 @@ def build(
         output: Where to write the map, a .safetensors file, local or a gs:// URL; an existing one
             is replaced.
         method: dtw: the authors' dynamic time warping with edit distance; bytes: alignment by byte
-            offsets, many times faster.
+            offsets, many times faster; projection: the same, but each base token takes its logit
+            from several value tokens, whose weights sum to 1.
+        entries: Value tokens per base token, at most; projection only.
         centred: Record in the map that value logits should be centred over the mapped tokens before
             they are mapped.
         pair: Special tokens to pair by hand, each BASE_TOKEN=VALUE_TOKEN, where pairing by role
@@ -64,6 +69,8 @@ def build(
         raise ValueError(
             f"--output {output}: expected the name of a .safetensors file in an existing folder"
         )
+    if entries < 1:
+        raise ValueError(f"--entries {entries}: expected at least 1 value token per base token")
     texts, cut = read_texts(text)
     base = _tokenizer("--base-tokenizer", base_tokenizer)
     value = _tokenizer("--value-tokenizer", value_tokenizer)
@@ -77,6 +84,7 @@ def build(
             texts,
             method=method,
             centred=centred,
+            entries=entries,
             pairs_by_hand=pair,
             progress=lambda stage, done: bars.advance(tasks[stage], done),
         )
@@ -105,7 +113,8 @@ def show(map_file: Annotated[str, tyro.conf.Positional], /) -> None:
 
     vocabulary_map, metadata = load_vocabulary_map(map_file)
     console = Console(highlight=False)
-    rows = len(vocabulary_map.weight)
+    rows, *entries = vocabulary_map.weight.shape
+    several = f", at most {entries[0]} value tokens per base token" if entries else ""
     for name, value in (
         (
             "base tokenizer",
@@ -116,7 +125,7 @@ def show(map_file: Annotated[str, tyro.conf.Positional], /) -> None:
             f"{metadata.value_name} ({metadata.value_fingerprint[:12]}), "
             f"{metadata.value_vocab_size:,} ids",
         ),
-        ("method", f"{metadata.method}, on {metadata.texts:,} texts"),
+        ("method", f"{metadata.method}{several}, on {metadata.texts:,} texts"),
         ("value logits centred", "yes" if metadata.centred else "no"),
         ("base tokens mapped", f"{metadata.token_coverage:.2%}"),
         ("running text mapped", f"{metadata.text_coverage:.2%}"),
@@ -126,6 +135,57 @@ def show(map_file: Annotated[str, tyro.conf.Positional], /) -> None:
         ),
     ):
         console.print(f"{name:22}{escape(value)}", soft_wrap=True)
+
+
+def check(
+    map_file: Annotated[str, tyro.conf.Positional],
+    /,
+    *,
+    base_tokenizer: Path,
+    value_tokenizer: Path,
+    text: tuple[Path, ...] = (),
+    json: bool = False,
+) -> None:
+    """Show what a vocabulary map will not transfer: by kind of text, with examples and a verdict.
+
+    Args:
+        map_file: A file written by build, local or a gs:// URL.
+        base_tokenizer: Folder with the base's tokenizer, which the map was built for.
+        value_tokenizer: Folder with the value network's tokenizer.
+        text: Files of running text, as for build; none: a few built-in lines of prose, digits,
+            code, white space and Chinese, Japanese and Korean.
+        json: Print the report as JSON.
+    """
+    from ivl_jax.vocabulary.mapping import check_vocabulary_map, load_vocabulary_map
+    from ivl_jax.vocabulary.samples import SAMPLE_TEXTS
+    from ivl_jax.vocabulary.texts import read_texts
+    from ivl_jax.vocabulary.transfer_check import check_transfer
+    from ivl_jax.vocabulary.transfer_table import show_transfer
+
+    vocabulary_map, metadata = load_vocabulary_map(map_file)
+    texts = read_texts(text)[0] if text else [one for kind in SAMPLE_TEXTS.values() for one in kind]
+    base = _tokenizer("--base-tokenizer", base_tokenizer)
+    value = _tokenizer("--value-tokenizer", value_tokenizer)
+    check_vocabulary_map(
+        metadata,
+        path=map_file,
+        base_name=str(base_tokenizer),
+        base_fingerprint=base.info.fingerprint,
+        value_name=str(value_tokenizer),
+        value_fingerprint=value.info.fingerprint,
+    )
+    report = check_transfer(vocabulary_map, metadata, base, value, texts)
+    if not report.kinds:
+        raise ValueError(
+            f"{base.name} and {value.name} do not decode to the same bytes for any of the "
+            f"{len(texts)} texts (one of them normalises the text before splitting it), so where "
+            "their tokens begin cannot be compared"
+        )
+    console = Console(highlight=False)
+    if json:
+        console.print_json(data={"map": map_file, **report.to_json()})
+    else:
+        show_transfer(report, console)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -143,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str]) -> None:
     log_to_stderr()
     parse_subcommand(
-        {"build": build, "show": show},
+        {"build": build, "show": show, "check": check},
         arguments,
         prog=_PROGRAM,
         description="Vocabulary maps between two tokenizers.",
@@ -167,6 +227,7 @@ def _report(
     console: Console, built: "BuiltMap", base: "NamedTokenizer", value: "NamedTokenizer", texts: int
 ) -> None:
     """Print what a new map covers."""
+    from ivl_jax.vocabulary.transfer_check import readable
 
     def line(name: str, text: str) -> None:
         console.print(f"{name:22}{escape(text)}", soft_wrap=True)
@@ -188,26 +249,14 @@ def _report(
         f"{coverage.text:.2%} of its base tokens, with mean weight {coverage.mean_weight:.3f}",
     )
     pairs = [
-        f"{_token(base, base_id)} → {_token(value, value_id)} ({role})"
+        f"{readable(base.info, base_id)} → {readable(value.info, value_id)} ({role})"
         for role, base_id, value_id in built.metadata.special_pairs
     ]
     line("paired by role", ", ".join(pairs) or "nothing")
-    seen = [f"{_token(base, i)} × {count:,}" for i, count in coverage.unmapped_in_text]
+    seen = [f"{readable(base.info, i)} × {count:,}" for i, count in coverage.unmapped_in_text]
     line("unmapped, in text", "  ".join(seen) or "none")
-    unseen = [_token(base, token_id) for token_id in coverage.unmapped_elsewhere]
+    unseen = [readable(base.info, token_id) for token_id in coverage.unmapped_elsewhere]
     line("unmapped, not in text", "  ".join(unseen) + (" …" if unseen else "none"))
-
-
-def _token(named: "NamedTokenizer", token_id: int) -> str:
-    """A token in readable form: its text, or its bytes if they are not UTF-8."""
-    special = named.info.special_tokens.get(token_id)
-    if special is not None:
-        return special
-    spelled: Any = named.info.ordinary_tokens[token_id] or b""
-    try:
-        return repr(spelled.decode())
-    except UnicodeDecodeError:
-        return repr(spelled)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from ivl_jax.tokenizer import TokenizerInfo, describe_tokenizer
-from ivl_jax.vocabulary.byte_offsets import count_same_starts, weigh_same_starts
+from ivl_jax.vocabulary.byte_offsets import (
+    count_same_starts,
+    project_same_starts,
+    weigh_same_starts,
+)
 from ivl_jax.vocabulary.dtw import count_coaligned, normalise_counts, token_strings
-from ivl_jax.vocabulary.mapping import MapMetadata, VocabularyMap
+from ivl_jax.vocabulary.mapping import MapMetadata, VocabularyMap, total_weights
 from ivl_jax.vocabulary.special_tokens import SpecialPairs, pair_special_tokens
 
-Method = Literal["dtw", "bytes"]
+Method = Literal["dtw", "bytes", "projection"]
+PROJECTION_ENTRIES = 4
+"""Value tokens per base token of a projection, at most, unless another number is asked for."""
 _TEXTS_PER_TOKENIZER_CALL = 256
 _EXAMPLES = 12
 # Stages of a build, as its progress callback counts them.
@@ -67,8 +73,8 @@ class BuiltMap:
         metadata: What its file will record.
         coverage: What it covers.
         base_tokens: Base tokens in the running text.
-        unequal_texts: Texts that `bytes` left out, because the two tokenizers do not decode to the
-            same bytes.
+        unequal_texts: Texts that `bytes` or `projection` left out, because the two tokenizers do
+            not decode to the same bytes.
         tokenise_seconds: Seconds spent in the two tokenizers.
         align_seconds: Seconds spent after them.
     """
@@ -111,6 +117,7 @@ def build_vocabulary_map(
     *,
     method: Method,
     centred: bool = False,
+    entries: int = PROJECTION_ENTRIES,
     pairs_by_hand: Sequence[str] = (),
     progress: Callable[[int, int], None] = lambda stage, texts: None,
 ) -> BuiltMap:
@@ -120,8 +127,10 @@ def build_vocabulary_map(
         base: the base's tokenizer.
         value: the value network's tokenizer.
         texts: running text, each text aligned separately; not empty.
-        method: `dtw`, the authors' dynamic time warping, or `bytes`, alignment by byte offsets.
+        method: `dtw`, the authors' dynamic time warping; `bytes`, alignment by byte offsets; or
+            `projection`, the same with several value tokens per base token.
         centred: recorded in the metadata: whether value logits should be centred when mapped.
+        entries: value tokens per base token, at most; `projection` only.
         pairs_by_hand: special tokens to pair, each `BASE_TOKEN=VALUE_TOKEN`; overrides the roles.
         progress: called with a stage (`TOKENISE_BASE`, `TOKENISE_VALUE`, `ALIGN`) and the number of
             texts just done in it.
@@ -131,12 +140,12 @@ def build_vocabulary_map(
         text.
 
     Raises:
-        AlignmentError: no texts; or (`bytes`) no text that both tokenizers decode to the same
+        AlignmentError: no texts; or (but for `dtw`) no text that both tokenizers decode to the same
             bytes.
         ValueError: a pair by hand does not name special tokens.
 
     Source:
-        arXiv 2410.21027 for `dtw`; `bytes` is ours.
+        arXiv 2410.21027 for `dtw`; the others are ours.
     """
     if not texts:
         raise AlignmentError("no texts to align; provide the kind of text that the models read")
@@ -157,6 +166,7 @@ def build_vocabulary_map(
         method=method,
         special_pairs=special,
         centred=centred,
+        entries=entries,
         progress=lambda done: progress(ALIGN, done),
     )
     return dataclasses.replace(built, tokenise_seconds=tokenise_seconds)
@@ -171,6 +181,7 @@ def build_from_rows(
     method: Method,
     special_pairs: SpecialPairs,
     centred: bool = False,
+    entries: int = PROJECTION_ENTRIES,
     progress: Callable[[int], None] = lambda texts: None,
 ) -> BuiltMap:
     """Build a vocabulary map from texts that are already tokenised.
@@ -180,28 +191,33 @@ def build_from_rows(
         value: the value network's tokenizer.
         base_rows: per text, the base's ids, as `tokenise` gives them; at least one text.
         value_rows: the same texts in the value network's ids.
-        method: `dtw` or `bytes`.
+        method: `dtw`, `bytes` or `projection`.
         special_pairs: (role, base id, value id), from `pair_special_tokens`.
         centred: recorded in the metadata.
+        entries: value tokens per base token, at most; `projection` only.
         progress: called with the number of texts just aligned.
 
     Returns:
         The map; `tokenise_seconds` is 0.
 
     Raises:
-        AlignmentError: (`bytes`) no text that both tokenizers decode to the same bytes.
+        AlignmentError: (but for `dtw`) no text that both tokenizers decode to the same bytes.
     """
     started = time.perf_counter()
     unequal: tuple[int, ...] = ()
     if method == "dtw":
         index, weight = _by_dtw(base, value, base_rows, value_rows, progress)
     else:
-        index, weight, unequal = _by_bytes(base, value, base_rows, value_rows)
+        projected = entries if method == "projection" else None
+        index, weight, unequal = _by_bytes(base, value, base_rows, value_rows, projected)
         progress(len(base_rows))
+    index_rows, weight_rows = (array.reshape(len(array), -1) for array in (index, weight))
     for _, base_id, value_id in special_pairs:
-        index[base_id], weight[base_id] = value_id, 1.0
+        index_rows[base_id], weight_rows[base_id] = 0, 0.0
+        index_rows[base_id, 0], weight_rows[base_id, 0] = value_id, 1.0
     align_seconds = time.perf_counter() - started
-    coverage = _coverage(weight, base_rows, base.info)
+    vocabulary_map = VocabularyMap(jnp.asarray(index), jnp.asarray(weight))
+    coverage = _coverage(total_weights(vocabulary_map), base_rows, base.info)
     metadata = MapMetadata(
         method=method,
         base_name=base.name,
@@ -216,7 +232,7 @@ def build_from_rows(
         special_pairs=special_pairs,
     )
     return BuiltMap(
-        vocabulary_map=VocabularyMap(jnp.asarray(index), jnp.asarray(weight)),
+        vocabulary_map=vocabulary_map,
         metadata=metadata,
         coverage=coverage,
         base_tokens=sum(map(len, base_rows)),
@@ -272,7 +288,9 @@ def _by_bytes(
     value: NamedTokenizer,
     base_rows: list[np.ndarray],
     value_rows: list[np.ndarray],
+    entries: int | None,
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
+    """One value token per base token, or (`entries`) several."""
     tables = {
         "value_bytes": value.info.ordinary_tokens,
         "base_bytes": base.info.ordinary_tokens,
@@ -284,6 +302,8 @@ def _by_bytes(
             f"{len(base_rows)} texts (one of them normalises the text before splitting it); "
             "use --method dtw"
         )
+    if entries is not None:
+        return *project_same_starts(counts, **tables, entries=entries), counts.unequal
     return *weigh_same_starts(counts, **tables), counts.unequal
 
 

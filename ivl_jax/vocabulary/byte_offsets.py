@@ -1,7 +1,7 @@
 """A vocabulary map from byte offsets: pairs tokens that begin at the same byte.
 
 In: texts tokenised by both tokenizers, the bytes of the tokens. Out: the best value token of each
-base token with its weight. Linear in the text; no edit distance, no word marks.
+base token with its weight, or the best few. Linear in the text; no edit distance, no word marks.
 """
 
 from collections import defaultdict
@@ -14,6 +14,7 @@ from ivl_jax.vocabulary.pair_counts import (
     PairCounts,
     best_per_base_token,
     count_pairs,
+    largest_per_base_token,
     merge_counts,
 )
 
@@ -31,6 +32,21 @@ class ByteCounts(NamedTuple):
     """[Vb] float64, how often a base token began where a value token begins."""
     unequal: tuple[int, ...]
     """Texts that the two tokenizers do not decode to the same bytes; they are left out."""
+
+
+class Partners(NamedTuple):
+    """A text's base tokens that have bytes in it, each with the value token that begins there."""
+
+    text: bytes
+    """The text."""
+    base_ids: np.ndarray
+    """[N] ids of the base."""
+    start: np.ndarray
+    """[N] int64, the byte at which the token begins."""
+    end: np.ndarray
+    """[N] int64, the byte at which it ends."""
+    value_ids: np.ndarray
+    """[N] int64, the value token that begins at the same byte; −1 if there is none."""
 
 
 class _Spans(NamedTuple):
@@ -100,6 +116,41 @@ def count_same_starts(
     )
 
 
+def partners(
+    value_row: np.ndarray,
+    base_row: np.ndarray,
+    *,
+    value_bytes: TokenBytes,
+    base_bytes: TokenBytes,
+) -> Partners | None:
+    """Find the value token that begins where each base token of one text begins.
+
+    Args:
+        value_row: the text in the value network's token ids.
+        base_row: in the base's.
+        value_bytes: by id, the bytes of each ordinary token; None for special ones.
+        base_bytes: the same for the base.
+
+    Returns:
+        The base's tokens, without those that have no bytes in the text; None if the two tokenizers
+        do not decode to the same bytes.
+    """
+    spelled = _spelled(value_row, value_bytes), _spelled(base_row, base_bytes)
+    both = _prefixes(*spelled)
+    if both is None:
+        return None
+    text = spelled[1][both[1] :]
+    value, base = (
+        _spans([row], np.array([len(b or b"") for b in table]), np.array([prefix]))
+        for row, table, prefix in zip(
+            (value_row, base_row), (value_bytes, base_bytes), both, strict=True
+        )
+    )
+    value_at = np.full(len(text) + 1, -1, np.int64)
+    value_at[value.start] = value.ids
+    return Partners(text, base.ids, base.start, base.end, value_at[base.start])
+
+
 def weigh_same_starts(
     counts: ByteCounts, *, value_bytes: TokenBytes, base_bytes: TokenBytes
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -119,14 +170,45 @@ def weigh_same_starts(
         tie; weight [Vb] float32: that sum divided by the number of aligned occurrences, so 1 if the
         bytes are always the same. 0 and 0 if there is neither evidence nor a token of equal bytes.
     """
-    base_ids, value_ids = _equal_bytes(value_bytes=value_bytes, base_bytes=base_bytes)
-    once = count_pairs(
-        base_ids, value_ids, np.ones(len(base_ids)), value_vocab_size=len(value_bytes)
-    )
-    pairs = merge_counts([counts.pairs, once], value_vocab_size=len(value_bytes))
+    pairs, once = _with_equal_bytes(counts, value_bytes=value_bytes, base_bytes=base_bytes)
     index, score = best_per_base_token(pairs, pairs.amounts, base_vocab_size=len(base_bytes))
-    met = counts.aligned + np.bincount(base_ids, minlength=len(base_bytes))
+    met = counts.aligned + np.bincount(once.base_ids, minlength=len(base_bytes))
     return index, (score / np.maximum(met, 1)).astype(np.float32)
+
+
+def project_same_starts(
+    counts: ByteCounts, *, value_bytes: TokenBytes, base_bytes: TokenBytes, entries: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each base token's few best value tokens, as a distribution over them.
+
+    A constant added to all value logits is then added to every mapped token as it is, whereas a
+    single entry with a weight below 1 passes on only part of it. A token of equal bytes counts
+    once more, as in `weigh_same_starts`.
+
+    Args:
+        counts: from `count_same_starts`.
+        value_bytes: by id, the bytes of each ordinary token.
+        base_bytes: likewise.
+        entries: the most value tokens per base token, K.
+
+    Returns:
+        value_index [Vb K] int32 and weight [Vb K] float32: a row's weights are in the proportion of
+        its sums of shares and sum to 1. 0 and 0 in unused entries.
+    """
+    pairs, _ = _with_equal_bytes(counts, value_bytes=value_bytes, base_bytes=base_bytes)
+    index, amount = largest_per_base_token(pairs, base_vocab_size=len(base_bytes), entries=entries)
+    total = amount.sum(axis=1, keepdims=True)
+    return index, (amount / np.where(total > 0, total, 1)).astype(np.float32)
+
+
+def _with_equal_bytes(
+    counts: ByteCounts, *, value_bytes: TokenBytes, base_bytes: TokenBytes
+) -> tuple[PairCounts, PairCounts]:
+    """The counts with each pair of equal bytes counted once more; and these pairs alone."""
+    size = len(value_bytes)
+    base_ids, value_ids = _equal_bytes(value_bytes=value_bytes, base_bytes=base_bytes)
+    once = count_pairs(base_ids, value_ids, np.ones(len(base_ids)), value_vocab_size=size)
+    return merge_counts([counts.pairs, once], value_vocab_size=size), once
 
 
 def _chunks(rows: Sequence[np.ndarray]) -> list[list[int]]:

@@ -1,13 +1,13 @@
 """A vocabulary map, which gathers value logits into another vocabulary; and its file.
 
 In: value logits over the value network's tokens, a map. Out: value logits over the base's tokens.
-A map is two vectors, never a matrix: each base token takes its logit from at most one value token.
+A map is never a dense matrix: each base token takes its logit from at most one value token, or, in
+a projection, from at most K of them.
 """
 
 import dataclasses
 import json
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,10 +20,14 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from ivl_jax.json_files import json_kind, parse_json
 from ivl_jax.paths import usable_path, write_atomically
 from ivl_jax.text_files import read_bytes
+from ivl_jax.vocabulary.map_checks import array_problems, kind_problems
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+"""Of a map with one entry per base token."""
+PROJECTION_FORMAT_VERSION = 2
+"""Of a projection, which earlier versions of ivl_jax cannot apply."""
 LOW_COVERAGE = 0.05
 """A map of a smaller share of the base's tokens is warned of, a twentieth: a text of a few pages
 covers more."""
@@ -39,12 +43,16 @@ class VocabularyMapError(ValueError):
 
 
 class VocabularyMap(NamedTuple):
-    """The value token that each base token takes its logit from, and with what weight."""
+    """The value tokens that each base token takes its logit from, and with what weights.
 
-    value_index: Int32[Array, " Vb"]
-    """Id of the value token; 0 where the base token is unmapped."""
-    weight: Float32[Array, " Vb"]
-    """Factor on that token's value logit; 0 where the base token is unmapped."""
+    A projection has K entries per base token, whose weights sum to 1 unless it is unmapped; other
+    maps have a single entry, and vectors.
+    """
+
+    value_index: Int32[Array, "Vb *K"]
+    """Ids of the value tokens; 0 in unused entries."""
+    weight: Float32[Array, "Vb *K"]
+    """Factors on those tokens' value logits; 0 in unused entries."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class MapMetadata:
     """Where a map comes from, stored in its file.
 
     Attributes:
-        method: `dtw` or `bytes`.
+        method: `dtw`, `bytes` or `projection`.
         base_name: The base tokenizer's name when the map was built.
         base_fingerprint: Fingerprint of the base's ordinary tokens.
         value_name: The value network's tokenizer's name.
@@ -103,12 +111,12 @@ def apply_vocabulary_map(
             lifts or sinks every mapped token against the unmapped ones, whose value logit is 0.
 
     Returns:
-        [B T Vb] in float32: weight · z_value[value_index], and 0 for unmapped tokens. NaN where
-        an index is beyond Vv.
+        [B T Vb] in float32: Σ weight · z_value[value_index] over a token's entries, and 0 for
+        unmapped tokens. NaN where an index is beyond Vv.
 
     Source:
         arXiv 2410.21027 and the authors' code, which multiplies by a dense V×V matrix with at most
-        one entry per row; the gather gives the same numbers. Centring is ours.
+        one entry per row; the gather gives the same numbers. Centring and projections are ours.
 
     Example:
         Three base tokens over four value tokens; the second is unmapped.
@@ -120,18 +128,39 @@ def apply_vocabulary_map(
         [[[40.0, 0.0, 10.0]]]
         >>> apply_vocabulary_map(z, m, centred=True).tolist()
         [[[10.0, 0.0, -5.0]]]
+
+        A projection: the first base token takes the mean of two value tokens.
+
+        >>> m = VocabularyMap(jnp.array([[3, 0], [1, 0]]), jnp.array([[0.5, 0.5], [1.0, 0.0]]))
+        >>> apply_vocabulary_map(z, m).tolist()
+        [[[25.0, 20.0]]]
     """
     logits = value_logits.astype(jnp.float32)
-    mapped = vocabulary_map.weight != 0
     if centred:
         used = _used_value_tokens(vocabulary_map, logits.shape[-1])[None, None, :]
         total = jnp.sum(jnp.where(used, logits, 0.0), axis=-1, keepdims=True)
         logits = logits - total / jnp.maximum(jnp.sum(used, dtype=jnp.float32), 1.0)
-    # mode="fill" gives NaN beyond the last column, so that a map for another model does not go
-    # unnoticed.
-    gathered = jnp.take(logits, vocabulary_map.value_index, axis=-1, mode="fill")
-    weighted = gathered * vocabulary_map.weight[None, None, :]
-    return jnp.where(mapped[None, None, :], weighted, 0.0)
+    index, weight = vocabulary_map
+    if index.ndim == 1:
+        return _gather(logits, index, weight)
+    # One entry after the other: all at once would need [B T Vb K].
+    total = _gather(logits, index[:, 0], weight[:, 0])
+    for entry in range(1, index.shape[1]):
+        total += _gather(logits, index[:, entry], weight[:, entry])
+    return total
+
+
+def total_weights(vocabulary_map: VocabularyMap) -> np.ndarray:
+    """The weights of each base token's entries together.
+
+    Args:
+        vocabulary_map: the map.
+
+    Returns:
+        [Vb] float32; 0 exactly where the base token is unmapped.
+    """
+    weight = np.asarray(vocabulary_map.weight)
+    return weight if weight.ndim == 1 else weight.sum(axis=1)
 
 
 def save_vocabulary_map(
@@ -149,7 +178,9 @@ def save_vocabulary_map(
         "value_index": np.asarray(vocabulary_map.value_index, np.int32),
         "weight": np.asarray(vocabulary_map.weight, np.float32),
     }
-    record = {"format_version": FORMAT_VERSION, **dataclasses.asdict(metadata)}
+    is_projection = tensors["weight"].ndim == 2
+    version = PROJECTION_FORMAT_VERSION if is_projection else FORMAT_VERSION
+    record = {"format_version": version, **dataclasses.asdict(metadata)}
     content = safetensors.numpy.save(tensors, metadata={_METADATA_KEY: json.dumps(record)})
     write_atomically(path, content)
 
@@ -183,8 +214,10 @@ def load_vocabulary_map(path: epath.PathLike) -> tuple[VocabularyMap, MapMetadat
             f"{path} is not a vocabulary map ({type(error).__name__}: {error}); expected a "
             "safetensors file written by python -m ivl_jax.vocabulary build"
         ) from error
-    metadata = _metadata(path, record)
-    problems = _array_problems(tensors, metadata.value_vocab_size)
+    metadata, version = _metadata(path, record)
+    problems = array_problems(
+        tensors, metadata.value_vocab_size, is_projection=version == PROJECTION_FORMAT_VERSION
+    )
     if problems:
         raise VocabularyMapError(
             f"{path}: {'; '.join(problems)}; the file was altered: build the map again"
@@ -276,6 +309,17 @@ def check_vocabulary_map(
     )
 
 
+def _gather(
+    logits: Float32[Array, "B T Vv"], index: Int32[Array, " Vb"], weight: Float32[Array, " Vb"]
+) -> Float32[Array, "B T Vb"]:
+    """One entry of each base token."""
+    # mode="fill" gives NaN beyond the last column, so that a map for another model does not go
+    # unnoticed.
+    gathered = jnp.take(logits, index, axis=-1, mode="fill")
+    weight = weight[None, None, :]
+    return jnp.where(weight != 0, gathered * weight, 0.0)
+
+
 def _used_value_tokens(vocabulary_map: VocabularyMap, width: int) -> Bool[Array, " Vv"]:
     """Value tokens that at least one base token takes its logit from."""
     used = jnp.zeros((width,), jnp.bool_)
@@ -288,17 +332,19 @@ def _file_metadata(content: bytes) -> dict[str, str]:
     return json.loads(content[8 : 8 + length])["__metadata__"]
 
 
-def _metadata(path: epath.Path, record: Any) -> MapMetadata:
+def _metadata(path: epath.Path, record: Any) -> tuple[MapMetadata, int]:
+    """The metadata, and the version of the format."""
     if not isinstance(record, dict):
         raise VocabularyMapError(
             f"{path}: metadata: expected an object, got {json_kind(record)}; the file was altered: "
             "build it again"
         )
     version = record.pop("format_version", None)
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, PROJECTION_FORMAT_VERSION):
         raise VocabularyMapError(
-            f"{path} has vocabulary map format {version}, but this ivl_jax reads {FORMAT_VERSION}; "
-            "build the map again, or use the version of ivl_jax that wrote it"
+            f"{path} has vocabulary map format {version}, but this ivl_jax reads {FORMAT_VERSION} "
+            f"and {PROJECTION_FORMAT_VERSION}; build the map again, or use the version of ivl_jax "
+            "that wrote it"
         )
     expected = {field.name for field in dataclasses.fields(MapMetadata)}
     if set(record) != expected:
@@ -306,68 +352,10 @@ def _metadata(path: epath.Path, record: Any) -> MapMetadata:
             f"{path}: expected the metadata keys {sorted(expected)}, got {sorted(record)}; "
             "the file was altered: build the map again"
         )
-    problems = [
-        f"{name}: expected {expected}, got {json_kind(record[name])}"
-        for name, (expected, is_kind) in _KINDS.items()
-        if not is_kind(record[name])
-    ]
+    problems = kind_problems(record)
     if problems:
         raise VocabularyMapError(
             f"{path}: metadata: {'; '.join(problems)}; the file was altered: build it again"
         )
     record["special_pairs"] = tuple((role, b, v) for role, b, v in record["special_pairs"])
-    return MapMetadata(**record)
-
-
-def _is_pair(pair: Any) -> bool:
-    return (
-        isinstance(pair, list)
-        and len(pair) == 3
-        and isinstance(pair[0], str)
-        and all(_is_count(one) for one in pair[1:])
-    )
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 31
-
-
-_TEXT = ("text", lambda value: isinstance(value, str))
-_COUNT = ("a count", _is_count)
-_SHARE = ("a share", lambda value: type(value) in (int, float) and 0 <= value <= 1)
-_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(("method", "base_name", "base_fingerprint"), _TEXT),
-    **dict.fromkeys(("value_name", "value_fingerprint"), _TEXT),
-    **dict.fromkeys(("value_vocab_size", "texts"), _COUNT),
-    **dict.fromkeys(("token_coverage", "text_coverage"), _SHARE),
-    "centred": ("true or false", lambda value: isinstance(value, bool)),
-    "special_pairs": (
-        "a list of role, base id and value id",
-        lambda value: isinstance(value, list) and all(map(_is_pair, value)),
-    ),
-}
-
-
-def _array_problems(tensors: dict[str, np.ndarray], value_vocab_size: int) -> list[str]:
-    """Everything that is wrong with the arrays of a map's file."""
-    expected = {"value_index": np.dtype(np.int32), "weight": np.dtype(np.float32)}
-    if set(tensors) != set(expected):
-        return [f"expected the tensors {sorted(expected)}, got {sorted(tensors)}"]
-    problems = [
-        f"{name}: expected a vector of {dtype}, got {tensors[name].dtype} {tensors[name].shape}"
-        for name, dtype in expected.items()
-        if tensors[name].dtype != dtype or tensors[name].ndim != 1
-    ]
-    if problems:
-        return problems
-    index, weight = tensors["value_index"], tensors["weight"]
-    if index.shape != weight.shape:
-        problems.append(f"value_index has {index.shape[0]} rows, weight {weight.shape[0]}")
-    if index.size and (index.min() < 0 or index.max() >= value_vocab_size):
-        problems.append(
-            f"value_index runs from {index.min()} to {index.max()}, but the value network's "
-            f"tokenizer has the ids 0 to {value_vocab_size - 1}"
-        )
-    if not (np.isfinite(weight).all() and (weight >= 0).all()):
-        problems.append("weight has entries that are negative or not finite")
-    return problems
+    return MapMetadata(**record), version

@@ -79,3 +79,28 @@ def best_per_base_token(
     index[base_ids[positive]] = counts.value_ids[chosen][positive]
     best[base_ids[positive]] = scores[chosen][positive]
     return index, best
+
+
+def largest_per_base_token(
+    counts: PairCounts, *, base_vocab_size: int, entries: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Keep each base token's largest amounts; ties go to the lowest value ids.
+
+    Args:
+        counts: the pairs.
+        base_vocab_size: number of ids of the base's tokenizer.
+        entries: the most pairs to keep per base token, K.
+
+    Returns:
+        value_index [Vb K] int32 and amount [Vb K] float64, descending along a row; index 0 and
+        amount 0 in unused entries.
+    """
+    order = np.lexsort((counts.value_ids, -counts.amounts, counts.base_ids))
+    base_ids = counts.base_ids[order]
+    rank = np.arange(len(order)) - np.searchsorted(base_ids, base_ids, side="left")
+    kept = rank < entries
+    index = np.zeros((base_vocab_size, entries), np.int32)
+    amount = np.zeros((base_vocab_size, entries), np.float64)
+    index[base_ids[kept], rank[kept]] = counts.value_ids[order][kept]
+    amount[base_ids[kept], rank[kept]] = counts.amounts[order][kept]
+    return index, amount

@@ -54,6 +54,23 @@ def test_special_tokens_are_paired_with_weight_one_whatever_the_text_says(
     assert weight[llama.info.unk_id] == 0
 
 
+def test_a_projections_rows_sum_to_one_and_special_tokens_have_one_entry(sides, toy_corpus) -> None:
+    gpt, llama = sides
+    built = build_vocabulary_map(llama, gpt, toy_corpus, method="projection", entries=3)
+    index, weight = map(np.asarray, built.vocabulary_map)
+    assert index.shape == weight.shape == (llama.info.vocab_size, 3)
+    total = weight.sum(axis=1)
+    np.testing.assert_allclose(total[total > 0], 1, atol=1e-6)
+    assert (weight[:, 1] > 0).any()
+    single = build_vocabulary_map(llama, gpt, toy_corpus, method="bytes")
+    assert built.coverage.tokens == single.coverage.tokens
+    assert built.coverage.text == pytest.approx(built.coverage.mean_weight)
+    # The largest entry is the one that a map of single entries keeps.
+    np.testing.assert_array_equal(index[:, 0], single.vocabulary_map.value_index)
+    end = llama.info.eos_ids[0]
+    assert (index[end].tolist(), weight[end].tolist()) == ([gpt.info.eos_ids[0], 0, 0], [1, 0, 0])
+
+
 @pytest.mark.parametrize("method", ["dtw", "bytes"])
 def test_coverage_counts_tokens_and_running_text(sides, toy_corpus, method) -> None:
     gpt, llama = sides

@@ -14,6 +14,7 @@ from ivl_jax.vocabulary.byte_offsets import (
     ByteCounts,
     TokenBytes,
     count_same_starts,
+    project_same_starts,
     weigh_same_starts,
 )
 from ivl_jax.vocabulary.texts import read_texts
@@ -33,12 +34,13 @@ def plain_tokens(
     return tokens
 
 
-def plain_map(
+def plain_scores(
     value_rows: Sequence[Sequence[int]],
     base_rows: Sequence[Sequence[int]],
     value_bytes: TokenBytes,
     base_bytes: TokenBytes,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[dict[int, dict[int, float]], dict[int, int]]:
+    """By base token, each value token's sum of shares; and how often it was aligned."""
     score: dict[int, dict[int, float]] = defaultdict(lambda: defaultdict(float))
     met: dict[int, int] = defaultdict(int)
     for value_row, base_row in zip(value_rows, base_rows, strict=True):
@@ -66,6 +68,16 @@ def plain_map(
             same = [v for v, other in enumerate(value_bytes) if other == spelled]
             score[base][same[max(0, len(same) - 1 - behind)]] += 1
             met[base] += 1
+    return score, met
+
+
+def plain_map(
+    value_rows: Sequence[Sequence[int]],
+    base_rows: Sequence[Sequence[int]],
+    value_bytes: TokenBytes,
+    base_bytes: TokenBytes,
+) -> tuple[np.ndarray, np.ndarray]:
+    score, met = plain_scores(value_rows, base_rows, value_bytes, base_bytes)
     index, weight = np.zeros(len(base_bytes), int), np.zeros(len(base_bytes))
     for base, candidates in score.items():
         best = max(candidates.values())
@@ -129,6 +141,15 @@ def test_map_equals_its_definition_on_random_vocabularies(data: st.DataObject) -
         got, counts = _map(rows, others, table, other)
         assert counts.unequal == ()
         assert_same_map(got, plain_map(rows, others, table, other))
+        tables_of = {"value_bytes": table, "base_bytes": other}
+        index, weight = project_same_starts(counts, **tables_of, entries=2)
+        score, _ = plain_scores(rows, others, table, other)
+        for base in range(len(other)):
+            best = sorted(score[base].items(), key=lambda pair: (-pair[1], pair[0]))[:2]
+            total = sum(amount for _, amount in best)
+            kept = {int(v): w for v, w in zip(index[base], weight[base], strict=True) if w}
+            assert kept == pytest.approx({v: a / total for v, a in best})
+            assert weight[base].sum() == pytest.approx(1.0 if best else 0.0)
 
 
 def test_only_tokens_that_begin_at_the_same_byte_are_paired() -> None:

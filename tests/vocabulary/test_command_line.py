@@ -14,6 +14,7 @@ from ivl_jax.vocabulary.mapping import (
     apply_vocabulary_map,
     check_vocabulary_map,
     load_vocabulary_map,
+    total_weights,
 )
 
 
@@ -42,7 +43,7 @@ def _options(folders: tuple[Path, Path], text: Path, output: Path) -> list[objec
     ]
 
 
-@pytest.mark.parametrize("method", ["dtw", "bytes"])
+@pytest.mark.parametrize("method", ["dtw", "bytes", "projection"])
 def test_build_writes_a_map_that_loads_applies_and_reports(
     folders, text_file, tmp_path, monkeypatch, capsys, method
 ) -> None:
@@ -62,12 +63,13 @@ def test_build_writes_a_map_that_loads_applies_and_reports(
     assert (metadata.method, metadata.centred) == (method, False)
     z = jnp.ones((1, 1, metadata.value_vocab_size))
     mapped = apply_vocabulary_map(z, vocabulary_map)[0, 0]
-    np.testing.assert_array_equal(mapped, vocabulary_map.weight)
+    np.testing.assert_allclose(mapped, total_weights(vocabulary_map), rtol=1e-6)
     monkeypatch.setattr(sys, "argv", ["vocabulary", "show", str(output)])
     assert main() == 0
     shown = capsys.readouterr().out
     assert f"{metadata.token_coverage:.2%}" in shown
     assert f"{metadata.text_coverage:.2%}" in shown
+    assert ("at most 4 value tokens per base token" in shown) == (method == "projection")
 
 
 def test_build_stores_the_centring_and_takes_pairs_by_hand(
@@ -128,6 +130,7 @@ def test_unusable_input_is_a_sentence_and_status_1(
             _options(folders, text_file, tmp_path / "no" / "m.safetensors"),
             "in an existing folder",
         ),
+        ([*_options(folders, text_file, output), "--entries", "0"], "at least 1 value token"),
         ([*_options(folders, text_file, output), "--pair", "a"], "must be BASE_TOKEN=VALUE_TOKEN"),
     ):
         assert _build(monkeypatch, *options) == 1

@@ -48,9 +48,16 @@ def _logits(seed: int = 0, width: int = VV) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), (B, T, width))
 
 
+def _projection() -> VocabularyMap:
+    index = [[3, 1, 0], [0, 0, 0], [6, 0, 0], [3, 5, 6], [1, 0, 0]]
+    weight = [[0.75, 0.25, 0.0], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.5, 0.25, 0.25], [1.0, 0, 0]]
+    return VocabularyMap(jnp.array(index, jnp.int32), jnp.array(weight))
+
+
 def _dense(vocabulary_map: VocabularyMap, width: int) -> np.ndarray:
     matrix = np.zeros((len(vocabulary_map.weight), width), np.float32)
-    matrix[np.arange(len(matrix)), vocabulary_map.value_index] = vocabulary_map.weight
+    for row, (index, weight) in enumerate(zip(*map(np.asarray, vocabulary_map), strict=True)):
+        np.add.at(matrix[row], index, weight)
     return matrix
 
 
@@ -68,6 +75,26 @@ def test_gather_equals_the_dense_matrix_the_authors_store(rows: list[tuple[int, 
     expected = np.asarray(_logits()) @ _dense(vocabulary_map, VV).T
     got = jax.jit(apply_vocabulary_map)(_logits(), vocabulary_map)
     np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.booleans())
+def test_a_projection_equals_its_dense_matrix(seed: int, entries: int, centred: bool) -> None:
+    rng = np.random.default_rng(seed)
+    index = rng.integers(0, VV, (VB, entries))
+    weight = rng.random((VB, entries)) * (rng.random((VB, entries)) < 0.6)
+    vocabulary_map = VocabularyMap(jnp.array(index, jnp.int32), jnp.array(weight, jnp.float32))
+    matrix, logits = _dense(vocabulary_map, VV), np.asarray(_logits())
+    if centred and (used := matrix.any(axis=0)).any():
+        logits = logits - logits[..., used].mean(axis=-1, keepdims=True)
+    got = apply_vocabulary_map(_logits(), vocabulary_map, centred=centred)
+    np.testing.assert_allclose(got, logits @ matrix.T, atol=1e-5)
+
+
+def test_a_projection_passes_a_constant_on_to_every_mapped_token() -> None:
+    shifted = apply_vocabulary_map(_logits() + 10.0, _projection())
+    expected = np.asarray(apply_vocabulary_map(_logits(), _projection()))
+    np.testing.assert_allclose(shifted, expected + 10.0 * (np.arange(VB) != 1), atol=1e-5)
 
 
 def test_unmapped_tokens_get_value_logit_zero_whatever_the_value_says() -> None:
@@ -114,6 +141,38 @@ def test_an_index_beyond_the_value_columns_is_loud() -> None:
     assert np.isfinite(mapped[..., [0, 1, 3, 4]]).all()
 
 
+def test_a_projections_file_gives_it_back_under_a_version_that_earlier_readers_refuse(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "map.safetensors"
+    save_vocabulary_map(path, _projection(), METADATA)
+    loaded, metadata = load_vocabulary_map(path)
+    jax.tree.map(np.testing.assert_array_equal, loaded, _projection())
+    assert metadata == METADATA
+    assert b'format_version\\": 2' in path.read_bytes()
+    save_vocabulary_map(path, _map(), METADATA)
+    assert b'format_version\\": 1' in path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "version", "message"),
+    [
+        ({"weight": np.full((VB, 2), 0.4, np.float32)}, 2, "5 rows sum to neither 0 nor 1"),
+        ({"weight": np.full((VB, 3), 0.5, np.float32)}, 2, r"shape \(5, 2\), weight \(5, 3\)"),
+        ({"weight": np.ones(VB, np.float32)}, 2, "weight: expected a matrix of float32"),
+        ({"value_index": np.zeros((VB, 0), np.int32)}, 2, "expected a matrix of int32"),
+        ({}, 1, "value_index: expected a vector of int32"),
+    ],
+)
+def test_an_altered_projection_is_refused(tmp_path: Path, changes, version, message) -> None:
+    path = tmp_path / "map.safetensors"
+    index, weight = np.zeros((VB, 2), np.int32), np.full((VB, 2), 0.5, np.float32)
+    tensors = {"value_index": index, "weight": weight} | changes
+    _altered(path, tensors=tensors, format_version=version)
+    with pytest.raises(VocabularyMapError, match=message):
+        load_vocabulary_map(path)
+
+
 def test_file_gives_back_the_map_and_its_metadata(tmp_path: Path) -> None:
     path = tmp_path / "map.safetensors"
     path.write_bytes(b"an older file")
@@ -154,8 +213,8 @@ def _altered(path: Path, *, tensors: dict[str, np.ndarray] | None = None, **reco
 
 def test_other_format_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "map.safetensors"
-    _altered(path, format_version=2)
-    with pytest.raises(VocabularyMapError, match="format 2, but this ivl_jax reads 1"):
+    _altered(path, format_version=3)
+    with pytest.raises(VocabularyMapError, match="format 3, but this ivl_jax reads 1 and 2"):
         load_vocabulary_map(path)
 
 
