@@ -23,6 +23,8 @@ from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import abstract_params, build_decoder, init_params
 from ivl_jax.sharding import parameter_shardings, place_batch, single_device_mesh
 from ivl_jax.training.loss import Loss
+from ivl_jax.training.objectives import Objective
+from ivl_jax.training.objectives.sft import SFT
 from ivl_jax.training.optimizer import make_optimizer, make_schedule
 from ivl_jax.training.programs import default_chunk_length
 from ivl_jax.training.step import (
@@ -65,6 +67,9 @@ class OurStep:
         chunk_length: int | None = None,
         bfloat16: bool = False,
         compact: bool = False,
+        objective: Objective = SFT,
+        segments: int = 1,
+        cached_states: bool = False,
     ):
         """Build it.
 
@@ -76,6 +81,9 @@ class OurStep:
             chunk_length: positions whose logits exist at once; None: train.py's choice.
             bfloat16: store the base and multiply in bfloat16; master weights stay float32.
             compact: layers as a scan with recomputed activations, for deep networks.
+            objective: what the loss is.
+            segments: dialogues per row.
+            cached_states: the base's final hidden states come with the batch.
         """
         mesh = single_device_mesh()
         vocabulary, dtype = value.vocab_size, jnp.bfloat16 if bfloat16 else jnp.float32
@@ -104,6 +112,7 @@ class OurStep:
             penalty_kind=penalty,
             penalty_weight=0.0 if penalty == "none" else 1.0,
             chunk_length=chunk_length,
+            objective=objective,
         )
         schedule = make_schedule(
             learning_rate=LEARNING_RATE,
@@ -131,7 +140,13 @@ class OurStep:
             base_shardings=places[0],
             mesh=mesh,
         )
-        batch = split_micro_batches(random_batch(vocabulary, sizes), 1)
+        batch = random_batch(vocabulary, sizes, segments=segments)
+        if cached_states:
+            states = np.random.default_rng(1).standard_normal(
+                (sizes.rows, sizes.length, base.hidden_size), np.float32
+            )
+            batch = batch._replace(base_states=states)
+        batch = split_micro_batches(batch, 1)
         self._batch = place_batch(batch, mesh, micro_batched=True)
         if compact:
             frozen = abstract_params(base, param_dtype=dtype, scan_layers=True)
@@ -158,16 +173,19 @@ def random_params(arch: ArchConfig, seed: int, *, dtype: DTypeLike = jnp.float32
     return jax.jit(make)(jax.random.key(seed))
 
 
-def random_batch(vocabulary: int, sizes: Sizes) -> Batch:
-    """One segment per row; every target counts."""
+def random_batch(vocabulary: int, sizes: Sizes, *, segments: int = 1) -> Batch:
+    """Rows of equal segments, of which every target counts, each row better than the one before."""
     tokens = random_tokens(vocabulary, sizes)
-    shape = (sizes.rows, sizes.length)
+    shape, length = (sizes.rows, sizes.length), sizes.length // segments
+    places = np.arange(sizes.length, dtype=np.int32)
+    better = np.linspace(-1, 1, sizes.rows, dtype=np.float32)
     return Batch(
         tokens=tokens[:, :-1],
         targets=tokens[:, 1:],
         loss_mask=np.ones(shape, bool),
-        positions=np.broadcast_to(np.arange(sizes.length, dtype=np.int32), shape),
-        segment_ids=np.ones(shape, np.int32),
+        positions=np.broadcast_to(places % length, shape),
+        segment_ids=np.broadcast_to(places // length + 1, shape),
+        advantages=np.repeat(better[:, None], sizes.length, axis=1),
     )
 
 
