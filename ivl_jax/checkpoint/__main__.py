@@ -31,12 +31,16 @@ def _run(arguments: Sequence[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
 
     value = commands.add_parser("export-value", help="make a value folder from a run's checkpoint")
-    value.add_argument("run_dir", help="the run directory")
+    value.add_argument("run_dir", help="the run directory; with --merge also a LoRA value folder")
     value.add_argument("out", help="the value folder to write")
     value.add_argument(
         "--step", default="latest", type=_which, help="a step, best or latest (default: latest)"
     )
     value.add_argument("--overwrite", action="store_true", help="replace a value folder there")
+    value.add_argument(
+        "--merge", action="store_true", help="merge an adapter into its model: a plain value folder"
+    )
+    _add_value_model(value)
 
     hugging_face = commands.add_parser(
         "export-hf", help="write a value network as a Hugging Face model folder"
@@ -45,12 +49,19 @@ def _run(arguments: Sequence[str]) -> int:
     hugging_face.add_argument("out", help="the Hugging Face folder to write")
     hugging_face.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     hugging_face.add_argument("--overwrite", action="store_true", help="replace a folder there")
+    _add_value_model(hugging_face)
 
     chosen = parser.parse_args(arguments)
     log_to_stderr()
     line = _export_value(chosen) if chosen.command == "export-value" else _export_hf(chosen)
     sys.stdout.write(f"{line}\n")
     return 0
+
+
+def _add_value_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--value-model", help="the model of an adapter, if it is not where the value folder says"
+    )
 
 
 def _which(text: str) -> str | int:
@@ -62,7 +73,14 @@ def _which(text: str) -> str | int:
 def _export_value(chosen: argparse.Namespace) -> str:
     from ivl_jax.checkpoint.export import export_value
 
-    step = export_value(chosen.run_dir, chosen.step, chosen.out, overwrite=chosen.overwrite)
+    step = export_value(
+        chosen.run_dir,
+        chosen.step,
+        chosen.out,
+        overwrite=chosen.overwrite,
+        merge=chosen.merge,
+        value_model=chosen.value_model,
+    )
     return f"step {step} of {chosen.run_dir} is in {chosen.out}"
 
 
@@ -73,7 +91,7 @@ def _export_hf(chosen: argparse.Namespace) -> str:
 
     out = local_path(chosen.out, "OUT")
     check_exportable(chosen.value, out, overwrite=chosen.overwrite)
-    value = load_value(chosen.value)
+    value = load_value(chosen.value, value_model=chosen.value_model)
     export_hugging_face(
         value,
         out,

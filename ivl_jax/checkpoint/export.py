@@ -6,10 +6,12 @@ a value folder.
 
 import dataclasses
 import logging
+from pathlib import Path
 from typing import Any, Literal
 
 from etils import epath
 
+from ivl_jax.checkpoint.adapted_model import find_adapted_model
 from ivl_jax.checkpoint.arrays import read_host_arrays
 from ivl_jax.checkpoint.steps import (
     NoUsableCheckpointError,
@@ -18,14 +20,22 @@ from ivl_jax.checkpoint.steps import (
     find_usable_step,
     recorded_metrics,
 )
+from ivl_jax.checkpoint.value_arrays import merge_into_model
 from ivl_jax.checkpoint.value_folder import (
     PreTrainedTokenizerBase,
     check_replaceable,
+    load_value,
     read_description,
     save_value,
     write_value_folder,
 )
-from ivl_jax.checkpoint.value_metadata import METADATA_NAME, ValueFolderError, ValueMetadata
+from ivl_jax.checkpoint.value_metadata import (
+    METADATA_NAME,
+    ValueFolderError,
+    ValueMetadata,
+    read_value_metadata,
+)
+from ivl_jax.model.decoder import unstack_layers
 from ivl_jax.paths import absolute_path
 
 logger = logging.getLogger(__name__)
@@ -51,7 +61,13 @@ def write_value_description(
 
 
 def export_value(
-    run_dir: epath.PathLike, which: Which, out: epath.PathLike, *, overwrite: bool = False
+    run_dir: epath.PathLike,
+    which: Which,
+    out: epath.PathLike,
+    *,
+    overwrite: bool = False,
+    merge: bool = False,
+    value_model: epath.PathLike | None = None,
 ) -> int:
     """Make a value folder from one of a run's checkpoints.
 
@@ -62,6 +78,9 @@ def export_value(
         which: a step, `best` (lowest held-out NLL among the kept steps) or `latest`.
         out: the value folder to write.
         overwrite: replace an existing value folder.
+        merge: merge an adapter into its model, so that the folder holds the whole network;
+            `run_dir` may then be a LoRA value folder, and `which` is not read.
+        value_model: folder or hub id of that model; None: the one that the run has recorded.
 
     Returns:
         The step that was exported.
@@ -71,10 +90,13 @@ def export_value(
         FileExistsError: `out` exists, and `overwrite` was not said or it is no value folder.
         NoUsableCheckpointError: the checkpoint does not exist or was altered, with the reasons; or
             the best or latest one is the untrained step 0, which is exported by its number only.
-        ValueFolderError: the run's value description was altered.
+        ValueFolderError: the run's value description was altered; or `merge` without an adapter, or
+            with a model of other weights.
     """
     run_dir, out = absolute_path(run_dir), absolute_path(out)
     check_replaceable(out, overwrite=overwrite)
+    if merge and (run_dir / METADATA_NAME).exists():
+        return _merge_folder(run_dir, out, overwrite=overwrite, value_model=value_model)
     description = run_dir / DESCRIPTION_FOLDER
     if not (description / METADATA_NAME).exists():
         raise FileNotFoundError(
@@ -82,6 +104,7 @@ def export_value(
             "run that trains a value network"
         )
     metadata, tokenizer, _ = read_description(description)
+    model = _model_to_merge(metadata, run_dir, value_model) if merge else None
     checkpoints = run_dir / CHECKPOINTS_FOLDER
     step, rejected = find_usable_step(checkpoints, _wanted_step(checkpoints, which))
     if step == 0 and which != 0:
@@ -100,14 +123,45 @@ def export_value(
         params = read_host_arrays(state, "params")
     except KeyError:
         raise ValueFolderError(f"{state} has no `params`: it is not a train state") from None
+    params = _with_integer_layers(params)
+    if model is not None:
+        if not all(isinstance(index, int) for index in params["layers"]):
+            params = unstack_layers(params)
+        params = merge_into_model(params, metadata, model)
+        metadata = dataclasses.replace(metadata, adapter=None)
     save_value(
         out,
-        params=_with_integer_layers(params),
+        params=params,
         metadata=dataclasses.replace(metadata, steps=step),
         tokenizer=tokenizer,
         overwrite=overwrite,
     )
     return step
+
+
+def _merge_folder(
+    folder: epath.Path, out: epath.Path, *, overwrite: bool, value_model: epath.PathLike | None
+) -> int:
+    _model_to_merge(read_value_metadata(folder), folder, value_model)
+    value = load_value(folder, value_model=value_model)
+    save_value(
+        out,
+        params=value.params,
+        metadata=value.metadata,
+        tokenizer=value.tokenizer,
+        overwrite=overwrite,
+    )
+    return value.metadata.steps
+
+
+def _model_to_merge(
+    metadata: ValueMetadata, folder: epath.Path, value_model: epath.PathLike | None
+) -> Path:
+    """The folder of an adapter's model, its weights checked."""
+    model = find_adapted_model(metadata, folder, () if value_model is None else (value_model,))
+    if model is None:
+        raise ValueFolderError(f"{folder}: --merge, but there is no adapter to merge: leave it out")
+    return model.folder
 
 
 def _wanted_step(checkpoints: epath.Path, which: Which) -> int | None:

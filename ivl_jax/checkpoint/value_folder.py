@@ -5,7 +5,8 @@ In: parameters, metadata and tokenizer of a value network. Out: one folder with 
 
     value/
       ivl.json        architecture, connection, penalty, tokenizer fingerprint, training base, …
-      params/         the arrays, layers unstacked, exactly the vocabulary's rows
+      params/         the arrays, layers unstacked, exactly the vocabulary's rows; or only those of
+                      an adapter, if ivl.json names the model that it belongs to
       tokenizer/      the tokenizer's files, chat template included
       manifest.json   size and SHA-256 of each file; written last
 """
@@ -16,6 +17,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -26,11 +28,17 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from ivl_jax.checkpoint.arrays import restore_arrays, to_storable
+from ivl_jax.checkpoint.adapted_model import find_adapted_model
 from ivl_jax.checkpoint.folder_replacement import (
     building_folder,
     finish_replacement,
     is_half_replaced,
+)
+from ivl_jax.checkpoint.value_arrays import (
+    PARAMS_FOLDER,
+    load_network,
+    stored_arrays,
+    value_architecture,
 )
 from ivl_jax.checkpoint.value_metadata import (
     METADATA_NAME,
@@ -39,7 +47,6 @@ from ivl_jax.checkpoint.value_metadata import (
     read_value_metadata,
 )
 from ivl_jax.checkpoint.value_tokenizer import TOKENIZER_FOLDER, read_tokenizer, write_tokenizer
-from ivl_jax.finite_arrays import check_finite
 from ivl_jax.manifest import (
     ManifestError,
     file_problems,
@@ -48,18 +55,12 @@ from ivl_jax.manifest import (
     unlisted_files,
     write_manifest,
 )
-from ivl_jax.model.decoder import Params, unstack_layers
-from ivl_jax.model.network import (
-    Architecture,
-    abstract_network,
-    architecture_from_json,
-    vocabulary_dimensions,
-)
+from ivl_jax.model.decoder import Params
+from ivl_jax.model.network import Architecture, architecture_from_json
 from ivl_jax.paths import absolute_path
-from ivl_jax.sharding import DEFAULT_RULES, ShardingRules, padded_vocab_rows, parameter_shardings
+from ivl_jax.sharding import DEFAULT_RULES, ShardingRules
 from ivl_jax.text_files import shortened
 from ivl_jax.tokenizer import TokenizerInfo, describe_tokenizer
-from ivl_jax.tree_compare import check_same_tree, named_leaves
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,8 +68,6 @@ else:
     PreTrainedTokenizerBase = Any  # importing transformers takes a second
 
 logger = logging.getLogger(__name__)
-
-PARAMS_FOLDER = "params"
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class ValueNetwork:
         arch: its architecture.
         params: its parameters, layers unstacked; vocabulary rows may be padded with zeros.
         connection: how base and value are connected.
-        metadata: the content of its `ivl.json`.
+        metadata: the content of its `ivl.json`; without the `adapter`, which is merged.
         tokenizer: from its folder.
         tokenizer_info: what identifies the tokenizer.
         chat_template: a named format, `auto` or a template's text.
@@ -110,7 +109,8 @@ def save_value(
 
     Args:
         folder: where, local or a URL that `etils.epath` writes; its parent is created.
-        params: parameters on any mesh; stored with layers unstacked and without padding rows.
+        params: parameters on any mesh; stored with layers unstacked and without padding rows. Only
+            the adapter's, if the metadata has an `adapter`.
         metadata: the content of `ivl.json`.
         tokenizer: the value network's own; its files are copied.
         overwrite: replace an existing value folder; anything else is never replaced.
@@ -125,7 +125,7 @@ def save_value(
     arch = architecture_from_json(metadata.architecture)
     check_replaceable(folder, overwrite=overwrite)
     _check_tokenizer(describe_tokenizer(tokenizer), metadata, arch, "the tokenizer to be saved")
-    stored = _canonical(params, arch)
+    stored = stored_arrays(params, metadata)
     write_value_folder(folder, metadata=metadata, tokenizer=tokenizer, params=stored)
 
 
@@ -135,8 +135,11 @@ def load_value(
     param_dtype: DTypeLike = jnp.float32,
     mesh: Mesh | None = None,
     sharding_rules: ShardingRules = DEFAULT_RULES,
+    value_model: epath.PathLike | None = None,
 ) -> ValueNetwork:
     """Read a value folder; everything is checked before an array is read.
+
+    The adapter in a LoRA value folder is merged into its model.
 
     Args:
         folder: the value folder, local or a URL that `etils.epath` reads.
@@ -144,21 +147,31 @@ def load_value(
         mesh: where the parameters live, sharded by `sharding_rules`, vocabulary rows padded with
             zeros to divide evenly; None: this process's first device, no padding.
         sharding_rules: which mesh axis splits which dimension.
+        value_model: folder or hub id of the model that an adapter belongs to; None: the one that
+            `ivl.json` names.
 
     Returns:
         The value network.
 
     Raises:
-        FileNotFoundError: it is not a value folder.
+        FileNotFoundError: it is not a value folder, or an adapter's model cannot be found.
         ValueFolderError: an unknown format version; files that are missing, truncated or altered; a
-            tokenizer or an architecture that differs from `ivl.json`. Lists all files.
+            tokenizer or an architecture that differs from `ivl.json`; or an adapter's model has
+            other weights. Lists all files.
         TreeMismatchError: the arrays do not match the architecture.
         NonFiniteWeightsError: an array has NaN or infinity.
     """
     folder = absolute_path(folder)
     described = read_description(folder)
+    given = () if value_model is None else (value_model,)
+    model = find_adapted_model(described[0], folder, given)
     return load_described_value(
-        folder, *described, param_dtype=param_dtype, mesh=mesh, sharding_rules=sharding_rules
+        folder,
+        *described,
+        model_folder=None if model is None else model.folder,
+        param_dtype=param_dtype,
+        mesh=mesh,
+        sharding_rules=sharding_rules,
     )
 
 
@@ -168,6 +181,7 @@ def load_described_value(
     tokenizer: PreTrainedTokenizerBase,
     info: TokenizerInfo,
     *,
+    model_folder: Path | None,
     param_dtype: DTypeLike,
     mesh: Mesh | None,
     sharding_rules: ShardingRules,
@@ -179,6 +193,7 @@ def load_described_value(
         metadata: from `read_description`, like the next two.
         tokenizer: its tokenizer.
         info: what identifies the tokenizer.
+        model_folder: where the model of an adapter is (`find_adapted_model`), or None.
         param_dtype: as in `load_value`, like the rest.
         mesh: where the parameters live, or None.
         sharding_rules: how they are sharded over the mesh.
@@ -192,39 +207,19 @@ def load_described_value(
         NonFiniteWeightsError: an array has NaN or infinity.
     """
     folder = absolute_path(folder)
-    arch = value_architecture(metadata, folder)
-    if not (folder / PARAMS_FOLDER).exists():
-        raise ValueFolderError(
-            f"{folder} has no arrays: it only describes a run; its value network is in "
-            f"{folder.parent}/value, or `python -m ivl_jax.checkpoint export-value` makes one"
-        )
-    vocab_rows, name = None, f"the value network in {folder}"
-    if mesh is not None:
-        vocab_rows = padded_vocab_rows(arch.vocab_size, mesh, sharding_rules)
-    target = abstract_network(arch, param_dtype=param_dtype, vocab_rows=vocab_rows)
-    if mesh is not None:
-        units = {"heads": arch.num_attention_heads, "kv_heads": arch.num_key_value_heads}
-        target = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            target,
-            parameter_shardings(target, mesh, sharding_rules, units=units),
-        )
-    params = restore_arrays(
-        folder / PARAMS_FOLDER,
-        target,
-        stored_like=abstract_network(arch, param_dtype=param_dtype),
-        what=name,
-        remedy="its arrays do not match the architecture in its ivl.json: export it again",
-        cast=True,
+    params = load_network(
+        folder,
+        metadata,
+        model_folder=model_folder,
+        param_dtype=param_dtype,
+        mesh=mesh,
+        sharding_rules=sharding_rules,
     )
-    half = "float16 ends at 65,504, float32 does not; or " if param_dtype == jnp.float16 else ""
-    remedy = f"{half}its training diverged: train it again"
-    check_finite(named_leaves(params), what=name, remedy=remedy)
     return ValueNetwork(
-        arch=arch,
+        arch=value_architecture(metadata, folder),
         params=params,
         connection=metadata.connection,
-        metadata=metadata,
+        metadata=dataclasses.replace(metadata, adapter=None),
         tokenizer=tokenizer,
         tokenizer_info=info,
         chat_template=metadata.chat_template,
@@ -331,46 +326,6 @@ def write_value_folder(
         write_manifest(building, {"what": "value folder"}, threads=4)
         finish_replacement(folder)
     _barrier(f"value_folder_finished_{folder}")
-
-
-def _canonical(params: Params, arch: Architecture) -> dict[str, Any]:
-    """Unstack layers, drop padding rows of the vocabulary, and check the tree strictly."""
-    if not all(isinstance(index, int) for index in params.get("layers", ())):
-        params = unstack_layers(params)
-    dimensions = vocabulary_dimensions(arch)
-
-    def crop(path: tuple[Any, ...], leaf: Any) -> Any:
-        name = ".".join(str(key.key) for key in path)
-        cut = [slice(None)] * leaf.ndim
-        for dimension in dimensions.get(name, ()):
-            cut[dimension] = slice(min(arch.vocab_size, leaf.shape[dimension]))
-        cropped = leaf[tuple(cut)] if name in dimensions else leaf
-        if cropped.shape != leaf.shape:
-            logger.info("%s: vocabulary padding rows are not stored: %s", name, leaf.shape)
-        return cropped
-
-    params = jax.tree_util.tree_map_with_path(crop, params)
-    stored = to_storable(params)
-    check_same_tree(
-        named_leaves(to_storable(abstract_network(arch))),
-        named_leaves(stored),
-        what="the value network to be saved",
-        remedy="metadata.architecture must match these parameters (also tie_word_embeddings)",
-        with_dtype=False,
-    )
-    return stored
-
-
-def value_architecture(metadata: ValueMetadata, folder: epath.PathLike) -> Architecture:
-    """The architecture of a value network.
-
-    Raises:
-        ValueFolderError: its `ivl.json` describes an unknown architecture.
-    """
-    try:
-        return architecture_from_json(metadata.architecture)
-    except ValueError as error:
-        raise ValueFolderError(f"{folder}/{METADATA_NAME}: architecture: {error}") from error
 
 
 def _check_tokenizer(

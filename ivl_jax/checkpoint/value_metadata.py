@@ -9,11 +9,11 @@ import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata as packages
-from typing import Any
+from typing import Any, get_args
 
 from etils import epath
 
-from ivl_jax.config import CONNECTIONS, is_connection
+from ivl_jax.config import CONNECTIONS, Targets, is_connection
 from ivl_jax.json_files import json_kind, read_json_object
 from ivl_jax.manifest import shorten
 from ivl_jax.paths import usable_path
@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 METADATA_NAME = "ivl.json"
 # 2: the training base's fingerprint is of its weights; in 1 it was of its tokenizer.
 FORMAT_VERSION = 2
+# 3: the arrays are an adapter's, and `adapter` names the model that it changes.
+ADAPTER_FORMAT_VERSION = 3
 _OLDEST_READ = 1
 _CONNECTION = f"one of {', '.join(CONNECTIONS)} or module:attribute"
 # Entry of ivl.json → its expected kind, in the order of writing. A list gives the kind of its
@@ -46,6 +48,15 @@ _SHAPE: dict[str, Any] = {
         "unk_id": "a count or null",
     },
     "library_versions": "an object of texts",
+}
+_TARGETS = f"one of {', '.join(get_args(Targets))}"
+_ADAPTER_SHAPE = _SHAPE | {
+    "adapter": {
+        "rank": "a positive count",
+        "alpha": "a number",
+        "targets": _TARGETS,
+        "model": {"name": "text", "revision": "text or null", "fingerprint": "text"},
+    }
 }
 _PACKAGES = ("ivl_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 
@@ -84,7 +95,8 @@ class ValueMetadata:
         stop_ids: every token id that ends a text, including the `generation_config.json` list.
         steps: optimizer steps taken.
         library_versions: package → version that wrote the folder.
-        format_version: the folder's format version.
+        adapter: None, or of a LoRA value folder: `rank`, `alpha`, `targets`, and the frozen `model`
+            by `name`, `revision` and the `fingerprint` of its weights.
     """
 
     architecture: dict[str, Any]
@@ -96,11 +108,17 @@ class ValueMetadata:
     stop_ids: tuple[int, ...]
     steps: int = 0
     library_versions: dict[str, str] = field(default_factory=library_versions)
-    format_version: int = FORMAT_VERSION
+    adapter: dict[str, Any] | None = None
+
+    @property
+    def format_version(self) -> int:
+        """The folder's format version; one without an adapter is what earlier versions read."""
+        return FORMAT_VERSION if self.adapter is None else ADAPTER_FORMAT_VERSION
 
     def to_json(self) -> dict[str, Any]:
         """The content of `ivl.json`."""
-        return {name: getattr(self, name) for name in _SHAPE} | {"stop_ids": list(self.stop_ids)}
+        shape = _SHAPE if self.adapter is None else _ADAPTER_SHAPE
+        return {name: getattr(self, name) for name in shape} | {"stop_ids": list(self.stop_ids)}
 
 
 def read_value_metadata(folder: epath.PathLike) -> ValueMetadata:
@@ -144,13 +162,15 @@ def _remedy(folder: epath.Path) -> str:
 
 def _from_json(content: Mapping[str, Any], path: epath.Path) -> ValueMetadata:
     found_version = content.get("format_version")
-    if type(found_version) is not int or not _OLDEST_READ <= found_version <= FORMAT_VERSION:
+    newest = ADAPTER_FORMAT_VERSION
+    if type(found_version) is not int or not _OLDEST_READ <= found_version <= newest:
         raise ValueFolderError(
             f"{path}: format_version {found_version!r}, this version of ivl_jax reads "
-            f"{_OLDEST_READ} to {FORMAT_VERSION}: install the ivl_jax that wrote it "
+            f"{_OLDEST_READ} to {newest}: install the ivl_jax that wrote it "
             f"({_writer(content)}) or export the value network again with this one"
         )
-    problems = _problems(content, _SHAPE, "")
+    shape = _ADAPTER_SHAPE if found_version == ADAPTER_FORMAT_VERSION else _SHAPE
+    problems = _problems(content, shape, "")
     if problems:
         listed = "".join(f"\n  - {problem}" for problem in shorten(problems))
         raise ValueFolderError(
@@ -161,8 +181,9 @@ def _from_json(content: Mapping[str, Any], path: epath.Path) -> ValueMetadata:
     if found_version == 1:
         logger.info("%s: format 1 does not record the weights of the training base", path)
         base = base | {"fingerprint": ""}
-    current = {"format_version": FORMAT_VERSION, "training_base": base}
-    return ValueMetadata(**{**content, **current, "stop_ids": tuple(content["stop_ids"])})
+    current = {"training_base": base, "stop_ids": tuple(content["stop_ids"])}
+    entries = {name: value for name, value in content.items() if name != "format_version"}
+    return ValueMetadata(**{**entries, **current})
 
 
 def _problems(value: Any, shape: Any, name: str) -> list[str]:
@@ -221,8 +242,11 @@ _MOST = 1 << 62
 _KINDS: dict[str, Callable[[Any], bool]] = {
     "a count": _is_count,
     "a count or null": lambda value: value is None or _is_count(value),
+    "a positive count": lambda value: _is_count(value) and value > 0,
     "a number": _is_number,
     "text": lambda value: isinstance(value, str),
+    "text or null": lambda value: value is None or isinstance(value, str),
+    _TARGETS: lambda value: isinstance(value, str) and value in get_args(Targets),
     _CONNECTION: lambda value: isinstance(value, str) and is_connection(value),
     "an object": lambda value: isinstance(value, dict),
     "an object of texts": _holds_texts,

@@ -15,11 +15,9 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from ivl_jax.checkpoint import ValueMetadata, ValueNetwork
-from ivl_jax.checkpoint.value_folder import (
-    load_described_value,
-    read_description,
-    value_architecture,
-)
+from ivl_jax.checkpoint.adapted_model import AdaptedModel, find_adapted_model
+from ivl_jax.checkpoint.value_arrays import value_architecture
+from ivl_jax.checkpoint.value_folder import load_described_value, read_description
 from ivl_jax.checkpoint.value_metadata import METADATA_NAME
 from ivl_jax.composition import SCHEMES, ConnectionScheme
 from ivl_jax.extensions import load_extension
@@ -63,6 +61,7 @@ class ModelSource:
         scheme: How a value network is connected to a base; a language model used as a value
             network reads only the text.
         metadata: Of a value folder; None for a language model.
+        adapted: The model that a LoRA value folder's adapter belongs to; None without an adapter.
         described_map: The vocabulary map that it needs on the base, or None.
     """
 
@@ -76,6 +75,7 @@ class ModelSource:
     chat_template: str = field(repr=False, default="auto")
     scheme: ConnectionScheme = SCHEMES["residual"]
     metadata: ValueMetadata | None = field(repr=False, default=None)
+    adapted: AdaptedModel | None = field(repr=False, default=None)
     described_map: DescribedMap | None = field(repr=False, default=None)
 
     @property
@@ -119,7 +119,13 @@ class ModelSource:
         where: dict[str, Any] = {"mesh": mesh, "sharding_rules": sharding_rules}
         if self.metadata is not None:
             described = (self.metadata, self.tokenizer, self.info)
-            return load_described_value(self.folder, *described, param_dtype=param_dtype, **where)
+            return load_described_value(
+                self.folder,
+                *described,
+                model_folder=None if self.adapted is None else self.adapted.folder,
+                param_dtype=param_dtype,
+                **where,
+            )
         return load_described_model(
             self.path,
             self.local_folder,
@@ -164,7 +170,9 @@ def read_language_model(
     )
 
 
-def read_value(path: str, *, schemes: Schemes = NO_SCHEMES) -> ModelSource:
+def read_value(
+    path: str, *, schemes: Schemes = NO_SCHEMES, models: Sequence[str] = ()
+) -> ModelSource:
     """Read everything but the weights of a value network, or of a language model used as one.
 
     Args:
@@ -172,13 +180,16 @@ def read_value(path: str, *, schemes: Schemes = NO_SCHEMES) -> ModelSource:
             hub id.
         schemes: connection schemes beyond the package's own that a value folder may name, by the
             name used there (`module:attribute`).
+        models: folders or hub ids, of which one is the model of a LoRA value folder's adapter;
+            empty: where the folder says.
 
     Returns:
         The source; the hash of every file of a value folder has been checked.
 
     Raises:
-        FileNotFoundError: it is neither.
-        ValueError: its files are damaged or invalid, or its connection scheme is unknown.
+        FileNotFoundError: it is neither, or an adapter's model cannot be found.
+        ValueError: its files are damaged or invalid, its connection scheme is unknown, or an
+            adapter's model has other weights than in training.
     """
     folder = usable_path(path)
     if (folder / METADATA_NAME).exists():
@@ -194,6 +205,7 @@ def read_value(path: str, *, schemes: Schemes = NO_SCHEMES) -> ModelSource:
             chat_template=metadata.chat_template,
             scheme=known_scheme(metadata.connection, schemes, path),
             metadata=metadata,
+            adapted=find_adapted_model(metadata, path, models),
         )
     if folder.is_dir() and not (folder / "config.json").exists():
         raise FileNotFoundError(
@@ -209,7 +221,11 @@ def read_value(path: str, *, schemes: Schemes = NO_SCHEMES) -> ModelSource:
 
 
 def read_values(
-    paths: Sequence[str], maps: Sequence[str], *, schemes: Schemes = NO_SCHEMES
+    paths: Sequence[str],
+    maps: Sequence[str],
+    *,
+    schemes: Schemes = NO_SCHEMES,
+    models: Sequence[str] = (),
 ) -> list[ModelSource]:
     """Read everything but the weights of value networks, and their vocabulary maps.
 
@@ -217,6 +233,7 @@ def read_values(
         paths: as in `read_value`; `none` is left out.
         maps: for each of them a map's file, or `none`; empty: no maps at all.
         schemes: as in `read_value`.
+        models: as in `read_value`, for all of them.
 
     Returns:
         One source each, in order.
@@ -225,7 +242,7 @@ def read_values(
         FileNotFoundError: as `read_value`.
         ValueError: as `read_value`; or a map cannot be read.
     """
-    sources = [read_value(path, schemes=schemes) for path in paths if path != "none"]
+    sources = [read_value(path, schemes=schemes, models=models) for path in paths if path != "none"]
     if not sources or not maps:
         return sources
     return [

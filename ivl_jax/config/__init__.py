@@ -36,7 +36,6 @@ from ivl_jax.config.objectives import DistilConfig, GrpoConfig, PreferenceConfig
 from ivl_jax.config.processes import ProcessesConfig
 from ivl_jax.config.serve import NamedModel, ServeConfig, check_serve_config
 from ivl_jax.config.train import (
-    CONNECTIONS,
     BaseConfig,
     LoggingConfig,
     OptimizerConfig,
@@ -45,10 +44,9 @@ from ivl_jax.config.train import (
     PenaltyPositions,
     StepConfig,
     TrainConfig,
-    ValueConfig,
     check_train_config,
-    is_connection,
 )
+from ivl_jax.config.value import CONNECTIONS, LoraConfig, Targets, ValueConfig, is_connection
 
 __all__ = [
     "CONNECTIONS",
@@ -67,6 +65,7 @@ __all__ = [
     "InferConfig",
     "LayoutName",
     "LoggingConfig",
+    "LoraConfig",
     "MeshConfig",
     "ModelConfig",
     "NamedModel",
@@ -80,6 +79,7 @@ __all__ = [
     "RuntimeConfig",
     "ServeConfig",
     "StepConfig",
+    "Targets",
     "TrainConfig",
     "ValueConfig",
     "check_infer_config",

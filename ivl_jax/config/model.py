@@ -79,6 +79,9 @@ class ComposedModelConfig:
     """Vocabulary map of a value whose tokenizer differs from the base's, built by `python -m
     ivl_jax.vocabulary build`; one per value in the same order, `none` for those without. For
     ivl-serve, NAME=FILE for the values that need one."""
+    value_model: Repeatable[tuple[str, ...]] = ()
+    """Folder or hub id of the model that a LoRA value belongs to, if it is not where the value
+    folder says. Repeat the flag if the values belong to several; their fingerprints tell which."""
     connection: Repeatable[tuple[str, ...]] = ()
     """Your own connection scheme, `module:attribute`, that a value folder names; without this flag
     nothing is imported for a value folder. Repeat the flag for several."""

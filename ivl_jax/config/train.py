@@ -14,16 +14,10 @@ from ivl_jax.config.data import DataConfig
 from ivl_jax.config.model import DType, LayoutName, MeshConfig, ModelConfig, RuntimeConfig
 from ivl_jax.config.objectives import DistilConfig, GrpoConfig, PreferenceConfig
 from ivl_jax.config.processes import ProcessesConfig
-from ivl_jax.extensions import is_extension
+from ivl_jax.config.value import ValueConfig
 
-CONNECTIONS = ("residual", "cascade", "cascade_no_text", "hidden", "linear")
 PenaltyKind = Literal["none", "l1", "l2"]
 PenaltyPositions = Literal["real", "all"]
-
-
-def is_connection(name: str) -> bool:
-    """Whether a connection scheme may have this name: one of the package's or the user's own."""
-    return name in CONNECTIONS or is_extension(name)
 
 
 @dataclass(frozen=True)
@@ -48,54 +42,6 @@ class BaseConfig:
         """Check the weight."""
         require_numbers(self, "base.")
         require(0 < self.weight < math.inf, f"a base's weight must be > 0, got {self.weight}")
-
-
-@dataclass(frozen=True)
-class ValueConfig:
-    """The value network: where its parameters come from and how it is connected to the base."""
-
-    init: Literal["pretrained", "scratch", "base"] = "pretrained"
-    """`pretrained`: the weights at `path`; `scratch`: random weights, the architecture of `path`;
-    `base`: the base's own weights with an untied, zeroed head (so z = z_base at step 0)."""
-    path: str = ""
-    """Hugging Face folder or hub id; unused with `init = "base"`."""
-    revision: str | None = None
-    """Hub revision; only for hub ids."""
-    connection: str = "residual"
-    """How base and value are connected: `residual` (the paper's choice) reads only text, `cascade`
-    and `cascade_no_text` read base predictions, `hidden` the base's final hidden states; `linear`
-    is a matrix on base logits. Or `module:attribute` of a connection scheme of your own."""
-    rank: int = 0
-    """With `connection = "linear"`: width between its two matrices; 0: a single V × V matrix."""
-    layout: LayoutName = "full"
-    """Mesh axes that split its parameters and moments; may differ from the base's."""
-
-    def __post_init__(self) -> None:
-        """Check that the fields fit each other."""
-        require_numbers(self, "value.")
-        require(
-            is_connection(self.connection),
-            f'value.connection = "{self.connection}": expected one of {", ".join(CONNECTIONS)}, or '
-            "module:attribute of a connection scheme of your own",
-        )
-        if self.connection == "linear":
-            require(
-                self.init == "scratch" and not self.path,
-                'value.connection = "linear" is a matrix without pre-trained weights: set '
-                f'value.init = "scratch" and no value.path; got value.init = "{self.init}", '
-                f'value.path = "{self.path}"',
-            )
-            require(self.rank >= 0, f"value.rank must be ≥ 0, got {self.rank}")
-            return
-        require(
-            self.rank == 0,
-            f"value.rank = {self.rank} cannot be combined with "
-            f'value.connection = "{self.connection}"',
-        )
-        require(
-            self.init != "base" or not self.path,
-            f'value.path = "{self.path}" cannot be combined with value.init = "base": remove one',
-        )
 
 
 @dataclass(frozen=True)
@@ -350,5 +296,10 @@ def _base_problems(config: TrainConfig) -> list[str]:
             problems.append(
                 f'base.param_dtype = "{config.base.param_dtype}" cannot be combined with method = '
                 '"sft": trained parameters are stored in float32; see step.compute_dtype'
+            )
+        if config.value.lora.rank:
+            problems.append(
+                f"value.lora.rank = {config.value.lora.rank} cannot be combined with method = "
+                '"sft": adapters are those of a value network'
             )
     return problems

@@ -59,6 +59,7 @@ _FREE_FLAGS = frozenset(
         "distributed",
         "processes",
         "connection",  # the value folder names it
+        "value_model",  # as its fingerprint
         "stop_ids",
     }
 )

@@ -57,6 +57,7 @@ def compose(
     strengths: float | Sequence[float] = (),
     maps: epath.PathLike | DescribedMap | Sequence[epath.PathLike | DescribedMap | None] = (),
     schemes: Schemes = NO_SCHEMES,
+    value_models: epath.PathLike | Sequence[epath.PathLike] = (),
     mesh: Mesh | None = None,
     base_rules: ShardingRules = DEFAULT_RULES,
     value_rules: ShardingRules = DEFAULT_RULES,
@@ -81,6 +82,8 @@ def compose(
             as a file or already read; None for those that share the base's. Empty: all do.
         schemes: connection schemes of your own that value folders name, by the name they have
             there.
+        value_models: folders or hub ids of the models that LoRA values given by path belong to, in
+            any order; empty: where the value folders say.
         mesh: devices to decode on; None: the device where the parameters are. Parameters that
             are not sharded by the rules are moved.
         base_rules: the base's sharding on the mesh.
@@ -115,10 +118,11 @@ def compose(
     if given_maps and len(given_maps) != len(values):
         raise ValueError(f"{len(given_maps)} maps for {len(values)} value network(s)")
     described = [_described(given) for given in given_maps] or [None] * len(values)
+    adapted = [value_models] if is_path(value_models) else list(value_models)
     sources = check_sources(
         language_model_source(base, "the base"),
         [
-            value_source(value, index, described_map=one_map, schemes=schemes)
+            value_source(value, index, described_map=one_map, schemes=schemes, models=adapted)
             for index, (value, one_map) in enumerate(zip(values, described, strict=True))
         ],
         draft=None if draft is None else language_model_source(draft, "the draft"),

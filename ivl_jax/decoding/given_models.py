@@ -6,6 +6,7 @@ expected.
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from ivl_jax.checkpoint import ValueNetwork
@@ -54,7 +55,12 @@ def language_model_source(given: Any, role: str) -> ModelSource:
 
 
 def value_source(
-    given: Any, index: int, *, described_map: DescribedMap | None, schemes: Schemes
+    given: Any,
+    index: int,
+    *,
+    described_map: DescribedMap | None,
+    schemes: Schemes,
+    models: Sequence[str] = (),
 ) -> ModelSource:
     """The source of a value network, or of a language model in the place of one.
 
@@ -63,6 +69,7 @@ def value_source(
         index: which of the value networks it is.
         described_map: the vocabulary map that it needs on the base, or None.
         schemes: as `read_value` takes them.
+        models: as `read_value` takes them.
 
     Returns:
         The source.
@@ -79,7 +86,7 @@ def value_source(
         trained_on = given.metadata.training_base.get("name", "an unnamed base")
         label = f"{name} (trained on {trained_on})"
     elif is_path(given):
-        source = read_value(os.fspath(given), schemes=schemes)
+        source = read_value(os.fspath(given), schemes=schemes, models=models)
         return dataclasses.replace(
             source, label=f"{name} ({source.path})", described_map=described_map
         )

@@ -47,7 +47,12 @@ def read_sources(config: ComposedModelConfig) -> ComposedSources:
             if a map is needed, the message gives the command that builds it.
     """
     base = read_language_model(config.base, role="the base")
-    values = read_values(config.value, config.map, schemes=load_schemes(config.connection))
+    values = read_values(
+        config.value,
+        config.map,
+        schemes=load_schemes(config.connection),
+        models=config.value_model,
+    )
     path = config.draft_model
     draft = read_language_model(path, role="the draft") if path else None
     return check_sources(base, values, draft=draft, ngrams=config.drafts_ngrams)

@@ -11,7 +11,7 @@ from ivl_jax.config import ConfigError, MeshConfig, config_from_mapping
 from ivl_jax.evaluation.flags import ModelFlags
 
 DEFAULT_BATCH_SIZE = 16  # if the harness passes "auto" or nothing
-_LISTS = ("value", "strength", "map", "connection")
+_LISTS = ("value", "strength", "map", "value_model", "connection")
 _MESH = tuple(field.name for field in dataclasses.fields(MeshConfig))
 _OPTIONS = ("batch_size", "max_length", "seed")
 
@@ -21,7 +21,7 @@ def read_arguments(given: Mapping[str, Any]) -> tuple[ModelFlags, dict[str, Any]
 
     Args:
         given: name → value, as parsed by the harness; one value or a list for `value`, `strength`,
-            `map` and `connection`.
+            `map`, `value_model` and `connection`.
 
     Returns:
         The models, and keyword arguments of `IvlLM`.

@@ -74,7 +74,10 @@ def _bare(arch: ArchConfig, *, form: KernelForm, scan_layers: bool, rows: int) -
 
 
 def static_attribute(graphdef: nnx.GraphDef, name: str) -> Any:
-    """A static attribute of the module that a graphdef describes."""
+    """A static attribute of the module that a graphdef describes.
+
+    The graphdef also lists those of the modules inside, which therefore may not have this name.
+    """
     return cast(Any, dict(graphdef.attributes)[name]).value
 
 
@@ -118,4 +121,5 @@ def _structure_problem(
     wanted = "scanned (stack_layers)" if scan_layers else "unstacked (unstack_layers)"
     wanted += ", arranged for decoding (to_decode_layout)" if form.rows else ""
     wanted += ", in int8 (quantize)" if form.int8 else ""
+    wanted += ", with an adapter (lora.join)" if form.lora else ""
     return "\n  ".join([f"params do not fit this decoder, layers {wanted}:", *lines[:20]])

@@ -75,9 +75,10 @@ class Attention(nnx.Module):
         self.scale = arch.query_pre_attn_scalar**-0.5
         self.softcap = arch.attn_logit_softcapping
 
+        form = form.of("attention")
         bias = arch.attention_bias
         self.projected_sizes = (queries[1], keys[1], keys[1])
-        self.form = form
+        self.kernel_form = form
         if form.rows:
             fused = (None, sum(self.projected_sizes))
             self.qkv_proj = Projection(embed, fused, use_bias=bias, form=form)
@@ -106,7 +107,7 @@ class Attention(nnx.Module):
         names = ("batch", "length", "heads", "head_dim")
         heads = (*x.shape[:2], -1, self.head_dim)
         query, key, value = self._projected(x)
-        if memory is not None and not self.form.rows:
+        if memory is not None and not self.kernel_form.rows:
             # Else the TPU's compiler splits the kernels, not their products, into heads, and keeps
             # a copy of them all in that form.
             query, key, value = jax.lax.optimization_barrier((query, key, value))
@@ -123,7 +124,7 @@ class Attention(nnx.Module):
 
     def _projected(self, x: Float[Array, "B T D"]) -> tuple[Array, ...]:
         """Queries, keys and values, heads side by side."""
-        if not self.form.rows:
+        if not self.kernel_form.rows:
             return self.q_proj(x), self.k_proj(x), self.v_proj(x)
         return split_features(self.qkv_proj(x), self.projected_sizes)
 
@@ -135,7 +136,8 @@ class MLP(nnx.Module):
         embed, inner = ("embed", arch.hidden_size), ("mlp", arch.intermediate_size)
         self.hidden_act = arch.hidden_act
         self.inner = arch.intermediate_size
-        self.form = form
+        form = form.of("mlp")
+        self.kernel_form = form
         if form.rows:
             fused = (None, 2 * self.inner)
             self.gate_up_proj = Projection(embed, fused, use_bias=False, form=form)
@@ -147,7 +149,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], *, constrain: Constrain) -> Float[Array, "B T D"]:
         """The gated MLP of x."""
-        if self.form.rows:
+        if self.kernel_form.rows:
             gate, up = split_features(self.gate_up_proj(x), (self.inner, self.inner))
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
@@ -246,7 +248,7 @@ class Decoder(nnx.Module):
         self.norm = norm_of(arch, width)
         if not arch.tie_word_embeddings:
             self.lm_head = Projection(
-                ("embed", width), ("vocabulary", vocab_rows), use_bias=False, form=form
+                ("embed", width), ("vocabulary", vocab_rows), use_bias=False, form=form.of("head")
             )
 
 

@@ -21,7 +21,7 @@ from ivl_jax.model.architecture import ArchConfig, RopeParameters
 from ivl_jax.model.attention.form import PLAIN, AttentionForm
 from ivl_jax.model.decoder import Params
 from ivl_jax.model.linear_map import MODEL_TYPE, LinearMapConfig
-from ivl_jax.model.projection import AS_TRAINED, KernelForm
+from ivl_jax.model.projection import AS_TRAINED, KernelForm, Lora
 from ivl_jax.model.remat import Remat
 
 Architecture = ArchConfig | LinearMapConfig
@@ -125,11 +125,11 @@ def declared_axes() -> Mapping[str, tuple[str | None, ...]]:
 
     Returns:
         Path without the layer number → logical name of each dimension, as declared by the
-        parameter's module; including int8 kernels and their scales.
+        parameter's module; including int8 kernels, their scales, and adapters.
     """
     decoders = (
         decoder.parameter_declarations(_with_every_parameter(), form=form)
-        for form in (AS_TRAINED, KernelForm(int8=True))
+        for form in (AS_TRAINED, KernelForm(int8=True), KernelForm(lora=Lora(1, 1.0, "all-linear")))
     )
     found: dict[str, tuple[str | None, ...]] = {}
     for declared in (linear_map.parameter_declarations(LinearMapConfig(2, rank=1)), *decoders):

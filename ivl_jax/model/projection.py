@@ -1,10 +1,11 @@
-"""Projections: a kernel stored as trained, as it decodes fastest, or in int8.
+"""Projections: a kernel stored as trained, as it decodes fastest, in int8, or with an adapter.
 
 In: activations `[B T I]`. Out: `[B T O]`. The form is static; `ivl_jax.model.decode_layout` and
 `ivl_jax.model.int8` convert parameters between forms.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,30 @@ from ivl_jax.model.remat import keep
 _INT8_ROWS = 1024
 
 
+Part = Literal["attention", "mlp", "head"]
+Targets = Literal["all-linear", "attention", "mlp"]
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Which kernels of a decoder have a low-rank adapter: x @ (W + alpha / rank · A @ B).
+
+    Attributes:
+        rank: Width between A (in, rank) and B (rank, out).
+        alpha: Scale of the product, divided by the rank.
+        targets: Projections of attention, of the MLP, or both (`all-linear`); never the head.
+    """
+
+    rank: int
+    alpha: float
+    targets: Targets
+
+    @property
+    def scale(self) -> float:
+        """The factor of A @ B."""
+        return self.alpha / self.rank
+
+
 @dataclass(frozen=True)
 class KernelForm:
     """How a decoder's kernels are stored.
@@ -28,10 +53,20 @@ class KernelForm:
     Attributes:
         rows: (out, in), with projections of the same input fused, instead of (in, out).
         int8: In int8, with one float32 scale per output feature.
+        lora: With adapters, for training; None: without. Not with `rows`.
     """
 
     rows: bool = False
     int8: bool = False
+    lora: Lora | None = None
+
+    def of(self, part: Part) -> "KernelForm":
+        """The form of the kernels in one part of a decoder."""
+        if self.lora is None or self.lora.targets == part:
+            return self
+        if self.lora.targets == "all-linear" and part != "head":
+            return self
+        return replace(self, lora=None)
 
 
 AS_TRAINED = KernelForm()
@@ -59,17 +94,25 @@ class Projection(nnx.Module):
         )
         if form.int8:
             self.scale = declare(size_out, initial="ones", dtype=jnp.float32, hf_suffix=None)
+        if form.lora is not None:
+            rank, wide = (None, form.lora.rank), jnp.float32
+            self.lora_a = declare(size_in, rank, dtype=wide, hf_suffix=None)
+            self.lora_b = declare(rank, size_out, initial="zeros", dtype=wide, hf_suffix=None)
         if use_bias:
             # A bias on the residual stream is small and not split, like the norms.
             axis = (None, size_out[1]) if size_out[0] == "embed" else size_out
             self.bias = declare(axis, initial="zeros", hf_suffix="bias", fused_in=fused_in)
         self.use_bias = use_bias
-        self.form = form
+        self.kernel_form = form
 
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
         """The projection in x's dtype."""
-        scale = self.scale[...] if self.form.int8 else None
-        y = project(x, self.kernel[...], scale, rows=self.form.rows, dtype=x.dtype)
+        scale = self.scale[...] if self.kernel_form.int8 else None
+        y = project(x, self.kernel[...], scale, rows=self.kernel_form.rows, dtype=x.dtype)
+        if self.kernel_form.lora is not None:
+            low = multiply("bti,ir->btr", x, self.lora_a[...], dtype=x.dtype)
+            change = multiply("btr,ro->bto", low, self.lora_b[...], dtype=x.dtype)
+            y = y + jnp.asarray(self.kernel_form.lora.scale, x.dtype) * change
         if self.use_bias:
             y = y + self.bias[...].astype(x.dtype)[None, None, :]
         return keep(y)

@@ -31,7 +31,7 @@ def remedies(config: TrainConfig, machine: Machine, plan: TrainingPlan) -> list[
             f"set XLA_PYTHON_CLIENT_MEM_FRACTION={_LARGEST_POOL} in the environment of the run "
             "(and of the plan): it would fit"
         )
-    held = plan.base + plan.value + plan.optimizer + plan.batch + plan.teacher
+    held = plan.base + plan.frozen + plan.value + plan.optimizer + plan.batch + plan.teacher
     if held <= plan.available:
         found += _fewer_temporaries(config, plan, room=plan.available - held)
     found += _smaller_parameters(config, machine, plan)
@@ -74,10 +74,17 @@ def _smaller_parameters(config: TrainConfig, machine: Machine, plan: TrainingPla
         found.append(f'set base.param_dtype = "bfloat16": saves about {_size(plan.base / 2)}')
     elif "bfloat16" in stored:
         found.append(f'set base.param_dtype = "int8": saves about {_size(plan.base / 2)}')
+    whole = config.method == "value" and config.value.init == "pretrained"
+    if whole and not config.value.lora.rank and not found:
+        # Parameters and moments become frozen parameters, and an adapter's that are small.
+        found.append(
+            "set value.lora.rank = 8: only an adapter of the value network is trained, which saves "
+            f"about {_size(plan.optimizer)}"
+        )
     mesh = config.mesh
     split = 1 if mesh.fsdp == -1 else mesh.fsdp * max(mesh.tensor, 1)
     if mesh.fsdp != -1 and mesh.tensor != -1 and split < machine.devices:
-        held = plan.base + plan.value + plan.optimizer
+        held = plan.base + plan.frozen + plan.value + plan.optimizer
         saved = held * (1 - split / machine.devices)
         found.append(
             f"set mesh.data = 1 and mesh.fsdp = -1: parameters and moments are split over all "
@@ -88,7 +95,7 @@ def _smaller_parameters(config: TrainConfig, machine: Machine, plan: TrainingPla
 
 def _larger_machine(config: TrainConfig, machine: Machine, plan: TrainingPlan) -> Machine | None:
     """The smallest of the family on which it should fit: parameters and rows are split further."""
-    held = plan.base + plan.value + plan.optimizer + plan.batch
+    held = plan.base + plan.frozen + plan.value + plan.optimizer + plan.batch
     rows = config.step.batch_size / config.step.micro_batches / plan.ways
     for larger in sizes_of(machine.family):
         growth = larger.devices / machine.devices

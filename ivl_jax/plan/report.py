@@ -42,7 +42,8 @@ def table(
     )
     parts = {
         "base": plan.base,
-        "trained network (float32)": plan.value,
+        "adapter (float32)" if plan.frozen else "trained network (float32)": plan.value,
+        **({"frozen weights under the adapter": plan.frozen} if plan.frozen else {}),
         "optimizer": plan.optimizer,
         "batch": plan.batch,
     }

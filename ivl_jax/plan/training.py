@@ -25,6 +25,7 @@ from ivl_jax.plan.models import planned_models
 from ivl_jax.plan.rollouts import RolloutsPlan, plan_rollouts
 from ivl_jax.plan.work import step_flops, step_traffic
 from ivl_jax.sharding import batch_sharding, batch_ways
+from ivl_jax.training.adapter import place_frozen
 from ivl_jax.training.loss import Loss
 from ivl_jax.training.models import FrozenBase, Models
 from ivl_jax.training.objectives import find_objective
@@ -40,7 +41,7 @@ class TrainingPlan:
 
     base: int
     value: int
-    """Of the trained network, in float32."""
+    """Of the trained parameters, in float32."""
     optimizer: int
     batch: int
     temporaries: int | None
@@ -67,6 +68,8 @@ class TrainingPlan:
     """Of the frozen model that the objective compares with, beside the base."""
     rollouts: RolloutsPlan | None = None
     """Of sampling answers; None if the objective learns from those of the rows."""
+    frozen: int = 0
+    """Of the trained network's weights that stay frozen under an adapter."""
 
     @property
     def seconds(self) -> float:
@@ -98,7 +101,7 @@ def plan_training(config: TrainConfig, machine: Machine) -> list[TrainingPlan]:
 def _plan(
     config: TrainConfig, machine: Machine, models: Models, base: FrozenBase | None, mesh: Mesh
 ) -> TrainingPlan:
-    place = place_trained(config, models, mesh)
+    place, frozen_place = place_trained(config, models, mesh), place_frozen(config, models, mesh)
     base_place = None if base is None else place_in_step(config, base, mesh)
     schedule, optimizer = make_run_optimizer(config, total_steps=1000)
     shardings = state_shardings(place.shapes, place.shardings, optimizer, mesh)
@@ -122,7 +125,13 @@ def _plan(
         teacher=teacher,
     )
     step: Any = programs.step
-    arguments = (state, frozen, batch, *([] if teacher is None else [teacher.params]))
+    arguments: tuple[Any, ...] = (state, frozen, batch)
+    taught_params, weights = None if teacher is None else teacher.params, None
+    if frozen_place is not None:
+        weights = _with_shardings(frozen_place.shapes, frozen_place.shardings)
+        arguments += (taught_params, weights)
+    elif teacher is not None:
+        arguments += (taught_params,)
     fits, temporaries, peak, sent = compile_program(
         step.lower(*arguments), machine, held=_bytes(arguments)
     )
@@ -131,10 +140,10 @@ def _plan(
     rollouts, sampling = None, find_objective(config).sampling
     if sampling is not None:
         rollouts = plan_rollouts(config, machine, models, base, mesh, sampling)
-        # Moments and teacher wait while answers are sampled; so do layers that are stacked, of
-        # which the engine has a copy.
+        # Moments, teacher and the weights under an adapter wait while answers are sampled; so do
+        # layers that are stacked, of which the engine has a copy.
         stacked = held["trained"] if config.step.scan_layers else 0
-        beside = held["optimizer"] + taught + stacked
+        beside = held["optimizer"] + taught + stacked + _bytes(weights)
         peak = max(peak, rollouts.peak + beside)
         fits = fits and rollouts.fits and peak <= machine.memory
     config = replace(config, step=replace(config.step, remat=_remat(programs.loss)))
@@ -143,6 +152,7 @@ def _plan(
     return TrainingPlan(
         base=_bytes(frozen),
         value=held["trained"],
+        frozen=_bytes(weights),
         optimizer=held["optimizer"],
         batch=_bytes(batch),
         temporaries=temporaries,

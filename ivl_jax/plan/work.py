@@ -3,11 +3,12 @@
 In: a config, its models and a mesh. Out: FLOPs and bytes. The compiler's own estimate is of no use
 here: it counts the body of a loop once.
 
-FLOPs per token and matrix parameter: 2 in the forward pass, 4 in the backward pass, 2 more where
-layers are recomputed; attention reads T / 2 keys on average.
+FLOPs per token and matrix parameter: 2 in the forward pass, 4 in the backward pass (2 if it is
+frozen), 2 more where layers are recomputed; attention reads T / 2 keys on average.
 
 Memory traffic: each matrix product reads both operands and writes its result once; there is one
-per matrix in the forward pass, and two more in the backward pass. The optimizer reads and writes
+per matrix in the forward pass, and two more in the backward pass (one if it is frozen; adapters
+are left out). The optimizer reads and writes
 parameters and moments, and reads the gradient that every micro-batch adds to. Norms, activations
 and attention, which compilers fuse into their neighbours, are left out: it is a lower bound.
 """
@@ -15,12 +16,16 @@ and attention, which compilers fuse into their neighbours, are left out: it is a
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ivl_jax.config import TrainConfig
+from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.linear_map import LinearMapConfig
+from ivl_jax.model.lora import adapter_shapes
 from ivl_jax.model.network import Architecture
+from ivl_jax.model.projection import Lora
 from ivl_jax.sharding import batch_ways
 from ivl_jax.training.models import FrozenBase, Models, float_dtype
 from ivl_jax.training.objectives import find_objective
@@ -54,6 +59,11 @@ def step_flops(config: TrainConfig, models: Models, base: FrozenBase | None) -> 
     total = (4 if recomputes(config) else 3) * layers + 3 * head
     passes = heads_passes(config)
     total += (passes - 1) * head
+    if models.lora is not None:
+        # The gradients of the frozen matrices are not computed, those of the adapter's two are.
+        for matrix in _matrices(models.arch):
+            total -= 2.0 * matrix.rows * matrix.columns * matrix.count
+        total += 6.0 * _adapter_size(models.arch, models.lora)
     if base is not None:
         layers, head = _forward_flops(base.model.arch, length)
         total += passes * head + (0 if base.config.cache_states else layers)
@@ -100,7 +110,9 @@ def step_traffic(
         return total / mesh.shape["tensor"]
 
     # Master weights are converted, and gathered over fsdp, in the compute dtype.
-    layers, head = 4 if recomputes(config) else 3, 2 + heads_passes(config)
+    backward = 2 if models.lora is None else 1
+    layers = backward + (2 if recomputes(config) else 1)
+    head = backward + heads_passes(config)
     total = micro_batches * products(models.arch, layers, head, width)
     if base is not None:
         stored = (
@@ -130,6 +142,11 @@ def compared_with(models: Models) -> list[Architecture]:
 def recomputes(config: TrainConfig) -> bool:
     """Whether the backward pass runs the layers' whole forward pass once more."""
     return config.step.remat == "full"
+
+
+def _adapter_size(arch: Architecture, lora: Lora) -> int:
+    assert isinstance(arch, ArchConfig)
+    return sum(leaf.size for leaf in jax.tree.leaves(adapter_shapes(arch, lora)))
 
 
 def _matrices(arch: Architecture) -> Iterator[_Matrix]:

@@ -2,14 +2,18 @@
 
 In: trained parameters, a base, demonstrations. Out: `Answers`. The engine reads the arrays of the
 training step: where both store them in the same form, on a mesh and on any accelerator, nothing is
-copied but stacked layers of the trained network and a tied head, which decoding transposes. One CPU
-device decodes in a form of its own, so it holds the base twice.
+copied but stacked layers of the trained network and a tied head, which decoding transposes; an
+adapter is merged into a copy of its model. One CPU device decodes in a form of its own, so it holds
+the base twice.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -23,6 +27,8 @@ from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import Params, unstack_layers
+from ivl_jax.model.lora import join, merge
+from ivl_jax.model.projection import Lora
 from ivl_jax.post_training.answers import Answers, lay_out_answers
 from ivl_jax.rewards import Sample
 from ivl_jax.sharding import LAYOUTS
@@ -194,6 +200,8 @@ class Sampler:
 
     def _model(self, params: Params, program: BaseProgram) -> ComposedModel:
         """The composed model with these parameters; programs are compiled once for each base."""
+        if self._prepared.models.lora is not None and self._prepared.frozen is not None:
+            params = _merged(params, self._prepared.frozen, self._prepared.models.lora)
         if self._config.step.scan_layers:
             params = unstack_layers(params)
         composed = self._composed.get(program.name)
@@ -238,7 +246,8 @@ class Sampler:
         assert program.base is not None
         assert program.base_params is not None
         base, models = program.base.model, self._prepared.models
-        metadata = value_metadata(self._config, self._prepared, self._weights, steps=0)
+        described = value_metadata(self._config, self._prepared, self._weights, steps=0)
+        metadata = dataclasses.replace(described, adapter=None)
         connection = self._config.value.connection
         return compose(
             LanguageModel(
@@ -271,3 +280,8 @@ class Sampler:
         mesh = self._prepared.mesh
         alone_on_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
         return None if alone_on_cpu else mesh
+
+
+@functools.partial(jax.jit, static_argnames="lora")
+def _merged(adapter: Params, frozen: Params, lora: Lora) -> Params:
+    return merge(join(adapter, frozen), lora, dtype=jnp.float32)

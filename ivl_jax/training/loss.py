@@ -26,6 +26,7 @@ from ivl_jax.composed.token_scores import join_positions, score_positions, split
 from ivl_jax.config import PenaltyKind, PenaltyPositions
 from ivl_jax.data.batching import Batch
 from ivl_jax.model.decoder import Params
+from ivl_jax.model.lora import join
 from ivl_jax.training.batch_forward import run_batch, run_teacher, teacher_logits
 from ivl_jax.training.chunked_sum import Frozen, chunked_sum
 from ivl_jax.training.objectives.objective import Objective
@@ -126,6 +127,7 @@ def loss_sum(
     counts: Counts,
     with_base: bool = False,
     teacher_params: ComposedParams | None = None,
+    frozen_params: Params | None = None,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""], Sums]:
     """Sum the loss over one micro-batch.
 
@@ -145,6 +147,7 @@ def loss_sum(
         counts: of the global batch that this micro-batch belongs to.
         with_base: also compute what the objective evaluates for the base alone.
         teacher_params: of the teacher, which gets no gradient; None iff the loss has none.
+        frozen_params: the other parameters of the trained network, if `params` are an adapter.
 
     Returns:
         (sum, denominator, sums): the loss of the global batch is the sum over its micro-batches
@@ -183,6 +186,9 @@ def loss_sum(
     arrays: Any = batch
     denominator = jnp.maximum(counts.objective, 1.0)
     penalty_scale = loss.penalty_weight * denominator / jnp.maximum(counts.penalty_tokens, 1.0)
+    head = _head_of(params)
+    if frozen_params is not None:
+        params = join(params, jax.lax.stop_gradient(frozen_params))
     networks = _networks(loss, params, jax.lax.stop_gradient(base_params))
     hidden = run_batch(loss.composition, networks, batch, base_hidden=batch.base_states)
     networks = jax.lax.stop_gradient(networks)
@@ -197,7 +203,7 @@ def loss_sum(
     if loss.penalty_kind != "none":
         penalised = _penalised(loss, arrays).astype(jnp.float32)
         weights[f"value_{loss.penalty_kind}"] = penalty_scale * penalised
-    head, (rows, length) = _head_of(params), targets.shape
+    rows, length = targets.shape
     if length > loss.chunk_length:
         head = copy_head(loss.trained, head, rows=rows)
     summed: Any = chunked_sum(
@@ -216,6 +222,7 @@ def first_pass_scores(
     base_params: Params | None,
     batch: Batch,
     teacher_params: ComposedParams | None = None,
+    frozen_params: Params | None = None,
 ) -> dict[str, Float32[Array, "B T"]]:
     """The scores that the objective's weights depend on, of a batch that is trained on later.
 
@@ -225,10 +232,13 @@ def first_pass_scores(
         base_params: frozen parameters of the base; None iff a model is trained without one.
         batch: one micro-batch, arrays [B T].
         teacher_params: of the teacher; None iff the loss has none.
+        frozen_params: as in `loss_sum`.
 
     Returns:
         Name → score, for each of the objective's `first_pass`.
     """
+    if frozen_params is not None:
+        params = join(params, frozen_params)
     networks, targets = _networks(loss, params, base_params), jnp.asarray(batch.targets)
     hidden = run_batch(loss.composition, networks, batch, base_hidden=batch.base_states)
     states = hidden, run_teacher(loss.teacher, teacher_params, batch)
@@ -254,10 +264,13 @@ def _head_of(params: Params) -> Params:
     """What `logits_from_hidden` reads; the only parameters in a chunk's gradient.
 
     A tied head is transposed once per step: the gradient of `h · Eᵀ` with respect to E would
-    transpose the logits' gradient [B T V] instead, at half the speed (2,048 × 128, CPU).
+    transpose the logits' gradient [B T V] instead, at half the speed (2,048 × 128, CPU). An adapter
+    has no head.
     """
     if "lm_head" in params:
         return {"lm_head": params["lm_head"]}
+    if "embed_tokens" not in params:
+        return {}
     return {"lm_head": {"kernel": params["embed_tokens"]["embedding"].T}}
 
 

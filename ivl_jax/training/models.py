@@ -7,7 +7,6 @@ later, when everything else has been checked, the parameters.
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -27,12 +26,13 @@ from ivl_jax.model.attention.form import AttentionForm
 from ivl_jax.model.decoder import Params, zero_base_projection
 from ivl_jax.model.linear_map import LinearMapConfig
 from ivl_jax.model.network import Architecture, abstract_network, init_network
-from ivl_jax.model.projection import AS_TRAINED, KernelForm
+from ivl_jax.model.projection import AS_TRAINED, KernelForm, Lora
 from ivl_jax.sharding import LAYOUTS, padded_vocab_rows, parameter_shardings
 from ivl_jax.tokenizer_agreement import check_compatible
 from ivl_jax.training.limits import check_linear_map
 from ivl_jax.training.objectives import find_objective
 from ivl_jax.training.teacher import TeacherReader, read_teacher
+from ivl_jax.training.trained_source import ModelReader, read_trained
 from ivl_jax.weights.hf_checkpoint import load_params
 from ivl_jax.weights.language_model import check_rows
 
@@ -67,6 +67,10 @@ class Models:
     original: FrozenBase | None = None
     """The model that is trained alone, as it was before the run, where the objective needs it as
     the reference."""
+    lora: Lora | None = None
+    """The adapter that is trained, of `trained` frozen; None: all parameters are trained."""
+    adapter: ModelSource | None = None
+    """The LoRA value folder whose adapter is trained further; None: a new adapter."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +107,6 @@ def read_model(path: str, revision: str | None, where: str) -> ModelSource:
         return model
     except ValueError as error:
         raise ConfigError(f"{where} = {path}: {error}") from error
-
-
-ModelReader = Callable[[str, str | None, str], ModelSource]
-"""(path or hub id, revision, config key for errors) → a model without weights."""
 
 
 def choose_models(
@@ -149,7 +149,7 @@ def choose_models(
             original = FrozenBase(first, config.base, unknown_ids=())
         teacher = _teacher(config, [first], teach)
         return Models(first, first.arch, bases=(), teacher=teacher, original=original)
-    trained, arch = first, first.arch
+    trained, arch, lora, adapter = first, first.arch, None, None
     scheme = load_extension(
         config.value.connection, SCHEMES, ConnectionScheme, where="value.connection"
     )
@@ -159,7 +159,7 @@ def choose_models(
     elif config.value.init == "base":
         arch = dataclasses.replace(first.arch, tie_word_embeddings=False)
     else:
-        trained = read(config.value.path, config.value.revision, "value.path")
+        trained, lora, adapter = read_trained(config.value, scheme, read)
         arch = trained.arch
     if scheme.reads_base_hidden:
         arch = _with_base_width(arch, found)
@@ -179,6 +179,8 @@ def choose_models(
         bases=tuple(bases),
         scheme=scheme,
         teacher=_teacher(config, found, teach),
+        lora=lora,
+        adapter=adapter,
     )
 
 
@@ -286,7 +288,7 @@ def load_base(base: ModelSource, config: BaseConfig, place: Placement) -> Params
     """Load the frozen base's parameters onto the mesh, only those in the placement."""
     what = "the base" if "layers" in place.shardings else "the head of the base"
     logger.info("loading %s %s", what, base.path)
-    return _load(base, float_dtype(config), place, form=kernel_form(config))
+    return load_model_params(base, float_dtype(config), place, form=kernel_form(config))
 
 
 def make_trained_params(
@@ -306,7 +308,7 @@ def make_trained_params(
     trained = models.trained
     if config.method == "sft" or config.value.init == "pretrained":
         logger.info("loading %s for training", trained.path)
-        params = _load(trained, jnp.dtype(jnp.float32), place)
+        params = load_model_params(trained, jnp.dtype(jnp.float32), place)
         return params | _base_projection(models.arch, place)
     if config.value.init == "scratch":
         if isinstance(models.arch, LinearMapConfig):
@@ -321,7 +323,7 @@ def make_trained_params(
         )
         return jax.jit(make, out_shardings=place.shardings)(jax.random.fold_in(key, 0))
     logger.info("loading the base's own weights for training, with a zeroed head")
-    params = _load(trained, jnp.dtype(jnp.float32), place)
+    params = load_model_params(trained, jnp.dtype(jnp.float32), place)
     zeros = functools.partial(jnp.zeros_like, place.shapes["lm_head"]["kernel"])
     head = jax.jit(zeros, out_shardings=place.shardings["lm_head"]["kernel"])()
     return params | {"lm_head": {"kernel": head}} | _base_projection(models.arch, place)
@@ -336,9 +338,10 @@ def _base_projection(arch: Architecture, place: Placement) -> Params:
     return jax.jit(make, out_shardings={name: place.shardings[name]})()
 
 
-def _load(
+def load_model_params(
     model: ModelSource, param_dtype: DTypeLike, place: Placement, form: KernelForm = AS_TRAINED
 ) -> Params:
+    """Load a model's parameters onto the mesh, only those in the placement."""
     # The files have no tied head, and no projection, which only value networks have.
     absent = {"base_projection"} | ({"lm_head"} if model.arch.tie_word_embeddings else set())
     shardings = {name: at for name, at in place.unstacked_shardings.items() if name not in absent}

@@ -11,6 +11,7 @@ from ivl_jax.config import TrainConfig
 from ivl_jax.model.network import build_network
 from ivl_jax.model.remat import Remat
 from ivl_jax.sharding import LAYOUTS
+from ivl_jax.training.adapter import trained_form
 from ivl_jax.training.models import FrozenBase, Models, attention_of, kernel_form
 from ivl_jax.training.objectives import find_objective
 
@@ -35,6 +36,7 @@ def trained_network(config: TrainConfig, models: Models, mesh: Mesh, *, remat: R
             compute_dtype=jnp.dtype(config.step.compute_dtype),
             scan_layers=config.step.scan_layers,
             remat=remat,
+            form=trained_form(config, models),
             attention=attention_of(config, models.arch, layout),
         ),
         models.arch,

@@ -12,7 +12,7 @@ import optax
 from ivl_jax.training.moments import bfloat16_moments
 
 # Leaves that are matrices. Decided by name: the stacked norms of scanned layers are [L D] too.
-_MATRICES = ("kernel", "embedding")
+_MATRICES = ("kernel", "embedding", "lora_a", "lora_b")
 
 
 def make_schedule(

@@ -7,7 +7,9 @@ import hashlib
 import logging
 import shutil
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import unstack_layers
 from ivl_jax.model.network import architecture_to_json
 from ivl_jax.paths import is_local
+from ivl_jax.training.models import Models
 from ivl_jax.training.run_directory import RunDirectory
 from ivl_jax.training.setup import Preparation
 from ivl_jax.training.step import TrainState
@@ -64,7 +67,30 @@ def value_metadata(
         chat_template=chat_format.template,
         stop_ids=stop_ids(prepared),
         steps=steps,
+        adapter=_adapter_record(config, models, weights),
     )
+
+
+def _adapter_record(
+    config: TrainConfig, models: Models, weights: UsedWeights
+) -> dict[str, Any] | None:
+    """What a value folder says of its adapter; None: it holds the whole network."""
+    lora = models.lora
+    if lora is None:
+        return None
+    records, path = weights.records, models.trained.path
+    frozen = records.get("value.lora.model") or records["value.path"]
+    revision = config.value.revision
+    if models.adapter is not None and models.adapter.adapted is not None:
+        revision = models.adapter.adapted.revision
+    is_folder = Path(path).expanduser().is_dir()
+    model = {
+        # From anywhere on this machine; elsewhere, the reader says where it is.
+        "name": str(Path(path).expanduser().absolute()) if is_folder else path,
+        "revision": revision,
+        "fingerprint": frozen["fingerprint"],
+    }
+    return {**asdict(lora), "model": model}
 
 
 def save_output(

@@ -15,7 +15,7 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from ivl_jax.composed.network import Composition, Layout
+from ivl_jax.composed.network import ComposedParams, Composition, Layout
 from ivl_jax.composed.token_scores import choose_chunk_length
 from ivl_jax.config import TrainConfig
 from ivl_jax.data.batching import EvalBatches
@@ -25,6 +25,7 @@ from ivl_jax.model.linear_map import LinearMapConfig
 from ivl_jax.model.remat import Remat
 from ivl_jax.sharding import LAYOUTS, batch_ways
 from ivl_jax.training.activations import choose_remat, shard_bytes
+from ivl_jax.training.adapter import place_frozen
 from ivl_jax.training.evaluation import HeldOut
 from ivl_jax.training.loss import Loss
 from ivl_jax.training.models import (
@@ -97,6 +98,7 @@ def build_programs(
     shardings: TrainState,
     held_out: Sequence[EvalBatches],
     mesh: Mesh,
+    frozen: Params | None = None,
 ) -> tuple[BaseProgram, ...]:
     """Read the bases' weights and build each one's programs.
 
@@ -109,6 +111,7 @@ def build_programs(
         shardings: of the train state.
         held_out: batches to evaluate on, for each base; empty: no evaluation.
         mesh: the device mesh.
+        frozen: the trained network's frozen parameters, if an adapter is trained.
 
     Returns:
         One per base in the config's order; a single one without a base.
@@ -133,7 +136,7 @@ def build_programs(
                 mesh=mesh,
                 teacher=teacher,
             )
-            compiled[kind] = _taught(teacher, programs_of_kind)
+            compiled[kind] = _with_frozen(programs_of_kind, teacher and teacher.params, frozen)
         loss, step, evaluate, first_pass = compiled[kind]
         base_params = None
         if base is not None and base_place is not None:
@@ -154,15 +157,21 @@ def build_programs(
     return tuple(programs)
 
 
-def _taught(teacher: Teacher | None, programs: StepPrograms) -> StepPrograms:
-    """The programs with the teacher's parameters given; they are the same at every step."""
-    if teacher is None:
+def _with_frozen(
+    programs: StepPrograms, teacher: ComposedParams | None, frozen: Params | None
+) -> StepPrograms:
+    """The programs with their optional arguments given; they are the same at every step."""
+    step, evaluate, first_pass = programs.step, programs.evaluate, programs.first_pass
+    if frozen is not None:
+        more: tuple[Any, ...] = (teacher, frozen)
+    elif teacher is not None:
+        more = (teacher,)
+    else:
         return programs
-    (_, step, evaluate, first_pass), params = programs, teacher.params
     return programs._replace(
-        step=lambda state, base, batch: step(state, base, batch, params),
-        evaluate=lambda trained, base, batch: evaluate(trained, base, batch, params),
-        first_pass=lambda trained, base, batch: first_pass(trained, base, batch, params),
+        step=lambda state, base, batch: step(state, base, batch, *more),
+        evaluate=lambda trained, base, batch: evaluate(trained, base, batch, *more),
+        first_pass=lambda trained, base, batch: first_pass(trained, base, batch, *more),
     )
 
 
@@ -193,7 +202,8 @@ def step_programs(
         shardings: of the train state.
         mesh: the device mesh; its devices need not be attached.
         teacher: that the objective compares with; its parameters are the programs' fourth argument.
-            None: there is none.
+            None: there is none. Where an adapter is trained, the fifth are the trained network's
+            frozen parameters.
         memory: bytes that a device has; None: ask the devices, which must then be attached.
 
     Returns:
@@ -202,6 +212,8 @@ def step_programs(
     teacher_shardings = None if teacher is None else teacher.shardings
     loss = make_loss(config, models, base, place, base_place, mesh, memory=memory, teacher=teacher)
     base_shardings = None if base_place is None else base_place.shardings
+    frozen_place = place_frozen(config, models, mesh)
+    frozen_shardings = None if frozen_place is None else frozen_place.shardings
     step = make_train_step(
         loss,
         optimizer,
@@ -210,6 +222,7 @@ def step_programs(
         base_shardings=base_shardings,
         mesh=mesh,
         teacher_shardings=teacher_shardings,
+        frozen_shardings=frozen_shardings,
     )
     evaluate = make_eval_step(
         loss,
@@ -217,6 +230,7 @@ def step_programs(
         base_shardings=base_shardings,
         mesh=mesh,
         teacher_shardings=teacher_shardings,
+        frozen_shardings=frozen_shardings,
     )
     first_pass = make_first_pass(
         loss,
@@ -224,6 +238,7 @@ def step_programs(
         base_shardings=base_shardings,
         mesh=mesh,
         teacher_shardings=teacher_shardings,
+        frozen_shardings=frozen_shardings,
     )
     return StepPrograms(loss, step, evaluate, first_pass)
 
@@ -270,6 +285,8 @@ def make_loss(
     frozen = 0 if base_place is None else shard_bytes(base_place.shapes, base_place.shardings)
     if teacher is not None:
         frozen += shard_bytes(teacher.params, teacher.shardings)
+    if (under := place_frozen(config, models, mesh)) is not None:
+        frozen += shard_bytes(under.shapes, under.shardings)
     remat = _remat(config, models, place, mesh, rows=rows, frozen=frozen, memory=memory)
     trained = trained_network(config, models, mesh, remat=remat)
     objective = find_objective(config)

@@ -21,6 +21,7 @@ from ivl_jax.data.formats import FORMATS, Demonstration
 from ivl_jax.data.tokenized import TokenizedDemonstrations, tokenize_demonstrations
 from ivl_jax.model.decoder import Params
 from ivl_jax.sharding import batch_ways, data_shard, make_mesh
+from ivl_jax.training.adapter import load_frozen, make_adapter, place_adapter
 from ivl_jax.training.base_turns import BaseTurns
 from ivl_jax.training.cached_states import CachedSplit, open_cached_splits, write_cached_states
 from ivl_jax.training.models import Models, Placement, make_trained_params, place_model
@@ -68,6 +69,8 @@ class Preparation:
     abstract_state: TrainState
     make_state: Callable[[], TrainState]
     """Reads or makes the trained parameters; not called when a checkpoint is restored."""
+    frozen: Params | None
+    """The trained network's frozen parameters, if only an adapter is trained."""
     state_from: Callable[[Params], TrainState]
     """The state of step 0 around given parameters, which are donated."""
 
@@ -297,6 +300,7 @@ def prepare(config: TrainConfig, models: Models, data: Data, mesh: Mesh) -> Prep
     schedule, optimizer = make_run_optimizer(config, data.total_steps)
     shardings = state_shardings(place.shapes, place.shardings, optimizer, mesh)
     key = jax.random.key(config.seed)
+    frozen = load_frozen(config, models, mesh)
     programs = build_programs(
         config,
         models,
@@ -306,11 +310,13 @@ def prepare(config: TrainConfig, models: Models, data: Data, mesh: Mesh) -> Prep
         shardings=shardings,
         held_out=data.held_out,
         mesh=mesh,
+        frozen=frozen,
     )
 
     def state_from(params: Params) -> TrainState:
         return init_state(params, optimizer, key, shardings)
 
+    make_params = make_trained_params if models.lora is None else make_adapter
     return Preparation(
         mesh=mesh,
         models=models,
@@ -319,7 +325,8 @@ def prepare(config: TrainConfig, models: Models, data: Data, mesh: Mesh) -> Prep
         programs=programs,
         turns=base_turns(config),
         abstract_state=abstract_state(place.shapes, optimizer, key, shardings),
-        make_state=lambda: state_from(make_trained_params(config, models, place, key)),
+        make_state=lambda: state_from(make_params(config, models, place, key)),
+        frozen=frozen,
         state_from=state_from,
     )
 
@@ -330,7 +337,9 @@ def base_turns(config: TrainConfig) -> BaseTurns:
 
 
 def place_trained(config: TrainConfig, models: Models, mesh: Mesh) -> Placement:
-    """Decide where the trained model's parameters live."""
+    """Decide where the trained parameters live."""
+    if models.lora is not None:
+        return place_adapter(config, models, models.lora, mesh)
     alone = not models.bases
     return place_model(
         models.arch,

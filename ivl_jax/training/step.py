@@ -35,11 +35,13 @@ StepMetrics = dict[str, Float32[Array, ""]]
 positions), `mean_abs_value` (over real tokens and vocabulary), `gradient_norm` (global, before
 clipping), `learning_rate`, `loss_tokens` and `real_tokens` (counted, and not padding)."""
 TrainStep = Callable[..., tuple[TrainState, StepMetrics]]
-"""(state, base parameters or None, batch[, teacher's parameters]) → (state, metrics)."""
+"""(state, base parameters or None, batch[, parameters of the teacher or None[, frozen parameters of
+the trained network]]) → (state, metrics)."""
 EvalStep = Callable[..., Sums]
-"""(parameters, base parameters or None, batch[, teacher's parameters]) → sums."""
+"""(parameters, base parameters or None, batch[, …]) → sums; the rest as in `TrainStep`."""
 FirstPass = Callable[..., Mapping[str, Array]]
-"""(parameters, base parameters or None, batch [A B T][, teacher's parameters]) → scores [A B T]."""
+"""(parameters, base parameters or None, batch [A B T][, …]) → scores [A B T]; the rest as in
+`TrainStep`."""
 
 
 def state_shardings(
@@ -134,6 +136,7 @@ def make_train_step(
     base_shardings: Params | None,
     mesh: Mesh,
     teacher_shardings: ComposedParams | None = None,
+    frozen_shardings: Params | None = None,
 ) -> TrainStep:
     """Compile one optimizer step; the only place where training is jitted.
 
@@ -145,10 +148,13 @@ def make_train_step(
         base_shardings: of the frozen base's parameters; None without a base.
         mesh: the mesh of all these shardings.
         teacher_shardings: of the teacher's parameters; None without a teacher.
+        frozen_shardings: of the trained network's frozen parameters; None unless an adapter is
+            trained.
 
     Returns:
         A function (state, base parameters or None, batch [A B T]) → (state, metrics), with the
-        teacher's parameters as a fourth argument if the loss has a teacher. A is the number of
+        teacher's parameters as a fourth argument if the loss has a teacher, and the frozen
+        parameters of the trained network as a fifth if there are any. A is the number of
         micro-batches: their gradients are summed by a scan and divided once, by the counts of the
         whole global batch. The state is donated, the frozen parameters never are.
     """
@@ -158,9 +164,11 @@ def make_train_step(
         base_params: Params | None,
         batch: Batch,
         teacher_params: ComposedParams | None = None,
+        frozen_params: Params | None = None,
     ) -> tuple[TrainState, StepMetrics]:
+        frozen = (base_params, teacher_params, frozen_params)
         gradient, denominator, sums, counts = _summed_gradient(
-            loss, state.params, (base_params, teacher_params), batch, shardings.params
+            loss, state.params, frozen, batch, shardings.params
         )
         gradient = jax.tree.map(lambda leaf: leaf / denominator.astype(leaf.dtype), gradient)
         # optax mixes dtypes and ranks by design; our own code stays strict in tests.
@@ -187,7 +195,7 @@ def make_train_step(
             shardings,
             base_shardings,
             batch_sharding(mesh, micro_batched=True),
-            *_given(teacher_shardings),
+            *_given(teacher_shardings, frozen_shardings),
         ),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
@@ -201,6 +209,7 @@ def make_eval_step(
     base_shardings: Params | None,
     mesh: Mesh,
     teacher_shardings: ComposedParams | None = None,
+    frozen_shardings: Params | None = None,
 ) -> EvalStep:
     """Compile one evaluation step: base alone and base + value on the same batch.
 
@@ -210,10 +219,11 @@ def make_eval_step(
         base_shardings: of the base's parameters; None without a base.
         mesh: the mesh of all these shardings.
         teacher_shardings: of the teacher's parameters; None without a teacher.
+        frozen_shardings: as in `make_train_step`.
 
     Returns:
-        A function (parameters, base parameters or None, batch [B T]) → sums, with the teacher's
-        parameters as a fourth argument if the loss has a teacher; nothing is donated.
+        A function (parameters, base parameters or None, batch [B T]) → sums, with the further
+        arguments of the training step; nothing is donated.
     """
 
     def evaluate(
@@ -221,6 +231,7 @@ def make_eval_step(
         base_params: Params | None,
         batch: Batch,
         teacher_params: ComposedParams | None = None,
+        frozen_params: Params | None = None,
     ) -> Sums:
         _, _, sums = loss_sum(
             loss,
@@ -230,6 +241,7 @@ def make_eval_step(
             counts=count_tokens(loss, batch),
             with_base=base_params is not None,
             teacher_params=teacher_params,
+            frozen_params=frozen_params,
         )
         return sums
 
@@ -239,7 +251,7 @@ def make_eval_step(
             shardings,
             base_shardings,
             batch_sharding(mesh),
-            *_given(teacher_shardings),
+            *_given(teacher_shardings, frozen_shardings),
         ),
         out_shardings=replicated(mesh),
     )
@@ -252,6 +264,7 @@ def make_first_pass(
     base_shardings: Params | None,
     mesh: Mesh,
     teacher_shardings: ComposedParams | None = None,
+    frozen_shardings: Params | None = None,
 ) -> FirstPass:
     """Compile the first pass of a batch that several steps train on; see `first_pass_scores`.
 
@@ -261,6 +274,7 @@ def make_first_pass(
         base_shardings: of the base's parameters; None without a base.
         mesh: the mesh of all these shardings.
         teacher_shardings: of the teacher's parameters; None without a teacher.
+        frozen_shardings: as in `make_train_step`.
 
     Returns:
         A function that gives the scores of all micro-batches; nothing is donated.
@@ -271,16 +285,24 @@ def make_first_pass(
         base_params: Params | None,
         batch: Batch,
         teacher_params: ComposedParams | None = None,
+        frozen_params: Params | None = None,
     ) -> Mapping[str, Array]:
         def one(micro: Batch) -> Mapping[str, Array]:
-            return first_pass_scores(loss, params, base_params, micro, teacher_params)
+            return first_pass_scores(
+                loss, params, base_params, micro, teacher_params, frozen_params
+            )
 
         return jax.lax.map(one, batch)
 
     rows = batch_sharding(mesh, micro_batched=True)
     return jax.jit(
         scores,
-        in_shardings=(shardings, base_shardings, rows, *_given(teacher_shardings)),
+        in_shardings=(
+            shardings,
+            base_shardings,
+            rows,
+            *_given(teacher_shardings, frozen_shardings),
+        ),
         out_shardings=rows,
     )
 
@@ -299,24 +321,35 @@ def split_micro_batches(batch: Batch, count: int) -> Batch:
     return jax.tree.map(lambda rows: rows.reshape(count, -1, *rows.shape[1:]), batch)
 
 
-def _given(shardings: ComposedParams | None) -> tuple[ComposedParams, ...]:
-    return () if shardings is None else (shardings,)
+def _given(
+    *shardings: ComposedParams | Params | None,
+) -> tuple[ComposedParams | Params | None, ...]:
+    """Those of the optional arguments that a call has: up to the last one that is not None."""
+    while shardings and shardings[-1] is None:
+        shardings = shardings[:-1]
+    return shardings
 
 
 def _summed_gradient(
     loss: Loss,
     params: Params,
-    frozen: tuple[Params | None, ComposedParams | None],
+    frozen: tuple[Params | None, ComposedParams | None, Params | None],
     batch: Batch,
     shardings: Params,
 ) -> tuple[Params, Array, Sums, Any]:
     """Σ over micro-batches of the gradient of loss_sum, the common denominator, and the sums."""
     counts = count_tokens(loss, batch)
-    base_params, teacher_params = frozen
+    base_params, teacher_params, frozen_params = frozen
 
     def of_micro(params: Params, micro: Batch) -> tuple[Array, tuple[Array, Sums]]:
         total, denominator, sums = loss_sum(
-            loss, params, base_params, micro, counts=counts, teacher_params=teacher_params
+            loss,
+            params,
+            base_params,
+            micro,
+            counts=counts,
+            teacher_params=teacher_params,
+            frozen_params=frozen_params,
         )
         return total, (denominator, sums)
 

@@ -56,6 +56,9 @@ def fingerprint_weights(config: TrainConfig, models: Models) -> UsedWeights:
         records["base.path"] = record(models.trained)
     elif config.value.init == "pretrained":
         records["value.path"] = record(models.trained)
+    if models.adapter is not None:
+        records["value.lora.model"] = records["value.path"]
+        records["value.path"] = _recorded_value(models.adapter)
     if models.teacher is not None:
         records["distil.teacher"] = record(models.teacher.base)
         records |= {

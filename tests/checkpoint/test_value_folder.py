@@ -290,7 +290,7 @@ def test_an_unknown_format_version_names_found_supported_and_remedy(folder, vers
     with pytest.raises(ValueFolderError) as raised:
         load_value(folder)
     text = str(raised.value)
-    assert f"format_version {version!r}, this version of ivl_jax reads 1 to 2" in text
+    assert f"format_version {version!r}, this version of ivl_jax reads 1 to 3" in text
     assert "install the ivl_jax that wrote it (version 9.8)" in text
 
 

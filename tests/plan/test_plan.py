@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import pytest
 
-from ivl_jax.config import ConfigError, DistilConfig, GrpoConfig, RowsConfig
+from ivl_jax.config import ConfigError, DistilConfig, GrpoConfig, LoraConfig, RowsConfig
 from ivl_jax.model.decoder import abstract_params
 from ivl_jax.plan import __main__ as command
 from ivl_jax.plan import devices, models, training
-from ivl_jax.plan.compiled import compile_program
+from ivl_jax.plan.compiled import Compiled, compile_program
 from ivl_jax.plan.largest import Largest
 from ivl_jax.plan.machines import MACHINES, Machine, find_machine
 from ivl_jax.plan.report import table
@@ -292,3 +292,20 @@ def test_what_is_recomputed_follows_the_machines_memory(
     places = place_trained(config, found, mesh), place_in_step(config, base, mesh)
     loss = make_loss(config, found, base, *places, mesh, memory=memory)
     assert training._remat(loss) == chosen
+
+
+def test_the_weights_under_an_adapter_are_listed_apart(config, monkeypatch):
+    found = Compiled(fits=True, temporaries=3, peak=4, sent={})
+    monkeypatch.setattr(training, "compile_program", lambda *arguments, **options: found)
+    monkeypatch.setattr(training, "describe_devices", lambda machine: jax.devices())
+    lora = LoraConfig(rank=2, param_dtype="bfloat16")
+    adapted = dataclasses.replace(config, value=dataclasses.replace(config.value, lora=lora))
+    (plan,), (whole,) = (training.plan_training(each, HERE) for each in (adapted, config))
+    assert plan.frozen == plan.base == whole.base  # one model, in bfloat16
+    assert (whole.frozen, whole.value > 4 * plan.value) == (0, True)
+    assert whole.optimizer > 4 * plan.optimizer
+    assert plan.flops < whole.flops
+    assert plan.traffic < whole.traffic
+    lines = table(adapted, HERE, plan, "BASE").splitlines()
+    assert any(line.startswith("  frozen weights under the adapter") for line in lines)
+    assert "frozen" not in table(config, HERE, whole, "BASE")
