@@ -284,7 +284,7 @@ def edit(folder: Path, **changes: object) -> None:
 
 
 @pytest.mark.usefixtures("no_arrays_read")
-@pytest.mark.parametrize("version", [3, "1", None, 0, True, 10**30])
+@pytest.mark.parametrize("version", [4, "1", None, 0, True, 10**30])
 def test_an_unknown_format_version_names_found_supported_and_remedy(folder, version) -> None:
     edit(folder, format_version=version, library_versions={"ivl_jax": "9.8"})
     with pytest.raises(ValueFolderError) as raised:
