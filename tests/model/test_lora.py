@@ -109,8 +109,8 @@ def test_an_adapter_is_split_over_a_mesh_like_the_kernel_that_it_changes():
     layer = parameter_shardings(shapes, mesh)["layers"][0]
     for projection in (*layer["self_attn"].values(), *layer["mlp"].values()):
         rows, columns = projection["kernel"].spec
-        assert projection["lora_a"].spec == (rows, None)
-        assert projection["lora_b"].spec == (None, columns)
+        assert tuple(projection["lora_a"].spec) == (rows, None)
+        assert tuple(projection["lora_b"].spec) == (None, columns)
 
 
 def test_parameters_without_their_adapter_are_named():
