@@ -21,6 +21,7 @@ from ivl_jax.checkpoint.steps import (
     recorded_metrics,
 )
 from ivl_jax.checkpoint.value_arrays import merge_into_model
+from ivl_jax.checkpoint.value_card import read_training_facts, write_card
 from ivl_jax.checkpoint.value_folder import (
     PreTrainedTokenizerBase,
     check_replaceable,
@@ -129,13 +130,15 @@ def export_value(
             params = unstack_layers(params)
         params = merge_into_model(params, metadata, model)
         metadata = dataclasses.replace(metadata, adapter=None)
+    metadata = dataclasses.replace(metadata, steps=step)
     save_value(
         out,
         params=params,
-        metadata=dataclasses.replace(metadata, steps=step),
+        metadata=metadata,
         tokenizer=tokenizer,
         overwrite=overwrite,
     )
+    write_card(out, metadata, read_training_facts(run_dir, step))
     return step
 
 

@@ -9,6 +9,7 @@ In: parameters, metadata and tokenizer of a value network. Out: one folder with 
                       an adapter, if ivl.json names the model that it belongs to
       tokenizer/      the tokenizer's files, chat template included
       manifest.json   size and SHA-256 of each file; written last
+      README.md       a card for people, not sealed: it may be edited
 """
 
 import dataclasses
@@ -40,6 +41,7 @@ from ivl_jax.checkpoint.value_arrays import (
     stored_arrays,
     value_architecture,
 )
+from ivl_jax.checkpoint.value_card import UNSEALED, write_card
 from ivl_jax.checkpoint.value_metadata import (
     METADATA_NAME,
     ValueFolderError,
@@ -127,6 +129,7 @@ def save_value(
     _check_tokenizer(describe_tokenizer(tokenizer), metadata, arch, "the tokenizer to be saved")
     stored = stored_arrays(params, metadata)
     write_value_folder(folder, metadata=metadata, tokenizer=tokenizer, params=stored)
+    write_card(folder, metadata)
 
 
 def load_value(
@@ -250,7 +253,7 @@ def read_description(
     try:
         manifest = read_manifest(folder)
         problems = file_problems(folder, manifest)
-        unexpected = unlisted_files(folder, manifest)
+        unexpected = [name for name in unlisted_files(folder, manifest) if name not in UNSEALED]
     except ManifestError as error:
         problems = (str(error),)
     # What lies beside the tokenizer's files may change how it reads a text.

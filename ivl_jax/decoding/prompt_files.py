@@ -23,6 +23,8 @@ from typing import Any
 
 from etils import epath
 
+from ivl_jax.checkpoint.value_card import UNSEALED
+from ivl_jax.checkpoint.value_metadata import METADATA_NAME
 from ivl_jax.config import ConfigError, strength_problem
 from ivl_jax.file_lock import FileLock, LockedError
 from ivl_jax.json_files import JsonLine, json_kind, read_json_lines, read_json_object, write_json
@@ -109,7 +111,10 @@ def folder_fingerprint(folder: epath.PathLike) -> str:
     """
     root = epath.Path(folder)
     digest = hashlib.sha256()
+    edited = UNSEALED if (root / METADATA_NAME).exists() else frozenset()
     for path in _files_below(root):
+        if path.parent == root and path.name in edited:  # no part of the value network
+            continue
         size = path.stat().length
         digest.update(f"{path.relative_to(root).as_posix()}\0{size}\0".encode())
         with path.open("rb") as file:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from ivl_jax.checkpoint import ValueMetadata, save_value
+from ivl_jax.checkpoint.value_card import read_training_facts, write_card
 from ivl_jax.config import TrainConfig
 from ivl_jax.data.templates import standalone_template
 from ivl_jax.folder_copies import copy_files, file_names
@@ -114,13 +115,16 @@ def save_output(
     """
     models = prepared.models
     if config.method == "value":
+        steps = int(state.step)
+        metadata = value_metadata(config, prepared, weights, steps=steps)
         save_value(
             directory.value,
             params=state.params,
-            metadata=value_metadata(config, prepared, weights, steps=int(state.step)),
+            metadata=metadata,
             tokenizer=models.trained.tokenizer,
             overwrite=True,
         )
+        write_card(directory.value, metadata, read_training_facts(directory.path, steps))
         logger.info("value folder: %s", directory.value)
         return directory.value
     assert isinstance(models.arch, ArchConfig)

@@ -92,6 +92,7 @@ def test_the_metadata_says_what_the_design_lists(folder: Path) -> None:
     assert content["tokenizer"]["fingerprint"]
     assert {"jax", "flax", "orbax-checkpoint", "python"} <= set(content["library_versions"])
     assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md",
         "ivl.json",
         MANIFEST_NAME,
         "params",
@@ -239,6 +240,7 @@ def test_a_save_that_fails_half_way_leaves_the_old_folder_whole(
 @pytest.mark.parametrize("how", ["flip", "truncate", "remove"])
 def test_every_damaged_file_is_named(folder: Path, damage, how: str) -> None:
     originals = contents(folder)
+    del originals["README.md"]  # may be edited
     assert {"ivl.json", "tokenizer/tokenizer.json", "params/_METADATA"} <= set(originals)
     for name, original in originals.items():
         damage(folder / name, how)
@@ -268,10 +270,10 @@ def test_a_file_added_to_the_tokenizer_is_refused(folder: Path, name: str) -> No
 
 
 def test_other_files_that_were_added_are_named(folder: Path, caplog) -> None:
-    for name in ("README.md", "params/x.bin", "tokenizer/.DS_Store"):
+    for name in ("NOTES.md", "params/x.bin", "tokenizer/.DS_Store"):
         (folder / name).write_text("added")
     load_value(folder)
-    assert "not read: README.md, params/x.bin, tokenizer/.DS_Store" in caplog.text
+    assert "not read: NOTES.md, params/x.bin, tokenizer/.DS_Store" in caplog.text
 
 
 def edit(folder: Path, **changes: object) -> None:
