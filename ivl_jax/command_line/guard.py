@@ -43,6 +43,7 @@ def run_command(
     *,
     when_stopped: Callable[[], str] = lambda: "stopped",
     failure_status: int | Callable[[], int] = WRONG_INPUT,
+    unexpected_status: int = FAILED,
 ) -> int:
     """Run a command line; never prints a traceback on the console.
 
@@ -54,10 +55,11 @@ def run_command(
         failure_status: exit status of errors whose message is for the user, except invalid
             configurations, whose status is 2; a function where it depends on how far the command
             got.
+        unexpected_status: exit status after an error whose message is not for the user.
 
     Returns:
-        The exit status: 0, `failure_status`, 2, 1 after an unexpected error, 128 + the number of
-        the signal that stopped it, or 141 if the reader of a pipe closed it.
+        The exit status: 0, `failure_status`, 2, `unexpected_status`, 128 + the number of the signal
+        that stopped it, or 141 if the reader of a pipe closed it.
     """
     status = _run_command(
         program,
@@ -65,6 +67,7 @@ def run_command(
         sys.argv[1:] if arguments is None else list(arguments),
         when_stopped=when_stopped,
         failure_status=failure_status,
+        unexpected_status=unexpected_status,
     )
     if ends_at_once.is_set():
         os._exit(status)
@@ -78,6 +81,7 @@ def _run_command(
     *,
     when_stopped: Callable[[], str],
     failure_status: int | Callable[[], int],
+    unexpected_status: int,
 ) -> int:
     silence_advice()
     if "--version" in given:
@@ -103,7 +107,7 @@ def _run_command(
                 return WRONG_INPUT
             return failure_status() if callable(failure_status) else failure_status
         _say(program, describe_unexpected(error, program=program, arguments=given))
-        return FAILED
+        return unexpected_status
     finally:
         # Text that a full disk refused must not be tried again when the interpreter ends.
         try:

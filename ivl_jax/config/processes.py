@@ -25,7 +25,7 @@ class ProcessesConfig:
     process_id: int | None = None
     """This process's number, from 0; unset: `JAX_PROCESS_ID`, or what the cluster says."""
     initialization_timeout: int = 300
-    """Seconds that a process waits at the start until all have come."""
+    """Seconds that a process waits at the start until all have joined."""
     heartbeat_timeout: int = 40
     """Seconds without a sign of life after which a process counts as lost, and all others end with
     status 76."""

@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -58,7 +59,9 @@ def read_sources(config: ComposedModelConfig) -> ComposedSources:
     return check_sources(base, values, draft=draft, ngrams=config.drafts_ngrams)
 
 
-def decoding_mesh(config: MeshConfig, base: Architecture) -> Mesh | None:
+def decoding_mesh(
+    config: MeshConfig, base: Architecture, devices: Sequence[jax.Device] | None = None
+) -> Mesh | None:
     """Make the mesh that flags ask for; None where one device needs none.
 
     With `tensor` = −1, the default, as many devices split heads, MLP width and vocabulary as the
@@ -69,6 +72,7 @@ def decoding_mesh(config: MeshConfig, base: Architecture) -> Mesh | None:
     Args:
         config: the flags.
         base: architecture of the base.
+        devices: to make it of; None: those of this process, or of all that compute as one.
 
     Returns:
         The mesh.
@@ -76,13 +80,13 @@ def decoding_mesh(config: MeshConfig, base: Architecture) -> Mesh | None:
     Raises:
         ValueError: it does not fit the devices.
     """
-    sizes, devices = dataclasses.asdict(config), len(jax.devices())
-    if devices == 1 and max(sizes.values()) <= 1:
+    sizes, count = dataclasses.asdict(config), len(devices or jax.devices())
+    if count == 1 and max(sizes.values()) <= 1:
         return None
     fixed = config.data * config.fsdp
-    if config.tensor == -1 and fixed >= 1 and devices % fixed == 0:
-        sizes["tensor"] = usable_tensor_ways(base, devices // fixed)
-        copies = devices // fixed // sizes["tensor"]
+    if config.tensor == -1 and fixed >= 1 and count % fixed == 0:
+        sizes["tensor"] = usable_tensor_ways(base, count // fixed)
+        copies = count // fixed // sizes["tensor"]
         if copies > 1:
             sizes["data"] *= copies
             logger.info(
@@ -91,10 +95,10 @@ def decoding_mesh(config: MeshConfig, base: Architecture) -> Mesh | None:
                 sizes["tensor"],
                 base.num_attention_heads,
                 base.num_key_value_heads,
-                devices // fixed,
+                count // fixed,
                 sizes["data"],
             )
-    return make_mesh(**sizes)
+    return make_mesh(**sizes, devices=devices)
 
 
 def usable_tensor_ways(base: Architecture, devices: int) -> int:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "python -m ivl_jax.plan"
 DOES_NOT_FIT = 1
+_UNEXPECTED = 3
 _DECODE = """Plan decoding on a machine that is not attached: --on MACHINE, and --json for programs.
 
 Base, value network and dtype may come from the --config of a training run. Exit status 1 means that
@@ -44,9 +45,10 @@ def main() -> int:
     """Run the command line.
 
     Returns:
-        The exit status: 0 if the run fits, 1 if it does not, 2 for flags that cannot be used.
+        The exit status: 0 if the run fits, 1 if it does not, 2 for flags that cannot be used, 3
+        after an unexpected error.
     """
-    return run_command(PROGRAM, _plan)
+    return run_command(PROGRAM, _plan, unexpected_status=_UNEXPECTED)
 
 
 def _plan(arguments: Sequence[str]) -> int:
@@ -149,8 +151,8 @@ def _write_recipes(arguments: Sequence[str]) -> int:
     }
     write_tables(document, tables)
     rows = [row for table in tables.values() for row in table]
-    sys.stdout.write("\n".join(rows) + "\n")
-    return DOES_NOT_FIT if any("does not fit" in row for row in rows) else 0
+    sys.stdout.write("".join(f"{row.text}\n" for row in rows))
+    return 0 if all(row.fits for row in rows) else DOES_NOT_FIT
 
 
 def _find_machine(name: str | None) -> "Machine":
@@ -159,13 +161,16 @@ def _find_machine(name: str | None) -> "Machine":
 
     if name is None:
         raise ConfigError(f"name a machine: --on NAME, one of {known_machines()}")
-    return find_machine(name)
+    try:
+        return find_machine(name)
+    except ConfigError as error:
+        raise ConfigError(f"--on {error}") from error
 
 
 def _begin() -> None:
     """Log, and claim no accelerator of this machine: nothing runs. JAX reads this variable."""
     log_to_stderr()
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ class Compiled(NamedTuple):
     """Bytes, arguments included."""
     sent: Mapping[str, int] | None = None
     """Kind of collective → bytes that each device sends; None if the compiler refused."""
+    counted_once: int = 0
+    """Collectives in loops of unknown length: more bytes are sent."""
 
 
 @contextlib.contextmanager
@@ -90,16 +92,26 @@ def compile_program(
     """
     options = compiler_options() if machine.platform == "gpu" else {}
     key = compilation_key(lowered.as_text(), (repr(machine), repr(options), str(held)))
-    record = find_record(key)
-    if record is None:
-        record = _compile(lowered, machine, options, held, one_pass=one_pass)._asdict()
-        keep_record(key, record)
+    compiled = _recorded(find_record(key))
+    if compiled is None:
+        compiled = _compile(lowered, machine, options, held)
+        keep_record(key, compiled._asdict())
+    if compiled.counted_once and not one_pass:
+        logger.warning(
+            "%d collectives are in loops of unknown length and counted once: more bytes are sent",
+            compiled.counted_once,
+        )
+    return compiled
+
+
+def _recorded(record: Mapping[str, Any] | None) -> Compiled | None:
+    """A record as it was kept; None for one with other fields."""
+    if record is None or set(record) != set(Compiled._fields):
+        return None
     return Compiled(**record)
 
 
-def _compile(
-    lowered: Any, machine: Machine, options: Any, held: int, *, one_pass: bool
-) -> Compiled:
+def _compile(lowered: Any, machine: Machine, options: Any, held: int) -> Compiled:
     try:
         if machine.platform == "gpu":
             with ptxas_on_path():
@@ -117,14 +129,9 @@ def _compile(
     peak = stats.peak_memory_in_bytes
     fits = machine.platform != "gpu" or peak <= machine.memory
     collectives = count_collectives(compiled.as_text(), devices=machine.devices)
-    if collectives.unknown_loops and not one_pass:
-        logger.warning(
-            "%d collectives are in loops of unknown length and counted once: more bytes are sent",
-            collectives.unknown_loops,
-        )
     # libtpu reports no temporaries for some programs whose peak contains them.
     temporaries = stats.temp_size_in_bytes or max(peak - held, 0)
-    return Compiled(fits, temporaries, peak, dict(collectives.sent))
+    return Compiled(fits, temporaries, peak, dict(collectives.sent), collectives.unknown_loops)
 
 
 def _parsed(number: str, unit: str) -> int:

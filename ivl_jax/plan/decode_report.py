@@ -43,7 +43,7 @@ def decode_table(config: DecodeConfig, machine: Machine, plan: DecodingPlan, val
     }
     lines = [f"  {name:38} {size_text(size)}" for name, size in parts.items() if size is not None]
     lines.append(f"  {'available':38} {size_text(plan.available)}{pool_note(machine)}")
-    lines.append(f"  {'read per token of each row':38} {size_text(plan.bytes_per_step)}")
+    lines.append(f"  {'read per step of all rows':38} {size_text(plan.bytes_per_step)}")
     lines.append(
         f"  at most {plan.tokens_per_second:,.0f} tokens/s at {machine.bandwidth / 1e9:,.0f} GB/s "
         "of memory bandwidth"

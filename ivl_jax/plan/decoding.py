@@ -5,7 +5,6 @@ reading the prompts and of generating, and the speed that memory allows. Archite
 but no weights and no tokenizers; vocabularies are taken to agree.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from ivl_jax.composed.sources import load_schemes
 from ivl_jax.composition import SCHEMES, ConnectionScheme
 from ivl_jax.config import ComposedModelConfig, ConfigError, TrainConfig
 from ivl_jax.decoding.device.shardings import row_multiple, state_shardings
+from ivl_jax.decoding.loading import decoding_mesh
 from ivl_jax.decoding.programs import build_programs
 from ivl_jax.decoding.requests import bucket_capacity
 from ivl_jax.decoding.shapes import abstract_composition, lower_chunk, lower_prefill
@@ -84,8 +84,9 @@ def plan_decoding(
         MissingCompilerError: the machine's compiler is not installed.
     """
     check_decode_flags(config, run)
-    mesh = _mesh(config, describe_devices(machine))
-    networks = _networks(config.model, run, mesh)
+    base = read_architecture(config.model.base, None, "base")
+    mesh = _mesh(config, base, describe_devices(machine))
+    networks = _networks(config.model, base, run, mesh, memory=machine.memory)
     capacity = _capacity(config, networks)
     model = config.model
     composition, params = abstract_composition(
@@ -135,29 +136,36 @@ class _Networks(NamedTuple):
     scheme: ConnectionScheme
 
 
-def _mesh(config: DecodeConfig, devices: Sequence[jax.Device]) -> Mesh:
-    sizes = dataclasses.asdict(config.model.mesh)
+def _mesh(config: DecodeConfig, base: ArchConfig, devices: Sequence[jax.Device]) -> Mesh:
+    """The mesh that infer.py makes there; of one device where that needs none."""
     try:
-        return make_mesh(**sizes, devices=devices)
+        mesh = decoding_mesh(config.model.mesh, base, devices)
     except ValueError as error:
-        raise ConfigError(f"--mesh: {error}") from error
+        raise ConfigError(f"mesh: {error}") from error
+    return make_mesh(devices=devices) if mesh is None else mesh
 
 
-def _networks(model: ComposedModelConfig, run: TrainConfig | None, mesh: Mesh) -> _Networks:
-    base = read_architecture(model.base, None, "--base")
+def _networks(
+    model: ComposedModelConfig,
+    base: ArchConfig,
+    run: TrainConfig | None,
+    mesh: Mesh,
+    *,
+    memory: int,
+) -> _Networks:
     if model.value:
         schemes = load_schemes(model.connection)
         read = [
-            read_value_architecture(path, where="--value", schemes=schemes) for path in model.values
+            read_value_architecture(path, where="value", schemes=schemes) for path in model.values
         ]
         kinds = {scheme for _, scheme in read} or {SCHEMES["residual"]}
         if len(kinds) > 1:
             raise ConfigError(
-                "--value: value networks of different connection schemes are not planned together"
+                "value networks of different connection schemes are not planned together"
             )
         return _Networks(base, [arch for arch, _ in read], kinds.pop())
     assert run is not None, "checked by check_decode_flags"
-    trained = planned_models(run, mesh)
+    trained = planned_models(run, mesh, memory=memory)
     assert trained.scheme is not None, "a run that trains a value network has a scheme"
     return _Networks(base, [trained.arch], trained.scheme)
 
@@ -168,7 +176,7 @@ def _capacity(config: DecodeConfig, networks: _Networks) -> int:
     contexts = [arch.max_position_embeddings for arch in archs if isinstance(arch, ArchConfig)]
     if config.context > min(contexts):
         raise ConfigError(
-            f"--context {config.context} exceeds the smallest context of the networks, "
+            f"context = {config.context} exceeds the smallest context of the networks, "
             f"{min(contexts)} tokens: lower it"
         )
     return bucket_capacity(config.context, context=min(contexts))

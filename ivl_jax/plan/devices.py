@@ -42,20 +42,22 @@ def describe_devices(machine: Machine) -> list[jax.Device]:
     if machine.platform == "gpu":
         if missing := missing_packages():
             raise MissingCompilerError(
-                f"--on {machine.name}: programs for it are compiled by XLA's GPU compiler, and "
+                f"{machine.name}: programs for it are compiled by XLA's GPU compiler, and "
                 f"{' and '.join(missing)} is not installed: pip install 'ivl_jax[plan-gpu]' (in a "
                 "clone: pip install -e '.[plan-gpu]')"
             )
         return describe_gpus(target_config(GPU_CHIPS[machine.topology]), count=machine.devices)
     if find_spec("libtpu") is None:
         raise MissingCompilerError(
-            f"--on {machine.name}: programs for it are compiled by libtpu, which is not installed: "
+            f"{machine.name}: programs for it are compiled by libtpu, which is not installed: "
             "pip install 'ivl_jax[plan-tpu]' (in a clone: pip install -e '.[plan-tpu]')"
         )
     for name, value in _COMPILER_ONLY.items():
         os.environ.setdefault(name, value)
     sizes = [int(size) for size in machine.topology.split(":")[1].split("x")]
-    bounds = tuple([*(min(2, size) for size in sizes), 1, 1][:3])  # up to four chips per host
+    # A host has up to four chips, or eight where these are the whole slice of a flat family.
+    most = (2, 4) if machine.devices == 8 and len(sizes) == 2 else (2, 2, 1)
+    bounds = tuple([*map(min, most, sizes), 1, 1][:3])
     description = topologies.get_topology_desc(
         platform="tpu",
         topology_name=machine.topology,

@@ -100,7 +100,7 @@ def find_machine(name: str) -> Machine:
     if name.startswith("7x-"):
         name = f"tpu{name}"
     if name not in MACHINES:
-        raise ConfigError(f"--on {name}: {_not_known(name)}")
+        raise ConfigError(f"{name}: {_not_known(name)}")
     machine = MACHINES[name]
     if machine.platform == "tpu":
         return machine

@@ -27,7 +27,7 @@ from ivl_jax.weights.language_model import read_arch
 _PUBLISHED = Path(__file__).with_name("published.json")
 
 
-def planned_models(config: TrainConfig, mesh: Mesh) -> Models:
+def planned_models(config: TrainConfig, mesh: Mesh, *, memory: int) -> Models:
     """Choose the models of a run, as `choose_models` does, without weights or tokenizers.
 
     Tokenizers are taken to agree; ids beyond the smallest vocabulary count as padding rows.
@@ -35,6 +35,7 @@ def planned_models(config: TrainConfig, mesh: Mesh) -> Models:
     Args:
         config: of the run.
         mesh: the device mesh, whose devices need not be attached.
+        memory: bytes that each of its devices has.
 
     Returns:
         The models; only their architectures are meaningful.
@@ -62,7 +63,7 @@ def planned_models(config: TrainConfig, mesh: Mesh) -> Models:
         base = read(options.teacher, None, "distil.teacher")
         return ComposedSources(base, values, None, unknown_ids=((),) * len(values))
 
-    return choose_models(config, mesh, read=read, teach=teach)
+    return choose_models(config, mesh, read=read, teach=teach, memory=memory)
 
 
 def _source(
@@ -123,5 +124,5 @@ def read_architecture(path: str, revision: str | None, where: str) -> ArchConfig
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"{where} = {path}: planning needs its config.json ({reason}): give a folder that "
-            f"holds one, as in --{where.removeprefix('--')} FOLDER"
+            "holds one"
         ) from error

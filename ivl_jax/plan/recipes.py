@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ivl_jax.config import ConfigError, TrainConfig
 from ivl_jax.plan.decode_flags import DecodeConfig
@@ -44,6 +44,13 @@ class Recipe:
     """Beside `--config`: of train.py, or of a plan of decoding."""
 
 
+class Row(NamedTuple):
+    """What a plan says, as a row of a Markdown table."""
+
+    text: str
+    fits: bool
+
+
 def read_recipes(file: Path) -> dict[Kind, list[Recipe]]:
     """Read the list of recipes.
 
@@ -64,7 +71,9 @@ def read_recipes(file: Path) -> dict[Kind, list[Recipe]]:
         raise ConfigError(f"{file}: {error}") from error
     if unknown := set(document) - set(_HEADS):
         raise ConfigError(f"{file}: expected {' and '.join(_HEADS)}, found {', '.join(unknown)}")
-    found = {kind: _read(document[kind], f"{file}: {kind}") for kind in _HEADS if kind in document}
+    found: dict[Kind, list[Recipe]] = {
+        kind: _read(document[kind], f"{file}: {kind}") for kind in _HEADS if kind in document
+    }
     if not any(found.values()):
         raise ConfigError(f"{file}: no [[recipes]], each with config and machines")
     return found
@@ -80,7 +89,10 @@ def _read(tables: object, where: str) -> list[Recipe]:
                 f"{', '.join(table)}"
             )
         for name in table["machines"]:
-            machine = find_machine(name)
+            try:
+                machine = find_machine(str(name))
+            except ConfigError as error:
+                raise ConfigError(f"{where} {number}: machines: {error}") from error
             found.append(Recipe(table["config"], machine, tuple(table.get("flags", ()))))
     return found
 
@@ -89,7 +101,7 @@ def training_rows(
     recipes: Sequence[Recipe],
     read: Callable[[Sequence[str]], TrainConfig],
     plan: Callable[[TrainConfig, Machine], Sequence[TrainingPlan]],
-) -> list[str]:
+) -> list[Row]:
     """Plan the training of every recipe.
 
     Args:
@@ -98,23 +110,24 @@ def training_rows(
         plan: plans a config on a machine: `plan_training`.
 
     Returns:
-        A row of the Markdown table per recipe; with several bases, of the one that takes most.
+        A row of the Markdown table per recipe, and whether it fits; with several bases, of the one
+        that takes most.
 
     Raises:
         ConfigError: a config is not valid, or does not divide over its machine; names the recipe.
     """
 
-    def row(recipe: Recipe) -> str:
+    def row(recipe: Recipe) -> Row:
         config = read(["--config", recipe.config, *recipe.flags])
         most = max(plan(config, recipe.machine), key=lambda each: each.peak)
         limit = max(most.limits, key=lambda name: most.limits[name])
-        return _row(
-            recipe,
+        cells = (
             f"{config.step.batch_size} × {config.data.max_length:,}",
             str(config.step.micro_batches),
             *_peak(most),
             f"{most.seconds:.2g} s ({limit})",
         )
+        return Row(_joined(recipe, cells), most.fits)
 
     return [_named(recipe, row) for recipe in recipes]
 
@@ -123,7 +136,7 @@ def decoding_rows(
     recipes: Sequence[Recipe],
     read: Callable[[Sequence[str]], tuple[DecodeConfig, TrainConfig | None]],
     plan: Callable[[DecodeConfig, Machine, TrainConfig | None], DecodingPlan],
-) -> list[str]:
+) -> list[Row]:
     """Plan the decoding of every recipe.
 
     Args:
@@ -132,18 +145,17 @@ def decoding_rows(
         plan: plans them on a machine: `plan_decoding`.
 
     Returns:
-        A row of the Markdown table per recipe.
+        A row of the Markdown table per recipe, and whether it fits.
 
     Raises:
         ConfigError: as `training_rows`.
     """
 
-    def row(recipe: Recipe) -> str:
+    def row(recipe: Recipe) -> Row:
         config, run = read(["--config", recipe.config, *recipe.flags])
         found = plan(config, recipe.machine, run)
         temporaries = found.chunk.temporaries
-        return _row(
-            recipe,
+        cells = (
             f"{config.batch} × {config.context:,}",
             f"{(found.base + found.values) / 1e9:.1f} GB",
             f"{found.caches / 1e9:.2f} GB",
@@ -151,18 +163,19 @@ def decoding_rows(
             *_peak(found),
             f"{found.tokens_per_second:,.0f}",
         )
+        return Row(_joined(recipe, cells), found.fits)
 
     return [_named(recipe, row) for recipe in recipes]
 
 
-def _named(recipe: Recipe, row: Callable[[Recipe], str]) -> str:
+def _named(recipe: Recipe, row: Callable[[Recipe], Row]) -> Row:
     try:
         return row(recipe)
     except ConfigError as error:
         raise ConfigError(f"{recipe.config} on {recipe.machine.name}: {error}") from error
 
 
-def write_tables(document: Path, tables: Mapping[Kind, Sequence[str]]) -> None:
+def write_tables(document: Path, tables: Mapping[Kind, Sequence[Row]]) -> None:
     """Replace tables of a document, all or none.
 
     Args:
@@ -180,12 +193,12 @@ def write_tables(document: Path, tables: Mapping[Kind, Sequence[str]]) -> None:
         between = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
         if not between.search(text):
             raise ConfigError(f"{document}: no place for a table, between {begin} and {end}")
-        table = "\n".join([begin, "", *_HEADS[kind], *rows, "", end])
+        table = "\n".join([begin, "", *_HEADS[kind], *(row.text for row in rows), "", end])
         text = between.sub(lambda _, table=table: table, text, count=1)
     document.write_text(text, encoding="utf-8")
 
 
-def _row(recipe: Recipe, *cells: str) -> str:
+def _joined(recipe: Recipe, cells: Sequence[str]) -> str:
     flags = " ".join(recipe.flags)
     first = (f"`{recipe.config}`", f"`{flags}`" if flags else "", recipe.machine.name)
     return f"| {' | '.join((*first, *cells))} |"

@@ -8,7 +8,6 @@ has the last word, so a changed run should be planned again.
 from ivl_jax.config import TrainConfig
 from ivl_jax.plan.machines import MACHINES, Machine, sizes_of
 from ivl_jax.plan.training import TrainingPlan
-from ivl_jax.plan.work import recomputes
 
 # Of a GPU's memory; the rest is for the driver's own needs and for libraries such as cuDNN.
 _LARGEST_POOL = 0.95
@@ -44,7 +43,7 @@ def remedies(config: TrainConfig, machine: Machine, plan: TrainingPlan) -> list[
 def _fewer_temporaries(config: TrainConfig, plan: TrainingPlan, *, room: int) -> list[str]:
     """Changes of the step, where parameters and batch leave this much room."""
     step, found = config.step, []
-    if not recomputes(config):
+    if plan.remat != "full":
         found.append('set step.remat = "full": layers keep only their inputs for the backward pass')
     if not step.scan_layers:
         found.append("set step.scan_layers = true: layers share one body and its temporaries")
@@ -95,13 +94,16 @@ def _smaller_parameters(config: TrainConfig, machine: Machine, plan: TrainingPla
 
 def _larger_machine(config: TrainConfig, machine: Machine, plan: TrainingPlan) -> Machine | None:
     """The smallest of the family on which it should fit: parameters and rows are split further."""
+    mesh, step = config.mesh, config.step
+    if -1 not in (mesh.data, mesh.fsdp, mesh.tensor):
+        return None  # it would use no more devices
     held = plan.base + plan.frozen + plan.value + plan.optimizer + plan.batch
-    rows = config.step.batch_size / config.step.micro_batches / plan.ways
+    rows = step.batch_size // step.micro_batches
     for larger in sizes_of(machine.family):
         growth = larger.devices / machine.devices
-        if growth <= 1 or config.step.batch_size % (plan.ways * growth):
+        if growth <= 1 or rows % (plan.ways * growth):
             continue
-        temporaries = max(plan.peak - held, 0) / min(growth, max(rows, 1))
+        temporaries = max(plan.peak - held, 0) / growth
         if held / growth + temporaries <= plan.available:
             return larger
     return None

@@ -38,7 +38,7 @@ def table(
     head = (
         f"{config.value.path or config.value.init if base else config.base.path}{beside} on "
         f"{machine.name}: {rows} rows of {config.data.max_length:,} tokens in "
-        f"{step.micro_batches} micro-batches"
+        f"{step.micro_batches} micro-batches, step.remat = {plan.remat}"
     )
     parts = {
         "base": plan.base,

@@ -1,7 +1,8 @@
 """Keeps what compilations found on disk, since one takes minutes.
 
 In: everything that a compilation depends on. Out: a record, or None. The key contains the program
-itself, so that no change of the package, of JAX or of a config can be answered by an old record.
+itself, the compilers' versions and flags, so that no change of the package, of JAX or of a config
+is answered by an old record.
 """
 
 import hashlib
@@ -13,7 +14,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-_COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda12-pjrt", "jax-cuda12-plugin")
+# Change it with what is recorded, or how it is counted.
+_FORMAT = "2"
+_COMPILERS = (
+    "jax",
+    "jaxlib",
+    "libtpu",
+    "jax-cuda12-pjrt",
+    "jax-cuda12-plugin",
+    "jax-cuda13-pjrt",
+    "jax-cuda13-plugin",
+    "nvidia-cuda-nvcc-cu12",
+    "nvidia-cuda-nvcc",
+)
+_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 
 def compilation_key(program: str, parts: Sequence[str]) -> str:
@@ -24,10 +38,12 @@ def compilation_key(program: str, parts: Sequence[str]) -> str:
         parts: whatever else decides the result: the machine, compiler options.
 
     Returns:
-        A hash of these and of the compilers' versions.
+        A hash of these and of the compilers' versions and flags.
     """
     digest = hashlib.sha256()
-    for part in (*(f"{name} {_version(name)}" for name in _COMPILERS), *parts, program):
+    versions = (f"{name} {_version(name)}" for name in _COMPILERS)
+    flags = (f"{name} {os.environ.get(name, '')}" for name in _FLAGS)
+    for part in (_FORMAT, *versions, *flags, *parts, program):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()
 

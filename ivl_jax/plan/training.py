@@ -60,6 +60,8 @@ class TrainingPlan:
     """Kind of collective → bytes that each device sends; None if the compiler refused."""
     ways: int
     """Devices over which the rows of a micro-batch are split."""
+    remat: Remat
+    """What the trained network's layers keep: the config's choice, or the one made for `auto`."""
     limits: Mapping[str, float]
     """Seconds that a step takes at least, by what limits it: compute (FLOPs at the peak rate),
     memory (traffic at its bandwidth) and, unless the compiler refused, interconnect (bytes sent at
@@ -92,7 +94,7 @@ def plan_training(config: TrainConfig, machine: Machine) -> list[TrainingPlan]:
         MissingCompilerError: the machine's compiler is not installed.
     """
     mesh = make_run_mesh(config, describe_devices(machine))
-    models = planned_models(config, mesh)
+    models = planned_models(config, mesh, memory=machine.memory)
     warn_of_dtype(machine, config.step.compute_dtype)
     with lowering_for(machine):
         return [_plan(config, machine, models, base, mesh) for base in models.bases or (None,)]
@@ -132,9 +134,8 @@ def _plan(
         arguments += (taught_params, weights)
     elif teacher is not None:
         arguments += (taught_params,)
-    fits, temporaries, peak, sent = compile_program(
-        step.lower(*arguments), machine, held=_bytes(arguments)
-    )
+    compiled = compile_program(step.lower(*arguments), machine, held=_bytes(arguments))
+    fits, peak = compiled.fits, compiled.peak
     held = {"trained": _bytes(state.params), "optimizer": _bytes(state.opt_state)}
     taught = 0 if teacher is None else _bytes(teacher.params)
     rollouts, sampling = None, find_objective(config).sampling
@@ -146,7 +147,8 @@ def _plan(
         beside = held["optimizer"] + taught + stacked + _bytes(weights)
         peak = max(peak, rollouts.peak + beside)
         fits = fits and rollouts.fits and peak <= machine.memory
-    config = replace(config, step=replace(config.step, remat=_remat(programs.loss)))
+    remat = _remat(programs.loss)
+    config = replace(config, step=replace(config.step, remat=remat))
     flops = step_flops(config, models, base)
     traffic = step_traffic(config, models, base, mesh, **held)
     return TrainingPlan(
@@ -155,18 +157,19 @@ def _plan(
         frozen=_bytes(weights),
         optimizer=held["optimizer"],
         batch=_bytes(batch),
-        temporaries=temporaries,
+        temporaries=compiled.temporaries,
         peak=peak,
         available=machine.memory,
         fits=fits,
         tokens=config.step.batch_size * config.data.max_length,
         flops=flops,
         traffic=traffic,
-        sent=sent,
+        sent=compiled.sent,
         ways=batch_ways(mesh),
-        limits=_limits(config, machine, flops / mesh.size, traffic, sent),
+        limits=_limits(config, machine, flops / mesh.size, traffic, compiled.sent),
         teacher=taught,
         rollouts=rollouts,
+        remat=remat,
     )
 
 

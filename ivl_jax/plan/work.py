@@ -4,7 +4,8 @@ In: a config, its models and a mesh. Out: FLOPs and bytes. The compiler's own es
 here: it counts the body of a loop once.
 
 FLOPs per token and matrix parameter: 2 in the forward pass, 4 in the backward pass (2 if it is
-frozen), 2 more where layers are recomputed; attention reads T / 2 keys on average.
+frozen), 2 more where layers are recomputed; attention reads T / 2 keys on average, and at most the
+window of a sliding layer.
 
 Memory traffic: each matrix product reads both operands and writes its result once; there is one
 per matrix in the forward pass, and two more in the backward pass (one if it is frozen; adapters
@@ -169,6 +170,12 @@ def _matrices(arch: Architecture) -> Iterator[_Matrix]:
     yield _Matrix(width, arch.vocab_size, 1, _FLOAT32)
 
 
+def _mean_keys(length: int, window: int) -> float:
+    """Keys that a query of a row sees on average, within a window."""
+    window = min(window, length)
+    return window - window * window / (2 * length)
+
+
 def _forward_flops(arch: Architecture, length: int) -> tuple[float, float]:
     """Per token of the forward pass: (layers, head)."""
     layers = head = 0.0
@@ -179,7 +186,14 @@ def _forward_flops(arch: Architecture, length: int) -> tuple[float, float]:
         else:
             layers += flops
     if not isinstance(arch, LinearMapConfig):
-        # Scores and their product with the values: two products with T / 2 keys.
-        keys = arch.num_attention_heads * arch.head_dim * length / 2
-        layers += 2 * 2.0 * keys * arch.num_hidden_layers
+        # Scores and their product with the values: two products per key.
+        width = arch.num_attention_heads * arch.head_dim
+        window = arch.sliding_window or length
+        for kind in arch.layer_types:
+            layers += (
+                2
+                * 2.0
+                * width
+                * _mean_keys(length, window if kind == "sliding_attention" else length)
+            )
     return layers, head

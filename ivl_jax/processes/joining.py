@@ -27,6 +27,10 @@ logger = logging.getLogger(__name__)
 _STATUS = re.compile(
     "(ABORTED|CANCELLED|DATA_LOSS|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNAVAILABLE|UNKNOWN):"
 )
+# What one process may come to by itself, whatever the others do.
+_OWN_FAULT = re.compile("(RESOURCE_EXHAUSTED|INVALID_ARGUMENT|UNIMPLEMENTED):")
+# How many processes were started together: by hand, by srun, by Open MPI.
+_COUNTS = ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 
 _links: list[CoordinatorLink] = []
 _watches = itertools.count()
@@ -67,7 +71,7 @@ def joined_processes(options: ProcessesConfig, *, remedy: str) -> Iterator[None]
         yield
         client.wait_at_barrier(f"ivl_jax/finished{next(_watches)}", options.shutdown_timeout * 1000)
     except BaseException as error:
-        if _from_jax(error):
+        if _may_be_anothers(error):
             # A collective fails when another process is gone: if so, the watch ends this one.
             watch.wait_for_verdict()
         lines = str(error).splitlines() or [type(error).__name__]
@@ -127,13 +131,12 @@ def require_one_process(what: str) -> None:
     Raises:
         ConfigError: it is one of several.
     """
-    told = os.environ.get("JAX_NUM_PROCESSES", "1")
-    count = max(jax.process_count(), int(told) if told.isdigit() else 1)
+    told = [os.environ.get(name, "") for name in _COUNTS]
+    count = max(jax.process_count(), *(int(number) for number in told if number.isdigit()), 1)
     if count > 1:
         raise ConfigError(
             f"{what} runs in one process, and this is one of {count}: start it once, on one host "
-            "and without JAX_NUM_PROCESSES; for texts from several hosts use infer.py --input "
-            "FILE --output FILE --distributed"
+            "and outside srun or mpirun, without JAX_NUM_PROCESSES"
         )
 
 
@@ -150,7 +153,9 @@ def _find_processes(options: ProcessesConfig) -> tuple[str, int, int]:
                 address, count, index, options.initialization_timeout
             )
         if address and None not in (count, index) and 0 <= int(index) < int(count):
-            return address, int(count), int(index)
+            if re.fullmatch(r".+:\d+", address):
+                return address, int(count), int(index)
+            raise ValueError(f"the coordinator's address is {address!r}, not HOST:PORT")
         problem = f"found coordinator address {address}, {count} processes, process id {index}"
     except (ValueError, RuntimeError, OSError) as error:
         problem = str(error)
@@ -177,12 +182,15 @@ def coordination_client() -> Any:
     return distributed.global_state.client
 
 
-def _from_jax(error: BaseException | None) -> bool:
+def _may_be_anothers(error: BaseException | None) -> bool:
     """Whether a computation or a barrier of JAX failed, perhaps as the cause of another error.
 
-    Not all are JaxRuntimeErrors: reading an array whose collective failed is a ValueError.
+    Not all are JaxRuntimeErrors: reading an array whose collective failed is a ValueError. No lost
+    process is the cause of a lack of memory, or of a program that cannot be compiled.
     """
     while error is not None:
+        if _OWN_FAULT.match(str(error)):
+            return False
         if isinstance(error, jax.errors.JaxRuntimeError) or _STATUS.match(str(error)):
             return True
         error = error.__cause__ or error.__context__

@@ -118,9 +118,6 @@ class PeerWatch:
             beats += 1
             pulse = f"{beats} {self._host}"
             with contextlib.suppress(Exception):  # of RPCs; silence is judged by the other thread
-                own = (
-                    f"{_NOTICES}/{_COORDINATOR}" if self._index == 0 else f"{_PULSES}/{self._index}"
-                )
                 self._store.key_value_set(f"{self._name}/{own}", pulse, True)
                 notices = self._read(_NOTICES)
                 pulses = self._read(_PULSES) if self._index == 0 else {}

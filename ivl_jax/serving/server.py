@@ -19,6 +19,7 @@ from ivl_jax.config import ConfigError, ServeConfig, check_serve_config
 from ivl_jax.decoding.capacity import EngineLimits
 from ivl_jax.decoding.loading import decoding_mesh, load_composed, read_sources
 from ivl_jax.decoding.prompts import make_prompt_reader
+from ivl_jax.processes import require_one_process
 from ivl_jax.serving.app import Service, make_app
 from ivl_jax.serving.catalogue import Catalogue
 from ivl_jax.serving.engine_thread import EngineThread
@@ -59,6 +60,7 @@ def prepare(config: ServeConfig) -> Prepared:
         ValueError: models that do not fit each other, or weights.
     """
     named = check_serve_config(config)
+    require_one_process("a server")
     api_key = config.api_key or os.environ.get(_API_KEY, "")
     listening = listen(config.host, config.port)
     try:

@@ -155,13 +155,16 @@ def _size(count: int) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"
 
 
-def check_linear_map(arch: LinearMapConfig, layout: LayoutName, mesh: Mesh) -> None:
+def check_linear_map(
+    arch: LinearMapConfig, layout: LayoutName, mesh: Mesh, memory: int | None = None
+) -> None:
     """Check that a linear map on base logits can be trained in a device's memory.
 
     Args:
         arch: the map.
         layout: which mesh axes split it.
         mesh: the device mesh.
+        memory: bytes per device, of devices that are not attached; None: they are asked.
 
     Raises:
         ConfigError: it does not fit; names the rank that would.
@@ -172,7 +175,7 @@ def check_linear_map(arch: LinearMapConfig, layout: LayoutName, mesh: Mesh) -> N
     needed = parameters * _BYTES_TRAINED // ways
     formula = f"2 · V · rank = 2 · {size:,} · {arch.rank}" if arch.rank else f"V² = {size:,}²"
     logger.info("linear map on base logits: %s = %s parameters", formula, f"{parameters:,}")
-    available = device_memory(mesh)
+    available = device_memory(mesh) if memory is None else memory
     if available is not None and needed > available:
         rank = min(256, size // 2)
         raise ConfigError(

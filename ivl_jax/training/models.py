@@ -115,6 +115,7 @@ def choose_models(
     *,
     read: ModelReader = read_model,
     teach: TeacherReader = read_teacher,
+    memory: int | None = None,
 ) -> Models:
     """Find the folders and check everything that needs no weights.
 
@@ -123,6 +124,7 @@ def choose_models(
         mesh: the device mesh; a linear map is checked against its memory.
         read: reads a model without its weights.
         teach: reads a teacher without its weights.
+        memory: bytes per device, of devices that are not attached; None: they are asked.
 
     Returns:
         The models.
@@ -155,7 +157,7 @@ def choose_models(
     )
     if not scheme.has_layers:
         arch = LinearMapConfig(first.info.vocab_size, config.value.rank)
-        check_linear_map(arch, config.value.layout, mesh)
+        check_linear_map(arch, config.value.layout, mesh, memory)
     elif config.value.init == "base":
         arch = dataclasses.replace(first.arch, tie_word_embeddings=False)
     else:

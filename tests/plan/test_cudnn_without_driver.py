@@ -46,17 +46,23 @@ def lowered(form, *, width, dtype=jnp.bfloat16, segments=True, window=None, soft
     "options",
     [
         {"width": 64, "segments": False},
+        {"width": 64, "segments": False, "window": 40},
         {"width": 128, "kv": 4},
         {"width": 64, "window": 40},
         {"width": 128, "kv": 1, "window": 300},
     ],
 )
-def test_cudnn_attention_is_two_kernels_without_scores(options, dtype):
+def test_cudnn_attention_is_two_causal_kernels_without_scores(options, dtype):
     with cudnn_for((8, 0)):
         text = lowered("cudnn", dtype=dtype, **options)
-    kernels = ("__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward")
-    assert all(f"@{kernel}(" in text for kernel in kernels)
+    biased = options.get("segments", True)
+    kernel = "__cudnn$fmhaScaleBiasSoftmax" if biased else "__cudnn$fmhaSoftmax"
+    assert all(f"@{name}(" in text for name in (kernel, f"{kernel}Backward"))
+    assert text.count("\\22mask_type\\22: \\22CAUSAL\\22") == 2
+    window = 0 if biased else options.get("window", 0)
+    assert text.count(f"\\22sliding_window_length\\22: {window}") == 2
     assert "dot_general" not in text
+    assert ("2x1x256x256" in text) == biased
 
 
 @pytest.mark.parametrize(

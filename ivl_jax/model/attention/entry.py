@@ -59,12 +59,12 @@ def attend_to_own(
             softcap=softcap,
             block=form.block,
         )
-    if segment_ids is None:
-        segment_ids = jnp.zeros(query.shape[:2], jnp.int32)
     if name == "cudnn":
-        kernel = partial(cudnn, window=window, scale=scale)
+        kernel = partial(cudnn, segmented=segment_ids is not None, window=window, scale=scale)
     else:
         kernel = partial(
             splash, window=window, scale=scale, softcap=softcap, interpret=form.interpret
         )
+    if segment_ids is None:
+        segment_ids = jnp.zeros(query.shape[:2], jnp.int32)
     return run_over_mesh(kernel, form, query, keys, values, segment_ids)

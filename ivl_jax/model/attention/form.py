@@ -12,6 +12,7 @@ programs can be compiled for machines that are not attached.
 
 import functools
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
@@ -157,7 +158,10 @@ def _no_cudnn(device: DeviceInfo, arch: ArchConfig, dtype: DTypeLike) -> str | N
     """Why cuDNN's attention cannot run there."""
     if device.platform not in ("gpu", "cuda"):
         return f"cuDNN is for NVIDIA GPUs, and these are {device.device_kind}"
-    capability = float(getattr(device, "compute_capability", None) or 0)
+    named = str(getattr(device, "compute_capability", "0"))
+    if not re.fullmatch(r"\d+(\.\d+)?", named):  # AMD's are named gfx942
+        return f"cuDNN is for NVIDIA GPUs, and these are {device.device_kind} ({named})"
+    capability = float(named)
     if capability < _CUDNN_CAPABILITY:
         return f"cuDNN's kernel needs compute capability {_CUDNN_CAPABILITY}, found {capability}"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
