@@ -123,7 +123,14 @@ def _write_recipes(arguments: Sequence[str]) -> int:
     _begin()
     from ivl_jax.plan.decode_flags import DecodeConfig, check_decode_flags, read_decode_flags
     from ivl_jax.plan.decoding import plan_decoding
-    from ivl_jax.plan.recipes import decoding_rows, read_recipes, training_rows, write_tables
+    from ivl_jax.plan.recipes import (
+        Kind,
+        Row,
+        decoding_rows,
+        read_recipes,
+        training_rows,
+        write_tables,
+    )
     from ivl_jax.plan.training import plan_training
     from ivl_jax.training.setup import check_names
 
@@ -139,7 +146,7 @@ def _write_recipes(arguments: Sequence[str]) -> int:
         return config, run
 
     recipes = read_recipes(document.with_suffix(".toml"))
-    tables = {
+    tables: dict[Kind, list[Row]] = {
         kind: training_rows(listed, read, plan_training)
         if kind == "recipes"
         else decoding_rows(

@@ -39,6 +39,7 @@ def plan():
         traffic=4e9,
         sent={"all-gather": 10**9, "all-reduce": 2 * 10**9},
         ways=8,
+        remat="none",
         limits={"compute": 0.5, "memory": 0.25, "interconnect": 0.75},
     )
 

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from ivl_jax.config import ComposedModelConfig, ConfigError, MeshConfig
+from ivl_jax.decoding.loading import decoding_mesh
 from ivl_jax.model.decoder import abstract_params
 from ivl_jax.plan import __main__ as command
 from ivl_jax.plan import decoding
@@ -78,6 +79,22 @@ def test_an_int8_base_and_a_tensor_axis_take_less(folder):
     assert split.tokens_per_second > 1.5 * whole.tokens_per_second
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "mesh"),
+    [
+        (28, 4, {"data": 2, "fsdp": 1, "tensor": 4}),
+        (9, 3, {"data": 8, "fsdp": 1, "tensor": 1}),
+        (8, 2, {"data": 1, "fsdp": 1, "tensor": 8}),
+    ],
+)
+def test_the_mesh_is_that_of_infer_py(heads, kv_heads, mesh):
+    config = DecodeConfig(ComposedModelConfig(base="none"))
+    base = dataclasses.replace(ARCH, num_attention_heads=heads, num_key_value_heads=kv_heads)
+    found = decoding._mesh(config, base, jax.devices())
+    assert dict(found.shape) == mesh
+    assert found == decoding_mesh(config.model.mesh, base)
+
+
 @pytest.mark.usefixtures("here", "uncompiled")
 def test_rows_are_padded_until_every_device_has_as_many(folder):
     plan = plan_decoding(flags(folder, batch=3, mesh=MeshConfig(data=2, fsdp=1)), HERE)
@@ -107,7 +124,7 @@ def test_flags_that_cannot_be_planned_are_named(changes, problem):
     ("changes", "problem"),
     [
         ({"context": 10**6}, f"exceeds the smallest context.*{ARCH.max_position_embeddings} tok"),
-        ({"mesh": MeshConfig(tensor=3, fsdp=1)}, "--mesh: .*does not fit 2 device"),
+        ({"mesh": MeshConfig(tensor=3, fsdp=1)}, "mesh: .*does not fit 2 device"),
     ],
 )
 def test_a_batch_that_the_machine_cannot_hold_is_refused_before_compiling(
@@ -129,7 +146,7 @@ def test_a_training_run_gives_base_dtype_and_value_network(config, tmp_path):
     config, run = read_decode_flags(arguments, program="plan", description="")
     assert (config.model.base, config.model.dtype, config.batch) == (str(tmp_path), "bfloat16", 4)
     check_decode_flags(config, run)
-    networks = decoding._networks(config.model, run, decoding.make_mesh())
+    networks = decoding._networks(config.model, ARCH, run, make_mesh(), memory=10**9)
     assert networks.scheme.reads_base_logits
     assert networks.base == ARCH
     assert networks.values == [dataclasses.replace(ARCH, tie_word_embeddings=False)]

@@ -35,7 +35,7 @@ def test_a_name_counts_gpus_as_it_counts_chips_of_a_tpu():
     machine = MACHINES["a100-40gb-8"]
     assert (machine.devices, machine.platform) == (8, "gpu")
     assert GPU_CHIPS[machine.topology].name == "NVIDIA A100-SXM4-40GB"
-    with pytest.raises(ConfigError, match=r"--on h100: .*v5e-1/4/8.*t4-1.*h100-1/2/4/8"):
+    with pytest.raises(ConfigError, match=r"^h100: .*v5e-1/4/8.*t4-1.*h100-1/2/4/8"):
         find_machine("h100")
 
 
@@ -96,7 +96,7 @@ def test_a_missing_gpu_compiler_names_its_extra(monkeypatch, missing, named):
     monkeypatch.setattr(gpu_devices, "_nvcc", lambda: None)
     lacking = f"{named}.*nvidia-cuda-nvcc" if named else "compiler, and nvidia-cuda-nvcc"
     with pytest.raises(
-        devices.MissingCompilerError, match=rf"--on l4-1: .*{lacking}.*ivl_jax\[plan-gpu\]"
+        devices.MissingCompilerError, match=rf"l4-1: .*{lacking}.*ivl_jax\[plan-gpu\]"
     ):
         devices.describe_devices(MACHINES["l4-1"])
 
@@ -107,9 +107,9 @@ def test_a_gpu_program_fits_if_its_peak_does(monkeypatch):
     lowered = SimpleNamespace(as_text=lambda: "program", compile=lambda compiler_options: compiled)
     monkeypatch.setattr(gpu_devices, "_nvcc", lambda: gpu_devices.Path("/nowhere"))
     machine = dataclasses.replace(MACHINES["l4-1"], memory=40)
-    assert compile_program(lowered, machine, held=10) == (True, 30, 40, {})
+    assert compile_program(lowered, machine, held=10) == (True, 30, 40, {}, 0)
     small = dataclasses.replace(machine, memory=39)
-    assert compile_program(lowered, small, held=10) == (False, 30, 40, {})
+    assert compile_program(lowered, small, held=10) == (False, 30, 40, {}, 0)
 
 
 def compile_attention(name, form, *, width, dtype, window=None, softcap=None):

@@ -8,7 +8,14 @@ from typing import Any
 import jax
 import pytest
 
-from ivl_jax.config import ConfigError, DistilConfig, GrpoConfig, LoraConfig, RowsConfig
+from ivl_jax.config import (
+    ConfigError,
+    DistilConfig,
+    GrpoConfig,
+    LoraConfig,
+    RowsConfig,
+    ValueConfig,
+)
 from ivl_jax.model.decoder import abstract_params
 from ivl_jax.plan import __main__ as command
 from ivl_jax.plan import devices, models, training
@@ -37,9 +44,7 @@ def lowered(error):
 
 
 def test_a_machine_that_is_not_known_lists_those_that_are():
-    with pytest.raises(
-        ConfigError, match=r"--on v9: not a known machine; known are v5e-1/4/8/.*v6e"
-    ):
+    with pytest.raises(ConfigError, match=r"^v9: not a known machine; known are v5e-1/4/8/.*v6e"):
         find_machine("v9")
 
 
@@ -95,8 +100,18 @@ def test_models_of_the_shipped_configs_need_no_network(monkeypatch):
 
 def test_a_model_without_a_config_json_names_the_flag(config, tmp_path):
     (tmp_path / "config.json").unlink()
-    with pytest.raises(ConfigError, match=r"base\.path = .*config\.json.*--base\.path FOLDER"):
-        models.planned_models(config, make_mesh(fsdp=8))
+    with pytest.raises(
+        ConfigError, match=r"base\.path = .*config\.json.*give a folder that holds one"
+    ):
+        models.planned_models(config, make_mesh(fsdp=8), memory=GB)
+
+
+def test_a_linear_map_is_compared_with_the_machines_memory(config):
+    linear = dataclasses.replace(config, value=ValueConfig(connection="linear"))
+    mesh = make_mesh(fsdp=8)
+    assert models.planned_models(linear, mesh, memory=GB).bases
+    with pytest.raises(ConfigError, match=r"value\.rank = 0: training a linear map"):
+        models.planned_models(linear, mesh, memory=100)
 
 
 def test_rows_longer_than_the_context_need_leave(config, caplog):
@@ -104,9 +119,9 @@ def test_rows_longer_than_the_context_need_leave(config, caplog):
     context = tiny_arch("llama3").max_position_embeddings
     long = dataclasses.replace(config.data, max_length=context + 1)
     with pytest.raises(ConfigError, match=f"exceeds the context of .*{context}.*beyond_context"):
-        models.planned_models(dataclasses.replace(config, data=long), mesh)
+        models.planned_models(dataclasses.replace(config, data=long), mesh, memory=GB)
     allowed = dataclasses.replace(long, beyond_context=True)
-    models.planned_models(dataclasses.replace(config, data=allowed), mesh)
+    models.planned_models(dataclasses.replace(config, data=allowed), mesh, memory=GB)
     assert "data.beyond_context allows it" in caplog.text
 
 
@@ -144,7 +159,7 @@ def test_the_compilers_refusal_is_a_plan_that_does_not_fit(
 ):
     refused = lowered(jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {message}"))
     found = compile_program(refused, HERE, held=2 * GB)
-    assert found == (False, temporaries, peak, None)
+    assert found == (False, temporaries, peak, None, 0)
     plan = dataclasses.replace(plan, temporaries=found.temporaries, peak=found.peak, sent=None)
     text = table(config, HERE, plan, "BASE")
     assert f"{peak / 1e9:8.2f} GB of 0.00 GB" in text
@@ -175,7 +190,7 @@ def test_the_exit_status_says_whether_it_fits(
 
 def test_flops_of_a_step_are_the_usual_ones(config):
     mesh = make_mesh(fsdp=8)
-    chosen = models.planned_models(config, mesh)
+    chosen = models.planned_models(config, mesh, memory=GB)
     arch = tiny_arch("llama3")
     leaves = jax.tree.leaves_with_path(abstract_params(arch))
     matrices = sum(leaf.size for _, leaf in leaves if leaf.ndim == 2)  # a tied head counts once
@@ -207,7 +222,7 @@ def test_a_teachers_parameters_are_planned_and_its_products_are_counted(config, 
 
 
 def step_flops_of(config):
-    chosen = models.planned_models(config, make_mesh(fsdp=8))
+    chosen = models.planned_models(config, make_mesh(fsdp=8), memory=GB)
     return step_flops(config, chosen, chosen.bases[0])
 
 
@@ -248,7 +263,7 @@ def test_the_table_has_what_is_moved_and_what_limits_a_step(config, plan):
 
 def test_traffic_is_weights_once_per_product_and_rows_once_per_matrix(config):
     mesh = make_mesh(fsdp=4, tensor=2)
-    chosen = models.planned_models(config, mesh)
+    chosen = models.planned_models(config, mesh, memory=GB)
     sizes = {"trained": 1000, "optimizer": 2000}
 
     def traffic(**step):
@@ -287,7 +302,7 @@ def test_what_is_recomputed_follows_the_machines_memory(
 ):
     step = dataclasses.replace(config.step, remat=wanted, scan_layers=scan_layers)
     config, mesh = dataclasses.replace(config, step=step), make_mesh(fsdp=8)
-    found = models.planned_models(config, mesh)
+    found = models.planned_models(config, mesh, memory=GB)
     (base,) = found.bases
     places = place_trained(config, found, mesh), place_in_step(config, base, mesh)
     loss = make_loss(config, found, base, *places, mesh, memory=memory)

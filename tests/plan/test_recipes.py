@@ -108,7 +108,10 @@ def test_a_recipe_that_does_not_divide_is_named(document, monkeypatch):
         ('[[decoding]]\nconfig = "a"', "decoding 1: expected config, machines.*found config"),
         ("recipes = [", "machines.toml: "),
         ('[[recipes]]\nconfig = "a"', "recipes 1: expected config, machines.*found config"),
-        ('[[recipes]]\nconfig = "a"\nmachines = ["v9"]', "--on v9: not a known machine"),
+        (
+            '[[recipes]]\nconfig = "a"\nmachines = ["v9"]',
+            "recipes 1: machines: v9: not a known machine",
+        ),
         ('[[recipes]]\nconfig = "a"\nmachines = ["v5e-8"]\non = 1', "found config, machines, on"),
     ],
 )
@@ -130,6 +133,20 @@ def test_a_document_needs_a_place_for_each_table(document, plan, monkeypatch):
     assert document.read_text() == "<!-- recipes --><!-- /recipes -->"
     with pytest.raises(ConfigError, match="name the document"):
         command._plan(["recipes"])
+
+
+def test_the_shipped_document_has_a_row_per_recipe(project_root: Path):
+    document = project_root / "docs/accelerators.md"
+    rows = [
+        line.strip("| ").split(" | ")[:3]
+        for line in document.read_text(encoding="utf-8").splitlines()
+        if line.startswith("| `configs/")
+    ]
+    assert [[cell.strip(" `") for cell in row] for row in rows] == [
+        [recipe.config, " ".join(recipe.flags), recipe.machine.name]
+        for recipes in read_recipes(document.with_suffix(".toml")).values()
+        for recipe in recipes
+    ]
 
 
 def test_the_shipped_list_names_shipped_configs(project_root: Path):

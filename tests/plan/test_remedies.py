@@ -35,7 +35,8 @@ def test_the_most_micro_batches_may_not_be_enough(config, plan):
 
 
 def test_a_single_row_per_device_can_only_be_shorter(config, plan):
-    done = {"remat": "full", "scan_layers": True, "batch_size": 16}
+    done = {"scan_layers": True, "batch_size": 16}  # with remat = "auto", as chosen
+    plan = dataclasses.replace(plan, remat="full")
     text = found(config, plan, base=2, value=1, optimizer=2, peak=25, step=done)
     assert "shorten data.max_length" in text
     assert "step." not in text
@@ -70,6 +71,16 @@ def test_a_larger_slice_is_the_smallest_that_splits_enough(config, plan):
     assert "use a larger machine: v5e-32" in text  # 51 GB on 8 devices are 12.8 GB on 32
     text = found(config, plan, "v5e-256", base=2000, value=10, optimizer=20, peak=2100)
     assert "larger machine" not in text
+
+
+def test_a_larger_machine_divides_the_rows_of_a_micro_batch(config, plan):
+    step = {"batch_size": 32, "micro_batches": 2}
+    sizes = {"base": 10, "value": 5, "optimizer": 10, "peak": 26}
+    assert "use a larger machine: v5e-16" in found(config, plan, step=step, **sizes)
+    sizes |= {"base": 40, "peak": 56}  # too much for 16 devices; 16 rows do not divide over 32
+    assert "larger machine" not in found(config, plan, step=step, **sizes)
+    fixed = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=1, fsdp=8))
+    assert "larger machine" not in found(fixed, plan, base=10, value=5, optimizer=10, peak=26)
 
 
 def test_something_is_always_said(config, plan):

@@ -1,6 +1,7 @@
 """Where the processes are found, before any of them is joined."""
 
 import logging
+import re
 
 import jax
 import pytest
@@ -72,6 +73,41 @@ def test_processes_that_are_not_known_are_an_error_that_says_how_to_name_them(
     assert "[processes]" in str(error.value)
     with pytest.raises(ConfigError, match="process id 5"):
         joined_with(ProcessesConfig(), COORDINATOR_ADDRESS="h:1", NUM_PROCESSES="2", PROCESS_ID="5")
+
+
+@pytest.mark.parametrize("address", ["10.0.0.1", "10.0.0.1:"])
+def test_an_address_without_a_port_is_refused_wherever_it_comes_from(joined_with, address):
+    message = f"the coordinator's address is '{address}', not HOST:PORT"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        joined_with(
+            ProcessesConfig(), COORDINATOR_ADDRESS=address, NUM_PROCESSES="2", PROCESS_ID="1"
+        )
+
+
+@pytest.mark.parametrize(
+    ("error", "anothers"),
+    [
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), False),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: connection reset by peer"), True),
+        (ValueError("INTERNAL: a collective failed"), True),
+        (ValueError("a row is malformed"), False),
+    ],
+)
+def test_a_lack_of_memory_is_not_blamed_on_other_processes(error, anothers):
+    assert joining._may_be_anothers(error) == anothers
+    assert joining._may_be_anothers(_caused(RuntimeError("the step failed"), error)) == anothers
+
+
+def _caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize("variable", ["JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS"])
+def test_one_of_several_processes_is_refused(monkeypatch, variable):
+    monkeypatch.setenv(variable, "2")
+    with pytest.raises(ConfigError, match="a server runs in one process, and this is one of 2"):
+        joining.require_one_process("a server")
 
 
 def test_others_that_do_not_come_are_an_error_that_names_the_time_out(joined_with, monkeypatch):
