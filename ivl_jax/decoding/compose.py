@@ -118,7 +118,8 @@ def compose(
     if given_maps and len(given_maps) != len(values):
         raise ValueError(f"{len(given_maps)} maps for {len(values)} value network(s)")
     described = [_described(given) for given in given_maps] or [None] * len(values)
-    adapted = [value_models] if is_path(value_models) else list(value_models)
+    given = [value_models] if isinstance(value_models, str | os.PathLike) else value_models
+    adapted = [os.fspath(path) for path in given]
     sources = check_sources(
         language_model_source(base, "the base"),
         [

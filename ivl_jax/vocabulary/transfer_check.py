@@ -280,4 +280,7 @@ def _characters(text: bytes, start: int, end: int) -> str:
 def _kind(characters: str) -> Kind:
     if characters.isspace():
         return "white space"
-    return next((kind for kind, pattern in _KINDS if pattern.search(characters)), "other")
+    for kind, pattern in _KINDS:
+        if pattern.search(characters):
+            return kind
+    return "other"

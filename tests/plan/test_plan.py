@@ -13,6 +13,7 @@ from ivl_jax.config import (
     DistilConfig,
     GrpoConfig,
     LoraConfig,
+    MeshConfig,
     RowsConfig,
     ValueConfig,
 )
@@ -107,7 +108,7 @@ def test_a_model_without_a_config_json_names_the_flag(config, tmp_path):
 
 
 def test_a_linear_map_is_compared_with_the_machines_memory(config):
-    linear = dataclasses.replace(config, value=ValueConfig(connection="linear"))
+    linear = dataclasses.replace(config, value=ValueConfig(init="scratch", connection="linear"))
     mesh = make_mesh(fsdp=8)
     assert models.planned_models(linear, mesh, memory=GB).bases
     with pytest.raises(ConfigError, match=r"value\.rank = 0: training a linear map"):
@@ -313,6 +314,7 @@ def test_the_weights_under_an_adapter_are_listed_apart(config, monkeypatch):
     found = Compiled(fits=True, temporaries=3, peak=4, sent={})
     monkeypatch.setattr(training, "compile_program", lambda *arguments, **options: found)
     monkeypatch.setattr(training, "describe_devices", lambda machine: jax.devices())
+    config = dataclasses.replace(config, mesh=MeshConfig(data=-1, fsdp=1))  # whole on each device
     lora = LoraConfig(rank=2, param_dtype="bfloat16")
     adapted = dataclasses.replace(config, value=dataclasses.replace(config.value, lora=lora))
     (plan,), (whole,) = (training.plan_training(each, HERE) for each in (adapted, config))
