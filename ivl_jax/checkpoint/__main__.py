@@ -6,10 +6,14 @@ In: a command line. Out: the folder it names, one line on stdout, or the error o
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
 
 from ivl_jax.command_line.console import log_to_stderr
 from ivl_jax.command_line.guard import FAILED, run_command
-from ivl_jax.paths import local_path
+from ivl_jax.paths import local_path, usable_path
+
+PlainDType = Literal["float32", "bfloat16"]
 
 _PROGRAM = "python -m ivl_jax.checkpoint"
 
@@ -39,6 +43,11 @@ def _run(arguments: Sequence[str]) -> int:
     value.add_argument("--overwrite", action="store_true", help="replace a value folder there")
     value.add_argument(
         "--merge", action="store_true", help="merge an adapter into its model: a plain value folder"
+    )
+    value.add_argument(
+        "--safetensors",
+        metavar="FOLDER",
+        help="write it also as a model folder that transformers loads; only of residual networks",
     )
     _add_value_model(value)
 
@@ -71,8 +80,16 @@ def _which(text: str) -> str | int:
 
 
 def _export_value(chosen: argparse.Namespace) -> str:
-    from ivl_jax.checkpoint.export import export_value
+    from ivl_jax.checkpoint.export import DESCRIPTION_FOLDER, export_value
+    from ivl_jax.checkpoint.hugging_face import check_exportable
+    from ivl_jax.checkpoint.value_metadata import METADATA_NAME
 
+    folder = chosen.safetensors and local_path(chosen.safetensors, "--safetensors")
+    described = usable_path(chosen.run_dir)
+    if (described / DESCRIPTION_FOLDER).exists():  # not so of a value folder, with --merge
+        described = described / DESCRIPTION_FOLDER
+    if folder and (described / METADATA_NAME).exists():
+        check_exportable(described, folder, overwrite=chosen.overwrite)
     step = export_value(
         chosen.run_dir,
         chosen.step,
@@ -81,27 +98,39 @@ def _export_value(chosen: argparse.Namespace) -> str:
         merge=chosen.merge,
         value_model=chosen.value_model,
     )
-    return f"step {step} of {chosen.run_dir} is in {chosen.out}"
+    line = f"step {step} of {chosen.run_dir} is in {chosen.out}"
+    if not folder:
+        return line
+    _write_model_folder(chosen, chosen.out, folder, dtype="float32")
+    return f"{line}, and as a model that transformers loads in {folder}"
 
 
 def _export_hf(chosen: argparse.Namespace) -> str:
-    from ivl_jax.checkpoint.hugging_face import check_exportable, export_hugging_face
-    from ivl_jax.checkpoint.value_folder import load_value
-    from ivl_jax.data.templates import standalone_template
+    from ivl_jax.checkpoint.hugging_face import check_exportable
 
     out = local_path(chosen.out, "OUT")
     check_exportable(chosen.value, out, overwrite=chosen.overwrite)
-    value = load_value(chosen.value, value_model=chosen.value_model)
-    export_hugging_face(
-        value,
-        out,
-        dtype=chosen.dtype,
-        chat_template=standalone_template(value.tokenizer, value.chat_template),
-        overwrite=chosen.overwrite,
-    )
+    _write_model_folder(chosen, chosen.value, out, dtype=chosen.dtype)
     return (
         f"{chosen.value} is in {out}: its logits are z_value, to be added to a base's "
         "(examples/logits_processor.py)"
+    )
+
+
+def _write_model_folder(
+    chosen: argparse.Namespace, value_folder: str, out: Path, *, dtype: PlainDType
+) -> None:
+    from ivl_jax.checkpoint.hugging_face import export_hugging_face
+    from ivl_jax.checkpoint.value_folder import load_value
+    from ivl_jax.data.templates import standalone_template
+
+    value = load_value(value_folder, value_model=chosen.value_model)
+    export_hugging_face(
+        value,
+        out,
+        dtype=dtype,
+        chat_template=standalone_template(value.tokenizer, value.chat_template),
+        overwrite=chosen.overwrite,
     )
 
 

@@ -4,7 +4,9 @@ In: the folder's metadata, and what its training run recorded. Out: Markdown wit
 The card is for people: it is not sealed by the manifest, and no program reads it back.
 """
 
+import json
 import logging
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -213,11 +215,11 @@ def _usage(metadata: ValueMetadata, base: str) -> str:
     return (
         "With `ivl_jax` installed; `VALUE` is this folder:\n\n"
         "```sh\n"
-        f'ivl-infer --base {_plain(base)} --value VALUE --strength 1.0{flag} --chat --prompt "…"\n'
+        f'ivl-infer --base {shlex.quote(_plain(base))} --value VALUE --strength 1.0{flag} --chat --prompt "…"\n'
         "```\n\n"
         "```python\n"
         "import ivl_jax\n\n"
-        f"base = ivl_jax.load_model({_plain(base)!r})\n"
+        f"base = ivl_jax.load_model({json.dumps(_plain(base), ensure_ascii=False)})\n"
         'value = ivl_jax.load_value("VALUE")\n'
         f"model = ivl_jax.compose(base, value{of_python})\n"
         'print(model.generate([[ivl_jax.Message("user", "…")]])[0].text)\n'

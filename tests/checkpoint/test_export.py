@@ -1,5 +1,6 @@
 """Any checkpoint of a run becomes a value folder, and that a Hugging Face folder."""
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from transformers import AutoModelForCausalLM
 
 from ivl_jax.checkpoint import (
     NoUsableCheckpointError,
@@ -18,7 +20,7 @@ from ivl_jax.checkpoint import (
     write_value_description,
 )
 from ivl_jax.checkpoint.__main__ import main
-from ivl_jax.model.decoder import init_params, stack_layers
+from ivl_jax.model.decoder import build_decoder, forward, init_params, stack_layers
 from ivl_jax.weights.language_model import load_language_model
 
 
@@ -158,6 +160,40 @@ def test_commands_export_a_value_folder_and_a_hugging_face_folder(
     capsys.readouterr()
     assert main(["export-value", str(run_dir), str(out)]) == 1
     assert "set overwrite" in capsys.readouterr().err
+
+
+def test_safetensors_beside_a_value_folder_are_a_plain_model_with_our_logits(
+    tmp_path: Path, arch, metadata, tokenizer, capsys
+) -> None:
+    torch = pytest.importorskip("torch", reason="the extra `torch` is not installed")
+    run_dir, out, folder = (tmp_path / name for name in ("run", "value", "plain"))
+    make_run(run_dir, arch, metadata, tokenizer, stacked=False)
+    assert main(["export-value", str(run_dir), str(out), "--safetensors", str(folder)]) == 0
+    assert str(folder) in capsys.readouterr().out
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        path.name for path in folder.iterdir()
+    }
+    tokens = jax.random.randint(jax.random.key(0), (2, 24), 0, arch.vocab_size)
+    positions = jnp.broadcast_to(jnp.arange(24), tokens.shape)
+    graphdef = build_decoder(arch)
+    ours = jax.jit(lambda params: forward(graphdef, params, tokens, positions=positions))(
+        load_value(out).params
+    )
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        theirs = model(torch.tensor(np.asarray(tokens, np.int64))).logits.numpy()
+    np.testing.assert_allclose(ours, theirs, atol=2e-4)
+
+
+def test_safetensors_of_a_network_that_reads_the_base_are_refused_before_anything_is_written(
+    tmp_path: Path, metadata, tokenizer, capsys
+) -> None:
+    cascade = dataclasses.replace(metadata, connection="cascade")
+    write_value_description(tmp_path / "run", metadata=cascade, tokenizer=tokenizer)
+    arguments = ["export-value", str(tmp_path / "run"), str(tmp_path / "value"), "--safetensors"]
+    assert main([*arguments, str(tmp_path / "plain")]) == 1
+    assert "connection cascade, expected residual" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_step_that_is_not_a_step_is_an_error_of_the_command_line(capsys) -> None:
