@@ -9,7 +9,8 @@ The public names, loaded on first use (importing them all takes seconds):
     model = ivl_jax.compose(base, value)
     print(model.generate(["Question: …"])[0].text)
 
-Stages: `load_model`, `save_model`, `load_config`, `train`, `load_value`, `save_value`, `compose`.
+Stages: `load_model`, `save_model`, `load_config`, `train`, `load_value`, `save_value`, `compose`,
+`push_to_hub`.
 Records: `GenerationOptions`, `Message`, `Generation`; `EngineLimits` for `model.engine`.
 Mathematics, pure: `compose_logits`, `value_forward`, `value_penalty`.
 """
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ivl_jax.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from ivl_jax.checkpoint import ValueNetwork, load_value, save_value
+    from ivl_jax.checkpoint import ValueNetwork, load_value, push_to_hub, save_value
     from ivl_jax.composition import compose_logits, value_forward, value_penalty
     from ivl_jax.config import GenerationOptions, TrainConfig, load_config
     from ivl_jax.data.formats import Message
@@ -45,6 +46,7 @@ __all__ = [
     "load_config",
     "load_model",
     "load_value",
+    "push_to_hub",
     "save_model",
     "save_value",
     "train",
@@ -65,6 +67,7 @@ _HOMES = {
     "load_config": "ivl_jax.config:load_config",
     "load_model": "ivl_jax.weights.language_model:load_language_model",
     "load_value": "ivl_jax.checkpoint:load_value",
+    "push_to_hub": "ivl_jax.checkpoint:push_to_hub",
     "save_model": "ivl_jax.weights.language_model:save_language_model",
     "save_value": "ivl_jax.checkpoint:save_value",
     "train": "ivl_jax.post_training:run",

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ivl_jax.checkpoint.export import export_value, write_value_description
+    from ivl_jax.checkpoint.hub import push_to_hub
     from ivl_jax.checkpoint.manager import CheckpointSaveError, RestoredRun, TrainCheckpointer
     from ivl_jax.checkpoint.steps import NoUsableCheckpointError, RejectedStep
     from ivl_jax.checkpoint.value_folder import ValueNetwork, load_value, save_value
@@ -26,6 +27,7 @@ _HOME = {
     "ValueNetwork": "value_folder",
     "export_value": "export",
     "load_value": "value_folder",
+    "push_to_hub": "hub",
     "read_value_metadata": "value_metadata",
     "save_value": "value_folder",
     "write_value_description": "export",
@@ -41,6 +43,7 @@ __all__ = [
     "ValueNetwork",
     "export_value",
     "load_value",
+    "push_to_hub",
     "read_value_metadata",
     "save_value",
     "write_value_description",

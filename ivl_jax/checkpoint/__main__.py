@@ -1,4 +1,4 @@
-"""`python -m ivl_jax.checkpoint`: checkpoint → value folder → Hugging Face folder.
+"""`python -m ivl_jax.checkpoint`: checkpoint → value folder → Hugging Face folder, or the hub.
 
 In: a command line. Out: the folder it names, one line on stdout, or the error on stderr.
 """
@@ -60,9 +60,16 @@ def _run(arguments: Sequence[str]) -> int:
     hugging_face.add_argument("--overwrite", action="store_true", help="replace a folder there")
     _add_value_model(hugging_face)
 
+    push = commands.add_parser("push", help="upload a value folder to the Hugging Face hub")
+    push.add_argument("value", help="the value folder")
+    push.add_argument("repository", help="owner/name on the hub; created if there is none")
+    push.add_argument("--revision", help="branch, created if there is none (default: main)")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+
     chosen = parser.parse_args(arguments)
     log_to_stderr()
-    line = _export_value(chosen) if chosen.command == "export-value" else _export_hf(chosen)
+    run = {"export-value": _export_value, "export-hf": _export_hf, "push": _push}[chosen.command]
+    line = run(chosen)
     sys.stdout.write(f"{line}\n")
     return 0
 
@@ -115,6 +122,15 @@ def _export_hf(chosen: argparse.Namespace) -> str:
         f"{chosen.value} is in {out}: its logits are z_value, to be added to a base's "
         "(examples/logits_processor.py)"
     )
+
+
+def _push(chosen: argparse.Namespace) -> str:
+    from ivl_jax.checkpoint.hub import push_to_hub
+
+    commit = push_to_hub(
+        chosen.value, chosen.repository, revision=chosen.revision, private=chosen.private
+    )
+    return f"{chosen.value} is on the hub: {commit}"
 
 
 def _write_model_folder(

@@ -215,7 +215,8 @@ def _usage(metadata: ValueMetadata, base: str) -> str:
     return (
         "With `ivl_jax` installed; `VALUE` is this folder:\n\n"
         "```sh\n"
-        f'ivl-infer --base {shlex.quote(_plain(base))} --value VALUE --strength 1.0{flag} --chat --prompt "…"\n'
+        f"ivl-infer --base {shlex.quote(_plain(base))} --value VALUE --strength 1.0{flag} "
+        '--chat --prompt "…"\n'
         "```\n\n"
         "```python\n"
         "import ivl_jax\n\n"

@@ -35,6 +35,7 @@ from ivl_jax.checkpoint.folder_replacement import (
     finish_replacement,
     is_half_replaced,
 )
+from ivl_jax.checkpoint.hub import find_value_folder
 from ivl_jax.checkpoint.value_arrays import (
     PARAMS_FOLDER,
     load_network,
@@ -139,19 +140,21 @@ def load_value(
     mesh: Mesh | None = None,
     sharding_rules: ShardingRules = DEFAULT_RULES,
     value_model: epath.PathLike | None = None,
+    revision: str | None = None,
 ) -> ValueNetwork:
     """Read a value folder; everything is checked before an array is read.
 
     The adapter in a LoRA value folder is merged into its model.
 
     Args:
-        folder: the value folder, local or a URL that `etils.epath` reads.
+        folder: the value folder, local, a URL that `etils.epath` reads, or a hub id.
         param_dtype: dtype of every parameter in memory.
         mesh: where the parameters live, sharded by `sharding_rules`, vocabulary rows padded with
             zeros to divide evenly; None: this process's first device, no padding.
         sharding_rules: which mesh axis splits which dimension.
         value_model: folder or hub id of the model that an adapter belongs to; None: the one that
             `ivl.json` names.
+        revision: branch, tag or commit of a hub id; `owner/name@revision` is the same.
 
     Returns:
         The value network.
@@ -164,7 +167,7 @@ def load_value(
         TreeMismatchError: the arrays do not match the architecture.
         NonFiniteWeightsError: an array has NaN or infinity.
     """
-    folder = absolute_path(folder)
+    folder = find_value_folder(folder, revision=revision)
     described = read_description(folder)
     given = () if value_model is None else (value_model,)
     model = find_adapted_model(described[0], folder, given)

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from ivl_jax.checkpoint import ValueMetadata, ValueNetwork
 from ivl_jax.checkpoint.adapted_model import AdaptedModel, find_adapted_model
+from ivl_jax.checkpoint.hub import value_on_hub
 from ivl_jax.checkpoint.value_arrays import value_architecture
 from ivl_jax.checkpoint.value_folder import load_described_value, read_description
 from ivl_jax.checkpoint.value_metadata import METADATA_NAME
@@ -176,8 +177,8 @@ def read_value(
     """Read everything but the weights of a value network, or of a language model used as one.
 
     Args:
-        path: a value folder, local or a URL that `etils.epath` reads; or a Hugging Face folder or
-            hub id.
+        path: a value folder, local, a URL that `etils.epath` reads, or a hub id (`owner/name` or
+            `owner/name@revision`); or the folder or hub id of a language model.
         schemes: connection schemes beyond the package's own that a value folder may name, by the
             name used there (`module:attribute`).
         models: folders or hub ids, of which one is the model of a LoRA value folder's adapter;
@@ -191,7 +192,12 @@ def read_value(
         ValueError: its files are damaged or invalid, its connection scheme is unknown, or an
             adapter's model has other weights than in training.
     """
-    folder = usable_path(path)
+    try:
+        folder = value_on_hub(path) or usable_path(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"--value {path}: neither a value folder nor a language model: {error}"
+        ) from error
     if (folder / METADATA_NAME).exists():
         metadata, tokenizer, info = read_description(folder)
         return ModelSource(

@@ -230,11 +230,31 @@ def find_model(path_or_hub_id: str | Path, *, revision: str | None = None) -> Pa
         return folder
     if isinstance(path_or_hub_id, Path) or folder.is_absolute() or name.startswith((".", "~")):
         raise FileNotFoundError(f"{name}: no such folder")
+    return download_snapshot(name, revision=revision, wanted=_WANTED, unwanted="*/*")
+
+
+def download_snapshot(
+    name: str, *, revision: str | None, wanted: list[str], unwanted: str | None = None
+) -> Path:
+    """Download files of a repository on the hub into the hub's cache, those not there yet.
+
+    Args:
+        name: the hub id, `owner/name`.
+        revision: branch, tag or commit; None: the main branch.
+        wanted: patterns of the files' names.
+        unwanted: a pattern of files that are left out, or None.
+
+    Returns:
+        The folder in the cache; without files if none matches.
+
+    Raises:
+        FileNotFoundError: the hub cannot be reached, or has no such repository or revision.
+    """
     missing = f"{name}: no such folder here ({Path.cwd()}), and "
     try:
         return Path(
             snapshot_download(
-                name, revision=revision, allow_patterns=_WANTED, ignore_patterns="*/*"
+                name, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted
             )
         )
     except GatedRepoError as error:
