@@ -22,7 +22,7 @@ from ivl_jax.checkpoint.value_metadata import (
 from ivl_jax.manifest import MANIFEST_NAME, ManifestError, file_problems, read_manifest
 from ivl_jax.paths import absolute_path, is_local, local_path
 
-_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>\S+))?")
+_ID = re.compile(r"(?P<name>[\w.-]{1,96}/[\w.-]{1,96})(?:@(?P<revision>\S+))?")
 # All that a value folder has; a repository may hold more, such as a plot in its card.
 _WANTED = [METADATA_NAME, MANIFEST_NAME, "params/*", "tokenizer/*"]
 

@@ -25,6 +25,7 @@ FOLDER = Path(__file__).parents[1] / "fixtures" / "exchanged" / "residual"
 def hub(tmp_path: Path, monkeypatch) -> Iterator[Hub]:
     """An empty hub, and a user who is logged in; what HF_ENDPOINT and HF_HOME would set."""
     with serve_hub() as hub:
+        monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)  # as all other tests are
         monkeypatch.setattr(hub_constants, "ENDPOINT", hub.endpoint)
         template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(hub_constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
