@@ -64,6 +64,11 @@ bench: $(VENV)/.installed-$(LINT_EXTRAS)-$(VERSIONS) ## Run every benchmark: tab
 	@mkdir -p runs
 	$(BIN)/python -m benchmarks all --json runs/benchmarks.json
 
+.PHONY: docs
+docs: $(VENV)/.installed-docs-$(VERSIONS) ## Build the documentation site in build/site; any warning is an error
+	$(BIN)/mkdocs build --strict
+	@echo "read it: $(BIN)/mkdocs serve"
+
 .PHONY: lint
 lint: $(VENV)/.installed-$(LINT_EXTRAS)-$(VERSIONS) ## Check style, formatting and types
 	$(BIN)/ruff check .
