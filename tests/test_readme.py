@@ -1,4 +1,4 @@
-"""Every command that README and configs name can be given: targets, flags and files exist."""
+"""Every command of README, guides and configs can be given: targets, flags and files exist."""
 
 import re
 import shlex
@@ -13,11 +13,13 @@ from ivl_jax.commands.train import read_flags
 from ivl_jax.config import InferConfig
 
 _ROOT = Path(__file__).parents[1]
+_GUIDES = ("quick_start", "training", "recipes", "decoding", "evaluation", "results")
+_PAGES = (_ROOT / "README.md", *(_ROOT / "docs" / f"{name}.md" for name in _GUIDES))
 _COMMAND = re.compile(r"(?:python|make) [^`#|\n]+")
 
 
 def _commands() -> list[str]:
-    text = (_ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    text = "\n".join(page.read_text(encoding="utf-8") for page in _PAGES).replace("\\\n", " ")
     commands = [found.strip() for found in _COMMAND.findall(text)]
     configs = sorted((_ROOT / "configs").glob("*.toml"))
     first_lines = [file.read_text(encoding="utf-8").splitlines()[0] for file in configs]
@@ -83,10 +85,18 @@ def test_commands_are_found() -> None:
     assert {"make demo", "make test", "python train.py", "python infer.py"} <= programs
 
 
-def test_data_sets_that_the_readme_names_are_in_the_installed_catalogue() -> None:
+def test_data_sets_that_the_guide_names_are_in_the_installed_catalogue() -> None:
     import tensorflow_datasets as tfds
 
-    text = (_ROOT / "README.md").read_text(encoding="utf-8")
+    text = (_ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     names = re.findall(r"`tfds:(\w+)`", text)
     assert names
     assert set(names) <= set(tfds.list_builders(with_community_datasets=False))
+
+
+def test_readme_is_short_and_its_links_lead_somewhere() -> None:
+    text = (_ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    links = re.findall(r"\]\((?!https:)([^)#]+)", text)
+    assert len(links) > 20
+    assert [link for link in links if not (_ROOT / link).exists()] == []
