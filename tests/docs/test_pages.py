@@ -37,3 +37,9 @@ def test_message_in_troubleshooting_is_printed_by_the_code(message: str) -> None
 
 def test_messages_are_found() -> None:
     assert len(_MESSAGES) >= 15
+
+
+def test_recipes_list_every_config() -> None:
+    page = (_ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    configs = {file.name for file in (_ROOT / "configs").glob("*.toml")}
+    assert {name for name in configs if f"`{name}`" not in page and "demo_" not in name} == set()
