@@ -40,6 +40,9 @@ def _run(arguments: Sequence[str]) -> int:
         try:
             reports[name] = benchmark.load()(options)
             show(name, reports[name], console)
+            for part, reason in reports[name].failed.items():
+                failures[f"{name}, {part}"] = reason
+                console.print(f"{name}, {part}: {reason}", style="red", markup=False)
         except Exception as error:
             # A failure does not discard the results of the others.
             failures[name] = f"{type(error).__name__}: {error}"

@@ -5,7 +5,7 @@ In: figures. Out: rows; a table on the console; `rows`, `targets_met` and `setti
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -127,11 +127,13 @@ class Report:
         rows: Its figures.
         dtype: Number format of the measured computation.
         shapes: Relevant sizes, by name.
+        failed: Part that could not be measured → why.
     """
 
     rows: Sequence[Row]
     dtype: str
     shapes: Mapping[str, Any]
+    failed: Mapping[str, str] = field(default_factory=dict)
 
 
 def to_json(
@@ -145,7 +147,7 @@ def to_json(
 
     Args:
         reports: by benchmark.
-        failures: the error of each benchmark that failed.
+        failures: the error of each benchmark, or part of one, that failed.
         options: the options they were run with.
         setting: from `describe_setting`.
 

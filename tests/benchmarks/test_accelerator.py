@@ -8,6 +8,13 @@ from benchmarks import accelerator
 from benchmarks.report import Options, to_json
 
 
+def test_parts_without_time_are_named_and_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = accelerator._Check(accelerator._SMALL)
+    monkeypatch.setattr(accelerator, "_SECONDS", 0)
+    check.run("late", lambda _: pytest.fail("it ran"))
+    assert check.failed == {"late": "not run: the parts before it took more than 0 s"}
+
+
 @pytest.mark.slow
 def test_every_part_but_the_demo_runs_scaled_down(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_):
@@ -16,7 +23,7 @@ def test_every_part_but_the_demo_runs_scaled_down(monkeypatch: pytest.MonkeyPatc
     # A part that fails in the middle of all: those after it run, what it lacks is left out.
     monkeypatch.setattr(accelerator, "_PARTS", {"broken": broken, **accelerator._PARTS})
     report = accelerator.run(Options(quick=True))
-    assert report.shapes["failed"] == {"broken": "RuntimeError: RESOURCE_EXHAUSTED: out of memory"}
+    assert report.failed == {"broken": "RuntimeError: RESOURCE_EXHAUSTED: out of memory"}
     rows = {row.name: row for row in report.rows}
     assert all(math.isfinite(row.figures.median) for row in rows.values())
     decoding = rows["composed decoding, batch 2"]

@@ -15,7 +15,7 @@ from benchmarks.timing import Figures
 
 @pytest.fixture
 def fake_benchmarks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Options]]:
-    """Three of them: one meets its target, one fails, one misses; gives the calls."""
+    """One meets its target, one fails, one misses, one fails in part; gives the calls."""
     calls = []
 
     def make(name: str, median: float) -> ModuleType:
@@ -24,13 +24,14 @@ def fake_benchmarks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Options]
             if name == "broken":
                 raise RuntimeError("no such machine")
             row = Row("time", Figures(median, 0.0), "s", target=Target("median", 2.0))
-            return Report([row], dtype="float32", shapes={})
+            failed = {"demo": "not run"} if name == "partial" else {}
+            return Report([row], dtype="float32", shapes={}, failed=failed)
 
         module = ModuleType(name)
         module.run = run  # type: ignore[attr-defined]
         return module
 
-    fakes = {"good": 1.0, "broken": 0.0, "slow": 3.0}
+    fakes = {"good": 1.0, "broken": 0.0, "slow": 3.0, "partial": 1.0}
     found = {name: Benchmark("about", f"benchmarks.{name}") for name in fakes}
     monkeypatch.setattr(command, "find_benchmarks", lambda: found)
     for name, median in fakes.items():
@@ -53,6 +54,17 @@ def test_one_benchmark_writes_its_rows_and_setting(
     assert "targets met: yes" in capsys.readouterr().out
 
 
+def test_a_part_that_failed_is_named_and_its_rows_are_kept(
+    fake_benchmarks, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "x.json"
+    assert command.main(["partial", "--json", str(file)]) == 1
+    record = json.loads(file.read_text())
+    assert record["failures"] == {"partial, demo": "not run"}
+    assert len(record["rows"]) == 1
+    assert "partial, demo: not run" in capsys.readouterr().out
+
+
 def test_a_missed_target_is_reported_and_is_not_a_failure(fake_benchmarks, capsys) -> None:
     assert command.main(["slow"]) == 0
     assert "targets met: NO" in capsys.readouterr().out
@@ -61,10 +73,13 @@ def test_a_missed_target_is_reported_and_is_not_a_failure(fake_benchmarks, capsy
 def test_one_that_fails_does_not_lose_the_others(fake_benchmarks, tmp_path: Path, capsys) -> None:
     file = tmp_path / "x.json"
     assert command.main(["all", "--json", str(file)]) == 1
-    assert [name for name, _ in fake_benchmarks] == ["good", "broken", "slow"]
+    assert [name for name, _ in fake_benchmarks] == ["good", "broken", "slow", "partial"]
     record = json.loads(file.read_text())
-    assert [row["benchmark"] for row in record["rows"]] == ["good", "slow"]
-    assert record["failures"] == {"broken": "RuntimeError: no such machine"}
+    assert [row["benchmark"] for row in record["rows"]] == ["good", "slow", "partial"]
+    assert record["failures"] == {
+        "broken": "RuntimeError: no such machine",
+        "partial, demo": "not run",
+    }
     assert record["targets_met"] is False
     assert "no such machine" in capsys.readouterr().out
 
@@ -74,7 +89,7 @@ def test_one_that_fails_does_not_lose_the_others(fake_benchmarks, tmp_path: Path
     [
         (
             ["nothing"],
-            "no benchmark 'nothing': choose from good, broken, slow, all, or give your own",
+            "no benchmark 'nothing': choose from good, broken, slow, partial, all, or give your",
         ),
         (["good", "no_such_module:run"], "no_such_module:run: expected MODULE:FUNCTION: No module"),
         (["json:run"], "json:run: expected MODULE:FUNCTION: module 'json' has no attribute 'run'"),
