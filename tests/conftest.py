@@ -85,13 +85,19 @@ def gpt2_tokenizer_dir() -> Path:
     return _shared("tokenizers/gpt2")
 
 
+_OURS = logging.getLogger("ivl_jax")
+_LEVEL = _OURS.level
+
+
 @pytest.fixture(autouse=True)
 def _level_of_our_records() -> Iterator[None]:
-    """Restore the level of our log, which command lines set for their process."""
-    ours = logging.getLogger("ivl_jax")
-    level = ours.level
+    """Every test begins with the same level of our log, which command lines set for their process.
+
+    A fixture of a whole module may run one before the first test.
+    """
+    _OURS.setLevel(_LEVEL)
     yield
-    ours.setLevel(level)
+    _OURS.setLevel(_LEVEL)
 
 
 @pytest.fixture(autouse=True, scope="module")
