@@ -48,6 +48,15 @@ class TokenizerInfo:
     unk_id: int | None
     ordinary_tokens: tuple[bytes | None, ...] = field(default=(), repr=False, compare=False)
 
+    @property
+    def replacement_id(self) -> int:
+        """What a model reads in place of a token that it never saw.
+
+        Its unknown token, or else one that begins or ends texts.
+        """
+        readable = (self.unk_id, self.bos_id, *self.eos_ids, 0)
+        return next(i for i in readable if i is not None)
+
     def to_json(self) -> dict[str, Any]:
         """Returns everything but `ordinary_tokens`, ready for `json.dumps`."""
         return {

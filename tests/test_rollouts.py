@@ -3,13 +3,15 @@
 import math
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
+from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.generation import Generation
 from ivl_jax.post_training.answers import Answers, lay_out_answers
 from ivl_jax.post_training.rollouts import PlainRollouts, RewardedRollouts
-from ivl_jax.post_training.sampler import Sampler
+from ivl_jax.post_training.sampler import Sampler, _without_trained
 from ivl_jax.rewards import RewardError, Sample
 from ivl_jax.training.objectives.objective import Sampling
 from ivl_jax.training.programs import BaseProgram
@@ -53,6 +55,15 @@ PROGRAM = BaseProgram("S", None, None, step=max, held_out=None, first_pass=max)
 
 def exact(sample: Sample) -> float:
     return float(sample.answer == sample.reference)
+
+
+def test_the_model_kept_between_steps_holds_no_trained_array(stories260k_dir) -> None:
+    beside = compose(stories260k_dir, stories260k_dir)
+    kept = _without_trained(beside)
+    assert kept.params.base is beside.params.base
+    assert [each.params for each in (*kept.params.values, *kept.values)] == [{}, {}]
+    alone = _without_trained(compose(stories260k_dir))
+    assert jax.tree.leaves((alone.params, alone.base.params)) == []
 
 
 def test_answers_follow_their_prompts_and_truncated_ones_do_not_count() -> None:

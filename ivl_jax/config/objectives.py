@@ -98,7 +98,8 @@ class GrpoConfig:
     max_new_tokens: int = 128
     """The most tokens per answer."""
     temperature: float = 1.0
-    """Of sampling."""
+    """Of sampling. What is learned is the distribution at temperature 1; far from it, the samples
+    are those of another."""
     advantage: Literal["standardised", "centred"] = "standardised"
     """A reward minus its group's mean, divided by the group's standard deviation (GRPO) or not (Dr.
     GRPO)."""

@@ -262,15 +262,12 @@ def _network(
     """A network's static half, and its parameters as they are held for decoding."""
     info = source.info
     graphdef, params = lay_out_network(model.params, model.arch, layout, int8=int8)
-    # Where a text has a token that a network never saw, it reads its unknown token, or else a
-    # token that begins or ends texts.
-    readable = (info.unk_id, info.bos_id, *info.eos_ids, 0)
     network = Network(
         graphdef=graphdef,
         arch=model.arch,
         vocab_size=min(info.vocab_size, output_rows(model.params)),
         cache_dtype=str(jax.tree.leaves(params)[0].dtype),
-        replacement_id=next(i for i in readable if i is not None),
+        replacement_id=info.replacement_id,
         layout=layout,
     )
     return network, params

@@ -210,8 +210,7 @@ class Sampler:
                 composed = self._alone(params)
             else:
                 composed = self._beside_base(params, program)
-            # The next step deletes these parameters, and brings others.
-            self._composed[program.name] = composed
+            self._composed[program.name] = _without_trained(composed)
             return composed
         network = (*composed.composition.values, composed.composition.base)[0]
         _, arranged = lay_out_network(params, network.arch, network.layout)
@@ -280,6 +279,19 @@ class Sampler:
         mesh = self._prepared.mesh
         alone_on_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
         return None if alone_on_cpu else mesh
+
+
+def _without_trained(model: ComposedModel) -> ComposedModel:
+    """The model without the trained network's arrays, which the next step makes anew."""
+    if not model.values:
+        base = dataclasses.replace(model.base, params={})
+        return dataclasses.replace(model, base=base, params=ComposedParams({}))
+    (arrays,) = model.params.values
+    return dataclasses.replace(
+        model,
+        params=ComposedParams(model.params.base, (arrays._replace(params={}),)),
+        values=tuple(dataclasses.replace(value, params={}) for value in model.values),
+    )
 
 
 @functools.partial(jax.jit, static_argnames="lora")

@@ -43,8 +43,10 @@ def place_adapter(config: TrainConfig, models: Models, lora: Lora, mesh: Mesh) -
     Returns:
         Shapes and shardings of the trained parameters.
     """
-    whole = _place(config, models.arch, KernelForm(lora=lora), mesh)
-    others = _place(config, frozen_arch(_decoder(models)), AS_TRAINED, mesh)
+    # All that is trained is in float32, whatever the frozen parameters are.
+    float32 = jnp.dtype("float32")
+    whole = _place(config, models.arch, KernelForm(lora=lora), mesh, float32)
+    others = _place(config, frozen_arch(_decoder(models)), AS_TRAINED, mesh, float32)
     trees = zip(
         (whole.shapes, whole.shardings, whole.unstacked_shardings),
         (others.shapes, others.shardings, others.unstacked_shardings),
@@ -68,7 +70,8 @@ def place_frozen(config: TrainConfig, models: Models, mesh: Mesh) -> Placement |
     if models.lora is None:
         return None
     int8 = config.value.lora.param_dtype == "int8"
-    return _place(config, frozen_arch(_decoder(models)), KernelForm(int8=int8), mesh)
+    form, dtype = KernelForm(int8=int8), _float_dtype(config)
+    return _place(config, frozen_arch(_decoder(models)), form, mesh, dtype)
 
 
 def load_frozen(config: TrainConfig, models: Models, mesh: Mesh) -> Params | None:
@@ -122,11 +125,13 @@ def make_adapter(
     return jax.jit(make, out_shardings=place.shardings)(jax.random.fold_in(key, 0))
 
 
-def _place(config: TrainConfig, arch: Any, form: KernelForm, mesh: Mesh) -> Placement:
+def _place(
+    config: TrainConfig, arch: Any, form: KernelForm, mesh: Mesh, dtype: jnp.dtype
+) -> Placement:
     return place_model(
         arch,
         layout=config.value.layout,
-        param_dtype=_float_dtype(config),
+        param_dtype=dtype,
         scan_layers=config.step.scan_layers,
         mesh=mesh,
         form=form,

@@ -42,6 +42,7 @@ def trained_network(config: TrainConfig, models: Models, mesh: Mesh, *, remat: R
         models.arch,
         models.trained.info.vocab_size,
         scheme=None if alone else models.scheme,
+        replacement_id=models.trained.info.replacement_id,
         layout=layout,
     )
 
@@ -68,5 +69,6 @@ def frozen_network(config: TrainConfig, base: FrozenBase, mesh: Mesh) -> Network
         ),
         base.model.arch,
         base.model.info.vocab_size,
+        replacement_id=base.model.info.replacement_id,
         layout=layout,
     )

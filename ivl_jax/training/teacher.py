@@ -142,6 +142,7 @@ def teacher_composition(
             source.arch,
             source.info.vocab_size,
             scheme=None if source is sources.base else source.scheme,
+            replacement_id=source.info.replacement_id,
             layout=layout,
         )
 

@@ -8,8 +8,9 @@ from ivl_jax.evaluation import loading
 from ivl_jax.evaluation.flags import ModelFlags
 from ivl_jax.evaluation.loading import find_sources
 
-# Where arrays lie and programs are kept changes no figure; value folders name their connection.
-FREE = {"mesh", "base_layout", "value_layout", "compilation_cache", "connection"}
+# Where arrays lie and programs are kept changes no figure; value folders name their connection, and
+# the model of an adapter by its fingerprint.
+FREE = {"mesh", "base_layout", "value_layout", "compilation_cache", "connection", "value_model"}
 DRAFT = {"draft", "draft_length"}
 
 

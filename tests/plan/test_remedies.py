@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from ivl_jax.config import LoraConfig
 from ivl_jax.plan.machines import find_machine
 from ivl_jax.plan.remedies import remedies
 
@@ -86,6 +87,7 @@ def test_a_larger_machine_divides_the_rows_of_a_micro_batch(config, plan):
 def test_something_is_always_said(config, plan):
     base = dataclasses.replace(config.base, param_dtype="int8")
     mesh = dataclasses.replace(config.mesh, fsdp=-1, data=1)
-    config = dataclasses.replace(config, base=base, mesh=mesh)
+    value = dataclasses.replace(config.value, lora=LoraConfig(rank=8))
+    config = dataclasses.replace(config, base=base, value=value, mesh=mesh)
     text = found(config, plan, "v5e-256", base=2000, value=10, optimizer=20, peak=2100)
     assert text == "use devices with more memory: no v5e is large enough"

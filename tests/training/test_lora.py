@@ -20,11 +20,18 @@ from ivl_jax.model.decoder import abstract_params, build_decoder
 from ivl_jax.model.lora import adapter_shapes, init_adapter, join, merge
 from ivl_jax.model.projection import KernelForm, Lora
 from ivl_jax.sharding import DEFAULT_RULES, make_mesh, parameter_shardings, single_device_mesh
+from ivl_jax.training.adapter import make_adapter
 from ivl_jax.training.loop import run
 from ivl_jax.training.loss import Loss, count_tokens, loss_sum
 from ivl_jax.training.models import choose_models
 from ivl_jax.training.optimizer import decay_mask, make_optimizer
-from ivl_jax.training.setup import make_run_mesh, prepare, prepare_data, state_shapes
+from ivl_jax.training.setup import (
+    make_run_mesh,
+    place_trained,
+    prepare,
+    prepare_data,
+    state_shapes,
+)
 from ivl_jax.weights.fingerprint import weights_fingerprint
 from tests.training.conftest import save_tiny_model
 from tests.training.runs import assert_same_run, crash_and_resume, records
@@ -210,6 +217,28 @@ def test_other_connections_and_stored_forms_learn_too(lora_config, connection, p
     read = load_value(result.output)
     if connection == "hidden":
         assert np.abs(np.asarray(read.params["base_projection"]["kernel"])).max() > 0
+
+
+@pytest.mark.parametrize("param_dtype", ["bfloat16", "int8"])
+def test_all_that_is_trained_is_in_float32(lora_config, param_dtype):
+    lora = replace(lora_config.value.lora, param_dtype=param_dtype)
+    value = replace(lora_config.value, connection="hidden", lora=lora)
+    config = replace(lora_config, value=value)
+    mesh = make_run_mesh(config)
+    models = choose_models(config, mesh)
+    state = state_shapes(config, models, mesh)
+    made = make_adapter(config, models, place_trained(config, models, mesh), jax.random.key(0))
+    types = jax.tree.map(lambda leaf: leaf.dtype, (made, state.params))
+    assert types[0] == types[1]
+    assert set(jax.tree.leaves(types[0])) == {jnp.dtype("float32")}
+
+
+@pytest.mark.slow
+def test_a_network_that_reads_hidden_states_resumes_beside_bfloat16(lora_config, monkeypatch):
+    lora = replace(lora_config.value.lora, param_dtype="bfloat16")
+    value = replace(lora_config.value, connection="hidden", lora=lora)
+    resumed = crash_and_resume(monkeypatch, run, replace(lora_config, value=value))
+    assert resumed.steps == resumed.total_steps
 
 
 def test_frozen_weights_are_an_argument_with_no_gradient_and_no_state(lora_config):

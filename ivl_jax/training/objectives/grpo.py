@@ -1,7 +1,7 @@
 """Group-relative policy optimisation: of several answers to a prompt, the better become likelier.
 
     A       = r − mean of the prompt's rewards, divided by their standard deviation or not
-    ρ       = p(token) / p(token) when it was sampled
+    ρ       = p(token) / p(token) when it was sampled, both at temperature 1
     loss    = mean over tokens of −min(ρ A, clip(ρ, 1 − ε, 1 + ε') A) + β KL(composed ‖ base)
 
 With one update per batch of samples ρ is 1, and the loss has the gradient of −A log p(token), which
