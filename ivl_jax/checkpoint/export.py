@@ -76,7 +76,7 @@ def export_value(
 
     Args:
         run_dir: the run directory; not modified.
-        which: a step, `best` (lowest held-out NLL among the kept steps) or `latest`.
+        which: a step, `best` (on held-out rows, among the kept steps) or `latest`.
         out: the value folder to write.
         overwrite: replace an existing value folder.
         merge: merge an adapter into its model, so that the folder holds the whole network;
@@ -114,7 +114,7 @@ def export_value(
         remedy = f"step {max(newer)} with --step latest" if newer else "a step once the run has one"
         raise NoUsableCheckpointError(
             f"the {which} checkpoint in {checkpoints} is step 0, before any training: "
-            + ("no later one has a lower held-out NLL" if newer else "there is no later one")
+            + ("no later one did better on held-out rows" if newer else "there is no later one")
             + f"; export {remedy}, or say --step 0 if you want the untrained network"
         )
     for one in rejected:

@@ -163,9 +163,10 @@ class LoggingConfig:
     checkpoint_every: int = 200
     """Steps between two checkpoints; step 0 and the last step are always saved."""
     keep_checkpoints: int = 3
-    """Newest checkpoints kept, in addition to the best one (lowest held-out NLL). A resume uses the
-    newest and falls back to an older one if it is damaged; 1 keeps none to fall back to, once the
-    newest is on disk and checked."""
+    """Newest checkpoints kept, in addition to the best one on held-out rows (lowest NLL, preference
+    loss or divergence, or highest reward, as the objective has it). A resume uses the newest and
+    falls back to an older one if it is damaged; 1 keeps none to fall back to, once the newest is on
+    disk and checked."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

@@ -162,7 +162,7 @@ class Sampler:
     def write(
         self, step: int, answers: Answers, columns: Mapping[str, Sequence[float] | np.ndarray]
     ) -> None:
-        """Add answers to the run's `samples.jsonl`, if the step they lead to is one of its records.
+        """Add answers to the run's `samples.jsonl`, once every `logging.log_every` steps.
 
         Args:
             step: steps taken before.

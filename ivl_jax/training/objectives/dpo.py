@@ -8,7 +8,8 @@ rejected, of log p(answer) − log p_base(answer),
     kto       loss = 1 − σ(β (r − k)) + 1 − σ(β (k − r'))         mean over pairs
 
 where r and r' are the two log-ratios that h is the difference of, and k, the reference point, is
-the mean over both answers of their exact KL divergence from the base, a constant of the gradient;
+the KL divergence from the base, exact at each token, summed along the two given answers and
+averaged over them; a constant of the gradient;
 
 plus `sft_weight` times the cross-entropy of the chosen answers, each pair's mean per token.
 
@@ -18,8 +19,8 @@ one; the loss mask marks the answers. Out: the objective.
 Source:
     DPO: arXiv 2305.18290, equation 7; label smoothing: arXiv 2306.02896's conservative form; IPO:
     arXiv 2310.12036, equation 17, with log-ratios averaged over tokens as in TRL; KTO: arXiv
-    2402.01306, equation 8, on pairs, whose reference point is exact there and not estimated from
-    mismatched answers; the SFT term: arXiv 2404.19733.
+    2402.01306, equation 8, on pairs, whose reference point is estimated there from mismatched
+    answers; the SFT term: arXiv 2404.19733.
 """
 
 from collections.abc import Mapping
