@@ -113,7 +113,7 @@ def test_an_untrained_best_checkpoint_is_exported_by_its_number_only(
         for step, nll in [(0, 1.0), (10, 2.0)]:
             state = State(jnp.int32(step), params_at(arch, step), (), jax.random.key(0))
             checkpointer.save(state, data_state=None, run_metadata={}, metrics={"nll": nll})
-    with pytest.raises(NoUsableCheckpointError, match=r"no later one has a lower.* step 10 with"):
+    with pytest.raises(NoUsableCheckpointError, match=r"no later one did better.* step 10 with"):
         export_value(run_dir, "best", tmp_path / "out")
     assert export_value(run_dir, 0, tmp_path / "out") == 0
 
