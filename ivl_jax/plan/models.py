@@ -121,7 +121,10 @@ def read_architecture(path: str, revision: str | None, where: str) -> ArchConfig
             return ArchConfig.from_hf(published[path])
         return read_arch(Path(hf_hub_download(path, "config.json", revision=revision)).parent)
     except (ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        lines = [line.strip() for line in str(error).strip().splitlines()]
+        if (Path(path).expanduser() / "config.json").is_file():
+            raise ConfigError(f"{where}: {' '.join(lines)}") from error
+        reason = lines[0]
         raise ConfigError(
             f"{where} = {path}: planning needs its config.json ({reason}): give a folder that "
             "holds one"

@@ -29,7 +29,7 @@ from ivl_jax.sharding import make_mesh
 from ivl_jax.target_platform import target_platform, tracing_for
 from ivl_jax.training.programs import make_loss, place_in_step
 from ivl_jax.training.setup import place_trained
-from tests.model.families import tiny_arch
+from tests.model.families import CONFIGS, tiny_arch
 
 GB = 1 << 30
 HERE = Machine("cpu-8", "cpu:8", 8, 4 * GB, 1e12, 1e12, 1e11)
@@ -104,6 +104,12 @@ def test_a_model_without_a_config_json_names_the_flag(config, tmp_path):
     with pytest.raises(
         ConfigError, match=r"base\.path = .*config\.json.*give a folder that holds one"
     ):
+        models.planned_models(config, make_mesh(fsdp=8), memory=GB)
+
+
+def test_a_config_json_that_cannot_be_used_says_why(config, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama3"] | {"hidden_size": "abc"}))
+    with pytest.raises(ConfigError, match=r"^base\.path: .*config\.json.*hidden_size.*abc"):
         models.planned_models(config, make_mesh(fsdp=8), memory=GB)
 
 
