@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +19,7 @@ from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.experiments.continued import continue_pretraining, new_items
 from ivl_jax.experiments.demonstrations import Item, items_hash, select, write_demonstrations
 from ivl_jax.experiments.finetune_sweep import Setting, finetune_config, record_file
+from ivl_jax.experiments.kept_results import kept_record, train_once
 from ivl_jax.experiments.matrix import Base, Measurement, Training
 from ivl_jax.experiments.measure import (
     answers,
@@ -35,10 +35,6 @@ logger = logging.getLogger(__name__)
 
 _ANSWER_TOKENS = 24
 _LONG = 1 << 20  # more steps than any training has
-
-
-class InterruptedTrainingError(RuntimeError):
-    """A training was interrupted; its state is saved, and the same command resumes it."""
 
 
 class Laboratory:
@@ -77,10 +73,9 @@ class Laboratory:
             InterruptedTrainingError: a training was stopped.
         """
         file = self._work_dir / "measured" / f"{measurement.name}.json"
-        if file.exists():
-            record = json.loads(file.read_text(encoding="utf-8"))
-            if record["items_sha256"] == items_hash(self._test):
-                return record
+        kept = kept_record(file, items_sha256=items_hash(self._test))
+        if kept is not None:
+            return kept
         logger.info("measuring %s", measurement.name)
         model = self._compose(measurement)
         texts = answers(model, self._facts, max_new_tokens=_ANSWER_TOKENS)
@@ -115,18 +110,13 @@ class Laboratory:
         """
         run_dir = self._work_dir / "trained" / training.name
         output = run_dir / ("model" if training.method == "sft" else "value")
-        if output.exists():
-            return output
-        logger.info("training %s", training.name)
-        config = dataclasses.replace(
-            self.config_of(training, run_dir), resume=(run_dir / "config.toml").exists()
+        return train_once(
+            training.name,
+            run_dir,
+            output,
+            config=lambda: self.config_of(training, run_dir),
+            run=run,
         )
-        result = run(config)
-        if result.output is None:
-            raise InterruptedTrainingError(f"{training.name} was stopped: run the command again")
-        # Only the result is used again; keeping all checkpoints would fill a disk.
-        shutil.rmtree(run_dir / "checkpoints")
-        return Path(result.output)
 
     def config_of(self, training: Training, run_dir: Path) -> TrainConfig:
         """The demo's config with the training's changes.

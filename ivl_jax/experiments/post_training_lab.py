@@ -7,7 +7,6 @@ are not made again, and a training that was interrupted resumes.
 import dataclasses
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.experiments.answer_scores import score_answers
 from ivl_jax.experiments.demonstrations import Item, items_hash, select, write_demonstrations
-from ivl_jax.experiments.lab import InterruptedTrainingError
+from ivl_jax.experiments.kept_results import kept_record, train_once
 from ivl_jax.experiments.measure import answers, exact_match, family_map, running_texts
 from ivl_jax.experiments.post_training import (
     export_value,
@@ -101,10 +100,9 @@ class PostTrainingLaboratory:
             InterruptedTrainingError: a training was stopped.
         """
         file = self._work_dir / "measured" / f"{measurement.name}.json"
-        if file.exists():
-            record = json.loads(file.read_text(encoding="utf-8"))
-            if record["items_sha256"] == items_hash(self._test):
-                return record
+        kept = kept_record(file, items_sha256=items_hash(self._test))
+        if kept is not None:
+            return kept
         decoder, scorer = self._models(measurement)
         logger.info("measuring %s", measurement.name)
         texts = answers(decoder, self._test, max_new_tokens=_ANSWER_TOKENS)
@@ -135,18 +133,13 @@ class PostTrainingLaboratory:
         """
         run_dir = self._work_dir / "trained" / run.name
         output = run_dir / ("model" if run.alone else "value")
-        if output.exists():
-            return output
-        config = self.config_of(run, run_dir)
-        logger.info("training %s", run.name)
-        result = post_training.run(
-            dataclasses.replace(config, resume=(run_dir / "config.toml").exists())
+        return train_once(
+            run.name,
+            run_dir,
+            output,
+            config=lambda: self.config_of(run, run_dir),
+            run=post_training.run,
         )
-        if result.output is None:
-            raise InterruptedTrainingError(f"{run.name} was stopped: run the command again")
-        # Only the result is used again; keeping all checkpoints would fill a disk.
-        shutil.rmtree(run_dir / "checkpoints")
-        return Path(result.output)
 
     def config_of(self, run: Run, run_dir: Path) -> TrainConfig:
         """The demo config of a run's kind, with the run's own paths.

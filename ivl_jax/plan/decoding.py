@@ -228,8 +228,8 @@ def bytes_read(composition: Composition, params: ComposedParams) -> int:
 
 
 def tree_bytes(tree: Any) -> int:
-    """Bytes of a tree's arrays on one device."""
+    """Bytes of a tree's arrays on one device; a typed key counts as its data."""
     return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * getattr(leaf.dtype, "itemsize", 8)
         for leaf in jax.tree.leaves(tree)
     )

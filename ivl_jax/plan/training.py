@@ -4,7 +4,6 @@ In: a config and a machine. Out: `TrainingPlan`: bytes per device, FLOPs, and wh
 program is the one that train.py compiles, made by the same functions from the same shapes.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +18,7 @@ from ivl_jax.model.assembly import static_attribute
 from ivl_jax.model.linear_map import LinearMapConfig
 from ivl_jax.model.remat import Remat
 from ivl_jax.plan.compiled import compile_program, lowering_for, warn_of_dtype
+from ivl_jax.plan.decoding import tree_bytes
 from ivl_jax.plan.devices import describe_devices
 from ivl_jax.plan.machines import Machine
 from ivl_jax.plan.models import planned_models
@@ -134,17 +134,17 @@ def _plan(
         arguments += (taught_params, weights)
     elif teacher is not None:
         arguments += (taught_params,)
-    compiled = compile_program(step.lower(*arguments), machine, held=_bytes(arguments))
+    compiled = compile_program(step.lower(*arguments), machine, held=tree_bytes(arguments))
     fits, peak = compiled.fits, compiled.peak
-    held = {"trained": _bytes(state.params), "optimizer": _bytes(state.opt_state)}
-    taught = 0 if teacher is None else _bytes(teacher.params)
+    held = {"trained": tree_bytes(state.params), "optimizer": tree_bytes(state.opt_state)}
+    taught = 0 if teacher is None else tree_bytes(teacher.params)
     rollouts, sampling = None, find_objective(config).sampling
     if sampling is not None:
         rollouts = plan_rollouts(config, machine, models, base, mesh, sampling)
         # Moments, teacher and the weights under an adapter wait while answers are sampled; so do
         # layers that are stacked, of which the engine has a copy.
         stacked = held["trained"] if config.step.scan_layers else 0
-        beside = held["optimizer"] + taught + stacked + _bytes(weights)
+        beside = held["optimizer"] + taught + stacked + tree_bytes(weights)
         peak = max(peak, rollouts.peak + beside)
         fits = fits and rollouts.fits and peak <= machine.memory
     remat = _remat(programs.loss)
@@ -152,11 +152,11 @@ def _plan(
     flops = step_flops(config, models, base)
     traffic = step_traffic(config, models, base, mesh, **held)
     return TrainingPlan(
-        base=_bytes(frozen),
+        base=tree_bytes(frozen),
         value=held["trained"],
-        frozen=_bytes(weights),
+        frozen=tree_bytes(weights),
         optimizer=held["optimizer"],
-        batch=_bytes(batch),
+        batch=tree_bytes(batch),
         temporaries=compiled.temporaries,
         peak=peak,
         available=machine.memory,
@@ -225,12 +225,4 @@ def _with_shardings(shapes: Any, shardings: Any) -> Any:
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
         shardings,
-    )
-
-
-def _bytes(tree: Any) -> int:
-    """Bytes of a tree's arrays on one device; a typed key counts as its data."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * getattr(leaf.dtype, "itemsize", 8)
-        for leaf in jax.tree.leaves(tree)
     )

@@ -261,11 +261,18 @@ def place_base(config: TrainConfig, base: FrozenBase, mesh: Mesh) -> Placement:
         base.model.arch,
         layout=base.config.layout,
         param_dtype=float_dtype(base.config),
-        # The engine that samples answers reads the same arrays, and decodes layer by layer.
-        scan_layers=config.step.scan_layers and find_objective(config).sampling is None,
+        scan_layers=base_is_stacked(config),
         mesh=mesh,
         form=kernel_form(base.config),
     )
+
+
+def base_is_stacked(config: TrainConfig) -> bool:
+    """Whether the layers of a base are stacked.
+
+    The engine that samples answers reads the same arrays, and decodes layer by layer.
+    """
+    return config.step.scan_layers and find_objective(config).sampling is None
 
 
 def kernel_form(config: BaseConfig) -> KernelForm:

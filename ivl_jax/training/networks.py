@@ -12,8 +12,7 @@ from ivl_jax.model.network import build_network
 from ivl_jax.model.remat import Remat
 from ivl_jax.sharding import LAYOUTS
 from ivl_jax.training.adapter import trained_form
-from ivl_jax.training.models import FrozenBase, Models, attention_of, kernel_form
-from ivl_jax.training.objectives import find_objective
+from ivl_jax.training.models import FrozenBase, Models, attention_of, base_is_stacked, kernel_form
 
 
 def trained_network(config: TrainConfig, models: Models, mesh: Mesh, *, remat: Remat) -> Network:
@@ -63,7 +62,7 @@ def frozen_network(config: TrainConfig, base: FrozenBase, mesh: Mesh) -> Network
         build_network(
             base.model.arch,
             compute_dtype=jnp.dtype(config.step.compute_dtype),
-            scan_layers=config.step.scan_layers and find_objective(config).sampling is None,
+            scan_layers=base_is_stacked(config),
             form=kernel_form(base.config),
             attention=attention_of(config, base.model.arch, layout),
         ),

@@ -1,0 +1,72 @@
+"""Trainings and measurements of an experiment that are made once and kept in its work directory.
+
+In: what makes one. Out: the kept folder or record where there is one, else a new one.
+"""
+
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ivl_jax.config import TrainConfig
+from ivl_jax.training.loop import TrainResult
+
+logger = logging.getLogger(__name__)
+
+
+class InterruptedTrainingError(RuntimeError):
+    """A training was interrupted; its state is saved, and the same command resumes it."""
+
+
+def kept_record(file: Path, *, items_sha256: str) -> dict[str, Any] | None:
+    """Read a measurement.
+
+    Args:
+        file: Its JSON file.
+        items_sha256: Of the items that it has to be about.
+
+    Returns:
+        The record; None if there is none, or one about other items.
+    """
+    if not file.exists():
+        return None
+    record = json.loads(file.read_text(encoding="utf-8"))
+    return record if record["items_sha256"] == items_sha256 else None
+
+
+def train_once(
+    name: str,
+    run_dir: Path,
+    output: Path,
+    *,
+    config: Callable[[], TrainConfig],
+    run: Callable[[TrainConfig], TrainResult],
+) -> Path:
+    """Train, unless already done; an interrupted training resumes.
+
+    Args:
+        name: For messages.
+        run_dir: The run directory.
+        output: What a finished training leaves there.
+        config: Makes the config, if it is needed.
+        run: Trains.
+
+    Returns:
+        The value folder, or the model folder of a model trained alone.
+
+    Raises:
+        InterruptedTrainingError: It was stopped.
+    """
+    if output.exists():
+        return output
+    wanted = dataclasses.replace(config(), resume=(run_dir / "config.toml").exists())
+    logger.info("training %s", name)
+    result = run(wanted)
+    if result.output is None:
+        raise InterruptedTrainingError(f"{name} was stopped: run the command again")
+    # Only the result is used again; keeping all checkpoints would fill a disk.
+    shutil.rmtree(run_dir / "checkpoints")
+    return Path(result.output)

@@ -1,0 +1,42 @@
+"""What an experiment has trained and measured is not made again."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from ivl_jax.config import BaseConfig, DataConfig, TrainConfig
+from ivl_jax.experiments.kept_results import InterruptedTrainingError, kept_record, train_once
+
+
+def test_a_training_is_made_once_and_an_interrupted_one_resumes(tmp_path):
+    run_dir = tmp_path / "trained" / "one"
+    output, resumed = run_dir / "value", []
+    config = TrainConfig(
+        run_dir=str(run_dir), base=BaseConfig("none"), data=DataConfig(train=("none",))
+    )
+
+    def run(wanted):
+        resumed.append(wanted.resume)
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.toml").touch()
+        if len(resumed) > 1:
+            output.mkdir()
+        return SimpleNamespace(output=output if len(resumed) > 1 else None)
+
+    def again():
+        return train_once("one", run_dir, output, config=lambda: config, run=run)
+
+    with pytest.raises(InterruptedTrainingError, match="one was stopped: run the command again"):
+        again()
+    assert again() == again() == output
+    assert resumed == [False, True]
+    assert not (run_dir / "checkpoints").exists()
+
+
+def test_a_record_about_other_items_is_none(tmp_path):
+    file = tmp_path / "one.json"
+    assert kept_record(file, items_sha256="a") is None
+    file.write_text(json.dumps({"items_sha256": "a", "nll": 1.0}))
+    assert kept_record(file, items_sha256="a") == {"items_sha256": "a", "nll": 1.0}
+    assert kept_record(file, items_sha256="b") is None
