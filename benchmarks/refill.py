@@ -17,9 +17,9 @@ from benchmarks.composed import Composed, composed, random_weights
 from benchmarks.report import Options, Peer, Report, Row
 from benchmarks.shapes import BASE_C, VALUE_C, parameter_count
 from benchmarks.timing import time_in_turn
-from ivl_jax.decoding.batch import EngineModel
 from ivl_jax.decoding.capacity import EngineLimits
 from ivl_jax.decoding.engine import Engine
+from ivl_jax.decoding.engine_model import EngineModel
 from ivl_jax.decoding.programs import build_programs
 from ivl_jax.decoding.requests import EncodedPrompt, GenerationOptions
 from ivl_jax.decoding.streaming import Detokenizer, RowText

@@ -3,85 +3,38 @@
 In: requests that are to begin. Out: after each look of the host at the device, what every row has
 generated since. One batch owns one `DecodeState`; nothing else may hold it, since every step
 donates it.
+
+Only value networks that a row uses run, and only they have caches. A network joins the batch with
+the first request that uses it: its cache is then empty in all other rows, whose strength for it is
+0 to their end, so that they never need what it would have read. It leaves with the last such row.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from ivl_jax.buckets import bucket
-from ivl_jax.composed.network import ComposedParams, Composition
 from ivl_jax.decoding.capacity import BatchShape, Need
 from ivl_jax.decoding.device.finish import FinishReason
-from ivl_jax.decoding.device.log_probs import LogProbs
-from ivl_jax.decoding.device.shardings import row_multiple
 from ivl_jax.decoding.device.state import DecodeState, Requests
+from ivl_jax.decoding.engine_model import ModelParts, Places, union
+from ivl_jax.decoding.entries import Entry, News, token_log_probs
 from ivl_jax.decoding.generation import TokenLogProbs
-from ivl_jax.decoding.own_vocabulary import OwnVocabulary, TextReader
-from ivl_jax.decoding.programs import Programs
+from ivl_jax.decoding.own_vocabulary import TextReader
 from ivl_jax.decoding.requests import (
-    EncodedPrompt,
     RowArrays,
     bucket_top_log_probs,
     lay_out,
     row_end,
 )
+from ivl_jax.decoding.row_errors import row_error
+from ivl_jax.decoding.value_caches import with_values
 
 # New tokens whose log-probabilities are fetched at once: few widths, few programs.
 _SMALLEST_FETCH = 16
-
-
-class EngineModel(NamedTuple):
-    """What all rows of a model have in common."""
-
-    composition: Composition
-    params: ComposedParams
-    programs: Programs
-    names: tuple[str, ...]
-    """What messages call the base and each value network."""
-    own_vocabularies: tuple[OwnVocabulary, ...]
-    """The tokenizer and template of each value network that has its own vocabulary."""
-    context: int
-    """Tokens a row may hold."""
-    stop_ids: tuple[int, ...]
-    """Ids that end every row."""
-    strengths: tuple[float, ...]
-    """α of each value network, where a prompt names none."""
-
-    @property
-    def row_multiple(self) -> int:
-        """The number of rows is a multiple of this: the devices that they are split over."""
-        return row_multiple(self.composition)
-
-
-class Entry(NamedTuple):
-    """A request that is to begin."""
-
-    id: int
-    prompt: EncodedPrompt
-    need: Need
-
-
-class News(NamedTuple):
-    """What one row has generated since the last look."""
-
-    id: int
-    """The request that it continues."""
-    token_ids: list[int]
-    """New tokens, in order."""
-    finish: FinishReason
-    """Whether the row still generates, by the device and the value networks' contexts."""
-    log_probs: list[TokenLogProbs]
-    """Of the new tokens, where the request asks for them; else none."""
-    proposed: int
-    """Tokens proposed and verified so far."""
-    accepted: int
-    """Those that were accepted."""
-    error: str | None
-    """Why no next token could be chosen, where none could."""
 
 
 @dataclass
@@ -97,7 +50,7 @@ class RowBatch:
     """Rows on device.
 
     Args:
-        model: what all of them have in common.
+        parts: the model, under any set of its value networks.
         shape: how many rows there are, and of how many slots.
         context: tokens that a row may hold, at most those of the model.
 
@@ -105,11 +58,12 @@ class RowBatch:
         shape: As it is now.
     """
 
-    def __init__(self, model: EngineModel, shape: BatchShape, *, context: int) -> None:
-        self._model, self._context = model, context
+    def __init__(self, parts: ModelParts, shape: BatchShape, *, context: int) -> None:
+        self._parts, self._context = parts, context
+        self._model = parts.part(shape.values)
         self.shape = shape
         self._rows: list[_Row | None] = [None] * shape.rows
-        self._reader = TextReader(model.own_vocabularies, batch=shape.rows)
+        self._reader = TextReader(self._model.own_vocabularies, batch=shape.rows)
         self._held: DecodeState | None = None
 
     @property
@@ -133,10 +87,16 @@ class RowBatch:
         """What the running requests still need."""
         read = self._reader.slots()
         return [
-            Need(row.end, max(row.entry.need.mapped_slots, read), row.entry.need.stop_ids)
+            row.entry.need._replace(
+                slots=row.end, mapped_slots=max(row.entry.need.mapped_slots, read)
+            )
             for row in self._rows
             if row is not None
         ]
+
+    def used(self) -> Places:
+        """The value networks that a running request uses."""
+        return union(row.entry.need.values for row in self._rows if row is not None)
 
     def start(self, entries: Sequence[Entry]) -> None:
         """Begin requests where nothing runs, all prompts at once.
@@ -144,9 +104,10 @@ class RowBatch:
         Args:
             entries: at most as many as there are rows.
         """
-        model, rows = self._model, range(len(entries))
         self._held = None  # its memory goes to the new state
-        arrays = self._take(entries, rows, least_rows=self.shape.rows)
+        self._use(union(entry.need.values for entry in entries))
+        model, rows = self._model, range(len(entries))
+        arrays = self._take(entries, rows, values=self.shape.values, least_rows=self.shape.rows)
         self._held = model.programs.prefill(
             model.params,
             arrays.prompts,
@@ -161,17 +122,21 @@ class RowBatch:
         """Begin requests in free rows, while the others stay where they are.
 
         Args:
-            entries: at most `group`, and no more than rows are free.
+            entries: at most `group`, and no more than rows are free. Only the value networks that
+                they use read the prompts.
             group: prompts that are read together; missing ones are filled up, so that one program
                 serves all groups of prompts of a bucket.
         """
-        model, rows = self._model, self.free[: len(entries)]
-        arrays = self._take(entries, rows, least_rows=group)
+        rows, values = self.free[: len(entries)], union(entry.need.values for entry in entries)
+        self._use(union([self.used(), values]))
+        part = self._parts.part(values)
+        arrays = self._take(entries, rows, values=values, least_rows=group)
         size, width = arrays.prompts.shape
-        own_tokens = self._reader.own_tokens(rows, size=size)
+        read = zip(self._mapped(), self._reader.own_tokens(rows, size=size), strict=True)
+        own_tokens = tuple(own for place, own in read if place in values)
         top_log_probs = self._top_log_probs()
-        admitted = model.programs.prefill(
-            model.params,
+        admitted = part.programs.prefill(
+            part.params,
             arrays.prompts,
             self._requests(arrays),
             own_tokens,
@@ -180,10 +145,14 @@ class RowBatch:
             mapped_capacity=max((own.tokens.shape[1] for own in own_tokens), default=0),
             top_log_probs=top_log_probs,
         )
+        if values != self.shape.values:
+            most = max((own.tokens.shape[1] for own in own_tokens), default=1)
+            each = [*entries, *[None] * (size - len(entries))]
+            admitted = self._with_values(admitted, each, values, self.shape.values, most)
         places = np.full(size, self.shape.rows, np.int32)  # beyond the batch: not placed
         places[: len(rows)] = rows
         self._keep_log_probs(top_log_probs)
-        self._held = model.programs.place(self._state, admitted, places)
+        self._held = self._model.programs.place(self._state, admitted, places)
 
     def advance(self, max_tokens: int, *, enough_free: int) -> None:
         """Generate until there is something to look at.
@@ -250,11 +219,53 @@ class RowBatch:
                 self._reader.release(place)
 
     def reshape(self, shape: BatchShape) -> None:
-        """Move the running rows into a batch of another shape.
+        """Move the running rows into a batch of another shape, or of other value networks.
 
         Args:
-            shape: has room for all of them.
+            shape: has room for all of them, and the value networks that they use.
         """
+        # What leaves makes room before anything grows.
+        self._use(tuple(place for place in self.shape.values if place in shape.values))
+        self._resize(shape._replace(values=self.shape.values))
+        self._use(shape.values)
+
+    def _use(self, values: Places) -> None:
+        """Run these value networks from now on."""
+        if values == self.shape.values:
+            return
+        if self._held is not None:
+            entries = [None if row is None else row.entry for row in self._rows]
+            capacity, before = self.shape.mapped_capacity, self.shape.values
+            self._held = self._with_values(self._held, entries, before, values, capacity)
+        self.shape, self._model = self.shape._replace(values=values), self._parts.part(values)
+        self._reader.use(self._model.own_vocabularies)
+
+    def _with_values(
+        self,
+        state: DecodeState,
+        entries: Sequence[Entry | None],
+        before: Places,
+        after: Places,
+        mapped_capacity: int,
+    ) -> DecodeState:
+        """A state of these rows under other value networks than before."""
+        strengths = np.zeros((len(entries), len(after)), np.float32)
+        for row, entry in enumerate(entries):
+            if entry is not None:
+                strengths[row] = entry.used.of(after)
+        return with_values(
+            self._parts.part(after).programs,
+            state,
+            strengths,
+            kept=[before.index(place) if place in before else None for place in after],
+            mapped_capacity=mapped_capacity,
+        )
+
+    def _mapped(self) -> list[int]:
+        """The value networks of the batch that have their own vocabulary."""
+        return [place for place in self.shape.values if self._parts.own_vocabulary(place)]
+
+    def _resize(self, shape: BatchShape) -> None:
         if shape == self.shape:
             return
         live = [place for place, row in enumerate(self._rows) if row is not None]
@@ -267,7 +278,7 @@ class RowBatch:
             places = np.full(self.shape.rows, shape.rows, np.int32)
             places[live] = targets
             empty = self._model.programs.empty(
-                **shape._asdict(), top_log_probs=self._state.top_log_probs
+                **shape.sizes, top_log_probs=self._state.top_log_probs
             )
             self._held = self._model.programs.place(empty, self._state, places)
         else:
@@ -280,24 +291,29 @@ class RowBatch:
     def _state(self) -> DecodeState:
         if self._held is None:
             empty = self._model.programs.empty
-            self._held = empty(**self.shape._asdict(), top_log_probs=self._top_log_probs())
+            self._held = empty(**self.shape.sizes, top_log_probs=self._top_log_probs())
         return self._held
 
-    def _take(self, entries: Sequence[Entry], rows: Sequence[int], *, least_rows: int) -> RowArrays:
-        """Give requests these rows; return their arrays."""
-        model, prompts = self._model, [entry.prompt for entry in entries]
+    def _take(
+        self, entries: Sequence[Entry], rows: Sequence[int], *, values: Places, least_rows: int
+    ) -> RowArrays:
+        """Give requests these rows; return their arrays, for these value networks."""
+        model, prompts, mapped = self._model, [entry.prompt for entry in entries], self._mapped()
         for place, entry in zip(rows, entries, strict=True):
             length = len(entry.prompt.token_ids)
             end = row_end(entry.prompt.token_ids, entry.prompt.options, context=self._context)
             self._rows[place] = _Row(entry, end, seen=length)
-            self._reader.admit(place, entry.prompt.own_texts)
+            self._reader.admit(place, [entry.used.texts.get(value) for value in mapped])
         return lay_out(
             [prompt.token_ids for prompt in prompts],
-            [prompt.options for prompt in prompts],
+            [
+                dataclasses.replace(entry.prompt.options, strengths=entry.used.of(values))
+                for entry in entries
+            ],
             sample_indices=[prompt.sample_index for prompt in prompts],
             context=self._context,
             stop_ids=model.stop_ids,
-            strengths=model.strengths,
+            strengths=(0.0,) * len(values),
             row_multiple=model.row_multiple,
             least_rows=least_rows,
             least_stop_ids=self.shape.stop_ids,
@@ -348,7 +364,7 @@ class RowBatch:
         fetch = self._model.programs.latest_log_probs
         latest = jax.device_get(fetch(held, starts, width=width))
         return {
-            place: [_token_log_probs(latest, place, i, top) for i in range(len(new_ids[place]))]
+            place: [token_log_probs(latest, place, i, top=top) for i in range(len(new_ids[place]))]
             for place, top in asking.items()
         }
 
@@ -361,31 +377,12 @@ class RowBatch:
         finite = jax.device_get(
             model.programs.finite_networks(model.params, self._state, own_tokens)
         )
-        return {place: _error(model, finite[place].tolist()) for place in failed}
-
-
-def _token_log_probs(latest: LogProbs, place: int, index: int, top: int) -> TokenLogProbs:
-    pairs = zip(latest.top_ids[place, index, :top], latest.top[place, index, :top], strict=True)
-    return TokenLogProbs(
-        float(latest.chosen[place, index]),
-        tuple((int(token), float(p)) for token, p in pairs),
-        float(latest.base[place, index]),
-    )
-
-
-def _error(model: EngineModel, finite: Sequence[bool]) -> str:
-    """The error of a row that cannot continue, given which networks' logits are finite."""
-    *networks, composed = finite
-    guilty = [name for name, ok in zip(model.names, networks, strict=True) if not ok]
-    if not guilty and not composed:
-        return (
-            "the logits of every network are finite, but not their weighted sum: expected smaller "
-            "strengths; one that large leaves nothing of the base"
-        )
-    if not guilty:
-        guilty = ["the draft" if model.composition.draft is not None else "the proposer"]
-    return (
-        f"the logits of {' and of '.join(guilty)} are not finite (NaN or infinite), so that no "
-        "next token can be chosen: its weights hold such numbers, or overflow in this dtype; check "
-        "the weights, or decode in float32"
-    )
+        errors = {}
+        for place in failed:
+            row, flags = self._rows[place], finite[place].tolist()
+            assert row is not None
+            for index, value in enumerate(self.shape.values, start=1):
+                # A network that the row does not use has read something else there.
+                flags[index] |= value not in row.entry.used.strengths
+            errors[place] = row_error(model, flags)
+        return errors

@@ -78,6 +78,8 @@ class Need(NamedTuple):
     """Slots in the caches of value networks with their own vocabulary, as far as is known."""
     stop_ids: int = 1
     """Room for its stop ids."""
+    values: tuple[int, ...] = ()
+    """The value networks that it uses, by place: they are in its batch."""
 
 
 class BatchShape(NamedTuple):
@@ -90,6 +92,13 @@ class BatchShape(NamedTuple):
     """Slots per row in the caches of value networks with their own vocabulary."""
     stop_ids: int
     """Room for stop ids per row."""
+    values: tuple[int, ...] = ()
+    """The value networks that run in it, by place; the others have no caches."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """All but the value networks: what programs of these take."""
+        return {name: size for name, size in self._asdict().items() if name != "values"}
 
 
 class Plan(NamedTuple):
@@ -213,7 +222,8 @@ class CapacityPlanner:
         # Nothing shrinks while a request waits for room: it would be moved twice.
         shape = self._smallest(len(running), running)
         if current is not None:
-            shape = BatchShape(*[max(pair) for pair in zip(shape, current, strict=True)])
+            sizes = {name: max(size, current.sizes[name]) for name, size in shape.sizes.items()}
+            shape = BatchShape(**sizes, values=shape.values)
         return Plan(shape, 0)
 
     def _smallest(self, requests: int, needs: Sequence[Need]) -> BatchShape:
@@ -223,6 +233,7 @@ class CapacityPlanner:
             capacity=bucket_capacity(max(need.slots for need in needs), context=self.longest),
             mapped_capacity=max(need.mapped_slots for need in needs),
             stop_ids=max(need.stop_ids for need in needs),
+            values=tuple(sorted({place for need in needs for place in need.values})),
         )
 
     def _least(self, requests: int, needs: Sequence[Need]) -> BatchShape:
@@ -247,6 +258,7 @@ class CapacityPlanner:
             capacity,
             max(current.mapped_capacity, wanted.mapped_capacity),
             max(current.stop_ids, wanted.stop_ids),
+            wanted.values,
         )
 
     def _rows(self, requests: int) -> int:

@@ -193,10 +193,9 @@ def compose_loaded(
     layout = None if mesh is None else Layout(mesh, base_rules)
     value_layout = None if mesh is None else Layout(mesh, value_rules)
     base_network, base_params = _network(base, sources.base, layout, int8=int8_base)
-    arranged = [
-        _value_network(value, source, value_layout)
-        for value, source in zip(values, sources.values, strict=True)
-    ]
+    each = zip(values, sources.values, sources.unknown_ids, strict=True)
+    arranged = [arrange_value(*one, layout=value_layout) for one in each]
+    proposer = NGRAM_PROPOSER if sources.ngrams else None
     # As small as the values, and read as often: it is sharded as they are.
     draft_network, draft_arrays = None, None
     if draft is not None:
@@ -215,29 +214,21 @@ def compose_loaded(
         composition=composition,
         params=ComposedParams(
             base_params,
-            tuple(
-                ValueArrays(
-                    params,
-                    jnp.asarray(ids, jnp.int32),
-                    source.described_map and source.described_map.vocabulary_map,
-                )
-                for (_, params), ids, source in zip(
-                    arranged, sources.unknown_ids, sources.values, strict=True
-                )
-            ),
+            tuple(arrays for _, arrays in arranged),
             draft_arrays,
         ),
-        programs=build_programs(composition, NGRAM_PROPOSER if sources.ngrams else None),
+        programs=build_programs(composition, proposer),
         strengths=tuple(float(alpha) for alpha in strengths) or (1.0,) * len(values),
         prompts=make_prompt_reader(sources),
         # Drop the arrays that they came with, or every weight would be held twice.
         base=dataclasses.replace(base, params=base_params),
         values=tuple(
-            dataclasses.replace(value, params=params)
-            for value, (_, params) in zip(values, arranged, strict=True)
+            dataclasses.replace(value, params=arrays.params)
+            for value, (_, arrays) in zip(values, arranged, strict=True)
         ),
         token_bytes=spoken_bytes(base.tokenizer, base.tokenizer_info),
         strips_leading_space=_strips_leading_space(base.tokenizer, base.tokenizer_info),
+        proposer=proposer,
     )
 
 
@@ -273,9 +264,24 @@ def _network(
     return network, params
 
 
-def _value_network(
-    value: LanguageModel | ValueNetwork, source: ModelSource, layout: Layout | None
-) -> tuple[Network, Params]:
+def arrange_value(
+    value: LanguageModel | ValueNetwork,
+    source: ModelSource,
+    unknown_ids: Sequence[int],
+    *,
+    layout: Layout | None,
+) -> tuple[Network, ValueArrays]:
+    """Arrange a value network for decoding.
+
+    Args:
+        value: the network, loaded.
+        source: the network before its weights, with its map.
+        unknown_ids: base ids that it does not know.
+        layout: of value networks on the mesh; None: one device.
+
+    Returns:
+        Its static half and its arrays, as a composition has them.
+    """
     network, params = _network(value, source, layout)
     described_map = source.described_map
     connected = dataclasses.replace(
@@ -284,7 +290,8 @@ def _value_network(
         mapped=described_map is not None,
         centred=described_map is not None and described_map.metadata.centred,
     )
-    return connected, params
+    ids = jnp.asarray(unknown_ids, jnp.int32)
+    return connected, ValueArrays(params, ids, described_map and described_map.vocabulary_map)
 
 
 def _strengths_of(given: Any, *, number: int) -> tuple[float, ...]:

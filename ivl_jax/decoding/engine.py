@@ -23,18 +23,17 @@ that generates for all rows, so that neither those that wait nor those that run 
 """
 
 import logging
-import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import NamedTuple
 
-import jax
-
-from ivl_jax.decoding.batch import EngineModel, Entry, News, RowBatch
+from ivl_jax.decoding.batch import RowBatch
 from ivl_jax.decoding.capacity import BatchShape, CapacityPlanner, EngineLimits, Need, Waiting
 from ivl_jax.decoding.device.finish import FinishReason
+from ivl_jax.decoding.engine_model import EngineModel, EngineValue, ModelParts
+from ivl_jax.decoding.entries import Entry, News
 from ivl_jax.decoding.generation import Generation, TokenLogProbs
 from ivl_jax.decoding.own_vocabulary import expected_slots
 from ivl_jax.decoding.requests import EncodedPrompt, bucket_stop_ids, needed_slots, row_end
@@ -92,9 +91,10 @@ class Engine:
         new_text: Callable[[EncodedPrompt], RowText],
         limits: EngineLimits = DEFAULT_LIMITS,
     ) -> None:
-        self._model, self._new_text = model, new_text
+        self._parts, self._new_text = ModelParts(model), new_text
+        self._context, self._stop_ids = model.context, model.stop_ids
         self._planner = CapacityPlanner(
-            limits, model.context, model.row_multiple, cache_bytes=self._cache_bytes
+            limits, model.context, model.row_multiple, cache_bytes=self._parts.cache_bytes
         )
         self._ids = count()
         self._waiting: OrderedDict[int, Entry] = OrderedDict()
@@ -110,7 +110,6 @@ class Engine:
         # Requests that begin in this step.
         self._beginning: list[int] = []
         self._lost: tuple[int, ...] = ()
-        self._bytes: dict[BatchShape, int] = {}
 
     @property
     def idle(self) -> bool:
@@ -149,7 +148,8 @@ class Engine:
         Raises:
             TypeError: it is not prepared.
             RequestTooLargeError: it can never be decoded within the engine's limits.
-            ValueError: it has a strength for more or fewer value networks than there are.
+            ValueError: it has a strength for more or fewer value networks than there are, or uses
+                one that has been removed.
         """
         if not isinstance(prompt, EncodedPrompt):
             raise TypeError(
@@ -157,25 +157,22 @@ class Engine:
                 f"{prompt!r:.60}"
             )
         planner, option = self._planner, prompt.options
-        networks = len(self._model.strengths)
-        if option.strengths is not None and len(option.strengths) != networks:
-            raise ValueError(
-                f"strengths: expected {networks}, one per value network, got "
-                f"{len(option.strengths)}: {option.strengths}"
-            )
-        tokens = row_end(prompt.token_ids, option, context=self._model.context)
+        used = self._parts.used(prompt)
+        tokens = row_end(prompt.token_ids, option, context=self._context)
+        own = [self._parts.own_vocabulary(place) for place in used.texts]
         need = Need(
             needed_slots(prompt.token_ids, option, context=planner.longest),
             expected_slots(
-                self._model.own_vocabularies,
-                prompt.own_texts,
+                [one for one in own if one],
+                list(used.texts.values()),
                 new_tokens=tokens - len(prompt.token_ids),
             ),
-            bucket_stop_ids(option, self._model.stop_ids),
+            bucket_stop_ids(option, self._stop_ids),
+            used.places,
         )
         planner.check(need, tokens=tokens)
         request = next(self._ids)
-        self._waiting[request] = Entry(request, prompt, need)
+        self._waiting[request] = Entry(request, prompt, need, used)
         self._needs.add(need)
         return request
 
@@ -198,13 +195,48 @@ class Engine:
         self._rest_if_idle()
         return True
 
+    def add_value(self, place: int, value: EngineValue) -> None:
+        """Add a value network; requests that run are not touched.
+
+        Args:
+            place: what prompts call it: a number that no other value network has.
+            value: the network, checked against the base.
+
+        Raises:
+            ValueError: its caches cannot be split as the engine's batches are, or the place is
+                taken.
+        """
+        self._parts.check(value)
+        self._parts.add(place, value)
+
+    def remove_value(self, place: int) -> None:
+        """Remove a value network that no request uses; its memory is free.
+
+        Args:
+            place: where it is.
+
+        Raises:
+            ValueError: requests that run or wait use it, or there is none.
+        """
+        entries = [*self._waiting.values(), *(one.entry for one in self._running.values())]
+        if using := sum(place in entry.need.values for entry in entries):
+            raise ValueError(
+                f"the value network at place {place} is used by {using} request(s) that run or "
+                "wait: let them end, or cancel them, before it is removed"
+            )
+        if place not in self._parts.places:
+            raise ValueError(f"there is no value network at place {place}: {self._parts.places}")
+        if self._batch is not None:
+            self._batch.reshape(self._batch.shape._replace(values=self._batch.used()))
+        self._parts.remove(place)
+
     def step(self, *, max_tokens: int = 16) -> list[Progress]:
         """Begin waiting requests in free rows, or generate for the running ones.
 
         Args:
             max_tokens: tokens per row in this step, at most, and at least 1: how late a stop string
-                is seen, and how long a new request waits. Always 1 where a value network has its
-                own vocabulary: the host tokenises for it.
+                is seen, and how long a new request waits. Always 1 where a row uses a value network
+                with its own vocabulary: the host tokenises for it.
 
         Returns:
             One `Progress` per request with something new.
@@ -238,8 +270,10 @@ class Engine:
         plan = self._planner.plan(running, self._needs, self._first_needs, current=self.shape)
         admitted, rows, others = plan.admitted, plan.shape.rows, bool(self._running)
         if self._batch is None:
-            self._batch = RowBatch(self._model, plan.shape, context=self._planner.longest)
-        self._batch.reshape(plan.shape)
+            shape = plan.shape._replace(values=())
+            self._batch = RowBatch(self._parts, shape, context=self._planner.longest)
+        # The plan counts the value networks of all that it admits; they join as these begin.
+        self._batch.reshape(plan.shape._replace(values=self._batch.used()))
         free = rows - len(self._running)
         self._no_room = bool(self._waiting) and not admitted and free > 0
         if not others and (self._batch.is_empty or 2 * admitted >= rows):
@@ -353,14 +387,3 @@ class Engine:
         if self.idle:
             self._batch = None
             self._just_admitted, self._free_steps, self._no_room = False, 0, False
-
-    def _cache_bytes(self, shape: BatchShape) -> int:
-        """Bytes of caches that each device holds in a batch of this shape."""
-        if shape not in self._bytes:
-            state = self._model.programs.empty.eval_shape(**shape._asdict())
-            self._bytes[shape] = sum(
-                math.prod(leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape)
-                * leaf.dtype.itemsize
-                for leaf in jax.tree.leaves((state.caches, state.speculation))
-            )
-        return self._bytes[shape]

@@ -4,6 +4,7 @@ In: prompts as texts, dialogues or token ids. Out: `Generation`s, or pieces of t
 final. `ivl_jax.decoding.compose` makes the model.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,9 +14,10 @@ from ivl_jax.checkpoint import ValueNetwork
 from ivl_jax.composed.network import ComposedParams, Composition
 from ivl_jax.config import GenerationKeywords
 from ivl_jax.data.chat import ChatFormat
-from ivl_jax.decoding.batch import EngineModel
 from ivl_jax.decoding.capacity import EngineLimits
+from ivl_jax.decoding.device.proposals import Proposer
 from ivl_jax.decoding.engine import DEFAULT_LIMITS, Engine
+from ivl_jax.decoding.engine_model import EngineModel
 from ivl_jax.decoding.generation import Generation
 from ivl_jax.decoding.given_prompts import OnePrompt, Prompt, is_one_prompt, plain_prompt
 from ivl_jax.decoding.own_vocabulary import OwnVocabulary
@@ -52,6 +54,7 @@ class ComposedModel:
         prompts: How prompts become tokens, without the weights.
         token_bytes: Bytes of each id; empty for special tokens.
         strips_leading_space: Whether the tokenizer drops the space at the start of a text.
+        proposer: Where proposals come from; None: from the composition's draft, if it has one.
     """
 
     composition: Composition = field(repr=False)
@@ -63,6 +66,7 @@ class ComposedModel:
     prompts: PromptReader = field(repr=False)
     token_bytes: tuple[bytes, ...] = field(repr=False)
     strips_leading_space: bool
+    proposer: Proposer | None = field(default=None, repr=False)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -221,8 +225,11 @@ class ComposedModel:
             context=self.context if context is None else context,
             stop_ids=self.stop_ids if stop_ids is None else tuple(stop_ids),
             strengths=self.strengths,
+            proposer=self.proposer,
         )
-        return Engine(model, new_text=self._row_text, limits=limits)
+        # An engine outlives its model, and then holds the value networks that it still has.
+        new_text = functools.partial(_row_text, self.token_bytes, self.strips_leading_space)
+        return Engine(model, new_text=new_text, limits=limits)
 
     def generate_prepared(
         self,
@@ -317,8 +324,10 @@ class ComposedModel:
                 if one.generation is not None:
                     yield one.generation
 
-    def _row_text(self, prompt: EncodedPrompt) -> RowText:
-        starts_text = not any(self.token_bytes[token_id] for token_id in prompt.token_ids)
-        strip = self.strips_leading_space and starts_text
-        detokenizer = Detokenizer(self.token_bytes, strip_leading_space=strip)
-        return RowText(detokenizer, prompt.options.stop)
+
+def _row_text(
+    token_bytes: Sequence[bytes], strips_leading_space: bool, prompt: EncodedPrompt
+) -> RowText:
+    starts_text = not any(token_bytes[token_id] for token_id in prompt.token_ids)
+    strip = strips_leading_space and starts_text
+    return RowText(Detokenizer(token_bytes, strip_leading_space=strip), prompt.options.stop)

@@ -52,26 +52,6 @@ class OwnText(Protocol):
         ...
 
 
-class UnreadText:
-    """The text of a row in which a value network has strength 0: one token, which never changes.
-
-    Args:
-        token_id: the token.
-    """
-
-    def __init__(self, token_id: int) -> None:
-        self.tokens = [token_id]
-
-    def fork(self) -> "UnreadText":
-        """The same text."""
-        return self
-
-    def push(self, source_ids: Sequence[int]) -> int:
-        """Nothing is read."""
-        del source_ids
-        return 1
-
-
 @dataclass(frozen=True, eq=False)
 class OwnVocabulary:
     """How a value network reads text, where its vocabulary is not the base's.
@@ -116,10 +96,6 @@ class OwnVocabulary:
             return self.retokenizer.begin(token_ids)
         own = self.chat_format.encode_prompt(messages).tolist()
         return self.retokenizer.resume(own, source_ids=token_ids)
-
-    def unread(self) -> OwnText:
-        """The text of a row that does not use the value network (strength 0)."""
-        return UnreadText(self.retokenizer.target.empty_id)
 
 
 def make_own_vocabulary(
@@ -227,8 +203,9 @@ class TextReader:
     """
 
     def __init__(self, values: Sequence[OwnVocabulary], *, batch: int) -> None:
+        self._values = tuple(values)
         self._contexts = [own.context for own in values]
-        # Of each network, each row's text; None: the row is free.
+        # Of each network, each row's text; None: the row is free, or does not use the network.
         self._texts: list[list[OwnText | None]] = [[None] * batch for _ in values]
         # Tokens that a network's cache still holds of each row.
         self._read = [[0] * batch for _ in values]
@@ -244,16 +221,31 @@ class TextReader:
         ]
         return _slots(lengths, contexts=self._contexts)
 
-    def admit(self, row: int, texts: Sequence[OwnText]) -> None:
+    def admit(self, row: int, texts: Sequence[OwnText | None]) -> None:
         """Begin a prompt in a row, in place of what was there.
 
         Args:
             row: the row.
-            texts: the prompt as each network reads it; copies grow here.
+            texts: the prompt as each network reads it; copies grow here. None: the row does not use
+                the network, which reads one token in it, over and over.
         """
         for own_texts, read, text in zip(self._texts, self._read, texts, strict=True):
-            own_texts[row], read[row] = text.fork(), 0
+            own_texts[row], read[row] = None if text is None else text.fork(), 0
         self._full[row] = False
+
+    def use(self, values: Sequence[OwnVocabulary]) -> None:
+        """Read for other value networks from now on.
+
+        Args:
+            values: of which some may be those so far: what these have read stays. No row uses one
+                that is new.
+        """
+        before = {id(own): index for index, own in enumerate(self._values)}
+        kept = [before.get(id(own)) for own in values]
+        rows = len(self._full)
+        self._texts = [[None] * rows if i is None else self._texts[i] for i in kept]
+        self._read = [[0] * rows if i is None else self._read[i] for i in kept]
+        self._values, self._contexts = tuple(values), [own.context for own in values]
 
     def release(self, row: int) -> None:
         """Forget the text of a row that is free."""

@@ -9,20 +9,21 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ivl_jax.composed.forward import OwnTokens
 from ivl_jax.composed.network import ComposedParams, Composition
 from ivl_jax.decoding.device.diagnosis import finite_networks
 from ivl_jax.decoding.device.generate import decode_chunk, decode_step, halt, prefill
 from ivl_jax.decoding.device.log_probs import empty_log_probs, latest_log_probs
-from ivl_jax.decoding.device.placement import empty_rows, place
+from ivl_jax.decoding.device.placement import empty_cache, empty_rows, place
 from ivl_jax.decoding.device.proposals import Proposer
 from ivl_jax.decoding.device.sampling import row_keys
 from ivl_jax.decoding.device.shardings import state_shardings
 from ivl_jax.decoding.device.state import DecodeState, LogProbs, Requests
 from ivl_jax.decoding.speculative.draft_proposer import DRAFT_PROPOSER
 from ivl_jax.decoding.speculative.rounds import speculate_chunk
+from ivl_jax.model.kv_cache import KVCache
 
 
 class Programs(NamedTuple):
@@ -39,6 +40,9 @@ class Programs(NamedTuple):
     empty: Callable[..., DecodeState]
     """(rows, capacity, stop_ids, mapped_capacity, top_log_probs) → state whose rows are all
     done."""
+    value_caches: Callable[..., tuple[Array, tuple[KVCache | None, ...]]]
+    """(strengths [B M], capacity, mapped_capacity, which) → the strengths, and an empty cache for
+    each value network in `which`, None for the others: what a batch gets when they join it."""
     place: Callable[..., DecodeState]
     """(state, others of A rows, rows [A]) → state, donated, with these rows there."""
     empty_log_probs: Callable[..., LogProbs]
@@ -135,6 +139,22 @@ def build_programs(composition: Composition, proposer: Proposer | None = None) -
             proposer=proposer,
         )
 
+    def value_caches_program(
+        strengths: Float[Array, "B M"],
+        *,
+        capacity: int,
+        mapped_capacity: int,
+        which: tuple[int, ...],
+    ) -> tuple[Array, tuple[KVCache | None, ...]]:
+        rows = strengths.shape[0]
+        # Computed, not handed through: it then lies where the other results of programs do.
+        return strengths + jnp.float32(0), tuple(
+            empty_cache(network, rows, capacity=capacity, mapped_capacity=mapped_capacity)
+            if index in which
+            else None
+            for index, network in enumerate(composition.values)
+        )
+
     def finite_program(
         params: ComposedParams, state: DecodeState, own_tokens: tuple[OwnTokens, ...] = ()
     ) -> Array:
@@ -152,6 +172,13 @@ def build_programs(composition: Composition, proposer: Proposer | None = None) -
             empty_program,
             static_argnames=("rows", "capacity", "stop_ids", "mapped_capacity", "top_log_probs"),
             out_shardings=shardings,
+        ),
+        value_caches=jax.jit(
+            value_caches_program,
+            static_argnames=("capacity", "mapped_capacity", "which"),
+            out_shardings=None
+            if shardings is None
+            else (shardings.requests, shardings.caches.values),
         ),
         place=jax.jit(place, donate_argnames="state", out_shardings=shardings),
         empty_log_probs=jax.jit(

@@ -34,6 +34,9 @@ class EncodedPrompt(NamedTuple):
     """Index in the request it belongs to; folded into its sampling seed."""
     own_texts: tuple[OwnText, ...] = ()
     """The prompt as each value network with its own vocabulary reads it."""
+    values: tuple[int, ...] | None = None
+    """The places in the engine of the value networks that strengths and own texts are of, in this
+    order; the prompt uses no others. None: all that there are."""
 
 
 class RowArrays(NamedTuple):

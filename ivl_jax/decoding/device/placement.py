@@ -43,14 +43,8 @@ def empty_rows(
         A state all of whose rows are done.
     """
 
-    def empty_cache(network: Network) -> KVCache:
-        return init_cache(
-            network.arch,
-            batch_size=rows,
-            capacity=mapped_capacity if network.mapped else capacity,
-            dtype=jnp.dtype(network.cache_dtype),
-            rings=not network.mapped,  # re-tokenised text may return to any earlier position
-        )
+    def cache(network: Network) -> KVCache:
+        return empty_cache(network, rows, capacity=capacity, mapped_capacity=mapped_capacity)
 
     integers, floats = jnp.zeros(rows, jnp.int32), jnp.zeros(rows, jnp.float32)
     speculation = None
@@ -70,13 +64,34 @@ def empty_rows(
             sampling=Sampling(floats, integers, floats + 1.0, floats),
         ),
         caches=Caches(
-            empty_cache(composition.base),
-            tuple(empty_cache(network) for network in composition.values),
+            cache(composition.base),
+            tuple(cache(network) for network in composition.values),
         ),
         speculation=speculation,
         log_probs=None
         if top_log_probs is None
         else empty_log_probs(rows, capacity, top=top_log_probs),
+    )
+
+
+def empty_cache(network: Network, rows: int, *, capacity: int, mapped_capacity: int) -> KVCache:
+    """Make the cache of one network, in which nothing has been read.
+
+    Args:
+        network: the network.
+        rows: how many, B.
+        capacity: slots per row where it reads the base's tokens.
+        mapped_capacity: slots per row where it has its own vocabulary.
+
+    Returns:
+        Zeros.
+    """
+    return init_cache(
+        network.arch,
+        batch_size=rows,
+        capacity=mapped_capacity if network.mapped else capacity,
+        dtype=jnp.dtype(network.cache_dtype),
+        rings=not network.mapped,  # re-tokenised text may return to any earlier position
     )
 
 

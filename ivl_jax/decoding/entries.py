@@ -1,0 +1,62 @@
+"""What goes into a batch, and what comes out of it: records.
+
+In: a request with what it needs and uses. Out: what its row has generated since the last look.
+"""
+
+from typing import NamedTuple
+
+from ivl_jax.decoding.capacity import Need
+from ivl_jax.decoding.device.finish import FinishReason
+from ivl_jax.decoding.device.state import LogProbs
+from ivl_jax.decoding.engine_model import Used
+from ivl_jax.decoding.generation import TokenLogProbs
+from ivl_jax.decoding.requests import EncodedPrompt
+
+
+class Entry(NamedTuple):
+    """A request that is to begin."""
+
+    id: int
+    prompt: EncodedPrompt
+    need: Need
+    used: Used
+    """The value networks that it uses; its row has caches of these."""
+
+
+class News(NamedTuple):
+    """What one row has generated since the last look."""
+
+    id: int
+    """The request that it continues."""
+    token_ids: list[int]
+    """New tokens, in order."""
+    finish: FinishReason
+    """Whether the row still generates, by the device and the value networks' contexts."""
+    log_probs: list[TokenLogProbs]
+    """Of the new tokens, where the request asks for them; else none."""
+    proposed: int
+    """Tokens proposed and verified so far."""
+    accepted: int
+    """Those that were accepted."""
+    error: str | None
+    """Why no next token could be chosen, where none could."""
+
+
+def token_log_probs(latest: LogProbs, place: int, index: int, *, top: int) -> TokenLogProbs:
+    """The log-probabilities of one new token, as callers get them.
+
+    Args:
+        latest: of all rows, on the host.
+        place: the row.
+        index: which of its new tokens.
+        top: likeliest tokens to give.
+
+    Returns:
+        Plain numbers.
+    """
+    pairs = zip(latest.top_ids[place, index, :top], latest.top[place, index, :top], strict=True)
+    return TokenLogProbs(
+        float(latest.chosen[place, index]),
+        tuple((int(token), float(p)) for token, p in pairs),
+        float(latest.base[place, index]),
+    )
