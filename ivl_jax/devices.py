@@ -4,6 +4,7 @@ In: a mesh, or nothing. Out: bytes, or a sentence for the user.
 """
 
 import os
+from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
@@ -33,6 +34,31 @@ def host_memory() -> int | None:
     if not hasattr(os, "sysconf"):
         return None
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_memory(device: jax.Device) -> int | None:
+    """Bytes that are free on a device; None if unknown.
+
+    Args:
+        device: an accelerator, or a CPU device, which has the machine's memory.
+    """
+    if device.platform == "cpu":
+        return _available_host_memory()
+    figures = device.memory_stats() or {}
+    if "bytes_limit" not in figures:
+        return None
+    return figures["bytes_limit"] - figures.get("bytes_in_use", 0)
+
+
+def _available_host_memory() -> int | None:
+    """As Linux estimates it: free pages, and those that it can free."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    sizes = dict(line.partition(":")[::2] for line in lines)
+    amount = sizes.get("MemAvailable", "").split()
+    return int(amount[0]) * 1024 if amount else None
 
 
 def unused_accelerator() -> str | None:

@@ -34,7 +34,7 @@ from ivl_jax.config.model import (
 )
 from ivl_jax.config.objectives import DistilConfig, GrpoConfig, PreferenceConfig
 from ivl_jax.config.processes import ProcessesConfig
-from ivl_jax.config.serve import NamedModel, ServeConfig, check_serve_config
+from ivl_jax.config.serve import NamedModel, ServeConfig, check_serve_config, is_model_name
 from ivl_jax.config.train import (
     BaseConfig,
     LoggingConfig,
@@ -89,6 +89,7 @@ __all__ = [
     "config_to_mapping",
     "config_to_toml",
     "is_connection",
+    "is_model_name",
     "load_config",
     "model_problems",
     "options_with",

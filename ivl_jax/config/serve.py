@@ -38,6 +38,14 @@ class ServeConfig:
     """Tokens of a prompt and its answer together, at most; 0: the context."""
     max_cache_mib: int = 0
     """MiB of key-value caches on each device, at most; 0: as much as rows and tokens take."""
+    values_dir: str = ""
+    """A folder below which clients may load value networks while the server runs (`POST
+    /v1/values`); empty: they may not."""
+    max_values: int = 16
+    """Value networks loaded at a time, at most; those of --value among them."""
+    max_value_mib: int = 0
+    """MiB that the parameters of all value networks may take on each device, where clients load
+    more; 0: as much as is free there."""
     default_max_tokens: int = 256
     """Tokens of an answer where a request does not say."""
     max_choices: int = 8
@@ -62,6 +70,8 @@ class ServeConfig:
             "max_waiting": 0,
             "max_request_tokens": 0,
             "max_cache_mib": 0,
+            "max_value_mib": 0,
+            "max_values": 1,
             "drain_seconds": 0,
             "max_rows": 1,
             "default_max_tokens": 1,
@@ -124,11 +134,25 @@ def check_serve_config(config: ServeConfig) -> NamedModel:
         config.model, value=tuple(path for _, path in pairs) or ("none",), map=maps
     )
     problems = [*model_problems(model), *problems, *_name_problems(config.base_name, names)]
+    if config.values_dir and len(names) > config.max_values:
+        problems.append(
+            f"--value names {len(names)} value networks, more than --max-values {config.max_values}"
+        )
     if "none" in config.model.value and pairs:
         problems.append("--value none (the base alone) cannot be combined with another --value")
     if problems:
         raise ConfigError("serving cannot start:\n" + "\n".join(f"  - {line}" for line in problems))
     return NamedModel(model, config.base_name, tuple(names))
+
+
+def is_model_name(name: str) -> bool:
+    """Whether requests can call a model this.
+
+    Example:
+        >>> is_model_name("python-2"), is_model_name("a/b"), is_model_name("")
+        (True, False, False)
+    """
+    return _NAME.fullmatch(name) is not None
 
 
 def _named(given: str) -> tuple[str, str]:

@@ -161,7 +161,7 @@ def load_composed(
         )
 
     # The values first: they are small, and a damaged one is found before the base is read.
-    values = [_in_decoding_form(load(source, value_rules), mesh) for source in sources.values]
+    values = [in_decoding_form(load(source, value_rules), mesh) for source in sources.values]
     base = load(sources.base, base_rules, int8=config.int8_base)
     draft = sources.draft and load(sources.draft, value_rules)
     every = [sources.base, *sources.values, *([sources.draft] if sources.draft else [])]
@@ -181,10 +181,20 @@ def load_composed(
     )
 
 
-def _in_decoding_form(
+def in_decoding_form(
     value: LanguageModel | ValueNetwork, mesh: Mesh | None
 ) -> LanguageModel | ValueNetwork:
-    """One value network at a time is held in both forms, not all of them."""
+    """Lay a value network out for decoding, as soon as it is loaded.
+
+    One at a time is then held in both forms, not all of them.
+
+    Args:
+        value: as loaded.
+        mesh: where it will decode; on one it is laid out later, with its layout.
+
+    Returns:
+        The value network.
+    """
     if mesh is not None or isinstance(value, LanguageModel):
         return value
     return dataclasses.replace(value, params=lay_out_network(value.params, value.arch, None)[1])

@@ -189,40 +189,45 @@ def make_prompt_reader(sources: ComposedSources) -> PromptReader:
     own: list[OwnVocabulary | None] = [None] * len(values)
     if any(value.described_map for value in values):
         base_codec = TextCodec(base.tokenizer, base.info)
-        own = [value.described_map and _own_vocabulary(base_codec, value) for value in values]
-    smallest = _shortest(sources, values)
-    return PromptReader(base, values, smallest.context, smallest.label, tuple(own))
+        own = [read_own_vocabulary(base_codec, value) for value in values]
+    return reader_under(sources, values, own)
 
 
-def part_of_reader(
-    reader: PromptReader, sources: ComposedSources, which: Sequence[int]
+def reader_under(
+    sources: ComposedSources,
+    values: Sequence[ModelSource],
+    own_vocabularies: Sequence[OwnVocabulary | None],
 ) -> PromptReader:
-    """Make the reader of the base under some of its value networks.
+    """Make the reader of a base under some value networks.
 
     Args:
-        reader: of the whole composition.
-        sources: its models.
-        which: the value networks; the first one's template is that of dialogues.
+        sources: of them the base and the draft count.
+        values: the value networks, checked against the base; the first one's template is that of
+            dialogues.
+        own_vocabularies: how each of them reads text.
 
     Returns:
-        The reader that the base and these value networks have without the others.
+        The reader that the base and these value networks have without others.
     """
-    values = tuple(reader.values[index] for index in which)
-    own = tuple(reader.own_vocabularies[index] for index in which)
-    smallest = _shortest(sources, values)
-    return PromptReader(reader.base, values, smallest.context, smallest.label, own)
-
-
-def _shortest(sources: ComposedSources, values: Sequence[ModelSource]) -> ModelSource:
-    """The network with the smallest context among those that read the base's tokens."""
     reading = [sources.base, *(value for value in values if value.described_map is None)]
     if sources.draft is not None:
         reading.append(sources.draft)
-    return min(reading, key=lambda each: each.context)
+    # The network with the smallest context among those that read the base's tokens.
+    smallest = min(reading, key=lambda each: each.context)
+    return PromptReader(
+        sources.base, tuple(values), smallest.context, smallest.label, tuple(own_vocabularies)
+    )
 
 
-def _own_vocabulary(base_codec: TextCodec, value: ModelSource) -> OwnVocabulary:
-    assert value.described_map is not None
+def read_own_vocabulary(base_codec: TextCodec, value: ModelSource) -> OwnVocabulary | None:
+    """Describe how a value network reads text; None where it shares the base's vocabulary.
+
+    Args:
+        base_codec: the base's tokenizer.
+        value: the value network, with its map.
+    """
+    if value.described_map is None:
+        return None
     return make_own_vocabulary(
         base_codec,
         TextCodec(value.tokenizer, value.info),

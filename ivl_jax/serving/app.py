@@ -18,14 +18,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ivl_jax.config import ServeConfig
 from ivl_jax.serving.answers import Answer, Kind, TokenTexts
-from ivl_jax.serving.bodies import Asked, read_chat, read_completion
-from ivl_jax.serving.catalogue import Catalogue
+from ivl_jax.serving.bodies import Asked, read_chat, read_completion, read_value_request
+from ivl_jax.serving.catalogue import Catalogue, Chosen
 from ivl_jax.serving.connection import EventStream, read_json_body, unless_disconnected
 from ivl_jax.serving.engine_thread import ChoiceProgress, EngineThread
 from ivl_jax.serving.errors import ApiError
 from ivl_jax.serving.front import Front
 from ivl_jax.serving.metrics import CONTENT_TYPE, Metrics
+from ivl_jax.serving.openapi import describe_api
 from ivl_jax.serving.page import PATHS, page_routes
+from ivl_jax.serving.value_desk import ValueDesk
 
 # Answered without a key: they say nothing of models or requests.
 _OPEN_PATHS = ("/health", *PATHS)
@@ -40,7 +42,9 @@ class Service:
         catalogue: the models.
         engine: the thread that decodes.
         metrics: what is counted.
-        started: when the models were loaded (seconds since 1970).
+        front: takes requests to the engine.
+        values: loads and unloads value networks.
+        texts: what tokens are called.
     """
 
     def __init__(
@@ -49,14 +53,14 @@ class Service:
         catalogue: Catalogue,
         engine: EngineThread,
         metrics: Metrics,
-        *,
-        started: int,
+        front: Front,
+        values: ValueDesk,
+        texts: TokenTexts,
     ) -> None:
         self.config, self.catalogue, self.engine = config, catalogue, engine
-        self.metrics, self.front = metrics, Front(config, engine, metrics)
-        self.started = started
-        info = catalogue.model.base.tokenizer_info
-        self._texts = TokenTexts(catalogue.model.token_bytes, dict(info.special_tokens))
+        self.metrics, self.front, self.values = metrics, front, values
+        self._texts = texts
+        self._description = describe_api(config)
 
     async def health(self, request: Request) -> Response:
         """Whether requests can be answered."""
@@ -73,7 +77,7 @@ class Service:
     async def list_models(self, request: Request) -> Response:
         """The names that requests may use."""
         del request
-        data = [self._describe(name) for name in self.catalogue.served]
+        data = [self._describe(name) for name in self.catalogue.names]
         return JSONResponse({"object": "list", "data": data})
 
     async def show_model(self, request: Request) -> Response:
@@ -81,6 +85,23 @@ class Service:
         name = request.path_params["name"]
         self.catalogue.choose(name, {})
         return JSONResponse(self._describe(name))
+
+    async def load_value(self, request: Request) -> Response:
+        """Load a value network."""
+        body = await read_json_body(request, most_bytes=self.config.max_body_bytes)
+        value = await self.values.load(read_value_request(body))
+        return JSONResponse(self._describe(value.name), status_code=201)
+
+    async def unload_value(self, request: Request) -> Response:
+        """Unload one that no request uses."""
+        name = request.path_params["name"]
+        await self.values.unload(name)
+        return JSONResponse({"id": name, "object": "model", "deleted": True})
+
+    async def openapi(self, request: Request) -> Response:
+        """Describe all this."""
+        del request
+        return JSONResponse(self._description)
 
     async def chat(self, request: Request) -> Response | EventStream:
         """Continue a dialogue."""
@@ -95,23 +116,31 @@ class Service:
     def _describe(self, name: str) -> dict[str, Any]:
         catalogue = self.catalogue
         chosen = catalogue.choose(name, {})
-        strengths = dict(zip(catalogue.values, chosen.strengths, strict=True))
+        (value,) = chosen.values or (None,)
         return {
             "id": name,
             "object": "model",
-            "created": self.started,
+            "created": catalogue.started if value is None else value.loaded,
             "owned_by": "ivl_jax",
             "max_model_len": chosen.reader.context,
-            "strengths": {value: alpha for value, alpha in strengths.items() if alpha},
+            "strengths": {
+                value: alpha for value, alpha in catalogue.strengths(chosen).items() if alpha
+            },
         }
 
     async def _answer(self, request: Request, kind: Kind, asked: Asked) -> Response | EventStream:
         self.front.admit(asked.choices * len(asked.prompts))
         chosen = self.catalogue.choose(asked.model, asked.strengths)
+        # A stream goes on after this: it holds what it uses by itself.
+        with self.catalogue.hold(chosen):
+            return await self._answer_with(request, kind, asked, chosen)
+
+    async def _answer_with(
+        self, request: Request, kind: Kind, asked: Asked, chosen: Chosen
+    ) -> Response | EventStream:
+        catalogue = self.catalogue
         prompts = await self.front.read(
-            lambda: self.catalogue.encode(
-                chosen, asked.prompts, asked.options, choices=asked.choices
-            )
+            lambda: catalogue.encode(chosen, asked.prompts, asked.options, choices=asked.choices)
         )
         answer = Answer(
             kind,
@@ -120,9 +149,10 @@ class Service:
             prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts[:: asked.choices]),
             texts=self._texts,
             log_probs=asked.top_log_probs is not None,
-            strengths=dict(zip(self.catalogue.values, chosen.strengths, strict=True)),
+            strengths=catalogue.strengths(chosen),
         )
-        progress = self.front.choices(prompts, streams=asked.stream)
+        held = catalogue.hold(chosen)
+        progress = self.front.choices(prompts, streams=asked.stream, held=held)
         if not asked.stream:
             return JSONResponse(await unless_disconnected(request, _whole(answer, progress)))
         # Until something is decoded, a refusal still has a status of its own.
@@ -184,6 +214,7 @@ def make_app(service: Service, *, api_key: str) -> Starlette:
         try:
             yield
         finally:
+            service.values.close()
             service.front.close()
             service.engine.stop()
 
@@ -193,6 +224,9 @@ def make_app(service: Service, *, api_key: str) -> Starlette:
         Route("/metrics", service.show_metrics, methods=["GET"]),
         Route("/v1/models", service.list_models, methods=["GET"]),
         Route("/v1/models/{name}", service.show_model, methods=["GET"]),
+        Route("/v1/values", service.load_value, methods=["POST"]),
+        Route("/v1/values/{name}", service.unload_value, methods=["DELETE"]),
+        Route("/openapi.json", service.openapi, methods=["GET"]),
         Route("/v1/chat/completions", service.chat, methods=["POST"]),
         Route("/v1/completions", service.complete, methods=["POST"]),
     ]

@@ -1,30 +1,55 @@
 """Request bodies: what a client asks for, checked field by field.
 
-In: the JSON of `/v1/chat/completions` or `/v1/completions`. Out: an `Asked`. A field of OpenAI's
+In: the JSON of `/v1/chat/completions` or `/v1/completions`, or of `/v1/values`. Out: an `Asked`, or
+an `AskedValue`. The tables of fields are those that `/openapi.json` describes. A field of OpenAI's
 API that this server cannot honour is refused unless it has its neutral value; a field that does not
 exist is refused too, since it is most likely misspelt.
 """
 
-import math
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ivl_jax.config import ConfigError, GenerationOptions, ServeConfig
+from ivl_jax.config import (
+    ConfigError,
+    GenerationOptions,
+    ServeConfig,
+    is_model_name,
+    strength_problem,
+)
 from ivl_jax.data.formats import Message
 from ivl_jax.decoding.given_prompts import Prompt
 from ivl_jax.json_files import json_kind
 from ivl_jax.serving.errors import invalid
+from ivl_jax.serving.fields import (
+    BOOLEAN,
+    COUNT,
+    OBJECT,
+    POSITIVE,
+    PROMPT,
+    SEED,
+    STOP,
+    STRENGTHS,
+    BodyReader,
+    Field,
+    Table,
+    as_float,
+    is_text,
+    is_token_list,
+    items,
+    number,
+    text,
+)
 
 _MOST_TOP_LOG_PROBS = 20
 _MOST_STOP_STRINGS = 16
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 # Fields that change nothing here.
-_IGNORED = ("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier")
+IGNORED = ("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier")
 # Fields that cannot be honoured, and what they must be if they are given at all.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
@@ -39,6 +64,82 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "reasoning_effort": ("none",),
+}
+
+_TOP = {"maximum": _MOST_TOP_LOG_PROBS}
+_MESSAGE = {
+    "type": "object",
+    "properties": {
+        "role": {"enum": list(_ROLES)},
+        "content": {
+            "anyOf": [
+                {"type": "string"},
+                {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                        "required": ["type", "text"],
+                    },
+                },
+            ]
+        },
+        "name": {},
+    },
+    "required": ["role", "content"],
+    "additionalProperties": False,
+}
+
+_COMMON: Table = {
+    "model": Field(text("the name of a model"), required=True, about="One of `/v1/models`."),
+    "strengths": Field(STRENGTHS, {}, about="α of value networks, by name."),
+    "n": Field(POSITIVE, 1, about="Samples of each prompt."),
+    "stream": Field(BOOLEAN, False, about="Whether the answer comes as server-sent events."),
+    "stream_options": Field(OBJECT, {}),
+    "stop": Field(STOP, [], about="Texts that end an answer."),
+    "max_tokens": Field(POSITIVE),
+    "seed": Field(SEED),
+    "temperature": Field(number("a number ≥ 0"), 1.0, limits={"minimum": 0}),
+    "top_p": Field(number("a number in (0, 1]"), 1.0, limits={"exclusiveMinimum": 0, "maximum": 1}),
+    "min_p": Field(number("a number in [0, 1)"), 0.0, limits={"minimum": 0, "exclusiveMaximum": 1}),
+    "top_k": Field(COUNT, 0),
+}
+CHAT: Table = {
+    "messages": Field(items("a list of messages", _MESSAGE), required=True, limits={"minItems": 1}),
+    "logprobs": Field(BOOLEAN, False),
+    "top_logprobs": Field(COUNT, limits=_TOP),
+    "max_completion_tokens": Field(POSITIVE),
+    **_COMMON,
+}
+COMPLETION: Table = {
+    "prompt": Field(PROMPT, ""),
+    "logprobs": Field(COUNT, limits=_TOP),
+    **_COMMON,
+}
+VALUE: Table = {
+    "name": Field(
+        text("a name for requests"),
+        required=True,
+        about="What requests will call it.",
+        limits={"pattern": "^[A-Za-z0-9][A-Za-z0-9._-]*$"},
+    ),
+    "folder": Field(
+        text("a path below --values-dir"),
+        required=True,
+        about="A value folder, relative to the folder that the server was given.",
+        limits={"minLength": 1},
+    ),
+    "map": Field(
+        text("a path below --values-dir"),
+        about="The vocabulary map, for a value network of another vocabulary.",
+        limits={"minLength": 1},
+    ),
+    "strength": Field(
+        number("a number"),
+        1.0,
+        about="α where a request names none.",
+        limits={"minimum": -10_000, "maximum": 10_000},
+    ),
 }
 
 
@@ -67,6 +168,23 @@ class Asked:
     top_log_probs: int | None
 
 
+@dataclass(frozen=True)
+class AskedValue:
+    """A value network that a request loads.
+
+    Attributes:
+        name: What requests will call it.
+        folder: Its folder, as the request writes it.
+        map_file: Its vocabulary map, likewise; None: it shares the base's vocabulary.
+        strength: α where a request names none.
+    """
+
+    name: str
+    folder: str
+    map_file: str | None
+    strength: float
+
+
 def read_chat(body: Any, config: ServeConfig) -> Asked:
     """Read the body of `/v1/chat/completions`.
 
@@ -77,50 +195,65 @@ def read_chat(body: Any, config: ServeConfig) -> Asked:
     Raises:
         ApiError: with status 400; it names the field.
     """
-    fields = _Fields(body)
-    messages = fields.take("messages", _is_list, "a list of messages", required=True)
-    dialogue = _read_messages(messages, config)
-    wanted = fields.take("logprobs", _is_boolean, "true or false", False)
-    top = fields.take("top_logprobs", _is_count, "an integer ≥ 0", None)
+    fields = BodyReader(body, CHAT)
+    dialogue = _read_messages(fields.take("messages"), config)
+    wanted, top = fields.take("logprobs"), fields.take("top_logprobs")
     if top is not None and not wanted:
         raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
-    longer = fields.take("max_completion_tokens", _is_count, "an integer ≥ 1", None)
+    longer = fields.take("max_completion_tokens")
     return _read_rest(fields, config, [dialogue], (top or 0) if wanted else None, longer)
 
 
 def read_completion(body: Any, config: ServeConfig) -> Asked:
     """Read the body of `/v1/completions`; as `read_chat`."""
-    fields = _Fields(body)
-    given = fields.take("prompt", _is_prompt, _PROMPT, "")
-    prompts = [given] if isinstance(given, str) or _is_token_list(given) else list(given)
-    top = fields.take("logprobs", _is_count, "an integer ≥ 0", None)
-    return _read_rest(fields, config, prompts, top, None)
+    fields = BodyReader(body, COMPLETION)
+    given = fields.take("prompt")
+    prompts = [given] if isinstance(given, str) or is_token_list(given) else list(given)
+    return _read_rest(fields, config, prompts, fields.take("logprobs"), None)
+
+
+def read_value_request(body: Any) -> AskedValue:
+    """Read the body of `POST /v1/values`.
+
+    Args:
+        body: of the request, parsed.
+
+    Raises:
+        ApiError: with status 400; it names the field.
+    """
+    fields = BodyReader(body, VALUE)
+    name, folder, map_file = (fields.take(each) for each in ("name", "folder", "map"))
+    strength = as_float(fields.take("strength"))
+    fields.refuse_others()
+    if not is_model_name(name):
+        raise invalid(
+            f"name: {name!r:.100} cannot be a model's name (letters, digits, '.', '_' and '-')",
+            "name",
+        )
+    for field, path in (("folder", folder), ("map", map_file)):
+        if path == "":
+            raise invalid(f"{field} is empty: expected a path below --values-dir", field)
+    if problem := strength_problem(strength):
+        raise invalid(f"strength {problem}", "strength")
+    return AskedValue(name, folder, map_file, strength)
 
 
 def _read_rest(
-    fields: "_Fields",
+    fields: BodyReader,
     config: ServeConfig,
     prompts: list[Prompt],
     top_log_probs: int | None,
     max_tokens: int | None,
 ) -> Asked:
     """Read what both kinds of requests have in common."""
-    model = fields.take("model", _is_text, "the name of a model", required=True)
-    given = fields.take("strengths", _are_strengths, _STRENGTHS, {})
-    strengths = {name: _float(alpha) for name, alpha in given.items()}
-    choices = fields.take("n", _is_count, "an integer ≥ 1", 1)
-    stream = fields.take("stream", _is_boolean, "true or false", False)
-    extra = fields.take("stream_options", _is_object, "an object", {})
-    stop = fields.take("stop", _is_stop, "a text, or a list of texts", [])
-    shorter = fields.take("max_tokens", _is_count, "an integer ≥ 1", None)
-    seed = fields.take("seed", _is_integer, "an integer in [0, 2³²)", None)
-    numbers: dict[str, Any] = {
-        "temperature": _float(fields.take("temperature", _is_number, "a number ≥ 0", 1.0)),
-        "top_p": _float(fields.take("top_p", _is_number, "a number in (0, 1]", 1.0)),
-        "min_p": _float(fields.take("min_p", _is_number, "a number in [0, 1)", 0.0)),
-    }
-    top_k = fields.take("top_k", _is_count, "an integer ≥ 0", 0)
-    fields.refuse_others()
+    model = fields.take("model")
+    strengths = {name: as_float(alpha) for name, alpha in fields.take("strengths").items()}
+    choices, stream = fields.take("n"), fields.take("stream")
+    extra, stop = fields.take("stream_options"), fields.take("stop")
+    shorter, seed = fields.take("max_tokens"), fields.take("seed")
+    numbers = {name: as_float(fields.take(name)) for name in ("temperature", "top_p", "min_p")}
+    top_k = fields.take("top_k")
+    fields.refuse_others(ignored=IGNORED, neutral=NEUTRAL)
     if top_log_probs is not None and top_log_probs > _MOST_TOP_LOG_PROBS:
         raise invalid(
             f"log-probabilities of at most {_MOST_TOP_LOG_PROBS} likeliest tokens can be shown, "
@@ -152,45 +285,6 @@ def _read_rest(
     return Asked(model, prompts, strengths, options, choices, stream, usage, top_log_probs)
 
 
-class _Fields:
-    """The fields of a body, each taken once."""
-
-    def __init__(self, body: Any) -> None:
-        if not isinstance(body, dict):
-            raise invalid(f"the body must be a JSON object, got {json_kind(body)}")
-        self._left = {name: value for name, value in body.items() if value is not None}
-
-    def take(
-        self,
-        name: str,
-        fits: Callable[[Any], bool],
-        expected: str,
-        default: Any = None,
-        *,
-        required: bool = False,
-    ) -> Any:
-        """Take a field; one that is null counts as not given."""
-        if name not in self._left:
-            if required:
-                raise invalid(f"{name} is missing: expected {expected}", name)
-            return default
-        value = self._left.pop(name)
-        if not fits(value):
-            raise invalid(f"{name}: expected {expected}, got {value!r:.100}", name)
-        return value
-
-    def refuse_others(self) -> None:
-        """Refuse what has not been taken."""
-        for name, value in self._left.items():
-            if name in _IGNORED or value in _NEUTRAL.get(name, ()):
-                continue
-            if name in _NEUTRAL:
-                raise invalid(
-                    f"{name} is not supported by this server: leave it out", name, "unsupported"
-                )
-            raise invalid(f"unknown field {name!r:.100}", name[:100], "unknown_field")
-
-
 def _read_messages(given: list[Any], config: ServeConfig) -> list[Message]:
     if not 1 <= len(given) <= config.max_messages:
         raise invalid(
@@ -219,65 +313,5 @@ def _read_message(given: Any, where: str) -> Message:
     return Message(_ROLES[role], content)
 
 
-_PROMPT = "a text, a list of texts, a list of token ids, or a list of such lists"
-_STRENGTHS = "an object from names of value networks to numbers"
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_boolean(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_count(value: Any) -> bool:
-    return _is_integer(value) and 0 <= value < 2**31
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _float(value: float | int) -> float:
-    try:
-        return float(value)
-    except OverflowError:  # an integer that no float holds
-        return math.inf if value > 0 else -math.inf
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list)
-
-
-def _is_object(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
-def _is_stop(value: Any) -> bool:
-    return _is_text(value) or (_is_list(value) and all(_is_text(one) for one in value))
-
-
-def _is_token_list(value: Any) -> bool:
-    return _is_list(value) and len(value) > 0 and all(_is_count(one) for one in value)
-
-
-def _is_prompt(value: Any) -> bool:
-    if _is_text(value) or _is_token_list(value):
-        return True
-    each = value if _is_list(value) else []
-    return bool(each) and (all(map(_is_text, each)) or all(map(_is_token_list, each)))
-
-
 def _is_text_part(value: Any) -> bool:
-    return (
-        isinstance(value, Mapping) and value.get("type") == "text" and _is_text(value.get("text"))
-    )
-
-
-def _are_strengths(value: Any) -> bool:
-    return _is_object(value) and all(_is_number(one) for one in value.values())
+    return isinstance(value, Mapping) and value.get("type") == "text" and is_text(value.get("text"))

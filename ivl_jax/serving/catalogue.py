@@ -2,93 +2,147 @@
 
 In: a model's name and strengths, as a request gives them. Out: prompts for the engine, exactly
 those that the base has under the same value networks alone: their template, their stop ids, their
-context. A value network that a request does not use has strength 0 in its row.
+context. Value networks come and go; one that a request holds stays.
+
+Everything but `encode` is called in the event loop.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from ivl_jax.composed.compatibility import ComposedSources
+from ivl_jax.composed.sources import ModelSource
 from ivl_jax.config import GenerationOptions, strength_problem
 from ivl_jax.data.chat import ChatTemplateError
-from ivl_jax.decoding.capacity import EngineLimits
-from ivl_jax.decoding.engine import Engine
 from ivl_jax.decoding.given_prompts import Prompt
-from ivl_jax.decoding.model import ComposedModel
-from ivl_jax.decoding.own_vocabulary import OwnText, OwnVocabulary
-from ivl_jax.decoding.prompts import PromptReader, part_of_reader
+from ivl_jax.decoding.own_vocabulary import OwnVocabulary
+from ivl_jax.decoding.prompts import PromptReader, reader_under
 from ivl_jax.decoding.requests import EncodedPrompt, PromptTooLongError
 from ivl_jax.serving.errors import ApiError, invalid
 
 
-class ServedModel(NamedTuple):
-    """A name that requests may use."""
+@dataclass(eq=False)
+class ServedValue:
+    """A value network that requests may use.
+
+    Attributes:
+        name: What requests call it.
+        place: What the engine calls it.
+        source: Its tokenizer, template and stop ids.
+        own_vocabulary: How it reads text; None where it shares the base's vocabulary.
+        strength: α where a request names none.
+        loaded: When it was loaded (seconds since 1970).
+        device_bytes: Bytes of its parameters on each device.
+        holders: Requests that use it, from their arrival to their end.
+    """
 
     name: str
-    value: int | None
-    """Index of its value network; None: the base alone."""
+    place: int
+    source: ModelSource
+    own_vocabulary: OwnVocabulary | None
+    strength: float
+    loaded: int
+    device_bytes: int
+    holders: int = 0
 
 
 class Chosen(NamedTuple):
     """What a request decodes with."""
 
     reader: PromptReader
+    values: tuple[ServedValue, ...]
+    """The value networks that it uses, in the reader's order."""
     strengths: tuple[float, ...]
-    """α of every value network that is loaded."""
+    """α of each of them."""
 
 
 class Catalogue:
-    """The models of one composition, by name.
+    """The models of one server, by name.
 
     Args:
-        model: the composed model.
-        sources: its models before their weights.
+        sources: of them the base and the draft count.
         base: the base's name.
-        values: the name of each value network, in order.
+        started: when it was loaded (seconds since 1970).
         longest: tokens that a prompt and its answer may take together; 0: the context.
 
     Attributes:
-        model: As given.
-        served: Every name, the base's first.
+        base: As given.
+        started: As given.
+        values: The value networks that are loaded, by name.
     """
 
     def __init__(
-        self,
-        model: ComposedModel,
-        sources: ComposedSources,
-        *,
-        base: str,
-        values: Sequence[str],
-        longest: int = 0,
+        self, sources: ComposedSources, *, base: str, started: int, longest: int = 0
     ) -> None:
-        self.model, self.values = model, tuple(values)
-        self._sources, self._longest = sources, longest
-        self.served = {
-            name: ServedModel(name, value)
-            for name, value in [
-                (base, None),
-                *((name, index) for index, name in enumerate(values)),
-                *((f"{base}+{name}", index) for index, name in enumerate(values)),
-            ]
-        }
+        self.base, self.started = base, started
+        self.values: dict[str, ServedValue] = {}
+        self._sources = dataclasses.replace(sources, values=(), unknown_ids=())
+        self._longest = longest
         # A dialogue or two per combination: a client that tries them all must not fill the memory.
         self._reader = functools.lru_cache(maxsize=64)(self._make_reader)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name that requests may use, the base's first."""
+        return (self.base, *self.values, *(f"{self.base}+{name}" for name in self.values))
 
     @property
     def context(self) -> int:
         """Tokens that a row of the engine may hold."""
         return self._reader(()).context
 
-    def engine(self, limits: EngineLimits) -> Engine:
-        """Make the engine that decodes what `encode` returns.
+    def free_place(self) -> int:
+        """The smallest place at which there is no value network."""
+        taken = {value.place for value in self.values.values()}
+        return next(place for place in range(len(taken) + 1) if place not in taken)
+
+    def add(self, value: ServedValue) -> None:
+        """Let requests use a value network, which the engine has."""
+        self.values[value.name] = value
+
+    def remove(self, name: str) -> ServedValue:
+        """Let no further request use a value network.
 
         Args:
-            limits: of the server.
+            name: its name.
+
+        Raises:
+            ApiError: there is none of this name (404), or requests use it (409).
         """
-        # Each request brings the stop ids and the context of the networks that it uses.
-        return self.model.engine(limits, stop_ids=(), context=self.context)
+        value = self.values.get(name)
+        if value is None:
+            raise ApiError(
+                404,
+                f"no value network is named {name!r:.100}; loaded: "
+                f"{', '.join(self.values) or 'none'}",
+                code="value_not_found",
+            )
+        if value.holders:
+            raise ApiError(
+                409,
+                f"the value network {name} is in use by {value.holders} request(s) that run or "
+                "wait: try again when they have ended",
+                code="value_in_use",
+                headers={"Retry-After": "1"},
+            )
+        del self.values[name]
+        self._reader.cache_clear()
+        return value
+
+    @contextlib.contextmanager
+    def hold(self, chosen: Chosen) -> Iterator[None]:
+        """Keep the value networks of a request loaded."""
+        for value in chosen.values:
+            value.holders += 1
+        try:
+            yield
+        finally:
+            for value in chosen.values:
+                value.holders -= 1
 
     def choose(self, name: str, strengths: Mapping[str, float]) -> Chosen:
         """Find what a request decodes with.
@@ -98,23 +152,22 @@ class Catalogue:
             strengths: α by name of a value network, in place of its default.
 
         Returns:
-            The reader of its prompts, and all strengths.
+            The reader of its prompts, and the value networks that it uses.
 
         Raises:
             ApiError: there is no such model or value network, or a strength cannot be used.
         """
-        served = self.served.get(name)
-        if served is None:
+        if name not in self.names:
             raise ApiError(
                 404,
-                f"the model {name!r} does not exist: expected one of {', '.join(self.served)}",
+                f"the model {name!r} does not exist: expected one of {', '.join(self.names)}",
                 param="model",
                 code="model_not_found",
             )
-        alphas = [0.0] * len(self.values)
-        used = [] if served.value is None else [served.value]
-        for index in used:
-            alphas[index] = self.model.strengths[index]
+        alphas: dict[str, float] = {}
+        if name != self.base:
+            first = name.removeprefix(f"{self.base}+")
+            alphas[first] = self.values[first].strength
         for value, alpha in strengths.items():
             if value not in self.values:
                 raise invalid(
@@ -124,10 +177,18 @@ class Catalogue:
                 )
             if problem := strength_problem(alpha):
                 raise invalid(f"strengths: that of {value} {problem}", "strengths")
-            alphas[self.values.index(value)] = float(alpha)
-        named = {self.values.index(value) for value, alpha in strengths.items() if alpha}
-        used += sorted(named - set(used))
-        return Chosen(self._reader(tuple(used)), tuple(alphas))
+        # The model's own value network comes first: its template is that of dialogues.
+        for value in self.values:
+            alpha = float(strengths.get(value, 0.0))
+            if alpha or (value in alphas and value in strengths):
+                alphas[value] = alpha
+        values = tuple(self.values[value] for value in alphas)
+        return Chosen(self._reader(values), values, tuple(alphas.values()))
+
+    def strengths(self, chosen: Chosen) -> dict[str, float]:
+        """The strength of every value network that is loaded, by name."""
+        named = {value.name: alpha for value, alpha in zip(*chosen[1:], strict=True)}
+        return dict.fromkeys(self.values, 0.0) | named
 
     def encode(
         self, chosen: Chosen, prompts: Sequence[Prompt], options: GenerationOptions, *, choices: int
@@ -160,7 +221,7 @@ class Catalogue:
         ]
 
     def _in_engine(self, prompt: EncodedPrompt, chosen: Chosen, *, sample: int) -> EncodedPrompt:
-        """A prompt of some value networks as one of all of them."""
+        """A prompt with the limits and the stop ids of the networks that it uses."""
         reader, option, length = chosen.reader, prompt.options, len(prompt.token_ids)
         longest = min(reader.context, self._longest or reader.context)
         if length >= longest:
@@ -177,21 +238,12 @@ class Catalogue:
             strengths=chosen.strengths,
             stop_ids=(*reader.stop_ids, *option.stop_ids),
         )
-        return EncodedPrompt(
-            prompt.token_ids, option, sample, self._own_texts(prompt, reader.own_vocabularies)
-        )
+        places = tuple(value.place for value in chosen.values)
+        return EncodedPrompt(prompt.token_ids, option, sample, prompt.own_texts, places)
 
-    def _own_texts(
-        self, prompt: EncodedPrompt, read: Sequence[OwnVocabulary | None]
-    ) -> tuple[OwnText, ...]:
-        """What every value network with its own vocabulary reads: nothing, where it is not used."""
-        mapped = [own for own in read if own]
-        texts = dict(zip(map(id, mapped), prompt.own_texts, strict=True))
-        return tuple(
-            texts[id(own)] if id(own) in texts else own.unread()
-            for own in self.model.own_vocabularies
-            if own
+    def _make_reader(self, values: tuple[ServedValue, ...]) -> PromptReader:
+        return reader_under(
+            self._sources,
+            [value.source for value in values],
+            [value.own_vocabulary for value in values],
         )
-
-    def _make_reader(self, used: tuple[int, ...]) -> PromptReader:
-        return part_of_reader(self.model.prompts, self._sources, used)

@@ -89,6 +89,7 @@ class EngineThread:
         self._engine = make_engine()
         # Requests of the engine, by its id: whose choice each of them is.
         self._owners: dict[int, tuple[Ticket, int]] = {}
+        self._changes: set[asyncio.Future[None]] = set()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -107,6 +108,33 @@ class EngineThread:
     def cancel(self, ticket: Ticket) -> None:
         """Forget a request; its rows are free before the next step."""
         self._orders.put(lambda: self._cancel(ticket))
+
+    async def change(self, work: Callable[[Engine], None]) -> None:
+        """Change the engine between two steps, after what has been ordered so far.
+
+        Args:
+            work: is given the engine, in its thread; short, since running rows wait for it.
+
+        Raises:
+            ApiError: the engine has ended (503).
+            Exception: what the work raises; the thread runs on.
+        """
+        done = asyncio.get_running_loop().create_future()
+        self._changes.add(done)
+        done.add_done_callback(self._changes.discard)
+
+        def order() -> None:
+            try:
+                work(self._engine)
+            except Exception as error:
+                _settle(done, error)
+            else:
+                _settle(done, None)
+
+        self._orders.put(order)
+        if self.failure is not None:
+            _settle(done, ApiError(503, f"the engine has failed: {self.failure}"))
+        await done
 
     def _run(self) -> None:
         try:
@@ -190,9 +218,28 @@ class EngineThread:
         for ticket in {owner for owner, _ in self._owners.values()}:
             ticket.put([ApiError(503, message)])
         self._owners.clear()
+        for change in list(self._changes):
+            _settle(change, ApiError(503, message))
 
     def _show_load(self) -> None:
         engine, metrics = self._engine, self._metrics
         metrics.waiting.set(engine.waiting)
         metrics.running.set(engine.running)
         metrics.rows.set(0 if engine.shape is None else engine.shape.rows)
+
+
+def _settle(done: "asyncio.Future[None]", error: Exception | None) -> None:
+    """End a future from any thread, unless it has ended."""
+
+    def settle() -> None:
+        if done.done():
+            return
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(error)
+
+    try:
+        done.get_loop().call_soon_threadsafe(settle)
+    except RuntimeError:  # the event loop has ended, and whoever waited with it
+        logger.debug("nobody is left to hear of a change of the engine")

@@ -5,6 +5,7 @@ Whoever stops iterating cancels the request, and its rows are free.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -69,13 +70,18 @@ class Front:
             )
 
     async def choices(
-        self, prompts: Sequence[EncodedPrompt], *, streams: bool
+        self,
+        prompts: Sequence[EncodedPrompt],
+        *,
+        streams: bool,
+        held: contextlib.AbstractContextManager[None],
     ) -> AsyncGenerator[ChoiceProgress, None]:
         """Decode the choices of a request.
 
         Args:
             prompts: one per choice; `admit` has let them in.
             streams: whether the client reads along.
+            held: entered while the prompts are in the engine: keeps what they use loaded.
 
         Yields:
             What each choice gets, until all have ended.
@@ -83,8 +89,16 @@ class Front:
         Raises:
             ApiError: it took too long, or decoding failed.
         """
-        metrics = self._metrics
         self.admit(len(prompts))
+        with held:
+            async with contextlib.aclosing(self._decode(prompts, streams=streams)) as progress:
+                async for event in progress:
+                    yield event
+
+    async def _decode(
+        self, prompts: Sequence[EncodedPrompt], *, streams: bool
+    ) -> AsyncGenerator[ChoiceProgress, None]:
+        metrics = self._metrics
         ticket, left = Ticket(prompts, streams=streams), len(prompts)
         start = time.monotonic()
         begun: dict[int, float] = {}

@@ -10,20 +10,27 @@ import os
 import socket
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import uvicorn
 from starlette.applications import Starlette
 
 from ivl_jax.compilation_cache import describe_compiling, use_compilation_cache
-from ivl_jax.config import ConfigError, ServeConfig, check_serve_config
+from ivl_jax.composed.compatibility import ComposedSources
+from ivl_jax.config import ConfigError, NamedModel, ServeConfig, check_serve_config
+from ivl_jax.decoding.added_values import ValueLoader, bytes_on_device
 from ivl_jax.decoding.capacity import EngineLimits
 from ivl_jax.decoding.loading import decoding_mesh, load_composed, read_sources
+from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.decoding.prompts import make_prompt_reader
 from ivl_jax.processes import require_one_process
+from ivl_jax.serving.answers import TokenTexts
 from ivl_jax.serving.app import Service, make_app
-from ivl_jax.serving.catalogue import Catalogue
+from ivl_jax.serving.catalogue import Catalogue, ServedValue
 from ivl_jax.serving.engine_thread import EngineThread
+from ivl_jax.serving.front import Front
 from ivl_jax.serving.metrics import Metrics
+from ivl_jax.serving.value_desk import ValueDesk
 
 logger = logging.getLogger(__name__)
 
@@ -69,21 +76,79 @@ def prepare(config: ServeConfig) -> Prepared:
         sources = read_sources(flags)
         mesh = decoding_mesh(flags.mesh, sources.base.arch)
         _ = make_prompt_reader(sources).chat_format  # a template that cannot be used
+        root = values_root(config)
+        loader = ValueLoader(sources, flags, mesh=mesh)
         model = load_composed(sources, flags, mesh=mesh)
-        catalogue = Catalogue(
-            model,
-            sources,
-            base=named.base,
-            values=named.values,
-            longest=config.max_request_tokens,
-        )
+        catalogue = make_catalogue(config, named, sources, model)
         metrics = Metrics()
-        engine = EngineThread(lambda: catalogue.engine(engine_limits(config)), metrics)
-        service = Service(config, catalogue, engine, metrics, started=int(time.time()))
+        # Each request brings the stop ids and the context of the networks that it uses.
+        engine = EngineThread(
+            lambda: model.engine(engine_limits(config), stop_ids=(), context=catalogue.context),
+            metrics,
+        )
+        texts = TokenTexts(model.token_bytes, dict(sources.base.info.special_tokens))
+        front = Front(config, engine, metrics)
+        values = ValueDesk(config, catalogue, engine, front, loader, root=root)
+        service = Service(config, catalogue, engine, metrics, front, values, texts)
         return Prepared(config, make_app(service, api_key=api_key), service, listening)
     except BaseException:
         listening.close()
         raise
+
+
+def values_root(config: ServeConfig) -> Path | None:
+    """The folder below which clients may load value networks, all links followed.
+
+    Args:
+        config: the flags.
+
+    Returns:
+        The folder; None: clients may load none.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    if not config.values_dir:
+        return None
+    root = Path(config.values_dir).expanduser().resolve()
+    if not root.is_dir():
+        raise ConfigError(
+            f"--values-dir {config.values_dir} is not a folder: name the folder below which "
+            "clients may load value networks"
+        )
+    return root
+
+
+def make_catalogue(
+    config: ServeConfig, named: NamedModel, sources: ComposedSources, model: ComposedModel
+) -> Catalogue:
+    """List the models that the server begins with.
+
+    Args:
+        config: the flags.
+        named: the names.
+        sources: the models before their weights.
+        model: the composed model; the catalogue holds none of its arrays.
+
+    Returns:
+        The catalogue; the places of its value networks are those of the model.
+    """
+    started = int(time.time())
+    longest = config.max_request_tokens
+    catalogue = Catalogue(sources, base=named.base, started=started, longest=longest)
+    for place, name in enumerate(named.values):
+        catalogue.add(
+            ServedValue(
+                name,
+                place,
+                sources.values[place],
+                model.own_vocabularies[place],
+                model.strengths[place],
+                started,
+                bytes_on_device(model.params.values[place].params),
+            )
+        )
+    return catalogue
 
 
 def engine_limits(config: ServeConfig) -> EngineLimits:
