@@ -1,0 +1,83 @@
+"""The description at /openapi.json is that of the parser, and no generated request breaks it."""
+
+import pytest
+
+pytest.importorskip("starlette", reason="the extra `serve` is not installed")
+
+from ivl_jax.config import ServeConfig
+from ivl_jax.serving.bodies import CHAT, COMPLETION, IGNORED, NEUTRAL, VALUE
+from ivl_jax.serving.openapi import describe_api
+
+
+def body_of(document, path):
+    content = document["paths"][path]["post"]["requestBody"]["content"]
+    return content["application/json"]["schema"]
+
+
+def test_every_field_that_the_parser_knows_is_described_and_no_other():
+    document = describe_api(ServeConfig(max_choices=5, max_messages=7))
+    known = {*IGNORED, *NEUTRAL}
+    for path, table, more in [
+        ("/v1/chat/completions", CHAT, known),
+        ("/v1/completions", COMPLETION, known),
+        ("/v1/values", VALUE, set()),
+    ]:
+        schema = body_of(document, path)
+        assert set(schema["properties"]) == set(table) | more
+        assert schema["additionalProperties"] is False
+    chat = body_of(document, "/v1/chat/completions")
+    assert chat["required"] == ["messages", "model"]
+    assert chat["properties"]["n"]["anyOf"][0]["maximum"] == 5
+    assert chat["properties"]["messages"]["maxItems"] == 7
+    # The limits of one server are not those of the next.
+    assert "maxItems" not in CHAT["messages"].schema
+
+
+def test_every_path_that_answers_json_is_described(client):
+    status, document = client.send("GET", "/openapi.json")
+    assert status == 200
+    routes = {route.path for route in client.prepared.app.routes}
+    page = {"/", "/page.js", "/page.css", "/openapi.json"}
+    assert set(document["paths"]) == routes - page
+
+
+def test_generated_requests_neither_crash_nor_hang_the_server(client):
+    schemathesis = pytest.importorskip(
+        "schemathesis", reason="the extra `interop` is not installed"
+    )
+    from hypothesis import HealthCheck, Phase, given, settings
+    from schemathesis.checks import not_a_server_error
+    from schemathesis.specs.openapi.checks import (
+        content_type_conformance,
+        response_schema_conformance,
+        status_code_conformance,
+    )
+
+    schema = schemathesis.openapi.from_url(f"http://127.0.0.1:{client.port}/openapi.json")
+    checks = [
+        not_a_server_error,
+        status_code_conformance,
+        content_type_conformance,
+        response_schema_conformance,
+    ]
+    tried = set()
+    for result in schema.get_all_operations():
+        operation = result.ok()
+
+        @settings(
+            max_examples=25,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(operation.as_strategy())
+        def send(case):
+            case.call_and_validate(checks=checks, timeout=60)
+
+        send()
+        tried.add((operation.method.upper(), operation.path))
+    assert ("POST", "/v1/chat/completions") in tried
+    assert ("DELETE", "/v1/values/{name}") in tried
+    assert client.send("GET", "/health") == (200, {"status": "ok", "in_flight": 0})
