@@ -187,7 +187,7 @@ def test_a_server_without_a_folder_loads_nothing(client, monkeypatch):
 def test_flags_of_loading_are_checked(serve_config, tmp_path):
     from ivl_jax.serving.server import values_root
 
-    with pytest.raises(ConfigError, match="--values-dir .* is not a folder"):
+    with pytest.raises(ConfigError, match=r"--values-dir .* is not a folder"):
         values_root(dataclasses.replace(serve_config, values_dir=str(tmp_path / "absent")))
     with pytest.raises(ConfigError, match="more than --max-values 1"):
         check_serve_config(dataclasses.replace(serve_config, values_dir="x", max_values=1))
