@@ -272,8 +272,10 @@ class Engine:
         if self._batch is None:
             shape = plan.shape._replace(values=())
             self._batch = RowBatch(self._parts, shape, context=self._planner.longest)
-        # The plan counts the value networks of all that it admits; they join as these begin.
-        self._batch.reshape(plan.shape._replace(values=self._batch.used()))
+        # The plan counts the value networks of all that it admits; they join as these begin. Where
+        # nothing runs, those that are there stay until then: most likely they are needed again.
+        values = self._batch.used() if others else self._batch.shape.values
+        self._batch.reshape(plan.shape._replace(values=values))
         free = rows - len(self._running)
         self._no_room = bool(self._waiting) and not admitted and free > 0
         if not others and (self._batch.is_empty or 2 * admitted >= rows):

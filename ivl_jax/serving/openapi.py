@@ -129,7 +129,7 @@ _NAME: dict[str, Any] = {
     "name": "name",
     "in": "path",
     "required": True,
-    "schema": {"type": "string", "minLength": 1},
+    "schema": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._+-]*$"},
 }
 
 
