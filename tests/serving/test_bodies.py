@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ivl_jax.config import GenerationOptions, ServeConfig
-from ivl_jax.serving.bodies import Asked, read_chat, read_completion
+from ivl_jax.serving.bodies import (
+    Asked,
+    AskedValue,
+    read_chat,
+    read_completion,
+    read_value_request,
+)
 from ivl_jax.serving.errors import ApiError
 
 _JSON = st.recursive(
@@ -77,6 +83,26 @@ def test_any_body_is_read_or_refused_with_a_sentence(body):
             assert found.status == 400
             assert 10 < len(found.message) < 400
             assert set(found.body()["error"]) == {"message", "type", "param", "code"}
+
+
+_VALUE = st.fixed_dictionaries(
+    {"name": st.text(max_size=4) | _JSON, "folder": st.text(max_size=4) | _JSON},
+    optional={"map": st.text(max_size=4) | _JSON, "strength": st.integers() | st.floats()},
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(_JSON | _VALUE)
+def test_any_body_names_a_value_or_is_refused_with_a_sentence(body):
+    try:
+        found = read_value_request(body)
+    except ApiError as error:
+        assert error.status == 400
+        assert 10 < len(error.message) < 400
+    else:
+        assert isinstance(found, AskedValue)
+        assert found.folder
+        assert abs(found.strength) <= 10_000
 
 
 def test_a_body_that_says_little_gets_openais_defaults():
