@@ -146,7 +146,7 @@ def test_a_value_in_use_stays_and_running_answers_are_not_disturbed(client, load
         ({"folder": ""}, 400, "folder is empty"),
         ({"folder": 3}, 400, "folder: expected a path below --values-dir, got 3"),
         ({"folder": "S", "strength": float("nan")}, 400, "strength must be finite"),
-        ({"folder": "S", "path": "x"}, 400, "unknown field 'path'"),
+        ({"folder": "S", "folders": "x"}, 400, "unknown field 'folders'"),
         ({}, 400, "folder is missing"),
     ],
 )
