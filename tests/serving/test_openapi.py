@@ -66,6 +66,8 @@ def test_generated_requests_neither_crash_nor_hang_the_server(client):
     modes = [schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE]
     operations = [result.ok() for result in schema.get_all_operations()]
     for operation, mode in itertools.product(operations, modes):
+        if mode == modes[1] and operation.method != "post" and "{name}" not in operation.path:
+            continue  # without parameters nothing can be wrong
 
         @settings(
             max_examples=25,
