@@ -59,6 +59,12 @@ _MODEL: Schema = {
     },
     "required": ["id", "object", "created", "owned_by", "max_model_len", "strengths"],
 }
+# One server-sent event: its data is the JSON of a chunk or of an error, or [DONE].
+_EVENT: Schema = {
+    "type": "object",
+    "properties": {"data": {"type": "string"}},
+    "required": ["data"],
+}
 _USAGE: Schema = {
     "type": "object",
     "properties": {
@@ -200,5 +206,5 @@ def _answer() -> dict[str, Any]:
     }
     return {
         "application/json": {"schema": schema},
-        "text/event-stream": {"schema": {"type": "string"}},
+        "text/event-stream": {"schema": _EVENT},
     }
