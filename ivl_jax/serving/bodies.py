@@ -6,6 +6,7 @@ API that this server cannot honour is refused unless it has its neutral value; a
 exist is refused too, since it is most likely misspelt.
 """
 
+import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ from ivl_jax.serving.fields import (
 
 _MOST_TOP_LOG_PROBS = 20
 _MOST_STOP_STRINGS = 16
+# Beyond it nothing changes any more, and what float32 cannot hold would fail a whole batch.
+_MOST_TEMPERATURE = 1000.0
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 # Fields that change nothing here.
@@ -99,7 +102,9 @@ _COMMON: Table = {
     "stop": Field(STOP, [], about="Texts that end an answer."),
     "max_tokens": Field(POSITIVE),
     "seed": Field(SEED),
-    "temperature": Field(number("a number ≥ 0"), 1.0, limits={"minimum": 0}),
+    "temperature": Field(
+        number("a number ≥ 0"), 1.0, limits={"minimum": 0, "maximum": _MOST_TEMPERATURE}
+    ),
     "top_p": Field(number("a number in (0, 1]"), 1.0, limits={"exclusiveMinimum": 0, "maximum": 1}),
     "min_p": Field(number("a number in [0, 1)"), 0.0, limits={"minimum": 0, "exclusiveMaximum": 1}),
     "top_k": Field(COUNT, 0),
@@ -265,6 +270,11 @@ def _read_rest(
             f"n = {choices} for {len(prompts)} prompt(s): expected 1 to {config.max_choices} "
             "choices in total",
             "n",
+        )
+    if _MOST_TEMPERATURE < numbers["temperature"] < math.inf:
+        raise invalid(
+            f"temperature: at most {_MOST_TEMPERATURE:g}, got {numbers['temperature']:g}",
+            "temperature",
         )
     stops = [stop] if isinstance(stop, str) else list(stop)
     if len(stops) > _MOST_STOP_STRINGS:

@@ -162,6 +162,7 @@ LONG = "Once upon a time " * 40
         ("completions", {"n": 0}, 400, "n = 0 for 1 prompt(s)"),
         ("completions", {"temperature": -1}, 400, "temperature must be ≥ 0 and finite, got -1"),
         ("completions", {"temperature": float("nan")}, 400, "temperature must be ≥ 0 and finite"),
+        ("completions", {"temperature": 1e300}, 400, "temperature: at most 1000, got 1e+300"),
         ("completions", {"top_p": 2}, 400, "top_p must be in (0, 1], got 2"),
         ("completions", {"max_tokens": 0}, 400, "max_new_tokens must be ≥ 1, got 0"),
         ("completions", {"max_tokens": "5"}, 400, "max_tokens: expected an integer ≥ 1, got '5'"),
