@@ -5,6 +5,7 @@ import gc
 import weakref
 
 import jax
+import numpy as np
 import pytest
 
 from ivl_jax.decoding import engine_model
@@ -12,6 +13,7 @@ from ivl_jax.decoding.capacity import BatchShape, CapacityPlanner, EngineLimits,
 from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.engine_model import EngineValue
 from ivl_jax.model.decoder import init_params
+from ivl_jax.sharding import bytes_per_device, make_mesh
 from tests.decoding.anew import random_map
 from tests.decoding.conftest import make_value
 from tests.decoding.tiny import language_model, tiny_arch
@@ -210,3 +212,36 @@ def test_a_plan_counts_the_caches_of_the_values_that_it_lets_in():
     tight = dataclasses.replace(planner, limits=EngineLimits(max_rows=4, max_cache_bytes=128))
     plan = tight.plan([first], waiting, lambda count: order[:count], current=plan.shape)
     assert (plan.admitted, plan.shape.values) == (0, (0,))
+
+
+def test_values_that_join_on_a_mesh_are_sharded_as_those_that_were_there(small, values, both):
+    sharded = compose(
+        small, *values, strengths=[0.3, -0.2], mesh=make_mesh(data=2, fsdp=2, tensor=2)
+    )
+    programs = sharded.programs
+    sizes = {"capacity": 64, "mapped_capacity": 0}
+    begun = programs.empty(rows=8, stop_ids=8, **sizes)
+    alphas, (none, joined) = programs.value_caches(np.ones((8, 2), np.float32), which=(1,), **sizes)
+    assert none is None
+    assert alphas.sharding == begun.requests.strengths.sharding
+    shardings = [
+        [leaf.sharding for leaf in jax.tree.leaves(cache)]
+        for cache in (joined, begun.caches.values[1])
+    ]
+    assert shardings[0] == shardings[1]
+    # Two devices of `tensor` share one kv head: each holds half of the rows of its quarter.
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(joined))
+    assert set(bytes_per_device(joined).values()) == {whole // 8}
+    asked = [(0.0, 0.0), (0.3, 0.0), (0.3, -0.2)]
+    engine, ended, ids, seen = sharded.engine(EngineLimits(max_rows=8, least_rows=8)), {}, [], []
+    for prompt, strengths in zip(PROMPTS, asked, strict=False):
+        (prepared,) = sharded.prepare([prompt], strengths=strengths, max_new_tokens=12)
+        ids.append(engine.submit(prepared))
+        for _ in range(2):  # the prompt, then a token for all rows
+            ended |= {one.id: one.generation for one in engine.step(max_tokens=1) if one.generation}
+        seen.append(engine.shape.values)
+    assert seen == [(), (0,), (0, 1)]
+    finish(engine, ended)
+    for request, prompt, strengths in zip(ids, PROMPTS, asked, strict=False):
+        expected = both.generate(prompt, strengths=strengths, max_new_tokens=12).token_ids
+        assert ended[request].token_ids == expected, strengths
