@@ -56,9 +56,8 @@ def _available_host_memory() -> int | None:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
         return None
-    sizes = dict(line.partition(":")[::2] for line in lines)
-    amount = sizes.get("MemAvailable", "").split()
-    return int(amount[0]) * 1024 if amount else None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None
 
 
 def unused_accelerator() -> str | None:

@@ -287,7 +287,9 @@ def _read_rest(
             stop=tuple(stops),
             log_probs=top_log_probs,
             top_k=top_k,
-            **numbers,
+            temperature=numbers["temperature"],
+            top_p=numbers["top_p"],
+            min_p=numbers["min_p"],
         )
     except ConfigError as error:
         raise invalid(str(error).removeprefix("generation options: ")) from error
