@@ -3,7 +3,7 @@
 In: the matrix. Out: `docs/experiments.md` with its figures and `docs/experiments.json` with every
 number. Finished trainings and measurements are kept in the work directory, so the command can be
 interrupted and run again. `python -m ivl_jax.experiments post_training` is the study of objectives
-other than demonstrations (`post_training_study`).
+other than demonstrations (`post_training_study`), and `… vocabulary_maps` compares vocabulary maps.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from ivl_jax.command_line.console import log_to_stdout
 from ivl_jax.command_line.flags import parse_flags
 from ivl_jax.command_line.guard import long_run_command
 from ivl_jax.config import TrainConfig, load_config
-from ivl_jax.experiments import post_training_study
+from ivl_jax.experiments import post_training_study, vocabulary_maps
 from ivl_jax.experiments.demonstrations import build_items
 from ivl_jax.experiments.lab import Laboratory
 from ivl_jax.experiments.matrix import SEEDS, measurements
@@ -55,8 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments[:1] == ["post_training"]:
-        return post_training_study.main(arguments[1:])
+    studies = {"post_training": post_training_study.main, "vocabulary_maps": vocabulary_maps.main}
+    if arguments and arguments[0] in studies:
+        return studies[arguments[0]](arguments[1:])
     return long_run_command(_PROGRAM, _run, arguments)
 
 

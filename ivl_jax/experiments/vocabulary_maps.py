@@ -1,4 +1,4 @@
-"""Compares vocabulary maps: `python -m ivl_jax.experiments.vocabulary_maps --value VALUE`.
+"""Compares vocabulary maps: `python -m ivl_jax.experiments vocabulary_maps --value VALUE`.
 
 In: a value network trained with S. Out: what it does on X, whose tokenizer is another, through each
 kind of map: nats per byte by kind of text, and questions answered word for word. The exact figures
@@ -38,7 +38,7 @@ from ivl_jax.weights.language_model import LanguageModel, load_language_model
 
 logger = logging.getLogger(__name__)
 
-_PROGRAM = "python -m ivl_jax.experiments.vocabulary_maps"
+_PROGRAM = "python -m ivl_jax.experiments vocabulary_maps"
 _ANSWER_TOKENS, _ANSWER_BYTES = 24, 96
 _BATCH = 16
 
@@ -253,7 +253,3 @@ def _spread(items: Sequence[Item], number: int) -> list[Item]:
     """That many items, spread over all of them."""
     places = np.linspace(0, len(items) - 1, min(number, len(items))).astype(int)
     return [items[place] for place in places]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -100,7 +100,8 @@ class BytePaths:
         vocabulary: the model's.
         next_log_probs: the model, which continues a fixed prompt. Its special tokens other than
             ends are excluded, as if they had probability 0.
-        prune: sequences with less than this share of the text's probability are dropped; 0: none.
+        prune: sequences with less than this share of the text's probability are dropped, except the
+            most probable one that ends where the text ends; 0: none.
 
     Attributes:
         dropped: Upper bound of the share of probability that was dropped so far.
@@ -162,6 +163,8 @@ class BytePaths:
         shares = np.exp(weights - weights.max())
         shares /= shares.sum()
         kept = shares >= self._prune
+        if complete:  # from where a token ends, any byte may follow
+            kept[len(begun) + int(np.argmax(shares[len(begun) :]))] = True
         self.dropped += float(shares[~kept].sum())
         self._paths = [path for (_, path), keep in zip(begun, kept, strict=False) if keep]
         of_complete = zip(complete, kept[len(begun) :], strict=True)

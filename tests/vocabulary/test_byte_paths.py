@@ -144,3 +144,11 @@ def test_a_byte_that_no_token_spells_is_an_error() -> None:
     paths = BytePaths(_vocabulary(FIRST), _model(len(FIRST), seed=1))
     with pytest.raises(ValueError, match="no tokens spell the text after byte 99"):
         paths.push(ord("c"))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_however_much_is_dropped_any_text_can_follow(seed: int) -> None:
+    paths = BytePaths(_vocabulary(FIRST), _model(len(FIRST), seed, sharpness=8.0), prune=0.4)
+    for byte in np.random.default_rng(seed).choice(list(b"ab"), size=40):
+        paths.push(int(byte))
+    assert np.isfinite(paths.log_probs()[list(b"ab")]).all()
