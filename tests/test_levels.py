@@ -50,6 +50,7 @@ LEVELS = {
     "ivl_jax.plan.__main__": 7.5,  # a command line
     "ivl_jax.plan": 6,
     "ivl_jax.evaluation": 6,
+    "ivl_jax.integrations": 6,
     "ivl_jax.serving": 6,
     "ivl_jax.experiments": 7,
     "ivl_jax.assets": 0,

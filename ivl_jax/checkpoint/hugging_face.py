@@ -2,7 +2,7 @@
 
 In: a value folder. Out: a folder that `transformers` loads: weights, configuration, tokenizer with
 chat template, stop ids. Its logits are z_value; the caller adds them to a base's
-(`examples/logits_processor.py`).
+(`ivl_jax.integrations.transformers`).
 """
 
 from pathlib import Path

@@ -62,7 +62,7 @@ class _OldSpelling:
     """A model whose forward names its cache as transformers did before 5.24."""
 
     def __init__(self, model: Any) -> None:
-        self._model, self.config = model, model.config
+        self._model, self.device = model, model.device
         names = inspect.signature(model.forward).parameters
         self._name = "cache" if "cache" in names else "past_key_values"
 
@@ -87,7 +87,7 @@ def test_pytorch_with_the_logits_processor_writes_our_greedy_text(
         return output[0, prompt.shape[1] :].tolist()
 
     for spelled in (value, _OldSpelling(value)):
-        processor = example.ValueLogits(spelled, 0.3)
+        processor = example.ValueLogits([spelled], [0.3])
         assert generate(logits_processor=[processor]) == list(ours.token_ids)
     assert generate() != list(ours.token_ids), "the value network changes the text"
 
@@ -95,7 +95,8 @@ def test_pytorch_with_the_logits_processor_writes_our_greedy_text(
 def test_the_example_prints_the_text_that_we_print(
     stories: LanguageModel, stories260k_dir: Path, folders, example, monkeypatch, capsys
 ) -> None:
-    arguments = [str(stories260k_dir), str(folders[1]), PROMPT, "--strength", "0.3", "--chat"]
+    # folders[0]: the value folder itself.
+    arguments = [str(stories260k_dir), str(folders[0]), PROMPT, "--strength", "0.3", "--chat"]
     monkeypatch.setattr("sys.argv", ["example", *arguments, "--max-new-tokens", "20"])
     example.main()
     model = compose(stories, load_value(folders[0]), strengths=[0.3])

@@ -1,0 +1,1 @@
+"""Value networks inside other libraries; each module needs that library's extra."""
