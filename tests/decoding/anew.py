@@ -17,12 +17,13 @@ from ivl_jax.vocabulary.special_tokens import pair_special_tokens
 PADDED = 192
 
 
-def random_map(base, value, *, seed=0, centred=False):
-    """Most base tokens to random value tokens, with random weights."""
+def random_map(base, value, *, seed=0, centred=False, entries=None):
+    """Most base tokens to a random value token, or several, with random weights."""
     rng = np.random.default_rng(seed)
     size, value_size = base.tokenizer_info.vocab_size, value.tokenizer_info.vocab_size
-    index = rng.integers(0, value_size, size).astype(np.int32)
-    weight = np.where(rng.random(size) < 0.8, rng.random(size), 0.0).astype(np.float32)
+    shape = (size,) if entries is None else (size, entries)
+    index = rng.integers(0, value_size, shape).astype(np.int32)
+    weight = np.where(rng.random(shape) < 0.8, rng.random(shape), 0.0).astype(np.float32)
     infos = base.tokenizer_info, value.tokenizer_info
     pairs = pair_special_tokens(*infos, base_name="b", value_name="v")
     for _, base_id, value_id in pairs:
@@ -87,7 +88,8 @@ def read_anew(model, index, prompt, base_ids):
     pairs = {base_id: value_id for _, base_id, value_id in own.special_pairs}
     begins = model.base.tokenizer_info.bos_id, value.tokenizer_info.bos_id
     puts_space = model.strips_leading_space
-    ids, spelled, fresh = [], b"", True
+    source = model.own_vocabularies[index].retokenizer.source
+    ids, spelled, fresh, after_special = [], b"", True, False
 
     def flush(final):
         nonlocal ids, spelled, fresh
@@ -101,8 +103,13 @@ def read_anew(model, index, prompt, base_ids):
     for place, base_id in enumerate(base_ids):
         paired = begins[1] if (place, base_id) == (0, begins[0]) else pairs.get(base_id)
         if paired is None:
-            spelled += model.token_bytes[base_id]
+            piece = model.token_bytes[base_id]
+            # The space that some tokenizers put after each special token is not text.
+            spelled += piece.removeprefix(b" ") if after_special else piece
+            special = base_id in source.special_ids and source.prefix == "every"
+            after_special = special or (after_special and not piece)
         else:
+            after_special = False
             flush(final=True)
             ids.append(paired)
     flush(final=False)
@@ -138,5 +145,6 @@ def step_anew(model, maps, prompt, base_ids, strengths):
         logits = last_logits(value, read_anew(model, index, prompt, base_ids))
         if maps[index].metadata.centred:
             logits = logits - logits[np.unique(found[weight != 0])].mean()
-        total = total + strengths[index] * np.where(weight != 0, weight * logits[found], 0)
+        each = np.where(weight != 0, weight * logits[found], 0)
+        total = total + strengths[index] * each.reshape(len(each), -1).sum(axis=1)
     return total
