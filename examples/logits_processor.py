@@ -6,6 +6,7 @@ Needs the extra `torch`. Greedy text is that of infer.py.
 """
 
 import argparse
+from typing import Any, cast
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,10 +23,9 @@ def main():
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--chat", action="store_true", help="use the chat template")
     chosen = parser.parse_args()
-    base, of_base = (
-        kind.from_pretrained(chosen.base) for kind in (AutoModelForCausalLM, AutoTokenizer)
-    )
-    value, tokenizer = load_torch_value(chosen.value)
+    base: Any = AutoModelForCausalLM.from_pretrained(chosen.base)
+    of_base: Any = AutoTokenizer.from_pretrained(chosen.base)
+    value, tokenizer = cast("tuple[Any, Any]", load_torch_value(chosen.value))
     text_map, stop_ids = None, value.generation_config.eos_token_id
     if chosen.map is not None:
         text_map = TextMap(chosen.map, of_base, tokenizer)

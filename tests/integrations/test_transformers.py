@@ -41,7 +41,7 @@ ROWS, TOKENS = 48, 12
 EXCHANGED = Path(__file__).parents[1] / "fixtures" / "exchanged"
 
 
-def network(seed: int, *, rows: int = ROWS) -> LlamaForCausalLM:
+def network(seed: int, *, rows: int = ROWS) -> Any:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=rows,
@@ -56,7 +56,7 @@ def network(seed: int, *, rows: int = ROWS) -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def networks() -> list[LlamaForCausalLM]:
+def networks() -> list[Any]:
     """A base and two value networks, of which one has more vocabulary rows."""
     return [network(0), network(1), network(2, rows=ROWS + 8)]
 
@@ -65,7 +65,7 @@ PROMPT = torch.tensor([[5, 7, 11], [3, 2, 1]])
 
 
 def generate(
-    base: LlamaForCausalLM,
+    base: Any,
     processor: LogitsProcessor,
     prompt: torch.Tensor = PROMPT,
     **options: Any,
@@ -82,11 +82,12 @@ def generate(
 
 
 @torch.no_grad()
-def without_caches(networks: list[LlamaForCausalLM], strengths: list[float]) -> list[list[int]]:
+def without_caches(networks: list[Any], strengths: list[float]) -> list[list[int]]:
     text = PROMPT
     for _ in range(TOKENS):
         terms = [one(text).logits[:, -1, :ROWS] for one in networks]
-        composed = sum(alpha * term for alpha, term in zip([1.0, *strengths], terms, strict=True))
+        each = zip([1.0, *strengths], terms, strict=True)
+        composed = torch.stack([alpha * term for alpha, term in each]).sum(dim=0)
         text = torch.cat([text, composed.argmax(-1, keepdim=True)], dim=1)
     return text[:, PROMPT.shape[1] :].tolist()
 
@@ -190,7 +191,8 @@ def test_a_padded_batch_with_a_map_writes_the_greedy_text_of_infer(tmp_path: Pat
     of_base.pad_token, of_base.padding_side = of_base.eos_token, "left"
     inputs = of_base(TEXTS, padding=True, return_tensors="pt")
     prompt, mask = inputs["input_ids"], inputs["attention_mask"]
-    torch_base, torch_value = map(AutoModelForCausalLM.from_pretrained, FAMILY.values())
+    models: list[Any] = [AutoModelForCausalLM.from_pretrained(f) for f in FAMILY.values()]
+    torch_base, torch_value = models
     text_map = TextMap(tmp_path / "map", of_base, of_value)
     processor = ValueLogits([torch_value], [1.0], text_maps=[text_map], attention_mask=mask)
     theirs = generate(torch_base, processor, prompt, attention_mask=mask)
