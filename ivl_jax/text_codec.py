@@ -5,7 +5,10 @@ text that begins a text, follows a special token, or continues other text: Sente
 before the first word must not appear before a stretch in the middle.
 """
 
+import functools
+import itertools
 import json
+import re
 from typing import Any, Literal, NamedTuple
 
 from tokenizers import Tokenizer
@@ -16,6 +19,15 @@ Prefix = Literal["none", "first", "every"]
 """Where a tokenizer adds a space: nowhere, at a text's start, or also after each special token."""
 Before = Literal["start", "special", "text"]
 """What precedes a stretch of text: nothing, a special token, or other text."""
+
+
+# Stretches of at most so many characters, of which so many are kept with their tokens: words recur.
+_SHORT, _KEPT = 24, 1 << 16
+# Steps of normalisation that change characters one by one, or compose them with what follows.
+_LOCAL_NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD", "Prepend", "Lowercase", "StripAccents"}
+# Beginnings and ends of words with which a tokenizer is tried.
+_WORD_ENDS = (*map(chr, range(33, 127)), "é", "水", "🙂", "\u0301")
+_WORD_BEGINNINGS = "x7.水"
 
 
 class TextEncoders(NamedTuple):
@@ -89,6 +101,8 @@ class TextCodec:
         beginning: What it puts before every text: its begin-of-text token, or nothing.
         is_bpe: Whether its tokens come from merging neighbours, so that distant parts of a text do
             not influence each other.
+        breaks_before_words: Whether the space between two words always begins a token, and what is
+            before it never influences what comes after.
     """
 
     def __init__(self, tokenizer: Any, info: TokenizerInfo) -> None:
@@ -102,6 +116,8 @@ class TextCodec:
         self.is_bpe = model["type"] == "BPE" and not model.get("dropout")
         self._encoders = make_text_encoders(definition)
         self.prefix = self._encoders.prefix
+        self._encode_short = functools.lru_cache(_KEPT)(self._encode)
+        self.breaks_before_words = self.is_bpe and self._breaks_before_words(json.loads(definition))
 
     @property
     def empty_id(self) -> int:
@@ -119,9 +135,10 @@ class TextCodec:
         Returns:
             Token ids.
         """
-        encoder = self._encoder(before)
-        encoder.encode_special_tokens = True
-        return encoder.encode(text, add_special_tokens=False).ids
+        own_space = self._has_own_space(before)
+        if len(text) <= _SHORT:
+            return list(self._encode_short(text, own_space=own_space))
+        return self._encode(text, own_space=own_space)
 
     def encode_special(self, text: str, *, before: Before) -> ReadText:
         """Tokenise a stretch of text up to the last special token spelled out in it.
@@ -133,7 +150,7 @@ class TextCodec:
         Returns:
             Token ids up to the last special token, and the text after it.
         """
-        encoder = self._encoder(before)
+        encoder = self._encoders.whole if self._has_own_space(before) else self._encoders.bare
         encoder.encode_special_tokens = False
         encoding = encoder.encode(text, add_special_tokens=False)
         for place in reversed(range(len(encoding.ids))):
@@ -144,9 +161,39 @@ class TextCodec:
                 return ReadText(encoding.ids[: place + 1], text[end:])
         return ReadText([], text)
 
-    def _encoder(self, before: Before) -> Tokenizer:
-        own_space = before == "start" or (before == "special" and self.prefix == "every")
-        return self._encoders.whole if own_space else self._encoders.bare
+    def _encode(self, text: str, *, own_space: bool) -> list[int]:
+        encoder = self._encoders.whole if own_space else self._encoders.bare
+        encoder.encode_special_tokens = True
+        return encoder.encode(text, add_special_tokens=False).ids
+
+    def _has_own_space(self, before: Before) -> bool:
+        return before == "start" or (before == "special" and self.prefix == "every")
+
+    def _breaks_before_words(self, definition: dict[str, Any]) -> bool:
+        # Merging crosses a place only into a token that spans it.
+        spaced = [token.decode(errors="replace") for token in self.token_bytes if b" " in token[1:]]
+        if any(re.search(r"\S ", text) for text in spaced):
+            return False
+        if not _is_local(definition["normalizer"]):
+            return False
+        if any(added["rstrip"] and not added["special"] for added in definition["added_tokens"]):
+            return False
+        # What splits a text before merging cannot be known, but tried.
+        each = itertools.product(_WORD_BEGINNINGS, _WORD_ENDS)
+        first, *words = [f"{beginning}a{end}" for beginning, end in each]
+        apart = self._encode(first, own_space=False)
+        for word in words:
+            apart += self._encode(f" {word}", own_space=False)
+        return self._encode(" ".join([first, *words]), own_space=False) == apart
+
+
+def _is_local(normalizer: dict[str, Any] | None) -> bool:
+    """Whether what is before the space between two words is normalised apart from the rest."""
+    if normalizer is None or normalizer["type"] in _LOCAL_NORMALIZERS:
+        return True
+    if normalizer["type"] == "Sequence":
+        return all(map(_is_local, normalizer["normalizers"]))
+    return normalizer["type"] == "Replace" and normalizer["pattern"] == {"String": " "}
 
 
 def _encoder(definition: str) -> Tokenizer:

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from ivl_jax.assets import family_folder
 from ivl_jax.text_codec import Before, ReadText, TextCodec
@@ -116,6 +118,51 @@ def test_only_a_tail_is_read_anew_also_in_long_texts(
             grown.push([token_id])
         assert len(grown.tokens) > 300
         assert max(read) < 600
+        read.clear()
+        for token_id in rules.source.encode("All work and no play." * 60, before="start"):
+            grown.push([token_id])
+        assert max(read) < 12, "words are read one by one"
+
+
+def toy_codec(**changes: Any) -> TextCodec:
+    """Reads characters, and a space with the letter after it; with `changes`, else too."""
+    names = ["?", *map(chr, range(32, 127)), *(f" {chr(i)}" for i in range(97, 123))]
+    merges = [(" ", chr(i)) for i in range(97, 123)]
+    if "spanning" in changes:
+        names, merges = [*names, "b c"], [*merges, ("b", " c")]
+    vocabulary = {name: index for index, name in enumerate(names)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="?"))
+    tokenizer.normalizer = changes.get("normalizer")
+    tokenizer.pre_tokenizer = changes.get("pre_tokenizer")
+    tokenizer.add_tokens(changes.get("added", []))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?")
+    return TextCodec(fast, describe_tokenizer(fast))
+
+
+@pytest.mark.parametrize(
+    ("changes", "apart"),
+    [
+        ({}, True),
+        ({"normalizer": normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])}, True),
+        ({"spanning": True}, False),
+        ({"normalizer": normalizers.Replace(Regex(" +"), " ")}, False),
+        ({"normalizer": normalizers.Strip()}, False),
+        ({"added": [AddedToken("word", rstrip=True)]}, False),
+        # A space after "!" is a token of its own, but not where a text begins with it.
+        ({"pre_tokenizer": pre_tokenizers.Split(Regex("(?<=!) "), "isolated")}, False),
+    ],
+    ids=str,
+)
+def test_words_are_read_apart_only_where_that_changes_nothing(
+    changes: dict[str, Any], *, apart: bool
+) -> None:
+    target = toy_codec(**changes)
+    assert target.breaks_before_words is apart
+    grown = Retokenizer(toy_codec(), target, {}).begin(())
+    text = "a b c  word d! e word"
+    for count, letter in enumerate(text, 1):
+        grown.push([ord(letter) - 31])
+        assert grown.tokens[1:] == target.encode(text[:count], before="start")
 
 
 class FarReaching(TextCodec):
@@ -126,6 +173,7 @@ class FarReaching(TextCodec):
         self.token_bytes = tuple(bytes([i % 256]) for i in range(512))
         self.special_ids = frozenset()
         self.prefix, self.beginning, self.is_bpe = "none", (), True
+        self.breaks_before_words = False
 
     def encode(self, text: str, *, before: Before) -> list[int]:
         other = 256 if "!" in text else 0
