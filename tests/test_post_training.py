@@ -1,6 +1,10 @@
 """Learning from sampled answers: the objective's weights, rewards that rise, runs that resume."""
 
 import json
+import logging
+import os
+import re
+import signal
 from dataclasses import replace
 from typing import Any
 
@@ -48,18 +52,20 @@ def test_advantages_compare_the_answers_of_a_prompt() -> None:
     centred = advantages(rewards, standardised=False)
     np.testing.assert_allclose(centred, [[-1, 1, 0, 0], [0, 0, 0, 0]])
     np.testing.assert_allclose(
-        advantages(rewards, standardised=True), centred / np.sqrt(0.5), rtol=1e-6
+        advantages(rewards, standardised=True), centred / (np.sqrt(0.5) + 1e-4), rtol=1e-6
     )
+    # Rewards that differ by rounding alone are no reason to change anything.
+    assert np.abs(advantages(np.array([[0.3, 0.1 + 0.2]]), standardised=True)).max() < 1e-9
 
 
-@pytest.mark.parametrize("average", ["answers", "tokens"])
+@pytest.mark.parametrize("average", ["answers", "tokens", "constant"])
 def test_loss_is_a_mean_over_answers_or_over_tokens(average) -> None:
     batch = on_device(make_batch())
     rng = np.random.default_rng(0)
     shape = batch.tokens.shape
     gains, log_prob, kl = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(3))
     batch = batch._replace(advantages=gains)
-    objective = make_grpo(GrpoConfig(average=average, kl_weight=0.3))
+    objective = make_grpo(GrpoConfig(average=average, kl_weight=0.3, max_new_tokens=50))
     weights = objective.weigh(batch, {})
     summed = jnp.sum(weights["log_prob"] * log_prob) + jnp.sum(weights["base_kl"] * kl)
     per_token = np.asarray(-gains * log_prob + 0.3 * kl, np.float64)
@@ -70,7 +76,12 @@ def test_loss_is_a_mean_over_answers_or_over_tokens(average) -> None:
         for number in (1, 2)
     ]
     means = [one.mean() for one in answers if one.size]
-    expected = np.mean(means) if average == "answers" else per_token[counted].mean()
+    expected = {
+        "answers": np.mean(means),
+        "tokens": per_token[counted].mean(),
+        # Answers without a counted token, which were truncated, are in the divisor.
+        "constant": per_token[counted].sum() / (50 * sum(len(set(row) - {0}) for row in ids)),
+    }[average]
     assert float(summed / objective.count(batch)) == pytest.approx(expected, rel=1e-4)
 
 
@@ -213,6 +224,80 @@ def test_a_base_that_samples_is_not_stacked(config) -> None:
         assert (
             static_attribute(frozen_network(chosen, base, mesh).graphdef, "scan_layers") == stacked
         )
+
+
+class Interruption:
+    """A reward that sends a signal, or raises, at the n-th answer; it counts over all starts."""
+
+    def __init__(self) -> None:
+        self.answers = 0
+        self.signal_at = self.raise_at = -1
+
+    def __call__(self, sample: Sample) -> float:
+        self.answers += 1
+        if self.answers == self.signal_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if self.answers == self.raise_at:
+            raise LookupError("the service is down")
+        return ascii_share(sample)
+
+
+interruption = Interruption()
+
+
+def test_what_ends_a_run_while_it_samples_loses_no_step(
+    unevaluated, tmp_path, monkeypatch, caplog
+) -> None:
+    """A signal, then a reward that raises: each time the run resumes after the last whole step."""
+    caplog.set_level(logging.INFO, "ivl_jax")
+    config = replace(
+        unevaluated,
+        grpo=replace(unevaluated.grpo, rewards=("tests.test_post_training:interruption",)),
+        step=replace(unevaluated.step, max_steps=3),
+        logging=replace(unevaluated.logging, checkpoint_every=3),
+    )
+    whole = run(config)
+    config = replace(config, run_dir=str(tmp_path / "stopped"))
+    fresh = Interruption()
+    monkeypatch.setattr("tests.test_post_training.interruption", fresh)
+    fresh.signal_at = 16 + 5  # an answer of the second step
+    stopped = run(config)
+    assert stopped.interrupted
+    assert (stopped.steps, fresh.answers) == (1, 21)
+    fresh.raise_at = 21 + 16 + 3  # the second step is sampled again, then the third
+    with pytest.raises(RewardError, match="the service is down"):
+        run(replace(config, resume=True))
+    assert "an error ended the run after step 2/3, which is saved" in caplog.text
+    resumed = run(replace(config, resume=True))
+    assert_same_run(resumed, whole)
+    samples = [(one.run_dir / "samples.jsonl").read_text() for one in (resumed, whole)]
+    assert samples[0] == samples[1]
+    assert fresh.answers == 40 + 16
+    timings = (whole.run_dir / "timings.jsonl").read_text().splitlines()
+    last = json.loads(timings[-1])
+    assert last["sampled_tokens_per_second"] > 0
+    assert 0 < last["sampling_share"] < 1
+    assert re.search(r"step 3/3 .* · sampling \d+% of the time, [\d,]+ tokens/s", caplog.text)
+
+
+def test_prompts_without_room_for_an_answer_are_left_out_and_named(
+    unevaluated, tmp_path, caplog
+) -> None:
+    """They would have ended the run in whatever step drew them."""
+    rows = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "1"}]}
+        for text in ("1?", "how many of them are there?", "2?", "3?")
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = replace(unevaluated.data, train=(str(file),))
+    result = run(replace(unevaluated, data=data))
+    assert result.steps == 2
+    assert "1 of 4 prompts leave no room" in caplog.text
+    assert "rows.jsonl:2: its prompt has" in caplog.text
+    samples = (result.run_dir / "samples.jsonl").read_text().splitlines()
+    asked = {json.loads(line)["row"] for line in samples}
+    assert asked == {"rows.jsonl:1", "rows.jsonl:3", "rows.jsonl:4"}
 
 
 @pytest.fixture

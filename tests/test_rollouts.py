@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from ivl_jax.data.formats import Demonstration
 from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.generation import Generation
 from ivl_jax.post_training.answers import Answers, lay_out_answers
@@ -15,6 +16,7 @@ from ivl_jax.post_training.sampler import Sampler, _without_trained
 from ivl_jax.rewards import RewardError, Sample
 from ivl_jax.training.objectives.objective import Sampling
 from ivl_jax.training.programs import BaseProgram
+from ivl_jax.training.rollouts import SamplingProgress, SamplingStoppedError, Watch
 
 
 def answers() -> Answers:
@@ -40,7 +42,10 @@ class FakeSampler(Sampler):
     def __init__(self) -> None:
         self.written: dict[str, Any] = {}
 
-    def sample(self, *_: Any) -> Answers:
+    def sample(self, *_: Any, watch: Watch) -> Answers:
+        return answers()
+
+    def answer(self, *_: Any, watch: Watch, **options: Any) -> Answers:
         return answers()
 
     def batch(self, found: Answers) -> Any:
@@ -51,6 +56,10 @@ class FakeSampler(Sampler):
 
 
 PROGRAM = BaseProgram("S", None, None, step=max, held_out=None, first_pass=max)
+
+
+def unwatched(progress: SamplingProgress) -> None:
+    del progress
 
 
 def exact(sample: Sample) -> float:
@@ -80,7 +89,7 @@ def test_answers_follow_their_prompts_and_truncated_ones_do_not_count() -> None:
 def test_groups_of_equal_rewards_are_counted_and_teach_nothing() -> None:
     sampler = FakeSampler()
     rollouts = RewardedRollouts(sampler, [("exact", exact, 2.0)], standardised=False)
-    batch, figures = rollouts.batch({}, 7, [], PROGRAM)
+    batch, figures = rollouts.batch({}, 7, [], PROGRAM, watch=unwatched)
     assert figures == {
         "reward": 0.5,
         "answer_tokens": 11 / 4,
@@ -99,12 +108,49 @@ def test_a_reward_that_is_not_a_number_is_named_with_its_sample() -> None:
     rollouts = RewardedRollouts(FakeSampler(), broken, standardised=True)
     said = r"reward mine returned nan.*'same' to a\.jsonl:1 \('Q1'\)"
     with pytest.raises(RewardError, match=said):
-        rollouts.batch({}, 0, [], PROGRAM)
+        rollouts.batch({}, 0, [], PROGRAM, watch=unwatched)
 
 
 def test_plain_answers_have_no_rewards() -> None:
     sampler = FakeSampler()
-    batch, figures = PlainRollouts(sampler).batch({}, 3, [], PROGRAM)
+    batch, figures = PlainRollouts(sampler).batch({}, 3, [], PROGRAM, watch=unwatched)
     assert batch.advantages is None
     assert set(figures) == {"answer_tokens", "truncated"}
     assert sampler.written == {"step": 3, "answers": 4}
+
+
+def test_a_signal_between_two_rewards_ends_the_sampling() -> None:
+    """Nothing of such answers is written."""
+    seen: list[SamplingProgress] = []
+
+    def watch(progress: SamplingProgress) -> None:
+        seen.append(progress)
+        if len(seen) == 3:
+            raise SamplingStoppedError
+
+    sampler = FakeSampler()
+    rollouts = RewardedRollouts(sampler, [("exact", exact, 1.0)], standardised=True)
+    with pytest.raises(SamplingStoppedError):
+        rollouts.batch({}, 0, [], PROGRAM, watch=watch)
+    assert seen == [SamplingProgress(4, 4, 11)] * 3
+    assert sampler.written == {}
+
+
+def test_held_out_prompts_are_answered_a_bounded_number_at_a_time(monkeypatch) -> None:
+    """Their figures are means over all of them, the last few included."""
+    monkeypatch.setattr("ivl_jax.post_training.rollouts._ANSWERED_TOGETHER", 4)
+    sizes: list[int] = []
+
+    class Counting(FakeSampler):
+        def answer(self, params: Any, demonstrations: Any, *_: Any, **options: Any) -> Answers:
+            sizes.append(len(demonstrations))
+            found = answers()
+            return Answers(*(part[: len(demonstrations)] for part in found))
+
+    asked = [Demonstration((), f"a.jsonl:{line}") for line in range(5)]
+    rollouts = RewardedRollouts(Counting(), [("exact", exact, 1.0)], standardised=True)
+    figures = rollouts.evaluate({}, asked, PROGRAM, watch=unwatched)
+    assert sizes == [4, 1]
+    assert figures["reward"] == pytest.approx(2 / 5)
+    assert figures["answer_tokens"] == pytest.approx((11 + 3) / 5)
+    assert figures["missed_reward"] == -figures["reward"]

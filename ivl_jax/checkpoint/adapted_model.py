@@ -17,7 +17,7 @@ from ivl_jax.weights.language_model import find_model
 
 _REMEDY = (
     "name the folder of the adapter's model: --value-model FOLDER where values are flags, "
-    "value_model=… in Python, value.lora.model in a training config"
+    "value_model=… in Python, value.lora.model or distil.value_models in a training config"
 )
 
 

@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from etils import epath
 
-from ivl_jax.config import CONNECTIONS, Targets, is_connection
+from ivl_jax.config import CONNECTIONS, LoraTargets, is_connection
 from ivl_jax.json_files import json_kind, read_json_object
 from ivl_jax.manifest import shorten
 from ivl_jax.paths import usable_path
@@ -49,7 +49,7 @@ _SHAPE: dict[str, Any] = {
     },
     "library_versions": "an object of texts",
 }
-_TARGETS = f"one of {', '.join(get_args(Targets))}"
+_TARGETS = f"one of {', '.join(get_args(LoraTargets))}"
 _ADAPTER_SHAPE = _SHAPE | {
     "adapter": {
         "rank": "a positive count",
@@ -246,7 +246,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "a number": _is_number,
     "text": lambda value: isinstance(value, str),
     "text or null": lambda value: value is None or isinstance(value, str),
-    _TARGETS: lambda value: isinstance(value, str) and value in get_args(Targets),
+    _TARGETS: lambda value: isinstance(value, str) and value in get_args(LoraTargets),
     _CONNECTION: lambda value: isinstance(value, str) and is_connection(value),
     "an object": lambda value: isinstance(value, dict),
     "an object of texts": _holds_texts,

@@ -32,6 +32,8 @@ class PositionLogits(NamedTuple):
     """The token that follows each position."""
     teacher_logits: Float32[Array, "B T V2"] | None = None
     """Logits of a teacher, −inf in its padding columns; None: there is none."""
+    temperature: float = 1.0
+    """What `composed` was divided by, and what the base's logits are."""
 
     @property
     def teacher(self) -> Float32[Array, "B T V"]:
@@ -51,9 +53,10 @@ class PositionLogits(NamedTuple):
         A model without value networks is compared with its teacher, if there is one.
         """
         if not self.composition.values and self.teacher_logits is not None:
-            return self.teacher
+            return at_temperature(self.teacher, self.temperature)
         size = self.composition.base.vocab_size
-        return compose_logits(self.networks.base, (), vocab_size=size)
+        logits = compose_logits(self.networks.base, (), vocab_size=size)
+        return at_temperature(logits, self.temperature)
 
 
 Score = Callable[[PositionLogits], Array]
@@ -101,6 +104,7 @@ def score_positions(
     strengths: Float[Array, "#B M"],
     names: Sequence[str],
     teacher_logits: Float32[Array, "B T V2"] | None = None,
+    temperature: float = 1.0,
 ) -> dict[str, Array]:
     """Score positions.
 
@@ -112,14 +116,22 @@ def score_positions(
         strengths: [B M] α of each value network, or one row for all.
         names: keys of `SCORES`; only these are computed.
         teacher_logits: of a teacher at the same positions, for scores that compare with one.
+        temperature: composed logits and the base's are divided by it, so that scores are those of
+            the distribution that is sampled at this temperature; value logits are not.
 
     Returns:
         Name → scores [B T]; [B T M] for `value_l1` and `value_l2`.
     """
     logits = network_logits(composition, params, hidden)
     composed = compose(composition, params.values, logits, strengths=strengths)
-    at = PositionLogits(composition, composed, logits, targets, teacher_logits)
+    composed = at_temperature(composed, temperature)
+    at = PositionLogits(composition, composed, logits, targets, teacher_logits, temperature)
     return {name: SCORES[name](at) for name in names}
+
+
+def at_temperature(logits: Float32[Array, "*B V"], temperature: float) -> Float32[Array, "*B V"]:
+    """Logits of the distribution that is sampled at a temperature."""
+    return logits if temperature == 1.0 else logits / temperature
 
 
 def log_probs(logits: Float32[Array, "*B V"], targets: Int[Array, "*B"]) -> Float32[Array, "*B"]:

@@ -46,7 +46,7 @@ from ivl_jax.config.train import (
     TrainConfig,
     check_train_config,
 )
-from ivl_jax.config.value import CONNECTIONS, LoraConfig, Targets, ValueConfig, is_connection
+from ivl_jax.config.value import CONNECTIONS, LoraConfig, LoraTargets, ValueConfig, is_connection
 
 __all__ = [
     "CONNECTIONS",
@@ -66,6 +66,7 @@ __all__ = [
     "LayoutName",
     "LoggingConfig",
     "LoraConfig",
+    "LoraTargets",
     "MeshConfig",
     "ModelConfig",
     "NamedModel",
@@ -79,7 +80,6 @@ __all__ = [
     "RuntimeConfig",
     "ServeConfig",
     "StepConfig",
-    "Targets",
     "TrainConfig",
     "ValueConfig",
     "check_infer_config",

@@ -47,10 +47,15 @@ class DistilConfig:
 
     teacher: str = ""
     """Hugging Face folder or hub id of the teacher, or of its base if it has value networks."""
+    revision: str | None = None
+    """Hub revision of the teacher; only for hub ids."""
     values: tuple[str, ...] = ()
     """Value folders that are added to the teacher's base; empty: the model is the teacher."""
     strengths: tuple[float, ...] = ()
     """α of each of them; empty: 1 each."""
+    value_models: tuple[str, ...] = ()
+    """Folders or hub ids of the models that LoRA values among them belong to, in any order; empty:
+    where the value folders say."""
     divergence: Literal["forward", "reverse", "js"] = "forward"
     """`forward` is KL(teacher ‖ student), `reverse` KL(student ‖ teacher), `js` Jensen–Shannon."""
     tokens: Literal["answers", "all"] = "answers"
@@ -81,6 +86,15 @@ class DistilConfig:
             bool(self.teacher) or not self.values,
             f"distil.values = {self.values} needs a base to be added to: name it as distil.teacher",
         )
+        require(
+            bool(self.values) or not self.value_models,
+            f"distil.value_models = {self.value_models} are the models of LoRA values: name those "
+            "as distil.values",
+        )
+        require(
+            bool(self.teacher) or self.revision is None,
+            f'distil.revision = "{self.revision}" is that of a teacher: name it as distil.teacher',
+        )
         _require_sampling("distil", self.max_new_tokens, self.temperature)
 
 
@@ -98,13 +112,14 @@ class GrpoConfig:
     max_new_tokens: int = 128
     """The most tokens per answer."""
     temperature: float = 1.0
-    """Of sampling. What is learned is the distribution at temperature 1; far from it, the samples
-    are those of another."""
+    """Of sampling, and of the distribution that is learned: the loss divides all logits by it, the
+    base's too. Decode at the same temperature."""
     advantage: Literal["standardised", "centred"] = "standardised"
-    """A reward minus its group's mean, divided by the group's standard deviation (GRPO) or not (Dr.
-    GRPO)."""
-    average: Literal["answers", "tokens"] = "answers"
-    """Each answer counts the same (GRPO), or each token (DAPO)."""
+    """A reward minus its group's mean, divided by the group's standard deviation (GRPO; 1e-4 is
+    added to it) or not (Dr. GRPO)."""
+    average: Literal["answers", "tokens", "constant"] = "answers"
+    """Each answer counts the same (GRPO), or each token (DAPO); `constant` divides the sum over an
+    answer's tokens by `max_new_tokens`, whatever its length (Dr. GRPO)."""
     kl_weight: float = 0.04
     """β: weight of the exact KL divergence from the base, per token."""
     mask_truncated: bool = True

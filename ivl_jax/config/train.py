@@ -194,7 +194,7 @@ class TrainConfig:
     method: Literal["value", "sft"] = "value"
     """`value`: train a value network with a frozen base; `sft`: fine-tune the base itself."""
     seed: int = 0
-    """Seed of initialisation and of the order of demonstrations."""
+    """Seed of initialisation, of the order of demonstrations, and of sampled answers."""
     resume: bool = False
     """Resume from the newest intact checkpoint of `run_dir`."""
     distributed: bool = False
@@ -222,6 +222,11 @@ class TrainConfig:
     def all_bases(self) -> tuple[BaseConfig, ...]:
         """`bases`, or the one `base`."""
         return self.bases or (self.base,)
+
+    @property
+    def trained_layout(self) -> LayoutName:
+        """Mesh axes that split the parameters that are trained."""
+        return self.base.layout if self.method == "sft" else self.value.layout
 
     def __post_init__(self) -> None:
         """Check the seed."""

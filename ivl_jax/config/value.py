@@ -11,7 +11,7 @@ from ivl_jax.config.checks import require, require_numbers
 from ivl_jax.config.model import LayoutName
 from ivl_jax.extensions import is_extension
 
-Targets = Literal["all-linear", "attention", "mlp"]
+LoraTargets = Literal["all-linear", "attention", "mlp"]
 CONNECTIONS = ("residual", "cascade", "cascade_no_text", "hidden", "linear")
 
 
@@ -28,7 +28,7 @@ class LoraConfig:
     """Width between the adapter's two matrices; 0: no adapter, all parameters are trained."""
     alpha: float = 16.0
     """Scale of the adapter: its product is multiplied by alpha / rank."""
-    targets: Targets = "all-linear"
+    targets: LoraTargets = "all-linear"
     """Which projections have an adapter: of attention, of the MLP, or both; never the head."""
     param_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     """How the frozen weights are stored; as `base.param_dtype`."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float, Float32, Int32
+from jaxtyping import Bool, Float, Float32, Int32, Int64
 
 from ivl_jax.data.base_states import BaseStates
 from ivl_jax.data.formats import Demonstration
@@ -275,6 +275,7 @@ def make_train_iterator(
     process_count: int = 1,
     states: Sequence[BaseStates | None] = (None,),
     turns: Callable[[int], int] = lambda batch: 0,
+    only: Int64[np.ndarray, "K"] | None = None,
 ) -> TrainIterator:
     """Makes the batches to train on: every epoch is a new shuffle of all rows.
 
@@ -292,6 +293,7 @@ def make_train_iterator(
         process_count: Number of processes that share the global batch.
         states: For each base, its cached states of these dialogues; None if it runs in every step.
         turns: A batch's number in the run → the base whose states it contains.
+        only: Indices of the dialogues that are used; None: all. Not with packing.
 
     Returns:
         An endless iterator over this process's `[batch_size / process_count, T]` batches.
@@ -302,7 +304,7 @@ def make_train_iterator(
     Source: shuffling, batching and the position are Grain's. Its packing (`grain.experimental`)
         fills rows on the fly, so that the number of steps is not known before the end of an epoch.
     """
-    plan = _plan(tokenized, packing=packing, seed=seed)
+    plan = _plan(tokenized, packing=packing, seed=seed, only=only)
     packed = _PackedRows(tokenized, plan, pad_id, batch_size, process_index, process_count)
     order = grain.MapDataset.range(plan.rows).shuffle(seed=seed % 2**32)
     identity = {
@@ -311,6 +313,8 @@ def make_train_iterator(
         "packing": packing,
         "seed": seed,
     }
+    if plan.rows < len(tokenized) and not packing:
+        identity["dialogues used"] = plan.rows
     batches = order.batch(batch_size, batch_fn=list)
     return TrainIterator(packed, batches, identity=identity, states=states, turns=turns)
 
@@ -325,6 +329,7 @@ def make_eval_batches(
     process_index: int = 0,
     process_count: int = 1,
     states: BaseStates | None = None,
+    only: Int64[np.ndarray, "K"] | None = None,
 ) -> EvalBatches:
     """Makes the batches to evaluate on: one pass, every row exactly once.
 
@@ -337,6 +342,7 @@ def make_eval_batches(
         process_index: Index of this process.
         process_count: Number of processes that share the global batch.
         states: The base's cached states of these dialogues; None if it runs.
+        only: Indices of the dialogues that are used; None: all. Not with packing.
 
     Returns:
         Batches of `[batch_size / process_count, T]`, the same number in every process.
@@ -344,7 +350,7 @@ def make_eval_batches(
     Raises:
         ValueError: The processes do not divide the batch.
     """
-    plan = _plan(tokenized, packing=packing, seed=0)
+    plan = _plan(tokenized, packing=packing, seed=0, only=only)
     packed = _PackedRows(tokenized, plan, pad_id, batch_size, process_index, process_count)
     order = grain.MapDataset.range(plan.rows)
     if 0 < max_rows < plan.rows:
@@ -352,8 +358,18 @@ def make_eval_batches(
     return EvalBatches(packed, order.batch(batch_size, batch_fn=list), states=states)
 
 
-def _plan(tokenized: TokenizedDemonstrations, *, packing: bool, seed: int) -> RowPlan:
+def _plan(
+    tokenized: TokenizedDemonstrations,
+    *,
+    packing: bool,
+    seed: int,
+    only: Int64[np.ndarray, "K"] | None,
+) -> RowPlan:
     """Which dialogues share a row."""
+    if only is not None and packing:
+        raise ValueError("a part of the dialogues can only be used without packing")
+    if only is not None:
+        return one_per_row(len(only))._replace(dialogues=only)
     if not packing:
         return one_per_row(len(tokenized))
     return pack(tokenized.positions, row_length=tokenized.sequence_length, seed=seed)

@@ -65,6 +65,7 @@ def compose(
     draft_length: int = 0,
     int8_base: bool = False,
     param_dtype: DTypeLike = jnp.float32,
+    compute_dtype: DTypeLike | None = None,
 ) -> ComposedModel:
     """Compose value networks with a base model: z = z_base + Σ α · z_value.
 
@@ -96,9 +97,11 @@ def compose(
         int8_base: round the base's kernels to int8: a quarter of their float32 memory, and faster
             where memory is what decoding waits for.
         param_dtype: float32, bfloat16 or float16, for models given by path.
+        compute_dtype: of activations, products and caches; None: for each network the dtype that
+            its parameters are held in.
 
     Returns:
-        A model that generates. Computation runs in the dtype each network's parameters are held in.
+        A model that generates.
 
     Raises:
         TypeError: something that is neither a model nor the path of one.
@@ -149,6 +152,7 @@ def compose(
         value_rules=value_rules,
         draft_length=draft_length,
         int8_base=int8_base,
+        compute_dtype=compute_dtype,
     )
 
 
@@ -164,6 +168,7 @@ def compose_loaded(
     value_rules: ShardingRules,
     draft_length: int,
     int8_base: bool,
+    compute_dtype: DTypeLike | None = None,
 ) -> ComposedModel:
     """Compose loaded value networks with a loaded base, checked against each other before.
 
@@ -178,6 +183,7 @@ def compose_loaded(
         value_rules: the value networks' layout on the mesh.
         draft_length: tokens that the draft proposes at a time.
         int8_base: round the base's kernels to int8.
+        compute_dtype: as `compose` takes it.
 
     Returns:
         A model that generates.
@@ -192,15 +198,17 @@ def compose_loaded(
         raise ValueError(f"draft_length must be in [0, {LONGEST_DRAFT}], got {draft_length}")
     layout = None if mesh is None else Layout(mesh, base_rules)
     value_layout = None if mesh is None else Layout(mesh, value_rules)
-    base_network, base_params = _network(base, sources.base, layout, int8=int8_base)
+    base_network, base_params = _network(base, sources.base, layout, compute_dtype, int8=int8_base)
     each = zip(values, sources.values, sources.unknown_ids, strict=True)
-    arranged = [arrange_value(*one, layout=value_layout) for one in each]
+    arranged = [
+        arrange_value(*one, layout=value_layout, compute_dtype=compute_dtype) for one in each
+    ]
     proposer = NGRAM_PROPOSER if sources.ngrams else None
     # As small as the values, and read as often: it is sharded as they are.
     draft_network, draft_arrays = None, None
     if draft is not None:
         assert sources.draft is not None
-        draft_network, draft_params = _network(draft, sources.draft, value_layout)
+        draft_network, draft_params = _network(draft, sources.draft, value_layout, compute_dtype)
         unknown = jnp.asarray(sources.draft_unknown_ids, jnp.int32)
         draft_arrays = DraftArrays(draft_params, unknown)
     composition = Composition(
@@ -247,17 +255,20 @@ def _network(
     model: LanguageModel | ValueNetwork,
     source: ModelSource,
     layout: Layout | None,
+    compute_dtype: DTypeLike | None,
     *,
     int8: bool = False,
 ) -> tuple[Network, Params]:
     """A network's static half, and its parameters as they are held for decoding."""
     info = source.info
-    graphdef, params = lay_out_network(model.params, model.arch, layout, int8=int8)
+    graphdef, params = lay_out_network(
+        model.params, model.arch, layout, int8=int8, compute_dtype=compute_dtype
+    )
     network = Network(
         graphdef=graphdef,
         arch=model.arch,
         vocab_size=min(info.vocab_size, output_rows(model.params)),
-        cache_dtype=str(jax.tree.leaves(params)[0].dtype),
+        cache_dtype=str(jnp.dtype(compute_dtype or jax.tree.leaves(params)[0].dtype)),
         replacement_id=info.replacement_id,
         layout=layout,
     )
@@ -270,6 +281,7 @@ def arrange_value(
     unknown_ids: Sequence[int],
     *,
     layout: Layout | None,
+    compute_dtype: DTypeLike | None = None,
 ) -> tuple[Network, ValueArrays]:
     """Arrange a value network for decoding.
 
@@ -278,11 +290,12 @@ def arrange_value(
         source: the network before its weights, with its map.
         unknown_ids: base ids that it does not know.
         layout: of value networks on the mesh; None: one device.
+        compute_dtype: as `compose` takes it.
 
     Returns:
         Its static half and its arrays, as a composition has them.
     """
-    network, params = _network(value, source, layout)
+    network, params = _network(value, source, layout, compute_dtype)
     described_map = source.described_map
     connected = dataclasses.replace(
         network,

@@ -6,7 +6,7 @@ final. `ivl_jax.decoding.compose` makes the model.
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
@@ -16,7 +16,7 @@ from ivl_jax.config import GenerationKeywords
 from ivl_jax.data.chat import ChatFormat
 from ivl_jax.decoding.capacity import EngineLimits
 from ivl_jax.decoding.device.proposals import Proposer
-from ivl_jax.decoding.engine import DEFAULT_LIMITS, Engine
+from ivl_jax.decoding.engine import DEFAULT_LIMITS, Engine, Progress
 from ivl_jax.decoding.engine_model import EngineModel
 from ivl_jax.decoding.generation import Generation
 from ivl_jax.decoding.given_prompts import OnePrompt, Prompt, is_one_prompt, plain_prompt
@@ -238,6 +238,7 @@ class ComposedModel:
         batch_size: int = 8,
         chunk_tokens: int = 16,
         profile: StepProfile = NO_PROFILE,
+        after_step: Callable[[Sequence[Progress]], object] = lambda progress: None,
     ) -> Iterator[Generation]:
         """Continue prepared prompts; when one ends, the next takes its row.
 
@@ -248,6 +249,8 @@ class ComposedModel:
                 stop string is seen. 1 in any case where a value network has its own vocabulary:
                 the host reads for it.
             profile: traces some of the steps between two looks.
+            after_step: called after each look with what it has brought; an exception that it
+                raises ends the generation.
 
         Yields:
             One generation per prompt, in order, as soon as it and those before it are done.
@@ -264,6 +267,7 @@ class ComposedModel:
                 return
             with profile.step(step, None):
                 progress = engine.step(max_tokens=chunk_tokens)
+            after_step(progress)
             done |= {one.id: one.generation for one in progress if one.generation is not None}
             while following in done:
                 yield done.pop(following)

@@ -43,6 +43,8 @@ def abstract_composition(
     base_rules: ShardingRules = DEFAULT_RULES,
     value_rules: ShardingRules = DEFAULT_RULES,
     int8_base: bool = False,
+    int8_tied_head: bool = True,
+    compute_dtype: DTypeLike | None = None,
 ) -> tuple[Composition, ComposedParams]:
     """Compose networks of one vocabulary that have no weights.
 
@@ -50,12 +52,14 @@ def abstract_composition(
         base: The base's architecture.
         values: Those of the value networks.
         mesh: Where they decode; its devices need not be attached.
-        dtype: Of all parameters and caches.
+        dtype: Of all parameters and, unless `compute_dtype` is given, of caches.
         value_dtype: Of those of the value networks, if they have another one.
         scheme: How the value networks are connected.
         base_rules: The base's sharding.
         value_rules: That of the value networks.
         int8_base: The base's kernels are in int8.
+        int8_tied_head: So is its head where that is tied to the embedding.
+        compute_dtype: Of activations and caches; None: that of the parameters.
 
     Returns:
         The static half, and the parameters' shapes with their shardings.
@@ -65,8 +69,15 @@ def abstract_composition(
         arch: Architecture, rules: ShardingRules, dtype: DTypeLike, *, int8: bool = False
     ) -> tuple[Network, Params]:
         layout = Layout(mesh, rules)
-        graphdef, params = network_shapes(arch, layout, dtype=dtype, int8=int8)
-        cache_dtype = str(jnp.dtype(dtype))
+        graphdef, params = network_shapes(
+            arch,
+            layout,
+            dtype=dtype,
+            int8=int8,
+            int8_tied_head=int8_tied_head,
+            compute_dtype=compute_dtype,
+        )
+        cache_dtype = str(jnp.dtype(compute_dtype or dtype))
         return Network(graphdef, arch, arch.vocab_size, cache_dtype, layout=layout), params
 
     base_network, base_params = network(base, base_rules, dtype, int8=int8_base)

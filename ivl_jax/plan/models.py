@@ -5,6 +5,7 @@ nothing but a `config.json`; for the models in `published.json` a copy of it is 
 the hub is asked for that one file.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,17 @@ from etils import epath
 from huggingface_hub import hf_hub_download
 from jax.sharding import Mesh
 
+from ivl_jax.checkpoint.adapted_model import AdaptedModel
+from ivl_jax.checkpoint.value_arrays import value_architecture
 from ivl_jax.checkpoint.value_metadata import METADATA_NAME, read_value_metadata
 from ivl_jax.composed.compatibility import ComposedSources
 from ivl_jax.composed.sources import ModelSource, Schemes, known_scheme
 from ivl_jax.composition import SCHEMES, ConnectionScheme
-from ivl_jax.config import ConfigError, DistilConfig, TrainConfig
+from ivl_jax.config import ConfigError, DistilConfig, TrainConfig, ValueConfig
 from ivl_jax.json_files import read_json_object
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.network import Architecture, architecture_from_json
+from ivl_jax.paths import usable_path
 from ivl_jax.tokenizer import TokenizerInfo
 from ivl_jax.training.models import Models, choose_models
 from ivl_jax.weights.language_model import read_arch
@@ -44,14 +48,33 @@ def planned_models(config: TrainConfig, mesh: Mesh, *, memory: int) -> Models:
         ConfigError: a `config.json` cannot be found or read, or as `choose_models`.
     """
     named = [(base.path, base.revision, "base.path") for base in config.all_bases]
+    adapter, adapted = None, None
     if config.method == "value" and config.value.path:
-        named.append((config.value.path, config.value.revision, "value.path"))
+        if (usable_path(config.value.path) / METADATA_NAME).exists():
+            adapter = read_value_metadata(config.value.path)
+            adapted = value_architecture(adapter, config.value.path)
+        else:
+            named.append((config.value.path, config.value.revision, "value.path"))
     if config.distil.teacher:
-        named.append((config.distil.teacher, None, "distil.teacher"))
-    vocab_size = min(read_architecture(*each).vocab_size for each in named)
+        named.append((config.distil.teacher, config.distil.revision, "distil.teacher"))
+    sizes = [read_architecture(*each).vocab_size for each in named]
+    vocab_size = min([*sizes, *([] if adapted is None else [adapted.vocab_size])])
 
     def read(path: str, revision: str | None, where: str) -> ModelSource:
+        if where == "value.lora.model" and adapted is not None:
+            # The value folder describes the model of its adapter, which need not be at hand.
+            return _source(path, adapted, vocab_size)
         return _source(path, read_architecture(path, revision, where), vocab_size)
+
+    def adapt(value: ValueConfig, scheme: ConnectionScheme) -> ModelSource:
+        assert adapter is not None
+        assert adapted is not None
+        found = _source(value.path, adapted, vocab_size, scheme)
+        model = None
+        if adapter.adapter is not None:
+            name = adapter.adapter["model"]["name"]
+            model = AdaptedModel(name, None, Path(name))
+        return dataclasses.replace(found, metadata=adapter, adapted=model)
 
     def teach(options: DistilConfig, students: Any, max_length: int) -> ComposedSources:
         del students, max_length
@@ -60,10 +83,10 @@ def planned_models(config: TrainConfig, mesh: Mesh, *, memory: int) -> Models:
             for path in options.values
             for arch, scheme in [read_value_architecture(path, where="distil.values", schemes={})]
         )
-        base = read(options.teacher, None, "distil.teacher")
+        base = read(options.teacher, options.revision, "distil.teacher")
         return ComposedSources(base, values, None, unknown_ids=((),) * len(values))
 
-    return choose_models(config, mesh, read=read, teach=teach, memory=memory)
+    return choose_models(config, mesh, read=read, teach=teach, adapt=adapt, memory=memory)
 
 
 def _source(

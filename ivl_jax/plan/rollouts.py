@@ -59,10 +59,10 @@ def plan_rollouts(
     Returns:
         The plan.
     """
-    rules, value_rules = LAYOUTS[config.base.layout], LAYOUTS[config.value.layout]
+    rules, dtype = LAYOUTS[config.trained_layout], jnp.dtype(config.step.compute_dtype)
     if base is None:
         composition, params = abstract_composition(
-            models.arch, mesh=mesh, dtype=jnp.float32, base_rules=rules
+            models.arch, mesh=mesh, dtype=jnp.float32, base_rules=rules, compute_dtype=dtype
         )
     else:
         composition, params = abstract_composition(
@@ -73,8 +73,10 @@ def plan_rollouts(
             value_dtype=jnp.float32,
             scheme=models.scheme or SCHEMES["residual"],
             base_rules=LAYOUTS[base.config.layout],
-            value_rules=value_rules,
+            value_rules=rules,
             int8_base=kernel_form(base.config).int8,
+            int8_tied_head=False,
+            compute_dtype=dtype,
         )
     multiple = row_multiple(composition)
     rows = -(-config.step.batch_size // multiple) * multiple

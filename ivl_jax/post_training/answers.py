@@ -27,11 +27,15 @@ class Answers(NamedTuple):
         """Which answers reached the most tokens that an answer may have."""
         return np.asarray([one.finish_reason == "length" for one in self.generations])
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of all answers together."""
+        return sum(len(one.token_ids) for one in self.generations)
+
     def figures(self) -> dict[str, float]:
         """Means over the answers."""
-        lengths = [len(one.token_ids) for one in self.generations]
         return {
-            "answer_tokens": float(np.mean(lengths)),
+            "answer_tokens": self.tokens / len(self.generations),
             "truncated": float(self.truncated.mean()),
         }
 

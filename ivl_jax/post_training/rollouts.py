@@ -16,6 +16,9 @@ from ivl_jax.post_training.sampler import Sampler
 from ivl_jax.rewards import WeightedReward, weighted_reward
 from ivl_jax.training.objectives.grpo import advantages
 from ivl_jax.training.programs import BaseProgram
+from ivl_jax.training.rollouts import SamplingProgress, Watch
+
+_ANSWERED_TOGETHER = 512
 
 
 class PlainRollouts:
@@ -31,17 +34,24 @@ class PlainRollouts:
         step: int,
         demonstrations: Sequence[Demonstration],
         program: BaseProgram,
+        *,
+        watch: Watch,
     ) -> tuple[Batch, Mapping[str, float]]:
         """See `Rollouts`."""
-        answers = self._sampler.sample(params, step, demonstrations, program)
+        answers = self._sampler.sample(params, step, demonstrations, program, watch=watch)
         self._sampler.write(step, answers, {})
         return self._sampler.batch(answers), answers.figures()
 
     def evaluate(
-        self, params: Params, demonstrations: Sequence[Demonstration], program: BaseProgram
+        self,
+        params: Params,
+        demonstrations: Sequence[Demonstration],
+        program: BaseProgram,
+        *,
+        watch: Watch,
     ) -> Mapping[str, float]:
         """See `Rollouts`."""
-        del params, demonstrations, program
+        del params, demonstrations, program, watch
         return {}
 
 
@@ -68,10 +78,12 @@ class RewardedRollouts:
         step: int,
         demonstrations: Sequence[Demonstration],
         program: BaseProgram,
+        *,
+        watch: Watch,
     ) -> tuple[Batch, Mapping[str, float]]:
         """See `Rollouts`."""
-        answers = self._sampler.sample(params, step, demonstrations, program)
-        rewards, figures = self._reward(answers)
+        answers = self._sampler.sample(params, step, demonstrations, program, watch=watch)
+        rewards, figures = self._reward(answers, watch)
         grouped = rewards.reshape(-1, self._sampler.sampling.group_size)
         gains = advantages(grouped, standardised=self._standardised).ravel()
         self._sampler.write(step, answers, {"reward": rewards, "advantage": gains})
@@ -83,17 +95,43 @@ class RewardedRollouts:
         return batch._replace(advantages=spread), figures
 
     def evaluate(
-        self, params: Params, demonstrations: Sequence[Demonstration], program: BaseProgram
+        self,
+        params: Params,
+        demonstrations: Sequence[Demonstration],
+        program: BaseProgram,
+        *,
+        watch: Watch,
     ) -> Mapping[str, float]:
-        """See `Rollouts`."""
-        answers = self._sampler.answer(params, demonstrations, program, temperature=0.0, seed=0)
-        _, figures = self._reward(answers)
+        """See `Rollouts`.
+
+        So that memory stays bounded, only some answers exist at a time; of the others their
+        figures are kept.
+        """
+        rows: dict[str, list[float]] = {}
+        for first in range(0, len(demonstrations), _ANSWERED_TOGETHER):
+            answers = self._sampler.answer(
+                params,
+                demonstrations[first : first + _ANSWERED_TOGETHER],
+                program,
+                temperature=0.0,
+                seed=0,
+                watch=watch,
+            )
+            rewards, figures = self._reward(answers, watch)
+            for name, value in figures.items():
+                rows.setdefault(name, []).append(value * len(rewards))
+        figures = {name: sum(values) / len(demonstrations) for name, values in rows.items()}
         # The best checkpoint is the one whose figure is lowest.
         return {**figures, "missed_reward": -figures["reward"]}
 
-    def _reward(self, answers: Answers) -> tuple[np.ndarray, dict[str, float]]:
+    def _reward(self, answers: Answers, watch: Watch) -> tuple[np.ndarray, dict[str, float]]:
         """The reward of each answer, and figures of all."""
-        found = [weighted_reward(self._rewards, sample) for sample in answers.samples]
+        count = len(answers.samples)
+        done = SamplingProgress(count, count, answers.tokens)
+        found = []
+        for sample in answers.samples:
+            watch(done)  # a reward function may take its time
+            found.append(weighted_reward(self._rewards, sample))
         totals = np.asarray([total for total, _ in found], np.float64)
         figures = {"reward": float(totals.mean()), **answers.figures()}
         if len(self._rewards) > 1:

@@ -20,10 +20,11 @@ from jax.sharding import Mesh
 from ivl_jax.checkpoint import ValueNetwork
 from ivl_jax.composed.kernel_form import lay_out_network
 from ivl_jax.composed.network import ComposedParams
-from ivl_jax.config import ConfigError, GenerationOptions, TrainConfig
+from ivl_jax.config import GenerationOptions, TrainConfig
 from ivl_jax.data.batching import Batch
 from ivl_jax.data.formats import Demonstration
 from ivl_jax.decoding.compose import compose
+from ivl_jax.decoding.engine import Progress
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import Params, unstack_layers
@@ -36,6 +37,7 @@ from ivl_jax.training.objectives.objective import Sampling
 from ivl_jax.training.output import stop_ids, value_metadata
 from ivl_jax.training.programs import BaseProgram
 from ivl_jax.training.record_file import RecordFile
+from ivl_jax.training.rollouts import SamplingProgress, Watch
 from ivl_jax.training.setup import Preparation
 from ivl_jax.training.used_weights import UsedWeights
 from ivl_jax.weights.language_model import LanguageModel
@@ -78,6 +80,8 @@ class Sampler:
         step: int,
         demonstrations: Sequence[Demonstration],
         program: BaseProgram,
+        *,
+        watch: Watch,
     ) -> Answers:
         """Answer the prompts of a step; the same step and parameters give the same answers.
 
@@ -86,6 +90,7 @@ class Sampler:
             step: steps taken.
             demonstrations: whose prompts are answered, each as often as a group has answers.
             program: of the base.
+            watch: is told how far sampling has come.
 
         Returns:
             The answers, those to the same prompt together.
@@ -94,7 +99,7 @@ class Sampler:
         seed = int(np.random.SeedSequence([self._config.seed, step]).generate_state(1)[0]) % _SEEDS
         asked = [one for one in demonstrations for _ in range(self.sampling.group_size)]
         temperature = self.sampling.temperature
-        return self.answer(params, asked, program, temperature=temperature, seed=seed)
+        return self.answer(params, asked, program, temperature=temperature, seed=seed, watch=watch)
 
     def answer(
         self,
@@ -104,6 +109,7 @@ class Sampler:
         *,
         temperature: float,
         seed: int,
+        watch: Watch,
     ) -> Answers:
         """Answer prompts.
 
@@ -113,12 +119,10 @@ class Sampler:
             program: of the base.
             temperature: of sampling; 0 is greedy.
             seed: of sampling.
+            watch: is told how far sampling has come.
 
         Returns:
             One answer each, in order.
-
-        Raises:
-            ConfigError: a prompt leaves no room for an answer; names its file and line.
         """
         model = self._model(params, program)
         options = GenerationOptions(
@@ -128,9 +132,18 @@ class Sampler:
         prompts = [one.messages[:-1] for one in demonstrations]
         prepared = model.prepare(prompts, options, names=names)
         tokens = [one.token_ids for one in prepared]
-        self._check_lengths(names, [len(ids) for ids in tokens])
-        rows = self._config.step.batch_size
-        generations = list(model.generate_prepared(prepared, batch_size=rows))
+        rows, done = self._config.step.batch_size, SamplingProgress(0, len(prepared), 0)
+
+        def after_step(found: Sequence[Progress]) -> None:
+            nonlocal done
+            ended = sum(one.generation is not None for one in found)
+            sampled = sum(len(one.token_ids) for one in found)
+            done = done._replace(answers=done.answers + ended, tokens=done.tokens + sampled)
+            watch(done)
+
+        generations = list(
+            model.generate_prepared(prepared, batch_size=rows, after_step=after_step)
+        )
         samples = [
             Sample(
                 generation.text_of(one.row_id),
@@ -187,17 +200,6 @@ class Sampler:
                 record | {name: float(each[index]) for name, each in columns.items()}
             )
 
-    def _check_lengths(self, names: Sequence[str], lengths: Sequence[int]) -> None:
-        most, longest = self._config.data.max_length, self.sampling.max_new_tokens
-        key = f"{self.sampling.table}.max_new_tokens"
-        for name, length in zip(names, lengths, strict=True):
-            if length + longest > most + 1:
-                raise ConfigError(
-                    f"{name}: its prompt of {length} tokens and an answer of {key} = {longest} do "
-                    f"not fit into data.max_length = {most}: raise data.max_length, lower {key}, "
-                    "or leave the row out"
-                )
-
     def _model(self, params: Params, program: BaseProgram) -> ComposedModel:
         """The composed model with these parameters; programs are compiled once for each base."""
         if self._prepared.models.lora is not None and self._prepared.frozen is not None:
@@ -234,7 +236,8 @@ class Sampler:
                 stop_ids=stop_ids(self._prepared),
             ),
             mesh=self._mesh,
-            base_rules=LAYOUTS[self._config.base.layout],
+            base_rules=LAYOUTS[self._config.trained_layout],
+            compute_dtype=self._compute_dtype,
         )
         template = self._prepared.data.chat_format.template
         source = dataclasses.replace(model.prompts.base, chat_template=template)
@@ -270,8 +273,14 @@ class Sampler:
             schemes={connection: models.scheme} if models.scheme is not None else {},
             mesh=self._mesh,
             base_rules=LAYOUTS[program.base.config.layout],
-            value_rules=LAYOUTS[self._config.value.layout],
+            value_rules=LAYOUTS[self._config.trained_layout],
+            compute_dtype=self._compute_dtype,
         )
+
+    @property
+    def _compute_dtype(self) -> jnp.dtype:
+        """The step's: what is sampled from is the distribution that the step scores."""
+        return jnp.dtype(self._config.step.compute_dtype)
 
     @property
     def _mesh(self) -> Mesh | None:

@@ -130,7 +130,7 @@ def _place(
 ) -> Placement:
     return place_model(
         arch,
-        layout=config.value.layout,
+        layout=config.trained_layout,
         param_dtype=dtype,
         scan_layers=config.step.scan_layers,
         mesh=mesh,

@@ -333,6 +333,7 @@ def _first_pass(
             targets,
             strengths=strengths,
             names=loss.objective.first_pass,
+            temperature=loss.objective.temperature,
             teacher_logits=teacher_logits(
                 loss.teacher, loss.teacher_strengths, teacher, teacher_hidden
             ),
@@ -379,6 +380,7 @@ def _chunk_loss(
             targets,
             strengths=jnp.ones((1, len(loss.composition.values)), jnp.float32),
             names=names,
+            temperature=loss.objective.temperature,
             teacher_logits=teacher_logits(
                 loss.teacher, loss.teacher_strengths, frozen.teacher, teacher_hidden
             ),

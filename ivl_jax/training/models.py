@@ -32,7 +32,7 @@ from ivl_jax.tokenizer_agreement import check_compatible
 from ivl_jax.training.limits import check_linear_map
 from ivl_jax.training.objectives import find_objective
 from ivl_jax.training.teacher import TeacherReader, read_teacher
-from ivl_jax.training.trained_source import ModelReader, read_trained
+from ivl_jax.training.trained_source import AdapterReader, ModelReader, read_adapter, read_trained
 from ivl_jax.weights.hf_checkpoint import load_params
 from ivl_jax.weights.language_model import check_rows
 
@@ -115,6 +115,7 @@ def choose_models(
     *,
     read: ModelReader = read_model,
     teach: TeacherReader = read_teacher,
+    adapt: AdapterReader = read_adapter,
     memory: int | None = None,
 ) -> Models:
     """Find the folders and check everything that needs no weights.
@@ -124,6 +125,7 @@ def choose_models(
         mesh: the device mesh; a linear map is checked against its memory.
         read: reads a model without its weights.
         teach: reads a teacher without its weights.
+        adapt: reads a LoRA value folder without its arrays.
         memory: bytes per device, of devices that are not attached; None: they are asked.
 
     Returns:
@@ -161,7 +163,7 @@ def choose_models(
     elif config.value.init == "base":
         arch = dataclasses.replace(first.arch, tie_word_embeddings=False)
     else:
-        trained, lora, adapter = read_trained(config.value, scheme, read)
+        trained, lora, adapter = read_trained(config.value, scheme, read, adapt)
         arch = trained.arch
     if scheme.reads_base_hidden:
         arch = _with_base_width(arch, found)

@@ -27,8 +27,7 @@ def trained_network(config: TrainConfig, models: Models, mesh: Mesh, *, remat: R
     Returns:
         The value network, or without a base the model that is trained alone.
     """
-    alone = not models.bases
-    layout = Layout(mesh, LAYOUTS[config.base.layout if alone else config.value.layout])
+    layout = Layout(mesh, LAYOUTS[config.trained_layout])
     return Network(
         build_network(
             models.arch,
@@ -40,7 +39,7 @@ def trained_network(config: TrainConfig, models: Models, mesh: Mesh, *, remat: R
         ),
         models.arch,
         models.trained.info.vocab_size,
-        scheme=None if alone else models.scheme,
+        scheme=models.scheme,
         replacement_id=models.trained.info.replacement_id,
         layout=layout,
     )

@@ -326,7 +326,7 @@ def _remat(
         return "none"
     trained = shard_bytes(place.shapes, place.shardings)
     moments = trained if config.optimizer.moment_dtype == "bfloat16" else 2 * trained
-    layout = LAYOUTS[config.value.layout if models.bases else config.base.layout]
+    layout = LAYOUTS[config.trained_layout]
     return choose_remat(
         arch,
         rows=rows,

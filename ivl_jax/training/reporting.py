@@ -26,9 +26,12 @@ from rich.progress import (
 
 from ivl_jax.training.evaluation import Evaluation
 from ivl_jax.training.event_files import EventFiles
+from ivl_jax.training.rollouts import SamplingProgress, Watch
 from ivl_jax.training.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
+
+_SAMPLING_LINE_SECONDS = 30.0  # between two lines of a log file about one batch of answers
 
 
 class Reporter:
@@ -65,6 +68,8 @@ class Reporter:
         self._steps = 0
         self._since = time.perf_counter()
         self._seconds = 0.0
+        self._sampling_seconds = 0.0
+        self._sampled_tokens = 0
 
     def __enter__(self) -> "Reporter":
         self._progress.start()
@@ -103,11 +108,20 @@ class Reporter:
         speed = self._tokens / self._steps / seconds
         # The first step of a start includes compilation, so it cannot be extrapolated.
         remaining = "—" if step == self._first + 1 else _clock(seconds * (self._total - step))
-        self._run.timings.append(
-            {"step": step, "seconds_per_step": seconds, "tokens_per_second": speed}
-        )
+        timings = {"seconds_per_step": seconds, "tokens_per_second": speed}
+        sampling = ""
+        if self._sampling_seconds:
+            sampled = self._sampled_tokens / self._sampling_seconds
+            share = self._sampling_seconds / (seconds * self._steps)
+            timings |= {
+                "sampling_seconds_per_step": self._sampling_seconds / self._steps,
+                "sampled_tokens_per_second": sampled,
+                "sampling_share": share,
+            }
+            sampling = f" · sampling {share:.0%} of the time, {sampled:,.0f} tokens/s"
+        self._run.timings.append({"step": step, **timings})
         logger.info(
-            "step %d/%d%s · loss %.4f%s · lr %.2e · grad norm %.3g · %s tokens/s · ETA %s",
+            "step %d/%d%s · loss %.4f%s · lr %.2e · grad norm %.3g · %s tokens/s%s · ETA %s",
             step,
             self._total,
             f" · base {base}" if base else "",
@@ -120,10 +134,12 @@ class Reporter:
             metrics["learning_rate"],
             metrics["gradient_norm"],
             f"{speed:,.0f}",
+            sampling,
             remaining,
         )
-        self._scalars("train", {**metrics, "tokens_per_second": speed}, step)
+        self._scalars("train", {**metrics, **timings}, step)
         self._tokens, self._steps, self._seconds = 0.0, 0, 0.0
+        self._sampling_seconds, self._sampled_tokens = 0.0, 0
         self._since = time.perf_counter()
 
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
@@ -170,6 +186,45 @@ class Reporter:
         finally:
             self._progress.remove_task(task)
             self._since = time.perf_counter()
+
+    @contextmanager
+    def sampling(self, what: str, *, counted: bool = True) -> Iterator[Watch]:
+        """Show how far the sampling of answers has come, and time it.
+
+        Args:
+            what: its name next to the bar; where there is no terminal, a line every half minute.
+            counted: whether it belongs to the training steps, and so to their timings.
+
+        Yields:
+            A function to call with each `SamplingProgress`.
+        """
+        task = self._progress.add_task(what, total=None)
+        started = shown = time.perf_counter()
+        tokens = 0
+
+        def show(progress: SamplingProgress) -> None:
+            nonlocal shown, tokens
+            tokens = progress.tokens
+            self._progress.update(task, total=progress.asked, completed=progress.answers)
+            now = time.perf_counter()
+            if self._progress.disable and now - shown >= _SAMPLING_LINE_SECONDS:
+                shown = now
+                logger.info(
+                    "%s: %d of %d answers · %s tokens, %s tokens/s",
+                    what,
+                    progress.answers,
+                    progress.asked,
+                    f"{tokens:,}",
+                    f"{tokens / (now - started):,.0f}",
+                )
+
+        try:
+            yield show
+        finally:
+            self._progress.remove_task(task)
+            if counted:
+                self._sampling_seconds += time.perf_counter() - started
+                self._sampled_tokens += tokens
 
     def _scalars(self, group: str, figures: Mapping[str, float], step: int) -> None:
         if self._events is not None:

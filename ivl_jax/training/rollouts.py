@@ -6,7 +6,7 @@ batch of a step, or held-out figures.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from ivl_jax.config import TrainConfig
 from ivl_jax.data.batching import Batch
@@ -16,6 +16,26 @@ from ivl_jax.training.programs import BaseProgram
 from ivl_jax.training.run_directory import RunDirectory
 from ivl_jax.training.setup import Preparation
 from ivl_jax.training.used_weights import UsedWeights
+
+
+class SamplingStoppedError(Exception):
+    """A signal ended sampling; the resumed run samples the same answers from the beginning."""
+
+
+class SamplingProgress(NamedTuple):
+    """How far the sampling of some answers has come."""
+
+    answers: int
+    """Answers that have ended."""
+    asked: int
+    """Answers in all."""
+    tokens: int
+    """Tokens sampled."""
+
+
+Watch = Callable[[SamplingProgress], None]
+"""Called after every step of the engine and after every reward; raises `SamplingStoppedError` to
+end the sampling."""
 
 
 @runtime_checkable
@@ -28,6 +48,8 @@ class Rollouts(Protocol):
         step: int,
         demonstrations: Sequence[Demonstration],
         program: BaseProgram,
+        *,
+        watch: Watch,
     ) -> tuple[Batch, Mapping[str, float]]:
         """Sample answers; the same step and parameters give the same ones.
 
@@ -36,6 +58,7 @@ class Rollouts(Protocol):
             step: steps taken.
             demonstrations: whose prompts are answered.
             program: of the base whose turn it is, which samples with the trained model.
+            watch: is told how far sampling has come.
 
         Returns:
             NumPy arrays [B T], and figures of the answers.
@@ -43,7 +66,12 @@ class Rollouts(Protocol):
         ...
 
     def evaluate(
-        self, params: Params, demonstrations: Sequence[Demonstration], program: BaseProgram
+        self,
+        params: Params,
+        demonstrations: Sequence[Demonstration],
+        program: BaseProgram,
+        *,
+        watch: Watch,
     ) -> Mapping[str, float]:
         """Answer held-out prompts greedily.
 
@@ -51,6 +79,7 @@ class Rollouts(Protocol):
             params: of the trained model.
             demonstrations: whose prompts are answered.
             program: of the base that answers with it.
+            watch: is told how far answering has come.
 
         Returns:
             Figures of the answers; none if the objective has none.

@@ -26,9 +26,10 @@ from ivl_jax.training.base_turns import BaseTurns
 from ivl_jax.training.cached_states import CachedSplit, open_cached_splits, write_cached_states
 from ivl_jax.training.models import Models, Placement, make_trained_params, place_model
 from ivl_jax.training.objectives import find_objective
-from ivl_jax.training.objectives.objective import Objective, Sampling
+from ivl_jax.training.objectives.objective import Objective
 from ivl_jax.training.optimizer import make_optimizer, make_schedule
 from ivl_jax.training.programs import BaseProgram, build_programs
+from ivl_jax.training.sampling import check_sampling, choose_prompts
 from ivl_jax.training.step import TrainState, abstract_state, init_state, state_shardings
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ def check_names(config: TrainConfig) -> None:
             f'"{config.objective}", which has no teacher: set objective = "distil"'
         )
     if objective.sampling is not None:
-        _check_sampling(config, objective.sampling)
+        check_sampling(config, objective.sampling)
     in_pairs = row_format.read_rejected is not None
     if in_pairs != (objective.dialogues == 2):
         expected = "preferences" if objective.dialogues == 2 else "demonstrations"
@@ -105,41 +106,6 @@ def check_names(config: TrainConfig) -> None:
             f"together: the objective learns from {expected}, which data.format = "
             f"{' or '.join(fitting)} reads"
         )
-
-
-def _check_sampling(config: TrainConfig, sampling: Sampling) -> None:
-    table, rows, group = sampling.table, config.step.batch_size, sampling.group_size
-    problems = [
-        (
-            rows % group,
-            f"step.batch_size = {rows} is not a multiple of {table}.group_size = {group}",
-        ),
-        (
-            any(base.cache_states for base in config.all_bases),
-            "base.cache_states: the states of sampled answers cannot be stored beforehand",
-        ),
-        (config.distributed, "distributed = true: answers are sampled in one process"),
-        *(
-            (
-                steps % sampling.updates,
-                f"{name} = {steps} is not a multiple of {table}.updates = {sampling.updates}: a "
-                "run stops only between batches of answers",
-            )
-            for name, steps in (
-                ("step.max_steps", config.step.max_steps),
-                ("logging.checkpoint_every", config.logging.checkpoint_every),
-                ("logging.evaluate_every", config.logging.evaluate_every),
-            )
-        ),
-        (
-            sampling.max_new_tokens >= config.data.max_length,
-            f"{table}.max_new_tokens = {sampling.max_new_tokens} leaves no room for a prompt in "
-            f"data.max_length = {config.data.max_length}",
-        ),
-    ]
-    found = [message for wrong, message in problems if wrong]
-    if found:
-        raise ConfigError(f'objective = "{config.objective}": ' + "; ".join(found))
 
 
 def make_run_mesh(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -181,6 +147,7 @@ def prepare_data(config: TrainConfig, models: Models, mesh: Mesh) -> Data:
         The data of the run.
 
     Raises:
+        ConfigError: no prompt leaves room for an answer.
         MalformedRowsError: too many rows are malformed.
         StatesError: cached base states are stale.
     """
@@ -220,14 +187,28 @@ def prepare_data(config: TrainConfig, models: Models, mesh: Mesh) -> Data:
     rows = config.step.batch_size
     # Each prompt of a step is answered by a group of rows.
     objective = find_objective(config)
-    prompts = rows // objective.sampling.group_size if objective.sampling is not None else 0
+    sampling = objective.sampling
+    answered: dict[str, Any] = {}
+    if sampling is not None:
+        # On held-out rows an objective without rewards is evaluated on the given answers.
+        answered = {
+            name: choose_prompts(config, models, sampling, one, chat_format)
+            for name, one in split.items()
+            if name == "train" or sampling.rewarded
+        }
+
+    def of_split(name: str) -> dict[str, Any]:
+        if name not in answered:
+            return batch_options
+        return batch_options | {"packing": False, "only": answered[name]}
+
     train = make_train_iterator(
         split["train"],
-        batch_size=prompts or rows,
+        batch_size=rows if sampling is None else rows // sampling.group_size,
         seed=config.seed,
         states=[one["train"].states if one else None for one in cached],
         turns=base_turns(config),
-        **(batch_options | ({"packing": False} if prompts else {})),
+        **of_split("train"),
     )
     held_out = []
     if "validation" in split:
@@ -237,7 +218,7 @@ def prepare_data(config: TrainConfig, models: Models, mesh: Mesh) -> Data:
                 batch_size=rows // config.step.micro_batches,
                 max_rows=config.logging.evaluation_rows,
                 states=one["validation"].states if one else None,
-                **batch_options,
+                **of_split("validation"),
             )
             for one in cached
         ]
@@ -340,10 +321,9 @@ def place_trained(config: TrainConfig, models: Models, mesh: Mesh) -> Placement:
     """Decide where the trained parameters live."""
     if models.lora is not None:
         return place_adapter(config, models, models.lora, mesh)
-    alone = not models.bases
     return place_model(
         models.arch,
-        layout=config.base.layout if alone else config.value.layout,
+        layout=config.trained_layout,
         param_dtype=jnp.float32,
         scan_layers=config.step.scan_layers,
         mesh=mesh,

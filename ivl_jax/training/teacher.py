@@ -54,14 +54,14 @@ def read_teacher(
         The teacher's models.
 
     Raises:
-        FileNotFoundError: no such folder or hub id.
+        FileNotFoundError: no such folder or hub id, also of the model of a LoRA value.
         ConfigError: the teacher or one of its value networks has another vocabulary than a student,
             or a shorter context than `max_length`.
     """
     try:
         sources = check_sources(
-            read_language_model(options.teacher, role="the teacher"),
-            [read_value(path) for path in options.values],
+            read_language_model(options.teacher, revision=options.revision, role="the teacher"),
+            [read_value(path, models=options.value_models) for path in options.values],
         )
         for student in students:
             _check_vocabulary(sources.base, student)

@@ -16,6 +16,8 @@ from ivl_jax.paths import usable_path
 
 ModelReader = Callable[[str, str | None, str], ModelSource]
 """(path or hub id, revision, config key for errors) → a model without weights."""
+AdapterReader = Callable[[ValueConfig, ConnectionScheme], ModelSource]
+"""(config whose path is a value folder, its connection scheme) → the folder without its arrays."""
 
 
 class TrainedSource(NamedTuple):
@@ -26,13 +28,40 @@ class TrainedSource(NamedTuple):
     adapter: ModelSource | None  # the value folder that has the adapter's initial values
 
 
-def read_trained(config: ValueConfig, scheme: ConnectionScheme, read: ModelReader) -> TrainedSource:
+def read_adapter(config: ValueConfig, scheme: ConnectionScheme) -> ModelSource:
+    """Read everything but the arrays of a value folder that is trained further.
+
+    Args:
+        config: of the value network, whose `path` is a value folder.
+        scheme: its connection scheme.
+
+    Returns:
+        The source.
+
+    Raises:
+        FileNotFoundError: an adapter's model cannot be found.
+        ConfigError: the folder is damaged, or the model has other weights than in training.
+    """
+    models = (config.lora.model,) if config.lora.model else ()
+    try:
+        return read_value(config.path, models=models, schemes={config.connection: scheme})
+    except ValueError as error:
+        raise ConfigError(f"value.path = {config.path}: {error}") from error
+
+
+def read_trained(
+    config: ValueConfig,
+    scheme: ConnectionScheme,
+    read: ModelReader,
+    adapter_reader: AdapterReader = read_adapter,
+) -> TrainedSource:
     """Read everything but the weights of what is trained.
 
     Args:
         config: of the value network, whose `path` is needed.
         scheme: its connection scheme.
         read: reads a model without its weights.
+        adapter_reader: reads a value folder without its arrays.
 
     Returns:
         The sources.
@@ -52,7 +81,7 @@ def read_trained(config: ValueConfig, scheme: ConnectionScheme, read: ModelReade
                 f"value.path, which {config.path} is not: remove it"
             )
         return TrainedSource(read(config.path, config.revision, "value.path"), lora, None)
-    adapter = _read_adapter(config, scheme)
+    adapter = adapter_reader(config, scheme)
     assert adapter.metadata is not None
     found = lora_of(adapter.metadata)
     if found is None or adapter.adapted is None:
@@ -75,11 +104,3 @@ def read_trained(config: ValueConfig, scheme: ConnectionScheme, read: ModelReade
         )
     model = read(adapter.adapted.path, adapter.adapted.revision, "value.lora.model")
     return TrainedSource(model, found, adapter)
-
-
-def _read_adapter(config: ValueConfig, scheme: ConnectionScheme) -> ModelSource:
-    models = (config.lora.model,) if config.lora.model else ()
-    try:
-        return read_value(config.path, models=models, schemes={config.connection: scheme})
-    except ValueError as error:
-        raise ConfigError(f"value.path = {config.path}: {error}") from error

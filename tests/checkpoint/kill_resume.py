@@ -1,4 +1,4 @@
-"""Kills a training command at random moments and checks that resuming loses nothing, bit for bit.
+"""Ends a training command at random moments and checks that resuming loses nothing, bit for bit.
 
 Works for any command that takes a run directory and `--resume` and leaves `checkpoints/` and
 `metrics.jsonl` in it: the tiny loop beside this file, and train.py.
@@ -21,6 +21,7 @@ from ivl_jax.manifest import MANIFEST_NAME
 from ivl_jax.tree_compare import named_leaves
 
 Command = Callable[[Path, bool], list[str]]  # (run directory, resume) → command line
+STOPPED_AND_SAVED = 75  # the exit status after a signal that the run handled
 
 
 def final_state(run_dir: Path) -> tuple[int, dict[str, bytes]]:
@@ -51,6 +52,10 @@ def assert_same_run(run_dir: Path, reference: Path) -> None:
     )
     difference = "".join(difflib.unified_diff(wanted, got, str(reference), str(run_dir), n=0))
     assert got == wanted, f"metrics.jsonl differs:\n{difference}"
+    samples = [run / "samples.jsonl" for run in (run_dir, reference)]
+    assert samples[0].exists() == samples[1].exists()
+    if samples[0].exists():
+        assert samples[0].read_text() == samples[1].read_text(), "samples.jsonl differs"
 
 
 def describe(run_dir: Path) -> tuple[str, set[tuple[str, int]]]:
@@ -72,8 +77,9 @@ def kill_and_resume(
     cwd: Path,
     environment: dict[str, str],
     say: Callable[[str], None],
+    number: signal.Signals = signal.SIGKILL,
 ) -> int:
-    """Kill a command with SIGKILL at random moments; compare each run that ends with the reference.
+    """Kill a command at random moments; compare each run that ends with the reference.
 
     Half of the kills wait for a save to begin and strike within it; the others strike anywhere
     between start and end. When a run ends, it is compared and a new one begins.
@@ -86,6 +92,7 @@ def kill_and_resume(
         cwd: working directory of the command.
         environment: environment of the command.
         say: takes the lines of the transcript.
+        number: the signal: SIGKILL, or one that the run handles by saving its last whole step.
 
     Returns:
         How many of the kills left behind an unfinished save, or a half-deleted old one, that was
@@ -124,8 +131,16 @@ def kill_and_resume(
         else:
             process.wait()
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            os.killpg(process.pid, number)
+            status = process.wait()
+            # A signal handled before training begins ends the process like any other.
+            ended = (-signal.SIGKILL,) if number == signal.SIGKILL else (STOPPED_AND_SAVED, -number)
+            if status == 0:
+                say("        it ended before the signal was handled")
+                assert_same_run(run_dir, reference)
+                runs, resume = runs + 1, False
+                continue
+            assert status in ended, f"status {status}:\n{log.read_text(errors='replace')[-4000:]}"
             killed += 1
             left, unfinished = describe(run_dir)
             hit = not unfinished <= before

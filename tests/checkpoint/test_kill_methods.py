@@ -1,5 +1,7 @@
 """`kill -9` during every method loses nothing: each ends with the bits of one never stopped.
 
+Nor does SIGTERM while answers are sampled, which is where such runs spend their time.
+
 `IVL_JAX_KILLS=5 pytest -s tests/checkpoint/test_kill_methods.py` kills each of them five times.
 """
 
@@ -7,12 +9,14 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 from tests.checkpoint.kill_repeat import kill_and_repeat
+from tests.checkpoint.kill_resume import Command
 from tests.checkpoint.test_kill_resume import KILLS, SEED, kill, say
 from tests.fast_compilation import FAST_COMPILATION
 
@@ -48,6 +52,19 @@ METHODS = {
     "dpo": ["--objective", "dpo"],
     "ipo": ["--objective", "dpo", "--preference.loss", "ipo"],
     "cached states": ["--base.cache-states"],
+    "grpo": [
+        *("--objective", "grpo", "--grpo.rewards", "word_f1", "--grpo.group-size", "2"),
+        *("--grpo.max-new-tokens", "16"),
+    ],
+    "on-policy distil": [
+        *("--objective", "distil", "--distil.teacher", f"{_FIXTURES}/base"),
+        *("--distil.values", f"{_FIXTURES}/residual"),
+        *("--distil.answers", "sampled", "--distil.max-new-tokens", "16"),
+    ],
+}
+SAMPLING = {
+    "grpo": ("--grpo.max-new-tokens", "60"),
+    "on-policy distil": ("--distil.max-new-tokens", "60"),
 }
 
 
@@ -56,11 +73,25 @@ METHODS = {
 def test_a_method_killed_at_random_moments_ends_with_the_same_bits(
     tmp_path: Path, project_root: Path, method: str
 ) -> None:
-    config = tmp_path / "tiny.toml"
-    config.write_text(_CONFIG.format(fixtures=_FIXTURES))
     options = list(METHODS[method])
     if "dpo" in options:
         options += ["--data.train", str(_preferences(tmp_path)), "--data.format", "preference"]
+    kill(_command(tmp_path, options), tmp_path, project_root, few=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", SAMPLING)
+def test_a_run_stopped_by_sigterm_while_it_samples_ends_with_the_same_bits(
+    tmp_path: Path, project_root: Path, method: str
+) -> None:
+    options = [*METHODS[method], *SAMPLING[method], "--logging.checkpoint-every", "6"]
+    command = _command(tmp_path, options)
+    kill(command, tmp_path, project_root, few=2, number=signal.SIGTERM)
+
+
+def _command(tmp_path: Path, options: list[str]) -> Command:
+    config = tmp_path / "tiny.toml"
+    config.write_text(_CONFIG.format(fixtures=_FIXTURES))
 
     def command(run_dir: Path, resume: bool) -> list[str]:
         return [
@@ -69,7 +100,7 @@ def test_a_method_killed_at_random_moments_ends_with_the_same_bits(
             *(["--resume"] if resume else []),
         ]
 
-    kill(command, tmp_path, project_root, few=1)
+    return command
 
 
 def _preferences(folder: Path) -> Path:

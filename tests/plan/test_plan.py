@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from ivl_jax.config import (
     ValueConfig,
 )
 from ivl_jax.model.decoder import abstract_params
+from ivl_jax.model.projection import Lora
 from ivl_jax.plan import __main__ as command
 from ivl_jax.plan import devices, models, training
 from ivl_jax.plan.compiled import Compiled, compile_program
@@ -32,6 +34,7 @@ from ivl_jax.training.setup import place_trained
 from tests.model.families import CONFIGS, tiny_arch
 
 GB = 1 << 30
+EXCHANGED = Path(__file__).parent.parent / "fixtures" / "exchanged"
 HERE = Machine("cpu-8", "cpu:8", 8, 4 * GB, 1e12, 1e12, 1e11)
 
 
@@ -332,3 +335,23 @@ def test_the_weights_under_an_adapter_are_listed_apart(config, monkeypatch):
     lines = table(adapted, HERE, plan, "BASE").splitlines()
     assert any(line.startswith("  frozen weights under the adapter") for line in lines)
     assert "frozen" not in table(config, HERE, whole, "BASE")
+
+
+def test_a_lora_value_folder_is_planned_without_its_model(config, tmp_path):
+    """It describes the network that its adapter changes; neither weights nor a hub are needed."""
+    described = json.loads((EXCHANGED / "residual" / "ivl.json").read_text())
+    model = {"name": "nobody/no-such-model", "revision": None, "fingerprint": "0" * 64}
+    adapter = {"rank": 2, "alpha": 4.0, "targets": "attention", "model": model}
+    (tmp_path / "ivl.json").write_text(json.dumps({**described, "adapter": adapter}))
+    lora = LoraConfig(rank=2, alpha=4.0, targets="attention")
+    value = dataclasses.replace(config.value, path=str(tmp_path), lora=lora)
+    base = dataclasses.replace(config.base, path=str(EXCHANGED / "base"))
+    further = dataclasses.replace(config, base=base, value=value)
+    chosen = models.planned_models(further, make_mesh(fsdp=8), memory=GB)
+    assert chosen.lora == Lora(2, 4.0, "attention")
+    assert chosen.arch.hidden_size == described["architecture"]["hidden_size"]
+    other = dataclasses.replace(value, lora=dataclasses.replace(lora, rank=3))
+    with pytest.raises(ConfigError, match=r"expected value\.lora\.rank = 2"):
+        models.planned_models(
+            dataclasses.replace(further, value=other), make_mesh(fsdp=8), memory=GB
+        )

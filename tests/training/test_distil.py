@@ -9,15 +9,35 @@ import numpy as np
 import pytest
 
 from ivl_jax.assets import family_folder
+from ivl_jax.checkpoint import load_value
 from ivl_jax.composed.forward import NetworkLogits, compose, network_logits, run_networks
 from ivl_jax.composed.network import ComposedParams, ValueArrays
 from ivl_jax.composed.token_scores import SCORES, PositionLogits
-from ivl_jax.config import BaseConfig, ConfigError, DistilConfig, PenaltyConfig, TrainConfig
+from ivl_jax.config import (
+    BaseConfig,
+    ConfigError,
+    DistilConfig,
+    LoraConfig,
+    PenaltyConfig,
+    TrainConfig,
+)
+from ivl_jax.training import teacher
 from ivl_jax.training.loop import run
 from ivl_jax.training.loss import count_tokens, loss_sum
+from ivl_jax.training.models import choose_models
 from ivl_jax.training.objectives.distil import make_distil
+from ivl_jax.training.setup import make_run_mesh
+from ivl_jax.training.teacher import load_teacher
 from tests.training.conftest import save_tiny_model
-from tests.training.runs import Crash, assert_same_run, at_step, crash, crash_and_resume, records
+from tests.training.runs import (
+    Crash,
+    assert_same_arrays,
+    assert_same_run,
+    at_step,
+    crash,
+    crash_and_resume,
+    records,
+)
 from tests.training.tiny import VOCAB, make_arch, make_batch, make_loss, make_params, on_device
 
 
@@ -190,3 +210,42 @@ def test_options_that_do_not_fit_together_are_refused() -> None:
         DistilConfig(values=("value",))
     with pytest.raises(ConfigError, match=r"2 numbers for 1 value"):
         DistilConfig("base", values=("value",), strengths=(1.0, 0.5))
+    with pytest.raises(ConfigError, match="are the models of LoRA values"):
+        DistilConfig("base", value_models=("model",))
+    with pytest.raises(ConfigError, match="is that of a teacher"):
+        DistilConfig(revision="main")
+
+
+def test_a_teachers_lora_value_is_merged_into_its_model(tiny_config, tiny_pair, tmp_path) -> None:
+    """Also if that model has moved since; a folder of other weights is refused."""
+    model = shutil.copytree(tiny_pair / "value", tmp_path / "model")
+    value = replace(tiny_config.value, path=str(model), lora=LoraConfig(rank=2))
+    step = replace(tiny_config.step, max_steps=2)
+    logging = replace(tiny_config.logging, evaluate_every=0)
+    folder = str(run(replace(tiny_config, value=value, step=step, logging=logging)).output)
+    moved = shutil.move(model, tmp_path / "moved")
+    base = tiny_config.base.path
+    options = DistilConfig(base, values=(folder,), value_models=(str(moved),))
+    config = replace(tiny_config, objective="distil", distil=options)
+    mesh = make_run_mesh(config)
+    sources = choose_models(config, mesh).teacher
+    assert sources is not None
+    taught = load_teacher(options, sources, compute_dtype="float32", mesh=mesh)
+    merged = load_value(folder, value_model=str(moved)).params
+    assert_same_arrays(taught.params.values[0].params, merged)
+    for models, error in (((), FileNotFoundError), ((base,), ConfigError)):
+        with pytest.raises(error, match=r"distil\.value_models in a training config"):
+            choose_models(replace(config, distil=replace(options, value_models=models)), mesh)
+
+
+def test_a_revision_is_that_of_the_teacher(monkeypatch, tiny_config) -> None:
+    asked = {}
+
+    def read(path: str, *, revision: str | None, role: str) -> None:
+        asked.update(path=path, revision=revision)
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(teacher, "read_language_model", read)
+    with pytest.raises(FileNotFoundError):
+        teacher.read_teacher(DistilConfig("owner/tuned", revision="v2"), [], 48)
+    assert asked == {"path": "owner/tuned", "revision": "v2"}

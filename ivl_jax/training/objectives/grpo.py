@@ -1,19 +1,23 @@
 """Group-relative policy optimisation: of several answers to a prompt, the better become likelier.
 
-    A       = r − mean of the prompt's rewards, divided by their standard deviation or not
-    ρ       = p(token) / p(token) when it was sampled, both at temperature 1
+    A       = r − mean of the prompt's rewards, divided by their standard deviation + 1e-4 or not
+    ρ       = p(token) / p(token) when it was sampled
     loss    = mean over tokens of −min(ρ A, clip(ρ, 1 − ε, 1 + ε') A) + β KL(composed ‖ base)
 
 With one update per batch of samples ρ is 1, and the loss has the gradient of −A log p(token), which
-is reported. The KL divergence is exact, over the whole vocabulary. The mean is over each answer's
-tokens and then over answers, or over all tokens.
+is reported. The KL divergence is exact, over the whole vocabulary. All probabilities are those at
+the temperature of sampling: logits, the base's too, are divided by it. The mean is over each
+answer's tokens and then over answers; over all tokens; or over answers, of sums over their tokens
+divided by the most tokens that an answer may have.
 
 In: batches of sampled answers with their advantages, or of demonstrations, which are only
 evaluated. Out: the objective; the rollouts come from above, since training does not decode.
 
 Source:
-    GRPO: arXiv 2402.03300, equation 3; without the standard deviation: Dr. GRPO, arXiv 2503.20783;
-    mean over all tokens, ε and ε' that differ: DAPO, arXiv 2503.14476.
+    GRPO: arXiv 2402.03300, equation 3; without the standard deviation, and with a constant in place
+    of the answer's length: Dr. GRPO, arXiv 2503.20783; mean over all tokens, ε and ε' that differ:
+    DAPO, arXiv 2503.14476. The 1e-4, and the division of logits by the temperature: TRL's
+    `GRPOTrainer`.
 """
 
 from collections.abc import Mapping
@@ -27,27 +31,30 @@ from ivl_jax.data.batching import Batch
 from ivl_jax.training.objectives.objective import Objective, Sampling, Scores, Weights
 from ivl_jax.training.objectives.segments import is_last, segment_totals
 
+# Rewards that differ by no more than rounding must not become advantages of ±1; TRL's.
+_SPREAD_EPSILON = 1e-4
+
 
 def advantages(rewards: np.ndarray, *, standardised: bool) -> np.ndarray:
     """Compare the rewards of answers to the same prompt.
 
     Args:
         rewards: [P G] of the G answers to each of P prompts.
-        standardised: divide by the group's standard deviation.
+        standardised: divide by the group's standard deviation (of the group itself, not an estimate
+            for more answers), to which 1e-4 is added.
 
     Returns:
         [P G] float32; 0 where all rewards of a group are equal.
 
     Example:
-        >>> advantages(np.array([[1.0, 0.0], [0.5, 0.5]]), standardised=True).tolist()
+        >>> advantages(np.array([[1.0, 0.0], [0.5, 0.5]]), standardised=True).round(3).tolist()
         [[1.0, -1.0], [0.0, 0.0]]
     """
     centred = rewards - rewards.mean(axis=1, keepdims=True)
     # Equal rewards may differ from their mean by rounding.
     centred = np.where(np.ptp(rewards, axis=1, keepdims=True) == 0, 0.0, centred)
     if standardised:
-        spread = rewards.std(axis=1, keepdims=True)
-        centred = centred / np.where(spread > 0, spread, 1.0)
+        centred = centred / (rewards.std(axis=1, keepdims=True) + _SPREAD_EPSILON)
     return centred.astype(np.float32)
 
 
@@ -60,12 +67,12 @@ def make_grpo(options: GrpoConfig) -> Objective:
     Returns:
         The objective.
     """
-    by_answer, clips = options.average == "answers", options.updates > 1
+    average, clips = options.average, options.updates > 1
 
     def share(batch: Batch) -> Float32[Array, "*A B T"]:
         """What each token counts: 1, or 1 / length of its answer."""
         counted = jnp.asarray(batch.loss_mask, jnp.float32)
-        if not by_answer:
+        if average != "answers":
             return counted
         return counted / jnp.maximum(segment_totals(counted, jnp.asarray(batch.segment_ids)), 1.0)
 
@@ -101,10 +108,13 @@ def make_grpo(options: GrpoConfig) -> Objective:
         return jnp.sum(jnp.where(batch.loss_mask, terms * share(batch), 0.0))
 
     def count(batch: Batch) -> Float32[Array, ""]:
-        counted = jnp.asarray(batch.loss_mask, jnp.float32)
-        if not by_answer:
+        counted, ids = jnp.asarray(batch.loss_mask, jnp.float32), jnp.asarray(batch.segment_ids)
+        if average == "tokens":
             return jnp.sum(counted)
-        ids = jnp.asarray(batch.segment_ids)
+        if average == "constant":
+            # Truncated answers are among them: the divisor depends on nothing that was sampled.
+            ends = is_last(ids) & (ids > 0)
+            return options.max_new_tokens * jnp.sum(ends, dtype=jnp.float32)
         ends = is_last(ids) & (segment_totals(counted, ids) > 0)
         return jnp.sum(ends, dtype=jnp.float32)
 
@@ -136,6 +146,7 @@ def make_grpo(options: GrpoConfig) -> Objective:
         },
         monitored=("entropy",),
         needs_reference=True,
+        temperature=options.temperature,
         sampling=Sampling(
             "grpo",
             max_new_tokens=options.max_new_tokens,

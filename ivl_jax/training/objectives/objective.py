@@ -77,6 +77,8 @@ class Objective:
     model that is trained alone, the model as it was before the run."""
     needs_teacher: bool = False
     """Whether its scores compare with a teacher, which the config's `distil` table names."""
+    temperature: float = 1.0
+    """Of the distributions that its scores are of: logits are divided by it, the base's too."""
     sampling: Sampling | None = None
     """How the answers that it learns from are sampled; None: it learns from those of the rows."""
     best_by: str = "nll"
