@@ -81,19 +81,20 @@ def test_a_bfloat16_base_is_computed_with_in_float32_if_the_step_does(config):
     np.testing.assert_allclose(sampled, scored, atol=2e-5)
 
 
-@pytest.mark.parametrize("lora", [0, 2], ids=["whole", "adapter"])
-def test_bfloat16_products_of_a_step_are_those_of_sampling(config, lora, monkeypatch):
-    """Rounding in another order is left; sampling in float32 is further off."""
-    config = replace(
-        config,
-        value=replace(config.value, lora=LoraConfig(rank=lora)),
-        mesh=MeshConfig(data=1, fsdp=2, tensor=1),
-        step=replace(config.step, compute_dtype="bfloat16"),
-    )
+def test_bfloat16_products_of_a_step_are_those_of_sampling(config, monkeypatch):
+    """Rounding in another order is left; sampling in float32 would be further off."""
+    mesh = MeshConfig(data=1, fsdp=2, tensor=1)
+    config = replace(config, mesh=mesh, step=replace(config.step, compute_dtype="bfloat16"))
     near = np.abs(np.subtract(*log_probs_of_both(config))).mean()
     monkeypatch.setattr(Sampler, "_compute_dtype", jnp.dtype("float32"))
     far = np.abs(np.subtract(*log_probs_of_both(config))).mean()
     assert near < 0.5 * far
+
+
+def test_an_adapter_is_merged_without_a_change_of_its_predictions(config):
+    config = replace(config, value=replace(config.value, lora=LoraConfig(rank=2)))
+    sampled, scored = log_probs_of_both(config)
+    np.testing.assert_allclose(sampled, scored, atol=2e-5)
 
 
 def test_scores_are_those_of_the_distribution_at_the_temperature_of_sampling():
