@@ -65,6 +65,14 @@ def read_teacher(
         )
         for student in students:
             _check_vocabulary(sources.base, student)
+    except TokenizerMismatchError as error:
+        raise ConfigError(
+            f"distil.values: a value network of another vocabulary than distil.teacher = "
+            f"{options.teacher} reads the text in its own tokens, anew after each of the "
+            "teacher's, which only decoding does: name values of the teacher's family; or let the "
+            "composition answer the prompts (infer.py --map … --output …) and train on its "
+            f"answers: docs/distillation.md. {error}"
+        ) from error
     except ValueError as error:
         raise ConfigError(f"distil.teacher = {options.teacher}: {error}") from error
     short = [one for one in (sources.base, *sources.values) if one.context < max_length]
@@ -163,7 +171,10 @@ def _check_vocabulary(teacher: ModelSource, student: ModelSource) -> None:
     except TokenizerMismatchError as error:
         raise ValueError(
             f"another vocabulary than that of {student.path}, so its predictions are about other "
-            f"pieces of text: choose a teacher of the student's family. {error}"
+            "pieces of text, and no vocabulary map carries a whole distribution over: it pairs a "
+            "token with one that may be only its beginning. Choose a teacher of the student's "
+            "family; or let this one answer the prompts (infer.py --input … --output …) and train "
+            f"on its answers: docs/distillation.md. {error}"
         ) from error
     if unknown:
         raise ValueError(
