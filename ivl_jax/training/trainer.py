@@ -282,7 +282,7 @@ class Trainer:
         return step in (0, self._total) or bool(every and step % every == 0)
 
     def _evaluate(self, step: int, state: TrainState, report: Reporter) -> None:
-        """Evaluate if it is due; if an error ends that, what has been trained is saved first."""
+        """Evaluate if it is due; if rewards fail, what has been trained is saved first."""
         if not self._is_evaluation(step):
             return
         try:
@@ -290,7 +290,10 @@ class Trainer:
         except SamplingStoppedError:
             return  # the resume evaluates this step
         except Exception:
-            self._save_after_error(state)
+            # Of several processes only one may have failed, and a save needs all of them; answers
+            # are sampled in one.
+            if self._rollouts is not None:
+                self._save_after_error(state)
             raise
         self._evaluation = Evaluation.of(figures, self._prepared.turns.weights)
         self._evaluated_step, self._evaluated = step, True
