@@ -280,6 +280,31 @@ def test_what_ends_a_run_while_it_samples_loses_no_step(
     assert re.search(r"step 3/3 .* · sampling \d+% of the time, [\d,]+ tokens/s", caplog.text)
 
 
+@pytest.mark.slow
+def test_a_signal_while_held_out_prompts_are_answered_leaves_that_to_the_resume(
+    config, tmp_path, monkeypatch
+) -> None:
+    """Before the first step, and after the last."""
+    config = replace(
+        config,
+        grpo=replace(config.grpo, rewards=("tests.test_post_training:interruption",)),
+        step=replace(config.step, max_steps=2, micro_batches=1),
+        logging=replace(config.logging, evaluate_every=2, checkpoint_every=2),
+    )
+    whole = run(config)
+    config = replace(config, run_dir=str(tmp_path / "stopped"))
+    fresh = Interruption()
+    monkeypatch.setattr("tests.test_post_training.interruption", fresh)
+    fresh.signal_at = 3
+    stopped = run(config)
+    assert (stopped.interrupted, stopped.steps, stopped.held_out) == (True, 0, None)
+    fresh.signal_at = 3 + 8 + 2 * 16 + 5  # the eight held-out prompts, two steps, some prompts
+    stopped = run(replace(config, resume=True))
+    assert (stopped.interrupted, stopped.steps, stopped.output) == (True, 2, None)
+    fresh.signal_at = -1
+    assert_same_run(run(replace(config, resume=True)), whole)
+
+
 def test_prompts_without_room_for_an_answer_are_left_out_and_named(
     unevaluated, tmp_path, caplog
 ) -> None:
