@@ -13,8 +13,9 @@ from ivl_jax.checkpoint import NoUsableCheckpointError, TrainCheckpointer, load_
 from ivl_jax.checkpoint.arrays import stored_leaves
 from ivl_jax.config import ConfigError, MeshConfig, StepConfig, ValueConfig, load_config
 from ivl_jax.training import loop
-from ivl_jax.training.loop import NonFiniteLossError, run
+from ivl_jax.training.loop import run
 from ivl_jax.training.run_directory import RunDirectoryError
+from ivl_jax.training.trainer import NonFiniteLossError
 from ivl_jax.weights.fingerprint import weights_fingerprint
 from ivl_jax.weights.language_model import load_language_model
 from tests.training.conftest import make_tiny_config
