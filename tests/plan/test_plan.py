@@ -342,7 +342,7 @@ def test_a_lora_value_folder_is_planned_without_its_model(config, tmp_path):
     described = json.loads((EXCHANGED / "residual" / "ivl.json").read_text())
     model = {"name": "nobody/no-such-model", "revision": None, "fingerprint": "0" * 64}
     adapter = {"rank": 2, "alpha": 4.0, "targets": "attention", "model": model}
-    described |= {"format_version": 2, "adapter": adapter}
+    described |= {"format_version": 3, "adapter": adapter}
     (tmp_path / "ivl.json").write_text(json.dumps(described))
     lora = LoraConfig(rank=2, alpha=4.0, targets="attention")
     value = dataclasses.replace(config.value, path=str(tmp_path), lora=lora)
