@@ -58,7 +58,9 @@ def planned_models(config: TrainConfig, mesh: Mesh, *, memory: int) -> Models:
     if config.distil.teacher:
         named.append((config.distil.teacher, config.distil.revision, "distil.teacher"))
     sizes = [read_architecture(*each).vocab_size for each in named]
-    vocab_size = min([*sizes, *([] if adapted is None else [adapted.vocab_size])])
+    if adapted is not None:
+        sizes.append(adapted.vocab_size)
+    vocab_size = min(sizes)
 
     def read(path: str, revision: str | None, where: str) -> ModelSource:
         if where == "value.lora.model" and adapted is not None:
