@@ -360,7 +360,7 @@ def test_a_teacher_of_the_students_own_answers_is_learned_and_a_stopped_run_resu
         ({"max_new_tokens": 48}, "leaves no room for a prompt"),
         (
             {"max_new_tokens": 40},
-            r"rows.jsonl:\d+: its prompt of \d+ tokens .* grpo.max_new_tokens",
+            r"all 32 prompts leave no room .*rows.jsonl:\d+: its prompt has \d+ tokens",
         ),
     ],
 )
