@@ -43,6 +43,7 @@ from ivl_jax.config.train import (
     PenaltyKind,
     PenaltyPositions,
     StepConfig,
+    TrackerName,
     TrainConfig,
     check_train_config,
 )
@@ -80,6 +81,7 @@ __all__ = [
     "RuntimeConfig",
     "ServeConfig",
     "StepConfig",
+    "TrackerName",
     "TrainConfig",
     "ValueConfig",
     "check_infer_config",

@@ -150,12 +150,17 @@ class StepConfig:
         )
 
 
+TrackerName = Literal["tensorboard", "wandb"]
+
+
 @dataclass(frozen=True)
 class LoggingConfig:
     """What is reported and saved during training."""
 
     log_every: int = 10
-    """Steps between two records in metrics.jsonl, on the console and in TensorBoard."""
+    """Steps between two records in metrics.jsonl, on the console and in the trackers."""
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+    """Where figures can be watched: `tensorboard`, `wandb` (Weights & Biases, extra `wandb`)."""
     evaluate_every: int = 200
     """Steps between two held-out evaluations; 0: only at the start and the end."""
     evaluation_rows: int = 512
@@ -179,6 +184,10 @@ class LoggingConfig:
             require(
                 getattr(self, name) >= 0, f"logging.{name} must be ≥ 0, got {getattr(self, name)}"
             )
+        require(
+            len(set(self.trackers)) == len(self.trackers),
+            f"logging.trackers names one twice: {', '.join(self.trackers)}",
+        )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Reports a run's progress and records its figures.
 
 In: metrics of a step, figures of an evaluation. Out: a progress bar, one console line per log
-interval, metrics.jsonl, timings.jsonl and TensorBoard events.
+interval, metrics.jsonl, timings.jsonl and what the trackers show.
 """
 
 import logging
@@ -24,10 +24,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ivl_jax.config import TrackerName
 from ivl_jax.training.evaluation import Evaluation
-from ivl_jax.training.event_files import EventFiles
 from ivl_jax.training.rollouts import SamplingProgress, Watch
 from ivl_jax.training.run_directory import RunDirectory
+from ivl_jax.training.trackers import open_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +39,19 @@ class Reporter:
     """Reports one run; on processes other than 0 it only keeps time."""
 
     def __init__(
-        self, run: RunDirectory, *, first_step: int, total_steps: int, shown: Sequence[str]
+        self,
+        run: RunDirectory,
+        *,
+        trackers: Sequence[TrackerName],
+        first_step: int,
+        total_steps: int,
+        shown: Sequence[str],
     ) -> None:
-        """Open TensorBoard and the progress bar.
+        """Open the trackers and the progress bar.
 
         Args:
             run: the run directory.
+            trackers: `logging.trackers`.
             first_step: steps taken before this start.
             total_steps: steps of the whole run.
             shown: figures on the console line beside the loss, those that a step has.
@@ -52,7 +60,9 @@ class Reporter:
         self._shown = shown
         self._total = total_steps
         self._writes = jax.process_index() == 0
-        self._events = EventFiles(run.tensorboard, first_step=first_step) if self._writes else None
+        self._trackers = (
+            open_trackers(trackers, run, first_step=first_step) if self._writes else []
+        )
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -84,8 +94,8 @@ class Reporter:
         traceback: TracebackType | None,
     ) -> None:
         self._progress.stop()
-        if self._events is not None:
-            self._events.close()
+        for tracker in self._trackers:
+            tracker.close()
         self._run.close_records()
 
     def step(self, step: int, metrics: Mapping[str, float], *, base: str, record: bool) -> None:
@@ -165,8 +175,8 @@ class Reporter:
 
     def copy_events(self) -> None:
         """Copy the events so far to a run directory on an object store."""
-        if self._events is not None:
-            self._events.copy()
+        for tracker in self._trackers:
+            tracker.copy()
 
     @contextmanager
     def aside(self, what: str, count: int | None = None) -> Iterator[Callable[[], None]]:
@@ -227,8 +237,8 @@ class Reporter:
                 self._sampled_tokens += tokens
 
     def _scalars(self, group: str, figures: Mapping[str, float], step: int) -> None:
-        if self._events is not None:
-            self._events.add(group, figures, step)
+        for tracker in self._trackers:
+            tracker.add(group, figures, step)
 
 
 def _evaluation_text(figures: Mapping[str, float]) -> str:

@@ -31,6 +31,7 @@ from ivl_jax.training.optimizer import make_optimizer, make_schedule
 from ivl_jax.training.programs import BaseProgram, build_programs
 from ivl_jax.training.sampling import check_sampling, choose_prompts
 from ivl_jax.training.step import TrainState, abstract_state, init_state, state_shardings
+from ivl_jax.training.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +83,9 @@ def check_names(config: TrainConfig) -> None:
     Raises:
         ValueError: an unknown objective or row format, or templates where none are read.
         ConfigError: an objective that does not learn from such rows, or needs a teacher; or a
-            teacher for an objective that has none.
+            teacher for an objective that has none; or as `check_trackers`.
     """
+    check_trackers(config.logging.trackers)
     objective, row_format = find_objective(config), _source(config.data).format
     if objective.needs_teacher != bool(config.distil.teacher):
         raise ConfigError(

@@ -95,6 +95,7 @@ class Trainer:
         with (
             Reporter(
                 self._directory,
+                trackers=self._config.logging.trackers,
                 first_step=step,
                 total_steps=self._total,
                 shown=self._prepared.objective.shown,
