@@ -196,12 +196,13 @@ async def _chunks(
         yield answer.usage_chunk()
 
 
-def make_app(service: Service, *, api_key: str) -> Starlette:
+def make_app(service: Service, *, api_key: str, framed: bool = False) -> Starlette:
     """Make the application; the engine's thread runs while the application does.
 
     Args:
         service: what its paths do.
         api_key: what clients must send; empty: nothing.
+        framed: whether other pages may show the server's page in a frame.
 
     Returns:
         The application.
@@ -219,7 +220,7 @@ def make_app(service: Service, *, api_key: str) -> Starlette:
             service.engine.stop()
 
     routes = [
-        *page_routes(),
+        *page_routes(framed=framed),
         Route("/health", service.health, methods=["GET"]),
         Route("/metrics", service.show_metrics, methods=["GET"]),
         Route("/v1/models", service.list_models, methods=["GET"]),

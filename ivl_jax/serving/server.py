@@ -55,11 +55,12 @@ class Prepared:
     listening: socket.socket
 
 
-def prepare(config: ServeConfig) -> Prepared:
+def prepare(config: ServeConfig, *, framed: bool = False) -> Prepared:
     """Check flags and files, take the port, then load the models.
 
     Args:
         config: the flags.
+        framed: whether other pages may show the server's page in a frame.
 
     Raises:
         ConfigError: flags that do not fit, or a port that is taken.
@@ -90,7 +91,8 @@ def prepare(config: ServeConfig) -> Prepared:
         front = Front(config, engine, metrics)
         values = ValueDesk(config, catalogue, engine, front, loader, root=root)
         service = Service(config, catalogue, engine, metrics, front, values, texts)
-        return Prepared(config, make_app(service, api_key=api_key), service, listening)
+        app = make_app(service, api_key=api_key, framed=framed)
+        return Prepared(config, app, service, listening)
     except BaseException:
         listening.close()
         raise

@@ -4,6 +4,7 @@ In: the files beside this one. Out: routes. The page asks nobody but this server
 let it run no other script.
 """
 
+from collections.abc import Mapping
 from importlib import resources
 
 from starlette.requests import Request
@@ -17,26 +18,32 @@ _FILES = {
 }
 PATHS = tuple(_FILES)
 """Its paths; they need no key, which the page itself asks for."""
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors "
+)
 _HEADERS = {
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'",
     "cache-control": "no-cache",
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
 }
 
 
-def page_routes() -> list[Route]:
-    """One route per file, which is read once."""
-    return [_route(path, *file) for path, file in _FILES.items()]
+def page_routes(*, framed: bool = False) -> list[Route]:
+    """One route per file, which is read once.
+
+    Args:
+        framed: whether other pages, such as a notebook, may show this one in a frame.
+    """
+    headers = _HEADERS | {"content-security-policy": _POLICY + ("*" if framed else "'none'")}
+    return [_route(path, *file, headers) for path, file in _FILES.items()]
 
 
-def _route(path: str, name: str, kind: str) -> Route:
+def _route(path: str, name: str, kind: str, headers: Mapping[str, str]) -> Route:
     content = resources.files("ivl_jax.serving.page").joinpath(name).read_bytes()
 
     async def show(request: Request) -> Response:
         del request
-        return Response(content, media_type=kind, headers=_HEADERS)
+        return Response(content, media_type=kind, headers=headers)
 
     return Route(path, show, methods=["GET"])

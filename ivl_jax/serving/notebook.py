@@ -1,0 +1,84 @@
+"""The server's page inside a notebook.
+
+In: the flags of ivl-serve. Out: a server in a thread of this process, and its page below the cell.
+A second process could not use the accelerator that the notebook holds.
+"""
+
+import sys
+import threading
+import time
+from types import TracebackType
+
+from ivl_jax.config import ServeConfig
+from ivl_jax.serving.server import make_server, prepare
+
+_POLL_SECONDS = 0.02
+
+
+class NotebookServer:
+    """A server of the notebook's own process, which runs until it is closed.
+
+    Args:
+        config: the flags; `port=0` takes any free port.
+
+    Attributes:
+        port: The port it listens on.
+
+    Raises:
+        ConfigError: flags that do not fit, or a port that is taken.
+        FileNotFoundError: no such base model or value folder.
+        ValueError: models that do not fit each other, or weights.
+        RuntimeError: the server has failed to start.
+
+    Example:
+        server = NotebookServer(ServeConfig(model=ComposedModelConfig(base=BASE, value=(VALUE,)),
+                                            port=0))
+        server.show()
+    """
+
+    def __init__(self, config: ServeConfig) -> None:
+        prepared = prepare(config, framed=True)
+        self.port: int = prepared.listening.getsockname()[1]
+        self._server = make_server(prepared)
+        self._thread = threading.Thread(
+            target=self._server.run,
+            kwargs={"sockets": [prepared.listening]},
+            name="ivl-serve",
+            daemon=True,
+        )
+        self._thread.start()
+        while not self._server.started:
+            if not self._thread.is_alive():
+                raise RuntimeError("the server has failed to start: the log says why")
+            time.sleep(_POLL_SECONDS)
+
+    def show(self, *, height: int = 640) -> None:
+        """Show the page below the cell: in a Colab notebook through its proxy.
+
+        Args:
+            height: of the frame, in pixels.
+        """
+        if "google.colab" in sys.modules:
+            from google.colab import output  # pyright: ignore[reportMissingImports]
+
+            output.serve_kernel_port_as_iframe(self.port, height=str(height))
+            return
+        from IPython.display import IFrame, display
+
+        display(IFrame(f"http://127.0.0.1:{self.port}/", "100%", height))
+
+    def close(self) -> None:
+        """Let running requests finish, and stop."""
+        self._server.should_exit = True
+        self._thread.join()
+
+    def __enter__(self) -> "NotebookServer":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
