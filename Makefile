@@ -7,7 +7,7 @@ CONSTRAINTS ?= constraints.txt
 # What the tests are installed with; without the other extras, the tests that need them are skipped.
 EXTRAS ?= dev
 # Types are checked in modules whose imports other extras bring.
-LINT_EXTRAS ?= dev,eval,torch,serve
+LINT_EXTRAS ?= dev,eval,torch,serve,wandb
 
 # Files of one test run in one process; two processes, as on the CI machine. In their own order the
 # many small files come last, so that no process waits long for the other's last one.

@@ -60,9 +60,7 @@ class Reporter:
         self._shown = shown
         self._total = total_steps
         self._writes = jax.process_index() == 0
-        self._trackers = (
-            open_trackers(trackers, run, first_step=first_step) if self._writes else []
-        )
+        self._trackers = open_trackers(trackers, run, first_step=first_step) if self._writes else []
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

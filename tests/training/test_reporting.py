@@ -36,7 +36,7 @@ def test_sampling_is_timed_apart_and_shown_while_it_takes_long(tmp_path, monkeyp
     monkeypatch.setattr(reporting.time, "perf_counter", lambda: next(seconds))
     caplog.set_level(logging.INFO, "ivl_jax")
     run = RunDirectory(str(tmp_path))
-    with Reporter(run, first_step=0, total_steps=2, shown=()) as report:
+    with Reporter(run, trackers=(), first_step=0, total_steps=2, shown=()) as report:
         with report.sampling("sampling for step 1") as show:  # from 40 s on
             for ended in range(5):
                 show(SamplingProgress(ended, 8, 100 * ended))

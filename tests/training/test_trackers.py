@@ -1,9 +1,11 @@
 """Figures of a run reach every tracker that its config names; what is missing is said at once."""
 
+import importlib
 import importlib.util
 import json
 import struct
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from etils import epath
@@ -38,13 +40,12 @@ def _log_records(data):
 
 def _logged(folder):
     """The scalars of all starts of a W&B run, by step, and the ids of these starts."""
-    from wandb.proto import wandb_internal_pb2
-
+    messages: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
     by_step, ids = {}, []
     for file in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
         ids.append(file.stem.removeprefix("run-"))
         for data in _log_records(file.read_bytes()):
-            record = wandb_internal_pb2.Record()
+            record = messages.Record()
             record.ParseFromString(data)
             figures = {
                 ".".join(item.nested_key) or item.key: json.loads(item.value_json)
