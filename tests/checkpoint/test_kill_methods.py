@@ -58,13 +58,13 @@ METHODS = {
     ],
     "on-policy distil": [
         *("--objective", "distil", "--distil.teacher", f"{_FIXTURES}/base"),
-        *("--distil.values", f"{_FIXTURES}/residual"),
+        *("--distil.values", f"{_FIXTURES}/cascade"),
         *("--distil.answers", "sampled", "--distil.max-new-tokens", "16"),
     ],
 }
 SAMPLING = {
-    "grpo": ("--grpo.max-new-tokens", "60"),
-    "on-policy distil": ("--distil.max-new-tokens", "60"),
+    "grpo": ("--grpo.max-new-tokens", "48"),
+    "on-policy distil": ("--distil.max-new-tokens", "48"),
 }
 
 
