@@ -66,7 +66,7 @@ class DistilConfig:
     max_new_tokens: int = 128
     """The most tokens per sampled answer."""
     temperature: float = 1.0
-    """Of sampling."""
+    """Of sampling; the two are compared at temperature 1 in any case."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """How the teacher's frozen parameters are stored."""
 
