@@ -7,7 +7,7 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,20 @@ class InterruptedTrainingError(RuntimeError):
     """A training was interrupted; its state is saved, and the same command resumes it."""
 
 
-def kept_record(file: Path, *, items_sha256: str) -> dict[str, Any] | None:
+def kept_record(file: Path, wanted: Mapping[str, str]) -> dict[str, Any] | None:
     """Read a measurement.
 
     Args:
         file: Its JSON file.
-        items_sha256: Of the items that it has to be about.
+        wanted: Entries that it must have, hashes of what was measured and on what.
 
     Returns:
-        The record; None if there is none, or one about other items.
+        The record; None if there is none, or if it is about something else.
     """
     if not file.exists():
         return None
     record = json.loads(file.read_text(encoding="utf-8"))
-    return record if record["items_sha256"] == items_sha256 else None
+    return record if wanted.items() <= record.items() else None
 
 
 def train_once(

@@ -73,7 +73,7 @@ class Laboratory:
             InterruptedTrainingError: a training was stopped.
         """
         file = self._work_dir / "measured" / f"{measurement.name}.json"
-        kept = kept_record(file, items_sha256=items_hash(self._test))
+        kept = kept_record(file, {"items_sha256": items_hash(self._test)})
         if kept is not None:
             return kept
         logger.info("measuring %s", measurement.name)

@@ -6,18 +6,26 @@ in the work directory, so the command can be interrupted and run again.
 """
 
 import dataclasses
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ivl_jax.command_line.console import log_to_stdout
 from ivl_jax.command_line.flags import parse_flags
 from ivl_jax.command_line.guard import long_run_command
+from ivl_jax.experiments.demo_post_training import Options as DataOptions
 from ivl_jax.experiments.demonstrations import build_items
-from ivl_jax.experiments.post_training import Options as DataOptions
-from ivl_jax.experiments.post_training_lab import PostTrainingLaboratory, Settings
-from ivl_jax.experiments.post_training_plan import SEEDS, measurements
+from ivl_jax.experiments.post_training_configs import GRPO_STEPS, Settings, shown_settings
+from ivl_jax.experiments.post_training_lab import PostTrainingLaboratory
+from ivl_jax.experiments.post_training_plan import (
+    KINDS,
+    SEEDS,
+    Measurement,
+    Run,
+    measurements,
+    sweeps,
+)
 from ivl_jax.experiments.post_training_report import RECORD, update_page
 from ivl_jax.json_files import write_json
 
@@ -26,26 +34,23 @@ logger = logging.getLogger(__name__)
 _PROGRAM = "python -m ivl_jax.experiments post_training"
 _DATA = DataOptions()
 
-# A model trained alone has up to nine times the parameters of the value network.
-ALONE_RATES = {"sft": 5e-4, "dpo": 1e-4, "grpo": 1e-4}
-
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Post-train value networks beside S, carry them to L and X; a second run resumes."""
 
     seeds: tuple[int, ...] = SEEDS
-    """Seeds of the value networks trained beside S."""
-    alone_seeds: tuple[int, ...] = (0,)
-    """Seeds of the targets trained themselves, and of distillation."""
+    """Seeds of the trainings; the first one also has the rows that only support a choice."""
     share: float = _DATA.share
     """Share of the training demonstrations that every start is trained on."""
     epochs: float = _DATA.epochs
     """Passes over that share."""
     samples: int = _DATA.samples
     """Answers sampled per question, from which the rejected one is chosen."""
+    grpo_steps: int = GRPO_STEPS
+    """Optimizer steps of GRPO."""
     work_dir: Path = Path("runs/experiments_post_training")
-    """Trained models and measured figures."""
+    """Trained models and measured figures; each is kept under a hash of its settings."""
     docs: Path = Path("docs")
     """Where the report is written."""
     report_only: bool = False
@@ -67,21 +72,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str]) -> None:
     options = parse_flags(Options, arguments, prog=_PROGRAM)
     log_to_stdout(times=True)
-    planned = list(measurements(options.seeds, options.alone_seeds))
+    settings = Settings(options.share, options.epochs, options.samples, options.grpo_steps)
+    laboratory = PostTrainingLaboratory(options.work_dir, build_items(), settings)
+    planned = list(measurements(options.seeds))
     if not options.report_only:
-        settings = Settings(options.share, options.epochs, options.samples, ALONE_RATES)
-        laboratory = PostTrainingLaboratory(options.work_dir, build_items(), settings)
-        for measurement in planned:
+        for number, measurement in enumerate(planned, 1):
             figures = laboratory.measure(measurement)
-            logger.info("%s: %s", measurement.name, figures)
-    files = {one.name: options.work_dir / "measured" / f"{one.name}.json" for one in planned}
-    figures = {
-        name: json.loads(file.read_text(encoding="utf-8"))
-        for name, file in files.items()
-        if file.exists()
-    }
+            logger.info("%d/%d %s: %s", number, len(planned), measurement.name, figures)
+    record = record_of(laboratory, planned, settings)
     options.docs.mkdir(parents=True, exist_ok=True)
-    if figures:  # without any, the committed ones are shown
-        write_json(options.docs / RECORD, figures, indent=2)
+    if record["measured"]:  # without any, the committed ones are shown
+        write_json(options.docs / RECORD, record, indent=1)
     update_page(options.docs)
     logger.info("report: %s", options.docs / "experiments.md")
+
+
+def record_of(
+    laboratory: PostTrainingLaboratory, planned: Sequence[Measurement], settings: Settings
+) -> dict[str, Any]:
+    """Everything that the report quotes.
+
+    Args:
+        laboratory: Has measured what there is.
+        planned: The measurements of the report.
+        settings: Of the study.
+
+    Returns:
+        `measured`, figures by the name of their measurement; `settings`, of each kind of training
+        that can be described without further trainings; `missing`, the names without figures.
+    """
+    found = {one.name: laboratory.kept(one) for one in planned}
+    runs = {f"{kind} beside S": Run(kind, "S") for kind in KINDS}
+    runs |= {f"{kind} alone": Run(kind, "L", alone=True) for kind in KINDS}
+    known = {
+        name: laboratory.config_of(run)
+        for name, run in runs.items()
+        if all(laboratory.kept(one) is not None for one in sweeps(run))
+    }
+    return {
+        "settings": dataclasses.asdict(settings) | shown_settings(known),
+        "measured": {name: figures for name, figures in found.items() if figures is not None},
+        "missing": [name for name, figures in found.items() if figures is None],
+    }

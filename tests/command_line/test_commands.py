@@ -22,7 +22,7 @@ COMMANDS = {
     "ivl_jax.experiments.continued": "_run",
     "ivl_jax.experiments.demo": "_run",
     "ivl_jax.experiments.finetune_sweep": "_run",
-    "ivl_jax.experiments.post_training": "_run",
+    "ivl_jax.experiments.demo_post_training": "_run",
     "ivl_jax.experiments.post_training_study": "_run",
     "ivl_jax.experiments.pretrain_family": "_run",
     "ivl_jax.plan.__main__": "_plan",

@@ -34,9 +34,13 @@ def test_a_training_is_made_once_and_an_interrupted_one_resumes(tmp_path):
     assert not (run_dir / "checkpoints").exists()
 
 
-def test_a_record_about_other_items_is_none(tmp_path):
+def test_a_record_about_other_items_or_of_other_settings_is_none(tmp_path):
     file = tmp_path / "one.json"
-    assert kept_record(file, items_sha256="a") is None
+    wanted = {"items_sha256": "a", "settings_sha256": "b"}
+    assert kept_record(file, wanted) is None
+    file.write_text(json.dumps(wanted | {"nll": 1.0}))
+    assert kept_record(file, wanted) == wanted | {"nll": 1.0}
+    for key in wanted:
+        assert kept_record(file, wanted | {key: "c"}) is None
     file.write_text(json.dumps({"items_sha256": "a", "nll": 1.0}))
-    assert kept_record(file, items_sha256="a") == {"items_sha256": "a", "nll": 1.0}
-    assert kept_record(file, items_sha256="b") is None
+    assert kept_record(file, wanted) is None

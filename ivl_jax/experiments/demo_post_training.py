@@ -1,8 +1,9 @@
 """What configs/demo_dpo, demo_grpo and demo_distil start from, on the embedded family.
 
-`python -m ivl_jax.experiments.post_training`. Out: in `runs/post_training` a value network of S
-that was trained on a tenth of the demo's demonstrations, the questions about the invented facts,
-and for each of them the right answer beside a wrong one that S and this value network gave.
+`python -m ivl_jax.experiments.demo_post_training`. Out: in `runs/demo_post_training` a value
+network of S that was trained on a tenth of the demo's demonstrations, the questions about the
+invented facts, and for each of them the right answer beside a wrong one that S and this value
+network gave.
 """
 
 import dataclasses
@@ -20,16 +21,21 @@ from ivl_jax.checkpoint.hugging_face import export_hugging_face
 from ivl_jax.command_line.console import log_to_stdout
 from ivl_jax.command_line.flags import parse_flags
 from ivl_jax.command_line.guard import long_run_command
-from ivl_jax.config import GenerationOptions, TrainConfig, load_config
+from ivl_jax.config import ConfigError, GenerationOptions, TrainConfig, load_config
+from ivl_jax.config.files import config_to_toml
 from ivl_jax.data.formats import Message
 from ivl_jax.data.templates import standalone_template
 from ivl_jax.decoding.compose import compose
 from ivl_jax.experiments.demonstrations import Item, build_items, select, write_demonstrations
+from ivl_jax.experiments.kept_results import train_once
+from ivl_jax.json_files import read_json_object, write_json
+from ivl_jax.paths import write_atomically
 from ivl_jax.training.loop import run
 
 logger = logging.getLogger(__name__)
 
-_PROGRAM = "python -m ivl_jax.experiments.post_training"
+_PROGRAM = "python -m ivl_jax.experiments.demo_post_training"
+_OPTIONS = "options.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Options:
 
     config: Path = dataclasses.field(default_factory=lambda: config_file("demo.toml"))
     """The training run's settings."""
-    run_dir: Path = Path("runs/post_training")
+    run_dir: Path = Path("runs/demo_post_training")
     """Where everything is written; what is there is not made again."""
     share: float = 0.1
     """Share of the training demonstrations that the value network sees."""
@@ -101,8 +107,9 @@ def pair_rows(items: Sequence[Item], answers: Sequence[Sequence[str]]) -> list[d
 def _run(arguments: Sequence[str]) -> None:
     options = parse_flags(Options, arguments, prog=_PROGRAM)
     log_to_stdout(times=True)
-    items = build_items()
     folder = options.run_dir
+    _claim(folder, options)
+    items = build_items()
     files = write_demonstrations(folder / "demonstrations", some_of(items, options.share))
     value = _trained_value(options, files)
     facts = [item for item in items if item.kind == "fact"]
@@ -115,32 +122,51 @@ def _run(arguments: Sequence[str]) -> None:
     logger.info("written to %s: %s", folder, ", ".join(sorted(p.name for p in folder.iterdir())))
 
 
+def _claim(folder: Path, options: Options) -> None:
+    """Write down the options of a folder, or check that it was made with the same ones."""
+    file, config = folder / _OPTIONS, load_config(options.config, TrainConfig)
+    wanted = {
+        "share": options.share,
+        "epochs": options.epochs,
+        "samples": options.samples,
+        "config": config_to_toml(config),
+    }
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, wanted)
+        return
+    made = read_json_object(file)
+    if differing := [key for key, value in wanted.items() if made.get(key) != value]:
+        raise ConfigError(
+            f"{folder} was made with other options ({', '.join(differing)}; see {file}): name "
+            "another --run-dir, or remove it"
+        )
+
+
 def _trained_value(options: Options, files: dict[str, Path]) -> Path:
     """The value folder of S, and beside it the same network as a model folder."""
     run_dir = options.run_dir / "training"
     config, family_s = load_config(options.config, TrainConfig), str(family_folder("S"))
-    if not (run_dir / "value").exists():
-        data = dataclasses.replace(
-            config.data,
-            train=(str(files["train"]),),
-            validation=(str(files["validation"]),),
-            data_dir=str(options.run_dir / "data"),
-        )
-        run(
-            dataclasses.replace(
-                config,
-                run_dir=str(run_dir),
-                resume=(run_dir / "config.toml").exists(),
-                base=dataclasses.replace(config.base, path=family_s),
-                value=dataclasses.replace(config.value, path=family_s),
-                data=data,
-                step=dataclasses.replace(config.step, epochs=options.epochs),
-            )
-        )
+    data = dataclasses.replace(
+        config.data,
+        train=(str(files["train"]),),
+        validation=(str(files["validation"]),),
+        data_dir=str(options.run_dir / "data"),
+    )
+    wanted = dataclasses.replace(
+        config,
+        run_dir=str(run_dir),
+        base=dataclasses.replace(config.base, path=family_s),
+        value=dataclasses.replace(config.value, path=family_s),
+        data=data,
+        step=dataclasses.replace(config.step, epochs=options.epochs),
+    )
+    output = run_dir / "value"
+    train_once("the value network", run_dir, output, config=lambda: wanted, run=run)
     exported = options.run_dir / "value"
     if not exported.exists():
-        export_value(run_dir / "value", exported)
-    return run_dir / "value"
+        export_value(output, exported)
+    return output
 
 
 def export_value(value: Path, folder: Path) -> None:
@@ -193,7 +219,7 @@ def _dialogue(item: Item) -> dict[str, Any]:
 
 def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_text(text, encoding="utf-8")
+    write_atomically(path, text.encode())
 
 
 def _draw(item: Item) -> float:

@@ -1,7 +1,7 @@
 """What the post-training demos start from: shares and pairs."""
 
 from ivl_jax.experiments.demonstrations import Item
-from ivl_jax.experiments.post_training import pair_rows, some_of
+from ivl_jax.experiments.demo_post_training import pair_rows, some_of
 
 ITEMS = [
     Item(f"Question {i}?", f"Answer {i}.", "fact", f"person {i // 4}", split)
