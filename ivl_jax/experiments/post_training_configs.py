@@ -26,7 +26,8 @@ _CONFIGS: dict[Kind, str] = {
 # Often enough that a run that is killed loses a minute.
 _CHECKPOINT_EVERY = 50
 # The demo's 150 steps pass once over the questions, and gain a few points.
-GRPO_STEPS = 400
+GRPO_STEPS = 300
+DPO_EPOCHS = 2.0
 _EVALUATE_EVERY = 100
 _UNKEYED = ("run_dir", "resume", "logging", "compilation_cache", "profile", "processes")
 
@@ -43,6 +44,8 @@ class Settings:
     """Answers sampled per question, from which the rejected one is chosen."""
     grpo_steps: int = GRPO_STEPS
     """Optimizer steps of GRPO."""
+    dpo_epochs: float = DPO_EPOCHS
+    """Passes over the pairs."""
 
 
 class Inputs(NamedTuple):
@@ -74,6 +77,8 @@ def config_of(run: Run, settings: Settings, inputs: Inputs, *, run_dir: Path) ->
     step, optimizer, penalty = config.step, config.optimizer, config.penalty
     if run.kind == "sft":
         step = dataclasses.replace(step, epochs=settings.epochs)
+    if run.kind == "dpo":
+        step = dataclasses.replace(step, epochs=settings.dpo_epochs)
     if run.kind == "grpo":
         step = dataclasses.replace(step, max_steps=settings.grpo_steps)
     if run.rate is not None:

@@ -1,130 +1,51 @@
 """The section of docs/experiments.md on post-training, from docs/post_training.json.
 
-In: figures by the name of their measurement. Out: Markdown, between the page's two marks.
+In: the study's record: settings, figures by the name of their measurement, what is missing. Out:
+Markdown, between the page's two marks.
 """
 
 import json
-import math
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from scipy.stats import t as student_t
-
+from ivl_jax.experiments.post_training_gains import (
+    ABSENT,
+    LEAST_GAIN,
+    Estimate,
+    Make,
+    Table,
+    by_itself,
+    markdown,
+    on,
+    untrained,
+)
 from ivl_jax.experiments.post_training_plan import (
-    SEEDS,
+    KINDS,
     Kind,
     Measurement,
     Model,
-    alone,
+    beside,
     distilled,
     folded,
-    value_on,
+    swept,
 )
 
 RECORD = "post_training.json"
 BEGIN = "<!-- post-training: python -m ivl_jax.experiments post_training -->"
 END = "<!-- end of post-training -->"
-_ABSENT = "–"
-_CONFIDENCE = 0.95
-Figures = Mapping[str, Mapping[str, Any]]
-Make = Callable[[int], Measurement]
-_MET = {None: _ABSENT, True: "yes", False: "no"}
-_NAMES: dict[Kind, str] = {"sft": "SFT", "dpo": "SFT → DPO", "grpo": "SFT → GRPO"}
-
-
-class Estimate(NamedTuple):
-    """A figure over seeds."""
-
-    values: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        """Arithmetic mean."""
-        return statistics.fmean(self.values)
-
-    @property
-    def half_width(self) -> float:
-        """Half of the 95 % t interval of the mean; 0 for a single seed, which has none.
-
-        >>> round(Estimate((1.0, 2.0, 3.0)).half_width, 3)
-        2.484
-        """
-        count = len(self.values)
-        if count < 2:
-            return 0.0
-        quantile = float(student_t.ppf((1 + _CONFIDENCE) / 2, count - 1))
-        return quantile * statistics.stdev(self.values) / math.sqrt(count)
-
-    def show(self, form: str = "{:.3f}") -> str:
-        """The mean, and with several seeds half of the interval.
-
-        >>> Estimate((0.5,)).show("{:.1%}"), Estimate(()).show()
-        ('50.0%', '–')
-        """
-        if not self.values:
-            return _ABSENT
-        shown = form.format(self.mean)
-        return f"{shown} ± {form.format(self.half_width)}" if len(self.values) > 1 else shown
-
-
-class Table:
-    """Looks figures up by seed."""
-
-    def __init__(self, figures: Figures) -> None:
-        self._figures = figures
-
-    def at(self, measurement: Measurement, key: str) -> float | None:
-        """A figure; None: not measured."""
-        return self._figures.get(measurement.name, {}).get(key)
-
-    def over_seeds(self, make: Make, key: str) -> Estimate:
-        """A figure of every seed that has it."""
-        names = {make(seed).name: make(seed) for seed in SEEDS}
-        found = [self.at(measurement, key) for measurement in names.values()]
-        return Estimate(tuple(value for value in found if value is not None))
-
-    def gain(self, make: Make, before: Make, key: str) -> Estimate:
-        """A figure minus that of another measurement, seed by seed."""
-        found = [(self.at(make(seed), key), self.at(before(seed), key)) for seed in SEEDS]
-        return Estimate(tuple(x - y for x, y in found if x is not None and y is not None))
-
-    def carried(self, base: Model, kind: Kind, key: str, *, origin: float) -> Estimate:
-        """Gain with the borrowed value network over the mean gain of the base trained itself.
-
-        Args:
-            base: L or X.
-            kind: The objective.
-            key: The figure.
-            origin: What the figure is without any training.
-        """
-        borrowed = self.over_seeds(lambda seed: value_on(base, kind, seed), key)
-        own = self.over_seeds(lambda seed: alone(base, kind, seed), key)
-        if not own.values or own.mean <= origin:
-            return Estimate(())
-        return Estimate(tuple((each - origin) / (own.mean - origin) for each in borrowed.values))
-
-    def kept(self, make: Make, whole: Make, base: Model, key: str) -> Estimate:
-        """Share of a teacher's gain over the base that arrives in a student, seed by seed."""
-        start = self.at(Measurement(base), key)
-        if start is None:
-            return Estimate(())
-        found = [(self.at(make(seed), key), self.at(whole(seed), key)) for seed in SEEDS]
-        return Estimate(
-            tuple(
-                (student - start) / (teacher - start)
-                for student, teacher in found
-                if student is not None and teacher is not None and teacher != start
-            )
-        )
+_MET = {None: ABSENT, True: "yes", False: "no"}
+_NAMES: dict[Kind, str] = {"sft": "SFT", "grpo": "SFT → GRPO", "dpo": "SFT → DPO"}
+# What an objective is judged by.
+_KEYS: dict[Kind, str] = {"grpo": "exact_match", "dpo": "pair_accuracy"}
+_UNITS = {"exact_match": "facts", "pair_accuracy": "pairs"}
 
 
 def update_page(docs: Path) -> None:
     """Put the section into `docs/experiments.md`, between its marks or at its end.
 
     Args:
-        docs: Folder of the page and of the figures; without figures nothing is written.
+        docs: Folder of the page and of the record; without a record nothing is written.
     """
     record, page = docs / RECORD, docs / "experiments.md"
     if not record.exists():
@@ -137,120 +58,213 @@ def update_page(docs: Path) -> None:
     page.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
 
 
-def section(figures: Figures) -> str:
+def section(record: Mapping[str, Any]) -> str:
     """The section's Markdown.
 
     Args:
-        figures: Measurement's name → its record.
+        record: From `post_training_study.record_of`.
 
     Returns:
-        Targets, one table per base, and distillation.
+        Settings, targets, gains, one table per base, the sweep, distillation, what is missing.
     """
-    table = Table(figures)
+    table = Table(record["measured"])
     return "\n\n".join(
         [
-            _INTRODUCTION,
+            _introduction(record),
             "### Post-training targets\n\n" + _targets(table),
+            "### What is carried\n\n" + _gains(table),
             *(f"### {base}\n\n" + _models(table, base) for base in ("S", "L", "X")),
+            "### Learning rates of L trained itself\n\n" + _sweep(table),
             "### Distillation\n\n" + _distillation(table),
+            *_missing(record),
         ]
     )
 
 
-_INTRODUCTION = """## Post-training through the composition
+def _introduction(record: Mapping[str, Any]) -> str:
+    settings, measured = record["settings"], record["measured"]
+    sft, dpo, grpo = (settings[f"{kind} beside S"] for kind in ("sft", "dpo", "grpo"))
+    questions = next(iter(measured.values()))["questions"]
+    rewards = " + ".join(f"`{name}`" for name in grpo["rewards"])
+    term = f"{dpo['sft_weight']:g} times the cross-entropy of the right answers"
+    return f"""## Post-training through the composition
 
 Made by `python -m ivl_jax.experiments post_training`; every number is in
 [post_training.json](post_training.json).
 
-Questions about people that no training item names. *SFT*: a value network beside S, trained on a
-tenth of the demonstrations. *SFT → DPO* and *SFT → GRPO* start from it: DPO on pairs whose rejected
-answers were sampled from S with that value network on the same question, GRPO on whether the answer
-is right word for word. *Trained itself*: the base fully fine-tuned by the same objectives, SFT
-first, with its own frozen start as the reference. *Facts*: share of questions answered word for
-word, greedily. *NLL*: nats per token of the right answers. *Pairs*: share of held-out pairs in
-which the right answer gained more over the base than the wrong one (no training: 50 %); *margin*:
-by how much, in nats. *KL*: exact KL(model ‖ base), nats per token of the right answers.
-*Carried*: the gain over the base that S's value network brings, as a share of what the same
-objective brings when the base is trained itself. Mean ± half of the 95 % t interval over seeds; a
-single number is one seed."""
+{questions} questions about people that no training item names. *SFT*: a value network beside S,
+trained for {sft["epochs"]:g} epochs on a share of {settings["share"]:g} of the demonstrations
+(learning rate {sft["learning_rate"]:g}, L1 penalty {sft["penalty"]:g}). *SFT → DPO* and *SFT →
+GRPO* start from it, still beside S. DPO: {dpo["epochs"]:g} epochs of pairs on the training
+questions, whose rejected answers were sampled from S with that value network on the same question;
+β {dpo["beta"]:g}, plus {term} (learning rate {dpo["learning_rate"]:g}, penalty
+{dpo["penalty"]:g}). GRPO: {grpo["max_steps"]} steps of {grpo["batch_size"]} answers to the training
+questions, {grpo["group_size"]} per question; reward {rewards}, weight of the KL divergence
+{grpo["kl_weight"]:g} (learning rate {grpo["learning_rate"]:g}, penalty {grpo["penalty"]:g}).
+*Trained itself*: the base fully fine-tuned by the same objectives, SFT first, for as long and
+without a penalty; in DPO and GRPO its own SFT is the reference; learning rates from the sweep
+below.
+
+*Facts*: share of questions answered word for word, greedily. *NLL*: nats per token of the right
+answers. *Pairs*: share of held-out pairs in which the right answer gained more over the base than
+the wrong one (no training: 50 %); *margin*: by how much, in nats. *KL*: exact KL(model ‖ base),
+nats per token of the right answers. Mean ± half of the 95 % t interval over seeds; a single number
+is one seed."""
 
 
 def _targets(table: Table) -> str:
-    rows = []
-    gain = table.gain(_on("S", "grpo"), _on("S", "sft"), "exact_match")
-    sure = len(gain.values) > 1 and gain.mean - gain.half_width > 0
-    rows.append(
-        (
-            "facts gained by GRPO on S",
-            "≥ 20 points, interval excludes 0",
-            gain.show("{:.1%}"),
-            None if not gain.values else sure and gain.mean >= 0.2,
-        )
-    )
-    carried: list[tuple[Kind, str, float]] = [
-        ("grpo", "exact_match", 0.0),
-        ("dpo", "pair_accuracy", 0.5),
+    rows = [_to_gain(table)]
+    for base in ("S", "L"):
+        gain = table.gain(on(base, "grpo"), on(base, "sft"), "exact_match")
+        sure = len(gain.values) > 1 and gain.mean - gain.half_width > 0
+        met = sure if len(gain.values) > 1 else None
+        target = "interval excludes 0" if base == "S" else ""
+        name = f"facts gained by GRPO over SFT, {base}{' + value' if base == 'L' else ''}"
+        rows.append((name, target, gain.show("{:.1%}"), met))
+    rows += [
+        _row(f"{kind.upper()} carried to L", _carried(table, "L", kind), 0.8) for kind in _KEYS
     ]
-    for kind, key, origin in carried:
-        for base in ("L", "X"):
-            found = table.carried(base, kind, key, origin=origin)
-            target = 0.8 if base == "L" else None
-            rows.append(_row(f"{kind.upper()} carried to {base}", found, target))
-    accuracy = table.over_seeds(_on("S", "dpo"), "pair_accuracy")
+    accuracy = table.over_seeds(on("S", "dpo"), "pair_accuracy")
     rows.append(_row("DPO's accuracy on held-out pairs, S", accuracy, 0.9))
     for key, name in (("nll", "NLL"), ("exact_match", "facts")):
-        kept = table.kept(folded, _on("L", "grpo"), "L", key)
+        kept = table.kept(folded, on("L", "grpo"), "L", key)
         rows.append(_row(f"kept by folding into L, {name}", kept, 0.95))
     cells = [
         [what, target, found, _MET[met] if target else ""] for what, target, found, met in rows
     ]
-    return _markdown(["what", "target", "measured", "met"], cells)
+    note = (
+        "Facts to gain: those that S itself completes when given the beginning of their statement, "
+        "less those that S with the SFT value network answers."
+    )
+    return note + "\n\n" + markdown(["what", "target", "measured", "met"], cells)
 
 
-def _row(what: str, found: Estimate, target: float | None) -> tuple[str, str, str, bool | None]:
-    met = None if target is None or not found.values else round(found.mean, 2) >= target
-    return what, "" if target is None else f"≥ {target}", found.show("{:.2f}"), met
+def _to_gain(table: Table) -> tuple[str, str, str, bool | None]:
+    known = table.at(Measurement("S"), "facts_known")
+    start = table.over_seeds(on("S", "sft"), "exact_match")
+    found = Estimate(() if known is None else tuple(known - value for value in start.values))
+    met = found.mean >= 0.2 if found.values else None
+    return "facts to gain before GRPO, S", "≥ 20 points", found.show("{:.1%}"), met
+
+
+def _row(what: str, found: Estimate, target: float) -> tuple[str, str, str, bool | None]:
+    met = round(found.mean, 2) >= target if found.values else None
+    return what, f"≥ {target}", found.show("{:.2f}"), met
+
+
+def _carried(table: Table, base: Model, kind: Kind) -> Estimate:
+    starts = on(base, "sft"), by_itself(base, "sft")
+    return table.carried(on(base, kind), by_itself(base, kind), starts, _KEYS[kind])
+
+
+def _gains(table: Table) -> str:
+    note = f"""*Gain over SFT*: of the same base, before and after DPO or GRPO, seed by seed; facts
+for GRPO, pairs for DPO. *Borrowed*: with the value network trained beside S. *Own*: the base
+trained itself. *Carried* is borrowed over own: the mean gain over the mean gain, so that no single
+seed's small denominator rules it. The two starts differ: where training the base itself has left
+less to gain, carried exceeds 1. Below an own gain of {LEAST_GAIN:.0%}, about what two shares of so
+many questions differ by when nothing has changed, a ratio says nothing and is left out. *Gain over
+the base*: the same over the base as it is, SFT included, which measures mostly SFT. *Beside L*:
+instead of L itself, a value network trained beside L by the same objective, from the same start as
+the borrowed one."""
+    rows = []
+    for kind in _KEYS:
+        for base in ("L", "X"):
+            makes = on(base, kind), by_itself(base, kind)
+            starts = on(base, "sft"), by_itself(base, "sft")
+            cells = _gain_row(table, makes, starts, kind, base)
+            rows.append([f"{_NAMES[kind]}, {base} ({_UNITS[_KEYS[kind]]})", *cells])
+
+        def trained_beside(seed: int, kind: Kind = kind) -> Measurement:
+            return beside(kind, seed)
+
+        makes = on("L", kind), trained_beside
+        starts = on("L", "sft"), on("L", "sft")
+        cells = _gain_row(table, makes, starts, kind, "L")
+        rows.append([f"{_NAMES[kind]}, beside L ({_UNITS[_KEYS[kind]]})", *cells])
+    over_sft = [f"gain over SFT, {each}" for each in ("borrowed", "own")]
+    over_base = [f"gain over the base, {each}" for each in ("borrowed", "own")]
+    headings = ["", *over_sft, "carried", *over_base, "borrowed / own"]
+    return note + "\n\n" + markdown(headings, rows)
+
+
+def _gain_row(
+    table: Table,
+    makes: tuple[Make, Make],
+    starts: tuple[Make, Make],
+    kind: Kind,
+    base: Model,
+) -> list[str]:
+    key, origin = _KEYS[kind], untrained(base)
+    cells = []
+    for before in (starts, (origin, origin)):
+        cells += [
+            table.gain(make, start, key).show("{:.1%}")
+            for make, start in zip(makes, before, strict=True)
+        ]
+        cells.append(table.carried(*makes, before, key).show("{:.2f}"))
+    return cells
 
 
 def _models(table: Table, base: Model) -> str:
-    rows = [_figures(table, base, lambda seed: Measurement(base))]
+    rows = [_figures(table, base, untrained(base))]
     for kind, name in _NAMES.items():
-        rows.append(_figures(table, f"{base} + value, {name}", _on(base, kind)))
-    if base != "S":
-        for kind, name in _NAMES.items():
-            rows.append(
-                _figures(table, f"{base} trained itself, {name}", _alone(base, kind)),
+        rows.append(_figures(table, f"{base} + value, {name}", on(base, kind)))
+    if base == "S":
+        return markdown(_HEADINGS, rows)
+    for kind, name in _NAMES.items():
+        rows.append(_figures(table, f"{base} trained itself, {name}", by_itself(base, kind)))
+    return markdown(_HEADINGS, rows)
+
+
+def _sweep(table: Table) -> str:
+    note = (
+        "On validation questions, seed 0; chosen, for all seeds and for X: the most facts (SFT and "
+        "GRPO) or pairs (DPO), then the lower NLL. DPO and GRPO start from the chosen SFT."
+    )
+    rows = []
+    for kind in KINDS:
+        for measurement in swept(kind):
+            assert measurement.run is not None
+            figures = _figures(
+                table, f"{_NAMES[kind]}, {measurement.run.rate:g}", _as_is(measurement)
             )
-    return _markdown(_HEADINGS, rows)
+            rows.append(figures)
+    return note + "\n\n" + markdown(["objective, learning rate", *_HEADINGS[1:]], rows)
 
 
 def _distillation(table: Table) -> str:
-    note = (
-        "A value network of S's size that learned, beside L, from L trained itself (SFT → GRPO), "
-        "without right answers as labels; and L trained to predict what L with S's value network "
-        "(SFT → GRPO) predicts, which is one ordinary model. *Kept*: share of the teacher's gain "
-        "over L."
-    )
+    note = """No labels: the text is the teacher's own greedy answers to the training questions,
+and the loss is KL(teacher ‖ student) alone. The first: a value network that starts as S and learns,
+beside L, from L trained itself (SFT → GRPO). The second: L trained to predict what L with S's value
+network (SFT → GRPO) predicts, which is one ordinary model. *Kept*: share of the teacher's gain over
+L."""
     rows = []
-
-    def of_tuned(seed: int) -> Measurement:
-        return distilled("L", seed)
-
     for name, make, teacher in (
-        ("L + value, from the tuned L", of_tuned, _alone("L", "grpo")),
-        ("L, folded from L + value", folded, _on("L", "grpo")),
+        ("L + value, from the tuned L", _distilled("L"), by_itself("L", "grpo")),
+        ("L, folded from L + value", folded, on("L", "grpo")),
     ):
         kept = [
             table.kept(make, teacher, "L", key).show("{:.2f}") for key in ("nll", "exact_match")
         ]
         rows.append([*_figures(table, name, make), *kept])
-    for base in ("S", "X"):
+    rows += [
+        [*_figures(table, f"{base} + value, from the tuned L", _distilled(base)), "", ""]
+        for base in ("S", "X")
+    ]
+    return note + "\n\n" + markdown([*_HEADINGS, "NLL kept", "facts kept"], rows)
 
-        def carried(seed: int, base: Model = base) -> Measurement:
-            return distilled(base, seed)
 
-        rows.append([*_figures(table, f"{base} + value, from the tuned L", carried), "", ""])
-    return note + "\n\n" + _markdown([*_HEADINGS, "NLL kept", "facts kept"], rows)
+def _missing(record: Mapping[str, Any]) -> list[str]:
+    if not record["missing"]:
+        return []
+    count = len(record["missing"])
+    return [
+        f"Not measured yet, shown as {ABSENT} or with fewer seeds ({count} of "
+        f"{count + len(record['measured'])} measurements): "
+        + ", ".join(f"`{name}`" for name in record["missing"])
+        + ". The same command goes on with them."
+    ]
 
 
 _HEADINGS = ("model", "facts", "NLL", "pairs", "margin", "KL to base")
@@ -267,14 +281,9 @@ def _figures(table: Table, name: str, make: Make) -> list[str]:
     return [name, *(table.over_seeds(make, key).show(form) for key, form in forms.items())]
 
 
-def _on(base: Model, kind: Kind) -> Make:
-    return lambda seed: value_on(base, kind, seed)
+def _as_is(measurement: Measurement) -> Make:
+    return lambda _: measurement
 
 
-def _alone(base: Model, kind: Kind) -> Make:
-    return lambda seed: alone(base, kind, seed)
-
-
-def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def _distilled(base: Model) -> Make:
+    return lambda seed: distilled(base, seed)

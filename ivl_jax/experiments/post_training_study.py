@@ -16,7 +16,12 @@ from ivl_jax.command_line.flags import parse_flags
 from ivl_jax.command_line.guard import long_run_command
 from ivl_jax.experiments.demo_post_training import Options as DataOptions
 from ivl_jax.experiments.demonstrations import build_items
-from ivl_jax.experiments.post_training_configs import GRPO_STEPS, Settings, shown_settings
+from ivl_jax.experiments.post_training_configs import (
+    DPO_EPOCHS,
+    GRPO_STEPS,
+    Settings,
+    shown_settings,
+)
 from ivl_jax.experiments.post_training_lab import PostTrainingLaboratory
 from ivl_jax.experiments.post_training_plan import (
     KINDS,
@@ -49,6 +54,8 @@ class Options:
     """Answers sampled per question, from which the rejected one is chosen."""
     grpo_steps: int = GRPO_STEPS
     """Optimizer steps of GRPO."""
+    dpo_epochs: float = DPO_EPOCHS
+    """Passes over the pairs."""
     work_dir: Path = Path("runs/experiments_post_training")
     """Trained models and measured figures; each is kept under a hash of its settings."""
     docs: Path = Path("docs")
@@ -72,7 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str]) -> None:
     options = parse_flags(Options, arguments, prog=_PROGRAM)
     log_to_stdout(times=True)
-    settings = Settings(options.share, options.epochs, options.samples, options.grpo_steps)
+    settings = Settings(
+        share=options.share,
+        epochs=options.epochs,
+        samples=options.samples,
+        grpo_steps=options.grpo_steps,
+        dpo_epochs=options.dpo_epochs,
+    )
     laboratory = PostTrainingLaboratory(options.work_dir, build_items(), settings)
     planned = list(measurements(options.seeds))
     if not options.report_only:

@@ -1,6 +1,9 @@
 """The study's trainings: their configs, and what they start from; nothing is trained here."""
 
+import dataclasses
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,76 +12,177 @@ from ivl_jax.config.train import check_train_config
 from ivl_jax.experiments import post_training_lab
 from ivl_jax.experiments.demonstrations import Item
 from ivl_jax.experiments.facts import Split
-from ivl_jax.experiments.post_training_lab import PostTrainingLaboratory, Settings
-from ivl_jax.experiments.post_training_plan import Run, measurements
+from ivl_jax.experiments.post_training_configs import Settings, settings_key
+from ivl_jax.experiments.post_training_lab import PostTrainingLaboratory
+from ivl_jax.experiments.post_training_plan import (
+    ALONE_RATES,
+    KINDS,
+    Measurement,
+    Run,
+    alone,
+    measurements,
+    swept,
+    value_on,
+)
 
 SPLITS: list[Split] = ["train"] * 60 + ["validation"] * 4 + ["test"] * 4
 ITEMS = [
     Item(f"Question {i}?", f"Answer {i}.", "fact", f"person {i}", split)
     for i, split in enumerate(SPLITS)
 ]
-SETTINGS = Settings(share=0.5, epochs=7.0, samples=2, alone_rates={"grpo": 1e-5})
+SETTINGS = Settings(share=0.5, epochs=7.0, samples=2, grpo_steps=11)
+
+
+class Made(PostTrainingLaboratory):
+    """One whose trainings are made at once, and whose models answer as told."""
+
+    def __init__(self, work_dir: Path, settings: Settings = SETTINGS) -> None:
+        super().__init__(work_dir, ITEMS, settings)
+        self.scored: list[str] = []
+
+    def train(self, run: Run) -> Path:
+        return self._output(run)
+
+    def _models(self, measurement):
+        self.scored.append(measurement.name)
+        return measurement, measurement
+
+    def _on_pairs(self, scorer, split, seed):
+        # The second rate of a sweep is the best one.
+        rate, rates = scorer.run.rate, ALONE_RATES.get(scorer.run.kind, ())
+        return {"pair_accuracy": float(rates.index(rate) == 1) if rate in rates else 0.5}
 
 
 @pytest.fixture
-def laboratory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PostTrainingLaboratory:
-    """One whose trainings have been done: their folders are only named."""
-    lab = PostTrainingLaboratory(tmp_path, ITEMS, SETTINGS)
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
+    """A laboratory that trains nothing."""
 
-    def output(run: Run) -> Path:
-        return tmp_path / "trained" / run.name / ("model" if run.alone else "value")
+    def answers(measurement, items, **_):
+        run = measurement.run
+        is_second = run is not None and run.rate in ALONE_RATES.get(run.kind, ())[1:2]
+        return [item.answer if is_second else "" for item in items]
 
-    monkeypatch.setattr(lab, "train", output)
-    monkeypatch.setattr(post_training_lab, "export_value", lambda *_: None)
-    monkeypatch.setattr(
-        post_training_lab, "write_pairs", lambda path, *_, **__: path.write_text("", "utf-8")
-    )
-    return lab
+    monkeypatch.setattr(post_training_lab, "answers", answers)
+    scores = SimpleNamespace(nll=1.5, kl=0.25)
+    monkeypatch.setattr(post_training_lab, "score_answers", lambda *_: scores)
+    return Made(tmp_path)
 
 
-def test_every_run_of_the_plan_has_a_complete_config(laboratory, tmp_path) -> None:
+def test_every_run_of_the_plan_has_a_complete_config(made) -> None:
     runs = {one.run for one in measurements() if one.run is not None}
     for run in runs:
-        config = laboratory.config_of(run, tmp_path / run.name)
+        config = made.config_of(run)
         check_train_config(config)
         assert config.objective == {"fold": "distil"}.get(run.kind, run.kind)
         assert config.method == ("sft" if run.alone else "value")
         assert config.penalty.weight == 0 or not run.alone
         assert (config.seed, config.resume) == (run.seed, False)
+        assert config.logging.checkpoint_every <= 50
+        if run.alone and run.kind in KINDS:
+            assert config.optimizer.learning_rate == (run.rate or ALONE_RATES[run.kind][1])
+    folders = {made.config_of(run).run_dir for run in runs}
+    seed_0 = sum(run.model == "L" and run.sweep != () and run.seed == 0 for run in runs)
+    assert len(folders) == len(runs) - seed_0  # the best of a sweep is not trained again
 
 
-def test_runs_start_from_demonstrations_and_read_their_own_pairs(laboratory, tmp_path) -> None:
-    dpo = laboratory.config_of(Run("dpo", "S", seed=1), tmp_path / "run")
+def test_runs_start_from_demonstrations_and_read_their_own_pairs(made, tmp_path) -> None:
+    dpo = made.config_of(Run("dpo", "S", seed=1))
+    sft = made.config_of(Run("sft", "S", seed=1))
     assert dpo.base.path == str(family_folder("S"))
-    assert dpo.value.path == str(tmp_path / "trained/sft_S_seed1/exported")
-    assert dpo.data.train == (str(tmp_path / "pairs/train_seed1.jsonl"),)
-    alone = laboratory.config_of(Run("grpo", "X", alone=True), tmp_path / "run")
-    assert alone.base.path == str(tmp_path / "trained/sft_X_alone_seed0/model")
-    assert alone.optimizer.learning_rate == 1e-5
-    sft = laboratory.config_of(Run("sft", "S"), tmp_path / "run")
+    assert dpo.value.path == f"{sft.run_dir}/exported"
+    assert Path(dpo.data.train[0]).name == f"pairs_train-2-of-{Path(sft.run_dir).name}.jsonl"
+    tuned = made.config_of(Run("grpo", "X", alone=True, rate=1e-5))
+    sft_x = made.config_of(Run("sft", "X", alone=True))
+    assert tuned.base.path == f"{sft_x.run_dir}/model"
+    assert (tuned.optimizer.learning_rate, tuned.step.max_steps) == (1e-5, 11)
+    beside_l = made.config_of(Run("grpo", "L", seed=1))
+    assert beside_l.base.path == str(family_folder("L"))
+    assert beside_l.value.path == f"{sft.run_dir}/exported"
     assert (sft.value.path, sft.step.epochs) == (str(family_folder("S")), 7.0)
     few = Path(sft.data.train[0]).read_text(encoding="utf-8").count("\n")
     assert 0 < few < 60
 
 
-def test_teachers_are_what_the_plan_says(laboratory, tmp_path) -> None:
-    tuned = laboratory.config_of(Run("distil", "L"), tmp_path / "run")
-    assert tuned.distil.teacher == str(tmp_path / "trained/grpo_L_alone_seed0/model")
-    assert tuned.distil.values == ()
+def test_teachers_and_their_own_answers_are_what_students_read(made) -> None:
+    teacher = made.config_of(Run("grpo", "L", alone=True)).run_dir
+    tuned = made.config_of(Run("distil", "L"))
+    assert (tuned.distil.teacher, tuned.distil.values) == (f"{teacher}/model", ())
     assert tuned.value.path == str(family_folder("S"))
-    fold = laboratory.config_of(Run("fold", "L", alone=True), tmp_path / "run")
+    assert Path(tuned.data.train[0]).name == f"answers_train-{Path(teacher).name}.jsonl"
+    fold = made.config_of(Run("fold", "L", alone=True))
     assert fold.distil.teacher == fold.base.path == str(family_folder("L"))
-    assert fold.distil.values == (str(tmp_path / "trained/grpo_S_seed0/value"),)
+    assert fold.distil.values == (f"{made.config_of(Run('grpo', 'S')).run_dir}/value",)
 
 
-def test_what_has_been_measured_is_not_measured_again(laboratory, monkeypatch) -> None:
-    (measurement, *_) = measurements()
-    monkeypatch.setattr(laboratory, "_models", lambda _: (None, None))
-    monkeypatch.setattr(post_training_lab, "answers", lambda *_, **__: ["Answer 64."] * 4)
+def test_a_teacher_answers_the_questions_and_no_right_answer_is_read(made, monkeypatch) -> None:
     monkeypatch.setattr(
-        post_training_lab, "score_answers", lambda *_: type("Scores", (), {"nll": 1.5, "kl": 0.25})
+        post_training_lab, "answers", lambda _, items, **__: ["Mine.", ""] * (len(items) // 2)
     )
-    record = laboratory.measure(measurement)
-    assert (record["exact_match"], record["nll"], record["kl"]) == (0.25, 1.5, 0.25)
-    monkeypatch.setattr(laboratory, "_models", None)
-    assert laboratory.measure(measurement) == record
+    run = Run("fold", "L", alone=True)
+    made._make_inputs(run)
+    (file,) = made.config_of(run).data.train
+    rows = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 30
+    assert {row["messages"][1]["content"] for row in rows} == {"Mine."}
+    assert {row["messages"][0]["content"] for row in rows} <= {item.question for item in ITEMS[:60]}
+
+
+def test_learning_rates_are_chosen_on_validation_questions(made) -> None:
+    for kind in KINDS:
+        config = made.config_of(Run(kind, "L", alone=True, seed=1))
+        assert config.optimizer.learning_rate == ALONE_RATES[kind][1]
+    assert set(made.scored) == {one.name for kind in KINDS for one in swept(kind)}
+    record = made.measure(alone("L", "grpo", 1))
+    assert record["learning_rate"] == ALONE_RATES["grpo"][1]
+
+
+def test_what_has_been_measured_is_not_measured_again(made) -> None:
+    measurement = value_on("L", "sft", 0)
+    assert made.kept(measurement) is None
+    record = made.measure(measurement)
+    assert (record["exact_match"], record["nll"], record["kl"]) == (0.0, 1.5, 0.25)
+    assert made.measure(measurement) == made.kept(measurement) == record
+    assert made.scored == [measurement.name]
+    assert made.kept(alone("L", "sft", 0)) is None
+    assert made.scored == [measurement.name], "looking up does not sweep"
+    assert made.measure(Measurement("S"))["facts_known"] == pytest.approx(0.4355, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changed", "again"),
+    [
+        (Settings(0.6, 7.0, 2, 11), {"sft", "dpo", "grpo"}),  # other demonstrations
+        (Settings(0.5, 8.0, 2, 11), {"sft", "dpo", "grpo"}),
+        (Settings(0.5, 7.0, 3, 11), {"sft", "dpo", "grpo"}),  # the pairs that are measured
+        (Settings(0.5, 7.0, 2, 12), {"grpo"}),
+        (Settings(0.5, 7.0, 2, 11, dpo_epochs=1.0), {"dpo"}),
+    ],
+)
+def test_what_other_settings_made_is_made_again(made, tmp_path, changed, again) -> None:
+    before = {kind: made.config_of(Run(kind, "S")) for kind in KINDS}
+    for kind in KINDS:
+        made.measure(value_on("S", kind, 0))
+    other = Made(tmp_path, changed)
+    kept = {kind for kind in KINDS if other.kept(value_on("S", kind, 0)) is not None}
+    assert kept == set(KINDS) - again
+    trained_again = {
+        kind for kind in KINDS if other.config_of(Run(kind, "S")).run_dir != before[kind].run_dir
+    }
+    # Wrong answers are sampled for DPO alone.
+    assert trained_again == ({"dpo"} if changed.samples == 3 else again)
+
+
+def test_a_key_is_of_what_the_result_depends_on(made, tmp_path) -> None:
+    config = made.config_of(Run("grpo", "S"))
+    key = settings_key(config, work_dir=tmp_path)
+    elsewhere = Made(tmp_path / "elsewhere").config_of(Run("grpo", "S"))
+    assert settings_key(elsewhere, work_dir=tmp_path / "elsewhere") == key
+    same = dataclasses.replace(config, run_dir="x", resume=True, profile="y")
+    assert settings_key(same, work_dir=tmp_path) == key
+    for change in (
+        {"seed": 1},
+        {"step": dataclasses.replace(config.step, max_steps=12)},
+        {"grpo": dataclasses.replace(config.grpo, rewards=("exact_match",))},
+        {"value": dataclasses.replace(config.value, path="x")},
+    ):
+        assert settings_key(dataclasses.replace(config, **change), work_dir=tmp_path) != key
