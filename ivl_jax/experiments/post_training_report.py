@@ -86,7 +86,8 @@ def _introduction(record: Mapping[str, Any]) -> str:
     sft, dpo, grpo = (settings[f"{kind} beside S"] for kind in ("sft", "dpo", "grpo"))
     questions = next(iter(measured.values()))["questions"]
     rewards = " + ".join(f"`{name}`" for name in grpo["rewards"])
-    term = f"{dpo['sft_weight']:g} times the cross-entropy of the right answers"
+    weight = dpo["sft_weight"]
+    term = f", plus {weight:g} times the cross-entropy of the right answers" if weight else ""
     return f"""## Post-training through the composition
 
 Made by `python -m ivl_jax.experiments post_training`; every number is in
@@ -97,7 +98,7 @@ trained for {sft["epochs"]:g} epochs on a share of {settings["share"]:g} of the 
 (learning rate {sft["learning_rate"]:g}, L1 penalty {sft["penalty"]:g}). *SFT → DPO* and *SFT →
 GRPO* start from it, still beside S. DPO: {dpo["epochs"]:g} epochs of pairs on the training
 questions, whose rejected answers were sampled from S with that value network on the same question;
-β {dpo["beta"]:g}, plus {term} (learning rate {dpo["learning_rate"]:g}, penalty
+β {dpo["beta"]:g}{term} (learning rate {dpo["learning_rate"]:g}, penalty
 {dpo["penalty"]:g}). GRPO: {grpo["max_steps"]} steps of {grpo["batch_size"]} answers to the training
 questions, {grpo["group_size"]} per question; reward {rewards}, weight of the KL divergence
 {grpo["kl_weight"]:g} (learning rate {grpo["learning_rate"]:g}, penalty {grpo["penalty"]:g}).

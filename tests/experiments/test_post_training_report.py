@@ -1,25 +1,35 @@
-"""The study's section: gains are compared as said, and only the section of the page changes."""
+"""The study's section: targets, sentences from the record, and only the section of the page."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ivl_jax.experiments.post_training_plan import (
+    SEEDS,
     Measurement,
     alone,
+    beside,
     folded,
     measurements,
     value_on,
 )
-from ivl_jax.experiments.post_training_report import (
-    BEGIN,
-    RECORD,
-    Estimate,
-    Table,
-    section,
-    update_page,
-)
+from ivl_jax.experiments.post_training_report import BEGIN, RECORD, section, update_page
+
+SETTING = {
+    "learning_rate": 0.0004,
+    "batch_size": 64,
+    "max_steps": 17,
+    "epochs": 2.0,
+    "penalty": 0.5,
+    "beta": 0.25,
+    "sft_weight": 0.75,
+    "rewards": ["exact_match", "word_f1"],
+    "group_size": 8,
+    "kl_weight": 0.001,
+}
+SETTINGS = {"share": 0.1, **{f"{kind} beside S": SETTING for kind in ("sft", "dpo", "grpo")}}
 
 
 def figures(exact_match: float, pair_accuracy: float = 0.5, nll: float = 4.0) -> dict[str, float]:
@@ -29,20 +39,31 @@ def figures(exact_match: float, pair_accuracy: float = 0.5, nll: float = 4.0) ->
         "kl": 1.0,
         "pair_accuracy": pair_accuracy,
         "pair_margin": 3.0,
+        "questions": 296,
     }
 
 
 FIGURES = {
+    "S": figures(0.0) | {"facts_known": 0.44},
     "L": figures(0.0, nll=4.0),
-    **{value_on("S", "sft", seed).name: figures(0.1) for seed in range(3)},
-    **{value_on("S", "grpo", seed).name: figures(0.4 + seed / 100) for seed in range(3)},
-    **{value_on("L", "grpo", seed).name: figures(0.72, nll=2.0) for seed in range(3)},
-    alone("L", "grpo", 0).name: figures(0.8),
+    **{value_on("S", "sft", seed).name: figures(0.1) for seed in SEEDS},
+    **{value_on("S", "grpo", seed).name: figures(0.2 + seed / 100) for seed in SEEDS},
+    **{value_on("L", "sft", seed).name: figures(0.36, 0.7) for seed in SEEDS},
+    **{value_on("L", "grpo", seed).name: figures(0.72, nll=2.0) for seed in SEEDS},
+    alone("L", "sft", 0).name: figures(0.2, 0.75),
+    alone("L", "grpo", 0).name: figures(0.6),
     **{value_on("L", "dpo", seed).name: figures(0.5, 0.86) for seed in range(2)},
     alone("L", "dpo", 0).name: figures(0.6, 0.95),
     value_on("S", "dpo", 0).name: figures(0.3, 0.88),
     folded(0).name: figures(0.684, nll=2.1),
+    beside("grpo", 0).name: figures(0.81),
 }
+
+
+def record(measured: dict[str, Any] | None = None) -> dict[str, Any]:
+    measured = FIGURES if measured is None else measured
+    missing = [one.name for one in measurements() if one.name not in measured]
+    return {"settings": SETTINGS, "measured": measured, "missing": missing}
 
 
 def row(text: str, what: str) -> list[str]:
@@ -51,42 +72,81 @@ def row(text: str, what: str) -> list[str]:
 
 
 def test_targets_are_met_or_missed_as_measured() -> None:
-    text = section(FIGURES)
-    # 30, 31 and 32 points: t(0.975, 2) = 4.303, times 1 point over the root of 3.
-    assert row(text, "facts gained by GRPO on S")[2:] == ["31.0% ± 2.5%", "yes"]
+    text = section(record())
+    assert row(text, "facts to gain before GRPO, S")[2:] == ["34.0% ± 0.0%", "yes"]
+    # 10, 11 and 12 points: t(0.975, 2) = 4.303, times 1 point over the root of 3.
+    assert row(text, "facts gained by GRPO over SFT, S")[2:] == ["11.0% ± 2.5%", "yes"]
+    assert row(text, "facts gained by GRPO over SFT, L + value")[1:] == ["", "36.0% ± 0.0%", ""]
     assert row(text, "GRPO carried to L")[2:] == ["0.90 ± 0.00", "yes"]
     assert row(text, "DPO carried to L")[2:] == ["0.80 ± 0.00", "yes"]
     assert row(text, "DPO's accuracy on held-out pairs, S")[2:] == ["0.88", "no"]
     assert row(text, "kept by folding into L, NLL")[2:] == ["0.95", "yes"]
     assert row(text, "kept by folding into L, facts")[2:] == ["0.95", "yes"]
-    assert row(text, "DPO carried to X")[2:] == ["–", ""]
 
 
-def test_a_gain_whose_interval_contains_0_misses_its_target() -> None:
-    uncertain = {value_on("S", "grpo", seed).name: figures(0.1 + 0.3 * seed) for seed in range(3)}
-    assert row(section(FIGURES | uncertain), "facts gained by GRPO on S")[3] == "no"
+def test_gains_are_shown_over_the_start_and_over_the_base() -> None:
+    text = section(record())
+    assert row(text, "SFT → GRPO, L (facts)")[1:] == [
+        "36.0% ± 0.0%",
+        "40.0%",
+        "0.90 ± 0.00",
+        "72.0% ± 0.0%",
+        "60.0%",
+        "1.20 ± 0.00",
+    ]
+    assert row(text, "SFT → DPO, L (pairs)")[1:4] == ["16.0% ± 0.0%", "20.0%", "0.80 ± 0.00"]
+    assert row(text, "SFT → DPO, L (pairs)")[4:6] == ["36.0% ± 0.0%", "45.0%"]
+    assert row(text, "SFT → GRPO, beside L (facts)")[1:4] == [
+        "36.0% ± 0.0%",
+        "45.0%",
+        "0.80 ± 0.00",
+    ]
+    assert row(text, "SFT → GRPO, X (facts)")[1:] == ["–"] * 6
+
+
+def test_a_gain_whose_interval_contains_0_misses_its_target_and_one_seed_decides_nothing() -> None:
+    uncertain = {value_on("S", "grpo", seed).name: figures(0.1 + 0.3 * seed) for seed in SEEDS}
+    found = section(record(FIGURES | uncertain))
+    assert row(found, "facts gained by GRPO over SFT, S")[3] == "no"
     one = {k: v for k, v in FIGURES.items() if not k.endswith(("seed1", "seed2"))}
-    assert row(section(one), "facts gained by GRPO on S")[3] == "no"
+    assert row(section(record(one)), "facts gained by GRPO over SFT, S")[2:] == ["10.0%", "–"]
 
 
-def test_gains_are_taken_seed_by_seed() -> None:
-    table = Table(FIGURES)
-    gain = table.gain(
-        lambda seed: value_on("S", "grpo", seed),
-        lambda seed: value_on("S", "sft", seed),
-        "exact_match",
-    )
-    assert gain.values == pytest.approx((0.3, 0.31, 0.32))
-    assert Estimate((0.5,)).half_width == 0
+def test_sentences_quote_the_settings() -> None:
+    text = section(record())
+    assert "reward `exact_match` + `word_f1`" in text
+    assert "plus 0.75 times the cross-entropy" in text
+    assert "17 steps of 64 answers" in text
+    changed = SETTING | {"rewards": ["contains"], "sft_weight": 0.0, "max_steps": 5}
+    settings = {"share": 0.1, **{f"{kind} beside S": changed for kind in ("sft", "dpo", "grpo")}}
+    text = section(record() | {"settings": settings})
+    assert "reward `contains`," in text
+    assert "plus" not in text.partition("### ")[0]
+    assert "5 steps of 64 answers" in text
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_is_missing_is_named(seed: int) -> None:
+    name = value_on("X", "sft", seed).name
+    text = section(record())
+    assert f"`{name}`" in text
+    everything = {one.name: figures(0.5) | {"facts_known": 1.0} for one in measurements()}
+    assert "Not measured yet" not in section(record(everything))
+    only = {"S": FIGURES["S"]}
+    assert "facts to gain before GRPO, S" in section(record(only))
 
 
 def test_the_section_of_everything_has_no_gap() -> None:
+    found = {"sft": 0.2, "grpo": 0.5, "dpo": 0.4, "distil": 0.5, "fold": 0.5}
     everything = {
-        one.name: figures(0.0 if one.run is None else 0.5, 0.9, 4.0 if one.run is None else 2.0)
+        one.name: figures(0.0, nll=4.0) | {"facts_known": 0.44}
+        if one.run is None
+        else figures(found[one.run.kind], found[one.run.kind] + 0.4, 2.0)
         for one in measurements()
     }
-    rows = [line for line in section(everything).splitlines() if line.startswith("| ")]
-    assert len(rows) > 30
+    lines = section(record(everything)).splitlines()
+    rows = [line for line in lines if line.startswith("| ")]
+    assert len(rows) > 40
     assert not [line for line in rows if "–" in line]
 
 
@@ -95,13 +155,13 @@ def test_only_the_section_of_the_page_is_replaced(tmp_path: Path) -> None:
     page.write_text("# Experiments\n\nBefore.\n", encoding="utf-8")
     update_page(tmp_path)
     assert page.read_text(encoding="utf-8") == "# Experiments\n\nBefore.\n"
-    (tmp_path / RECORD).write_text(json.dumps(FIGURES), encoding="utf-8")
+    (tmp_path / RECORD).write_text(json.dumps(record()), encoding="utf-8")
     update_page(tmp_path)
     once = page.read_text(encoding="utf-8")
     assert once.startswith(f"# Experiments\n\nBefore.\n\n{BEGIN}")
     page.write_text(once + "\nAfter.\n", encoding="utf-8")
     changed = FIGURES | {Measurement("S").name: figures(0.123)}
-    (tmp_path / RECORD).write_text(json.dumps(changed), encoding="utf-8")
+    (tmp_path / RECORD).write_text(json.dumps(record(changed)), encoding="utf-8")
     update_page(tmp_path)
     again = page.read_text(encoding="utf-8")
     assert again.count(BEGIN) == 1
