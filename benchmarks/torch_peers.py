@@ -21,7 +21,7 @@ from ivl_jax.weights.hf_names import hf_tensors
 
 # transformers 5.24 renamed the argument; the old name gives a warning per call.
 _FORWARD_ARGUMENTS = inspect.signature(LlamaForCausalLM.forward).parameters
-_CACHE = "cache" if "cache" in _FORWARD_ARGUMENTS else "past_key_values"
+CACHE_ARGUMENT = "cache" if "cache" in _FORWARD_ARGUMENTS else "past_key_values"
 
 
 class Term(NamedTuple):
@@ -74,7 +74,8 @@ class TorchPeer:
         total = torch.zeros(())
         for index, (model, strength) in enumerate(self.terms):
             cache = caches[index] if caches else None
-            out = model(unread, **{_CACHE: cache}, use_cache=cache is not None, logits_to_keep=1)
+            kwargs: dict[str, Any] = {CACHE_ARGUMENT: cache}
+            out = model(unread, use_cache=cache is not None, logits_to_keep=1, **kwargs)
             total = total + strength * out.logits[:, -1].float()
         return torch.cat([tokens, total.argmax(-1, keepdim=True)], dim=1)
 
