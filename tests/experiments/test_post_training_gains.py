@@ -33,7 +33,8 @@ def test_carried_is_the_gain_over_the_start_of_the_same_base_and_not_what_sft_ga
     assert carried({0: 0.08}, {0: 0.10}).values == pytest.approx((0.8,))
     over_base = table({0: 0.08}, {0: 0.10})
     figures = {Measurement("L").name: {"exact_match": 0.0}}
-    assert over_base.carried(*MODELS, STARTS[::-1], "exact_match").values != pytest.approx((0.8,))
+    swapped = STARTS[1], STARTS[0]
+    assert over_base.carried(*MODELS, swapped, "exact_match").values != pytest.approx((0.8,))
     assert Table(figures).carried(*MODELS, STARTS, "exact_match").values == ()
 
 

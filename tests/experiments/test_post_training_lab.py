@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from ivl_jax.assets import family_folder
 from ivl_jax.config.train import check_train_config
 from ivl_jax.experiments import post_training_lab
 from ivl_jax.experiments.demonstrations import Item
-from ivl_jax.experiments.facts import Split
+from ivl_jax.experiments.facts import Split as FactSplit
 from ivl_jax.experiments.post_training_configs import Settings, settings_key
 from ivl_jax.experiments.post_training_lab import PostTrainingLaboratory
 from ivl_jax.experiments.post_training_plan import (
@@ -19,13 +20,18 @@ from ivl_jax.experiments.post_training_plan import (
     KINDS,
     Measurement,
     Run,
+    Split,
     alone,
     measurements,
     swept,
     value_on,
 )
 
-SPLITS: list[Split] = ["train"] * 60 + ["validation"] * 4 + ["test"] * 4
+SPLITS: list[FactSplit] = [
+    *(["train"] * 60),
+    *(["validation"] * 4),
+    *(["test"] * 4),
+]
 ITEMS = [
     Item(f"Question {i}?", f"Answer {i}.", "fact", f"person {i}", split)
     for i, split in enumerate(SPLITS)
@@ -43,11 +49,11 @@ class Made(PostTrainingLaboratory):
     def train(self, run: Run) -> Path:
         return self._output(run)
 
-    def _models(self, measurement):
+    def _models(self, measurement: Measurement) -> Any:
         self.scored.append(measurement.name)
         return measurement, measurement
 
-    def _on_pairs(self, scorer, split, seed):
+    def _on_pairs(self, scorer: Any, split: Split, seed: int) -> dict[str, float]:
         # The second rate of a sweep is the best one.
         rate, rates = scorer.run.rate, ALONE_RATES.get(scorer.run.kind, ())
         return {"pair_accuracy": float(rates.index(rate) == 1) if rate in rates else 0.5}
