@@ -5,6 +5,7 @@ Markdown, between the page's two marks.
 """
 
 import json
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from ivl_jax.experiments.post_training_plan import (
 
 RECORD = "post_training.json"
 BEGIN = "<!-- post-training: python -m ivl_jax.experiments post_training -->"
+_WIDTH = 120
 END = "<!-- end of post-training -->"
 _MET = {None: ABSENT, True: "yes", False: "no"}
 _NAMES: dict[Kind, str] = {"sft": "SFT", "grpo": "SFT → GRPO", "dpo": "SFT → DPO"}
@@ -84,13 +86,12 @@ def section(record: Mapping[str, Any]) -> str:
 def _introduction(record: Mapping[str, Any]) -> str:
     settings, measured = record["settings"], record["measured"]
     sft, dpo, grpo = (settings[f"{kind} beside S"] for kind in ("sft", "dpo", "grpo"))
-    questions = next(iter(measured.values()))["questions"]
+    tested = (x["questions"] for name, x in measured.items() if not name.endswith("validation"))
+    questions = next(tested, ABSENT)
     rewards = " + ".join(f"`{name}`" for name in grpo["rewards"])
     weight = dpo["sft_weight"]
     term = f", plus {weight:g} times the cross-entropy of the right answers" if weight else ""
-    return f"""## Post-training through the composition
-
-Made by `python -m ivl_jax.experiments post_training`; every number is in
+    text = f"""Made by `python -m ivl_jax.experiments post_training`; every number is in
 [post_training.json](post_training.json).
 
 {questions} questions about people that no training item names. *SFT*: a value network beside S,
@@ -111,6 +112,7 @@ answers. *Pairs*: share of held-out pairs in which the right answer gained more 
 the wrong one (no training: 50 %); *margin*: by how much, in nats. *KL*: exact KL(model ‖ base),
 nats per token of the right answers. Mean ± half of the 95 % t interval over seeds; a single number
 is one seed."""
+    return "## Post-training through the composition\n\n" + _wrapped(text)
 
 
 def _targets(table: Table) -> str:
@@ -133,11 +135,10 @@ def _targets(table: Table) -> str:
     cells = [
         [what, target, found, _MET[met] if target else ""] for what, target, found, met in rows
     ]
-    note = (
-        "Facts to gain: those that S itself completes when given the beginning of their statement, "
-        "less those that S with the SFT value network answers."
-    )
-    return note + "\n\n" + markdown(["what", "target", "measured", "met"], cells)
+    note = """Facts to gain: the share of all facts that S itself completes when given the beginning
+of their statement, less the share that S with the SFT value network answers. A gain is over SFT of
+the same base and seed."""
+    return _wrapped(note) + "\n\n" + markdown(["what", "target", "measured", "met"], cells)
 
 
 def _to_gain(table: Table) -> tuple[str, str, str, bool | None]:
@@ -163,11 +164,11 @@ def _gains(table: Table) -> str:
 for GRPO, pairs for DPO. *Borrowed*: with the value network trained beside S. *Own*: the base
 trained itself. *Carried* is borrowed over own: the mean gain over the mean gain, so that no single
 seed's small denominator rules it. The two starts differ: where training the base itself has left
-less to gain, carried exceeds 1. Below an own gain of {LEAST_GAIN:.0%}, about what two shares of so
-many questions differ by when nothing has changed, a ratio says nothing and is left out. *Gain over
-the base*: the same over the base as it is, SFT included, which measures mostly SFT. *Beside L*:
-instead of L itself, a value network trained beside L by the same objective, from the same start as
-the borrowed one."""
+less to gain, carried exceeds 1. Below an own gain of {100 * LEAST_GAIN:.0f} points, about what two
+shares of so many questions differ by when nothing has changed, a ratio says nothing and is left
+out. *Gain over the base*: the same over the base as it is, SFT included, which measures mostly SFT.
+*Beside L*: instead of L itself, a value network trained beside L by the same objective, from the
+same start as the borrowed one."""
     rows = []
     for kind in _KEYS:
         for base in ("L", "X"):
@@ -186,7 +187,7 @@ the borrowed one."""
     over_sft = [f"gain over SFT, {each}" for each in ("borrowed", "own")]
     over_base = [f"gain over the base, {each}" for each in ("borrowed", "own")]
     headings = ["", *over_sft, "carried", *over_base, "borrowed / own"]
-    return note + "\n\n" + markdown(headings, rows)
+    return _wrapped(note) + "\n\n" + markdown(headings, rows)
 
 
 def _gain_row(
@@ -219,10 +220,8 @@ def _models(table: Table, base: Model) -> str:
 
 
 def _sweep(table: Table) -> str:
-    note = (
-        "On validation questions, seed 0; chosen, for all seeds and for X: the most facts (SFT and "
-        "GRPO) or pairs (DPO), then the lower NLL. DPO and GRPO start from the chosen SFT."
-    )
+    note = """On validation questions, seed 0. Chosen, for all seeds and for X: the most facts (SFT
+and GRPO) or pairs (DPO), then the lower NLL. DPO and GRPO start from the chosen SFT."""
     rows = []
     for kind in KINDS:
         for measurement in swept(kind):
@@ -231,7 +230,7 @@ def _sweep(table: Table) -> str:
                 table, f"{_NAMES[kind]}, {measurement.run.rate:g}", _as_is(measurement)
             )
             rows.append(figures)
-    return note + "\n\n" + markdown(["objective, learning rate", *_HEADINGS[1:]], rows)
+    return _wrapped(note) + "\n\n" + markdown(["objective, learning rate", *_HEADINGS[1:]], rows)
 
 
 def _distillation(table: Table) -> str:
@@ -253,19 +252,30 @@ L."""
         [*_figures(table, f"{base} + value, from the tuned L", _distilled(base)), "", ""]
         for base in ("S", "X")
     ]
-    return note + "\n\n" + markdown([*_HEADINGS, "NLL kept", "facts kept"], rows)
+    return _wrapped(note) + "\n\n" + markdown([*_HEADINGS, "NLL kept", "facts kept"], rows)
 
 
 def _missing(record: Mapping[str, Any]) -> list[str]:
     if not record["missing"]:
         return []
     count = len(record["missing"])
+    names = ", ".join(f"`{name}`" for name in record["missing"])
     return [
-        f"Not measured yet, shown as {ABSENT} or with fewer seeds ({count} of "
-        f"{count + len(record['measured'])} measurements): "
-        + ", ".join(f"`{name}`" for name in record["missing"])
-        + ". The same command goes on with them."
+        _wrapped(
+            f"Not measured yet, shown as {ABSENT} or with fewer seeds ({count} of "
+            f"{count + len(record['measured'])} measurements): {names}. The same command resumes "
+            "with them."
+        )
     ]
+
+
+def _wrapped(text: str) -> str:
+    """Paragraphs in lines of the page's width, whatever the numbers in them."""
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(
+        textwrap.fill(each, _WIDTH, break_long_words=False, break_on_hyphens=False)
+        for each in paragraphs
+    )
 
 
 _HEADINGS = ("model", "facts", "NLL", "pairs", "margin", "KL to base")

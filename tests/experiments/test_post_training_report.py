@@ -66,6 +66,11 @@ def record(measured: dict[str, Any] | None = None) -> dict[str, Any]:
     return {"settings": SETTINGS, "measured": measured, "missing": missing}
 
 
+def words(text: str) -> str:
+    """The text without its line breaks."""
+    return " ".join(text.split())
+
+
 def row(text: str, what: str) -> list[str]:
     (line,) = (line for line in text.splitlines() if line.startswith(f"| {what} |"))
     return [cell.strip() for cell in line.strip("|").split("|")]
@@ -113,13 +118,13 @@ def test_a_gain_whose_interval_contains_0_misses_its_target_and_one_seed_decides
 
 
 def test_sentences_quote_the_settings() -> None:
-    text = section(record())
+    text = words(section(record()))
     assert "reward `exact_match` + `word_f1`" in text
     assert "plus 0.75 times the cross-entropy" in text
     assert "17 steps of 64 answers" in text
     changed = SETTING | {"rewards": ["contains"], "sft_weight": 0.0, "max_steps": 5}
     settings = {"share": 0.1, **{f"{kind} beside S": changed for kind in ("sft", "dpo", "grpo")}}
-    text = section(record() | {"settings": settings})
+    text = words(section(record() | {"settings": settings}))
     assert "reward `contains`," in text
     assert "plus" not in text.partition("### ")[0]
     assert "5 steps of 64 answers" in text
