@@ -67,17 +67,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return long_run_command(_PROGRAM, _run, arguments)
 
 
-def some_of(items: Sequence[Item], share: float) -> list[Item]:
+def some_of(items: Sequence[Item], share: float, *, seed: int = 0) -> list[Item]:
     """A share of the training items, chosen by hash, and all others.
 
     Args:
         items: of all splits.
         share: of the training items to keep, in (0, 1].
+        seed: another seed keeps others.
 
     Returns:
         The items in order.
     """
-    return [item for item in items if item.split != "train" or _draw(item) < share]
+    return [item for item in items if item.split != "train" or _draw(item, seed) < share]
 
 
 def pair_rows(items: Sequence[Item], answers: Sequence[Sequence[str]]) -> list[dict[str, str]]:
@@ -222,8 +223,9 @@ def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     write_atomically(path, text.encode())
 
 
-def _draw(item: Item) -> float:
-    digest = hashlib.sha256(f"{item.question}\0share".encode()).digest()
+def _draw(item: Item, seed: int) -> float:
+    drawn = f"share {seed}" if seed else "share"
+    digest = hashlib.sha256(f"{item.question}\0{drawn}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 

@@ -45,7 +45,7 @@ class PostTrainingLaboratory:
     """Trains and measures on one set of demonstrations."""
 
     def __init__(self, work_dir: Path, items: list[Item], settings: Settings) -> None:
-        """Write demonstrations and questions to files.
+        """Write the questions to files.
 
         Args:
             work_dir: For all results.
@@ -56,8 +56,7 @@ class PostTrainingLaboratory:
         self._items = items
         self._settings = settings
         self._facts = [item for item in items if item.kind == "fact"]
-        few = some_of(items, settings.share)
-        self._demonstrations = write_demonstrations(self._input("demonstrations", few), few)
+        self._demonstrations: dict[int, Mapping[str, Path]] = {}
         self._questions: dict[str, Path] = {}
         for split in ("train", "validation"):
             asked = select(self._facts, split)
@@ -209,7 +208,8 @@ class PostTrainingLaboratory:
     def _data(self, run: Run) -> Mapping[str, Path]:
         """Split → file, which `_make_inputs` makes where it is made of a run's answers."""
         if run.kind == "sft":
-            return {split: self._demonstrations[split] for split in ("train", "validation")}
+            files = self._demonstrations_of(run.seed)
+            return {split: files[split] for split in ("train", "validation")}
         if run.kind == "dpo":
             return {split: self._pairs(split, run.seed) for split in ("train", "validation")}
         if run.teacher is None:
@@ -219,6 +219,14 @@ class PostTrainingLaboratory:
         return {
             split: self._work_dir / "inputs" / f"answers_{split}-{name}.jsonl" for split in splits
         }
+
+    def _demonstrations_of(self, seed: int) -> Mapping[str, Path]:
+        """Split → file; each seed draws its own share of the training items."""
+        if seed not in self._demonstrations:
+            few = some_of(self._items, self._settings.share, seed=seed)
+            folder = self._input("demonstrations", few)
+            self._demonstrations[seed] = write_demonstrations(folder, few)
+        return self._demonstrations[seed]
 
     def _pairs(self, split: str, seed: int) -> Path:
         """Pairs of a split whose wrong answers S gave with its value network of this seed."""

@@ -95,7 +95,8 @@ def _introduction(record: Mapping[str, Any]) -> str:
 [post_training.json](post_training.json).
 
 {questions} questions about people that no training item names. *SFT*: a value network beside S,
-trained for {sft["epochs"]:g} epochs on a share of {settings["share"]:g} of the demonstrations
+trained for {sft["epochs"]:g} epochs on a share of {settings["share"]:g} of the demonstrations,
+which each seed draws anew
 (learning rate {sft["learning_rate"]:g}, L1 penalty {sft["penalty"]:g}). *SFT → DPO* and *SFT →
 GRPO* start from it, still beside S. DPO: {dpo["epochs"]:g} epochs of pairs on the training
 questions, whose rejected answers were sampled from S with that value network on the same question;

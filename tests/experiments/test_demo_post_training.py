@@ -26,6 +26,9 @@ def test_a_share_of_the_training_items_is_kept_and_every_other_item() -> None:
     assert [item for item in kept if item.split == "test"] == ITEMS[400:]
     assert some_of(ITEMS, 0.1) == kept
     assert set(some_of(ITEMS, 0.05)) <= set(kept)
+    other = [item for item in some_of(ITEMS, 0.1, seed=1) if item.split == "train"]
+    assert 20 < len(other) < 60
+    assert len(set(other) & set(kept)) < 20
 
 
 def test_only_questions_answered_wrongly_become_pairs() -> None:

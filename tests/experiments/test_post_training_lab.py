@@ -107,6 +107,9 @@ def test_runs_start_from_demonstrations_and_read_their_own_pairs(made, tmp_path)
     assert (sft.value.path, sft.step.epochs) == (str(family_folder("S")), 7.0)
     few = Path(sft.data.train[0]).read_text(encoding="utf-8").count("\n")
     assert 0 < few < 60
+    other = made.config_of(Run("sft", "S", seed=2))
+    assert other.data.train != sft.data.train, "each seed draws its own demonstrations"
+    assert other.data.validation != sft.data.validation
 
 
 def test_teachers_and_their_own_answers_are_what_students_read(made) -> None:
