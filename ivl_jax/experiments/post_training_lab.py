@@ -58,6 +58,7 @@ class PostTrainingLaboratory:
         self._facts = [item for item in items if item.kind == "fact"]
         self._demonstrations: dict[int, Mapping[str, Path]] = {}
         self._questions: dict[str, Path] = {}
+        (self._work_dir / "inputs").mkdir(parents=True, exist_ok=True)
         for split in ("train", "validation"):
             asked = select(self._facts, split)
             self._questions[split] = self._input(f"questions_{split}", asked, ".jsonl")
