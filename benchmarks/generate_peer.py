@@ -3,7 +3,7 @@
 In: two models of transformers with one vocabulary, prompts, how many tokens each answer takes. Out:
 sampled answers. A logits processor runs the value network, which has its own cache, and adds its
 logits to the base's. Prompts of unequal length are padded on the left, as `generate` asks; a row
-that ends is fed padding until the last one of its batch ends.
+that has its tokens is decoded on until the last one of its batch has them.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ class AddedLogits(LogitsProcessor):
 
 
 class _Lengths(StoppingCriteria):
-    """Ends each row after its own number of tokens."""
+    """Says of each row whether it has its own number of tokens."""
 
     def __init__(self, ends: torch.Tensor) -> None:
         self._ends = ends
@@ -75,7 +75,8 @@ def sample_answers(
         lengths: tokens of each answer.
 
     Returns:
-        [B T] prompts, padded on the left, and answers.
+        [B T] prompts, padded on the left, and answers; what follows a row's own length is to be
+        ignored.
     """
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), PAD)

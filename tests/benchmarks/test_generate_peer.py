@@ -1,4 +1,4 @@
-"""The peer in sampling: padding on the left changes nothing, and rows have their own lengths."""
+"""The peer in sampling: padding on the left changes nothing; a batch ends with its last row."""
 
 import pytest
 
@@ -36,9 +36,10 @@ def test_a_padded_rows_added_logits_are_those_of_the_row_alone(value: LlamaForCa
         torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
 
 
-def test_rows_end_after_their_own_number_of_tokens(value: LlamaForCausalLM) -> None:
+def test_a_batch_ends_with_its_longest_answer(value: LlamaForCausalLM) -> None:
     torch.manual_seed(1)
     base = LlamaForCausalLM(SHAPE).eval()
-    tokens = sample_answers(base, value, [[5, 6], [7, 8, 9]], [2, 6])
-    assert tokens.shape == (2, 9)
-    assert (tokens[0, 5:] == PAD).all()
+    for lengths in ([2, 6], [6, 2]):
+        tokens = sample_answers(base, value, [[5, 6], [7, 8, 9]], lengths)
+        assert tokens.shape == (2, 9)
+        assert tokens[:, :3].tolist() == [[PAD, 5, 6], [7, 8, 9]]
