@@ -293,8 +293,8 @@ def print_report(
             console.print(
                 f"Transfer ratio S → {target}: n/a. The recorded full fine-tuning of {target} was "
                 "measured on other items (another Python version has other docstrings). To measure "
-                "it on these, which takes up to an hour: "
-                f"python -m ivl_jax.experiments.finetune_sweep --model {target}"
+                "it on these, which takes hours: "
+                f"python -m ivl_jax.experiments.finetune_sweep --models {target}"
             )
         else:
             console.print(

@@ -1,13 +1,14 @@
-"""Full fine-tuning of a target, swept: `python -m ivl_jax.experiments.finetune_sweep`.
+"""References nobody can doubt: `python -m ivl_jax.experiments.finetune_sweep`.
 
-In: the demo's demonstrations. Out: `assets/family/finetuned_L.json`: every learning rate, length
-and batch size tried, with its validation NLL, and the test figures of the best one. A badly tuned
-fine-tune would flatter the transfer ratio, so the sweep is part of the record. A second run skips
-finished settings.
+In: the family and the demo's demonstrations. Every model is fine-tuned over learning rate × length,
+fully and with an adapter, on facts, docstrings or both; the grid grows until its best setting is
+enclosed (`finetune_plan`). Each run stops early twice, by validation NLL and by exact match. Out:
+`docs/finetune_sweep.json`: every run with its validation curve, and the test figures of the chosen
+ones. Finished runs are kept in the work directory under a hash of their effective config, so the
+command can be killed and run again.
 """
 
 import dataclasses
-import itertools
 import json
 import logging
 import platform
@@ -15,7 +16,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 
@@ -23,51 +24,47 @@ from ivl_jax.assets import config_file, family_folder
 from ivl_jax.command_line.console import log_to_stdout
 from ivl_jax.command_line.flags import parse_flags
 from ivl_jax.command_line.guard import long_run_command
+from ivl_jax.compilation_cache import use_compilation_cache
 from ivl_jax.config import TrainConfig, load_config
 from ivl_jax.decoding.compose import compose
-from ivl_jax.experiments.demonstrations import (
-    Item,
-    build_items,
-    items_hash,
-    select,
-    write_demonstrations,
+from ivl_jax.experiments.continued import continue_pretraining, new_items
+from ivl_jax.experiments.demonstrations import Item, build_items, items_hash, select
+from ivl_jax.experiments.finetune_plan import SEEDS, STAGES, Stage, chosen, missing_runs
+from ivl_jax.experiments.finetune_run import fine_tune, items_of, run_config, run_key
+from ivl_jax.experiments.finetune_settings import (
+    Criterion,
+    Curve,
+    Model,
+    Point,
+    Setting,
+    best_point,
+    criteria,
 )
 from ivl_jax.experiments.measure import answers, exact_match, response_nll
-from ivl_jax.training.loop import run
+from ivl_jax.json_files import write_json
 from ivl_jax.weights.language_model import load_language_model
 
 logger = logging.getLogger(__name__)
 
 _PROGRAM = "python -m ivl_jax.experiments.finetune_sweep"
-
-# Figures of every setting on the validation split; the first one selects the best setting.
-_MEASURED = ("validation_nll", "validation_exact_match")
+RECORD = "finetune_sweep.json"
+_ANSWER_TOKENS = 24
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Fine-tune a target with every setting, select on validation, report on test."""
+    """Fine-tune every reference until the best settings are enclosed; a second run resumes."""
 
-    model: Literal["S", "L", "X"] = "L"
-    """The target."""
-    learning_rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
-    """Peak learning rates."""
-    epochs: tuple[float, ...] = (1.0, 3.0)
-    """Passes over the training demonstrations."""
-    batch_sizes: tuple[int, ...] = (4,)
-    """Packed rows per step."""
+    models: tuple[Model, ...] = ("L", "S", "X", "L-continued")
+    """Which models."""
     config: Path = dataclasses.field(default_factory=lambda: config_file("demo.toml"))
     """What else there is to set: the demo's own settings."""
     work_dir: Path = Path("runs/finetune_sweep")
     """Where the runs go."""
-
-
-class Setting(NamedTuple):
-    """What is swept."""
-
-    learning_rate: float
-    epochs: float
-    batch_size: int
+    docs: Path = Path("docs")
+    """Where the record is written."""
+    report_only: bool = False
+    """Only write the record of what has been run so far."""
 
 
 def record_file(model: str) -> Path:
@@ -75,84 +72,214 @@ def record_file(model: str) -> Path:
     return family_folder("L").parent / f"finetuned_{model}.json"
 
 
-def finetune_config(
-    config: TrainConfig, files: dict[str, Path], *, model: Path, run_dir: Path, setting: Setting
-) -> TrainConfig:
-    """The demo's config, turned into a full fine-tuning of a model on the same demonstrations."""
-    return dataclasses.replace(
-        config,
-        run_dir=str(run_dir),
-        method="sft",
-        base=dataclasses.replace(config.base, path=str(model)),
-        penalty=dataclasses.replace(config.penalty, kind="none", weight=0.0),
-        data=dataclasses.replace(
-            config.data,
-            train=(str(files["train"]),),
-            validation=(str(files["validation"]),),
-            data_dir=str(run_dir.parent / "data"),
-        ),
-        optimizer=dataclasses.replace(config.optimizer, learning_rate=setting.learning_rate),
-        step=dataclasses.replace(config.step, epochs=setting.epochs, batch_size=setting.batch_size),
-    )
+class Sweep:
+    """Runs and measures settings, each once."""
+
+    def __init__(self, work_dir: Path, config: TrainConfig, items: list[Item]) -> None:
+        """Read what has been finished in the work directory.
+
+        Args:
+            work_dir: For all results.
+            config: The demo's.
+            items: From `build_items`.
+        """
+        self._work_dir = work_dir
+        self._config = config
+        self._items = items
+        self._records: dict[Setting, dict[str, Any]] = {}
+        for file in sorted((work_dir / "runs").glob("*/record.json")):
+            record = json.loads(file.read_text(encoding="utf-8"))
+            # A run on other items is left where it is: this Python has other docstrings.
+            setting = Setting(**record["setting"])
+            if record["items_sha256"] == items_hash(items_of(items, setting)):
+                self._records[setting] = record
+
+    @property
+    def tried(self) -> dict[Setting, Curve]:
+        """Every finished run with its validation curve."""
+        return {
+            setting: [Point(**point) for point in record["curve"]]
+            for setting, record in self._records.items()
+        }
+
+    def run(self, setting: Setting) -> None:
+        """Fine-tune with a setting and keep its record.
+
+        Args:
+            setting: One that has not been tried.
+        """
+        folder = self._folder(setting.model)
+        config = run_config(self._config, setting, model=folder)
+        key = run_key(config, setting, self._items, model=folder)
+        run_dir = self._work_dir / "runs" / key
+        shutil.rmtree(run_dir, ignore_errors=True)  # of a run that was stopped
+        logger.info("run %s: %s", key, setting)
+        fit = fine_tune(
+            config,
+            setting,
+            self._items,
+            run_dir=run_dir,
+            data_dir=self._work_dir / "data",
+            on_point=lambda point: logger.info("%s %s", key, point),
+        )
+        record = {
+            "key": key,
+            "setting": dataclasses.asdict(setting),
+            "items_sha256": items_hash(items_of(self._items, setting)),
+            "curve": [point._asdict() for point in fit.curve],
+            "train_loss": fit.train_loss,
+            "seconds": round(fit.seconds, 1),
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+        }
+        write_json(run_dir / "record.json", record, indent=2)
+        self._records[setting] = record
+
+    def test(self, setting: Setting, criterion: Criterion) -> dict[str, Any]:
+        """Measure the model of an early-stopped run on the test split, unless already done.
+
+        Args:
+            setting: A finished run.
+            criterion: What its step was chosen by.
+
+        Returns:
+            `nll`, `fact_nll` and `docstring_nll` over all test items, `exact_match` on facts, and
+            of L-continued `new_exact_match`, on people that no demonstration is about.
+        """
+        run_dir = self._work_dir / "runs" / self._records[setting]["key"]
+        file = run_dir / f"test_{criterion}.json"
+        if file.exists():
+            return json.loads(file.read_text(encoding="utf-8"))
+        model = compose(load_language_model(str(run_dir / f"best_{criterion}")))
+        test = select(self._items, "test")
+        by_kind = {kind: [item for item in test if item.kind == kind] for kind in _KINDS}
+        figures: dict[str, Any] = {"nll": response_nll(model, test)}
+        for kind, some in by_kind.items():
+            figures[f"{kind}_nll"] = response_nll(model, some)
+        asked = {"exact_match": by_kind["fact"]}
+        if setting.model == "L-continued":
+            asked["new_exact_match"] = new_items()
+        for name, facts in asked.items():
+            texts = answers(model, facts, max_new_tokens=_ANSWER_TOKENS)
+            figures[name] = exact_match(texts, facts)
+        write_json(file, figures, indent=2)
+        return figures
+
+    def record(self) -> dict[str, Any]:
+        """Everything that is known by now: all runs, and for each study the chosen ones."""
+        tried = self.tried
+        studies = dict.fromkeys((stage.model, stage.kinds) for stage in STAGES)
+        found = []
+        for model, kinds in studies:
+            for criterion, setting in chosen(tried, model, kinds).items():
+                seeds = [dataclasses.replace(setting, seed=seed) for seed in SEEDS]
+                found.append(
+                    {
+                        "model": model,
+                        "kinds": kinds,
+                        "criterion": criterion,
+                        "setting": dataclasses.asdict(setting),
+                        "step": best_point(tried[setting], criterion).step,
+                        "finished": not any(
+                            missing_runs(stage, tried)
+                            for stage in STAGES
+                            if (stage.model, stage.kinds) == (model, kinds)
+                        ),
+                        "test": [
+                            self._tested(one, criterion) | {"seed": one.seed}
+                            for one in seeds
+                            if one in tried and self._tested(one, criterion)
+                        ],
+                    }
+                )
+        test = items_hash(select(self._items, "test"))
+        runs = [self._records[setting] for setting in sorted(tried, key=str)]
+        return {"command": _PROGRAM, "test_items_sha256": test, "chosen": found, "runs": runs}
+
+    def reference(self, model: Model) -> dict[str, Any] | None:
+        """The figures that the demo shows for a fine-tuned target.
+
+        Args:
+            model: The target.
+
+        Returns:
+            Of the run with the lowest validation NLL on both kinds of demonstrations, with what
+            was tried; None before that search has finished.
+        """
+        tried = self.tried
+        best = chosen(tried, model, "both").get("nll")
+        stages = [stage for stage in STAGES if (stage.model, stage.kinds) == (model, "both")]
+        if best is None or any(missing_runs(stage, tried) for stage in stages):
+            return None
+        figures = self.test(best, "nll")
+        alike = {one: curve for one, curve in tried.items() if one.model == model}
+        return {
+            "model": model,
+            "nll": figures["nll"],
+            "exact_match": figures["exact_match"],
+            "test_items_sha256": items_hash(select(self._items, "test")),
+            **{name: getattr(best, name) for name in ("learning_rate", "epochs", "batch_size")},
+            "tried": [
+                dataclasses.asdict(one)
+                | {
+                    "validation_nll": best_point(curve, "nll").nll,
+                    "validation_exact_match": best_point(curve, "nll").exact_match,
+                }
+                for one, curve in alike.items()
+                if one.kinds == "both"
+            ],
+            "command": f"{_PROGRAM} --models {model}",
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+        }
+
+    def seconds_per_epoch(self, setting: Setting) -> float | None:
+        """Mean over the finished runs of the same model and demonstrations; None without one."""
+        alike = [
+            (record["seconds"], one.epochs)
+            for one, record in self._records.items()
+            if (one.model, one.kinds) == (setting.model, setting.kinds)
+        ]
+        return sum(s for s, _ in alike) / sum(e for _, e in alike) if alike else None
+
+    def _tested(self, setting: Setting, criterion: Criterion) -> dict[str, Any]:
+        file = self._work_dir / "runs" / self._records[setting]["key"] / f"test_{criterion}.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+    def _folder(self, model: Model) -> Path:
+        if model == "L-continued":
+            return continue_pretraining("L", work_dir=self._work_dir / "continued")
+        return family_folder(model)
 
 
-def sweep(options: Options, items: list[Item]) -> dict[str, Any]:
-    """Runs what has not been run, and measures the best of all runs on the test split.
+_KINDS = ("fact", "docstring")
+
+
+def run_stage(sweep: Sweep, stage: Stage, *, docs: Path) -> None:
+    """Run what a stage misses until nothing is missing, and test what it chose.
 
     Args:
-        options: Command-line options.
-        items: From `build_items`.
-
-    Returns:
-        The record.
+        sweep: Keeps the records.
+        stage: Of `STAGES`.
+        docs: Where the record is written after every run.
     """
-    config = load_config(options.config, TrainConfig)
-    files = write_demonstrations(options.work_dir / "demonstrations", items)
-    validation, test = select(items, "validation"), select(items, "test")
-    told = [item for item in validation if item.kind == "fact"]
-    folder = family_folder(options.model)
-    for setting in map(
-        Setting._make,
-        itertools.product(options.learning_rates, options.epochs, options.batch_sizes),
-    ):
-        rate, epochs, batch_size = setting
-        name = f"{options.model}_rate{rate:g}_epochs{epochs:g}_batch{batch_size}"
-        run_dir = options.work_dir / name
-        result_file = run_dir / "sweep.json"
-        if not result_file.exists():
-            shutil.rmtree(run_dir, ignore_errors=True)
-            result = run(
-                finetune_config(config, files, model=folder, run_dir=run_dir, setting=setting)
-            )
-            if result.output is None:
-                raise SystemExit("interrupted; run the same command again to go on")
-            model = compose(load_language_model(str(result.output)))
-            entry = setting._asdict() | {
-                "items_sha256": items_hash(items),
-                "validation_nll": response_nll(model, validation),
-                "validation_exact_match": exact_match(answers(model, told), told),
-                "model_folder": str(result.output),
-            }
-            result_file.write_text(json.dumps(entry), encoding="utf-8")
-            logger.info("%s", entry)
-    # What an earlier command tried on the same items counts too.
-    results = sorted(options.work_dir.glob(f"{options.model}_*/sweep.json"))
-    entries = [json.loads(file.read_text(encoding="utf-8")) for file in results]
-    tried = [entry for entry in entries if entry["items_sha256"] == items_hash(items)]
-    best = min(tried, key=lambda entry: entry[_MEASURED[0]])
-    model = compose(load_language_model(best["model_folder"]))
-    facts = [item for item in test if item.kind == "fact"]
-    return {
-        "model": options.model,
-        "nll": response_nll(model, test),
-        "exact_match": exact_match(answers(model, facts), facts),
-        "test_items_sha256": items_hash(test),
-        **{key: best[key] for key in Setting._fields},
-        "tried": [{key: entry[key] for key in (*Setting._fields, *_MEASURED)} for entry in tried],
-        "command": f"python -m ivl_jax.experiments.finetune_sweep --model {options.model}",
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-    }
+    while left := missing_runs(stage, sweep.tried):
+        known = [sweep.seconds_per_epoch(setting) for setting in left]
+        seconds = sum((s or 0.0) * one.epochs for s, one in zip(known, left, strict=True))
+        about = f", about {seconds / 60:.0f} min" if all(known) else ""
+        logger.info("%s %s %s: %d runs to make%s", *stage, len(left), about)
+        sweep.run(left[0])
+        write_json(docs / RECORD, sweep.record(), indent=1)
+    tried = sweep.tried
+    best = chosen(tried, stage.model, stage.kinds)
+    for criterion in criteria(stage.kinds):
+        if (setting := best.get(criterion)) is None:
+            continue
+        for seed in SEEDS:
+            one = dataclasses.replace(setting, seed=seed)
+            if one in tried:
+                logger.info("%s by %s: %s", one, criterion, sweep.test(one, criterion))
+    write_json(docs / RECORD, sweep.record(), indent=1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -170,10 +297,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str]) -> None:
     options = parse_flags(Options, arguments, prog=_PROGRAM)
     log_to_stdout(times=True)
-    record = sweep(options, build_items())
-    file = record_file(options.model)
-    file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    logger.info("%s: %s", file, record)
+    config = load_config(options.config, TrainConfig)
+    use_compilation_cache(config.runtime.compilation_cache)
+    sweep = Sweep(options.work_dir, config, build_items())
+    options.docs.mkdir(parents=True, exist_ok=True)
+    if options.report_only:
+        write_json(options.docs / RECORD, sweep.record(), indent=1)
+        return
+    for stage in STAGES:
+        if stage.model in options.models:
+            run_stage(sweep, stage, docs=options.docs)
+    for model in options.models:
+        if model != "L-continued" and (record := sweep.reference(model)) is not None:
+            write_json(record_file(model), record, indent=2)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.experiments.continued import continue_pretraining, new_items
 from ivl_jax.experiments.demonstrations import Item, items_hash, select, write_demonstrations
-from ivl_jax.experiments.finetune_sweep import Setting, finetune_config, record_file
+from ivl_jax.experiments.finetune_run import run_config
+from ivl_jax.experiments.finetune_settings import Setting
+from ivl_jax.experiments.finetune_sweep import record_file
 from ivl_jax.experiments.kept_results import kept_record, train_once
 from ivl_jax.experiments.matrix import Base, Measurement, Training
 from ivl_jax.experiments.measure import (
@@ -134,14 +136,24 @@ class Laboratory:
         )
         if training.method == "sft":
             record = json.loads(record_file(_swept(training.bases[0])).read_text(encoding="utf-8"))
-            setting = Setting(*(record[key] for key in Setting._fields))
-            config = finetune_config(
-                self._config, self._files, model=Path(first.path), run_dir=run_dir, setting=setting
+            setting = Setting(
+                cast(Any, training.bases[0]),
+                "both",
+                learning_rate=record["learning_rate"],
+                epochs=record["epochs"],
+                batch_size=record["batch_size"],
+                seed=training.seed,
             )
+            config = run_config(self._config, setting, model=Path(first.path))
             return dataclasses.replace(
                 config,
-                seed=training.seed,
-                data=dataclasses.replace(config.data, data_dir=str(self._work_dir / "data")),
+                run_dir=str(run_dir),
+                data=dataclasses.replace(
+                    config.data,
+                    train=(str(self._files["train"]),),
+                    validation=(str(self._files["validation"]),),
+                    data_dir=str(self._work_dir / "data"),
+                ),
             )
         config = self._config
         kind, weight = training.penalty

@@ -1,6 +1,5 @@
 """The demo around its training run: paths, the recorded fine-tune, the report's figure."""
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,6 @@ from ivl_jax.config import ConfigError, TrainConfig, load_config
 from ivl_jax.experiments import demo
 from ivl_jax.experiments.demo_plot import plot_report
 from ivl_jax.experiments.demonstrations import Item, items_hash
-from ivl_jax.experiments.finetune_sweep import Setting, finetune_config
 
 _TEST = [Item("Who?", "Someone does.", "fact", "someone", "test")]
 _REPORT = {
@@ -113,27 +111,6 @@ def test_the_footnote_says_how_the_recorded_models_were_chosen() -> None:
     best = min(record["tried"], key=lambda run: run["validation_nll"])
     assert f"X: learning rate {best['learning_rate']:g}, {best['epochs']:g} epochs" in note
     assert f"the best of {len(record['tried'])}" in note
-
-
-def test_the_fine_tune_differs_from_the_demo_in_what_is_trained_only(
-    config: TrainConfig, tmp_path: Path
-) -> None:
-    files = {split: tmp_path / f"{split}.jsonl" for split in ("train", "validation", "test")}
-    own = demo.demo_config(config, files, run_dir=tmp_path)
-    tuned = finetune_config(
-        config,
-        files,
-        model=demo.family_folder("L"),
-        run_dir=tmp_path / "run",
-        setting=Setting(learning_rate=1e-4, epochs=2.0, batch_size=8),
-    )
-    assert tuned.method == "sft"
-    assert tuned.base.path == str(demo.family_folder("L"))
-    assert dataclasses.replace(tuned.data, data_dir="") == dataclasses.replace(
-        own.data, data_dir=""
-    )
-    assert (tuned.optimizer.learning_rate, tuned.step.epochs) == (1e-4, 2.0)
-    assert tuned.step.batch_size == 8
 
 
 def test_a_fine_tune_recorded_on_other_items_is_not_used(
