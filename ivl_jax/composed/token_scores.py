@@ -81,6 +81,7 @@ SCORES: Mapping[str, Score] = {
     # the same for the base alone
     "base_log_prob": lambda at: log_probs(at.base, at.targets),
     "base_top1": lambda at: is_largest(at.base, at.targets),
+    "base_entropy": lambda at: entropy(at.base),
     # KL(composed ‖ base) of the next token, nats
     "base_kl": lambda at: kl_divergence(at.composed, at.base),
     # log p(target) under the teacher, nats; and the divergence from it: KL(teacher ‖ composed),

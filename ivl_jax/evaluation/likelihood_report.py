@@ -17,8 +17,8 @@ from rich.table import Table
 
 from ivl_jax.data.tokenized import TokenizedDemonstrations
 from ivl_jax.decoding.model import ComposedModel
-from ivl_jax.decoding.requests import EncodedPrompt
-from ivl_jax.evaluation.scoring import Row, RowScores, score_rows
+from ivl_jax.evaluation.held_out import rows_of
+from ivl_jax.evaluation.scoring import RowScores, score_rows
 
 _FIRST_EDGE = 16
 
@@ -118,14 +118,10 @@ def likelihood_report(
         The report; sums are added in float64.
     """
     encoded = [dialogues[index] for index in range(len(dialogues))]
-    prompts = _prompts(model, dialogues) if model.composition.mapped else [None] * len(dialogues)
-    rows = [
-        Row(dialogue.tokens.tolist(), prompt=prompt)
-        for dialogue, prompt in zip(encoded, prompts, strict=True)
-    ]
+    rows = rows_of(model, dialogues)
     scored = score_rows(model, rows, batch_size=batch_size, with_base=True)
     sums, longest = _Sums(len(model.values)), 0
-    for index, scores in _shown(scored, len(rows)):
+    for index, scores in shown(scored, len(rows)):
         sums.add(scores, encoded[index].loss_mask[1:])
         longest = max(longest, len(rows[index].token_ids) - 1)
     edges = [0, _FIRST_EDGE]
@@ -169,17 +165,6 @@ def show(report: LikelihoodReport, model: ComposedModel, console: Console) -> No
     console.print("NLL and KL(composed ‖ base): nats per target. |z_value|: mean over tokens read.")
 
 
-def _prompts(model: ComposedModel, dialogues: TokenizedDemonstrations) -> list[EncodedPrompt]:
-    """Each dialogue up to the assistant's first turn, encoded as for decoding."""
-    found = []
-    for row in dialogues.rows:
-        messages = dialogues.demonstrations[int(row)].messages
-        first = next(i for i, message in enumerate(messages) if message.role == "assistant")
-        found.append(messages[:first])
-    names = [dialogues.row_id(index) for index in range(len(dialogues))]
-    return model.prepare(found, names=names)
-
-
 def _cell(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
@@ -190,6 +175,7 @@ def _bins(length: int) -> np.ndarray:
     return np.where(positions > 0, np.floor(np.log2(np.maximum(positions, 1))) + 1, 0).astype(int)
 
 
-def _shown(scored: Iterable[Any], total: int) -> Iterable[Any]:
+def shown(scored: Iterable[Any], total: int, *, doing: str = "scoring") -> Iterable[Any]:
+    """The same, with a progress bar on standard error if it is a terminal."""
     console = Console(stderr=True)
-    return track(scored, "scoring", total=total, console=console, disable=not console.is_terminal)
+    return track(scored, doing, total=total, console=console, disable=not console.is_terminal)

@@ -41,7 +41,7 @@ _MAX_LOGITS_ACCELERATOR = 1 << 27
 _TOKEN_NAMES = ("log_prob", "top1")
 _NAMES = {
     False: _TOKEN_NAMES,
-    True: (*_TOKEN_NAMES, "base_log_prob", "base_top1", "base_kl", "value_l1"),
+    True: (*_TOKEN_NAMES, "base_log_prob", "base_top1", "base_kl", "value_l1", "base_entropy"),
 }
 
 
@@ -63,6 +63,7 @@ class BaseScores(NamedTuple):
     largest: Bool[Array | np.ndarray, "*T"]  # of the base alone
     divergence: Float[Array | np.ndarray, "*T"]  # KL(composed ‖ base) of the next token, nats
     magnitude: Float[Array | np.ndarray, "*T M"]  # mean over V of |z_value|, per value network
+    entropy: Float[Array | np.ndarray, "*T"]  # of the base alone, nats
 
 
 class RowScores(NamedTuple):
@@ -179,7 +180,11 @@ def score_tokens(
     base = None
     if with_base:
         base = BaseScores(
-            found["base_log_prob"], found["base_top1"], found["base_kl"], found["value_l1"]
+            found["base_log_prob"],
+            found["base_top1"],
+            found["base_kl"],
+            found["value_l1"],
+            found["base_entropy"],
         )
     return TokenScores(found["log_prob"], found["top1"]), choices, base
 

@@ -44,6 +44,11 @@ class Setting:
     """Packed rows of demonstrations per step."""
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Check that no field is without effect."""
+        if self.rank and self.frozen_embeddings:
+            raise ValueError("an adapter leaves the embeddings as they are: frozen_embeddings")
+
     @property
     def variant(self) -> "Setting":
         """The setting without its rate, length and seed: what a bracket is about."""

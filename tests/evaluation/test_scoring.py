@@ -83,6 +83,9 @@ def test_the_comparison_with_the_base_is_what_its_definition_says(model):
     expected = np.sum(np.exp(both) * (both - base), axis=-1)
     np.testing.assert_allclose(scores.base.divergence, expected, atol=1e-3)
     assert (scores.base.magnitude > 0).all()
+    np.testing.assert_allclose(
+        scores.base.entropy, -np.sum(np.exp(base) * base, axis=-1), atol=1e-3
+    )
 
 
 def test_strength_zero_is_the_base(model):

@@ -121,6 +121,11 @@ def test_seeds_repeat_the_chosen_of_each_criterion_and_never_change_the_choice()
     assert chosen(tried, "L", "facts") == {"nll": by_nll, "exact_match": by_match}
 
 
+def test_an_adapter_has_no_embeddings_to_freeze() -> None:
+    with pytest.raises(ValueError, match="an adapter leaves the embeddings as they are"):
+        dataclasses.replace(_L, rank=16, frozen_embeddings=True)
+
+
 def test_every_stage_can_be_named_from_nothing() -> None:
     for stage in STAGES:
         first = missing_runs(stage, {})

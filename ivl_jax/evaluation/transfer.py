@@ -1,0 +1,96 @@
+"""Will value networks help this base? An answer from a few dialogues, before any fine-tuning.
+
+In: a base, value networks, about 50 demonstrations. Out: tables on the console, the report as JSON,
+a figure.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from ivl_jax.config import RowsConfig
+from ivl_jax.config.annotations import Inline
+from ivl_jax.evaluation.flags import ModelFlags
+
+if TYPE_CHECKING:
+    from ivl_jax.evaluation.transfer_report import TransferReport
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Will it transfer? The gain over the base with an interval, where, and at which strength."""
+
+    model: Inline[ModelFlags] = field(default_factory=ModelFlags)
+    data: tuple[str, ...] = ()
+    """JSON or JSONL files of demonstrations, or one `tfds:NAME[/CONFIG][:SPLIT]`."""
+    output: str = ""
+    """JSON file of the report; empty: only print it."""
+    plot: str = ""
+    """PNG file of the report's figure; empty: none."""
+    rows: Inline[RowsConfig] = field(default_factory=RowsConfig)
+    max_length: int = 1024
+    """The most tokens to read per dialogue; at most the models' context."""
+    limit: int = 50
+    """The number of demonstrations to read, spread over the files; 0: all."""
+    batch_size: int = 8
+    """Dialogues scored together."""
+    data_dir: str = "data_cache"
+    """Where the ArrayRecord form of the demonstrations is stored."""
+
+
+def run(flags: Flags) -> "TransferReport":
+    """Run the evaluation; print the tables, write the report and the figure.
+
+    Args:
+        flags: of the command line.
+
+    Returns:
+        The report.
+
+    Raises:
+        ConfigError: flags are missing or inconsistent.
+        ValueError: demonstrations or models cannot be used; raised before any weight is read if
+            possible.
+    """
+    # Imported here: JAX takes a second, which --help should not wait for.
+    from ivl_jax.evaluation.held_out import read_held_out
+    from ivl_jax.evaluation.loading import load_model
+    from ivl_jax.evaluation.transfer_report import transfer_report
+    from ivl_jax.evaluation.transfer_view import plot, show
+
+    composed, problems = flags.model.composed, []
+    # A missing --value is a problem of its own.
+    if composed.value == ("none",):
+        problems.append("--value none is the base alone, which has nothing to transfer")
+    if composed.strength and not any(composed.strength):
+        problems.append("--strength is 0 for every value, which is the base alone")
+    held_out = read_held_out(
+        flags.model,
+        flags.data,
+        rows=flags.rows,
+        max_length=flags.max_length,
+        limit=flags.limit,
+        data_dir=flags.data_dir,
+        outputs={"--output": flags.output, "--plot": flags.plot},
+        problems=problems,
+    )
+    model = load_model(held_out.sources)
+    report = transfer_report(model, held_out.dialogues, batch_size=flags.batch_size)
+    show(report, model.strengths, Console())
+    if flags.output:
+        about = {
+            "benchmark": "transfer",
+            "model": held_out.sources.to_json(),
+            "data": list(flags.data),
+            "chat_template": held_out.chat.name,
+            "dialogues": held_out.dialogues.report.kept,
+            "cut": held_out.dialogues.report.cut,
+        }
+        text = json.dumps(about | report.to_json(), indent=2) + "\n"
+        Path(flags.output).write_text(text, encoding="utf-8")
+    if flags.plot:
+        plot(report, Path(flags.plot))
+    return report
