@@ -9,7 +9,7 @@ COMMANDS = {
     "ivl-infer": "decode with a base and value networks",
     "ivl-serve": "serve a base and value networks over HTTP, as OpenAI's API",
     "python -m ivl_jax.plan": "whether a run fits a TPU or GPU that is not attached",
-    "python -m ivl_jax.evaluation": "likelihood, GSM8K, MT-Bench, ToxiGen, lm-evaluation-harness",
+    "python -m ivl_jax.evaluation": "transfer, likelihood, GSM8K, MT-Bench, ToxiGen, lm-eval",
     "python -m ivl_jax.vocabulary": "build and show maps between two tokenizers",
     "python -m ivl_jax.checkpoint": "export value folders and Hugging Face folders",
     "python -m ivl_jax.experiments.demo": "the demo: train on S, lift L and X",

@@ -120,12 +120,12 @@ def plot(report: TransferReport, path: Path) -> None:
     """
     figure = Figure(figsize=(11, 7.4), layout="constrained")
     (by_position, by_entropy), (curve, rows) = figure.subplots(2, 2)
-    _bars(by_position, [(_position(*each[:2]), each[2]) for each in report.by_position])
+    _bars(by_position, [(_places(*each[:2]), each[2]) for each in report.by_position])
     by_position.set_title("Gain by position in the answer", fontsize=10)
-    by_position.set_xlabel("token of the answer")
+    by_position.set_xlabel("token of the answer, from 0; below it, how many tokens")
     _bars(by_entropy, [(_bounds(*each[:2]), each[2]) for each in report.by_entropy])
     by_entropy.set_title("Gain by how unsure the base is", fontsize=10)
-    by_entropy.set_xlabel("entropy of the base's prediction, nats")
+    by_entropy.set_xlabel("entropy of the base's prediction, nats; below it, how many tokens")
     _strength_curve(curve, report)
     colours = [_GAIN if gain > 0 else _LOSS for gain in report.row_gains]
     rows.axhline(0, color=_GREY, linewidth=0.8)
@@ -166,7 +166,7 @@ def _strength_curve(axes: Any, report: TransferReport) -> None:
     axes.plot(factors, [one.nll for one in report.strengths], color=_GAIN, marker="o", markersize=4)
     axes.axhline(base_nll, color=_GREY, linewidth=0.8, linestyle="--")
     axes.annotate(
-        "base alone", (factors[-1], base_nll), ha="right", va="bottom", fontsize=8, color=_GREY
+        "base alone", (factors[0], base_nll), ha="left", va="bottom", fontsize=8, color=_GREY
     )
     axes.axvline(report.suggested_factor, color=_GREY, linewidth=0.8, linestyle=":")
     axes.set_title(f"Strength: {report.suggested_factor:g} × the given one suggested", fontsize=10)
@@ -175,7 +175,11 @@ def _strength_curve(axes: Any, report: TransferReport) -> None:
 
 
 def _position(low: int, high: int) -> str:
-    return f"token {low}" if high == low + 1 else f"tokens {low}–{high - 1}"
+    return f"{'token' if high == low + 1 else 'tokens'} {_places(low, high)}"
+
+
+def _places(low: int, high: int) -> str:
+    return str(low) if high == low + 1 else f"{low}–{high - 1}"
 
 
 def _entropy(low: float, high: float) -> str:
