@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ivl_jax.experiments import matrix
+from ivl_jax.experiments.finetune_sweep import record_file
 from ivl_jax.experiments.matrix import Base, Measurement, Term, Training, on
 from ivl_jax.experiments.post_training_report import update_page
+from ivl_jax.experiments.report_notes import fill_notes
 from ivl_jax.experiments.report_plots import plot_penalties, plot_strengths, plot_transfer
+from ivl_jax.experiments.report_subjects import make_lookup
 
 Figures = Mapping[str, Mapping[str, Any]]
 _ABSENT = "–"
@@ -85,8 +88,12 @@ def write_report(figures: Figures, docs: Path, *, seeds: Sequence[int]) -> None:
 
     Args:
         figures: Measurement's name → its record.
-        docs: Folder of the page; if it has a hand-written `experiments_notes.md`, that is appended.
+        docs: Folder of the page; if it has an `experiments_notes.md`, that is appended, with its
+            numbers filled in and its claims checked.
         seeds: Of the trainings.
+
+    Raises:
+        NotesError: a claim of the notes does not hold for these figures.
     """
     table = Table(figures, seeds)
     transfer = {
@@ -128,7 +135,11 @@ def write_report(figures: Figures, docs: Path, *, seeds: Sequence[int]) -> None:
     ]
     notes = docs / "experiments_notes.md"
     if notes.exists():
-        sections.append(notes.read_text(encoding="utf-8").strip())
+        lookup = make_lookup(figures, seeds, record_file=record_file)
+        template = notes.read_text(encoding="utf-8").strip()
+        complete = all(measurement.name in figures for measurement in matrix.measurements(seeds))
+        missing = "error" if complete else "dash"
+        sections.append(fill_notes(template, lookup, missing=missing))
     text = "\n\n".join(section for section in sections if section) + "\n"
     (docs / "experiments.md").write_text(text, encoding="utf-8")
     update_page(docs)
