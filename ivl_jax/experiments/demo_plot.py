@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 _GREY, _BLUE, _DARK = "#b8bec7", "#2f6fde", "#20242b"
 # Suffix of a model's name → its label in the figure, and its colour.
 _KINDS = {
-    "": ("", _GREY),
+    "": ("\nalone", _GREY),
     "+value": ("\n+ value", _BLUE),
     "-finetuned": ("\nfine-tuned\n(recorded)", _DARK),
 }
@@ -34,26 +34,35 @@ def plot_report(report: dict[str, Any], path: Path) -> None:
 
     Args:
         report: `nll` and `exact_match` (name → number or None), `transfer_ratio` (target → number
-            or None), and perhaps `recorded`, a footnote.
+            or None), `items` (kind → how many were asked), and perhaps `recorded`, a footnote.
         path: The PNG to write.
     """
     figure = Figure(figsize=(13, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     _bars(left, report["nll"], form="{:.2f}")
-    left.set_title("Response NLL, nats per token (lower is better)", fontsize=10)
+    items = report["items"]
+    left.set_title(
+        f"NLL of the right answers to {items['fact']} questions on facts and "
+        f"{items['docstring']} on docstrings\nnats per token, lower is better",
+        fontsize=10,
+    )
     _bars(right, report["exact_match"], form="{:.0%}")
-    right.set_title("Facts answered word for word (higher is better)", fontsize=10)
+    right.set_title(
+        f"The {items['fact']} questions on facts answered word for word, higher is better\n"
+        "(the fine-tuned models were chosen by the NLL on the left, not by this)",
+        fontsize=10,
+    )
     right.set_ylim(0, 1.08)
     gains = [
-        f"{target}: {ratio:.0%}"
+        f"{ratio:.0%} of the gain of fine-tuning {target} itself"
         for target, ratio in report["transfer_ratio"].items()
         if ratio is not None
     ]
-    share = f"\nshare of the gain of fine-tuning the target itself: {', '.join(gains)}"
     figure.suptitle(
-        "A value network trained on S (0.7 M parameters), put on L (6.2 M) and, through a "
-        f"vocabulary map, on X (2 M, another tokenizer){share if gains else ''}",
-        fontsize=12,
+        "One value network, trained beside S (0.7 M) only, added to L (6.2 M) and, through a "
+        "vocabulary map, to X (2 M, another tokenizer)"
+        + (f"\nin NLL: {', '.join(gains)}" if gains else ""),
+        fontsize=11,
         fontweight="bold",
     )
     if "recorded" in report:
