@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ivl_jax.experiments import matrix
-from ivl_jax.experiments.finetune_sweep import record_file
+from ivl_jax.experiments.finetune_report import markdown, references_section
+from ivl_jax.experiments.finetune_sweep import RECORD, record_file
 from ivl_jax.experiments.matrix import Base, Measurement, Term, Training, on
 from ivl_jax.experiments.post_training_report import update_page
 from ivl_jax.experiments.report_notes import fill_notes
@@ -132,6 +133,7 @@ def write_report(figures: Figures, docs: Path, *, seeds: Sequence[int]) -> None:
         _large_value(table),
         _maps(table),
         "## Strength\n\n![Strength](strengths.png)",
+        references_section(docs / RECORD),
     ]
     notes = docs / "experiments_notes.md"
     if notes.exists():
@@ -192,7 +194,7 @@ def _targets(table: Table) -> str:
                 better if known else _ABSENT,
             ]
         )
-    return "## Targets\n\n" + _markdown(["what", "target", "measured", "met"], rows)
+    return "## Targets\n\n" + markdown(["what", "target", "measured", "met"], rows)
 
 
 def _transfer(table: Table) -> str:
@@ -215,7 +217,7 @@ def _transfer(table: Table) -> str:
                     table.spread(make, "new_exact_match").show("{:.1%}"),
                 ]
             )
-    return "## Transfer\n\n" + _markdown(["model", "NLL", "ratio", "facts", "new facts"], rows)
+    return "## Transfer\n\n" + markdown(["model", "NLL", "ratio", "facts", "new facts"], rows)
 
 
 def _trainings(
@@ -247,7 +249,7 @@ def _trainings(
         headings += [] if base == "S" else [f"ratio on {base}"]
         headings.append(f"facts on {base}")
         headings += [f"validation NLL on {base}"] if base == "L" else []
-    return "\n\n".join(part for part in (f"## {title}", note, _markdown(headings, rows)) if part)
+    return "\n\n".join(part for part in (f"## {title}", note, markdown(headings, rows)) if part)
 
 
 def _large_value(table: Table) -> str:
@@ -265,7 +267,7 @@ def _large_value(table: Table) -> str:
             row += [table.spread(at).show(), table.spread(at, "exact_match").show("{:.1%}")]
         rows.append(row)
     headings = ["trained with", "NLL on S", "facts on S", "NLL on L", "facts on L"]
-    return "## From large to small\n\n" + _markdown(headings, rows)
+    return "## From large to small\n\n" + markdown(headings, rows)
 
 
 def _maps(table: Table) -> str:
@@ -286,7 +288,7 @@ def _maps(table: Table) -> str:
                 ]
             )
     headings = ["alignment", "centred", "NLL on X", "ratio", "facts"]
-    return "## Vocabulary maps\n\n" + _markdown(headings, rows)
+    return "## Vocabulary maps\n\n" + markdown(headings, rows)
 
 
 def _penalty_curves(table: Table) -> dict[str, dict[str, list[tuple[float, float]]]]:
@@ -331,8 +333,3 @@ def _met(found: Spread, target: float) -> str:
     if not found.values:
         return _ABSENT
     return "yes" if round(found.mean, 2) >= target else "no"
-
-
-def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

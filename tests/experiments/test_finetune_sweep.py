@@ -1,0 +1,127 @@
+"""The sweep of references: each run once, what is recorded, and how the page shows it."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ivl_jax.config import TrainConfig, load_config
+from ivl_jax.experiments import finetune_sweep
+from ivl_jax.experiments.demonstrations import Item
+from ivl_jax.experiments.finetune_plan import Stage
+from ivl_jax.experiments.finetune_report import references_section
+from ivl_jax.experiments.finetune_run import Fit
+from ivl_jax.experiments.finetune_settings import Point, Setting
+from ivl_jax.experiments.finetune_sweep import RECORD, Sweep, run_stage
+
+_ITEMS = [
+    Item("Who?", "A.", "fact", "a", "train"),
+    Item("Where?", "B.", "fact", "b", "validation"),
+    Item("When?", "C.", "fact", "c", "test"),
+]
+_STAGE = Stage("S", "facts", "full")
+
+
+@pytest.fixture
+def sweep(
+    tmp_path: Path, project_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Any, list[Setting]]:
+    """Makes sweeps in one work directory whose runs take no time; and the runs that were made."""
+    made: list[Setting] = []
+    config = load_config(project_root / "configs" / "demo.toml", TrainConfig)
+
+    def fine_tune(config: TrainConfig, setting: Setting, items: list[Item], **named: Any) -> Fit:
+        made.append(setting)
+        named["run_dir"].mkdir(parents=True)
+        off = abs(setting.learning_rate - 1e-3)
+        curve = [
+            Point(10, 2 + off, 0.3 - off, 2 + off, None),
+            Point(28, 1 + off, 0.6 - off, 1 + off, None),
+            Point(40, 3.0, 0.5 - off, 3.0, None),
+        ]
+        return Fit(curve, [1.0, 0.5, 0.1], {}, 20.0)
+
+    def test(self: Sweep, setting: Setting, criterion: str) -> dict[str, float]:
+        return {"nll": 1.25, "fact_nll": 1.5, "docstring_nll": 1.0, "exact_match": 0.5}
+
+    monkeypatch.setattr(finetune_sweep, "fine_tune", fine_tune)
+    monkeypatch.setattr(Sweep, "test", test)
+    monkeypatch.setattr(Sweep, "_tested", test)
+    return lambda items=_ITEMS: Sweep(tmp_path / "work", config, list(items)), made
+
+
+def test_a_stage_is_run_once_and_a_stopped_one_goes_on(sweep: Any, tmp_path: Path) -> None:
+    make, made = sweep
+    run_stage(make(), _STAGE, docs=tmp_path)
+    assert [one.learning_rate for one in made] == [3e-4, 1e-3, 3e-3]
+    before = len(made)
+    run_stage(make(), _STAGE, docs=tmp_path)
+    assert len(made) == before
+    # A killed run has left no record: it is made again.
+    first = next((tmp_path / "work" / "runs").glob("*/record.json"))
+    first.unlink()
+    run_stage(make(), _STAGE, docs=tmp_path)
+    assert len(made) == before + 1
+
+
+def test_runs_on_other_demonstrations_do_not_count(sweep: Any, tmp_path: Path) -> None:
+    make, made = sweep
+    run_stage(make(), _STAGE, docs=tmp_path)
+    other = [*_ITEMS[:2], _ITEMS[0]._replace(question="Which?")]
+    assert make(other).tried == {}
+    assert len(make([*_ITEMS, Item("f?", "D.", "docstring", "d", "train")]).tried) == len(made)
+
+
+def test_the_record_has_every_run_and_the_chosen_ones(sweep: Any, tmp_path: Path) -> None:
+    make, made = sweep
+    run_stage(make(), _STAGE, docs=tmp_path)
+    record = json.loads((tmp_path / RECORD).read_text())
+    assert {run["setting"]["learning_rate"] for run in record["runs"]} == {3e-4, 1e-3, 3e-3}
+    assert all(len(run["key"]) == 16 and len(run["curve"]) == 3 for run in record["runs"])
+    assert record["chosen"] == []  # no study of S is on facts alone
+
+    by_stage = dataclasses.replace(made[0], model="L", learning_rate=1e-3)
+    one = make()
+    for rate in (3e-4, 1e-3, 3e-3):
+        one.run(dataclasses.replace(by_stage, learning_rate=rate))
+    chosen = one.record()["chosen"]
+    assert [each["criterion"] for each in chosen] == ["nll", "exact_match"]
+    assert {each["setting"]["learning_rate"] for each in chosen} == {1e-3}
+    assert {(each["step"], each["finished"]) for each in chosen} == {(28, False)}
+    assert [test["seed"] for test in chosen[0]["test"]] == [0]
+
+
+def test_the_page_shows_the_choice_its_bracket_and_what_was_tried(
+    sweep: Any, tmp_path: Path
+) -> None:
+    make, _ = sweep
+    assert references_section(tmp_path / RECORD) == ""
+    one = make()
+    start = Setting("L", "facts", learning_rate=1e-3, epochs=10.0)
+    for changed in ({}, {"learning_rate": 3e-4}, {"learning_rate": 3e-3}, {"statement_rows": 4}):
+        one.run(dataclasses.replace(start, **changed))
+    one.run(dataclasses.replace(start, seed=1))
+    (tmp_path / RECORD).write_text(json.dumps(one.record()))
+    text = references_section(tmp_path / RECORD)
+    assert "(5 runs)" in text
+    assert "Not finished yet, so its best may still change: L on facts alone." in text
+    assert (
+        "| L | facts alone | NLL | full | 0.001 | 0.0003 and 0.003 | 10 | 70% | 1.000 | 60.0% | "
+        "1.500 ± 0.000 | 1.000 ± 0.000 | 1.250 ± 0.000 | 50.0% ± 0.0% |"
+    ) in text
+    assert (
+        "| L | facts alone | full, 4 rows of statements per step | 1 | exact match | 0.001 | 10 | "
+        "1.000 | – | 60.0% |"
+    ) in text
+    assert "| L | facts alone | full | 3 | NLL |" in text
+
+
+def test_an_estimate_is_the_mean_time_of_runs_alike(sweep: Any) -> None:
+    make, _ = sweep
+    one = make()
+    start = Setting("L", "facts", learning_rate=1e-3, epochs=10.0)
+    assert one.seconds_per_epoch(start) is None
+    one.run(start)
+    assert one.seconds_per_epoch(dataclasses.replace(start, epochs=30.0)) == pytest.approx(2.0)
