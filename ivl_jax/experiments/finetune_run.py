@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ivl_jax.assets import family_folder
+from ivl_jax.checkpoint import TrainCheckpointer
 from ivl_jax.config import TrainConfig, config_to_mapping
 from ivl_jax.data.batching import Batch
 from ivl_jax.data.chat import make_chat_format
@@ -32,7 +33,7 @@ from ivl_jax.experiments.corpus import Corpus, Windows
 from ivl_jax.experiments.demonstrations import Item, items_hash, select, write_demonstrations
 from ivl_jax.experiments.facts import build_facts
 from ivl_jax.experiments.family_tokenizers import CONTEXT
-from ivl_jax.experiments.finetune_settings import Criterion, Kinds, Point, Setting, best_point
+from ivl_jax.experiments.finetune_settings import Point, Setting, best_point
 from ivl_jax.experiments.finetune_settings import criteria as criteria_of
 from ivl_jax.model.decoder import Params
 from ivl_jax.model.lora import join, merge
@@ -40,7 +41,7 @@ from ivl_jax.model.projection import Lora
 from ivl_jax.sharding import place_batch
 from ivl_jax.training.models import choose_models
 from ivl_jax.training.setup import Preparation, make_run_mesh, prepare, prepare_data
-from ivl_jax.training.step import split_micro_batches
+from ivl_jax.training.step import TrainState, split_micro_batches
 from ivl_jax.weights.language_model import (
     LanguageModel,
     load_language_model,
@@ -185,9 +186,8 @@ class Fit(NamedTuple):
     curve: list[Point]
     train_loss: list[float]
     """At the same steps: mean loss since the last of them, nats per token."""
-    folders: dict[Criterion, Path]
-    """The model of the best step by each criterion."""
     seconds: float
+    """Over all starts."""
 
 
 def fine_tune(
@@ -199,13 +199,15 @@ def fine_tune(
     data_dir: Path,
     on_point: Callable[[Point], object] = lambda point: None,
 ) -> Fit:
-    """Fine-tune a model to the last step, keeping the best one by each criterion.
+    """Fine-tune a model to the last step; a run that was killed resumes from its last evaluation.
+
+    The model of the best step by each criterion is left in `run_dir`, as `best_CRITERION`.
 
     Args:
         config: From `run_config`.
         setting: What the config cannot say.
         items: The demonstrations of all kinds.
-        run_dir: Where the model folders go.
+        run_dir: Of this run alone.
         data_dir: For demonstrations in the form that training reads; runs share it.
         on_point: Called after each held-out evaluation.
 
@@ -233,40 +235,57 @@ def fine_tune(
     prepared = prepare(config, models, data, mesh)
     start = load_language_model(config.base.path)
     held_out = HeldOutAnswers(start, select(chosen, "validation"))
-    best: dict[Criterion, Params] = {}
     curve: list[Point] = []
     losses: list[float] = []
-    for step, params, loss in _train(prepared, setting, start):
-        figures = held_out(params)
-        point = Point(
-            step,
-            _number(figures["nll"]),
-            figures["exact_match"],
-            figures["fact_nll"],
-            figures["docstring_nll"],
-        )
-        curve.append(point)
-        losses.append(loss)
-        for criterion in criteria_of(setting.kinds):
-            if best_point(curve, criterion) is point:
-                best[criterion] = jax.device_get(params)
-        on_point(point)
-    folders = {}
-    for criterion, params in best.items():
-        folders[criterion] = run_dir / f"best_{criterion}"
-        tuned = dataclasses.replace(start, path=str(folders[criterion]), params=params)
-        save_language_model(folders[criterion], tuned, dtype=jnp.float32, overwrite=True)
-    return Fit(curve, losses, folders, time.monotonic() - started)
+    seconds = 0.0
+    with TrainCheckpointer(run_dir / "checkpoints", keep=1) as checkpoints:
+        if checkpoints.has_started():
+            restored = checkpoints.restore(prepared.abstract_state)
+            data.train.set_state(restored.data_state)
+            curve = [Point(*point) for point in restored.run_metadata["curve"]]
+            losses, seconds = (restored.run_metadata[name] for name in ("losses", "seconds"))
+            begin = restored.state
+            logger.info("resuming from step %d", restored.step)
+        else:
+            begin = prepared.make_state()
+        for state, loss in _train(prepared, setting, start, begin):
+            params = _whole(state.params, prepared)
+            figures = held_out(params)
+            point = Point(
+                int(state.step),
+                _number(figures["nll"]),
+                figures["exact_match"],
+                figures["fact_nll"],
+                figures["docstring_nll"],
+            )
+            curve.append(point)
+            losses.append(loss)
+            for criterion in criteria_of(setting.kinds):
+                if best_point(curve, criterion) is point:
+                    _save(start, params, run_dir / f"best_{criterion}")
+            so_far = seconds + time.monotonic() - started
+            checkpoints.save(
+                state,
+                data_state=data.train.get_state(),
+                run_metadata={"curve": curve, "losses": losses, "seconds": so_far},
+            )
+            on_point(point)
+    shutil.rmtree(run_dir / "checkpoints")
+    return Fit(curve, losses, seconds + time.monotonic() - started)
+
+
+def _save(start: LanguageModel, params: Params, folder: Path) -> None:
+    tuned = dataclasses.replace(start, path=str(folder), params=params)
+    save_language_model(folder, tuned, dtype=jnp.float32, overwrite=True)
 
 
 def _train(
-    prepared: Preparation, setting: Setting, start: LanguageModel
-) -> Iterator[tuple[int, Params, float]]:
-    """(step, parameters of the whole model, mean loss since the last one) at each evaluation."""
+    prepared: Preparation, setting: Setting, start: LanguageModel, state: TrainState
+) -> Iterator[tuple[TrainState, float]]:
+    """The state at each evaluation, which the next step donates, and the mean loss before it."""
     total = prepared.data.total_steps
     points = {max(1, round(total * (at + 1) / EVALUATIONS)) for at in range(EVALUATIONS)}
     program = prepared.programs[0]
-    state = prepared.make_state()
     kept = jax.device_get(state.params["embed_tokens"]) if setting.frozen_embeddings else None
     statements = None
     if setting.statement_rows:
@@ -275,7 +294,7 @@ def _train(
         corpus = Corpus((), (), tuple(facts))
         statements = Windows(corpus, tokenizer, length=CONTEXT, seed=setting.seed)
     losses: list[Any] = []
-    for step in range(total):
+    for step in range(int(state.step), total):
         batch = next(prepared.data.train)
         if statements is not None:
             rows = statements.batch(step, rows=setting.statement_rows)
@@ -285,13 +304,12 @@ def _train(
         losses.append(metrics["loss"])
         if kept is not None:
             old = jax.tree.map(lambda leaf: leaf.sharding, state.params["embed_tokens"])
-            state = state._replace(
-                params=state.params | {"embed_tokens": jax.device_put(kept, old)}
-            )
+            params = state.params | {"embed_tokens": jax.device_put(kept, old)}
+            state = state._replace(params=params)
         if step + 1 in points:
             loss = float(np.mean(jax.device_get(losses)))
             losses.clear()
-            yield step + 1, _whole(state.params, prepared), loss
+            yield state, loss
 
 
 def with_statements(batch: Batch, windows: np.ndarray) -> Batch:
@@ -317,10 +335,10 @@ def with_statements(batch: Batch, windows: np.ndarray) -> Batch:
 
 
 def _whole(params: Params, prepared: Preparation) -> Params:
-    """The parameters of the model, an adapter merged into it; not those that a step donates."""
+    """The parameters of the model, an adapter merged into it."""
     lora, frozen = prepared.models.lora, prepared.frozen
     if lora is None or frozen is None:
-        return jax.tree.map(jnp.copy, params)
+        return params
     joined: Mapping[str, Any] = join(params, frozen)
     return merge(dict(joined), lora, dtype=jnp.float32)
 
@@ -328,13 +346,3 @@ def _whole(params: Params, prepared: Preparation) -> Params:
 def _number(found: float | None) -> float:
     assert found is not None, "there are held-out items"
     return found
-
-
-def model_folder(model: str, continued: Callable[[], Path]) -> Path:
-    """The folder of a model that is fine-tuned."""
-    return continued() if model == "L-continued" else family_folder(model)  # type: ignore[arg-type]
-
-
-def kinds_of(kinds: Kinds) -> tuple[str, ...]:
-    """The kinds of items among which a setting's demonstrations are."""
-    return _KIND_OF[kinds]

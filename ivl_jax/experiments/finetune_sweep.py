@@ -12,7 +12,6 @@ import dataclasses
 import json
 import logging
 import platform
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -112,7 +111,6 @@ class Sweep:
         config = run_config(self._config, setting, model=folder)
         key = run_key(config, setting, self._items, model=folder)
         run_dir = self._work_dir / "runs" / key
-        shutil.rmtree(run_dir, ignore_errors=True)  # of a run that was stopped
         logger.info("run %s: %s", key, setting)
         fit = fine_tune(
             config,

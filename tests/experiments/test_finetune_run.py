@@ -3,15 +3,24 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from ivl_jax.assets import family_folder
 from ivl_jax.config import TrainConfig, load_config
 from ivl_jax.data.batching import lay_out_rows
-from ivl_jax.experiments.demonstrations import Item
-from ivl_jax.experiments.finetune_run import items_of, run_config, run_key, with_statements
-from ivl_jax.experiments.finetune_settings import Setting
+from ivl_jax.experiments import finetune_run
+from ivl_jax.experiments.demonstrations import Item, build_items
+from ivl_jax.experiments.finetune_run import (
+    fine_tune,
+    items_of,
+    run_config,
+    run_key,
+    with_statements,
+)
+from ivl_jax.experiments.finetune_settings import Point, Setting
+from ivl_jax.weights.language_model import load_language_model
 
 _ITEMS = [
     Item("Who?", "A.", "fact", "a", "train"),
@@ -78,3 +87,59 @@ def test_statements_are_rows_of_their_own_whose_targets_all_count() -> None:
     assert both.loss_mask.tolist() == [[False, True, False, False], [True] * 4, [True] * 4]
     assert both.positions.tolist()[1:] == [[0, 1, 2, 3]] * 2
     assert both.segment_ids.tolist() == [[1, 1, 0, 0], [1] * 4, [1] * 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_killed_run_resumes_and_ends_as_if_it_had_not_been_killed(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    monkeypatch.setattr(finetune_run, "EVALUATIONS", 3)
+    monkeypatch.setattr(finetune_run, "_ROWS", 8)
+    facts = [item for item in build_items() if item.kind == "fact"]
+    items = [
+        item
+        for split, count in (("train", 60), ("validation", 8))
+        for item in [one for one in facts if one.split == split][:count]
+    ]
+    setting = Setting("S", "facts", learning_rate=1e-3, epochs=3.0, rank=rank, batch_size=2)
+    if not rank:
+        setting = dataclasses.replace(setting, statement_rows=1, frozen_embeddings=True)
+    base = family_folder("S")
+    wanted = run_config(config, setting, model=base)
+
+    class Killed(Exception):
+        pass
+
+    def run(name: str, *, kill_at: int = 0) -> tuple[list[Point], list[int]]:
+        seen: list[int] = []
+
+        def on_point(point: Point) -> None:
+            seen.append(point.step)
+            if len(seen) == kill_at:
+                raise Killed
+
+        fit = fine_tune(
+            wanted,
+            setting,
+            items,
+            run_dir=tmp_path / name,
+            data_dir=tmp_path / "data",
+            on_point=on_point,
+        )
+        return fit.curve, seen
+
+    whole, steps = run("whole")
+    assert len(steps) == 3
+    with pytest.raises(Killed):
+        run("killed", kill_at=2)
+    resumed, later = run("killed")
+    assert later == steps[2:]
+    assert resumed == whole
+    models = [load_language_model(str(tmp_path / n / "best_nll")) for n in ("whole", "killed")]
+    jax.tree.map(np.testing.assert_array_equal, *(model.params for model in models))
+    before = load_language_model(str(base)).params
+    same = jax.tree.map(np.array_equal, before, models[0].params)
+    assert same["embed_tokens"]["embedding"]  # frozen, or beside an adapter
+    assert not all(jax.tree.leaves(same))
+    assert not (tmp_path / "killed" / "checkpoints").exists()

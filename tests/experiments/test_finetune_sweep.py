@@ -34,14 +34,14 @@ def sweep(
 
     def fine_tune(config: TrainConfig, setting: Setting, items: list[Item], **named: Any) -> Fit:
         made.append(setting)
-        named["run_dir"].mkdir(parents=True)
+        named["run_dir"].mkdir(parents=True, exist_ok=True)
         off = abs(setting.learning_rate - 1e-3)
         curve = [
             Point(10, 2 + off, 0.3 - off, 2 + off, None),
             Point(28, 1 + off, 0.6 - off, 1 + off, None),
             Point(40, 3.0, 0.5 - off, 3.0, None),
         ]
-        return Fit(curve, [1.0, 0.5, 0.1], {}, 20.0)
+        return Fit(curve, [1.0, 0.5, 0.1], 20.0)
 
     def test(self: Sweep, setting: Setting, criterion: str) -> dict[str, float]:
         return {"nll": 1.25, "fact_nll": 1.5, "docstring_nll": 1.0, "exact_match": 0.5}
