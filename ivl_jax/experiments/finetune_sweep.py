@@ -33,6 +33,7 @@ from ivl_jax.experiments.finetune_run import fine_tune, items_of, run_config, ru
 from ivl_jax.experiments.finetune_settings import (
     Criterion,
     Curve,
+    Kinds,
     Model,
     Point,
     Setting,
@@ -166,7 +167,9 @@ class Sweep:
     def record(self) -> dict[str, Any]:
         """Everything that is known by now: all runs, and for each study the chosen ones."""
         tried = self.tried
-        studies = dict.fromkeys((stage.model, stage.kinds) for stage in STAGES)
+        studies: dict[tuple[Model, Kinds], None] = {}
+        for stage in STAGES:
+            studies[stage.model, stage.kinds] = None
         found = []
         for model, kinds in studies:
             for criterion, setting in chosen(tried, model, kinds).items():
