@@ -20,8 +20,9 @@ from jaxtyping import Bool, Float64, Int
 from ivl_jax.data.tokenized import TokenizedDemonstrations
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.evaluation.held_out import rows_of
-from ivl_jax.evaluation.intervals import percentile_interval, resample_ratios, wilson_interval
+from ivl_jax.evaluation.intervals import wilson_interval
 from ivl_jax.evaluation.likelihood_report import shown
+from ivl_jax.evaluation.resampling import percentile_interval, resample_ratios
 from ivl_jax.evaluation.scoring import Row, RowScores, score_rows
 
 FACTORS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)

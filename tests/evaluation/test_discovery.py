@@ -53,7 +53,7 @@ def test_every_file_that_defines_flags_and_run_is_found_and_no_other_is_imported
         [sys.executable, "-c", code], cwd=project_root, capture_output=True, text=True, check=False
     )
     assert done.stderr.strip() == ""
-    assert {"gsm8k", "likelihood", "mt-bench", "toxigen"} <= set(done.stdout.split())
+    assert {"gsm8k", "likelihood", "mt-bench", "toxigen", "transfer"} <= set(done.stdout.split())
     assert not {"loading", "scoring", "harness-command"} & set(done.stdout.split())
 
 

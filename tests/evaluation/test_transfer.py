@@ -12,8 +12,8 @@ from ivl_jax.data.formats import Demonstration, Message
 from ivl_jax.data.tokenized import tokenize_demonstrations
 from ivl_jax.decoding.compose import compose
 from ivl_jax.evaluation.__main__ import main
-from ivl_jax.evaluation.intervals import percentile_interval, resample_ratios
 from ivl_jax.evaluation.likelihood_report import likelihood_report
+from ivl_jax.evaluation.resampling import percentile_interval, resample_ratios
 from ivl_jax.evaluation.transfer_report import (
     FACTORS,
     Tokens,
