@@ -16,8 +16,9 @@ from ivl_jax.checkpoint import ValueNetwork, load_value
 from ivl_jax.config import TrainConfig
 from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.model import ComposedModel
-from ivl_jax.experiments.continued import continue_pretraining, new_items
+from ivl_jax.experiments.continued import continue_pretraining, new_facts, new_items
 from ivl_jax.experiments.demonstrations import Item, items_hash, select, write_demonstrations
+from ivl_jax.experiments.facts import build_facts, split_of_person
 from ivl_jax.experiments.finetune_run import run_config
 from ivl_jax.experiments.finetune_settings import Setting
 from ivl_jax.experiments.finetune_sweep import record_file
@@ -30,6 +31,7 @@ from ivl_jax.experiments.measure import (
     response_nll,
     running_texts,
 )
+from ivl_jax.experiments.recall import recall
 from ivl_jax.training.loop import run
 from ivl_jax.weights.language_model import LanguageModel, load_language_model
 
@@ -69,14 +71,17 @@ class Laboratory:
         Returns:
             `nll` (nats per answer token), `validation_nll` (the same on the validation split, for
             choices), `exact_match` (share of fact questions answered word for word), and on a base
-            that knows the new facts `new_exact_match`.
+            that knows the new facts `new_exact_match`. Of a base alone also `recall`, the share of
+            the same facts that it knows when it is prompted with the statement itself, and
+            `new_recall`.
 
         Raises:
             InterruptedTrainingError: a training was stopped.
         """
         file = self._work_dir / "measured" / f"{measurement.name}.json"
         kept = kept_record(file, {"items_sha256": items_hash(self._test)})
-        if kept is not None:
+        alone = isinstance(measurement.base, str) and not measurement.terms
+        if kept is not None and (not alone or "recall" in kept):
             return kept
         logger.info("measuring %s", measurement.name)
         model = self._compose(measurement)
@@ -94,6 +99,11 @@ class Laboratory:
             asked = new_items()
             texts = answers(model, asked, max_new_tokens=_ANSWER_TOKENS)
             record["new_exact_match"] = exact_match(texts, asked)
+        if alone:
+            known = [fact for fact in build_facts() if split_of_person(fact.person) == "test"]
+            record["recall"] = recall(model, known)
+            if measurement.base == "L-continued":
+                record["new_recall"] = recall(model, new_facts())
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         return record

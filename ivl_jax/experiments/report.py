@@ -154,10 +154,12 @@ Made by `python -m ivl_jax.experiments`; every number is in [experiments.json](e
 
 The embedded family, held-out items (modules and people that no training item names). *NLL*: nats
 per answer token, end of answer included, lower is better. *Facts*: share of questions about
-invented people answered word for word. *Ratio*: share of the NLL gain of fully fine-tuning the same
-base, (NLL base − NLL with value) / (NLL base − NLL fine-tuned). S has 0.69 M parameters, L 6.2 M, X
-2.0 M and another tokenizer; L-continued is L with further training on statements about new invented
-people (*new facts*). Value networks are trained with S and never see the other bases.
+invented people answered word for word. *Recall*: share of the same facts whose statement the model
+completes when it is prompted with the statement's beginning, the form in which it has read it.
+*Ratio*: share of the NLL gain of fully fine-tuning the same base, (NLL base − NLL with value) /
+(NLL base − NLL fine-tuned). S has 0.69 M parameters, L 6.2 M, X 2.0 M and another tokenizer;
+L-continued is L with further training on statements about new invented people (*new facts*). Value
+networks are trained with S and never see the other bases.
 Mean ± half the range over those of the seeds {", ".join(map(str, seeds))} that were trained; a
 single number is one seed.
 Fine-tuned references: learning rate and length chosen on validation
@@ -170,6 +172,18 @@ def _targets(table: Table) -> str:
         found = table.ratio(base, value_on(base))
         rows.append(
             [f"transfer ratio to {base}", f"≥ {target}", found.show("{:.2f}"), _met(found, target)]
+        )
+    for base, target in zip(_TARGETS, (0.95, 0.95, 0.9), strict=True):
+        answered = table.spread(value_on(base), "exact_match")
+        known = table.one(Measurement(base), "recall")
+        share = Spread(tuple(each / known for each in answered.values) if known else ())
+        rows.append(
+            [
+                f"facts of {base} + value, as a share of what {base} recalls",
+                f"≥ {target}",
+                share.show("{:.2f}") + (f" (of {known:.1%})" if known else ""),
+                _met(share, target),
+            ]
         )
     small, large = table.spread(value_on("S")), table.spread(value_on("L"))
     known = bool(small.values and large.values)
@@ -217,7 +231,9 @@ def _transfer(table: Table) -> str:
                     table.spread(make, "new_exact_match").show("{:.1%}"),
                 ]
             )
-    return "## Transfer\n\n" + markdown(["model", "NLL", "ratio", "facts", "new facts"], rows)
+    return "## Transfer\n\n" + markdown(
+        ["model", "NLL", "ratio", "facts", "new facts", "recall"], rows
+    )
 
 
 def _trainings(

@@ -11,7 +11,7 @@ from ivl_jax.experiments.matrix import Measurement, Term, measurements, on
 from ivl_jax.experiments.report import Spread, Table, reference, value_on, write_report
 
 _FIGURES = {
-    Measurement("L").name: {"nll": 4.0, "exact_match": 0.0},
+    Measurement("L").name: {"nll": 4.0, "exact_match": 0.0, "recall": 0.9},
     reference("L").name: {"nll": 3.0, "exact_match": 0.5},
     on("L", Term(matrix.recipe(0))).name: {"nll": 3.2, "exact_match": 0.8},
     on("L", Term(matrix.recipe(1))).name: {"nll": 3.0, "exact_match": 0.9},
@@ -37,6 +37,7 @@ def test_the_report_of_everything_has_no_gap(tmp_path: Path) -> None:
             "validation_nll": 2.5,
             "exact_match": 0.5,
             "new_exact_match": 0.25,
+            "recall": 0.5,
         }
         for index, measurement in enumerate(measurements())
     }
@@ -57,3 +58,7 @@ def test_the_report_of_little_says_what_is_absent(tmp_path: Path) -> None:
     text = (tmp_path / "experiments.md").read_text(encoding="utf-8")
     assert "| transfer ratio to L | ≥ 0.9 | 0.90 ± 0.10 | yes |" in text
     assert "| transfer ratio to X | ≥ 0.6 | – | – |" in text
+    # 0.8 and 0.9 of the facts, of 0.9 that L recalls.
+    share = "facts of L + value, as a share of what L recalls"
+    assert f"| {share} | ≥ 0.95 | 0.94 ± 0.06 (of 90.0%) | no |" in text
+    assert "as a share of what X recalls | ≥ 0.9 | – | – |" in text
