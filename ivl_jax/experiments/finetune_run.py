@@ -239,7 +239,7 @@ def fine_tune(
     losses: list[float] = []
     seconds = 0.0
     with TrainCheckpointer(run_dir / "checkpoints", keep=1) as checkpoints:
-        if checkpoints.has_started():
+        if checkpoints.latest_step() is not None:
             restored = checkpoints.restore(prepared.abstract_state)
             data.train.set_state(restored.data_state)
             curve = [Point(*point) for point in restored.run_metadata["curve"]]
@@ -247,6 +247,7 @@ def fine_tune(
             begin = restored.state
             logger.info("resuming from step %d", restored.step)
         else:
+            shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)  # killed while it was saved
             begin = prepared.make_state()
         for state, loss in _train(prepared, setting, start, begin):
             params = _whole(state.params, prepared)
