@@ -243,6 +243,17 @@ class Sweep:
         ]
         return sum(s for s, _ in alike) / sum(e for _, e in alike) if alike else None
 
+    def estimate(self) -> str:
+        """How long the runs take that can be named by now; a best at an edge asks for more."""
+        tried = self.tried
+        left = {setting: None for stage in STAGES for setting in missing_runs(stage, tried)}
+        paces = {setting: self.seconds_per_epoch(setting) for setting in left}
+        known = [pace * setting.epochs for setting, pace in paces.items() if pace is not None]
+        unknown = len(left) - len(known)
+        return f"in all {len(left)} that can be named by now, about {sum(known) / 60:.0f} min" + (
+            f" and {unknown} of unknown length" if unknown else ""
+        )
+
     def _tested(self, setting: Setting, criterion: Criterion) -> dict[str, Any]:
         file = self._work_dir / "runs" / self._records[setting]["key"] / f"test_{criterion}.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -265,10 +276,7 @@ def run_stage(sweep: Sweep, stage: Stage, *, docs: Path) -> None:
         docs: Where the record is written after every run.
     """
     while left := missing_runs(stage, sweep.tried):
-        known = [sweep.seconds_per_epoch(setting) for setting in left]
-        seconds = sum((s or 0.0) * one.epochs for s, one in zip(known, left, strict=True))
-        about = f", about {seconds / 60:.0f} min" if all(known) else ""
-        logger.info("%s %s %s: %d runs to make%s", *stage, len(left), about)
+        logger.info("%s %s %s: %d runs to make; %s", *stage, len(left), sweep.estimate())
         sweep.run(left[0])
         write_json(docs / RECORD, sweep.record(), indent=1)
     tried = sweep.tried

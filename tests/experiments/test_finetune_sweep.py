@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +126,7 @@ def test_an_estimate_is_the_mean_time_of_runs_alike(sweep: Any) -> None:
     assert one.seconds_per_epoch(start) is None
     one.run(start)
     assert one.seconds_per_epoch(dataclasses.replace(start, epochs=30.0)) == pytest.approx(2.0)
+    said = one.estimate()
+    assert re.fullmatch(
+        r"in all \d+ that can be named by now, about \d+ min and \d+ of unknown length", said
+    )
