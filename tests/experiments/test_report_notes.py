@@ -87,7 +87,7 @@ def test_the_committed_page_is_made_from_the_committed_figures(
     project_root: Path, tmp_path: Path
 ) -> None:
     docs = project_root / "docs"
-    for name in ("experiments_notes.md", "post_training.json"):
+    for name in ("experiments_notes.md", "post_training.json", "finetune_sweep.json"):
         if (docs / name).exists():
             shutil.copy(docs / name, tmp_path)
     figures = json.loads((docs / "experiments.json").read_text(encoding="utf-8"))
