@@ -174,5 +174,6 @@ def _number(value: float | None) -> str:
 
 def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose first column is on the left and the others on the right."""
+    assert all(len(row) == len(headings) for row in rows), "one cell per heading"
     lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

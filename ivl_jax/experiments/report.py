@@ -231,9 +231,7 @@ def _transfer(table: Table) -> str:
                     table.spread(make, "new_exact_match").show("{:.1%}"),
                 ]
             )
-    return "## Transfer\n\n" + markdown(
-        ["model", "NLL", "ratio", "facts", "new facts", "recall"], rows
-    )
+    return "## Transfer\n\n" + markdown(["model", "NLL", "ratio", "facts", "new facts"], rows)
 
 
 def _trainings(
