@@ -139,7 +139,9 @@ def write_report(figures: Figures, docs: Path, *, seeds: Sequence[int]) -> None:
     if notes.exists():
         lookup = make_lookup(figures, seeds, record_file=record_file)
         template = notes.read_text(encoding="utf-8").strip()
-        complete = all(measurement.name in figures for measurement in matrix.measurements(seeds))
+        complete = all(
+            measurement.name in figures for measurement in matrix.measurements(tuple(seeds))
+        )
         missing = "error" if complete else "dash"
         sections.append(fill_notes(template, lookup, missing=missing))
     text = "\n\n".join(section for section in sections if section) + "\n"
