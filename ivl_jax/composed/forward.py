@@ -91,7 +91,8 @@ def run_networks(
         caches: keys and values of what the networks have read; None: no cache.
         prompt_lengths: [B] real tokens of each row, where these are its first; what the caches hold
             is then not read. None: the rows continue.
-        base_hidden: the base's final hidden states if already known; the base is then not run.
+        base_hidden: the base's final hidden states if already known; the base is then not run, and
+            its cache stays as it is.
         own_texts: what each value network with its own vocabulary reads, in their order: its tokens
             in this call, or (without caches) every prefix of the text.
 
@@ -99,7 +100,7 @@ def run_networks(
         The states, and the caches with this call's tokens added (None without caches).
     """
     base = composition.base
-    base_cache = None
+    base_cache = None if caches is None else caches.base
     if base_hidden is None:
         base_hidden, base_cache = run_network(
             base,
@@ -107,7 +108,7 @@ def run_networks(
             tokens,
             positions=positions,
             segment_ids=segment_ids,
-            cache=None if caches is None else caches.base,
+            cache=base_cache,
             prompt_lengths=prompt_lengths,
         )
     base_logits = None

@@ -19,9 +19,9 @@ import numpy as np
 from ivl_jax.buckets import bucket
 from ivl_jax.decoding.capacity import BatchShape, Need
 from ivl_jax.decoding.device.finish import FinishReason
-from ivl_jax.decoding.device.state import DecodeState, Requests
+from ivl_jax.decoding.device.state import DecodeState
 from ivl_jax.decoding.engine_model import ModelParts, Places, union
-from ivl_jax.decoding.entries import Entry, News, token_log_probs
+from ivl_jax.decoding.entries import Entry, News, requests_of, token_log_probs
 from ivl_jax.decoding.generation import TokenLogProbs
 from ivl_jax.decoding.own_vocabulary import TextReader
 from ivl_jax.decoding.requests import (
@@ -65,6 +65,8 @@ class RowBatch:
         self._rows: list[_Row | None] = [None] * shape.rows
         self._reader = TextReader(self._model.own_vocabularies, batch=shape.rows)
         self._held: DecodeState | None = None
+        # Hidden states of the base, if it has read each row's last token ahead of the next step.
+        self._ahead: jax.Array | None = None
 
     @property
     def free(self) -> list[int]:
@@ -104,14 +106,14 @@ class RowBatch:
         Args:
             entries: at most as many as there are rows.
         """
-        self._held = None  # its memory goes to the new state
+        self._held = self._ahead = None  # their memory goes to the new state
         self._use(union(entry.need.values for entry in entries))
         model, rows = self._model, range(len(entries))
         arrays = self._take(entries, rows, values=self.shape.values, least_rows=self.shape.rows)
         self._held = model.programs.prefill(
             model.params,
             arrays.prompts,
-            self._requests(arrays),
+            requests_of(arrays, self._model.programs),
             self._reader.own_tokens(rows, size=self.shape.rows),
             capacity=self.shape.capacity,
             mapped_capacity=self.shape.mapped_capacity,
@@ -138,7 +140,7 @@ class RowBatch:
         admitted = part.programs.prefill(
             part.params,
             arrays.prompts,
-            self._requests(arrays),
+            requests_of(arrays, self._model.programs),
             own_tokens,
             # One slot for the first token; a prompt that fills its row's last slot gets none.
             capacity=width + 1,
@@ -152,6 +154,7 @@ class RowBatch:
         places = np.full(size, self.shape.rows, np.int32)  # beyond the batch: not placed
         places[: len(rows)] = rows
         self._keep_log_probs(top_log_probs)
+        self._ahead = None
         self._held = self._model.programs.place(self._state, admitted, places)
 
     def advance(self, max_tokens: int, *, enough_free: int) -> None:
@@ -173,12 +176,19 @@ class RowBatch:
             )
             return
         own_tokens = self._reader.own_tokens(range(len(stopped)), size=len(stopped))
-        self._held = model.programs.decode_step(model.params, self._state, own_tokens, stopped)
+        ahead, self._ahead = self._ahead, None
+        self._held = model.programs.decode_step(
+            model.params, self._state, own_tokens, stopped, ahead
+        )
 
-    def look(self) -> list[News]:
+    def look(self, *, advances_next: bool = False) -> list[News]:
         """Take what the rows have generated since the last look.
 
         A row belongs to its request until it is released.
+
+        Args:
+            advances_next: whether `advance` probably comes next: where the host has to read for
+                value networks, the base's part of that step is then begun before.
         """
         state = self._state
         tokens, lengths, finish = jax.device_get((state.tokens, state.lengths, state.finish))
@@ -191,6 +201,13 @@ class RowBatch:
         log_probs = self._fetch_log_probs(new_ids)
         failed = [place for place, _ in live if finish[place] == FinishReason.ERROR]
         errors = self._blame(failed) if failed else {}
+        if (
+            advances_next
+            and self._model.own_vocabularies
+            and (finish == FinishReason.RUNNING).any()
+        ):
+            read_base = self._model.programs.read_base
+            self._held, self._ahead = read_base(self._model.params, self._state)
         full = self._reader.push(new_ids)
         news = []
         for place, row in live:
@@ -233,6 +250,7 @@ class RowBatch:
         """Run these value networks from now on."""
         if values == self.shape.values:
             return
+        self._ahead = None
         if self._held is not None:
             entries = [None if row is None else row.entry for row in self._rows]
             capacity, before = self.shape.mapped_capacity, self.shape.values
@@ -268,6 +286,7 @@ class RowBatch:
     def _resize(self, shape: BatchShape) -> None:
         if shape == self.shape:
             return
+        self._ahead = None
         live = [place for place, row in enumerate(self._rows) if row is not None]
         # Rows stay where they are unless the last ones go.
         targets = live if shape.rows >= self.shape.rows else list(range(len(live)))
@@ -317,17 +336,6 @@ class RowBatch:
             row_multiple=model.row_multiple,
             least_rows=least_rows,
             least_stop_ids=self.shape.stop_ids,
-        )
-
-    def _requests(self, arrays: RowArrays) -> Requests:
-        # NumPy arrays: each becomes a device array as the program is called.
-        return Requests(
-            prompt_lengths=arrays.prompt_lengths,  # pyright: ignore[reportArgumentType]
-            limits=arrays.limits,  # pyright: ignore[reportArgumentType]
-            stop_ids=arrays.stop_ids,  # pyright: ignore[reportArgumentType]
-            strengths=arrays.strengths,  # pyright: ignore[reportArgumentType]
-            keys=self._model.programs.row_keys(arrays.seeds, arrays.sample_indices),
-            sampling=arrays.sampling,
         )
 
     def _top_log_probs(self) -> int | None:

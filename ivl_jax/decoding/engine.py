@@ -315,7 +315,7 @@ class Engine:
         assert self._batch is not None
         waits = len(self._batch.free) if self._waiting else 0
         progress, steps = [], 0
-        for news in self._batch.look():
+        for news in self._batch.look(advances_next=not waits):
             steps = max(steps, len(news.token_ids))
             request = self._running[news.id]
             piece = request.text.push(news.token_ids, news.finish)

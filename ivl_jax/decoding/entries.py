@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 from ivl_jax.decoding.capacity import Need
 from ivl_jax.decoding.device.finish import FinishReason
-from ivl_jax.decoding.device.state import LogProbs
+from ivl_jax.decoding.device.state import LogProbs, Requests
 from ivl_jax.decoding.engine_model import Used
 from ivl_jax.decoding.generation import TokenLogProbs
-from ivl_jax.decoding.requests import EncodedPrompt
+from ivl_jax.decoding.programs import Programs
+from ivl_jax.decoding.requests import EncodedPrompt, RowArrays
 
 
 class Entry(NamedTuple):
@@ -40,6 +41,26 @@ class News(NamedTuple):
     """Those that were accepted."""
     error: str | None
     """Why no next token could be chosen, where none could."""
+
+
+def requests_of(arrays: RowArrays, programs: Programs) -> Requests:
+    """What rows ask for, as the programs take it.
+
+    Args:
+        arrays: of `lay_out`.
+        programs: they make the rows' keys.
+
+    Returns:
+        NumPy arrays: each becomes a device array as a program is called.
+    """
+    return Requests(
+        prompt_lengths=arrays.prompt_lengths,  # pyright: ignore[reportArgumentType]
+        limits=arrays.limits,  # pyright: ignore[reportArgumentType]
+        stop_ids=arrays.stop_ids,  # pyright: ignore[reportArgumentType]
+        strengths=arrays.strengths,  # pyright: ignore[reportArgumentType]
+        keys=programs.row_keys(arrays.seeds, arrays.sample_indices),
+        sampling=arrays.sampling,
+    )
 
 
 def token_log_probs(latest: LogProbs, place: int, index: int, *, top: int) -> TokenLogProbs:

@@ -14,7 +14,13 @@ from jaxtyping import Array, Bool, Float, Int
 from ivl_jax.composed.forward import OwnTokens
 from ivl_jax.composed.network import ComposedParams, Composition
 from ivl_jax.decoding.device.diagnosis import finite_networks
-from ivl_jax.decoding.device.generate import decode_chunk, decode_step, halt, prefill
+from ivl_jax.decoding.device.generate import (
+    decode_chunk,
+    decode_step,
+    halt,
+    prefill,
+    read_base,
+)
 from ivl_jax.decoding.device.log_probs import empty_log_probs, latest_log_probs
 from ivl_jax.decoding.device.placement import empty_cache, empty_rows, place
 from ivl_jax.decoding.device.proposals import Proposer
@@ -36,7 +42,10 @@ class Programs(NamedTuple):
     """(params, state, max_tokens, stopped [B], enough_done = B) → state; the state's buffers are
     donated."""
     decode_step: Callable[..., DecodeState]
-    """(params, state, own_tokens, stopped [B]) → state with one token more per row, donated too."""
+    """(params, state, own_tokens, stopped [B], base_hidden = None) → state with one token more per
+    row, donated too."""
+    read_base: Callable[..., tuple[DecodeState, Array]]
+    """(params, state) → state, donated, and the base's hidden states [B 1 D] for `decode_step`."""
     empty: Callable[..., DecodeState]
     """(rows, capacity, stop_ids, mapped_capacity, top_log_probs) → state whose rows are all
     done."""
@@ -118,8 +127,15 @@ def build_programs(composition: Composition, proposer: Proposer | None = None) -
         state: DecodeState,
         own_tokens: tuple[OwnTokens, ...],
         stopped: Bool[Array, " B"],
+        base_hidden: Float[Array, "B 1 D"] | None = None,
     ) -> DecodeState:
-        return decode_step(composition, params, halt(state, stopped), own_tokens=own_tokens)
+        return decode_step(
+            composition,
+            params,
+            halt(state, stopped),
+            own_tokens=own_tokens,
+            base_hidden=base_hidden,
+        )
 
     def empty_program(
         *,
@@ -168,6 +184,11 @@ def build_programs(composition: Composition, proposer: Proposer | None = None) -
         ),
         decode_chunk=jax.jit(chunk_program, donate_argnames="state", out_shardings=shardings),
         decode_step=jax.jit(step_program, donate_argnames="state", out_shardings=shardings),
+        read_base=jax.jit(
+            functools.partial(read_base, composition),
+            donate_argnames="state",
+            out_shardings=None if shardings is None else (shardings, None),
+        ),
         empty=jax.jit(
             empty_program,
             static_argnames=("rows", "capacity", "stop_ids", "mapped_capacity", "top_log_probs"),

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from ivl_jax.assets import family_folder
 from ivl_jax.checkpoint import ValueMetadata, ValueNetwork
 from ivl_jax.data.formats import Message
+from ivl_jax.decoding.capacity import EngineLimits
 from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.device.sampling import Sampling, row_keys, sample_tokens
 from ivl_jax.decoding.own_vocabulary import (
@@ -110,6 +111,42 @@ def test_tokens_equal_reading_and_running_everything_anew_at_each_step(request, 
         anew = decode_anew(model, maps, prompt, each[row], row=row)
         assert_same(generation, anew, greedy=temperature == 0)
     assert len({generation.text for generation in together}) == len(PROMPTS)
+
+
+def test_the_base_reads_the_next_token_while_the_host_re_tokenises(mixed, monkeypatch):
+    model, _ = mixed
+    calls = []
+
+    def recording(name, call):
+        def recorded(*arguments, **named):
+            calls.append((name, arguments))
+            return call(*arguments, **named)
+
+        return recorded
+
+    programs = {
+        name: recording(name, program) if name in ("read_base", "decode_step") else program
+        for name, program in model.programs._asdict().items()
+    }
+    monkeypatch.setattr(TextReader, "push", recording("push", TextReader.push))
+    watched = dataclasses.replace(model, programs=type(model.programs)(**programs))
+    watched.generate(PROMPTS[0], max_new_tokens=4)
+    assert [name for name, _ in calls] == ["read_base", "push", "decode_step"] * 3 + ["push"]
+    assert all(given[4] is not None for name, given in calls if name == "decode_step")
+
+
+def test_rows_that_are_refilled_give_what_each_prompt_alone_gives(mixed):
+    model, _ = mixed
+    options = [GenerationOptions(max_new_tokens=number) for number in (3, 9, 6, 8)]
+    prompts = model.prepare(PROMPTS, options)
+    engine = model.engine(EngineLimits(max_rows=2))
+    ids, ended = [engine.submit(prompt) for prompt in prompts], {}
+    while not engine.idle:
+        for progress in engine.step():
+            if progress.generation is not None:
+                ended[progress.id] = progress.generation.token_ids
+    alone = [model.generate(*each).token_ids for each in zip(PROMPTS, options, strict=True)]
+    assert [ended[one] for one in ids] == alone
 
 
 def test_a_nan_that_one_value_reads_ends_the_row_and_names_the_value(mixed):

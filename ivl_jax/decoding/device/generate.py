@@ -10,7 +10,7 @@ padding needs no mask.
 
 A value network with a vocabulary of its own reads the row's text in its own tokens, at its own
 positions. The host says before each step which those are (`OwnTokens`): such a composition is
-decoded token by token.
+decoded token by token. Meanwhile the base reads the same token (`read_base`).
 """
 
 import jax
@@ -22,6 +22,7 @@ from ivl_jax.composed.forward import (
     compose,
     network_logits,
     pick,
+    run_cached,
     run_networks,
 )
 from ivl_jax.composed.network import ComposedParams, Composition
@@ -147,6 +148,7 @@ def decode_step(
     state: DecodeState,
     *,
     own_tokens: tuple[OwnTokens, ...] = (),
+    base_hidden: Float[Array, "B 1 D"] | None = None,
 ) -> DecodeState:
     """Generate one token per running row.
 
@@ -156,6 +158,7 @@ def decode_step(
         state: where the rows are.
         own_tokens: what each value network with its own vocabulary has to read, so that it has read
             the row's text so far.
+        base_hidden: of `read_base`, if the base has read these rows' last tokens.
 
     Returns:
         The state afterwards.
@@ -170,8 +173,33 @@ def decode_step(
         positions=state.last_positions[:, None],
         wanted=jnp.zeros_like(tokens),
         own_tokens=own_tokens,
+        base_hidden=base_hidden,
     )
     return _append(state, logits[:, 0], base_logits[:, 0])
+
+
+def read_base(
+    composition: Composition, params: ComposedParams, state: DecodeState
+) -> tuple[DecodeState, Float[Array, "B 1 D"]]:
+    """Let the base alone read each row's last token, ahead of the next step.
+
+    Args:
+        composition: the static half.
+        params: the arrays of all networks.
+        state: where the rows are.
+
+    Returns:
+        The state with the base's cache one token ahead, which changes nothing for any later step,
+        and the base's final hidden states, for a `decode_step` of the same rows.
+    """
+    hidden, cache = run_cached(
+        composition.base,
+        params.base,
+        state.caches.base,
+        state.last_tokens[:, None],
+        positions=state.last_positions[:, None],
+    )
+    return state._replace(caches=state.caches._replace(base=cache)), hidden
 
 
 def halt(state: DecodeState, stopped: Bool[Array, " B"]) -> DecodeState:
@@ -199,6 +227,7 @@ def read_tokens(
     wanted: Int[Array, "B C"],
     prompt_lengths: Int[Array, " B"] | None = None,
     own_tokens: tuple[OwnTokens, ...] = (),
+    base_hidden: Float[Array, "B T D"] | None = None,
 ) -> tuple[Float[Array, "B C V"], Float[Array, "B C V"], DecodeState]:
     """Run base and value networks over tokens, and compose the logits where they are wanted.
 
@@ -211,6 +240,7 @@ def read_tokens(
         wanted: [B C] which of the T tokens' predictions are composed (index into T).
         prompt_lengths: [B] real tokens of each row, where these are its first; None: it continues.
         own_tokens: what each value network with its own vocabulary reads; C is then 1.
+        base_hidden: the base's final hidden states, if it has read these tokens.
 
     Returns:
         Composed logits [B C V] and those of the base alone, both in float32, and the state with new
@@ -224,6 +254,7 @@ def read_tokens(
         positions=positions,
         caches=state.caches,
         prompt_lengths=prompt_lengths,
+        base_hidden=base_hidden,
         own_texts=own_tokens,
     )
     assert caches is not None
