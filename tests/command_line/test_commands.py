@@ -25,6 +25,7 @@ COMMANDS = {
     "ivl_jax.experiments.demo_post_training": "_run",
     "ivl_jax.experiments.post_training_study": "_run",
     "ivl_jax.experiments.pretrain_family": "_run",
+    "ivl_jax.experiments.vocabulary_maps": "_run",
     "ivl_jax.plan.__main__": "_plan",
     "ivl_jax.vocabulary.__main__": "_run",
     "benchmarks.__main__": "_run",
