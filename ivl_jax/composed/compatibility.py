@@ -67,7 +67,7 @@ def check_sources(
     """
     unknown = tuple(check_fit(base, value) for value in values)
     if ngrams:
-        _check_proposals(base, values, "n-grams as the draft")
+        _check_proposals(base, values, "n-grams as the draft", runs_values=False)
     draft_unknown = () if draft is None else check_draft_fit(base, draft, values)
     for source in (base, *values, *([] if draft is None else [draft])):
         if source.metadata is None:
@@ -138,7 +138,7 @@ def check_draft_fit(
         TokenizerMismatchError: base and draft disagree on tokens that both have.
         ValueError: a value network reads base logits, or has its own vocabulary.
     """
-    _check_proposals(base, values, f"the draft {draft.path}")
+    _check_proposals(base, values, f"the draft {draft.path}", runs_values=True)
     try:
         return check_compatible(
             base.info, draft.info, base_name=base.path, value_name=draft.label
@@ -151,7 +151,9 @@ def check_draft_fit(
         ) from error
 
 
-def _check_proposals(base: ModelSource, values: Sequence[ModelSource], draft: str) -> None:
+def _check_proposals(
+    base: ModelSource, values: Sequence[ModelSource], draft: str, *, runs_values: bool
+) -> None:
     """Refuse value networks for which several tokens cannot be proposed at once."""
     for value in values:
         scheme, described_map = value.scheme, value.described_map
@@ -162,11 +164,11 @@ def _check_proposals(base: ModelSource, values: Sequence[ModelSource], draft: st
                 "draft works only with value networks that read nothing but the text (residual); "
                 "leave the draft out, or train a residual value network"
             )
-        if described_map is not None:
+        if described_map is not None and runs_values:
             raise ValueError(
                 f"{value.label} has its own vocabulary (the map {described_map.path}) and is "
-                f"re-tokenised on the host after every token, so {draft} cannot "
-                "propose for it; leave the draft out"
+                f"re-tokenised on the host, so {draft}, which proposes under it, cannot run it: "
+                "draft with n-grams (`ngram`), or leave the draft out"
             )
 
 

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from ivl_jax.buckets import bucket
+from ivl_jax.decoding.begun_step import BegunStep
 from ivl_jax.decoding.capacity import BatchShape, Need
 from ivl_jax.decoding.device.finish import FinishReason
 from ivl_jax.decoding.device.state import DecodeState
@@ -65,8 +66,7 @@ class RowBatch:
         self._rows: list[_Row | None] = [None] * shape.rows
         self._reader = TextReader(self._model.own_vocabularies, batch=shape.rows)
         self._held: DecodeState | None = None
-        # Hidden states of the base, if it has read each row's last token ahead of the next step.
-        self._ahead: jax.Array | None = None
+        self._begun = BegunStep()
 
     @property
     def free(self) -> list[int]:
@@ -106,7 +106,8 @@ class RowBatch:
         Args:
             entries: at most as many as there are rows.
         """
-        self._held = self._ahead = None  # their memory goes to the new state
+        self._held = None  # its memory goes to the new state
+        self._begun.forget()
         self._use(union(entry.need.values for entry in entries))
         model, rows = self._model, range(len(entries))
         arrays = self._take(entries, rows, values=self.shape.values, least_rows=self.shape.rows)
@@ -154,7 +155,7 @@ class RowBatch:
         places = np.full(size, self.shape.rows, np.int32)  # beyond the batch: not placed
         places[: len(rows)] = rows
         self._keep_log_probs(top_log_probs)
-        self._ahead = None
+        self._begun.forget()
         self._held = self._model.programs.place(self._state, admitted, places)
 
     def advance(self, max_tokens: int, *, enough_free: int) -> None:
@@ -175,10 +176,8 @@ class RowBatch:
                 model.params, self._state, np.int32(max_tokens), stopped, np.int32(enough_free)
             )
             return
-        own_tokens = self._reader.own_tokens(range(len(stopped)), size=len(stopped))
-        ahead, self._ahead = self._ahead, None
-        self._held = model.programs.decode_step(
-            model.params, self._state, own_tokens, stopped, ahead
+        self._held = self._begun.finish(
+            model, self._state, self._reader, stopped, mapped_capacity=self.shape.mapped_capacity
         )
 
     def look(self, *, advances_next: bool = False) -> list[News]:
@@ -206,8 +205,7 @@ class RowBatch:
             and self._model.own_vocabularies
             and (finish == FinishReason.RUNNING).any()
         ):
-            read_base = self._model.programs.read_base
-            self._held, self._ahead = read_base(self._model.params, self._state)
+            self._held = self._begun.begin(self._model, self._state)
         full = self._reader.push(new_ids)
         news = []
         for place, row in live:
@@ -250,7 +248,7 @@ class RowBatch:
         """Run these value networks from now on."""
         if values == self.shape.values:
             return
-        self._ahead = None
+        self._begun.forget()
         if self._held is not None:
             entries = [None if row is None else row.entry for row in self._rows]
             capacity, before = self.shape.mapped_capacity, self.shape.values
@@ -286,7 +284,7 @@ class RowBatch:
     def _resize(self, shape: BatchShape) -> None:
         if shape == self.shape:
             return
-        self._ahead = None
+        self._begun.forget()
         live = [place for place, row in enumerate(self._rows) if row is not None]
         # Rows stay where they are unless the last ones go.
         targets = live if shape.rows >= self.shape.rows else list(range(len(live)))

@@ -17,6 +17,7 @@ from ivl_jax.composed.forward import OwnTokens
 from ivl_jax.data.chat import ChatFormat, make_chat_format
 from ivl_jax.data.formats import Message
 from ivl_jax.data.templates import NAMED_TEMPLATES
+from ivl_jax.decoding.speculative.mapped_rounds import OwnBlock
 from ivl_jax.text_codec import TextCodec
 from ivl_jax.vocabulary.retokenize import (
     RetokenizedText,
@@ -301,8 +302,47 @@ class TextReader:
             for texts, read in zip(self._texts, self._read, strict=True)
         ]
         longest = max(len(piece) for each in pieces for _, piece in each)
-        width = next((w for w in _WIDTHS if w >= longest), bucket(longest, smallest=_WIDTHS[-1]))
-        return tuple(_padded(each, size=size, width=width) for each in pieces)
+        return tuple(_padded(each, size=size, width=_width(longest)) for each in pieces)
+
+    def own_block(
+        self, proposals: np.ndarray, counts: Sequence[int], *, width: int, slots: int
+    ) -> OwnBlock:
+        """Give what each network has to read of all rows and of what is proposed for them.
+
+        Args:
+            proposals: [B K] base tokens that may follow.
+            counts: how many of them are meant, per row.
+            width: the base's tokens in the block, the last one included.
+            slots: tokens that a row of the networks' caches holds.
+
+        Returns:
+            NumPy arrays; the caches then count as holding the texts without the proposals.
+        """
+        caps, networks, all_ends = list(counts), [], []
+        for texts, read, context in zip(self._texts, self._read, self._contexts, strict=True):
+            pieces, ends = [], np.zeros((len(counts), width), np.int32)
+            for row, text in enumerate(texts):
+                start, piece = self._piece(text, read, row)
+                lengths = [len(piece)]
+                if text is not None and not self._full[row]:
+                    ahead = text.fork()
+                    for proposed in proposals[row, : counts[row]].tolist():
+                        before = len(ahead.tokens)
+                        if ahead.push([proposed]) < before:
+                            break
+                        if len(ahead.tokens) > min(context, slots):
+                            break
+                        piece += ahead.tokens[before:]
+                        lengths.append(len(piece))
+                    caps[row] = min(caps[row], len(lengths) - 1)
+                pieces.append((start, piece))
+                ends[row] = lengths[-1] - 1
+                ends[row, : len(lengths)] = np.asarray(lengths) - 1
+            networks.append(pieces)
+            all_ends.append(ends)
+        longest = max(len(piece) for pieces in networks for _, piece in pieces)
+        tokens = (_padded(pieces, size=len(counts), width=_width(longest)) for pieces in networks)
+        return OwnBlock(tuple(tokens), tuple(all_ends), np.asarray(caps, np.int32))  # pyright: ignore[reportArgumentType]
 
     def _piece(self, text: OwnText | None, read: list[int], row: int) -> tuple[int, list[int]]:
         """Where a row's unread tokens begin, and what they are; at least the last one is read."""
@@ -313,6 +353,11 @@ class TextReader:
         start = min(read[row], len(text.tokens) - 1)
         read[row] = len(text.tokens)
         return start, text.tokens[start:]
+
+
+def _width(longest: int) -> int:
+    """The columns of an array for so many tokens: one of few."""
+    return next((w for w in _WIDTHS if w >= longest), bucket(longest, smallest=_WIDTHS[-1]))
 
 
 def _slots(lengths: Sequence[int], *, contexts: Sequence[int]) -> int:

@@ -23,12 +23,13 @@ from ivl_jax.decoding.device.generate import (
 )
 from ivl_jax.decoding.device.log_probs import empty_log_probs, latest_log_probs
 from ivl_jax.decoding.device.placement import empty_cache, empty_rows, place
-from ivl_jax.decoding.device.proposals import Proposer
+from ivl_jax.decoding.device.proposals import Proposals, Proposer
 from ivl_jax.decoding.device.sampling import row_keys
 from ivl_jax.decoding.device.shardings import state_shardings
 from ivl_jax.decoding.device.state import DecodeState, LogProbs, Requests
 from ivl_jax.decoding.speculative.draft_proposer import DRAFT_PROPOSER
-from ivl_jax.decoding.speculative.rounds import speculate_chunk
+from ivl_jax.decoding.speculative.mapped_rounds import OwnBlock, propose_block, speculate_block
+from ivl_jax.decoding.speculative.rounds import speculate_chunk, without_proposals
 from ivl_jax.model.kv_cache import KVCache
 
 
@@ -46,6 +47,11 @@ class Programs(NamedTuple):
     row, donated too."""
     read_base: Callable[..., tuple[DecodeState, Array]]
     """(params, state) → state, donated, and the base's hidden states [B 1 D] for `decode_step`."""
+    propose: Callable[..., tuple[DecodeState, Proposals, Array]]
+    """(params, state) → state, donated, proposals and how many; for `speculate`."""
+    speculate: Callable[..., DecodeState]
+    """(params, state, proposals, count, own_block, stopped [B]) → state with up to `count` tokens
+    and one more per row, donated too."""
     empty: Callable[..., DecodeState]
     """(rows, capacity, stop_ids, mapped_capacity, top_log_probs) → state whose rows are all
     done."""
@@ -129,13 +135,32 @@ def build_programs(composition: Composition, proposer: Proposer | None = None) -
         stopped: Bool[Array, " B"],
         base_hidden: Float[Array, "B 1 D"] | None = None,
     ) -> DecodeState:
-        return decode_step(
+        state = decode_step(
             composition,
             params,
             halt(state, stopped),
             own_tokens=own_tokens,
             base_hidden=base_hidden,
         )
+        return state if proposer is None else without_proposals(state)
+
+    def propose_program(
+        params: ComposedParams, state: DecodeState
+    ) -> tuple[DecodeState, Proposals, Array]:
+        assert proposer is not None
+        return propose_block(composition, params, proposer, state)
+
+    def speculate_program(
+        params: ComposedParams,
+        state: DecodeState,
+        proposals: Proposals,
+        count: Int[Array, ""],
+        own_block: OwnBlock,
+        stopped: Bool[Array, " B"],
+    ) -> DecodeState:
+        assert proposer is not None
+        state = halt(state, stopped)
+        return speculate_block(composition, params, proposer, state, proposals, count, own_block)
 
     def empty_program(
         *,
@@ -189,6 +214,12 @@ def build_programs(composition: Composition, proposer: Proposer | None = None) -
             donate_argnames="state",
             out_shardings=None if shardings is None else (shardings, None),
         ),
+        propose=jax.jit(
+            propose_program,
+            donate_argnames="state",
+            out_shardings=None if shardings is None else (shardings, None, None),
+        ),
+        speculate=jax.jit(speculate_program, donate_argnames="state", out_shardings=shardings),
         empty=jax.jit(
             empty_program,
             static_argnames=("rows", "capacity", "stop_ids", "mapped_capacity", "top_log_probs"),

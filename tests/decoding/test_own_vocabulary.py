@@ -28,6 +28,7 @@ from ivl_jax.tokenizer import describe_tokenizer
 from ivl_jax.tokenizer_agreement import TokenizerMismatchError
 from ivl_jax.vocabulary.mapping import VocabularyMapError
 from ivl_jax.vocabulary.special_tokens import pair_special_tokens
+from ivl_jax.weights.language_model import load_language_model
 from tests.decoding.anew import compose_beside, random_map, read_anew, step_anew
 from tests.decoding.tiny import NEAR_TIE, language_model
 
@@ -147,6 +148,65 @@ def test_rows_that_are_refilled_give_what_each_prompt_alone_gives(mixed):
                 ended[progress.id] = progress.generation.token_ids
     alone = [model.generate(*each).token_ids for each in zip(PROMPTS, options, strict=True)]
     assert [ended[one] for one in ids] == alone
+
+
+REPEATING = ["a = b + c\nd = b + c\na = b + c\nd =", "naïve 水 naïve 水 naïve 水 na", "x"]
+
+
+@pytest.mark.parametrize("draft_length", [pytest.param(0, marks=pytest.mark.slow), 3])
+def test_n_grams_under_maps_write_the_text_of_plain_decoding(draft_length):
+    base, value = (load_language_model(family_folder(name)) for name in "SX")
+    maps = random_map(base, value)
+    options = GenerationOptions(max_new_tokens=48)
+    alone = compose(base, value, strengths=0.05, maps=maps).generate(REPEATING, options)
+    drafted = compose(
+        base, value, strengths=0.05, maps=maps, draft="ngram", draft_length=draft_length
+    )
+    ours = drafted.generate(REPEATING, options)
+    assert [one.token_ids for one in ours] == [one.token_ids for one in alone]
+    assert sum(one.accepted_tokens for one in ours) > 10
+
+
+def test_a_model_draft_is_refused_under_maps_and_n_grams_are_named(mixed):
+    plain, maps = mixed
+    with pytest.raises(ValueError, match=r"own vocabulary .*draft with n-grams \(`ngram`\)"):
+        compose(plain.base, *plain.values, maps=maps, draft=plain.base)
+
+
+class Doubled:
+    """A text in which every "b" after an "a" changes the token before it."""
+
+    def __init__(self, tokens=()):
+        self.tokens = [0, *tokens]
+
+    def fork(self):
+        return Doubled(self.tokens[1:])
+
+    def push(self, ids):
+        unchanged = len(self.tokens)
+        for one in ids:
+            if (self.tokens[-1], one) == (ord("a"), ord("b")):
+                self.tokens[-1] = 99
+                unchanged = min(unchanged, len(self.tokens) - 1)
+            else:
+                self.tokens.append(one)
+        return unchanged
+
+
+def test_a_block_ends_before_the_proposal_that_changes_tokens_before_it(swapped):
+    reader = TextReader(swapped[0].own_vocabularies, batch=4)  # of a context of 64
+    for row, length in enumerate((2, 2, 62)):
+        reader.admit(row, [Doubled([7] * (length - 1))])
+    reader.own_tokens(range(4), size=4)
+    proposals = np.asarray([list(map(ord, "cab")), list(map(ord, "ccc"))] + [[7] * 3] * 2)
+    block = reader.own_block(proposals, [3, 2, 3, 0], width=4, slots=64)
+    assert block.caps.tolist() == [2, 2, 2, 0]
+    (own,), (ends,) = block.tokens, block.ends
+    assert own.starts.tolist() == [1, 1, 61, 0]
+    assert own.tokens[0, :3].tolist() == [7, ord("c"), ord("a")]
+    assert ends.tolist() == [[0, 1, 2, 2], [0, 1, 2, 2], [0, 1, 2, 2], [0, 0, 0, 0]]
+    # What was proposed is not part of the text.
+    assert reader.own_tokens([0], size=1)[0].tokens[0, 0] == 7
 
 
 def test_a_nan_that_one_value_reads_ends_the_row_and_names_the_value(mixed):

@@ -52,7 +52,7 @@ _WIDTHS = tuple(block_width(count) for count in range(LONGEST + 1))
 _Carry = TypeVar("_Carry")
 
 
-class _BlockLogits(NamedTuple):
+class BlockLogits(NamedTuple):
     """What the networks say at the last token and at every proposal after it."""
 
     base: Float[Array, "B L V"]
@@ -125,7 +125,7 @@ def speculate(
     Returns:
         The state with one token more per running row, or up to as many as were proposed and one.
     """
-    count = _count(composition, params, proposer, state)
+    count = count_proposals(composition, params, proposer, state)
     step = functools.partial(_step, composition, params)
     whole_round = functools.partial(_round, composition, params, proposer, count)
     state = _when(count == 0, step, state)
@@ -133,8 +133,12 @@ def speculate(
 
 
 def _step(composition: Composition, params: ComposedParams, state: DecodeState) -> DecodeState:
-    """One plain step, where proposing does not pay; what was learned of the proposer fades."""
-    state = decode_step(composition, params, state)
+    """One plain step, where proposing does not pay."""
+    return without_proposals(decode_step(composition, params, state))
+
+
+def without_proposals(state: DecodeState) -> DecodeState:
+    """The state after a step without proposals: what was learned of the proposer fades."""
     learned = _speculation(state)
     nothing = jnp.zeros_like(learned.proposed)
     return state._replace(
@@ -155,11 +159,11 @@ def _round(
     """Propose `count` tokens, at least one, and verify them."""
     proposals, state = proposer.propose(composition, params, state, count)
     logits, state = _read_block(composition, params, state, proposals, count)
-    outcome, state = _verify_block(composition, params, state, proposals, logits, count)
-    return _append(proposer, state, proposals, outcome, count)
+    outcome, state = verify_block(composition, params, state, proposals, logits, count)
+    return append_outcome(proposer, state, proposals, outcome, count)
 
 
-def _count(
+def count_proposals(
     composition: Composition, params: ComposedParams, proposer: Proposer, state: DecodeState
 ) -> Int[Array, ""]:
     """How many tokens are proposed, the same for all rows."""
@@ -184,14 +188,14 @@ def _read_block(
     state: DecodeState,
     proposals: Proposals,
     count: Int[Array, ""],
-) -> tuple[_BlockLogits, DecodeState]:
+) -> tuple[BlockLogits, DecodeState]:
     """Let the base, and values that have not, read the last token and the proposals; L = K + 1."""
     base = composition.base
     tokens = jnp.concatenate([state.last_tokens[:, None], proposals.tokens], axis=1)
 
     def of_width(
-        width: int, carry: tuple[_BlockLogits, KVCache, tuple[KVCache, ...]]
-    ) -> tuple[_BlockLogits, KVCache, tuple[KVCache, ...]]:
+        width: int, carry: tuple[BlockLogits, KVCache, tuple[KVCache, ...]]
+    ) -> tuple[BlockLogits, KVCache, tuple[KVCache, ...]]:
         read, cache, value_caches = carry
         block = tokens[:, :width]
         positions = state.last_positions[:, None] + jnp.arange(width, dtype=jnp.int32)[None, :]
@@ -201,7 +205,7 @@ def _read_block(
             values, value_caches = run_values_ahead(
                 composition, params, state, value_caches, block, jnp.int32(0)
             )
-        new = _BlockLogits(logits, values)
+        new = BlockLogits(logits, values)
         read = jax.tree.map(
             lambda all_, some: jax.lax.dynamic_update_slice(all_, some, (0, 0, 0)), read, new
         )
@@ -225,7 +229,7 @@ def _empty_logits(
     state: DecodeState,
     proposals: Proposals,
     places: int,
-) -> _BlockLogits:
+) -> BlockLogits:
     base = composition.base
     token = state.last_tokens[:, None]
     run = functools.partial(run_cached, base, params.base, state.caches.base, token)
@@ -235,18 +239,23 @@ def _empty_logits(
     values = None
     if proposals.value_logits is None:
         values = empty_value_logits(composition, params, state, places=places)
-    return _BlockLogits(jnp.zeros((len(token), places, columns), jnp.float32), values)
+    return BlockLogits(jnp.zeros((len(token), places, columns), jnp.float32), values)
 
 
-def _verify_block(
+def verify_block(
     composition: Composition,
     params: ComposedParams,
     state: DecodeState,
     proposals: Proposals,
-    logits: _BlockLogits,
+    logits: BlockLogits,
     count: Int[Array, ""],
+    *,
+    caps: Int[Array, " B"] | None = None,
 ) -> tuple[_Outcome, DecodeState]:
     """Verify the proposals from the first on, and choose the token that follows those accepted.
+
+    Only `caps` of a row's logits are right beyond its last token's, if it is given: the proposal
+    after as many is that token where it is accepted, and nothing follows it.
 
     Values that the proposer runs read the last one only where a row's proposals were all accepted,
     as they would in plain decoding.
@@ -285,13 +294,15 @@ def _verify_block(
         accepted, replacement = verify(
             proposed, q_logits, at, requests.sampling, requests.keys, indices + place
         )
-        finite = are_finite(at)
+        here, finite = jnp.where(accepted, proposed, replacement), are_finite(at)
         goes_on = left & accepted & finite
+        if caps is not None:
+            goes_on &= place < caps
         outcome = _Outcome(
             outcome.accepted + goes_on.astype(jnp.int32),
-            jnp.where(left & ~accepted, replacement, outcome.following),
+            jnp.where(left & ~goes_on, here, outcome.following),
             outcome.failed | (left & ~finite),
-            scored(outcome.log_probs, place, at, jnp.where(accepted, proposed, replacement)),
+            scored(outcome.log_probs, place, at, here),
         )
         return place + 1, goes_on, outcome
 
@@ -338,7 +349,7 @@ def _when(condition: Bool[Array, ""], change: Callable[[_Carry], _Carry], carry:
     return jax.lax.while_loop(lambda loop: loop[0], once, (condition, carry))[1]
 
 
-def _append(
+def append_outcome(
     proposer: Proposer,
     state: DecodeState,
     proposals: Proposals,
