@@ -9,12 +9,15 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from typing import NamedTuple
 
 from ivl_jax.extensions import load_extension
 
 _SEPARATOR = re.compile(r"(\d),(\d)")
 _NUMBER = re.compile(r"[-+]?\d*\.\d+|\d+")
+# A minus may be a sign or a subtraction: "10-3" ends with 3, "= -3" with -3.
+_SIGNED = re.compile(r"(?<![\w.)])[-+]?(?:\d+(?:\.\d+)?|\.\d+)")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -37,7 +40,7 @@ WeightedReward = tuple[str, Reward, float]
 
 
 class RewardError(RuntimeError):
-    """A reward function that raised, or that returned something else than a finite number."""
+    """A reward function that raised, or that returned anything other than a finite number."""
 
 
 def exact_match(sample: Sample) -> float:
@@ -50,12 +53,21 @@ def exact_match(sample: Sample) -> float:
 
 
 def gsm8k_number(sample: Sample) -> float:
-    """1 where the answer's last number is the reference's (GSM8K's, after `####`).
+    """1 where the answer's last number equals the reference's (GSM8K's, after `####`).
 
-    >>> gsm8k_number(Sample("so it is 1,018 apples", "10 + 1,008 #### 1,018", "How many?", ""))
+    Numbers are compared by value, so that 18.00 is 18, and 1.8 and -18 are not. Figures of
+    evaluations follow the rule of the paper's authors, `is_right_number`.
+
+    Raises:
+        ValueError: the reference has no number.
+
+    >>> gsm8k_number(Sample("so it costs $1,018.00", "10 + 1,008 #### 1,018", "How much?", ""))
     1.0
     """
-    return float(is_right_number(sample.answer, sample.reference))
+    expected = _last_value(reference_number(sample.reference))
+    if expected is None:
+        raise ValueError(f"the reference {sample.reference!r:.200} has no number")
+    return float(_last_value(sample.answer) == expected)
 
 
 def reference_is_contained(sample: Sample) -> float:
@@ -127,7 +139,7 @@ def weighted_reward(
         The weighted sum, and each reward by its name.
 
     Raises:
-        RewardError: a function raised, or returned something else than a finite number; names the
+        RewardError: a function raised, or returned anything other than a finite number; names the
             function and the sample.
     """
     each = {}
@@ -173,6 +185,11 @@ def is_right_number(text: str, answer: str) -> bool:
     """
     found = last_number(text)
     return found is not None and _bare(found) == _bare(reference_number(answer))
+
+
+def _last_value(text: str) -> Decimal | None:
+    numbers = _SIGNED.findall(_without_separators(text))
+    return Decimal(numbers[-1]) if numbers else None
 
 
 def _without_separators(text: str) -> str:

@@ -29,6 +29,32 @@ def test_rewards_by_name(name, worth) -> None:
 
 
 @pytest.mark.parametrize(
+    ("answer", "worth"),
+    [
+        ("$18.00", 1.0),
+        ("10 + 8 = 18.", 1.0),
+        ("It is (18)", 1.0),
+        ("28-18", 1.0),
+        ("1,8", 1.0),
+        ("1.8", 0.0),
+        ("-18", 0.0),
+        ("18 of 20", 0.0),
+        ("eighteen, as in x18", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_numbers_are_rewarded_by_their_value(answer, worth) -> None:
+    reward = find_reward("gsm8k_number", where="grpo.rewards")
+    assert reward(Sample(answer, "9 + 9 = 18 #### 18", "9 + 9?", "")) == worth
+
+
+def test_a_reference_without_a_number_is_an_error() -> None:
+    reward = find_reward("gsm8k_number", where="grpo.rewards")
+    with pytest.raises(ValueError, match="the reference 'many' has no number"):
+        reward(Sample("18", "many", "9 + 9?", ""))
+
+
+@pytest.mark.parametrize(
     ("name", "said"),
     [
         ("accuracy", "expected one of exact_match, word_f1, gsm8k_number, contains"),

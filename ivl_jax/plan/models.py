@@ -78,8 +78,8 @@ def planned_models(config: TrainConfig, mesh: Mesh, *, memory: int) -> Models:
             model = AdaptedModel(name, None, Path(name))
         return dataclasses.replace(found, metadata=adapter, adapted=model)
 
-    def teach(options: DistilConfig, students: Any, max_length: int) -> ComposedSources:
-        del students, max_length
+    def teach(options: DistilConfig, students: Any) -> ComposedSources:
+        del students
         values = tuple(
             _source(path, arch, vocab_size, scheme)
             for path in options.values

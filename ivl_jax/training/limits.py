@@ -7,6 +7,7 @@ error for what cannot fit.
 import logging
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -184,3 +185,26 @@ def check_linear_map(
             f"device has {available / 1e9:,.0f} GB: set value.rank; {rank} takes "
             f"{2 * size * rank * _BYTES_TRAINED / ways / 1e9:,.1f} GB"
         )
+
+
+def check_context(config: TrainConfig, contexts: Mapping[str, int]) -> None:
+    """Check that models can read rows of `data.max_length` tokens.
+
+    Args:
+        config: of the run.
+        contexts: each model's name and its context, in tokens.
+
+    Raises:
+        ConfigError: a shorter context, which `data.beyond_context` does not allow.
+    """
+    long = [
+        f"{name}: {context}"
+        for name, context in contexts.items()
+        if config.data.max_length > context
+    ]
+    if not long:
+        return
+    message = f"data.max_length = {config.data.max_length} exceeds the context of {', '.join(long)}"
+    if not config.data.beyond_context:
+        raise ConfigError(f"{message}: lower it, or set data.beyond_context = true")
+    logger.warning("%s; data.beyond_context allows it", message)

@@ -29,7 +29,7 @@ from ivl_jax.model.network import Architecture, abstract_network, init_network
 from ivl_jax.model.projection import AS_TRAINED, KernelForm, Lora
 from ivl_jax.sharding import LAYOUTS, padded_vocab_rows, parameter_shardings
 from ivl_jax.tokenizer_agreement import check_compatible
-from ivl_jax.training.limits import check_linear_map
+from ivl_jax.training.limits import check_context, check_linear_map
 from ivl_jax.training.objectives import find_objective
 from ivl_jax.training.teacher import TeacherReader, read_teacher
 from ivl_jax.training.trained_source import AdapterReader, ModelReader, read_adapter, read_trained
@@ -147,7 +147,7 @@ def choose_models(
     for model, base in zip(found, config.all_bases, strict=True):
         attention_of(config, model.arch, Layout(mesh, LAYOUTS[base.layout]))
     if config.method == "sft":
-        _check_context(config, found)
+        check_context(config, _contexts(found))
         original = None
         if find_objective(config).needs_reference:
             original = FrozenBase(first, config.base, unknown_ids=())
@@ -167,7 +167,7 @@ def choose_models(
         arch = trained.arch
     if scheme.reads_base_hidden:
         arch = _with_base_width(arch, found)
-    _check_context(config, [*found, trained])
+    check_context(config, _contexts([*found, trained]))
     attention_of(config, arch, Layout(mesh, LAYOUTS[config.value.layout]))
     bases = []
     for model, base in zip(found, config.all_bases, strict=True):
@@ -191,8 +191,11 @@ def choose_models(
 def _teacher(
     config: TrainConfig, students: list[ModelSource], read: TeacherReader
 ) -> ComposedSources | None:
-    options = config.distil
-    return read(options, students, config.data.max_length) if options.teacher else None
+    if not config.distil.teacher:
+        return None
+    sources = read(config.distil, students)
+    check_context(config, {one.label: one.context for one in (sources.base, *sources.values)})
+    return sources
 
 
 def _with_base_width(arch: Architecture, bases: list[ModelSource]) -> ArchConfig:
@@ -382,16 +385,5 @@ def _stack_layers(params: Params, shardings: Params) -> Params:
     return params | {"layers": jax.tree.map(stack, shardings, *layers)}
 
 
-def _check_context(config: TrainConfig, models: list[ModelSource]) -> None:
-    contexts = {model.path: model.arch.max_position_embeddings for model in models}
-    long = [
-        f"{name}: {context}"
-        for name, context in contexts.items()
-        if config.data.max_length > context
-    ]
-    if not long:
-        return
-    message = f"data.max_length = {config.data.max_length} exceeds the context of {', '.join(long)}"
-    if not config.data.beyond_context:
-        raise ConfigError(f"{message}: lower it, or set data.beyond_context = true")
-    logger.warning("%s; data.beyond_context allows it", message)
+def _contexts(models: list[ModelSource]) -> dict[str, int]:
+    return {model.path: model.arch.max_position_embeddings for model in models}

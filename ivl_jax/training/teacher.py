@@ -36,27 +36,23 @@ class Teacher:
     shardings: ComposedParams
 
 
-TeacherReader = Callable[[DistilConfig, Sequence[ModelSource], int], ComposedSources]
-"""(options, students, tokens per row) → a teacher without its weights."""
+TeacherReader = Callable[[DistilConfig, Sequence[ModelSource]], ComposedSources]
+"""(options, students) → a teacher without its weights."""
 
 
-def read_teacher(
-    options: DistilConfig, students: Sequence[ModelSource], max_length: int
-) -> ComposedSources:
+def read_teacher(options: DistilConfig, students: Sequence[ModelSource]) -> ComposedSources:
     """Find a teacher and check everything that needs no weights.
 
     Args:
         options: of the config.
         students: the models in whose vocabulary the student predicts: its bases, or itself.
-        max_length: tokens per row, which the teacher must be able to read.
 
     Returns:
         The teacher's models.
 
     Raises:
         FileNotFoundError: no such folder or hub id, also of the model of a LoRA value.
-        ConfigError: the teacher or one of its value networks has another vocabulary than a student,
-            or a shorter context than `max_length`.
+        ConfigError: the teacher or one of its value networks has another vocabulary than a student.
     """
     try:
         sources = check_sources(
@@ -75,12 +71,6 @@ def read_teacher(
         ) from error
     except ValueError as error:
         raise ConfigError(f"distil.teacher = {options.teacher}: {error}") from error
-    short = [one for one in (sources.base, *sources.values) if one.context < max_length]
-    if short:
-        listed = ", ".join(f"{one.label}: {one.context}" for one in short)
-        raise ConfigError(
-            f"data.max_length = {max_length} exceeds the context of {listed}: lower it"
-        )
     return sources
 
 

@@ -327,7 +327,7 @@ class Trainer:
             logger.error("step %d could not be saved: %s", int(state.step), error)
             return
         logger.error(
-            "an error ended the run after step %d/%d, which is saved; once it is mended, resume "
+            "an error ended the run after step %d/%d, which is saved; once it is fixed, resume "
             "with:\n  %s",
             int(state.step),
             self._total,

@@ -248,5 +248,17 @@ def test_a_revision_is_that_of_the_teacher(monkeypatch, tiny_config) -> None:
 
     monkeypatch.setattr(teacher, "read_language_model", read)
     with pytest.raises(FileNotFoundError):
-        teacher.read_teacher(DistilConfig("owner/tuned", revision="v2"), [], 48)
+        teacher.read_teacher(DistilConfig("owner/tuned", revision="v2"), [])
     assert asked == {"path": "owner/tuned", "revision": "v2"}
+
+
+def test_a_teacher_that_reads_fewer_tokens_is_refused_unless_it_may_read_beyond(
+    tiny_config, tmp_path
+) -> None:
+    short = save_tiny_model(tmp_path / "short", seed=3, max_position_embeddings=32)
+    config = replace(tiny_config, objective="distil", distil=DistilConfig(str(short)))
+    mesh = make_run_mesh(config)
+    with pytest.raises(ConfigError, match=r"max_length = 48 exceeds .*short.*: 32: lower it, or"):
+        choose_models(config, mesh)
+    beyond = replace(config, data=replace(config.data, beyond_context=True))
+    assert choose_models(beyond, mesh).teacher is not None

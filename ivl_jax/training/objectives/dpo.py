@@ -17,10 +17,11 @@ In: batches whose segments come in pairs, 1 and 2, 3 and 4, …: the chosen answ
 one; the loss mask marks the answers. Out: the objective.
 
 Source:
-    DPO: arXiv 2305.18290, equation 7; label smoothing: arXiv 2306.02896's conservative form; IPO:
-    arXiv 2310.12036, equation 17, with log-ratios averaged over tokens as in TRL; KTO: arXiv
-    2402.01306, equation 8, on pairs, whose reference point is estimated there from mismatched
-    answers; the SFT term: arXiv 2404.19733.
+    DPO: arXiv 2305.18290, equation 7; label smoothing: conservative DPO (E. Mitchell's note on
+    noisy preferences, 2023), as arXiv 2403.00409 describes it; IPO: arXiv 2310.12036, equation 17,
+    with log-ratios averaged over tokens as in TRL; KTO: arXiv 2402.01306, equation 8, on pairs,
+    whose reference point is estimated there from mismatched answers; the SFT term: arXiv
+    2404.19733.
 """
 
 from collections.abc import Mapping
@@ -67,6 +68,7 @@ def make_dpo(options: PreferenceConfig) -> Objective:
         ratio = options.beta * (log_prob - base)
         margin = pairs.total(jnp.where(pairs.counted, pairs.sign * ratio, 0.0))
         return {
+            "preference": over(pairs.ends, _pair_loss(options, pairs, scores)),
             "margin": over(pairs.ends, margin),
             "preferred": over(pairs.ends, (margin > 0).astype(jnp.float32)),
             "chosen_reward": over(pairs.chosen, ratio),
@@ -97,7 +99,7 @@ def make_dpo(options: PreferenceConfig) -> Objective:
         count=lambda batch: jnp.sum(_Pairs(batch).ends, dtype=jnp.float32),
         sums=sums,
         figures={
-            "preference_loss": ("loss", "pairs"),
+            "preference_loss": ("preference", "pairs"),
             "nll": ("chosen_nll", "chosen_tokens"),
             "reward_accuracy": ("preferred", "pairs"),
             "reward_margin": ("margin", "pairs"),
