@@ -88,7 +88,7 @@ def _introduction(record: Mapping[str, Any]) -> str:
     sft, dpo, grpo = (settings[f"{kind} beside S"] for kind in ("sft", "dpo", "grpo"))
     tested = (x["questions"] for name, x in measured.items() if not name.endswith("validation"))
     questions = next(tested, ABSENT)
-    rewards = " + ".join(f"`{name}`" for name in grpo["rewards"])
+    rewards = " + ".join(f"`{name.rpartition(':')[2]}`" for name in grpo["rewards"])
     weight = dpo["sft_weight"]
     term = f", plus {weight:g} times the cross-entropy of the right answers" if weight else ""
     text = f"""Made by `python -m ivl_jax.experiments post_training`; every number is in

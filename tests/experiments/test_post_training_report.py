@@ -25,7 +25,7 @@ SETTING = {
     "penalty": 0.5,
     "beta": 0.25,
     "sft_weight": 0.75,
-    "rewards": ["exact_match", "word_f1"],
+    "rewards": ["exact_match", "some.module:words_in_place"],
     "group_size": 8,
     "kl_weight": 0.001,
 }
@@ -119,7 +119,7 @@ def test_a_gain_whose_interval_contains_0_misses_its_target_and_one_seed_decides
 
 def test_sentences_quote_the_settings() -> None:
     text = words(section(record()))
-    assert "reward `exact_match` + `word_f1`" in text
+    assert "reward `exact_match` + `words_in_place`" in text
     assert "plus 0.75 times the cross-entropy" in text
     assert "17 steps of 64 answers" in text
     changed = SETTING | {"rewards": ["contains"], "sft_weight": 0.0, "max_steps": 5}
