@@ -25,8 +25,8 @@ _CONFIGS: dict[Kind, str] = {
 }
 # Often enough that a run that is killed loses a minute.
 _CHECKPOINT_EVERY = 50
-# The demo's 150 steps pass once over the questions. Its `word_f1` is not used here: trained on it for
-# longer, answers come to leave out the word that may be wrong.
+# The demo's 150 steps pass once over the questions. Its `word_f1` is not used here: with it, longer
+# training teaches to leave out the word that may be wrong.
 GRPO_STEPS = 200
 _REWARDS = ("exact_match", "ivl_jax.experiments.graded_reward:words_in_place")
 DPO_EPOCHS = 2.0
