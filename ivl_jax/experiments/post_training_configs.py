@@ -133,6 +133,8 @@ def _distil(config: TrainConfig, run: Run, teacher: Path | None) -> Any:
 def settings_key(config: TrainConfig, *, work_dir: Path) -> str:
     """A hash of everything in a config that its result depends on.
 
+    Fields that have their defaults do not count: a later version's new field changes no key.
+
     Args:
         config: Of a run; the names of the files it reads identify their content.
         work_dir: Of the study: where it lies does not count.
@@ -140,11 +142,26 @@ def settings_key(config: TrainConfig, *, work_dir: Path) -> str:
     Returns:
         64 hexadecimal digits.
     """
-    mapping = {key: x for key, x in config_to_mapping(config).items() if key not in _UNKEYED}
-    text = json.dumps(mapping, sort_keys=True)
+    mapping = _changed(config_to_mapping(config), config_to_mapping(TrainConfig()))
+    text = json.dumps({k: x for k, x in mapping.items() if k not in _UNKEYED}, sort_keys=True)
     for folder, name in ((work_dir, "WORK"), (family_folder("S").parent, "FAMILY")):
         text = text.replace(json.dumps(str(folder))[1:-1], name)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _changed(mapping: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that differ from the defaults, at every level."""
+    found = {}
+    for key, value in mapping.items():
+        default = defaults.get(key)
+        if isinstance(value, dict) and isinstance(default, dict):
+            value = _changed(value, default)
+            if not value:
+                continue
+        elif value == default:
+            continue
+        found[key] = value
+    return found
 
 
 def shown_settings(configs: Mapping[str, TrainConfig]) -> dict[str, dict[str, Any]]:

@@ -13,7 +13,7 @@ from ivl_jax.config.train import check_train_config
 from ivl_jax.experiments import post_training_lab
 from ivl_jax.experiments.demonstrations import Item
 from ivl_jax.experiments.facts import Split as FactSplit
-from ivl_jax.experiments.post_training_configs import Settings, settings_key
+from ivl_jax.experiments.post_training_configs import Settings, _changed, settings_key
 from ivl_jax.experiments.post_training_lab import PostTrainingLaboratory
 from ivl_jax.experiments.post_training_plan import (
     ALONE_RATES,
@@ -179,6 +179,16 @@ def test_what_other_settings_made_is_made_again(made, tmp_path, changed, again) 
     }
     # Wrong answers are sampled for DPO alone.
     assert trained_again == ({"dpo"} if changed.samples == 3 else again)
+
+
+def test_a_new_field_with_its_default_changes_no_key() -> None:
+    defaults = {"a": 1, "table": {"b": 2, "list": (1,)}}
+    later = {"a": 1, "new": 0, "table": {"b": 2, "list": (1,), "new": None}, "more": {"c": 3}}
+    assert _changed(later, later) == {}
+    changed = {"a": 1, "table": {"b": 5, "list": (1,)}}
+    assert _changed(changed, defaults) == {"table": {"b": 5}}
+    with_new = {**changed, "new": 0, "more": {"c": 3}}
+    assert _changed(with_new, defaults | {"new": 0, "more": {"c": 3}}) == {"table": {"b": 5}}
 
 
 def test_a_key_is_of_what_the_result_depends_on(made, tmp_path) -> None:
