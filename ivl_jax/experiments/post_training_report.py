@@ -6,7 +6,7 @@ Markdown, between the page's two marks.
 
 import json
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +74,26 @@ def section(record: Mapping[str, Any]) -> str:
         [
             _introduction(record),
             "### Post-training targets\n\n" + _targets(table),
-            "### What is carried\n\n" + _gains(table),
-            *(f"### {base}\n\n" + _models(table, base) for base in ("S", "L", "X")),
-            "### Learning rates of L trained itself\n\n" + _sweep(table),
-            "### Distillation\n\n" + _distillation(table),
+            *_titled("What is carried", _gains(table)),
+            *(part for base in ("S", "L", "X") for part in _titled(base, _models(table, base))),
+            *_titled("Learning rates of L trained itself", _sweep(table)),
+            *_titled("Distillation", _distillation(table)),
             *_missing(record),
         ]
     )
+
+
+def _titled(title: str, body: str) -> list[str]:
+    """A part of the section; none, if nothing of it has been measured."""
+    return [f"### {title}\n\n{body}"] if body else []
+
+
+def _measured(note: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A note and a table of the rows that have a figure; empty, if none has."""
+    found = [row for row in rows if set(row[1:]) - {ABSENT, ""}]
+    if not found:
+        return ""
+    return "\n\n".join([*([_wrapped(note)] if note else []), markdown(headings, found)])
 
 
 def _introduction(record: Mapping[str, Any]) -> str:
@@ -188,7 +201,7 @@ same start as the borrowed one."""
     over_sft = [f"gain over SFT, {each}" for each in ("borrowed", "own")]
     over_base = [f"gain over the base, {each}" for each in ("borrowed", "own")]
     headings = ["", *over_sft, "carried", *over_base, "borrowed / own"]
-    return _wrapped(note) + "\n\n" + markdown(headings, rows)
+    return _measured(note, headings, rows)
 
 
 def _gain_row(
@@ -214,10 +227,10 @@ def _models(table: Table, base: Model) -> str:
     for kind, name in _NAMES.items():
         rows.append(_figures(table, f"{base} + value, {name}", on(base, kind)))
     if base == "S":
-        return markdown(_HEADINGS, rows)
+        return _measured("", _HEADINGS, rows)
     for kind, name in _NAMES.items():
         rows.append(_figures(table, f"{base} trained itself, {name}", by_itself(base, kind)))
-    return markdown(_HEADINGS, rows)
+    return _measured("", _HEADINGS, rows)
 
 
 def _sweep(table: Table) -> str:
@@ -231,7 +244,7 @@ and GRPO) or pairs (DPO), then the lower NLL. DPO and GRPO start from the chosen
                 table, f"{_NAMES[kind]}, {measurement.run.rate:g}", _as_is(measurement)
             )
             rows.append(figures)
-    return _wrapped(note) + "\n\n" + markdown(["objective, learning rate", *_HEADINGS[1:]], rows)
+    return _measured(note, ["objective, learning rate", *_HEADINGS[1:]], rows)
 
 
 def _distillation(table: Table) -> str:
@@ -253,7 +266,7 @@ L."""
         [*_figures(table, f"{base} + value, from the tuned L", _distilled(base)), "", ""]
         for base in ("S", "X")
     ]
-    return _wrapped(note) + "\n\n" + markdown([*_HEADINGS, "NLL kept", "facts kept"], rows)
+    return _measured(note, [*_HEADINGS, "NLL kept", "facts kept"], rows)
 
 
 def _missing(record: Mapping[str, Any]) -> list[str]:
@@ -263,7 +276,7 @@ def _missing(record: Mapping[str, Any]) -> list[str]:
     names = ", ".join(f"`{name}`" for name in record["missing"])
     return [
         _wrapped(
-            f"Not measured yet, shown as {ABSENT} or with fewer seeds ({count} of "
+            f"Not measured yet: left out, shown as {ABSENT}, or with fewer seeds ({count} of "
             f"{count + len(record['measured'])} measurements): {names}. The same command resumes "
             "with them."
         )
