@@ -92,6 +92,11 @@ class EngineThread:
         self._changes: set[asyncio.Future[None]] = set()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
+    @property
+    def load(self) -> int:
+        """Choices that run or wait in the engine, as far as orders have been carried out."""
+        return self._engine.running + self._engine.waiting
+
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
