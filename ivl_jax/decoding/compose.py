@@ -111,7 +111,8 @@ def compose(
         VocabularyMapError: a map that cannot be read, or that was built for other tokenizers.
         ValueError: the number of strengths or maps is neither 0 nor that of the value networks; or
             a value network with a map reads base logits (only the residual scheme reads just the
-            text); or there is a draft and a value network that reads base logits or has a map.
+            text); or there is a draft and a value network that reads base logits, or a
+            model as the draft and a value network with a map.
     """
     ngrams = isinstance(draft, str) and draft == NGRAM_DRAFT
     if ngrams:
