@@ -61,7 +61,7 @@ class _Lengths(StoppingCriteria):
 
 @torch.inference_mode()
 def sample_answers(
-    base: LlamaForCausalLM,
+    base: Any,
     value: LlamaForCausalLM,
     prompts: Sequence[Sequence[int]],
     lengths: Sequence[int],
@@ -69,7 +69,7 @@ def sample_answers(
     """Sample one batch of answers at temperature 1.
 
     Args:
-        base: the base.
+        base: the base, a model of transformers.
         value: the value network.
         prompts: token ids.
         lengths: tokens of each answer.
@@ -85,8 +85,7 @@ def sample_answers(
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
     ends = longest + torch.tensor(lengths)
-    generate: Any = base.generate  # its protocol is of attributes that models set later
-    return generate(
+    return base.generate(
         ids,
         attention_mask=mask,
         max_new_tokens=max(lengths),

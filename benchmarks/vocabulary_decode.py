@@ -150,14 +150,17 @@ def _speed_rows(plan: Plan) -> Iterator[Row]:
 
 
 def _family_map(base: LanguageModel, value: LanguageModel) -> DescribedMap:
-    sides = [
-        named_tokenizer(name, model.tokenizer, str(family_folder(name)))
-        for name, model in (("L", base), ("X", value))
-    ]
+    first = named_tokenizer("L", base.tokenizer, str(family_folder("L")))
+    second = named_tokenizer("X", value.tokenizer, str(family_folder("X")))
     texts = _gsm8k()[:_MAP_TEXTS]
-    rows = [tokenise(side.tokenizer, texts) for side in sides]
-    pairs = pair_special_tokens(sides[0].info, sides[1].info, base_name="L", value_name="X")
-    built = build_from_rows(*sides, *rows, method="bytes", special_pairs=pairs)
+    built = build_from_rows(
+        first,
+        second,
+        tokenise(first.tokenizer, texts),
+        tokenise(second.tokenizer, texts),
+        method="bytes",
+        special_pairs=pair_special_tokens(first.info, second.info, base_name="L", value_name="X"),
+    )
     return DescribedMap(built.vocabulary_map, built.metadata, "")
 
 
