@@ -50,8 +50,8 @@ def percentile_interval(
     """The interval that holds the middle share of some draws; NaN among them is left out.
 
     Example:
-        >>> percentile_interval(np.arange(101.0))
-        (2.5, 97.5)
+        >>> [round(end, 1) for end in percentile_interval(np.arange(101.0))]
+        [2.5, 97.5]
     """
     tail = 100 * (1 - confidence) / 2
     low, high = np.nanpercentile(draws, [tail, 100 - tail])

@@ -4,6 +4,7 @@ In: figures of a step. Out: event files in the run directory. Event files are ap
 object store cannot do: there, they are written locally and copied as a whole when flushed.
 """
 
+import re
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -13,6 +14,9 @@ from etils import epath
 
 from ivl_jax.folder_copies import copy_files, file_names
 from ivl_jax.paths import is_local
+
+
+_NOT_IN_A_TAG = re.compile(r"[^-/\w.]")
 
 
 class EventFiles:
@@ -47,7 +51,9 @@ class EventFiles:
             step: their step.
         """
         for name, value in figures.items():
-            self._writer.add_scalar(f"{group}/{name}", value, step)
+            # A reward's name may have a colon, which TensorBoard's names may not.
+            tag = _NOT_IN_A_TAG.sub("_", f"{group}/{name}")
+            self._writer.add_scalar(tag, value, step)
         self._writer.flush()
 
     def copy(self) -> None:

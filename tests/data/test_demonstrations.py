@@ -273,6 +273,7 @@ def test_weights_are_stored_and_move_no_dialogue_to_another_split(tmp_path: Path
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_gsm8k_reads_whole(gsm8k_dir: Path, tmp_path: Path) -> None:
     source = source_of(str(gsm8k_dir / "train.jsonl"), validation=(str(gsm8k_dir / "test.jsonl"),))
     stored = store_demonstrations(source, data_dir=tmp_path)

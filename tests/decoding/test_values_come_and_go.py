@@ -166,6 +166,7 @@ def test_a_removed_value_frees_its_arrays_and_its_place(small, values):
     assert found == alone(small, [third], [1.0], PROMPTS[2], max_new_tokens=5)
 
 
+@pytest.mark.slow
 def test_a_row_that_leaves_a_mapped_value_out_does_not_wait_for_the_host(stories260k_dir, runs):
     from ivl_jax.assets import family_folder
 

@@ -153,6 +153,7 @@ def test_a_run_learns_and_saves_only_its_adapter_which_can_be_merged(
         jax.tree.map(np.testing.assert_array_equal, load_value(folder).params, value.params)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(lora_config, monkeypatch, tmp_path):
     whole = run(replace(lora_config, run_dir=str(tmp_path / "whole")))
     resumed = crash_and_resume(monkeypatch, run, lora_config)

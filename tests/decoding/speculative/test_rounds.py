@@ -252,6 +252,7 @@ def with_draft(stories, value):
     return compose(stories, value, strengths=[0.3], draft=stories, draft_length=3)
 
 
+@pytest.mark.slow
 def test_texts_with_a_draft_are_those_without(composed, with_draft):
     prompts = ["Once upon a time", "", "The big dog", "Lily said"]
     (free,) = composed.generate([""], greedy(40))
