@@ -15,7 +15,6 @@ from etils import epath
 from ivl_jax.folder_copies import copy_files, file_names
 from ivl_jax.paths import is_local
 
-
 _NOT_IN_A_TAG = re.compile(r"[^-/\w.]")
 
 
