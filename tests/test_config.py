@@ -160,6 +160,9 @@ def test_a_missing_config_file_names_its_neighbours(tmp_path: Path) -> None:
         lambda: GenerationOptions(top_p=0.0),
         lambda: GenerationOptions(min_p=1.0),
         lambda: GenerationOptions(stop=("",)),
+        lambda: GenerationOptions(logit_bias={5: 100.5}),
+        lambda: GenerationOptions(logit_bias={5: 0, 6: float("nan")}),
+        lambda: GenerationOptions(logit_bias=dict.fromkeys(range(301), 1)),
     ],
 )
 def test_fields_that_contradict_each_other_are_refused(build) -> None:

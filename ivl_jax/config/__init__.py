@@ -14,8 +14,11 @@ from ivl_jax.config.files import (
     train_config_of,
 )
 from ivl_jax.config.generation import (
+    LARGEST_LOGIT_BIAS,
+    MOST_LOGIT_BIASES,
     GenerationKeywords,
     GenerationOptions,
+    logit_bias_problem,
     options_with,
     strength_problem,
 )
@@ -51,7 +54,9 @@ from ivl_jax.config.value import CONNECTIONS, LoraConfig, LoraTargets, ValueConf
 
 __all__ = [
     "CONNECTIONS",
+    "LARGEST_LOGIT_BIAS",
     "LONGEST_DRAFT",
+    "MOST_LOGIT_BIASES",
     "NGRAM_DRAFT",
     "AttentionName",
     "BaseConfig",
@@ -93,6 +98,7 @@ __all__ = [
     "is_connection",
     "is_model_name",
     "load_config",
+    "logit_bias_problem",
     "model_problems",
     "options_with",
     "require",

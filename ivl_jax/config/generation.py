@@ -17,6 +17,10 @@ from ivl_jax.config.checks import ConfigError, found
 LARGEST_STRENGTH = 1e4
 """With value logits of 100 the product is 10⁶, where float32 has a spacing of 0.06: beyond that the
 base's logits are lost to rounding."""
+LARGEST_LOGIT_BIAS = 100
+"""As in OpenAI's API: logits rarely differ by more, so that it bans a token or forces it."""
+MOST_LOGIT_BIASES = 300
+"""Tokens whose logits one request may change."""
 _MOST_TOP_LOG_PROBS = 100
 """The device state has room for this many top log-probabilities per generated token."""
 
@@ -40,6 +44,25 @@ def strength_problem(alpha: float | int) -> str | None:
     if abs(alpha) <= LARGEST_STRENGTH:
         return None
     return f"must be between {-LARGEST_STRENGTH:,.0f} and {LARGEST_STRENGTH:,.0f}, {found(alpha)}"
+
+
+def logit_bias_problem(bias: Mapping[int, float]) -> str | None:
+    """Say what is wrong with a logit bias; None if nothing is.
+
+    Args:
+        bias: numbers by token id.
+
+    Example:
+        >>> logit_bias_problem({5: -100, 7: 100.5})
+        'must be between -100 and 100, got 100.5 for token 7'
+    """
+    if len(bias) > MOST_LOGIT_BIASES:
+        return f"must name at most {MOST_LOGIT_BIASES} tokens, got {len(bias)}"
+    most = LARGEST_LOGIT_BIAS
+    for token_id, number in bias.items():
+        if not -most <= number <= most:  # NaN included
+            return f"must be between -{most} and {most}, {found(number)} for token {token_id}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -66,8 +89,11 @@ class GenerationOptions:
     """α of each value network; None: those of the composed model."""
     log_probs: NoFlag[int | None] = None
     """Log-probabilities (nats) of the generated tokens under the composed distribution, before
-    temperature, top-k, top-p and min-p. None: none; 0: of the tokens themselves; k: also of the k
-    likeliest tokens at each place."""
+    logit bias, temperature, top-k, top-p and min-p. None: none; 0: of the tokens themselves; k:
+    also of the k likeliest tokens at each place."""
+    logit_bias: NoFlag[Mapping[int, float] | tuple[tuple[int, float], ...]] = ()
+    """Numbers in [-100, 100] by token id, added to the composed logits before a token is chosen; at
+    most 300. -100 bans a token, 100 forces it. Kept as pairs, for hashing."""
 
     def __post_init__(self) -> None:
         """Check types, then ranges, reporting all problems; lists become tuples, for hashing."""
@@ -95,6 +121,8 @@ class GenerationOptions:
             for alpha in self.strengths or ()
             if (problem := strength_problem(alpha))
         ]
+        if problem := logit_bias_problem(dict(self.logit_bias)):
+            problems.append(f"logit_bias {problem}")
         if problems:
             raise ConfigError("generation options: " + "; ".join(problems))
 
@@ -112,6 +140,7 @@ class GenerationKeywords(TypedDict, total=False):
     stop_ids: int | Sequence[int]
     strengths: float | Sequence[float] | None
     log_probs: int | None
+    logit_bias: Mapping[int, float]
 
 
 def options_with(
@@ -194,6 +223,21 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
+def _is_logit_bias(value: Any) -> bool:
+    pairs = value.items() if isinstance(value, Mapping) else value
+    return isinstance(value, Mapping | tuple | list) and all(
+        isinstance(pair, tuple | list)
+        and len(pair) == 2
+        and _is_integer(pair[0])
+        and _is_number(pair[1])
+        for pair in pairs
+    )
+
+
+def _to_pairs(value: Any) -> tuple[tuple[int, float | int], ...]:
+    return tuple(sorted((int(i), _to_float(number)) for i, number in dict(value).items()))
+
+
 def _to_float(value: Any) -> float | int:
     try:
         return float(value)
@@ -215,4 +259,5 @@ _KINDS = {
     "stop_ids": dataclasses.replace(_INTEGER, expected="a token id", several=True),
     "strengths": dataclasses.replace(_NUMBER, several=True, optional=True),
     "log_probs": dataclasses.replace(_INTEGER, optional=True),
+    "logit_bias": _Kind("a mapping from token ids to numbers", _is_logit_bias, _to_pairs),
 }

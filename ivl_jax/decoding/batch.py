@@ -24,6 +24,7 @@ from ivl_jax.decoding.device.state import DecodeState
 from ivl_jax.decoding.engine_model import ModelParts, Places, union
 from ivl_jax.decoding.entries import Entry, News, requests_of, token_log_probs
 from ivl_jax.decoding.generation import TokenLogProbs
+from ivl_jax.decoding.logit_bias import with_bias, without_bias
 from ivl_jax.decoding.own_vocabulary import TextReader
 from ivl_jax.decoding.requests import (
     RowArrays,
@@ -111,7 +112,7 @@ class RowBatch:
         self._use(union(entry.need.values for entry in entries))
         model, rows = self._model, range(len(entries))
         arrays = self._take(entries, rows, values=self.shape.values, least_rows=self.shape.rows)
-        self._held = model.programs.prefill(
+        prefilled = model.programs.prefill(
             model.params,
             arrays.prompts,
             requests_of(arrays, self._model.programs),
@@ -120,6 +121,7 @@ class RowBatch:
             mapped_capacity=self.shape.mapped_capacity,
             top_log_probs=self._top_log_probs(),
         )
+        self._held = without_bias(prefilled)
 
     def admit(self, entries: Sequence[Entry], *, group: int) -> None:
         """Begin requests in free rows, while the others stay where they are.
@@ -156,7 +158,7 @@ class RowBatch:
         places[: len(rows)] = rows
         self._keep_log_probs(top_log_probs)
         self._begun.forget()
-        self._held = self._model.programs.place(self._state, admitted, places)
+        self._held = self._model.programs.place(self._state, without_bias(admitted), places)
 
     def advance(self, max_tokens: int, *, enough_free: int) -> None:
         """Generate until there is something to look at.
@@ -171,14 +173,14 @@ class RowBatch:
             self.reshape(self.shape._replace(mapped_capacity=read))
         stopped = np.asarray([row is None for row in self._rows])
         self._keep_log_probs(self._top_log_probs())
-        if not model.own_vocabularies:
-            self._held = model.programs.decode_chunk(
-                model.params, self._state, np.int32(max_tokens), stopped, np.int32(enough_free)
-            )
-            return
-        self._held = self._begun.finish(
-            model, self._state, self._reader, stopped, mapped_capacity=self.shape.mapped_capacity
-        )
+        state = with_bias(self._state, [row and row.entry.prompt.options for row in self._rows])
+        if model.own_vocabularies:
+            slots = self.shape.mapped_capacity
+            state = self._begun.finish(model, state, self._reader, stopped, mapped_capacity=slots)
+        else:
+            most, enough = np.int32(max_tokens), np.int32(enough_free)
+            state = model.programs.decode_chunk(model.params, state, most, stopped, enough)
+        self._held = without_bias(state)
 
     def look(self, *, advances_next: bool = False) -> list[News]:
         """Take what the rows have generated since the last look.

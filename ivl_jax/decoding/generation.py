@@ -11,7 +11,8 @@ from typing import Any
 class TokenLogProbs:
     """How likely one generated token was.
 
-    In nats, under the softmax of the composed logits: before temperature, top-k, top-p and min-p.
+    In nats, under the softmax of the composed logits: before logit bias, temperature, top-k, top-p
+    and min-p.
 
     Attributes:
         log_prob: Log-probability of the token itself.

@@ -153,6 +153,12 @@ class PromptReader:
         texts = [own.read_prompt(token_ids, messages) for own in self.own_vocabularies if own]
         return EncodedPrompt(token_ids, option, row, tuple(texts))
 
+    def check_logit_bias(self, option: GenerationOptions) -> None:
+        """Raise a ValueError if a prompt's options name tokens that the base does not have."""
+        known = self.base.info.vocab_size
+        if strange := [i for i in dict(option.logit_bias) if not 0 <= i < known]:
+            raise ValueError(f"logit_bias: token ids outside [0, {known}): {strange[:5]}")
+
     def _check(self, prompt: EncodedPrompt) -> None:
         """Raise unless this prompt can be decoded."""
         length, known = len(prompt.token_ids), self.base.info.vocab_size
@@ -171,6 +177,7 @@ class PromptReader:
                 )
         if strange := [i for i in prompt.token_ids if not 0 <= i < known]:
             raise ValueError(f"token ids outside [0, {known}): {strange[:5]}")
+        self.check_logit_bias(prompt.options)
         strengths = prompt.options.strengths
         if strengths is not None and len(strengths) != len(self.values):
             raise ValueError(f"{len(strengths)} strengths for {len(self.values)} value network(s)")

@@ -12,6 +12,7 @@ import numpy as np
 from ivl_jax.buckets import bucket
 from ivl_jax.config import GenerationOptions
 from ivl_jax.decoding.device.sampling import Sampling
+from ivl_jax.decoding.logit_bias import lay_out_bias
 from ivl_jax.decoding.own_vocabulary import OwnText
 
 # Buckets are 2ᵏ and 3·2ᵏ⁻¹: at most a third of a bucket is padding, and a context of 4,096 has 17.
@@ -57,7 +58,7 @@ class RowArrays(NamedTuple):
     sample_indices: np.ndarray
     """[B] int32 index of each prompt in its request."""
     sampling: Sampling
-    """Four arrays [B]."""
+    """Four arrays [B], and two [B K] where a row has a logit bias."""
     capacity: int
     """Slots a row needs, S (tokens)."""
 
@@ -127,6 +128,7 @@ def lay_out(
             top_k=asked("top_k", np.int32),
             top_p=asked("top_p", np.float32),
             min_p=asked("min_p", np.float32),
+            bias=lay_out_bias(each, rows=batch),
         ),
         capacity=bucket_capacity(max(*ends, width), context=context),
     )

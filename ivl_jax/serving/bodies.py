@@ -17,6 +17,7 @@ from ivl_jax.config import (
     GenerationOptions,
     ServeConfig,
     is_model_name,
+    logit_bias_problem,
     strength_problem,
 )
 from ivl_jax.data.formats import Message
@@ -26,6 +27,7 @@ from ivl_jax.serving.errors import invalid
 from ivl_jax.serving.fields import (
     BOOLEAN,
     COUNT,
+    LOGIT_BIAS,
     OBJECT,
     POSITIVE,
     PROMPT,
@@ -55,7 +57,6 @@ IGNORED = ("user", "metadata", "store", "safety_identifier", "prompt_cache_key",
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
-    "logit_bias": ({},),
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
@@ -108,6 +109,9 @@ _COMMON: Table = {
     "top_p": Field(number("a number in (0, 1]"), 1.0, limits={"exclusiveMinimum": 0, "maximum": 1}),
     "min_p": Field(number("a number in [0, 1)"), 0.0, limits={"minimum": 0, "exclusiveMaximum": 1}),
     "top_k": Field(COUNT, 0),
+    "logit_bias": Field(
+        LOGIT_BIAS, {}, about="Added to the composed logits of these token ids of the base."
+    ),
 }
 CHAT: Table = {
     "messages": Field(items("a list of messages", _MESSAGE), required=True, limits={"minItems": 1}),
@@ -257,7 +261,7 @@ def _read_rest(
     extra, stop = fields.take("stream_options"), fields.take("stop")
     shorter, seed = fields.take("max_tokens"), fields.take("seed")
     numbers = {name: as_float(fields.take(name)) for name in ("temperature", "top_p", "min_p")}
-    top_k = fields.take("top_k")
+    top_k, given_bias = fields.take("top_k"), fields.take("logit_bias")
     fields.refuse_others(ignored=IGNORED, neutral=NEUTRAL)
     if top_log_probs is not None and top_log_probs > _MOST_TOP_LOG_PROBS:
         raise invalid(
@@ -276,6 +280,9 @@ def _read_rest(
             f"temperature: at most {_MOST_TEMPERATURE:g}, got {numbers['temperature']:g}",
             "temperature",
         )
+    bias = {int(token_id): as_float(number) for token_id, number in given_bias.items()}
+    if problem := logit_bias_problem(bias):
+        raise invalid(f"logit_bias {problem}", "logit_bias")
     stops = [stop] if isinstance(stop, str) else list(stop)
     if len(stops) > _MOST_STOP_STRINGS:
         raise invalid(f"stop: at most {_MOST_STOP_STRINGS} texts, got {len(stops)}", "stop")
@@ -286,6 +293,7 @@ def _read_rest(
             seed=secrets.randbelow(2**32) if seed is None else seed,
             stop=tuple(stops),
             log_probs=top_log_probs,
+            logit_bias=bias,
             top_k=top_k,
             temperature=numbers["temperature"],
             top_p=numbers["top_p"],

@@ -209,6 +209,10 @@ class Catalogue:
         """
         reader = chosen.reader
         try:
+            reader.check_logit_bias(options)
+        except ValueError as error:
+            raise invalid(str(error), "logit_bias") from error
+        try:
             prepared = reader.prepare(list(prompts), options)
         except PromptTooLongError as error:
             raise invalid(str(error), "messages", "context_length_exceeded") from error

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ivl_jax.config import LARGEST_LOGIT_BIAS, MOST_LOGIT_BIASES
 from ivl_jax.json_files import json_kind
 from ivl_jax.serving.errors import invalid
 
@@ -203,6 +204,15 @@ def _are_strengths(value: Any) -> bool:
     return _is_object(value) and all(map(_is_number, value.values()))
 
 
+def _is_logit_bias(value: Any) -> bool:
+    return _is_object(value) and all(map(_is_token_key, value)) and _are_strengths(value)
+
+
+def _is_token_key(key: str) -> bool:
+    """Whether a key of JSON is a token id as one writes it: digits, no leading zero."""
+    return len(key) <= 10 and key.isascii() and key.isdecimal() and str(int(key)) == key
+
+
 _COUNT: Schema = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 _TOKENS: Schema = {"type": "array", "items": _COUNT, "minItems": 1}
 _TEXT: Schema = {"type": "string"}
@@ -222,6 +232,20 @@ STRENGTHS = Kind(
     {
         "type": "object",
         "additionalProperties": {"type": "number", "minimum": -10_000, "maximum": 10_000},
+    },
+)
+LOGIT_BIAS = Kind(
+    _is_logit_bias,
+    "an object from token ids to numbers",
+    {
+        "type": "object",
+        "propertyNames": {"pattern": "^(0|[1-9][0-9]{0,9})$"},
+        "additionalProperties": {
+            "type": "number",
+            "minimum": -LARGEST_LOGIT_BIAS,
+            "maximum": LARGEST_LOGIT_BIAS,
+        },
+        "maxProperties": MOST_LOGIT_BIASES,
     },
 )
 STOP = Kind(

@@ -197,6 +197,8 @@ def test_impossible_requests_are_named(composed):
         composed.generate([[1], [1, 512]])
     with pytest.raises(ValueError, match="2 strengths for 1 value network"):
         composed.generate(["a"], greedy(3, strengths=(1.0, 2.0)))
+    with pytest.raises(ValueError, match=r"prompt 0: logit_bias: token ids outside \[0, 512\)"):
+        composed.generate(["a"], greedy(3, logit_bias={512: 1.0}))
     with pytest.raises(ValueError, match="2 prompts, but 1 options"):
         composed.generate(["a", "b"], [greedy(3)])
     with pytest.raises(ValueError, match=r"temperature must be ≥ 0.*top_p must be in"):

@@ -60,7 +60,13 @@ def test_requests_that_come_while_others_decode_give_what_each_alone_gives(compo
         GenerationOptions(
             max_new_tokens=9, temperature=temperature, stop_ids=tuple(range(300, 320))
         ),
-        GenerationOptions(max_new_tokens=30, temperature=temperature, top_k=9, seed=8),
+        GenerationOptions(
+            max_new_tokens=30,
+            temperature=temperature,
+            top_k=9,
+            seed=8,
+            logit_bias=dict.fromkeys(range(300, 312), 8.0),
+        ),
     ]
     prepared = composed.prepare(PROMPTS, each)
     alone = [next(iter(composed.generate_prepared([prompt]))) for prompt in prepared]

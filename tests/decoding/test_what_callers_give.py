@@ -103,6 +103,7 @@ def test_a_role_that_does_not_exist_is_named():
         ({"strengths": np.asarray([0.5, -1.0])}, {"strengths": (0.5, -1.0)}),
         ({"strengths": None}, {"strengths": None}),
         ({"log_probs": 2}, {"log_probs": 2}),
+        ({"logit_bias": {np.int64(7): 1, 5: -0.5}}, {"logit_bias": ((5, -0.5), (7, 1.0))}),
     ],
     ids=str,
 )
@@ -129,6 +130,9 @@ def test_options_are_taken_as_keywords_and_as_a_mapping(keywords, expected):
         ({}, {"temperature": True, "top_p": "1"}, "temperature must be a number.*top_p must be"),
         ({}, {"stop": [1]}, r"stop must be a string, or several, got \[1\]"),
         ({}, {"strengths": ["1"]}, r"strengths must be a number, or several, got \['1'\]"),
+        ({}, {"logit_bias": {"5": 1}}, "logit_bias must be a mapping from token ids to numbers"),
+        ({}, {"logit_bias": {5: True}}, "logit_bias must be a mapping from token ids to numbers"),
+        ({}, {"logit_bias": 5}, "logit_bias must be a mapping from token ids to numbers, got 5"),
         (5, {}, "expected GenerationOptions, or its fields as keywords such as max_new_tokens=5"),
         (None, {}, "expected GenerationOptions"),
     ],

@@ -9,8 +9,10 @@ import numpy as np
 
 from ivl_jax.composed.network import ComposedParams, Composition, Network, ValueArrays
 from ivl_jax.composition import SCHEMES, SchemeInputs, compose_logits, value_forward
+from ivl_jax.config import GenerationOptions
 from ivl_jax.decoding.device.sampling import Sampling, row_keys
 from ivl_jax.decoding.device.state import Requests
+from ivl_jax.decoding.logit_bias import lay_out_bias
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import hidden_states, logits_from_hidden
 from ivl_jax.model.linear_map import LinearMapConfig
@@ -101,6 +103,7 @@ def make_requests(
     seed=0,
     rows=None,
     width=None,
+    biases=(),
 ):
     """(prompts [B P], Requests); the right padding is a token that means something."""
     count = len(prompts)
@@ -129,9 +132,15 @@ def make_requests(
             column(top_k, np.int32),
             column(1.0, np.float32),
             column(0.0, np.float32),
+            bias_of(*biases),
         ),
     )
     return jnp.asarray(padded), requests
+
+
+def bias_of(*rows):
+    """What each row adds to its logits, {id: number} each; None where there are none."""
+    return lay_out_bias([GenerationOptions(logit_bias=row) for row in rows], rows=len(rows))
 
 
 @functools.partial(jax.jit, static_argnums=0)

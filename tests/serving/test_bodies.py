@@ -59,6 +59,11 @@ _FITTING = st.fixed_dictionaries(
         "stop": st.text(max_size=2) | st.lists(st.text(max_size=2), max_size=2),
         "logprobs": st.booleans(),
         "top_logprobs": st.integers(-1, 30),
+        "logit_bias": st.dictionaries(
+            st.integers(-1, 2**40).map(str) | st.text(max_size=2),
+            st.integers(-120, 120) | st.floats(),
+            max_size=2,
+        ),
     },
 )
 _BODIES = _JSON | st.dictionaries(st.sampled_from(_FIELDS), _JSON, max_size=6) | _FITTING
@@ -113,6 +118,7 @@ def test_a_body_that_says_little_gets_openais_defaults():
     parts = [{"type": "text", "text": "Hi "}, {"type": "text", "text": "there"}]
     message = {"role": "developer", "content": parts, "name": "me"}
     body = {"model": "m", "messages": [message, message], "tools": None, "seed": 3, "n": None}
-    asked = read_chat(body, ServeConfig())
+    asked = read_chat(body | {"logit_bias": {"12": 1, "7": -100}}, ServeConfig())
+    assert asked.options.logit_bias == ((7, -100.0), (12, 1.0))
     assert asked.prompts == [[("system", "Hi there"), ("system", "Hi there")]]
     assert asked.options.seed == 3

@@ -53,8 +53,30 @@ def test_errors_are_the_packages_own_classes(client):
         with pytest.raises(openai.NotFoundError, match="'nobody' does not exist") as missing:
             api.chat.completions.create(model="nobody", messages=USER)
         assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
-        with pytest.raises(openai.BadRequestError, match="logit_bias is not supported"):
-            api.completions.create(model="mine", prompt="A", logit_bias={"5": 1})
+        with pytest.raises(openai.BadRequestError, match="presence_penalty is not supported"):
+            api.completions.create(model="mine", prompt="A", presence_penalty=1.0)
+        with pytest.raises(openai.BadRequestError, match="token ids outside") as unknown:
+            api.completions.create(model="mine", prompt="A", logit_bias={"512": 1})
+        assert unknown.value.param == "logit_bias"
+
+
+def test_a_logit_bias_forces_a_token_in_its_own_request_alone(client):
+    asked = {"model": "mine", "prompt": "Lily said", "logprobs": 0, **GREEDY}
+    chat = {"model": "mine", "messages": USER, "logit_bias": {"410": 100}, **GREEDY}
+    with connect(client) as api:
+        plain = api.completions.create(**asked).choices[0]
+        forced = api.completions.create(**asked, logit_bias={"410": 100}).choices[0]
+        assert len(set(plain.logprobs.tokens)) > 1
+        assert len(forced.logprobs.tokens) == 16
+        (token,) = set(forced.logprobs.tokens)
+        assert forced.text == token * 16
+        # The log-probabilities are those of the models, not those of the bias.
+        assert min(forced.logprobs.token_logprobs) < -1
+        whole = api.chat.completions.create(**chat).choices[0].message.content
+        stream = api.chat.completions.create(**chat, stream=True)
+        assert "".join(one.choices[0].delta.content or "" for one in stream) == whole
+        assert whole.strip() == (token * 16).strip()
+        assert api.completions.create(**asked).choices[0].text == plain.text
 
 
 def test_many_clients_at_once_get_what_each_gets_alone(client):

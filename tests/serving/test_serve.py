@@ -167,7 +167,7 @@ LONG = "Once upon a time " * 40
         ("completions", {"max_tokens": 0}, 400, "max_new_tokens must be ≥ 1, got 0"),
         ("completions", {"max_tokens": "5"}, 400, "max_tokens: expected an integer ≥ 1, got '5'"),
         ("completions", {"stop": [""]}, 400, "stop must hold strings that are not empty"),
-        ("completions", {"logit_bias": {"5": 1}}, 400, "logit_bias is not supported by this serv"),
+        ("completions", {"presence_penalty": 1}, 400, "presence_penalty is not supported by this"),
         ("completions", {"temprature": 1}, 400, "unknown field 'temprature'"),
         ("completions", {"logprobs": 21}, 400, "at most 20 likeliest tokens can be shown, got 21"),
         ("chat/completions", {}, 400, "messages is missing: expected a list of messages"),
@@ -198,6 +198,27 @@ def test_a_request_that_cannot_be_answered_gets_one_clear_sentence(
     assert set(answer["error"]) == {"message", "type", "param", "code"}
     assert answer["error"]["type"] == "invalid_request_error"
     assert message in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        ({"5": 1, "99999": 1}, "logit_bias: token ids outside [0, 512): [99999]"),
+        ({"5": 101}, "logit_bias must be between -100 and 100, got 101.0 for token 5"),
+        ({"5": float("nan")}, "logit_bias must be between -100 and 100, got nan for token 5"),
+        ({"5": 10**400}, "logit_bias must be between -100 and 100, got inf for token 5"),
+        ({str(i): 1 for i in range(301)}, "logit_bias must name at most 300 tokens, got 301"),
+        ({"Once": 1}, "logit_bias: expected an object from token ids to numbers, got {'Once'"),
+        ({"-1": 1}, "logit_bias: expected an object from token ids to numbers, got {'-1': 1}"),
+        ({"05": 1}, "logit_bias: expected an object from token ids to numbers, got {'05': 1}"),
+        ({"5": "1"}, "logit_bias: expected an object from token ids to numbers, got {'5': '1'}"),
+        ([5], "logit_bias: expected an object from token ids to numbers, got [5]"),
+    ],
+)
+def test_a_logit_bias_that_cannot_be_added_gets_one_sentence(client, bias, message):
+    status, answer = client.complete("mine", max_tokens=4, logit_bias=bias)
+    assert (status, answer["error"]["param"]) == (400, "logit_bias")
+    assert answer["error"]["message"].startswith(message)
 
 
 def test_what_is_no_request_at_all_is_refused_in_the_same_form(client):

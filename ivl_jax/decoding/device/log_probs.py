@@ -1,7 +1,7 @@
 """Log-probabilities of generated tokens, on device: of the token itself and of the likeliest ones.
 
 In: composed logits, the tokens that were chosen from them. Out: `LogProbs`, in nats, of the
-composed distribution as it is: before temperature, top-k, top-p and min-p.
+composed distribution as it is: before logit bias, temperature, top-k, top-p and min-p.
 """
 
 import jax

@@ -1,8 +1,8 @@
 """From logits to the next token, row by row, on device.
 
-In: composed logits, what each row asks for (temperature, top-k, top-p, min-p) and one key per row.
-Out: one token id per row. All functions are pure, and every setting is an array: changing it never
-compiles anything.
+In: composed logits, what each row asks for (temperature, top-k, top-p, min-p, logit bias) and one
+key per row. Out: one token id per row. All functions are pure, and every setting is an array:
+changing it never compiles anything.
 """
 
 from typing import NamedTuple
@@ -10,6 +10,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
+
+
+class LogitBias(NamedTuple):
+    """What each row adds to the logits of some tokens."""
+
+    token_ids: Int[Array, "B K"]
+    """Ids of the vocabulary, each at most once per row; where the number is 0, any."""
+    biases: Float[Array, "B K"]
+    """The numbers; 0 fills up."""
 
 
 class Sampling(NamedTuple):
@@ -23,6 +32,8 @@ class Sampling(NamedTuple):
     """Keep the fewest likeliest tokens that hold this probability mass; 1 keeps all."""
     min_p: Float[Array, " B"]
     """Drop tokens below this share of the likeliest token's probability; 0 keeps all."""
+    bias: LogitBias | None = None
+    """Added to the logits before all else; None: no row adds anything, and nothing is computed."""
 
 
 def row_keys(seeds: Integer[Array, " B"], sample_indices: Int[Array, " B"]) -> Key[Array, " B"]:
@@ -63,6 +74,23 @@ def are_finite(logits: Float[Array, "B V"]) -> Bool[Array, " B"]:
     the one that `likeliest` makes: compiled together they are one.
     """
     return jnp.isfinite(jnp.max(logits, axis=-1))
+
+
+def add_bias(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+    """Add each row's logit bias.
+
+    Args:
+        logits: [B V] float32; −inf in padding columns, which no bias names.
+        sampling: what each row asks for.
+
+    Returns:
+        [B V] float32; a row that adds nothing keeps its values.
+    """
+    if sampling.bias is None:
+        return logits
+    token_ids, biases = sampling.bias
+    rows = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
+    return logits.at[rows, token_ids].add(biases)
 
 
 def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
@@ -119,6 +147,7 @@ def sample_tokens(
     def one(key: Key[Array, ""], index: Int[Array, ""], row: Float[Array, " V"]) -> Int[Array, ""]:
         return jax.random.categorical(jax.random.fold_in(key, index), row).astype(jnp.int32)
 
+    logits = add_bias(logits, sampling)
     greedy = likeliest(logits)
     is_sampled: Bool[Array, " B"] = sampling.temperature > 0
     sampled = jax.lax.cond(

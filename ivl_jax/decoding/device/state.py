@@ -28,13 +28,14 @@ class Requests(NamedTuple):
     keys: Key[Array, " B"]
     """One key per row; the token index is folded in at each step."""
     sampling: Sampling
-    """How the next token is chosen; four arrays [B]."""
+    """How the next token is chosen."""
 
 
 class LogProbs(NamedTuple):
     """Log-probabilities (nats) of generated tokens under the composed distribution.
 
-    That is the softmax of the composed logits, before temperature, top-k, top-p and min-p.
+    That is the softmax of the composed logits, before logit bias, temperature, top-k, top-p and
+    min-p.
     """
 
     chosen: Float[Array, "B S"]

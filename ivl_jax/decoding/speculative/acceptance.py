@@ -8,8 +8,8 @@ All functions are pure.
     sampled   a proposal x ~ q is accepted with probability min(1, p(x) / q(x)), and otherwise
               replaced by a draw from max(0, p − q), normalised
 
-p and q are the distributions left by temperature, top-k, top-p and min-p, so what comes out is
-drawn from p, whatever q is; a proposer that says one token for certain has q = 1 there.
+p and q are the distributions left by logit bias, temperature, top-k, top-p and min-p, so what comes
+out is drawn from p, whatever q is; a proposer that says one token for certain has q = 1 there.
 
 Source: Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318.
 """
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ivl_jax.decoding.device.sampling import Sampling, filter_logits, likeliest
+from ivl_jax.decoding.device.sampling import Sampling, add_bias, filter_logits, likeliest
 
 
 class _Draw(enum.IntEnum):
@@ -49,6 +49,7 @@ def propose(
         [B] int32 token ids, and the logits [B V] whose softmax is q; as they came where no row
         samples.
     """
+    logits = add_bias(logits, sampling)
     greedy = likeliest(logits)
     is_sampled = sampling.temperature > 0
 
@@ -81,6 +82,7 @@ def verify(
     Returns:
         [B] whether the proposal is accepted, and [B] the token for its place where it is not.
     """
+    logits = add_bias(logits, sampling)
     best = likeliest(logits)
     is_sampled = sampling.temperature > 0
 

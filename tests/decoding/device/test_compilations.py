@@ -58,6 +58,16 @@ def test_other_settings_compile_nothing(warm, work):
     assert work == []
 
 
+def test_a_bias_compiles_programs_once_and_rows_without_one_keep_theirs(warm, work):
+    warm.generate(["One"], greedy(20, logit_bias={5: 1.0}))
+    assert work
+    work.clear()
+    warm.generate(["Two"], greedy(20, logit_bias={token: -token for token in range(16)}))
+    warm.generate(["Two"], greedy(20))
+    warm.generate(PROMPTS, greedy(20), batch_size=4)
+    assert work == []
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 100])
 def test_the_size_of_chunks_compiles_nothing(warm, work, chunk):
     list(warm.stream("Three", greedy(9, stop=("x", "yy")), chunk_tokens=chunk))

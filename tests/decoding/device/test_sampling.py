@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from ivl_jax.decoding.device import sampling as sampling_module
 from ivl_jax.decoding.device.sampling import Sampling, likeliest, row_keys
+from tests.decoding.tiny import bias_of
 
 filter_logits = jax.jit(sampling_module.filter_logits)
 sample_tokens = jax.jit(sampling_module.sample_tokens)
@@ -191,6 +192,32 @@ def test_samples_follow_the_filtered_distribution():
     assert counts[4] == 0
     chi_square = ((counts[:4] - rows * expected[:4]) ** 2 / (rows * expected[:4])).sum()
     assert chi_square < 16.27  # 3 degrees of freedom, p = 0.001
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.3], ids=["greedy", "sampled"])
+def test_a_bias_bans_and_forces_tokens_and_leaves_the_other_rows_as_they_were(temperature):
+    logits, keys = random_logits(64, 29), make_keys(64)
+    sampling = make_sampling(64, temperature=temperature, top_k=7)
+    plain = np.asarray(sample_tokens(logits, sampling, keys, zeros(64)))
+    # Of the even rows, each second one forces a token, and the others ban what they had.
+    even = [{5: 100} if row % 4 else {int(plain[row]): -100} for row in range(0, 64, 2)]
+    bias = bias_of(*[{} if row % 2 else even[row // 2] for row in range(64)])
+    found = np.asarray(sample_tokens(logits, sampling._replace(bias=bias), keys, zeros(64)))
+    np.testing.assert_array_equal(found[1::2], plain[1::2])
+    assert (found[2::4] == 5).all()
+    assert (found[::4] != plain[::4]).all()
+
+
+def test_rows_without_a_bias_keep_their_logits_bit_for_bit_and_compute_nothing_for_it():
+    logits = random_logits(3, 29).at[:, 25:].set(-jnp.inf)
+    biased = sampling_module.add_bias(
+        logits, make_sampling(3)._replace(bias=bias_of({3: 1.5, 7: -2.0}, {}, {0: 4.0}))
+    )
+    expected = np.asarray(logits).copy()
+    expected[0, [3, 7]] += [1.5, -2.0]
+    expected[2, 0] += 4.0
+    np.testing.assert_array_equal(biased, expected)
+    assert sampling_module.add_bias(logits, make_sampling(3)) is logits
 
 
 def test_a_row_without_a_largest_logit_gives_a_real_token():

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ivl_jax.decoding.device.sampling import Sampling, filter_logits, row_keys
+from ivl_jax.decoding.device.sampling import LogitBias, Sampling, filter_logits, row_keys
 from ivl_jax.decoding.speculative.acceptance import propose, verify
+from tests.decoding.tiny import bias_of
 
 ROWS, VOCAB = 20_000, 9
 # The 1 − 1e-4 quantile of χ² with 1 … 8 degrees of freedom. Seeds are fixed: no test is flaky.
@@ -90,6 +91,33 @@ def test_a_draft_without_a_token_that_the_composition_has_changes_nothing():
     _, accepted, tokens = propose_and_verify(draft_logits, logits, sampling_of(1.0), 0)
     assert 0 < np.mean(np.asarray(accepted)) < 1
     assert_drawn_from(tokens, np.asarray(jax.nn.softmax(logits), np.float64))
+
+
+def test_tokens_of_biased_rows_are_drawn_from_the_biased_distribution():
+    draft_logits, logits = two_distributions(7)
+    bias = np.zeros(VOCAB, np.float32)
+    bias[[0, 4, 6]] = [2.0, -1.5, -100.0]
+    one_row = bias_of(dict(enumerate(bias.tolist())))
+    biased = LogitBias(*(jnp.tile(each, (ROWS, 1)) for each in one_row))
+    sampling = sampling_of(1.0, top_k=6)._replace(bias=biased)
+    proposals, _, tokens = propose_and_verify(draft_logits, logits, sampling, 0)
+    p, q, unbiased = (
+        np.asarray(
+            jax.nn.softmax(filter_logits(each[None], sampling_of(1.0, top_k=6, rows=1))[0]),
+            np.float64,
+        )
+        for each in (logits + bias, draft_logits + bias, logits)
+    )
+    assert_drawn_from(tokens, p)
+    assert_drawn_from(proposals, q)
+    with pytest.raises(AssertionError):
+        assert_drawn_from(tokens, unbiased)
+    # A proposer that is certain, and proposes what the bias makes unlikely.
+    keys = row_keys(jnp.zeros(ROWS, jnp.int32), jnp.arange(ROWS, dtype=jnp.int32))
+    certain, index = jnp.full(ROWS, 4, jnp.int32), jnp.zeros(ROWS, jnp.int32)
+    whole = jnp.broadcast_to(logits, (ROWS, VOCAB))
+    accepted, replacement = verify(certain, None, whole, sampling, keys, index)
+    assert_drawn_from(jnp.where(accepted, certain, replacement), p)
 
 
 def test_a_draft_equal_to_the_composition_is_always_kept():

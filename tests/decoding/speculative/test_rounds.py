@@ -136,6 +136,17 @@ def test_a_stop_id_within_a_block_ends_the_row_there(plain):
     assert np.asarray(state.speculation.accepted)[0] <= len(ended[0]) - 1
 
 
+def test_a_draft_changes_no_token_of_rows_with_a_logit_bias(plain):
+    free = plain[0]
+    biases = [{free[0][8]: -100.0}, {}, {9: 3.0, 11: 3.0}]
+    generated, reasons, state = run(*drafted(4, likeness=0.02), biases=biases)
+    assert (generated, reasons) == run(*tiny_composition(), biases=biases)[:2]
+    assert free[0][8] not in generated[0]
+    assert generated[1] == free[1]
+    assert generated[2] != free[2]
+    assert np.asarray(state.speculation.accepted).min() > 0
+
+
 def test_a_row_that_the_host_ends_stays_as_it_is():
     composition, params = drafted(4, likeness=0.02)
     programs = build_programs(composition)
