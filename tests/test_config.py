@@ -345,7 +345,7 @@ def test_help_shows_every_flag_with_its_text(capsys: pytest.CaptureFixture[str])
         parse_flags(InferConfig, ["--help"], prog="infer.py")
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for key in field_types(InferConfig):
-        if key not in ("stop_ids", "strengths", "log_probs", "mesh"):
+        if key not in ("stop_ids", "strengths", "log_probs", "logit_bias", "mesh"):
             assert f" --{key.replace('_', '-')}" in shown
     assert "--stop-ids" not in shown
     assert "Hugging Face folder or hub id of the base model." in shown

@@ -46,7 +46,7 @@ def strength_problem(alpha: float | int) -> str | None:
     return f"must be between {-LARGEST_STRENGTH:,.0f} and {LARGEST_STRENGTH:,.0f}, {found(alpha)}"
 
 
-def logit_bias_problem(bias: Mapping[int, float]) -> str | None:
+def logit_bias_problem(bias: Mapping[int, float | int]) -> str | None:
     """Say what is wrong with a logit bias; None if nothing is.
 
     Args:
@@ -91,7 +91,7 @@ class GenerationOptions:
     """Log-probabilities (nats) of the generated tokens under the composed distribution, before
     logit bias, temperature, top-k, top-p and min-p. None: none; 0: of the tokens themselves; k:
     also of the k likeliest tokens at each place."""
-    logit_bias: NoFlag[Mapping[int, float] | tuple[tuple[int, float], ...]] = ()
+    logit_bias: NoFlag[tuple[tuple[int, float | int], ...] | Mapping[int, float | int]] = ()
     """Numbers in [-100, 100] by token id, added to the composed logits before a token is chosen; at
     most 300. -100 bans a token, 100 forces it. Kept as pairs, for hashing."""
 
@@ -140,7 +140,7 @@ class GenerationKeywords(TypedDict, total=False):
     stop_ids: int | Sequence[int]
     strengths: float | Sequence[float] | None
     log_probs: int | None
-    logit_bias: Mapping[int, float]
+    logit_bias: Mapping[int, float | int]
 
 
 def options_with(
