@@ -50,18 +50,22 @@ class ReadText(NamedTuple):
     """The text after it, still to be tokenised; all of it if there is no special token."""
 
 
-def make_text_encoders(definition: str) -> TextEncoders:
-    """Make a tokenizer's encoders.
+def make_text_encoders(definition: str, *, special: bool = True) -> TextEncoders:
+    """Make a tokenizer's encoders; they are not changed afterwards, so threads may share them.
 
     Args:
         definition: the tokenizer as JSON (`backend_tokenizer.to_str()`).
+        special: whether special tokens spelled out in a text are read as such, rather than as
+            ordinary text.
 
     Returns:
         The encoders.
     """
-    whole = _encoder(definition)
+    whole = _encoder(definition, special=special)
     bare, prefix = _without_prefix(json.loads(definition))
-    return TextEncoders(whole, whole if prefix == "none" else _encoder(json.dumps(bare)), prefix)
+    if prefix == "none":
+        return TextEncoders(whole, whole, prefix)
+    return TextEncoders(whole, _encoder(json.dumps(bare), special=special), prefix)
 
 
 def spoken_bytes(tokenizer: Any, info: TokenizerInfo) -> tuple[bytes, ...]:
@@ -87,7 +91,7 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
 
 
 class TextCodec:
-    """One tokenizer's tokens as bytes, and text as its tokens.
+    """One tokenizer's tokens as bytes, and text as its tokens; threads may share it.
 
     Args:
         tokenizer: a transformers tokenizer with a fast backend.
@@ -114,7 +118,9 @@ class TextCodec:
         begins = list(tokenizer("")["input_ids"][:1]) == [info.bos_id]
         self.beginning = (info.bos_id,) if begins and info.bos_id is not None else ()
         self.is_bpe = model["type"] == "BPE" and not model.get("dropout")
-        self._encoders = make_text_encoders(definition)
+        # One pair per reading: a switch on a shared tokenizer would reach other threads' texts.
+        self._encoders = make_text_encoders(definition, special=False)
+        self._special_encoders = make_text_encoders(definition)
         self.prefix = self._encoders.prefix
         self._encode_short = functools.lru_cache(_KEPT)(self._encode)
         self.breaks_before_words = self.is_bpe and self._breaks_before_words(json.loads(definition))
@@ -150,8 +156,8 @@ class TextCodec:
         Returns:
             Token ids up to the last special token, and the text after it.
         """
-        encoder = self._encoders.whole if self._has_own_space(before) else self._encoders.bare
-        encoder.encode_special_tokens = False
+        encoders = self._special_encoders
+        encoder = encoders.whole if self._has_own_space(before) else encoders.bare
         encoding = encoder.encode(text, add_special_tokens=False)
         for place in reversed(range(len(encoding.ids))):
             start, end = encoding.offsets[place]
@@ -163,7 +169,6 @@ class TextCodec:
 
     def _encode(self, text: str, *, own_space: bool) -> list[int]:
         encoder = self._encoders.whole if own_space else self._encoders.bare
-        encoder.encode_special_tokens = True
         return encoder.encode(text, add_special_tokens=False).ids
 
     def _has_own_space(self, before: Before) -> bool:
@@ -196,9 +201,10 @@ def _is_local(normalizer: dict[str, Any] | None) -> bool:
     return normalizer["type"] == "Replace" and normalizer["pattern"] == {"String": " "}
 
 
-def _encoder(definition: str) -> Tokenizer:
+def _encoder(definition: str, *, special: bool) -> Tokenizer:
     """A tokenizer that neither truncates nor pads."""
     encoder = Tokenizer.from_str(definition)
+    encoder.encode_special_tokens = not special
     encoder.no_truncation()
     encoder.no_padding()
     return encoder

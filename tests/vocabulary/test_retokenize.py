@@ -1,5 +1,6 @@
 """Re-tokenising the tail is re-tokenising everything, at every step."""
 
+import concurrent.futures
 import json
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,27 @@ def test_a_prompt_that_both_sides_have_is_never_read_anew(
     spaced = back.resume([50256], source_ids=[1])
     spaced.push(back.source.encode("Hi", before="special"))
     assert spaced.tokens == [50256, *tokenizers["gpt2"]("Hi")["input_ids"]]
+
+
+def test_threads_that_read_special_tokens_and_plain_text_share_a_codec(
+    codecs: dict[str, TextCodec],
+) -> None:
+    codec = codecs["gpt2"]
+    text = "Fire and water, earth and air: <|endoftext|> and what comes after it"
+
+    def plain(_: int) -> list[int]:
+        return codec.encode(text, before="start")
+
+    def special(_: int) -> ReadText:
+        return codec.encode_special(text, before="start")
+
+    alone = plain(0), special(0)
+    assert 50256 not in alone[0]
+    assert alone[1].token_ids[-1] == 50256
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        each = [threads.submit(read, i) for i in range(400) for read in (plain, special)]
+        together = [one.result() for one in each]
+    assert together == [*alone] * 400
 
 
 def test_a_fork_grows_on_its_own(codecs: dict[str, TextCodec]) -> None:
