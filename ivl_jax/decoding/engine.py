@@ -107,7 +107,7 @@ class Engine:
         self._no_room = False
         # Steps that free rows have waited for a refill, all of them together.
         self._free_steps = 0
-        # Requests that begin in this step.
+        # Requests that begin in this step, or that the batch is grown for.
         self._beginning: list[int] = []
         self._lost: tuple[int, ...] = ()
 
@@ -244,8 +244,8 @@ class Engine:
         Raises:
             ValueError: `max_tokens` below 1; nothing is lost.
             Exception: whatever the device raises. `lost` then lists the requests that are lost:
-                only the new ones if their prefill failed, otherwise all running ones. The rest are
-                unaffected.
+                only the new ones if their prefill failed, or making room for them; otherwise all
+                running ones. The rest are unaffected.
         """
         if max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
@@ -275,7 +275,10 @@ class Engine:
         # The plan counts the value networks of all that it admits; they join as these begin. Where
         # nothing runs, those that are there stay until then: most likely they are needed again.
         values = self._batch.used() if others else self._batch.shape.values
+        # The first of them is lost if this fails; the next step plans without it.
+        self._beginning = list(islice(self._waiting, min(admitted, 1)))
         self._batch.reshape(plan.shape._replace(values=values))
+        self._beginning = []
         free = rows - len(self._running)
         self._no_room = bool(self._waiting) and not admitted and free > 0
         if not others and (self._batch.is_empty or 2 * admitted >= rows):
@@ -358,8 +361,7 @@ class Engine:
         if self._beginning and batch is not None and batch.is_intact:
             self._lost = tuple(self._beginning)
             for request in self._lost:
-                del self._running[request]
-                batch.release(request)
+                self.cancel(request)
         else:
             self._lost = tuple(self._running)
             self._running, self._batch = {}, None

@@ -314,6 +314,31 @@ def test_a_failed_step_names_what_is_lost_and_the_others_are_decoded(composed):
     assert run(engine, {})[fifth] == alone[1]
 
 
+def test_a_batch_that_cannot_grow_costs_the_newcomer_alone(composed):
+    options = GenerationOptions(max_new_tokens=12)
+    prepared = composed.prepare(PROMPTS[:3], options)
+    alone = [composed.generate([prompt], options)[0] for prompt in PROMPTS[:3]]
+    fails = []
+
+    def empty(*arguments, **more):
+        if fails:
+            raise MemoryError("no room for a row more")
+        return composed.programs.empty(*arguments, **more)
+
+    programs = composed.programs._replace(empty=empty)
+    engine = dataclasses.replace(composed, programs=programs).engine(EngineLimits(max_rows=4))
+    first = engine.submit(prepared[0])
+    take(engine, {}, max_tokens=2)
+    assert engine.shape.rows == 1
+    second, third = engine.submit(prepared[1]), engine.submit(prepared[2])
+    fails.append(True)
+    with pytest.raises(MemoryError, match="no room for a row more"):
+        take(engine, {}, max_tokens=2)
+    assert (engine.lost, engine.running, engine.waiting) == ((second,), 1, 1)
+    fails.clear()
+    assert run(engine, {}) == {first: alone[0], third: alone[2]}
+
+
 def test_strengths_for_other_networks_than_there_are_are_refused_on_arrival(composed):
     (prompt,) = composed.prepare(["One"], GenerationOptions(max_new_tokens=5))
     wrong = prompt._replace(options=dataclasses.replace(prompt.options, strengths=(0.1, 0.2)))
