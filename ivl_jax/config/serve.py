@@ -31,7 +31,7 @@ class ServeConfig:
     """What clients must send as `Authorization: Bearer …`; empty: `IVL_API_KEY` of the
     environment, or no key where that is not set either."""
     max_rows: int = 8
-    """Choices decoded together, at most; the others wait."""
+    """Choices decoded together, at most, rounded up to 2ᵏ or 3·2ᵏ; the others wait."""
     max_waiting: int = 64
     """Choices that wait for a row, at most; a request beyond that gets status 429."""
     max_request_tokens: int = 0
@@ -87,6 +87,11 @@ class ServeConfig:
             if getattr(self, name) < smallest
         ]
         require(not problems, "; ".join(problems))
+
+    @property
+    def most_choices(self) -> int:
+        """Choices of one request, at most: more could not run or wait all together."""
+        return min(self.max_choices, self.max_rows + self.max_waiting)
 
     @property
     def base_name(self) -> str:

@@ -4,8 +4,9 @@ In: a catalogue of models and the thread that decodes. Out: a Starlette applicat
 """
 
 import contextlib
+import functools
 import hmac
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from starlette.applications import Starlette
@@ -23,7 +24,7 @@ from ivl_jax.serving.catalogue import Catalogue, Chosen
 from ivl_jax.serving.connection import EventStream, read_json_body, unless_disconnected
 from ivl_jax.serving.engine_thread import ChoiceProgress, EngineThread
 from ivl_jax.serving.errors import ApiError
-from ivl_jax.serving.front import Front
+from ivl_jax.serving.front import Front, Places
 from ivl_jax.serving.metrics import CONTENT_TYPE, Metrics
 from ivl_jax.serving.openapi import describe_api
 from ivl_jax.serving.page import PATHS, page_routes
@@ -32,6 +33,9 @@ from ivl_jax.serving.value_desk import ValueDesk
 # Answered without a key: they say nothing of models or requests.
 _OPEN_PATHS = ("/health", *PATHS)
 _CLIENT_LEFT = 499  # nobody reads it; it is counted
+
+# An answer that is still empty, and what it will be made of.
+_Begun = tuple[Answer, AsyncGenerator[ChoiceProgress, None]]
 
 
 class Service:
@@ -129,18 +133,27 @@ class Service:
         }
 
     async def _answer(self, request: Request, kind: Kind, asked: Asked) -> Response | EventStream:
-        self.front.admit(asked.choices * len(asked.prompts))
-        chosen = self.catalogue.choose(asked.model, asked.strengths)
-        # A stream goes on after this: it holds what it uses by itself.
-        with self.catalogue.hold(chosen):
-            return await self._answer_with(request, kind, asked, chosen)
+        with contextlib.ExitStack() as held:
+            places = held.enter_context(self.front.admit(asked.choices * len(asked.prompts)))
+            chosen = self.catalogue.choose(asked.model, asked.strengths)
+            held.enter_context(self.catalogue.hold(chosen))
+            begin = functools.partial(self._begin, kind, asked, chosen, places)
+            if not asked.stream:
+                return JSONResponse(await unless_disconnected(request, _whole(begin)))
+            # Until something is decoded, a refusal still has a status of its own.
+            answer, first, progress = await unless_disconnected(request, _first(begin))
+            # The stream outlives this call: it keeps what it uses.
+            kept = held.pop_all()
+            events = _chunks(answer, first, progress, kept, usage=asked.include_usage)
+            longest = 2 * self.config.request_seconds
+            return EventStream(events, source=progress, held=kept, longest=longest)
 
-    async def _answer_with(
-        self, request: Request, kind: Kind, asked: Asked, chosen: Chosen
-    ) -> Response | EventStream:
+    async def _begin(self, kind: Kind, asked: Asked, chosen: Chosen, places: Places) -> _Begun:
+        """Encode the prompts; nothing is decoded before the first event is asked for."""
         catalogue = self.catalogue
-        prompts = await self.front.read(
-            lambda: catalogue.encode(chosen, asked.prompts, asked.options, choices=asked.choices)
+        prompts = await self.front.encode(
+            lambda: catalogue.encode(chosen, asked.prompts, asked.options, choices=asked.choices),
+            places,
         )
         answer = Answer(
             kind,
@@ -151,27 +164,23 @@ class Service:
             log_probs=asked.top_log_probs is not None,
             strengths=catalogue.strengths(chosen),
         )
-        held = catalogue.hold(chosen)
-        progress = self.front.choices(prompts, streams=asked.stream, held=held)
-        if not asked.stream:
-            return JSONResponse(await unless_disconnected(request, _whole(answer, progress)))
-        # Until something is decoded, a refusal still has a status of its own.
-        first = await unless_disconnected(request, _first(progress))
-        events = _chunks(answer, first, progress, usage=asked.include_usage)
-        longest = 2 * self.config.request_seconds
-        return EventStream(events, source=progress, longest=longest)
+        return answer, self.front.choices(prompts, streams=asked.stream, places=places)
 
 
-async def _whole(answer: Answer, progress: AsyncGenerator[ChoiceProgress, None]) -> dict[str, Any]:
+async def _whole(begin: Callable[[], Awaitable[_Begun]]) -> dict[str, Any]:
+    answer, progress = await begin()
     async with contextlib.aclosing(progress):
         async for event in progress:
             answer.take(event)
     return answer.whole()
 
 
-async def _first(progress: AsyncGenerator[ChoiceProgress, None]) -> ChoiceProgress:
+async def _first(
+    begin: Callable[[], Awaitable[_Begun]],
+) -> tuple[Answer, ChoiceProgress, AsyncGenerator[ChoiceProgress, None]]:
+    answer, progress = await begin()
     try:
-        return await anext(progress)
+        return answer, await anext(progress), progress
     except BaseException:
         await progress.aclose()
         raise
@@ -181,17 +190,20 @@ async def _chunks(
     answer: Answer,
     first: ChoiceProgress,
     progress: AsyncGenerator[ChoiceProgress, None],
+    held: contextlib.ExitStack,
     *,
     usage: bool,
 ) -> AsyncGenerator[dict[str, Any], None]:
-    async with contextlib.aclosing(progress):
-        for chunk in answer.first_chunks():
-            yield chunk
-        if chunk := answer.chunk(first):
-            yield chunk
-        async for event in progress:
-            if chunk := answer.chunk(event):
+    # What is held is free before the client learns that this was all.
+    with held:
+        async with contextlib.aclosing(progress):
+            for chunk in answer.first_chunks():
                 yield chunk
+            if chunk := answer.chunk(first):
+                yield chunk
+            async for event in progress:
+                if chunk := answer.chunk(event):
+                    yield chunk
     if usage:
         yield answer.usage_chunk()
 
@@ -259,7 +271,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
     what = f"{request.method} {request.url.path}"
     messages = {404: f"there is nothing at {what:.200}", 405: f"{what:.200} is not allowed"}
     shown = ApiError(error.status_code, messages.get(error.status_code, error.detail))
-    return JSONResponse(shown.body(), status_code=error.status_code, headers=error.headers)
+    headers = {**shown.headers, **(error.headers or {})}
+    return JSONResponse(shown.body(), status_code=error.status_code, headers=headers)
 
 
 async def _client_left(request: Request, error: Exception) -> Response:

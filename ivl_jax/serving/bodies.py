@@ -269,9 +269,9 @@ def _read_rest(
             f"got {top_log_probs}",
             "top_logprobs",
         )
-    if not choices >= 1 or choices * len(prompts) > config.max_choices:
+    if not choices >= 1 or choices * len(prompts) > config.most_choices:
         raise invalid(
-            f"n = {choices} for {len(prompts)} prompt(s): expected 1 to {config.max_choices} "
+            f"n = {choices} for {len(prompts)} prompt(s): expected 1 to {config.most_choices} "
             "choices in total",
             "n",
         )

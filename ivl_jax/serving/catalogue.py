@@ -38,6 +38,7 @@ class ServedValue:
         loaded: When it was loaded (seconds since 1970).
         device_bytes: Bytes of its parameters on each device.
         holders: Requests that use it, from their arrival to their end.
+        leaving: Whether it is being unloaded: no request may use it, but its place is taken.
     """
 
     name: str
@@ -48,6 +49,7 @@ class ServedValue:
     loaded: int
     device_bytes: int
     holders: int = 0
+    leaving: bool = False
 
 
 class Chosen(NamedTuple):
@@ -72,23 +74,29 @@ class Catalogue:
     Attributes:
         base: As given.
         started: As given.
-        values: The value networks that are loaded, by name.
+        loaded: The value networks that are loaded, by name; those that are leaving among them.
     """
 
     def __init__(
         self, sources: ComposedSources, *, base: str, started: int, longest: int = 0
     ) -> None:
         self.base, self.started = base, started
-        self.values: dict[str, ServedValue] = {}
+        self.loaded: dict[str, ServedValue] = {}
         self._sources = dataclasses.replace(sources, values=(), unknown_ids=())
         self._longest = longest
         # A dialogue or two per combination: a client that tries them all must not fill the memory.
         self._reader = functools.lru_cache(maxsize=64)(self._make_reader)
 
     @property
+    def values(self) -> dict[str, ServedValue]:
+        """The value networks that requests may use, by name."""
+        return {name: value for name, value in self.loaded.items() if not value.leaving}
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Every name that requests may use, the base's first."""
-        return (self.base, *self.values, *(f"{self.base}+{name}" for name in self.values))
+        values = self.values
+        return (self.base, *values, *(f"{self.base}+{name}" for name in values))
 
     @property
     def context(self) -> int:
@@ -97,18 +105,24 @@ class Catalogue:
 
     def free_place(self) -> int:
         """The smallest place at which there is no value network."""
-        taken = {value.place for value in self.values.values()}
+        taken = {value.place for value in self.loaded.values()}
         return next(place for place in range(len(taken) + 1) if place not in taken)
 
     def add(self, value: ServedValue) -> None:
         """Let requests use a value network, which the engine has."""
-        self.values[value.name] = value
+        self.loaded[value.name] = value
 
-    def remove(self, name: str) -> ServedValue:
-        """Let no further request use a value network.
+    @contextlib.contextmanager
+    def removing(self, name: str) -> Iterator[ServedValue]:
+        """Let no further request use a value network, and forget it once the block has ended.
+
+        Where the block fails, requests may use it again.
 
         Args:
             name: its name.
+
+        Yields:
+            The value network; its place stays taken until the block has ended.
 
         Raises:
             ApiError: there is none of this name (404), or requests use it (409).
@@ -129,9 +143,14 @@ class Catalogue:
                 code="value_in_use",
                 headers={"Retry-After": "1"},
             )
-        del self.values[name]
+        value.leaving = True
+        try:
+            yield value
+        except Exception:
+            value.leaving = False
+            raise
+        del self.loaded[name]
         self._reader.cache_clear()
-        return value
 
     @contextlib.contextmanager
     def hold(self, chosen: Chosen) -> Iterator[None]:

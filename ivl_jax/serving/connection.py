@@ -94,6 +94,7 @@ class EventStream:
     Args:
         events: JSON objects; what it raises is sent as the last event.
         source: what the events are made of; closed in any case.
+        held: what they use until then; left in any case.
         longest: seconds that sending may take; a client that does not read holds no row for longer.
     """
 
@@ -102,14 +103,15 @@ class EventStream:
         events: AsyncGenerator[Mapping[str, Any], None],
         *,
         source: AsyncGenerator[Any, None],
+        held: contextlib.AbstractContextManager[Any],
         longest: float,
     ) -> None:
-        self._events, self._source, self._longest = events, source, longest
+        self._events, self._source, self._held, self._longest = events, source, held, longest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
         del scope
-        with contextlib.suppress(ClientDisconnect, TimeoutError):
+        with self._held, contextlib.suppress(ClientDisconnect, TimeoutError):
             # A client may leave before the first event is asked for.
             async with contextlib.aclosing(self._source), asyncio.timeout(self._longest):
                 await _race(receive, self._send(send))

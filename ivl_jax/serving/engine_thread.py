@@ -1,14 +1,15 @@
 """The one thread that owns the engine and its arrays; the event loop sends it orders.
 
 In: tickets (the choices of one request) to submit or to cancel. Out: what each step has brought,
-put into the ticket's own queue in the event loop. Nobody else touches the engine.
+put into the ticket's own queue in the event loop. Nobody else touches the engine while it runs.
 
 A step that fails costs the requests that the engine says are lost; they get an error, and the
-thread runs on. It ends only when it is stopped, or by an error in its own code; every request then
-gets an error, and `failure` says why.
+thread runs on. It ends only when it is stopped, or by an error in its own code; every request that
+is there or still comes then gets an error, and `failure` says why.
 """
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
@@ -41,12 +42,22 @@ class Ticket:
     Args:
         prompts: one per choice.
         streams: whether the client reads along.
+        on_end: is told how many choices have ended, when that arrives, read or not.
     """
 
-    def __init__(self, prompts: Sequence[EncodedPrompt], *, streams: bool) -> None:
+    def __init__(
+        self, prompts: Sequence[EncodedPrompt], *, streams: bool, on_end: Callable[[int], None]
+    ) -> None:
         self.prompts, self.streams = tuple(prompts), streams
+        self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[ChoiceProgress | ApiError] = asyncio.Queue()
+        self._left = len(self.prompts)  # choices whose end has not arrived
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its last event has arrived, so that `get` need not wait for any."""
+        return not self._left
 
     async def get(self) -> ChoiceProgress:
         """Wait for the next event.
@@ -69,6 +80,12 @@ class Ticket:
     def _put(self, events: Sequence[ChoiceProgress | ApiError]) -> None:
         for event in events:
             self._events.put_nowait(event)
+            if isinstance(event, ApiError):
+                ended = self._left
+            else:
+                ended = int(event.progress.generation is not None)
+            self._left -= ended
+            self._on_end(ended)
 
 
 class EngineThread:
@@ -89,7 +106,9 @@ class EngineThread:
         self._engine = make_engine()
         # Requests of the engine, by its id: whose choice each of them is.
         self._owners: dict[int, tuple[Ticket, int]] = {}
-        self._changes: set[asyncio.Future[None]] = set()
+        # Why the thread carries out no more orders; the lock orders it with the queue.
+        self._ended: str | None = None
+        self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
@@ -108,11 +127,11 @@ class EngineThread:
 
     def submit(self, ticket: Ticket) -> None:
         """Queue the choices of a request."""
-        self._orders.put(lambda: self._submit(ticket))
+        self._order(lambda: self._submit(ticket))
 
     def cancel(self, ticket: Ticket) -> None:
         """Forget a request; its rows are free before the next step."""
-        self._orders.put(lambda: self._cancel(ticket))
+        self._order(lambda: self._cancel(ticket))
 
     async def change(self, work: Callable[[Engine], None]) -> None:
         """Change the engine between two steps, after what has been ordered so far.
@@ -125,10 +144,11 @@ class EngineThread:
             Exception: what the work raises; the thread runs on.
         """
         done = asyncio.get_running_loop().create_future()
-        self._changes.add(done)
-        done.add_done_callback(self._changes.discard)
 
         def order() -> None:
+            if self._ended is not None:
+                _settle(done, ApiError(503, self._ended))
+                return
             try:
                 work(self._engine)
             except Exception as error:
@@ -136,10 +156,16 @@ class EngineThread:
             else:
                 _settle(done, None)
 
-        self._orders.put(order)
-        if self.failure is not None:
-            _settle(done, ApiError(503, f"the engine has failed: {self.failure}"))
+        self._order(order)
         await done
+
+    def _order(self, order: Callable[[], None]) -> None:
+        """Have the thread carry out an order; once it has ended, all that orders do is refuse."""
+        with self._lock:
+            if self._ended is None:
+                self._orders.put(order)
+                return
+        order()
 
     def _run(self) -> None:
         try:
@@ -163,6 +189,9 @@ class EngineThread:
             return True
 
     def _submit(self, ticket: Ticket) -> None:
+        if self._ended is not None:
+            ticket.put([ApiError(503, self._ended)])
+            return
         submitted = []
         try:
             for choice, prompt in enumerate(ticket.prompts):
@@ -220,11 +249,16 @@ class EngineThread:
             self._cancel(ticket)
 
     def _fail_all(self, message: str) -> None:
+        """Refuse what runs, what has been ordered, and what will be."""
+        with self._lock:
+            self._ended = message
         for ticket in {owner for owner, _ in self._owners.values()}:
             ticket.put([ApiError(503, message)])
         self._owners.clear()
-        for change in list(self._changes):
-            _settle(change, ApiError(503, message))
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if order := self._orders.get_nowait():
+                    order()
 
     def _show_load(self) -> None:
         engine, metrics = self._engine, self._metrics

@@ -7,6 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 _KINDS = {401: "authentication_error", 429: "rate_limit_error"}
+_NO_ROOM = 507
+NO_RETRY = {"x-should-retry": "false"}
+"""A header: repeating the request cannot help."""
+# The same request may succeed later: its body was slow, or the server was busy.
+_TEMPORARY = (408, 429)
 
 
 class ApiError(Exception):
@@ -18,6 +23,10 @@ class ApiError(Exception):
         param: the field of the body that is wrong, if one is.
         code: a word that programs can compare.
         headers: of the response, such as `Retry-After`.
+
+    Attributes:
+        headers: With `x-should-retry: false` where repeating the request cannot help: OpenAI's
+            client repeats requests after 409 and 5xx unless it is told not to.
     """
 
     def __init__(
@@ -29,9 +38,14 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        message = _encodable(message)
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.message, self.code = status, message, code
+        self.param = None if param is None else _encodable(param)
         self.headers = dict(headers or {})
+        lasts = status == _NO_ROOM or (status < 500 and status not in _TEMPORARY)
+        if lasts and "Retry-After" not in self.headers:
+            self.headers |= NO_RETRY
 
     def body(self) -> dict[str, Any]:
         """The response's body.
@@ -50,6 +64,11 @@ class ApiError(Exception):
                 "code": self.code,
             }
         }
+
+
+def _encodable(text: str) -> str:
+    """A text without lone surrogates, which JSON bodies may hold and UTF-8 cannot."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:

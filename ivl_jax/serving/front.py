@@ -5,19 +5,47 @@ Whoever stops iterating cancels the request, and its rows are free.
 """
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from ivl_jax.config import ServeConfig
 from ivl_jax.decoding.requests import EncodedPrompt
 from ivl_jax.serving.engine_thread import ChoiceProgress, EngineThread, Ticket
-from ivl_jax.serving.errors import ApiError
+from ivl_jax.serving.errors import NO_RETRY, ApiError
 from ivl_jax.serving.metrics import Metrics
 
 _T = TypeVar("_T")
+
+
+class Places:
+    """The choices of one request that are in flight; left as a context, it gives up all of them.
+
+    Args:
+        front: counts them.
+        choices: how many there are.
+
+    Attributes:
+        start: When the request was admitted (monotonic seconds).
+    """
+
+    def __init__(self, front: "Front", choices: int) -> None:
+        self.start = time.monotonic()
+        self._front, self._left = front, choices
+        front.in_flight += choices
+
+    def end(self, choices: int) -> None:
+        """Give up some, which have ended; no more than there are."""
+        choices = min(choices, self._left)
+        self._left -= choices
+        self._front.in_flight -= choices
+
+    def __enter__(self) -> "Places":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end(self._left)
 
 
 class Front:
@@ -29,7 +57,7 @@ class Front:
         metrics: what requests are counted in.
 
     Attributes:
-        in_flight: Choices that run or wait.
+        in_flight: Choices that are being encoded, run or wait.
     """
 
     def __init__(self, config: ServeConfig, engine: EngineThread, metrics: Metrics) -> None:
@@ -46,11 +74,26 @@ class Front:
         """
         return await asyncio.get_running_loop().run_in_executor(self._readers, work)
 
-    def admit(self, choices: int) -> None:
-        """Refuse a request that would have to wait behind too many others.
+    async def encode(self, work: Callable[[], _T], places: Places) -> _T:
+        """Read the prompts of a request, which counts as waiting for its first token.
+
+        Args:
+            work: does it.
+            places: of `admit`.
+
+        Raises:
+            ApiError: it took too long.
+        """
+        return await self._in_time(self.read(work), places, begun=False)
+
+    def admit(self, choices: int) -> Places:
+        """Let a request in, unless it would have to wait behind too many others.
 
         Args:
             choices: how many it has.
+
+        Returns:
+            Its places: from now on they count.
 
         Raises:
             ApiError: with status 429, or 503 where the engine has ended.
@@ -68,20 +111,17 @@ class Front:
                 code="rate_limit_exceeded",
                 headers={"Retry-After": "1"},
             )
+        return Places(self, choices)
 
     async def choices(
-        self,
-        prompts: Sequence[EncodedPrompt],
-        *,
-        streams: bool,
-        held: contextlib.AbstractContextManager[None],
+        self, prompts: Sequence[EncodedPrompt], *, streams: bool, places: Places
     ) -> AsyncGenerator[ChoiceProgress, None]:
         """Decode the choices of a request.
 
         Args:
-            prompts: one per choice; `admit` has let them in.
+            prompts: one per choice.
             streams: whether the client reads along.
-            held: entered while the prompts are in the engine: keeps what they use loaded.
+            places: of `admit`, one per choice; each is given up when its choice has ended.
 
         Yields:
             What each choice gets, until all have ended.
@@ -89,29 +129,21 @@ class Front:
         Raises:
             ApiError: it took too long, or decoding failed.
         """
-        self.admit(len(prompts))
-        with held:
-            async with contextlib.aclosing(self._decode(prompts, streams=streams)) as progress:
-                async for event in progress:
-                    yield event
-
-    async def _decode(
-        self, prompts: Sequence[EncodedPrompt], *, streams: bool
-    ) -> AsyncGenerator[ChoiceProgress, None]:
         metrics = self._metrics
-        ticket, left = Ticket(prompts, streams=streams), len(prompts)
-        start = time.monotonic()
+        ticket, left = Ticket(prompts, streams=streams, on_end=places.end), len(prompts)
         begun: dict[int, float] = {}
-        self.in_flight += len(prompts)
         metrics.prompt_tokens.inc(sum(len(prompt.token_ids) for prompt in prompts))
         self._engine.submit(ticket)
         try:
             while left:
-                event = await self._next(ticket, start, begun=bool(begun))
+                arrival = ticket.get()
+                if not ticket.has_ended:  # what has ended in time may be read late
+                    arrival = self._in_time(arrival, places, begun=bool(begun))
+                event = await arrival
                 now = time.monotonic()
                 if event.choice not in begun:
                     if not begun:
-                        metrics.first_token.observe(now - start)
+                        metrics.first_token.observe(now - places.start)
                     begun[event.choice] = now
                 generation = event.progress.generation
                 if generation is not None:
@@ -123,19 +155,19 @@ class Front:
                         raise ApiError(500, generation.error, code="decoding_failed")
                 yield event
         finally:
-            self.in_flight -= len(prompts)
             if left:
                 self._engine.cancel(ticket)
 
-    async def _next(self, ticket: Ticket, start: float, *, begun: bool) -> ChoiceProgress:
+    async def _in_time(self, work: Awaitable[_T], places: Places, *, begun: bool) -> _T:
+        """Wait for a part of a request, no longer than the request may take."""
         config = self._config
-        ends = start + config.request_seconds
+        ends = places.start + config.request_seconds
         if not begun:
-            ends = min(ends, start + config.queue_seconds)
+            ends = min(ends, places.start + config.queue_seconds)
         try:
-            return await asyncio.wait_for(ticket.get(), max(0.0, ends - time.monotonic()))
+            return await asyncio.wait_for(work, max(0.0, ends - time.monotonic()))
         except TimeoutError:
-            waited = time.monotonic() - start
+            waited = time.monotonic() - places.start
             what = "has not ended" if begun else "has no token yet"
             raise ApiError(
                 503,
@@ -143,7 +175,8 @@ class Front:
                 f"the first token, {config.request_seconds:g} s in total): try again later, or ask "
                 "for fewer tokens",
                 code="timeout",
-                headers={"Retry-After": "5"},
+                # An answer that is too long now will be too long again.
+                headers=NO_RETRY if begun else {"Retry-After": "5"},
             ) from None
 
     def close(self) -> None:

@@ -15,14 +15,14 @@ from ivl_jax.version import __version__
 _WHY = {
     400: "A field that cannot be used.",
     401: "The key is missing or wrong.",
-    403: "A path outside --values-dir, or no such folder was given.",
+    403: "A path outside --values-dir, or the server was started without it.",
     404: "No such model, value network or file.",
     408: "The body took too long.",
     409: "The name is taken, the value network is in use, or another one is being loaded.",
     413: "The body is too large.",
     415: "The body is not application/json.",
     429: "Too many choices run or wait.",
-    500: "Decoding failed.",
+    500: "Decoding or unloading failed.",
     503: "It took too long, or the engine has ended.",
     507: "There is no room for another value network.",
 }
@@ -119,7 +119,9 @@ def describe_api(config: ServeConfig) -> dict[str, Any]:
             "/v1/values/{name}": {
                 "parameters": [_NAME],
                 "delete": _operation(
-                    "Unload a value network that no request uses.", _any(), (401, 404, 409, 503)
+                    "Unload a value network that no request uses.",
+                    _any(),
+                    (401, 403, 404, 409, 500, 503),
                 ),
             },
         },
@@ -145,7 +147,7 @@ def _limited(table: Table, config: ServeConfig) -> Schema:
     properties = schema["properties"]
     # Objects of the tables are shared: they are replaced, not changed.
     number, *others = properties["n"]["anyOf"]
-    number = {**number, "maximum": config.max_choices}
+    number = {**number, "maximum": config.most_choices}
     properties["n"] = {**properties["n"], "anyOf": [number, *others]}
     return schema
 

@@ -39,7 +39,7 @@ class ValueDesk:
         engine: the thread that decodes.
         front: reads with the base's tokenizer, one thread at a time.
         loader: reads value networks.
-        root: the folder below which they must be, resolved; None: none may be loaded.
+        root: the folder below which they must be, resolved; None: clients neither load nor unload.
     """
 
     def __init__(
@@ -72,14 +72,7 @@ class ValueDesk:
                 that is taken, or while another one is being loaded; 400 where it does not fit the
                 base; 507 where there is no room for it.
         """
-        root = self._root
-        if root is None:
-            raise ApiError(
-                403,
-                "this server was given no folder to load value networks from: start it with "
-                "--values-dir",
-                code="loading_disabled",
-            )
+        root = self._require_root()
         self._check_name(asked.name)
         self._loading = asked.name
         try:
@@ -94,15 +87,37 @@ class ValueDesk:
             name: its name.
 
         Raises:
-            ApiError: 404 where there is none of this name, 409 while requests use it.
+            ApiError: 403 where clients may load none; 404 where there is none of this name; 409
+                while requests use it; 500 where the engine could not remove it, and it stays.
         """
-        value = self._catalogue.remove(name)
-        await self._engine.change(lambda engine: engine.remove_value(value.place))
+        self._require_root()
+        with self._catalogue.removing(name) as value:
+            try:
+                await self._engine.change(lambda engine: engine.remove_value(value.place))
+            except ApiError:
+                raise
+            except Exception as error:
+                logger.exception("the value network %s could not be unloaded", name)
+                kind = type(error).__name__
+                raise ApiError(
+                    500, f"the value network {name} could not be unloaded ({kind}): it stays loaded"
+                ) from error
         logger.info("unloaded the value network %s", name)
 
     def close(self) -> None:
         """End the thread that loads."""
         self._worker.shutdown(wait=False, cancel_futures=True)
+
+    def _require_root(self) -> Path:
+        """The folder to load from; without one, clients neither load nor unload."""
+        if self._root is None:
+            raise ApiError(
+                403,
+                "this server was given no folder to load value networks from, so clients may "
+                "neither load nor unload any: start it with --values-dir",
+                code="loading_disabled",
+            )
+        return self._root
 
     def _check_name(self, name: str) -> None:
         if self._loading is not None:
@@ -113,7 +128,7 @@ class ValueDesk:
                 headers={"Retry-After": "1"},
             )
         catalogue, most = self._catalogue, self._config.max_values
-        if name in catalogue.names:
+        if name in catalogue.names or name in catalogue.loaded:
             raise ApiError(
                 409,
                 f"name: {name} is the name of a model already: unload it first (DELETE "
@@ -121,7 +136,7 @@ class ValueDesk:
                 param="name",
                 code="name_taken",
             )
-        if len(catalogue.values) >= most:
+        if len(catalogue.loaded) >= most:
             raise _no_room(f"{most} value networks are loaded, as many as --max-values allows")
 
     async def _load(self, root: Path, asked: AskedValue) -> ServedValue:
@@ -178,7 +193,7 @@ class ValueDesk:
     def _check_room(self, name: str, needed: int) -> None:
         """Refuse a value network that would leave no room for the caches."""
         most = self._config.max_value_mib << 20
-        taken = sum(value.device_bytes for value in self._catalogue.values.values())
+        taken = sum(value.device_bytes for value in self._catalogue.loaded.values())
         if most and taken + needed > most:
             raise _no_room(
                 f"{name} takes {_mib(needed)} MiB on each device, and the value networks that are "

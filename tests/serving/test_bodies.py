@@ -15,7 +15,8 @@ from ivl_jax.serving.bodies import (
     read_completion,
     read_value_request,
 )
-from ivl_jax.serving.errors import ApiError
+from ivl_jax.serving.errors import NO_RETRY, ApiError
+from ivl_jax.serving.openapi import describe_api
 
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -88,6 +89,38 @@ def test_any_body_is_read_or_refused_with_a_sentence(body):
             assert found.status == 400
             assert 10 < len(found.message) < 400
             assert set(found.body()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_more_choices_than_can_ever_run_or_wait_are_no_valid_request():
+    few = ServeConfig(max_rows=1, max_waiting=1)
+    body = {"model": "m", "prompt": ["A", "B"]}
+    assert isinstance(_read(lambda given, _: read_completion(given, few), body), Asked)
+    refused = _read(lambda given, _: read_completion(given, few), {**body, "n": 2})
+    assert refused.status == 400
+    assert "expected 1 to 2 choices in total" in refused.message
+    schema = describe_api(few)["paths"]["/v1/completions"]["post"]["requestBody"]["content"]
+    (body_schema,) = [one["schema"] for one in schema.values()]
+    assert body_schema["properties"]["n"]["anyOf"][0]["maximum"] == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "may_help"),
+    [
+        (ApiError(400, "a field that cannot be used"), False),
+        (ApiError(403, "loading is disabled"), False),
+        (ApiError(409, "the name is taken"), False),
+        (ApiError(409, "in use", headers={"Retry-After": "1"}), True),
+        (ApiError(408, "a slow body"), True),
+        (ApiError(429, "too many"), True),
+        (ApiError(500, "a lost step"), True),
+        (ApiError(503, "too long", headers=NO_RETRY), False),
+        (ApiError(503, "a long queue", headers={"Retry-After": "5"}), True),
+        (ApiError(507, "no room"), False),
+    ],
+    ids=lambda given: f"{given.status}-{given}" if isinstance(given, ApiError) else str(given),
+)
+def test_an_error_says_where_repeating_the_request_cannot_help(error, may_help):
+    assert error.headers.get("x-should-retry") == (None if may_help else "false")
 
 
 _VALUE = st.fixed_dictionaries(

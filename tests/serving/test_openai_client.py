@@ -78,6 +78,17 @@ def test_a_logit_bias_forces_a_token_in_its_own_request_alone(client):
         assert api.completions.create(**asked).choices[0].text == plain.text
 
 
+def test_the_package_does_not_repeat_what_cannot_succeed(client, monkeypatch, tmp_path):
+    monkeypatch.setattr(client.prepared.service.values, "_root", tmp_path)
+    conflicts = 'ivl_requests_total{path="/v1/values",status="409"}'
+    before = client.figures().get(conflicts, 0)
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{client.port}/v1", api_key="any") as api:
+        assert api.max_retries > 0
+        with pytest.raises(openai.ConflictError, match="mine is the name of a model already"):
+            api.post("/values", body={"name": "mine", "folder": "x"}, cast_to=object)
+    assert client.figures()[conflicts] == before + 1
+
+
 def test_many_clients_at_once_get_what_each_gets_alone(client):
     asked = [
         {"model": model, "messages": [{"role": "user", "content": text}], **GREEDY}

@@ -169,6 +169,7 @@ LONG = "Once upon a time " * 40
         ("completions", {"stop": [""]}, 400, "stop must hold strings that are not empty"),
         ("completions", {"presence_penalty": 1}, 400, "presence_penalty is not supported by this"),
         ("completions", {"temprature": 1}, 400, "unknown field 'temprature'"),
+        ("completions", {"\ud800": 1}, 400, r"unknown field '\ud800'"),  # half of a character
         ("completions", {"logprobs": 21}, 400, "at most 20 likeliest tokens can be shown, got 21"),
         ("chat/completions", {}, 400, "messages is missing: expected a list of messages"),
         ("chat/completions", {"messages": []}, 400, "expected 1 to 256 messages, got 0"),
@@ -331,7 +332,8 @@ def test_a_failed_step_fails_its_requests_and_the_server_lives_on(client, monkey
 def test_a_key_is_asked_for_and_a_dead_engine_is_said(serve_config, folders):
     alone = dataclasses.replace(serve_config.model, value=("none",), strength=())
     with running(dataclasses.replace(serve_config, model=alone, api_key="sesame")) as client:
-        assert client.send("GET", "/health")[0] == 200
+        for path in ("/health", "/", "/page.js", "/page.css"):
+            assert client.send("GET", path)[0] == 200
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "sesame"}):
             status, answer = client.send("GET", "/v1/models", **headers)
             assert (status, answer["error"]["code"]) == (401, "invalid_api_key")

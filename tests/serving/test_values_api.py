@@ -178,10 +178,32 @@ def test_a_value_for_which_there_is_no_room_is_refused(client, loaded, monkeypat
     assert loaded("x", "other/value")[0] == 201
 
 
-def test_a_server_without_a_folder_loads_nothing(client, monkeypatch):
+def test_a_server_without_a_folder_neither_loads_nor_unloads(client, monkeypatch):
     monkeypatch.setattr(client.prepared.service.values, "_root", None)
-    status, answer = client.post("/v1/values", name="x", folder="S")
-    assert (status, answer["error"]["code"]) == (403, "loading_disabled")
+    for status, answer in (
+        client.post("/v1/values", name="x", folder="S"),
+        client.send("DELETE", "/v1/values/mine"),
+    ):
+        assert (status, answer["error"]["code"]) == (403, "loading_disabled")
+    assert "mine" in models(client)
+
+
+def test_a_value_that_the_engine_cannot_remove_stays(client, monkeypatch):
+    service, seen = client.prepared.service, []
+    expected = client.text("mine", PROMPT, max_tokens=8)
+
+    def fail(place):
+        seen.append((place, service.catalogue.free_place(), "mine" in service.catalogue.names))
+        raise MemoryError("full")
+
+    monkeypatch.setattr(service.engine._engine, "remove_value", fail)
+    status, answer = client.send("DELETE", "/v1/values/mine")
+    assert status == 500
+    assert "could not be unloaded (MemoryError): it stays loaded" in answer["error"]["message"]
+    # Meanwhile no request could use it, and nothing else took its place.
+    assert seen == [(0, 1, False)]
+    assert "mine" in models(client)
+    assert client.text("mine", PROMPT, max_tokens=8) == expected
 
 
 def test_flags_of_loading_are_checked(serve_config, tmp_path):
