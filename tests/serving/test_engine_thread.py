@@ -16,7 +16,7 @@ from ivl_jax.serving.errors import ApiError
 from ivl_jax.serving.front import Front
 from ivl_jax.serving.metrics import Metrics
 
-PROMPT = EncodedPrompt([1, 2], GenerationOptions())
+PROMPT = EncodedPrompt([1, 2], GenerationOptions(), 0)
 
 
 class IdleEngine:
