@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+from typing import Any, cast
 
 import pytest
 
@@ -23,6 +24,10 @@ class IdleEngine:
     """An engine that has nothing to do, and never gets anything."""
 
     idle, running, waiting, shape = True, 0, 0, None
+
+
+def new_thread():
+    return EngineThread(cast("Any", IdleEngine), Metrics())
 
 
 def in_a_loop(test):
@@ -53,7 +58,7 @@ async def refusal(work):
 
 @in_a_loop
 async def test_orders_left_when_the_thread_fails_and_later_ones_are_refused():
-    thread = EngineThread(IdleEngine, Metrics())
+    thread = new_thread()
 
     def die():
         raise KeyError("gone")
@@ -77,7 +82,7 @@ async def test_orders_left_when_the_thread_fails_and_later_ones_are_refused():
 
 @in_a_loop
 async def test_orders_behind_a_stop_and_after_it_are_refused():
-    thread = EngineThread(IdleEngine, Metrics())
+    thread = new_thread()
     thread._orders.put(None)
     change = asyncio.ensure_future(thread.change(lambda engine: None))
     await asyncio.sleep(0)
@@ -94,9 +99,9 @@ class Desk:
     """A front whose tickets the test answers."""
 
     def __init__(self, config):
-        thread = EngineThread(IdleEngine, Metrics())
+        thread = new_thread()
         self.tickets, self.cancelled = [], []
-        thread.submit, thread.cancel = self.tickets.append, self.cancelled.append
+        vars(thread).update(submit=self.tickets.append, cancel=self.cancelled.append)
         self.front = Front(config, thread, Metrics())
 
     async def begun(self, places, *, choices=2):

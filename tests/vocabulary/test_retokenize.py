@@ -243,6 +243,10 @@ def test_a_prompt_that_both_sides_have_is_never_read_anew(
 class Interrupted:
     """A tokenizer before which something else happens, as when threads take turns."""
 
+    encoder: Tokenizer
+    interrupt: Callable[[], object]
+    pause: bool
+
     def __init__(self, encoder: Tokenizer, interrupt: Callable[[], object]) -> None:
         vars(self).update(encoder=encoder, interrupt=interrupt, pause=False)
 
