@@ -4,9 +4,10 @@ In: the flags of the models and of the data. Out: the checked models, the dialog
 tokens, and the rows that are scored.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,6 +29,28 @@ class HeldOut(NamedTuple):
     sources: ModelSources
     chat: ChatFormat
     dialogues: TokenizedDemonstrations
+
+    def write_report(
+        self, path: str, benchmark: str, data: Sequence[str], figures: Mapping[str, Any]
+    ) -> None:
+        """Write a report's figures, and what they are of.
+
+        Args:
+            path: JSON file.
+            benchmark: the evaluation's name.
+            data: what the dialogues were read from.
+            figures: of the report.
+        """
+        about = {
+            "benchmark": benchmark,
+            "model": self.sources.to_json(),
+            "data": list(data),
+            "chat_template": self.chat.name,
+            "dialogues": self.dialogues.report.kept,
+            "cut": self.dialogues.report.cut,
+        }
+        text = json.dumps({**about, **figures}, indent=2) + "\n"
+        Path(path).write_text(text, encoding="utf-8")
 
 
 def read_held_out(

@@ -3,9 +3,7 @@
 In: a composed model, demonstrations. Out: a table on the console, and the report as JSON.
 """
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -66,19 +64,9 @@ def run(flags: Flags) -> "LikelihoodReport":
         data_dir=flags.data_dir,
         outputs={"--output": flags.output},
     )
-    dialogues = held_out.dialogues
     model = load_model(held_out.sources)
-    report = likelihood_report(model, dialogues, batch_size=flags.batch_size)
+    report = likelihood_report(model, held_out.dialogues, batch_size=flags.batch_size)
     show(report, model, Console())
     if flags.output:
-        about = {
-            "benchmark": "likelihood",
-            "model": held_out.sources.to_json(),
-            "data": list(flags.data),
-            "chat_template": held_out.chat.name,
-            "dialogues": dialogues.report.kept,
-            "cut": dialogues.report.cut,
-        }
-        text = json.dumps(about | report.to_json(), indent=2) + "\n"
-        Path(flags.output).write_text(text, encoding="utf-8")
+        held_out.write_report(flags.output, "likelihood", flags.data, report.to_json())
     return report

@@ -4,7 +4,6 @@ In: a base, value networks, about 50 demonstrations. Out: tables on the console,
 a figure.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,16 +80,7 @@ def run(flags: Flags) -> "TransferReport":
     report = transfer_report(model, held_out.dialogues, batch_size=flags.batch_size)
     show(report, model.strengths, Console())
     if flags.output:
-        about = {
-            "benchmark": "transfer",
-            "model": held_out.sources.to_json(),
-            "data": list(flags.data),
-            "chat_template": held_out.chat.name,
-            "dialogues": held_out.dialogues.report.kept,
-            "cut": held_out.dialogues.report.cut,
-        }
-        text = json.dumps(about | report.to_json(), indent=2) + "\n"
-        Path(flags.output).write_text(text, encoding="utf-8")
+        held_out.write_report(flags.output, "transfer", flags.data, report.to_json())
     if flags.plot:
         plot(report, Path(flags.plot))
     return report
