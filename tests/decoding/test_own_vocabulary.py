@@ -28,7 +28,6 @@ from ivl_jax.tokenizer import describe_tokenizer
 from ivl_jax.tokenizer_agreement import TokenizerMismatchError
 from ivl_jax.vocabulary.mapping import VocabularyMapError
 from ivl_jax.vocabulary.special_tokens import pair_special_tokens
-from ivl_jax.weights.language_model import load_language_model
 from tests.decoding.anew import compose_beside, random_map, read_anew, step_anew
 from tests.decoding.tiny import NEAR_TIE, language_model
 
@@ -148,23 +147,6 @@ def test_rows_that_are_refilled_give_what_each_prompt_alone_gives(mixed):
                 ended[progress.id] = progress.generation.token_ids
     alone = [model.generate(*each).token_ids for each in zip(PROMPTS, options, strict=True)]
     assert [ended[one] for one in ids] == alone
-
-
-REPEATING = ["a = b + c\nd = b + c\na = b + c\nd =", "naïve 水 naïve 水 naïve 水 na", "x"]
-
-
-@pytest.mark.parametrize("draft_length", [pytest.param(0, marks=pytest.mark.slow), 3])
-def test_n_grams_under_maps_write_the_text_of_plain_decoding(draft_length):
-    base, value = (load_language_model(family_folder(name)) for name in "SX")
-    maps = random_map(base, value)
-    options = GenerationOptions(max_new_tokens=48)
-    alone = compose(base, value, strengths=0.05, maps=maps).generate(REPEATING, options)
-    drafted = compose(
-        base, value, strengths=0.05, maps=maps, draft="ngram", draft_length=draft_length
-    )
-    ours = drafted.generate(REPEATING, options)
-    assert [one.token_ids for one in ours] == [one.token_ids for one in alone]
-    assert sum(one.accepted_tokens for one in ours) > 10
 
 
 def test_a_model_draft_is_refused_under_maps_and_n_grams_are_named(mixed):
