@@ -3,7 +3,8 @@
 In: a map, both tokenizers, texts. Out: counts, examples and a verdict per kind of text.
 
 A value logit reaches a base token as the value network means it only if the value network, in its
-own tokens, begins at that byte the very token that the map takes the logit from.
+own tokens, begins at that byte the very token that the map takes the logit from. A projection takes
+it from several: only the weight on that one token counts.
 """
 
 import enum
@@ -26,6 +27,8 @@ Verdict = Literal["good", "partial", "poor"]
 GOOD, PARTIAL = 0.9, 0.5
 """The least shares of tokens that transfer for the verdicts `good` and `partial`."""
 _EXAMPLES = 5
+_MOSTLY = 0.5
+_TINY = 1e-30  # in place of the weight of an unmapped token
 
 # The first that matches any of a token's characters decides.
 _KINDS: tuple[tuple[Kind, re.Pattern[str]], ...] = (
@@ -40,13 +43,14 @@ class Outcome(enum.Enum):
     """What becomes of the value network's opinion on one base token of a text."""
 
     TRANSFERS = "transfers"
-    """The map takes the logit from the token that the value network begins there."""
+    """The map takes half of the logit, or more, from the token that the value network begins."""
     UNMAPPED = "unmapped"
     """The map has no entry: the base's logit stays as it is."""
     NO_START = "no token begins there"
     """The value network's own tokens go past that byte: it never predicts what comes there."""
     OTHER_TOKEN = "another token"
-    """The map takes the logit from tokens other than the one that the value network begins."""
+    """The map takes more than half of the logit from tokens that the value network does not begin
+    there."""
 
 
 class Example(NamedTuple):
@@ -59,9 +63,11 @@ class Example(NamedTuple):
     count: int
     """How often this occurs in the text."""
     mapped_to: tuple[str, ...]
-    """The value tokens that the map takes the logit from."""
+    """The value tokens that the map takes the logit from, the heaviest first."""
     value_token: str | None
     """The token that the value network begins there."""
+    share: float
+    """How much of the map's weight is on that token, 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +77,15 @@ class KindReport:
     Attributes:
         kind: Which tokens.
         counts: Occurrences by outcome.
-        mean_weight: Mean total weight of the tokens that transfer, 0 to 1.
+        transferred_tokens: Occurrences, each counted as the share of its weight that is on the
+            token that the value network begins there.
+        mean_weight: Mean weight, of the tokens that transfer, on the one that is begun, 0 to 1.
         examples: The most frequent tokens that do not transfer.
     """
 
     kind: Kind
     counts: Mapping[Outcome, int]
+    transferred_tokens: float
     mean_weight: float
     examples: tuple[Example, ...]
 
@@ -88,7 +97,7 @@ class KindReport:
     @property
     def transferred(self) -> float:
         """The share of them that transfers, 0 to 1."""
-        return self.counts[Outcome.TRANSFERS] / max(self.tokens, 1)
+        return self.transferred_tokens / max(self.tokens, 1)
 
     @property
     def verdict(self) -> Verdict:
@@ -122,7 +131,7 @@ class TransferReport:
     def transferred(self) -> float:
         """The share of all the text's tokens that transfers, 0 to 1."""
         tokens = sum(report.tokens for report in self.kinds)
-        moved = sum(report.counts[Outcome.TRANSFERS] for report in self.kinds)
+        moved = sum(report.transferred_tokens for report in self.kinds)
         return moved / max(tokens, 1)
 
     @property
@@ -184,6 +193,11 @@ def check_transfer(
         "value_bytes": value.info.ordinary_tokens,
         "base_bytes": base.info.ordinary_tokens,
     }
+
+    def taken(base_id: int, value_id: int) -> float:
+        """The weight with which a base token takes its logit from a value token."""
+        return float(weight[base_id][index[base_id] == value_id].sum()) if value_id >= 0 else 0.0
+
     counts: dict[Kind, Counter[tuple[Outcome, int, int]]] = {}
     unequal = 0
     rows = (tokenise(named.tokenizer, texts) for named in (base, value))
@@ -192,37 +206,42 @@ def check_transfer(
         if met is None:
             unequal += 1
             continue
-        taken = (index[met.base_ids] == met.value_ids[:, None]) & (weight[met.base_ids] > 0)
-        places = zip(met.base_ids.tolist(), met.value_ids.tolist(), taken.any(axis=1), strict=True)
-        for place, (base_id, value_id, same) in enumerate(places):
+        hits = index[met.base_ids] == met.value_ids[:, None]
+        reached = (weight[met.base_ids] * hits).sum(axis=1)
+        shares = reached / np.maximum(total[met.base_ids], _TINY)
+        places = zip(met.base_ids.tolist(), met.value_ids.tolist(), shares.tolist(), strict=True)
+        for place, (base_id, value_id, share) in enumerate(places):
             kind = _kind(_characters(met.text, int(met.start[place]), int(met.end[place])))
-            outcome = _outcome(
-                mapped=bool(total[base_id] > 0), begun=value_id >= 0, same=bool(same)
-            )
+            outcome = _outcome(mapped=bool(total[base_id] > 0), begun=value_id >= 0, share=share)
             counts.setdefault(kind, Counter())[outcome, base_id, value_id] += 1
 
     def example(outcome: Outcome, base_id: int, value_id: int, count: int) -> Example:
-        mapped = index[base_id][weight[base_id] > 0].tolist()
+        heaviest = np.argsort(-weight[base_id], kind="stable")
+        mapped = [int(index[base_id][one]) for one in heaviest if weight[base_id][one] > 0]
         return Example(
             readable(base.info, base_id),
             outcome,
             count,
             tuple(readable(value.info, one) for one in mapped),
             readable(value.info, value_id) if value_id >= 0 else None,
+            taken(base_id, value_id) / max(float(total[base_id]), _TINY),
         )
 
     reports = []
     for kind, seen in sorted(counts.items(), key=lambda item: -item[1].total()):
         outcomes = Counter(dict.fromkeys(Outcome, 0))
-        weights = 0.0
-        for (outcome, base_id, _), count in seen.items():
+        weights = transferred = 0.0
+        for (outcome, base_id, value_id), count in seen.items():
             outcomes[outcome] += count
-            weights += count * float(total[base_id]) * (outcome is Outcome.TRANSFERS)
+            reached = count * taken(base_id, value_id)
+            weights += reached * (outcome is Outcome.TRANSFERS)
+            transferred += reached / max(float(total[base_id]), _TINY)
         failed = [(k, n) for k, n in seen.most_common() if k[0] is not Outcome.TRANSFERS]
         reports.append(
             KindReport(
                 kind,
                 outcomes,
+                transferred,
                 weights / max(outcomes[Outcome.TRANSFERS], 1),
                 tuple(example(*key, count) for key, count in failed[:_EXAMPLES]),
             )
@@ -260,12 +279,12 @@ def _verdict(transferred: float) -> Verdict:
     return "partial" if transferred >= PARTIAL else "poor"
 
 
-def _outcome(*, mapped: bool, begun: bool, same: bool) -> Outcome:
+def _outcome(*, mapped: bool, begun: bool, share: float) -> Outcome:
     if not mapped:
         return Outcome.UNMAPPED
     if not begun:
         return Outcome.NO_START
-    return Outcome.TRANSFERS if same else Outcome.OTHER_TOKEN
+    return Outcome.TRANSFERS if share >= _MOSTLY else Outcome.OTHER_TOKEN
 
 
 def _characters(text: bytes, start: int, end: int) -> str:

@@ -75,4 +75,6 @@ def _sentence(example: Example) -> str:
         case _:
             why = f"takes the logit of {taken}, but there the value network has"
             why += f" {example.value_token}"
+            if example.share > 0:
+                why += f", which has {example.share:.0%} of the weight"
     return f"{example.token} × {example.count:,} {why}"

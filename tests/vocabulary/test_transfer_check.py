@@ -23,7 +23,7 @@ def sides(byte_level_tokenizer, metaspace_tokenizer):
 
 
 def _plain_outcomes(vocabulary_map, base, value, text):
-    """By definition, byte by byte: (base token's bytes, outcome) in order."""
+    """By definition, byte by byte: (outcome, share of the weight that is right) in order."""
 
     def starts(named):
         at, found = 0, {}
@@ -40,15 +40,14 @@ def _plain_outcomes(vocabulary_map, base, value, text):
     outcomes = []
     for start, base_id in starts(base).items():
         index, weight = (np.atleast_1d(np.asarray(a)[base_id]) for a in vocabulary_map)
+        share = weight[index == begun.get(start)].sum() / (weight.sum() or 1)
         if not weight.sum():
             outcome = Outcome.UNMAPPED
         elif start not in begun:
             outcome = Outcome.NO_START
-        elif begun[start] in index[weight > 0]:
-            outcome = Outcome.TRANSFERS
         else:
-            outcome = Outcome.OTHER_TOKEN
-        outcomes.append((base.info.ordinary_tokens[base_id], outcome))
+            outcome = Outcome.TRANSFERS if share >= 0.5 else Outcome.OTHER_TOKEN
+        outcomes.append((outcome, share))
     return outcomes
 
 
@@ -57,15 +56,16 @@ def test_outcomes_equal_their_definition(sides, toy_corpus, method) -> None:
     base, value = sides
     built = build_vocabulary_map(base, value, toy_corpus[:3], method=method)
     report = check_transfer(built.vocabulary_map, built.metadata, base, value, toy_corpus)
-    expected = [
-        outcome
+    pairs = [
+        pair
         for text in toy_corpus
-        for _, outcome in _plain_outcomes(built.vocabulary_map, base, value, text)
+        for pair in _plain_outcomes(built.vocabulary_map, base, value, text)
     ]
+    expected, shares = zip(*pairs, strict=True)
     for outcome in Outcome:
         found = sum(kind.counts[outcome] for kind in report.kinds)
         assert found == expected.count(outcome), outcome
-    assert report.transferred == expected.count(Outcome.TRANSFERS) / len(expected)
+    assert report.transferred == pytest.approx(np.mean(shares))
     assert {Outcome.TRANSFERS, Outcome.NO_START} < set(expected)
 
 
@@ -95,6 +95,29 @@ def test_a_kind_that_is_lost_is_named_with_examples(sides) -> None:
     assert kinds["words"].transferred > 0
     assert all(example.outcome is Outcome.UNMAPPED for example in kinds["digits"].examples)
     assert any("1" in example.token for example in kinds["digits"].examples)
+
+
+def test_a_projection_transfers_only_the_weight_on_the_token_that_is_begun(
+    sides, toy_corpus
+) -> None:
+    base, _ = sides
+    built = build_vocabulary_map(base, base, toy_corpus, method="bytes")
+    index, weight = (np.asarray(array) for array in built.vocabulary_map)
+    both = np.stack([np.roll(index, 1), index], axis=1)
+    for right, verdict, outcome in [
+        (0.25, "poor", Outcome.OTHER_TOKEN),
+        (0.75, "partial", Outcome.TRANSFERS),
+    ]:
+        split = np.stack([(1 - right) * weight, right * weight], axis=1)
+        mixed = VocabularyMap(jnp.asarray(both), jnp.asarray(split.astype(np.float32)))
+        report = check_transfer(mixed, built.metadata, base, base, toy_corpus)
+        words = next(kind for kind in report.kinds if kind.kind == "words")
+        assert report.transferred == pytest.approx(right)
+        assert (report.verdict, words.verdict) == (verdict, verdict)
+        assert words.counts[outcome] == words.tokens
+        for example in words.examples:
+            assert example.share == pytest.approx(0.25)
+            assert example.mapped_to[1] == example.value_token
 
 
 def test_a_map_without_an_end_is_poor_whatever_else_it_has(sides, toy_corpus) -> None:
