@@ -224,10 +224,46 @@ def _usage(metadata: ValueMetadata, base: str) -> str:
         'value = ivl_jax.load_value("VALUE")\n'
         f"model = ivl_jax.compose(base, value{of_python})\n"
         'print(model.generate([[ivl_jax.Message("user", "…")]])[0].text)\n'
-        "```\n\n"
-        "Any base with the same tokenizer works, larger ones too; for one with another vocabulary, "
-        "`python -m ivl_jax.vocabulary build` makes a map, which `--map` names."
+        "```\n\n" + " ".join([_fitting_bases(metadata), *_of_adapter(metadata)])
     )
+
+
+def _fitting_bases(metadata: ValueMetadata) -> str:
+    """Which bases it can be added to: that is decided by what its scheme reads."""
+    from ivl_jax.composition import SCHEMES  # here: it imports JAX
+
+    scheme = SCHEMES.get(metadata.connection)
+    if scheme is None:
+        return (
+            "Its connection scheme is not one of `ivl_jax`'s own: it needs the module that defines "
+            "it, and which bases work is up to what it reads."
+        )
+    if not scheme.reads_base:
+        return (
+            "It reads only the text. Any base with the same tokenizer works, larger ones too; for "
+            "one with another vocabulary, `python -m ivl_jax.vocabulary build` makes a map, which "
+            "`--map` names."
+        )
+    if scheme.reads_base_hidden:
+        width = metadata.architecture.get("base_hidden_size")
+        reads = "final hidden states"
+        bases = f"the same tokenizer and hidden states of width {width} works"
+    else:
+        reads, bases = "logits", "the same tokenizer works, larger ones too"
+    return (
+        f"It reads the base's {reads}. Any base with {bases}; one with another vocabulary "
+        "does not (a map cannot translate what it reads), and nothing can draft (`--draft`)."
+    )
+
+
+def _of_adapter(metadata: ValueMetadata) -> list[str]:
+    if metadata.adapter is None:
+        return []
+    name = _code(metadata.adapter["model"]["name"])
+    return [
+        f"The adapter's model is read from {name}, or from the folder that `--value-model` names "
+        "(in Python: `load_value(…, value_model=…)`)."
+    ]
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -44,7 +44,30 @@ def test_the_card_of_an_adapter_names_its_model(metadata) -> None:
     adapter = {"rank": 8, "alpha": 16.0, "targets": "attention", "model": model}
     text = value_card(dataclasses.replace(metadata, adapter=adapter))
     assert "| low-rank adapter of | `some/small`, rank 8; not included |" in text
+    assert "is read from `some/small`, or from the folder that `--value-model` names" in text
     assert "low-rank" not in value_card(metadata)
+
+
+@pytest.mark.parametrize(
+    ("connection", "bases", "maps", "drafts"),
+    [
+        ("residual", "Any base with the same tokenizer works, larger ones too", True, True),
+        ("cascade", "Any base with the same tokenizer works, larger ones too", False, False),
+        ("cascade_no_text", "It reads the base's logits.", False, False),
+        ("linear", "It reads the base's logits.", False, False),
+        ("hidden", "the same tokenizer and hidden states of width 48 works", False, False),
+        ("mine:scheme", "it needs the module that defines it", False, True),
+    ],
+)
+def test_the_card_says_which_bases_fit_the_scheme(metadata, connection, bases, maps, drafts):
+    architecture = metadata.architecture | {"base_hidden_size": 48 * (connection == "hidden")}
+    text = value_card(
+        dataclasses.replace(metadata, connection=connection, architecture=architecture)
+    )
+    assert bases in text
+    assert ("ivl_jax.vocabulary build" in text) == maps
+    assert ("nothing can draft" not in text) == drafts
+    assert ("--connection mine:scheme" in text) == (connection == "mine:scheme")
 
 
 def test_the_front_matter_is_the_hubs_with_the_licence_left_to_the_user(metadata) -> None:
