@@ -5,6 +5,7 @@ and a hash of it, under which the result is kept.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -14,7 +15,8 @@ from typing import Any, NamedTuple
 from ivl_jax.assets import config_file, family_folder
 from ivl_jax.config import BaseConfig, TrainConfig, load_config
 from ivl_jax.config.files import config_to_mapping
-from ivl_jax.experiments.post_training_plan import Kind, Run
+from ivl_jax.experiments.post_training_plan import MODELS, Kind, Model, Run
+from ivl_jax.weights.fingerprint import weights_fingerprint
 
 _CONFIGS: dict[Kind, str] = {
     "sft": "demo.toml",
@@ -130,10 +132,17 @@ def _distil(config: TrainConfig, run: Run, teacher: Path | None) -> Any:
     return dataclasses.replace(config.distil, teacher=base, values=(str(teacher),))
 
 
+@functools.cache
+def family_weights(model: Model) -> str:
+    """SHA-256 of a family model's weights, by which results on others are told apart."""
+    return weights_fingerprint(family_folder(model))
+
+
 def settings_key(config: TrainConfig, *, work_dir: Path) -> str:
     """A hash of everything in a config that its result depends on.
 
-    Fields that have their defaults do not count: a later version's new field changes no key.
+    Fields that have their defaults do not count: a later version's new field changes no key. Models
+    of the family count by their weights.
 
     Args:
         config: Of a run; the names of the files it reads identify their content.
@@ -144,7 +153,9 @@ def settings_key(config: TrainConfig, *, work_dir: Path) -> str:
     """
     mapping = _changed(config_to_mapping(config), config_to_mapping(TrainConfig()))
     text = json.dumps({k: x for k, x in mapping.items() if k not in _UNKEYED}, sort_keys=True)
-    for folder, name in ((work_dir, "WORK"), (family_folder("S").parent, "FAMILY")):
+    names = {work_dir: "WORK"}
+    names |= {family_folder(model): f"{model} {family_weights(model)}" for model in MODELS}
+    for folder, name in names.items():
         text = text.replace(json.dumps(str(folder))[1:-1], name)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from scipy.stats import t as student_t
 
 from ivl_jax.experiments.post_training_plan import (
-    SEEDS,
     Kind,
     Measurement,
     Model,
@@ -67,9 +66,15 @@ class Estimate(NamedTuple):
 class Table:
     """Looks figures up by seed."""
 
-    def __init__(self, figures: Figures) -> None:
-        """Store the figures."""
+    def __init__(self, figures: Figures, seeds: Sequence[int]) -> None:
+        """Store the figures.
+
+        Args:
+            figures: By the name of their measurement.
+            seeds: Of the study.
+        """
         self._figures = figures
+        self._seeds = seeds
 
     def at(self, measurement: Measurement, key: str) -> float | None:
         """A figure; None: not measured."""
@@ -77,9 +82,13 @@ class Table:
             return _UNTRAINED[key]
         return self._figures.get(measurement.name, {}).get(key)
 
+    def all_of(self, measurement: Measurement) -> Mapping[str, Any] | None:
+        """All figures of a measurement; None: not measured."""
+        return self._figures.get(measurement.name)
+
     def over_seeds(self, make: Make, key: str) -> Estimate:
         """A figure of every seed that has it."""
-        made = {make(seed).name: make(seed) for seed in SEEDS}
+        made = {make(seed).name: make(seed) for seed in self._seeds}
         found = [self._figures.get(name, {}).get(key) for name in made]
         return Estimate(tuple(value for value in found if value is not None))
 
@@ -93,8 +102,8 @@ class Table:
         A ratio per seed would be ruled by the seed whose own gain happens to be smallest. So this
         is the ratio of the means, R, and seed s counts as R + (b − R o) / mean of o, b and o its
         two gains: their mean is R, and their spread is that of a ratio of means (the delta method),
-        uncertainty of the denominator included. A seed whose own gain has not been measured counts
-        with the mean of the others.
+        uncertainty of the denominator included. That takes two seeds that have both gains; with
+        fewer, the ratio is a single number: its spread would be that of a known denominator.
 
         Args:
             borrowed: The model whose gain is divided.
@@ -107,38 +116,44 @@ class Table:
             `LEAST_GAIN`: it would be a ratio to noise.
         """
         theirs = self._gains(borrowed, starts[0], key)
-        ours = self._gains(own, starts[1], key)
-        ours = {seed: gain for seed, gain in ours.items() if seed in theirs} or ours
-        if not theirs or not ours:
-            return Estimate(())
-        whole = statistics.fmean(ours.values())
-        if whole < LEAST_GAIN:
-            return Estimate(())
-        ratio = statistics.fmean(theirs.values()) / whole
-        return Estimate(
-            tuple(
-                ratio + (gain - ratio * ours.get(seed, whole)) / whole
-                for seed, gain in theirs.items()
-            )
-        )
+        return _ratio_of_means(theirs, self._gains(own, starts[1], key))
 
     def kept(self, make: Make, whole: Make, base: Model, key: str) -> Estimate:
-        """Share of a teacher's gain over the base that arrives in a student, seed by seed."""
-        start = self.at(Measurement(base), key)
-        if start is None:
-            return Estimate(())
-        found = [(self.at(make(seed), key), self.at(whole(seed), key)) for seed in SEEDS]
-        return Estimate(
-            tuple(
-                (student - start) / (teacher - start)
-                for student, teacher in found
-                if student is not None and teacher is not None and teacher != start
-            )
+        """Share of a teacher's gain over the base that arrives in a student.
+
+        Args:
+            make: The student.
+            whole: The teacher.
+            base: What both gained over.
+            key: The figure; of `nll`, the lower one is better.
+
+        Returns:
+            A ratio of means, as in `carried`.
+        """
+        start = untrained(base)
+        sign = -1.0 if key == "nll" else 1.0
+        student, teacher = (
+            {seed: sign * gain for seed, gain in self._gains(one, start, key).items()}
+            for one in (make, whole)
         )
+        return _ratio_of_means(student, teacher)
 
     def _gains(self, make: Make, before: Make, key: str) -> dict[int, float]:
-        found = {seed: (self.at(make(seed), key), self.at(before(seed), key)) for seed in SEEDS}
+        found = {s: (self.at(make(s), key), self.at(before(s), key)) for s in self._seeds}
         return {s: x - y for s, (x, y) in found.items() if x is not None and y is not None}
+
+
+def _ratio_of_means(part: Mapping[int, float], whole: Mapping[int, float]) -> Estimate:
+    """Mean of one gain by seed over the mean of another; see `Table.carried`."""
+    shared = [seed for seed in part if seed in whole]
+    divisor = [whole[seed] for seed in shared] or list(whole.values())
+    if not part or not divisor or statistics.fmean(divisor) < LEAST_GAIN:
+        return Estimate(())
+    mean = statistics.fmean(divisor)
+    if len(shared) < 2:
+        return Estimate((statistics.fmean(part.values()) / mean,))
+    ratio = statistics.fmean(part[seed] for seed in shared) / mean
+    return Estimate(tuple(ratio + (part[seed] - ratio * whole[seed]) / mean for seed in shared))
 
 
 def on(base: Model, kind: Kind) -> Make:

@@ -30,8 +30,21 @@ from ivl_jax.experiments.demo_post_training import (
 from ivl_jax.experiments.demonstrations import Item, items_hash, select, write_demonstrations
 from ivl_jax.experiments.kept_results import kept_record, train_once
 from ivl_jax.experiments.measure import answers, exact_match, family_map, running_texts
-from ivl_jax.experiments.post_training_configs import Inputs, Settings, config_of, settings_key
-from ivl_jax.experiments.post_training_plan import Measurement, Model, Run, Split, sweeps, swept
+from ivl_jax.experiments.post_training_configs import (
+    Inputs,
+    Settings,
+    config_of,
+    family_weights,
+    settings_key,
+)
+from ivl_jax.experiments.post_training_plan import (
+    Measurement,
+    Model,
+    Run,
+    Split,
+    best_rate,
+    sweeps,
+)
 from ivl_jax.json_files import write_json
 from ivl_jax.weights.language_model import load_language_model
 
@@ -176,11 +189,12 @@ class PostTrainingLaboratory:
         """A run whose learning rate has been chosen, on validation questions."""
         if not run.sweep:
             return run
-        key = "pair_accuracy" if run.kind == "dpo" else "exact_match"
-        tried = {one: self.measure(one) for one in swept(run.kind)}
-        best = max(tried, key=lambda one: (tried[one][key], -tried[one]["nll"]))
-        assert best.run is not None, "sweeps measure runs"
-        return run._replace(rate=best.run.rate)
+        tried = {
+            one.rate: self.measure(Measurement("L", one, "validation"))
+            for one in run.sweep
+            if one.rate is not None
+        }
+        return run._replace(rate=best_rate(run.kind, tried))
 
     def _output(self, run: Run) -> Path:
         """The folder that a run makes; its name holds a hash of the run's settings."""
@@ -193,7 +207,7 @@ class PostTrainingLaboratory:
         """A measurement's file, hashes of what it is about, and its run with a learning rate."""
         file = self._work_dir / "measured" / f"{measurement.name}.json"
         run, split = measurement.run, measurement.split
-        made_of = [measurement.base]
+        made_of = [measurement.base, family_weights(measurement.base)]
         if run is not None:
             run = self._with_rate(run)
             made_of += [self._output(run).parent.name, self._pairs(split, run.seed).name]

@@ -4,7 +4,7 @@ Out: `Run`s and `Measurement`s, plain records whose names are their keys, in the
 are made. A run trains a value network beside a frozen base, or a whole model alone for comparison.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 SEEDS = (0, 1, 2)
@@ -108,6 +108,20 @@ def swept(kind: Kind) -> list[Measurement]:
     """The sweep of a kind's learning rate for models trained alone."""
     runs = Run(kind, "L", alone=True).sweep
     return [Measurement("L", run, split="validation") for run in runs]
+
+
+def best_rate(kind: Kind, tried: Mapping[float, Mapping[str, float]]) -> float:
+    """Choose a learning rate: the most pairs (DPO) or facts, then the lowest NLL.
+
+    Args:
+        kind: Of the swept runs.
+        tried: Learning rate → figures on validation questions.
+
+    Returns:
+        The best learning rate.
+    """
+    key = "pair_accuracy" if kind == "dpo" else "exact_match"
+    return max(tried, key=lambda rate: (tried[rate][key], -tried[rate]["nll"]))
 
 
 def sweeps(run: Run) -> list[Measurement]:

@@ -92,7 +92,7 @@ def _run(arguments: Sequence[str]) -> None:
         for number, measurement in enumerate(planned, 1):
             figures = laboratory.measure(measurement)
             logger.info("%d/%d %s: %s", number, len(planned), measurement.name, figures)
-    record = record_of(laboratory, planned, settings)
+    record = record_of(laboratory, planned, settings, seeds=options.seeds)
     options.docs.mkdir(parents=True, exist_ok=True)
     if record["measured"]:  # without any, the committed ones are shown
         write_json(options.docs / RECORD, record, indent=1)
@@ -101,7 +101,11 @@ def _run(arguments: Sequence[str]) -> None:
 
 
 def record_of(
-    laboratory: PostTrainingLaboratory, planned: Sequence[Measurement], settings: Settings
+    laboratory: PostTrainingLaboratory,
+    planned: Sequence[Measurement],
+    settings: Settings,
+    *,
+    seeds: Sequence[int],
 ) -> dict[str, Any]:
     """Everything that the report quotes.
 
@@ -109,10 +113,12 @@ def record_of(
         laboratory: Has measured what there is.
         planned: The measurements of the report.
         settings: Of the study.
+        seeds: Of the trainings.
 
     Returns:
-        `measured`, figures by the name of their measurement; `settings`, of each kind of training
-        that can be described without further trainings; `missing`, the names without figures.
+        `seeds`; `measured`, figures by the name of their measurement; `settings`, of each kind of
+        training that can be described without further trainings; `missing`, the names without
+        figures.
     """
     found = {one.name: laboratory.kept(one) for one in planned}
     runs = {f"{kind} beside S": Run(kind, "S") for kind in KINDS}
@@ -123,6 +129,7 @@ def record_of(
         if all(laboratory.kept(one) is not None for one in sweeps(run))
     }
     return {
+        "seeds": list(seeds),
         "settings": dataclasses.asdict(settings) | shown_settings(known),
         "measured": {name: figures for name, figures in found.items() if figures is not None},
         "missing": [name for name, figures in found.items() if figures is None],

@@ -10,7 +10,7 @@ import pytest
 
 from ivl_jax.assets import family_folder
 from ivl_jax.config.train import check_train_config
-from ivl_jax.experiments import post_training_lab
+from ivl_jax.experiments import post_training_configs, post_training_lab
 from ivl_jax.experiments.demonstrations import Item
 from ivl_jax.experiments.facts import Split as FactSplit
 from ivl_jax.experiments.post_training_configs import Settings, _changed, settings_key
@@ -26,6 +26,7 @@ from ivl_jax.experiments.post_training_plan import (
     swept,
     value_on,
 )
+from ivl_jax.experiments.post_training_study import record_of
 
 SPLITS: list[FactSplit] = [
     *(["train"] * 60),
@@ -190,6 +191,34 @@ def test_a_new_field_with_its_default_changes_no_key() -> None:
     assert _changed(changed, defaults) == {"table": {"b": 5}}
     with_new = {**changed, "new": 0, "more": {"c": 3}}
     assert _changed(with_new, defaults | {"new": 0, "more": {"c": 3}}) == {"table": {"b": 5}}
+
+
+@pytest.mark.parametrize(("model", "again"), [("S", {"S", "L", "X"}), ("L", {"L"}), ("X", {"X"})])
+def test_what_other_weights_of_the_family_made_is_made_again(
+    made, monkeypatch, model, again
+) -> None:
+    """Every value network starts from S; L and X are only bases of it here."""
+    for base in ("S", "L", "X"):
+        made.measure(value_on(base, "sft", 0))
+    weights = post_training_configs.family_weights
+
+    def other(name):
+        return "other" if name == model else weights(name)
+
+    for module in (post_training_configs, post_training_lab):
+        monkeypatch.setattr(module, "family_weights", other)
+    lost = {base for base in ("S", "L", "X") if made.kept(value_on(base, "sft", 0)) is None}
+    assert lost == again
+
+
+def test_the_record_names_the_seeds_that_were_measured(made) -> None:
+    planned = [value_on("S", "sft", seed) for seed in (3, 4)]
+    for one in planned:
+        made.measure(one)
+    record = record_of(made, planned, SETTINGS, seeds=(3, 4))
+    assert record["seeds"] == [3, 4]
+    assert set(record["measured"]) == {one.name for one in planned}
+    assert not record["missing"]
 
 
 def test_a_key_is_of_what_the_result_depends_on(made, tmp_path) -> None:

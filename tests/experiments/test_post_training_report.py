@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 
 from ivl_jax.experiments.post_training_plan import (
+    ALONE_RATES,
     SEEDS,
     Measurement,
     alone,
     beside,
     folded,
     measurements,
+    swept,
     value_on,
 )
 from ivl_jax.experiments.post_training_report import BEGIN, RECORD, section, update_page
@@ -63,7 +65,12 @@ FIGURES = {
 def record(measured: dict[str, Any] | None = None) -> dict[str, Any]:
     measured = FIGURES if measured is None else measured
     missing = [one.name for one in measurements() if one.name not in measured]
-    return {"settings": SETTINGS, "measured": measured, "missing": missing}
+    return {
+        "seeds": list(SEEDS),
+        "settings": SETTINGS,
+        "measured": measured,
+        "missing": missing,
+    }
 
 
 def words(text: str) -> str:
@@ -82,11 +89,44 @@ def test_targets_are_met_or_missed_as_measured() -> None:
     # 10, 11 and 12 points: t(0.975, 2) = 4.303, times 1 point over the root of 3.
     assert row(text, "facts gained by GRPO over SFT, S")[2:] == ["11.0% ± 2.5%", "yes"]
     assert row(text, "facts gained by GRPO over SFT, L + value")[1:] == ["", "36.0% ± 0.0%", ""]
-    assert row(text, "GRPO carried to L")[2:] == ["0.90 ± 0.00", "yes"]
-    assert row(text, "DPO carried to L")[2:] == ["0.80 ± 0.00", "yes"]
-    assert row(text, "DPO's accuracy on held-out pairs, S")[2:] == ["0.88", "no"]
-    assert row(text, "kept by folding into L, NLL")[2:] == ["0.95", "yes"]
-    assert row(text, "kept by folding into L, facts")[2:] == ["0.95", "yes"]
+    without = "yes, without an interval"
+    assert row(text, "GRPO carried to L")[2:] == ["0.900", without]
+    assert row(text, "DPO carried to L")[2:] == ["0.800", without]
+    assert row(text, "DPO's accuracy on held-out pairs, S")[2:] == ["0.880", "no"]
+    assert row(text, "kept by folding into L, NLL")[2:] == ["0.950", without]
+    assert row(text, "kept by folding into L, facts")[2:] == ["0.950", without]
+
+
+def test_a_target_is_met_by_the_figure_itself_and_its_certainty_is_shown() -> None:
+    what = "DPO's accuracy on held-out pairs, S"
+
+    def met(*accuracies: float) -> list[str]:
+        models = (value_on("S", "dpo", seed).name for seed in SEEDS)
+        measured = dict(zip(models, (figures(0.3, each) for each in accuracies), strict=False))
+        return row(section(record(FIGURES | measured)), what)[2:]
+
+    assert met(0.896) == ["0.896", "no"]  # rounded to two digits it would be 0.90
+    assert met(0.95, 0.95, 0.95) == ["0.950 ± 0.000", "yes"]
+    shown, verdict = met(0.88, 0.92, 0.96)
+    assert shown.startswith("0.920 ± 0.0")
+    assert verdict == "yes, by the mean"
+
+
+def test_a_best_learning_rate_at_the_edge_of_its_sweep_is_pointed_out() -> None:
+    rates = ALONE_RATES["grpo"]
+
+    def swept_with(best: int) -> str:
+        measured = {
+            one.name: figures(0.5 if number == best else 0.4)
+            for number, one in enumerate(swept("grpo"))
+        }
+        return words(section(record(FIGURES | measured)))
+
+    lowest = f"The best one for SFT → GRPO, {rates[0]:g}, is the lowest that was tried: a lower one"
+    highest = f"The best one for SFT → GRPO, {rates[2]:g}, is the highest that was tried: a higher"
+    assert lowest in swept_with(0)
+    assert "that was tried" not in swept_with(1)
+    assert highest in swept_with(2)
 
 
 def test_gains_are_shown_over_the_start_and_over_the_base() -> None:
@@ -94,18 +134,19 @@ def test_gains_are_shown_over_the_start_and_over_the_base() -> None:
     assert row(text, "SFT → GRPO, L (facts)")[1:] == [
         "36.0% ± 0.0%",
         "40.0%",
-        "0.90 ± 0.00",
+        "0.90",
         "72.0% ± 0.0%",
         "60.0%",
-        "1.20 ± 0.00",
+        "1.20",
     ]
-    assert row(text, "SFT → DPO, L (pairs)")[1:4] == ["16.0% ± 0.0%", "20.0%", "0.80 ± 0.00"]
+    assert row(text, "SFT → DPO, L (pairs)")[1:4] == ["16.0% ± 0.0%", "20.0%", "0.80"]
     assert row(text, "SFT → DPO, L (pairs)")[4:6] == ["36.0% ± 0.0%", "45.0%"]
     assert row(text, "SFT → GRPO, beside L (facts)")[1:4] == [
         "36.0% ± 0.0%",
         "45.0%",
-        "0.80 ± 0.00",
+        "0.80",
     ]
+    assert "It has no interval where fewer than two seeds have both gains" in words(text)
     assert "SFT → GRPO, X (facts)" not in text, "not measured"
 
 
@@ -115,6 +156,12 @@ def test_a_gain_whose_interval_contains_0_misses_its_target_and_one_seed_decides
     assert row(found, "facts gained by GRPO over SFT, S")[3] == "no"
     one = {k: v for k, v in FIGURES.items() if not k.endswith(("seed1", "seed2"))}
     assert row(section(record(one)), "facts gained by GRPO over SFT, S")[2:] == ["10.0%", "–"]
+
+
+def test_the_seeds_of_the_record_are_shown() -> None:
+    measured = {value_on("S", "sft", seed).name: figures(seed / 10) for seed in (0, 3, 4)}
+    text = section(record(measured) | {"seeds": [3, 4]})
+    assert row(text, "S + value, SFT")[1].startswith("35.0% ± ")
 
 
 def test_sentences_quote_the_settings() -> None:
