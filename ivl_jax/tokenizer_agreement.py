@@ -1,7 +1,7 @@
 """Checks whether the tokenizers of a base and a value network agree.
 
 In: two `TokenizerInfo`. Out: the base's ids that the value network does not know; tokenizers that
-disagree are an error.
+disagree are an error. Also the comparisons behind it, for models in other roles.
 """
 
 import logging
@@ -69,8 +69,8 @@ def check_compatible(
                 f"{value_name} {value.fingerprint[:12]}, and the tokens of one of them are not "
                 "available to compare; load both tokenizers"
             )
-        problems += _ordinary_differences(base, value)
-    base_ids, value_ids = _known_ids(base), _known_ids(value)
+        problems += ordinary_differences(base, value, roles=("base", "value network"))
+    base_ids, value_ids = known_ids(base), known_ids(value)
     problems += [
         f"id {token_id}: absent in the base, {_token_text(value, token_id)!r} in the value network"
         for token_id in sorted(value_ids - base_ids)
@@ -79,14 +79,10 @@ def check_compatible(
         raise TokenizerMismatchError(
             f"the tokenizers of the base {base_name} ({base.vocab_size} ids) and of the value "
             f"network {value_name} ({value.vocab_size} ids) differ in {len(problems)} tokens: "
-            f"{_listed(problems)}; build a vocabulary map between the two, or use a base from the "
+            f"{listed(problems)}; build a vocabulary map between the two, or use a base from the "
             "value network's family"
         )
-    renamed = {
-        token_id: (base.special_tokens[token_id], value.special_tokens[token_id])
-        for token_id in sorted(base.special_tokens.keys() & value.special_tokens.keys())
-        if base.special_tokens[token_id] != value.special_tokens[token_id]
-    }
+    renamed = warn_of_renamed(base, value, names=(base_name, value_name))
     unknown = UnknownIds(ids=tuple(sorted(base_ids - value_ids)), renamed=renamed)
     if unknown.ids:
         _LOGGER.warning(
@@ -94,36 +90,65 @@ def check_compatible(
             base_name,
             len(unknown.ids),
             value_name,
-            _listed(f"{token_id} {_token_text(base, token_id)!r}" for token_id in unknown.ids),
-        )
-    if unknown.renamed:
-        _LOGGER.warning(
-            "%d special tokens have other names in %s than in %s: %s",
-            len(renamed),
-            base_name,
-            value_name,
-            _listed(
-                f"{token_id} {ours!r}/{theirs!r}" for token_id, (ours, theirs) in renamed.items()
-            ),
+            list_tokens(base, unknown.ids),
         )
     return unknown
 
 
-def _ordinary_differences(base: TokenizerInfo, value: TokenizerInfo) -> list[str]:
-    """One phrase per id that is ordinary in one tokenizer and has other bytes in the other."""
+def ordinary_differences(
+    first: TokenizerInfo, second: TokenizerInfo, *, roles: tuple[str, str]
+) -> list[str]:
+    """Compares the ordinary tokens of two tokenizers where both have the id.
+
+    Args:
+        first: A tokenizer whose tokens are available.
+        second: Another one.
+        roles: What messages call the two models.
+
+    Returns:
+        One phrase per id that is ordinary in one tokenizer and has other bytes in the other.
+    """
     differences = []
-    for token_id in range(min(base.vocab_size, value.vocab_size)):
-        base_bytes, value_bytes = base.ordinary_tokens[token_id], value.ordinary_tokens[token_id]
-        if base_bytes == value_bytes:
+    for token_id in range(min(first.vocab_size, second.vocab_size)):
+        if first.ordinary_tokens[token_id] == second.ordinary_tokens[token_id]:
             continue
         # Ordinary in one, special or absent in the other.
-        base_bytes = _bytes_of(base, token_id)
-        value_bytes = _bytes_of(value, token_id)
-        if base_bytes != value_bytes and base_bytes is not None and value_bytes is not None:
+        ours, theirs = _bytes_of(first, token_id), _bytes_of(second, token_id)
+        if ours != theirs and ours is not None and theirs is not None:
             differences.append(
-                f"id {token_id}: {base_bytes!r} in the base, {value_bytes!r} in the value network"
+                f"id {token_id}: {ours!r} in the {roles[0]}, {theirs!r} in the {roles[1]}"
             )
     return differences
+
+
+def warn_of_renamed(
+    first: TokenizerInfo, second: TokenizerInfo, *, names: tuple[str, str]
+) -> dict[int, tuple[str, str]]:
+    """Logs the special tokens whose texts differ.
+
+    Args:
+        first: A tokenizer.
+        second: Another one.
+        names: What the warning calls the two models.
+
+    Returns:
+        Id to both texts.
+    """
+    renamed = {
+        token_id: (first.special_tokens[token_id], second.special_tokens[token_id])
+        for token_id in sorted(first.special_tokens.keys() & second.special_tokens.keys())
+        if first.special_tokens[token_id] != second.special_tokens[token_id]
+    }
+    if renamed:
+        _LOGGER.warning(
+            "%d special tokens have other names in %s than in %s: %s",
+            len(renamed),
+            *names,
+            listed(
+                f"{token_id} {ours!r}/{theirs!r}" for token_id, (ours, theirs) in renamed.items()
+            ),
+        )
+    return renamed
 
 
 def _bytes_of(info: TokenizerInfo, token_id: int) -> bytes | None:
@@ -135,7 +160,7 @@ def _bytes_of(info: TokenizerInfo, token_id: int) -> bytes | None:
     return None if text is None else text.encode()
 
 
-def _known_ids(info: TokenizerInfo) -> set[int]:
+def known_ids(info: TokenizerInfo) -> set[int]:
     """Ids that have a token; every id below `vocab_size` if the tokens are not available."""
     if not info.ordinary_tokens:
         return set(range(info.vocab_size))
@@ -143,6 +168,11 @@ def _known_ids(info: TokenizerInfo) -> set[int]:
         token_id for token_id, spelled in enumerate(info.ordinary_tokens) if spelled is not None
     }
     return ordinary | set(info.special_tokens)
+
+
+def list_tokens(info: TokenizerInfo, ids: Iterable[int]) -> str:
+    """Ids and texts of some tokens, for a message."""
+    return listed(f"{token_id} {_token_text(info, token_id)!r}" for token_id in ids)
 
 
 def _token_text(info: TokenizerInfo, token_id: int) -> str:
@@ -154,8 +184,8 @@ def _token_text(info: TokenizerInfo, token_id: int) -> str:
     return "?" if spelled is None else spelled.decode(errors="backslashreplace")
 
 
-def _listed(items: Iterable[str]) -> str:
+def listed(items: Iterable[str]) -> str:
     """The first few items, and the number of further ones."""
-    listed = list(items)
-    more = len(listed) - _NAMED_AT_MOST
-    return ", ".join(listed[:_NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
+    found = list(items)
+    more = len(found) - _NAMED_AT_MOST
+    return ", ".join(found[:_NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from ivl_jax.composed.forward import HiddenStates, NetworkLogits, compose, network_logits
 from ivl_jax.composed.network import ComposedParams, Composition
 from ivl_jax.composition import compose_logits, value_penalty
+from ivl_jax.vocabulary.value_term import real_columns
 
 
 class PositionLogits(NamedTuple):
@@ -31,18 +32,21 @@ class PositionLogits(NamedTuple):
     targets: Int[Array, "B T"]
     """The token that follows each position."""
     teacher_logits: Float32[Array, "B T V2"] | None = None
-    """Logits of a teacher, −inf in its padding columns; None: there is none."""
+    """Logits of a teacher, which may have further tokens; None: there is none."""
     temperature: float = 1.0
     """What `composed` was divided by, and what the base's logits are."""
 
     @property
     def teacher(self) -> Float32[Array, "B T V"]:
-        """The teacher's logits in the columns of the composed ones."""
+        """The teacher's logits in the columns of the composed ones.
+
+        Tokens beyond the student's vocabulary are dropped: −inf, so that a softmax renormalises.
+        """
         logits = self.teacher_logits
         assert logits is not None, "a score of a teacher needs one"
         columns, width = self.composition.base.vocab_size, self.composed.shape[-1]
         if logits.shape[-1] == width:
-            return logits
+            return jnp.where(real_columns(width, columns), logits, -jnp.inf)
         real, padding = logits[..., :columns], [(0, 0), (0, 0), (0, width - columns)]
         return jnp.pad(real, padding, constant_values=-jnp.inf)
 

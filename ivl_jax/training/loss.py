@@ -53,8 +53,8 @@ class Loss:
     chunk_length: int = 1 << 30
     """Positions whose logits exist at once; see `choose_chunk_length`."""
     teacher: Composition | None = None
-    """A frozen model over the same vocabulary that the objective compares with: the teacher of a
-    distillation, or the original of a model that is trained alone."""
+    """A frozen model that the objective compares with, with all tokens of the vocabulary: the
+    teacher of a distillation, or the original of a model that is trained alone."""
     teacher_strengths: tuple[float, ...] = ()
     """α of each of its value networks."""
 

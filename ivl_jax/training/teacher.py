@@ -1,4 +1,4 @@
-"""The teacher of a distillation: a frozen model or composition with the student's vocabulary.
+"""The teacher of a distillation: a frozen model or composition with the student's tokens.
 
 In: the config's `distil` table. Out: first its sources, checked without weights; later its networks
 and parameters on the mesh.
@@ -21,7 +21,8 @@ from ivl_jax.composed.sources import ModelSource, read_language_model, read_valu
 from ivl_jax.config import ConfigError, DistilConfig, DType
 from ivl_jax.model.network import build_network
 from ivl_jax.sharding import DEFAULT_RULES, replicated
-from ivl_jax.tokenizer_agreement import TokenizerMismatchError, check_compatible
+from ivl_jax.tokenizer_agreement import TokenizerMismatchError
+from ivl_jax.training.teacher_vocabulary import check_teacher_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,8 @@ def read_teacher(options: DistilConfig, students: Sequence[ModelSource]) -> Comp
 
     Raises:
         FileNotFoundError: no such folder or hub id, also of the model of a LoRA value.
-        ConfigError: the teacher or one of its value networks has another vocabulary than a student.
+        ConfigError: the teacher or one of its value networks has another vocabulary than a student;
+            special and appended tokens that only the teacher has are dropped with a warning.
     """
     try:
         sources = check_sources(
@@ -60,7 +62,7 @@ def read_teacher(options: DistilConfig, students: Sequence[ModelSource]) -> Comp
             [read_value(path, models=options.value_models) for path in options.values],
         )
         for student in students:
-            _check_vocabulary(sources.base, student)
+            check_teacher_vocabulary(sources.base, student)
     except TokenizerMismatchError as error:
         raise ConfigError(
             f"distil.values: a value network of another vocabulary than distil.teacher = "
@@ -150,25 +152,3 @@ def teacher_composition(
 def teacher_strengths(options: DistilConfig) -> tuple[float, ...]:
     """α of each of the teacher's value networks."""
     return options.strengths or (1.0,) * len(options.values)
-
-
-def _check_vocabulary(teacher: ModelSource, student: ModelSource) -> None:
-    """Raise an error unless both predict the same ids."""
-    try:
-        unknown = check_compatible(
-            student.info, teacher.info, base_name=student.path, value_name=teacher.label
-        ).ids
-    except TokenizerMismatchError as error:
-        raise ValueError(
-            f"another vocabulary than that of {student.path}, so its predictions are about other "
-            "pieces of text, and no vocabulary map carries a whole distribution over: it pairs a "
-            "token with one that may be only its beginning. Choose a teacher of the student's "
-            "family; or let this one answer the prompts (infer.py --input … --output …) and train "
-            f"on its answers: docs/distillation.md. {error}"
-        ) from error
-    if unknown:
-        raise ValueError(
-            f"{teacher.path} does not know {len(unknown)} tokens of {student.path} (the first: id "
-            f"{unknown[0]}), so it cannot teach how likely they are: choose a teacher with the "
-            "student's tokenizer"
-        )

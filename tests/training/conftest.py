@@ -23,14 +23,15 @@ from ivl_jax.weights.hf_saving import save_params
 from tests.training.tiny import make_arch
 
 
-def save_tiny_model(folder, *, seed, **overrides):
-    """A byte-level tokenizer of 258 ids and random weights."""
+def save_tiny_model(folder, *, seed, appended=(), **overrides):
+    """A byte-level tokenizer of 258 ids, appended special tokens, and random weights."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {text: i for i, text in enumerate(["<s>", "</s>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    arch = make_arch(vocab_size=len(vocabulary), **overrides)
+    tokenizer.add_special_tokens(list(appended))
+    arch = make_arch(vocab_size=len(vocabulary) + len(appended), **overrides)
     params = jax.jit(lambda key: init_params(arch, key))(jax.random.key(seed))
     save_params(folder, arch, params, dtype=jnp.float32)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")

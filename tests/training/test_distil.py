@@ -1,5 +1,6 @@
 """Distillation: divergences against their formulas, runs that stop and resume, refused teachers."""
 
+import re
 import shutil
 from dataclasses import replace
 
@@ -60,11 +61,14 @@ FORMULAS = {
 }
 
 
+@pytest.mark.parametrize("appended", [0, 3], ids=["same tokens", "appended tokens"])
+@pytest.mark.parametrize("width", [VOCAB + 3, VOCAB + 11])
 @pytest.mark.parametrize("name", FORMULAS)
-def test_divergences_are_exact_whatever_the_padding_columns(name) -> None:
+def test_divergences_are_exact_over_the_students_tokens(name, width, appended) -> None:
+    """Whatever the padding columns; and a teacher's further tokens do not count."""
     rng = np.random.default_rng(0)
-    student, teacher = (rng.normal(size=(2, 3, width)) * 3 for width in (VOCAB + 3, VOCAB + 11))
-    student[..., VOCAB:], teacher[..., VOCAB:] = -np.inf, -np.inf
+    student, teacher = (rng.normal(size=(2, 3, wide)) * 3 for wide in (VOCAB + 3, width))
+    student[..., VOCAB:], teacher[..., VOCAB + appended :] = -np.inf, -np.inf
     composition = make_loss(make_arch()).composition
     at = PositionLogits(
         composition,
@@ -134,10 +138,16 @@ def test_loss_and_gradient_are_the_mean_divergence_from_a_composed_teacher(alone
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-5), ours, theirs)
 
 
+CHATML = ("<|im_start|>", "<|im_end|>")
+
+
 @pytest.fixture
 def config(tiny_config: TrainConfig, tmp_path) -> TrainConfig:
-    """The tuned version of the base is the teacher, and no penalty keeps the value small."""
-    save_tiny_model(tmp_path / "tuned", seed=7)
+    """The tuned version of the base is the teacher, and no penalty keeps the value small.
+
+    Like many tuned models it has special tokens of its own.
+    """
+    save_tiny_model(tmp_path / "tuned", seed=7, appended=CHATML)
     return replace(
         tiny_config,
         objective="distil",
@@ -195,7 +205,8 @@ def test_a_teacher_altered_during_a_stop_is_named(config, tmp_path, monkeypatch)
         ({"objective": "sft"}, 'objective = "sft", which has no teacher'),
         (
             {"distil": DistilConfig(str(family_folder("S")))},
-            "distil.teacher = .*: another vocabulary than that of .*base",
+            "distil.teacher = .*: the teacher has another vocabulary than the student .*base: .* "
+            "ordinary tokens differ: .* in the teacher, .* in the student",
         ),
     ],
     ids=["no teacher", "no distillation", "another vocabulary"],
@@ -237,6 +248,25 @@ def test_a_teachers_lora_value_is_merged_into_its_model(tiny_config, tiny_pair, 
     for models, error in (((), FileNotFoundError), ((base,), ConfigError)):
         with pytest.raises(error, match=r"distil\.value_models in a training config"):
             choose_models(replace(config, distil=replace(options, value_models=models)), mesh)
+
+
+def test_special_tokens_that_only_the_teacher_has_are_dropped_and_named(
+    config, tmp_path, caplog
+) -> None:
+    mesh = make_run_mesh(config)
+    assert choose_models(config, mesh).teacher is not None
+    said = r"the teacher .*tuned has 2 tokens that the student .*base lacks; they are dropped .*"
+    assert re.search(said + r"258 '<\|im_start\|>', 259 '<\|im_end\|>'", caplog.text)
+    assert "value network" not in caplog.text
+    caplog.clear()
+    save_tiny_model(tmp_path / "same", seed=7)
+    choose_models(replace(config, distil=DistilConfig(str(tmp_path / "same"))), mesh)
+    assert "dropped" not in caplog.text
+    # The other way round nothing can be learned about the student's further tokens.
+    base = BaseConfig(path=config.distil.teacher)
+    smaller = replace(config, base=base, distil=DistilConfig(str(tmp_path / "same")))
+    with pytest.raises(ConfigError, match=r"the teacher .*same lacks 2 tokens of the student"):
+        choose_models(smaller, mesh)
 
 
 def test_a_revision_is_that_of_the_teacher(monkeypatch, tiny_config) -> None:
