@@ -15,6 +15,7 @@ from ivl_jax.data.row_fields import (
     list_keys,
     read_text,
     read_text_or_turns,
+    shorten,
     to_messages,
 )
 
@@ -27,25 +28,48 @@ def read_preference(row: Mapping[str, Any], answer: str) -> list[Message]:
 
     Args:
         row: `prompt` is a text or a list of messages; each answer is a text, a list with the
-            answer's message, or a whole dialogue that repeats the prompt. Without `prompt`, both
-            answers are whole dialogues.
+            answer's message, or a whole dialogue that begins with the prompt, perhaps after a
+            system turn of its own. Without `prompt`, both answers are whole dialogues.
         answer: `chosen` or `rejected`.
 
     Returns:
         The dialogue that ends with that answer.
 
     Raises:
-        RowError: A field is absent or has another form.
+        RowError: A field is absent or has another form, or a dialogue does not begin with the
+            prompt.
     """
     turns = read_text_or_turns(row, answer, role="assistant")
-    if any(turn.role == "user" for turn in turns):
-        return turns
-    if "prompt" not in row:
+    is_dialogue = any(turn.role == "user" for turn in turns)
+    if row.get("prompt") in (None, "", []):
+        if is_dialogue:
+            return turns
+        found = "field 'prompt' is empty" if "prompt" in row else "no field 'prompt'"
         raise RowError(
-            f"no field 'prompt', and {answer!r} is not a whole dialogue; the row has "
-            f"{list_keys(row)}"
+            f"{found}, and {answer!r} is not a whole dialogue; the row has {list_keys(row)}"
         )
-    return [*read_text_or_turns(row, "prompt", role="user"), *turns]
+    prompt = read_text_or_turns(row, "prompt", role="user")
+    if not is_dialogue:
+        return [*prompt, *turns]
+    if not _begins_with(turns, prompt):
+        raise RowError(
+            f"{answer!r} is a whole dialogue that does not begin with 'prompt': it begins with "
+            f"{_first_words(turns)}, 'prompt' with {_first_words(prompt)}"
+        )
+    return turns
+
+
+def _begins_with(dialogue: Sequence[Message], prompt: Sequence[Message]) -> bool:
+    """Whether a dialogue repeats a prompt, but for white space and a system turn of its own."""
+    if dialogue[0].role == "system" and prompt[0].role != "system":
+        dialogue = dialogue[1:]
+    begins = [[(turn.role, turn.content.strip()) for turn in turns] for turns in (dialogue, prompt)]
+    return begins[0][: len(prompt)] == begins[1]
+
+
+def _first_words(turns: Sequence[Message]) -> str:
+    """The first turn as a message shows it."""
+    return f"the {turns[0].role}'s {shorten(turns[0].content)}"
 
 
 def read_hh(row: Mapping[str, Any], answer: str) -> list[Message]:
@@ -94,7 +118,7 @@ def check_pair(
             f"'chosen' ({len(chosen)} turns) and 'rejected' ({len(rejected)}) answer different "
             "prompts: all turns but the last must be equal"
         )
-    if chosen[-1] == rejected[-1]:
+    if chosen[-1].content.strip() == rejected[-1].content.strip():
         raise RowError("'chosen' and 'rejected' are the same answer: nothing to prefer")
     prompt = tuple(
         UntrainedMessage(*turn) if turn.role == "assistant" else turn for turn in chosen[:-1]

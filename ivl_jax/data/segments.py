@@ -6,6 +6,8 @@ In: demonstrations and a chat format. Out: their tokens and loss masks, cut to w
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from ivl_jax.data.chat import ChatFormat, ChatTemplateError, EncodedDialogue
 from ivl_jax.data.formats import Demonstration
 
@@ -20,6 +22,11 @@ class Segments(NamedTuple):
     def is_useful(self) -> bool:
         """Whether every part has a target; the first token of a segment is never one."""
         return all(bool(part.loss_mask[1:].any()) for part in self.parts)
+
+    @property
+    def is_equal_pair(self) -> bool:
+        """Whether both answers of a preference have the same tokens, so that none is preferred."""
+        return len(self.parts) > 1 and np.array_equal(self.parts[0].tokens, self.parts[1].tokens)
 
 
 def encode_segments(

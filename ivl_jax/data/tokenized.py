@@ -49,6 +49,7 @@ class TokenizationReport:
         targets: Their tokens that count in the loss.
         cut: Dialogues longer than the limit, which were truncated.
         dropped: Dialogues without an assistant's target within the limit, which were left out.
+        equal_pairs: Preferences whose two answers have the same tokens, which were left out.
         special_texts: Dialogues whose messages contain a special token's text, such as `</s>` in
             HTML; it is read as that token.
         malformed: The first hundred dialogues that the chat template cannot render, and why.
@@ -64,6 +65,7 @@ class TokenizationReport:
     special_texts: int
     malformed: tuple[MalformedRow, ...]
     malformed_count: int
+    equal_pairs: int = 0
 
     def log(self, sequence_length: int) -> None:
         """Logs what to know before training on these dialogues."""
@@ -76,6 +78,11 @@ class TokenizationReport:
         for count, what in (
             (self.cut, f"are longer than {sequence_length} tokens and were truncated"),
             (self.dropped, "have no assistant's token within the limit and were left out"),
+            (
+                self.equal_pairs,
+                "are pairs whose answers have the same tokens, as rendered and truncated, and were "
+                "left out",
+            ),
             (
                 self.special_texts,
                 "contain a special token's text in a message; it is read as the token",
@@ -105,7 +112,8 @@ class TokenizedDemonstrations(Sequence[EncodedDialogue]):
             before it. None: every demonstration is one dialogue.
         demonstrations: Where the dialogues came from.
         sequence_length: Tokens that fit in a batch row; no dialogue is longer by more than one.
-        fingerprint: Identifies demonstrations, chat format, tokenizer and limit.
+        fingerprint: Identifies demonstrations, chat format, tokenizer and limit, and whether pairs
+            of equal answers were left out.
         report: What was truncated, dropped or malformed.
     """
 
@@ -193,8 +201,10 @@ def tokenize_demonstrations(
             for name, stream in streams.items()
         }
     else:
+        # Earlier versions kept pairs of equal answers.
+        distinct = "-distinct" if "middles" in names else ""
         folder, record = open_sealed_folder(
-            usable_path(cache_dir) / "tokenized" / fingerprint[:16],
+            usable_path(cache_dir) / "tokenized" / f"{fingerprint[:16]}{distinct}",
             lambda temporary: _write(temporary, demonstrations, chat, sequence_length),
             what="the cached tokens",
         )
@@ -213,7 +223,8 @@ def tokenize_demonstrations(
         **{"middles": None, **arrays},
         demonstrations=demonstrations,
         sequence_length=sequence_length,
-        fingerprint=fingerprint,
+        # Without such pairs the tokens are those of earlier versions, whose runs can resume.
+        fingerprint=fingerprint + ("/distinct" if report.equal_pairs else ""),
         report=report,
     )
 
@@ -253,7 +264,8 @@ def _encode_into(
     sequence_length: int,
 ) -> TokenizationReport:
     """Writes the flat arrays, one chunk of dialogues at a time."""
-    counts = dict.fromkeys(("kept", "tokens", "targets", "cut", "dropped", "special_texts"), 0)
+    names = ("kept", "tokens", "targets", "cut", "dropped", "equal_pairs", "special_texts")
+    counts = dict.fromkeys(names, 0)
     malformed: list[MalformedRow] = []
     beyond = 0
     in_pairs = "middles" in streams
@@ -285,6 +297,9 @@ def _encode_into(
             counts["cut"] += dialogue.was_cut
             if not dialogue.is_useful:
                 counts["dropped"] += 1
+                continue
+            if dialogue.is_equal_pair:
+                counts["equal_pairs"] += 1
                 continue
             counts["kept"] += 1
             if in_pairs:

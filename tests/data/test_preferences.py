@@ -17,9 +17,11 @@ from ivl_jax.data.demonstrations import (
 from ivl_jax.data.formats import FORMATS, RowError, parse_row
 from ivl_jax.data.segments import _cut
 from ivl_jax.data.tokenized import tokenize_demonstrations
+from ivl_jax.tokenizer import load_tokenizer
 
 QUESTION = {"role": "user", "content": "Q"}
 TURNS = [QUESTION, {"role": "assistant", "content": "Yes"}, {"role": "user", "content": "Why?"}]
+SYSTEM = {"role": "system", "content": "Be brief."}
 GOOD, BAD = {"role": "assistant", "content": "Good"}, {"role": "assistant", "content": "Bad"}
 
 
@@ -38,6 +40,26 @@ GOOD, BAD = {"role": "assistant", "content": "Good"}, {"role": "assistant", "con
             ["Q"],
         ),
         ("preference", {"chosen": [*TURNS, GOOD], "rejected": [*TURNS, BAD]}, ["Q", "Yes", "Why?"]),
+        # UltraFeedback's prompt is the first message of its dialogues.
+        (
+            "preference",
+            {"prompt": " Q ", "chosen": [*TURNS, GOOD], "rejected": [*TURNS, BAD]},
+            ["Q", "Yes", "Why?"],
+        ),
+        (
+            "preference",
+            {
+                "prompt": "Q",
+                "chosen": [SYSTEM, QUESTION, GOOD],
+                "rejected": [SYSTEM, QUESTION, BAD],
+            },
+            ["Be brief.", "Q"],
+        ),
+        (
+            "preference",
+            {"prompt": None, "chosen": [QUESTION, GOOD], "rejected": [QUESTION, BAD]},
+            ["Q"],
+        ),
         (
             "hh",
             {
@@ -61,6 +83,17 @@ def test_published_forms_give_two_dialogues_of_one_prompt(name, row, prompt) -> 
     ("name", "row", "said"),
     [
         ("preference", {"prompt": "Q", "chosen": "A", "rejected": "A"}, "the same answer"),
+        ("preference", {"prompt": "Q", "chosen": "A\n", "rejected": " A"}, "the same answer"),
+        (
+            "preference",
+            {"prompt": "P", "chosen": [QUESTION, GOOD], "rejected": [QUESTION, BAD]},
+            "'chosen' is a whole dialogue .* begins with the user's .*Q.*, 'prompt' with .*P",
+        ),
+        (
+            "preference",
+            {"prompt": TURNS, "chosen": [QUESTION, GOOD], "rejected": [QUESTION, BAD]},
+            "'chosen' is a whole dialogue that does not begin with 'prompt'",
+        ),
         ("preference", {"prompt": "Q", "chosen": " ", "rejected": "A"}, "turn 1 is empty"),
         ("preference", {"prompt": "Q", "chosen": "A"}, "no field 'rejected'"),
         ("preference", {"chosen": "A", "rejected": "B"}, "no field 'prompt'"),
@@ -138,9 +171,31 @@ def test_pairs_that_prefer_nothing_are_left_out_of_the_stored_rows_and_named(
         store_demonstrations(source, max_malformed_share=0.01, **data)
 
 
-def test_stored_pairs_become_segments_side_by_side(rows, tmp_path, stories260k_dir) -> None:
-    from ivl_jax.tokenizer import load_tokenizer
+def test_pairs_whose_tokens_are_equal_are_left_out_and_counted(
+    rows, tmp_path, stories260k_dir, caplog
+) -> None:
+    """Here the answers differ beyond the limit only."""
+    long = "Once upon a time there was a little dog. " * 5
+    row = {"prompt": "Tell!", "chosen": long + "He ran.", "rejected": long + "He sat."}
+    same = tmp_path / "same.jsonl"
+    same.write_text(json.dumps(row) + "\n")
+    chat = make_chat_format(load_tokenizer(stories260k_dir), template="plain")
+    found = {}
+    for files in ((rows,), (rows, str(same))):
+        source = DemonstrationSource(files, row_format="preference", validation_fraction=0)
+        stored = store_demonstrations(source, data_dir=tmp_path / "data").open("train")
+        for cache_dir in (None, tmp_path / "data", tmp_path / "data"):
+            caplog.clear()
+            made = tokenize_demonstrations(stored, chat, sequence_length=96, cache_dir=cache_dir)
+            assert made.report.equal_pairs == len(files) - 1
+            assert (len(made), made.report.dropped) == (40, 0)
+            assert ("1 of 41 dialogues are pairs whose" in caplog.text) == (len(files) == 2)
+        found[len(files)] = made.fingerprint
+    assert "/" not in found[1], "a run of an earlier version can resume"
+    assert found[2].endswith("/distinct")
 
+
+def test_stored_pairs_become_segments_side_by_side(rows, tmp_path, stories260k_dir) -> None:
     source = DemonstrationSource((rows,), row_format="preference", validation_fraction=0.3)
     stored = store_demonstrations(source, data_dir=tmp_path / "data")
     splits = {name: stored.open(name) for name in ("train", "validation")}
