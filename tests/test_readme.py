@@ -100,3 +100,5 @@ def test_readme_is_short_and_its_links_lead_somewhere() -> None:
     links = re.findall(r"\]\((?!https:)([^)#]+)", text)
     assert len(links) > 20
     assert [link for link in links if not (_ROOT / link).exists()] == []
+    for objective in ("DPO", "GRPO", "distillation", "LoRA values"):
+        assert f"[{objective}](docs/" in text
