@@ -32,6 +32,7 @@ from ivl_jax.config import (
     config_to_toml,
     load_config,
     strength_problem,
+    unused_options,
 )
 from ivl_jax.config.files import field_types
 
@@ -45,6 +46,41 @@ def test_every_shipped_config_parses_and_can_start(path: Path) -> None:
     first_line = path.read_text(encoding="utf-8").splitlines()[0]
     assert f"configs/{path.name}" in first_line or "make demo" in first_line
     assert (config.run_dir + "/").startswith(f"runs/{path.stem}/")
+
+
+def test_no_shipped_config_has_an_option_without_effect() -> None:
+    assert {path.name: unused_options(load_config(path)) for path in CONFIGS} == {
+        path.name: [] for path in CONFIGS
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"grpo": {"clip_low": 0.1, "clip_high": 0.3}}, "grpo.clip_low = 0.1, grpo.clip_high"),
+        ({"grpo": {"clip_low": 0.1, "updates": 2}}, None),
+        ({"distil": {"teacher": "t", "temperature": 0.7}}, "distil.temperature = 0.7 has"),
+        ({"distil": {"teacher": "t", "temperature": 0.7, "answers": "sampled"}}, None),
+        (
+            {"objective": "dpo", "grpo": {"rewards": ["contains"], "group_size": 4}},
+            'grpo.rewards = ["contains"], grpo.group_size = 4 have no effect with objective =',
+        ),
+        ({"objective": "sft", "preference": {"loss": "ipo"}}, 'preference.loss = "ipo" has'),
+        ({"objective": "sft", "distil": {"tokens": "all"}}, 'distil.tokens = "all" has'),
+        ({"objective": "mine:OBJECTIVE", "grpo": {"group_size": 4}}, None),
+        ({"method": "sft", "penalty": {"weight": 0.5}}, "penalty.weight = 0.5 has"),
+        ({"method": "sft", "penalty": {"kind": "none", "weight": 0.5}}, None),
+        ({"method": "value", "penalty": {"weight": 0.5}}, None),
+        ({"method": "sft"}, None),  # the defaults are nobody's choice
+    ],
+)
+def test_options_without_effect_are_named(changes, named) -> None:
+    objective = next((table for table in ("grpo", "distil") if table in changes), "sft")
+    config = config_from_mapping({"objective": objective} | changes)
+    found = unused_options(config)
+    assert len(found) == (named is not None)
+    assert named is None or named in found[0]
+    assert unused_options(config_from_mapping({"objective": config.objective})) == []
 
 
 def test_the_papers_recipe_is_what_the_papers_configs_say() -> None:

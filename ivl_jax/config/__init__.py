@@ -50,6 +50,7 @@ from ivl_jax.config.train import (
     TrainConfig,
     check_train_config,
 )
+from ivl_jax.config.unused import unused_options
 from ivl_jax.config.value import CONNECTIONS, LoraConfig, LoraTargets, ValueConfig, is_connection
 
 __all__ = [
@@ -104,4 +105,5 @@ __all__ = [
     "require",
     "strength_problem",
     "train_config_of",
+    "unused_options",
 ]
