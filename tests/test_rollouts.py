@@ -7,13 +7,16 @@ import jax
 import numpy as np
 import pytest
 
-from ivl_jax.data.formats import Demonstration
+from ivl_jax.config import ConfigError
+from ivl_jax.data.batching import TrainIterator
+from ivl_jax.data.formats import Demonstration, Message
 from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.generation import Generation
 from ivl_jax.post_training.answers import Answers, lay_out_answers
+from ivl_jax.post_training.reward_trial import first_demonstrations, try_rewards
 from ivl_jax.post_training.rollouts import PlainRollouts, RewardedRollouts
 from ivl_jax.post_training.sampler import Sampler, _without_trained
-from ivl_jax.rewards import RewardError, Sample
+from ivl_jax.rewards import RewardError, Sample, find_reward
 from ivl_jax.training.objectives.objective import Sampling
 from ivl_jax.training.programs import BaseProgram
 from ivl_jax.training.rollouts import SamplingProgress, SamplingStoppedError, Watch
@@ -153,4 +156,53 @@ def test_held_out_prompts_are_answered_a_bounded_number_at_a_time(monkeypatch) -
     assert sizes == [4, 1]
     assert figures["reward"] == pytest.approx(2 / 5)
     assert figures["answer_tokens"] == pytest.approx((11 + 3) / 5)
-    assert figures["missed_reward"] == -figures["reward"]
+    assert set(figures) == {"reward", "answer_tokens", "truncated"}
+
+
+REFERENCES = [
+    Demonstration((Message("user", f"Q{line}"), Message("assistant", text)), f"a.jsonl:{line}")
+    for line, text in enumerate(("#### 12", "twelve"), 1)
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("gsm8k_number", "'twelve' has no number; .* to a.jsonl:2"),
+        ("tests.test_rollouts:not_a_number", "returned nan, .* to a.jsonl:1"),
+    ],
+)
+def test_a_reward_that_fails_on_a_reference_is_refused_with_the_row(name, said) -> None:
+    rewards = [("exact", exact, 1.0), (name, find_reward(name, where="grpo.rewards"), 1.0)]
+    with pytest.raises(ConfigError, match=f"grpo.rewards, tried on .*{said}"):
+        try_rewards(rewards, REFERENCES)
+
+
+def not_a_number(sample: Sample) -> float:
+    return math.nan
+
+
+def test_a_reward_that_no_reference_earns_is_warned_of(caplog) -> None:
+    def of(*names: str) -> str:
+        caplog.clear()
+        each = [(name, find_reward(name, where="grpo.rewards"), 1.0) for name in names]
+        try_rewards(each, REFERENCES)
+        return caplog.text
+
+    assert of("exact_match", "contains", r"regex:^twelve$") == ""
+    text = of("exact_match", r"regex:<answer>")
+    assert "regex:<answer> is 0 for the rows' own answers, all 2 tried, such as a.jsonl:1" in text
+    assert "exact_match is" not in text
+
+
+def test_at_most_eight_references_are_tried() -> None:
+    class Batches(TrainIterator):
+        def __init__(self, steps: int) -> None:
+            self.steps_per_epoch = steps
+
+        def demonstrations(self, step: int) -> list[Demonstration]:
+            assert step < self.steps_per_epoch
+            return REFERENCES * 2
+
+    assert first_demonstrations(Batches(3)) == REFERENCES * 4
+    assert first_demonstrations(Batches(1)) == REFERENCES * 2

@@ -174,7 +174,8 @@ def _wanted_step(checkpoints: epath.Path, which: Which) -> int | None:
         return which
     manifests = complete_steps(checkpoints)
     metrics = {step: recorded_metrics(manifest) for step, manifest in manifests.items()}
-    for manifest in manifests.values():
+    # What the newest one goes by: an earlier version may have written the first ones.
+    for manifest in reversed(manifests.values()):
         by = manifest.about["best_by"]
         best = best_step(metrics, by["metric"], lower_is_better=by["lower_is_better"])
         if best is not None:

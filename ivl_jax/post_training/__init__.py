@@ -12,14 +12,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from ivl_jax.config import ConfigError, TrainConfig, train_config_of
+from ivl_jax.post_training.reward_trial import first_demonstrations, try_rewards
 from ivl_jax.post_training.rollouts import PlainRollouts, RewardedRollouts
 from ivl_jax.post_training.sampler import Sampler
 from ivl_jax.rewards import WeightedReward, find_reward
 from ivl_jax.training import loop
 from ivl_jax.training.loop import TrainResult
+from ivl_jax.training.objectives import find_objective
 from ivl_jax.training.rollouts import Rollouts
 from ivl_jax.training.run_directory import RunDirectory
-from ivl_jax.training.setup import Preparation
+from ivl_jax.training.setup import Data, Preparation
 from ivl_jax.training.used_weights import UsedWeights
 
 
@@ -33,7 +35,8 @@ def run(config: TrainConfig | str | os.PathLike[str] | Mapping[str, Any]) -> Tra
         The result.
 
     Raises:
-        ConfigError: the config cannot work; also for a reward that does not exist.
+        ConfigError: the config cannot work; also for a reward that does not exist, or that fails
+            on the rows' own answers.
         RewardError: a reward function raised or returned something else than a finite number.
     """
     config = train_config_of(config)
@@ -53,7 +56,12 @@ def run(config: TrainConfig | str | os.PathLike[str] | Mapping[str, Any]) -> Tra
         standardised = config.grpo.advantage == "standardised"
         return RewardedRollouts(sampler, rewards, standardised=standardised)
 
-    return loop.run(config, make_rollouts=make_rollouts)
+    def check_data(data: Data) -> None:
+        sampling = find_objective(config).sampling
+        if sampling is not None and sampling.rewarded:
+            try_rewards(rewards, first_demonstrations(data.train))
+
+    return loop.run(config, make_rollouts=make_rollouts, check_data=check_data)
 
 
 def _find_rewards(config: TrainConfig) -> list[WeightedReward]:

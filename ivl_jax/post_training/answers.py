@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ivl_jax.data.batching import Batch, lay_out_rows
+from ivl_jax.data.formats import Demonstration
 from ivl_jax.decoding.generation import Generation
 from ivl_jax.rewards import Sample
 
@@ -38,6 +39,20 @@ class Answers(NamedTuple):
             "answer_tokens": self.tokens / len(self.generations),
             "truncated": float(self.truncated.mean()),
         }
+
+
+def sample_of(demonstration: Demonstration, answer: str) -> Sample:
+    """An answer to a demonstration's prompt, as rewards read it.
+
+    Args:
+        demonstration: whose last message is the reference.
+        answer: the text of the answer.
+
+    Returns:
+        The sample.
+    """
+    prompt, reference = demonstration.messages[-2:]
+    return Sample(answer, reference.content, prompt.content, demonstration.row_id)
 
 
 def lay_out_answers(

@@ -85,12 +85,12 @@ class RewardedRollouts:
         answers = self._sampler.sample(params, step, demonstrations, program, watch=watch)
         rewards, figures = self._reward(answers, watch)
         grouped = rewards.reshape(-1, self._sampler.sampling.group_size)
-        gains = advantages(grouped, standardised=self._standardised).ravel()
-        self._sampler.write(step, answers, {"reward": rewards, "advantage": gains})
+        each = advantages(grouped, standardised=self._standardised).ravel()
+        self._sampler.write(step, answers, {"reward": rewards, "advantage": each})
         figures["equal_groups"] = float(np.mean(np.ptp(grouped, axis=1) == 0))
         batch = self._sampler.batch(answers)
         column = np.zeros((len(batch.tokens), 1), np.float32)
-        column[: len(gains), 0] = gains
+        column[: len(each), 0] = each
         spread = np.repeat(column, batch.tokens.shape[1], axis=1)
         return batch._replace(advantages=spread), figures
 
@@ -120,9 +120,7 @@ class RewardedRollouts:
             rewards, figures = self._reward(answers, watch)
             for name, value in figures.items():
                 rows.setdefault(name, []).append(value * len(rewards))
-        figures = {name: sum(values) / len(demonstrations) for name, values in rows.items()}
-        # The best checkpoint is the one whose figure is lowest.
-        return {**figures, "missed_reward": -figures["reward"]}
+        return {name: sum(values) / len(demonstrations) for name, values in rows.items()}
 
     def _reward(self, answers: Answers, watch: Watch) -> tuple[np.ndarray, dict[str, float]]:
         """The reward of each answer, and figures of all."""

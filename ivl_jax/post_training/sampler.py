@@ -30,8 +30,7 @@ from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import Params, unstack_layers
 from ivl_jax.model.lora import join, merge
 from ivl_jax.model.projection import Lora
-from ivl_jax.post_training.answers import Answers, lay_out_answers
-from ivl_jax.rewards import Sample
+from ivl_jax.post_training.answers import Answers, lay_out_answers, sample_of
 from ivl_jax.sharding import LAYOUTS
 from ivl_jax.training.objectives.objective import Sampling
 from ivl_jax.training.output import stop_ids, value_metadata
@@ -145,12 +144,7 @@ class Sampler:
             model.generate_prepared(prepared, batch_size=rows, after_step=after_step)
         )
         samples = [
-            Sample(
-                generation.text_of(one.row_id),
-                one.messages[-1].content,
-                one.messages[-2].content,
-                one.row_id,
-            )
+            sample_of(one, generation.text_of(one.row_id))
             for generation, one in zip(generations, demonstrations, strict=True)
         ]
         return Answers(tokens, generations, samples)

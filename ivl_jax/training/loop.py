@@ -6,7 +6,7 @@ the final value folder.
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,13 @@ from etils import epath
 
 from ivl_jax.checkpoint import TrainCheckpointer
 from ivl_jax.compilation_cache import use_compilation_cache
-from ivl_jax.config import ConfigError, TrainConfig, check_train_config, train_config_of
+from ivl_jax.config import (
+    ConfigError,
+    TrainConfig,
+    check_train_config,
+    train_config_of,
+    unused_options,
+)
 from ivl_jax.devices import unused_accelerator
 from ivl_jax.paths import usable_path
 from ivl_jax.processes import joined_processes
@@ -27,6 +33,7 @@ from ivl_jax.training.output import report_best, save_output
 from ivl_jax.training.rollouts import MakeRollouts
 from ivl_jax.training.run_directory import RunDirectory
 from ivl_jax.training.setup import (
+    Data,
     cache_base_states,
     check_names,
     make_run_mesh,
@@ -38,6 +45,8 @@ from ivl_jax.training.trainer import Trainer
 from ivl_jax.training.used_weights import fingerprint_weights
 
 logger = logging.getLogger(__name__)
+
+CheckData = Callable[[Data], None]
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,7 @@ def run(
     config: TrainConfig | str | os.PathLike[str] | Mapping[str, Any],
     *,
     make_rollouts: MakeRollouts | None = None,
+    check_data: CheckData | None = None,
 ) -> TrainResult:
     """Train a value network, or fine-tune a model by itself, according to a config.
 
@@ -72,6 +82,8 @@ def run(
         config: of the run, the path of its TOML file, or a mapping with the file's content.
         make_rollouts: samples answers, for an objective that learns from them; see
             `ivl_jax.post_training.run`, which has one.
+        check_data: looks at the run's data before any weight is read, and raises an error if they
+            cannot be used; None: no further check.
 
     Returns:
         The result.
@@ -86,6 +98,8 @@ def run(
     """
     config = train_config_of(config)
     check_train_config(config)
+    for problem in unused_options(config):
+        logger.warning("%s", problem)
     if find_objective(config).sampling is None:
         make_rollouts = None
     elif make_rollouts is None:
@@ -103,7 +117,9 @@ def run(
         if (notice := unused_accelerator()) is not None:
             logger.warning(notice)
         there = stack.enter_context(directory.claim(config))
-        return _run(config, directory, there=there, make_rollouts=make_rollouts)
+        return _run(
+            config, directory, there=there, make_rollouts=make_rollouts, check_data=check_data
+        )
 
 
 def _run(
@@ -112,6 +128,7 @@ def _run(
     *,
     there: bool,
     make_rollouts: MakeRollouts | None,
+    check_data: CheckData | None,
 ) -> TrainResult:
     """Train in a run directory that no other process writes to."""
     check_names(config)
@@ -121,6 +138,8 @@ def _run(
     weights = fingerprint_weights(config, models)
     directory.check_weights(weights.records)
     data = prepare_data(config, models, mesh)
+    if check_data is not None:
+        check_data(data)
     state = state_shapes(config, models, mesh)
     check_disk(disk_use(config.logging, state, total_steps=data.total_steps), directory.path)
     cache_base_states(config, models, data, mesh)
@@ -133,6 +152,7 @@ def _run(
             directory.checkpoints,
             keep=keep,
             metric=objective.best_by,
+            lower_is_better=objective.best_is == "lowest",
             timeout=config.processes.barrier_timeout,
         ) as checkpoints:
             rollouts = make_rollouts and make_rollouts(config, prepared, weights, directory)
@@ -144,7 +164,7 @@ def _run(
         output = None
         if not interrupted:
             output = save_output(config, directory, prepared, weights, state)
-            report_best(config, directory, objective.best_by, best=best, last=int(state.step))
+            report_best(config, directory, objective, best=best, last=int(state.step))
     return TrainResult(
         run_dir=directory.path,
         steps=int(state.step),

@@ -29,6 +29,7 @@ from ivl_jax.model.decoder import Params
 from ivl_jax.model.lora import join
 from ivl_jax.training.batch_forward import run_batch, run_teacher, teacher_logits
 from ivl_jax.training.chunked_sum import Frozen, chunked_sum
+from ivl_jax.training.masked_sum import masked_sum
 from ivl_jax.training.objectives.objective import Objective
 from ivl_jax.training.objectives.sft import SFT
 
@@ -292,7 +293,7 @@ def _sums(
     zero = jnp.zeros((), jnp.float32)
 
     def over(mask: Array, name: str) -> Float32[Array, ""]:
-        return jnp.sum(jnp.where(mask, scores[name], 0.0)) if name in scores else zero
+        return masked_sum(mask, scores[name]) if name in scores else zero
 
     objective = loss.objective
     own = jax.lax.stop_gradient(dict(objective.sums(batch, scores)))
@@ -311,7 +312,7 @@ def _sums(
 
 def _weighted(weight: Array, score: Array) -> Float32[Array, ""]:
     """Σ w · score; a token of weight 0 counts as 0 even if its score is not finite."""
-    return jnp.sum(jnp.where(weight != 0, weight * score, 0.0))
+    return masked_sum(weight != 0, weight * score)
 
 
 def _first_pass(

@@ -25,6 +25,7 @@ from ivl_jax.model.decoder import unstack_layers
 from ivl_jax.model.network import architecture_to_json
 from ivl_jax.paths import is_local
 from ivl_jax.training.models import Models
+from ivl_jax.training.objectives.objective import Objective
 from ivl_jax.training.run_directory import RunDirectory
 from ivl_jax.training.setup import Preparation
 from ivl_jax.training.step import TrainState
@@ -177,30 +178,38 @@ def stop_ids(prepared: Preparation) -> tuple[int, ...]:
 
 
 def report_best(
-    config: TrainConfig, directory: RunDirectory, figure: str, *, best: int | None, last: int
+    config: TrainConfig,
+    directory: RunDirectory,
+    objective: Objective,
+    *,
+    best: int | None,
+    last: int,
 ) -> None:
-    """Say where the lowest held-out figure was, if that is not what was saved.
+    """Say where the best held-out figure was, if that is not what was saved.
 
     Args:
         config: of the run.
         directory: the run directory.
-        figure: that is compared.
-        best: the step of its lowest value; None without held-out demonstrations.
+        objective: names the figure that is compared.
+        best: the step of its best value; None without held-out demonstrations.
         last: the run's last step.
     """
     if config.method != "value":
         return
+    figure, is_lowest = objective.best_by, objective.best_is == "lowest"
     what = "NLL" if figure == "nll" else figure.replace("_", " ")
     if best == 0:
         logger.warning(
-            "no checkpoint has a lower held-out %s than step 0, before any training: "
+            "no checkpoint has a %s held-out %s than step 0, before any training: "
             "try a lower optimizer.learning_rate or more data",
+            "lower" if is_lowest else "higher",
             what,
         )
     elif best not in (None, last):
         logger.info(
-            "the lowest held-out %s was at step %d; to export it: "
+            "the %s held-out %s was at step %d; to export it: "
             "python -m ivl_jax.checkpoint export-value %s OUT --step best",
+            objective.best_is,
             what,
             best,
             directory.path,

@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from etils import epath
 
 from ivl_jax.checkpoint import NoUsableCheckpointError, TrainCheckpointer
+from ivl_jax.checkpoint.export import _wanted_step
 from ivl_jax.manifest import MANIFEST_NAME
 from tests.checkpoint.saved_runs import abstract, folders, make_state, save, saved_run
 
@@ -26,6 +28,21 @@ def test_the_best_can_be_the_highest(tmp_path: Path) -> None:
             save(checkpointer, step, f=value)
         assert checkpointer.best_step() == 1
         assert checkpointer.steps() == [1, 3]
+
+
+def test_the_best_to_export_is_by_what_the_newest_checkpoint_goes_by(tmp_path: Path) -> None:
+    """Earlier versions went by the negative of a reward, which later ones do not record."""
+    with TrainCheckpointer(tmp_path, keep=3, metric="missed_reward") as checkpointer:
+        for step, reward in enumerate([0.1, 0.5]):
+            save(checkpointer, step, reward=reward, missed_reward=-reward)
+    later = {"keep": 3, "metric": "reward", "lower_is_better": False}
+    with TrainCheckpointer(tmp_path, **later) as checkpointer:
+        checkpointer.restore(abstract(make_state(0)))
+        save(checkpointer, 2, reward=0.9)
+        assert checkpointer.best_step() == 2
+        save(checkpointer, 3, reward=0.2)
+        assert checkpointer.best_step() == 2
+    assert _wanted_step(epath.Path(tmp_path), "best") == 2
 
 
 def test_without_a_metric_there_is_no_best(tmp_path: Path) -> None:

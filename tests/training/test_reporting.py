@@ -6,7 +6,11 @@ import logging
 
 import pytest
 
+from ivl_jax.config import TrainConfig
 from ivl_jax.training import reporting
+from ivl_jax.training.objectives.grpo import GRPO
+from ivl_jax.training.objectives.sft import SFT
+from ivl_jax.training.output import report_best
 from ivl_jax.training.reporting import Reporter, _evaluation_text
 from ivl_jax.training.rollouts import SamplingProgress
 from ivl_jax.training.run_directory import RunDirectory
@@ -56,3 +60,22 @@ def test_sampling_is_timed_apart_and_shown_while_it_takes_long(tmp_path, monkeyp
     assert timings["sampling_share"] == pytest.approx(120 / timings["seconds_per_step"])
     assert "tokens/s · sampling" in said[-1]
     assert "% of the time, 3 tokens/s · ETA" in said[-1]
+
+
+@pytest.mark.parametrize(
+    ("objective", "best", "said"),
+    [
+        (GRPO, 0, "no checkpoint has a higher held-out reward than step 0"),
+        (GRPO, 3, "the highest held-out reward was at step 3"),
+        (SFT, 0, "no checkpoint has a lower held-out NLL than step 0"),
+        (SFT, 3, "the lowest held-out NLL was at step 3"),
+        (SFT, 5, ""),
+    ],
+)
+def test_the_best_checkpoint_is_named_where_it_is_not_the_last(
+    tmp_path, caplog, objective, best, said
+):
+    caplog.set_level(logging.INFO, "ivl_jax")
+    report_best(TrainConfig(), RunDirectory(str(tmp_path)), objective, best=best, last=5)
+    assert said in caplog.text
+    assert bool(said) == bool(caplog.text)

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float32
 
 from ivl_jax.config import DistilConfig
 from ivl_jax.data.batching import Batch
+from ivl_jax.training.masked_sum import masked_sum
 from ivl_jax.training.objectives.objective import Objective, Sampling, Scores, Weights
 
 _SCORES = {"forward": "teacher_kl", "reverse": "teacher_reverse_kl", "js": "teacher_js"}
@@ -50,18 +51,14 @@ def make_distil(options: DistilConfig) -> Objective:
 
     def sums(batch: Batch, scores: Scores) -> Mapping[str, Float32[Array, ""]]:
         answers = jnp.asarray(batch.loss_mask)
-
-        def over(mask: Array, values: Array) -> Float32[Array, ""]:
-            return jnp.sum(jnp.where(mask, values.astype(jnp.float32), 0.0))
-
         found = {
-            "divergence": over(compared(batch), scores[name]),
+            "divergence": masked_sum(compared(batch), scores[name]),
             "compared": count(batch),
-            "nll": over(answers, -scores["log_prob"]),
-            "teacher_nll": over(answers, -scores["teacher_log_prob"]),
+            "nll": masked_sum(answers, -scores["log_prob"]),
+            "teacher_nll": masked_sum(answers, -scores["teacher_log_prob"]),
         }
         if "base_log_prob" in scores:
-            found["base_nll"] = over(answers, -scores["base_log_prob"])
+            found["base_nll"] = masked_sum(answers, -scores["base_log_prob"])
         return found
 
     return Objective(

@@ -32,6 +32,7 @@ from jaxtyping import Array, Bool, Float32, Int
 
 from ivl_jax.config import PreferenceConfig
 from ivl_jax.data.batching import Batch
+from ivl_jax.training.masked_sum import masked_sum
 from ivl_jax.training.objectives.objective import Objective, Scores, Weights
 from ivl_jax.training.objectives.segments import is_last, segment_totals
 
@@ -54,30 +55,26 @@ def make_dpo(options: PreferenceConfig) -> Objective:
 
     def loss(batch: Batch, scores: Scores) -> Float32[Array, ""]:
         pairs = _Pairs(batch)
-        preference = jnp.where(pairs.ends, _pair_loss(options, pairs, scores), 0.0)
-        nll = jnp.where(pairs.chosen, -scores["log_prob"] / pairs.length, 0.0)
-        return jnp.sum(preference) + options.sft_weight * jnp.sum(nll)
+        preference = masked_sum(pairs.ends, _pair_loss(options, pairs, scores))
+        nll = masked_sum(pairs.chosen, -scores["log_prob"] / pairs.length)
+        return preference + options.sft_weight * nll
 
     def sums(batch: Batch, scores: Scores) -> Mapping[str, Float32[Array, ""]]:
         pairs = _Pairs(batch)
-
-        def over(mask: Array, values: Array) -> Float32[Array, ""]:
-            return jnp.sum(jnp.where(mask, values, 0.0))
-
         log_prob, base = scores["log_prob"], scores["base_log_prob"]
         ratio = options.beta * (log_prob - base)
         margin = pairs.total(jnp.where(pairs.counted, pairs.sign * ratio, 0.0))
         return {
-            "preference": over(pairs.ends, _pair_loss(options, pairs, scores)),
-            "margin": over(pairs.ends, margin),
-            "preferred": over(pairs.ends, (margin > 0).astype(jnp.float32)),
-            "chosen_reward": over(pairs.chosen, ratio),
-            "rejected_reward": over(pairs.rejected, ratio),
-            "chosen_log_prob": over(pairs.chosen, log_prob),
-            "rejected_log_prob": over(pairs.rejected, log_prob),
-            "chosen_nll": over(pairs.chosen, -log_prob),
+            "preference": masked_sum(pairs.ends, _pair_loss(options, pairs, scores)),
+            "margin": masked_sum(pairs.ends, margin),
+            "preferred": masked_sum(pairs.ends, margin > 0),
+            "chosen_reward": masked_sum(pairs.chosen, ratio),
+            "rejected_reward": masked_sum(pairs.rejected, ratio),
+            "chosen_log_prob": masked_sum(pairs.chosen, log_prob),
+            "rejected_log_prob": masked_sum(pairs.rejected, log_prob),
+            "chosen_nll": masked_sum(pairs.chosen, -log_prob),
             "chosen_tokens": jnp.sum(pairs.chosen, dtype=jnp.float32),
-            "base_kl": over(pairs.counted, scores["base_kl"]),
+            "base_kl": masked_sum(pairs.counted, scores["base_kl"]),
             "pairs": jnp.sum(pairs.ends, dtype=jnp.float32),
         }
 

@@ -28,6 +28,7 @@ from jaxtyping import Array, Float32
 
 from ivl_jax.config import GrpoConfig
 from ivl_jax.data.batching import Batch
+from ivl_jax.training.masked_sum import masked_sum
 from ivl_jax.training.objectives.objective import Objective, Sampling, Scores, Weights
 from ivl_jax.training.objectives.segments import is_last, segment_totals
 
@@ -76,7 +77,7 @@ def make_grpo(options: GrpoConfig) -> Objective:
             return counted
         return counted / jnp.maximum(segment_totals(counted, jnp.asarray(batch.segment_ids)), 1.0)
 
-    def gains(batch: Batch) -> Array:
+    def advantages_of(batch: Batch) -> Array:
         """A; 0 for demonstrations, which are only evaluated."""
         if batch.advantages is None:
             return jnp.zeros(batch.tokens.shape, jnp.float32)
@@ -89,23 +90,24 @@ def make_grpo(options: GrpoConfig) -> Objective:
             return ones, jnp.zeros_like(ones, bool)
         ratio = jnp.exp(scores["log_prob"] - jnp.asarray(batch.sampled_log_probs))
         above, below = ratio > 1 + options.clip_high, ratio < 1 - options.clip_low
-        gain = gains(batch)
-        return ratio, ((gain > 0) & above) | ((gain < 0) & below)
+        advantage = advantages_of(batch)
+        return ratio, ((advantage > 0) & above) | ((advantage < 0) & below)
 
     def weigh(batch: Batch, first: Scores) -> Weights:
-        each, gain = share(batch), gains(batch)
+        each, advantage = share(batch), advantages_of(batch)
         if clips:
             # d ρ / d log p = ρ, and a clipped ρ is a constant.
             ratio, clipped = ratios(batch, first)
-            gain = jnp.where(clipped, 0.0, ratio * gain)
-        return {"log_prob": -gain * each, "base_kl": options.kl_weight * each}
+            advantage = jnp.where(clipped, 0.0, ratio * advantage)
+        return {"log_prob": -advantage * each, "base_kl": options.kl_weight * each}
 
     def loss(batch: Batch, scores: Scores) -> Float32[Array, ""]:
         ratio, _ = ratios(batch, scores)
         kept = jnp.clip(ratio, 1 - options.clip_low, 1 + options.clip_high)
-        surrogate = jnp.minimum(ratio * gains(batch), kept * gains(batch))
+        advantage = advantages_of(batch)
+        surrogate = jnp.minimum(ratio * advantage, kept * advantage)
         terms = options.kl_weight * scores["base_kl"] - surrogate
-        return jnp.sum(jnp.where(batch.loss_mask, terms * share(batch), 0.0))
+        return masked_sum(batch.loss_mask, terms * share(batch))
 
     def count(batch: Batch) -> Float32[Array, ""]:
         counted, ids = jnp.asarray(batch.loss_mask, jnp.float32), jnp.asarray(batch.segment_ids)
@@ -119,14 +121,12 @@ def make_grpo(options: GrpoConfig) -> Objective:
         return jnp.sum(ends, dtype=jnp.float32)
 
     def sums(batch: Batch, scores: Scores) -> Mapping[str, Float32[Array, ""]]:
-        def over(values: Array) -> Float32[Array, ""]:
-            return jnp.sum(jnp.where(batch.loss_mask, values.astype(jnp.float32), 0.0))
-
-        clipped = {"clipped": over(ratios(batch, scores)[1])} if clips else {}
+        answers = batch.loss_mask
+        clipped = {"clipped": masked_sum(answers, ratios(batch, scores)[1])} if clips else {}
         return {
-            "nll": over(-scores["log_prob"]),
-            "base_kl": over(scores["base_kl"]),
-            "entropy": over(scores["entropy"]),
+            "nll": masked_sum(answers, -scores["log_prob"]),
+            "base_kl": masked_sum(answers, scores["base_kl"]),
+            "entropy": masked_sum(answers, scores["entropy"]),
             **clipped,
         }
 
@@ -156,7 +156,8 @@ def make_grpo(options: GrpoConfig) -> Objective:
             rewarded=True,
             mask_truncated=options.mask_truncated,
         ),
-        best_by="missed_reward",
+        best_by="reward",
+        best_is="highest",
         shown=("reward", "kl", "entropy"),
         configure=lambda config: make_grpo(config.grpo),
     )

@@ -11,6 +11,7 @@ the gradient is taken while a chunk's logits exist, and no array of the vocabula
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from jaxtyping import Array, Float32
 
@@ -82,7 +83,9 @@ class Objective:
     sampling: Sampling | None = None
     """How the answers that it learns from are sampled; None: it learns from those of the rows."""
     best_by: str = "nll"
-    """The figure of held-out evaluations whose lowest value makes the best checkpoint."""
+    """The figure of held-out evaluations that decides which checkpoint is the best."""
+    best_is: Literal["lowest", "highest"] = "lowest"
+    """Which value of that figure is the best."""
     shown: tuple[str, ...] = ("nll",)
     """Figures that the line of a step shows beside the loss."""
     configure: "Callable[[TrainConfig], Objective] | None" = None

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
 from ivl_jax.data.batching import Batch
+from ivl_jax.training.masked_sum import masked_sum
 from ivl_jax.training.objectives.objective import Objective, Scores, Weights
 
 
@@ -23,13 +24,14 @@ def _count(batch: Batch) -> Float32[Array, ""]:
 
 
 def _sums(batch: Batch, scores: Scores) -> dict[str, Float32[Array, ""]]:
-    def counted(name: str, sign: float) -> Float32[Array, ""]:
-        return jnp.sum(jnp.where(batch.loss_mask, sign * scores[name].astype(jnp.float32), 0.0))
-
-    sums = {"nll": counted("log_prob", -1.0), "correct": counted("top1", 1.0)}
+    counted = batch.loss_mask
+    sums = {
+        "nll": masked_sum(counted, -scores["log_prob"]),
+        "correct": masked_sum(counted, scores["top1"]),
+    }
     if "base_log_prob" in scores:
-        sums["base_nll"] = counted("base_log_prob", -1.0)
-        sums["base_correct"] = counted("base_top1", 1.0)
+        sums["base_nll"] = masked_sum(counted, -scores["base_log_prob"])
+        sums["base_correct"] = masked_sum(counted, scores["base_top1"])
     return sums
 
 
