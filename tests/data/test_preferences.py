@@ -182,7 +182,7 @@ def test_pairs_whose_tokens_are_equal_are_left_out_and_counted(
     chat = make_chat_format(load_tokenizer(stories260k_dir), template="plain")
     found = {}
     for files in ((rows,), (rows, str(same))):
-        source = DemonstrationSource(files, row_format="preference", validation_fraction=0)
+        source = DemonstrationSource(files, row_format="preference", validation_fraction=0.0)
         stored = store_demonstrations(source, data_dir=tmp_path / "data").open("train")
         for cache_dir in (None, tmp_path / "data", tmp_path / "data"):
             caplog.clear()
