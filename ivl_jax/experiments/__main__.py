@@ -78,7 +78,10 @@ def _run(arguments: Sequence[str]) -> None:
         if (file := measured / f"{measurement.name}.json").exists()
     }
     options.docs.mkdir(parents=True, exist_ok=True)
-    figures_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    if figures or not figures_file.exists():
+        figures_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    else:  # without any, the committed ones are shown
+        figures = json.loads(figures_file.read_text(encoding="utf-8"))
     write_report(figures, options.docs, seeds=options.seeds)
     logger.info("report: %s", options.docs / "experiments.md")
 

@@ -85,12 +85,12 @@ def proxy_on(base: Base) -> Callable[[int], Measurement]:
 
 
 def write_report(figures: Figures, docs: Path, *, seeds: Sequence[int]) -> None:
-    """Writes the page and its figures.
+    """Writes the pages and their figures.
 
     Args:
         figures: Measurement's name → its record.
-        docs: Folder of the page; if it has an `experiments_notes.md`, that is appended, with its
-            numbers filled in and its claims checked.
+        docs: Folder of the pages; if it has an `experiments_notes.md`, that is appended, with its
+            numbers filled in and its claims checked; a `results_notes.md` becomes `results.md`.
         seeds: Of the trainings.
 
     Raises:
@@ -135,17 +135,22 @@ def write_report(figures: Figures, docs: Path, *, seeds: Sequence[int]) -> None:
         "## Strength\n\n![Strength](strengths.png)",
         references_section(docs / RECORD),
     ]
-    notes = docs / "experiments_notes.md"
-    if notes.exists():
+    complete = all(measurement.name in figures for measurement in matrix.measurements(tuple(seeds)))
+
+    def filled(page: str) -> str:
+        """The notes of a page with its numbers; empty: it has none."""
+        notes = docs / f"{page}_notes.md"
+        if not notes.exists():
+            return ""
         lookup = make_lookup(figures, seeds, record_file=record_file)
         template = notes.read_text(encoding="utf-8").strip()
-        complete = all(
-            measurement.name in figures for measurement in matrix.measurements(tuple(seeds))
-        )
-        missing = "error" if complete else "dash"
-        sections.append(fill_notes(template, lookup, missing=missing))
+        return fill_notes(template, lookup, missing="error" if complete else "dash")
+
+    sections.append(filled("experiments"))
     text = "\n\n".join(section for section in sections if section) + "\n"
     (docs / "experiments.md").write_text(text, encoding="utf-8")
+    if results := filled("results"):
+        (docs / "results.md").write_text(results + "\n", encoding="utf-8")
     update_page(docs)
 
 

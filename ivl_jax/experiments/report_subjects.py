@@ -79,7 +79,8 @@ def make_lookup(
 
     Returns:
         (subject, figure) → values by seed. Figures are `nll`, `validation_nll`, `ratio` (share of
-        the fine-tuned base's gain in NLL), `facts` and `new_facts`.
+        the fine-tuned base's gain in NLL), `facts`, `new_facts` and `recalled` (facts answered as a
+        share of what the base recalls).
     """
     known = subjects()
 
@@ -95,6 +96,9 @@ def make_lookup(
         if subject not in known:
             raise KeyError(f"{subject}: expected one of {', '.join(sorted(known))}")
         base, make = known[subject]
+        if figure == "recalled":
+            recalled = measured(known[base][1], "recall")
+            return tuple(each / recalled[0] for each in measured(make, "exact_match") if recalled)
         if figure != "ratio":
             return measured(make, _KEYS.get(figure, figure))
         alone, tuned = (measured(known[name][1], "nll") for name in (base, f"{base}-tuned"))
