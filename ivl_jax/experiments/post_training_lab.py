@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ivl_jax import post_training
 from ivl_jax.assets import family_folder
 from ivl_jax.checkpoint import load_value
@@ -30,6 +28,7 @@ from ivl_jax.experiments.demo_post_training import (
 from ivl_jax.experiments.demonstrations import Item, items_hash, select, write_demonstrations
 from ivl_jax.experiments.kept_results import kept_record, train_once
 from ivl_jax.experiments.measure import answers, exact_match, family_map, running_texts
+from ivl_jax.experiments.pair_figures import pair_figures
 from ivl_jax.experiments.post_training_configs import (
     Inputs,
     Settings,
@@ -86,10 +85,8 @@ class PostTrainingLaboratory:
         Returns:
             `exact_match` (share of questions answered word for word), `nll` of the right answers
             and `kl`, KL(model ‖ base), both in nats per token of the right answers; after a run
-            also `learning_rate`, and of the held-out pairs `pair_accuracy`, the share in which the
-            right answer gained more over the base than the wrong one, `pair_margin`, by how much
-            (nats), and `pair_order`, the share in which the right answer is the more likely one; of
-            a base `facts_known`, the share that its own statements complete.
+            also `learning_rate`, and `pair_figures` of the held-out pairs; of a base
+            `facts_known`, the share that its own statements complete.
 
         Raises:
             InterruptedTrainingError: a training was stopped.
@@ -286,14 +283,9 @@ class PostTrainingLaboratory:
         pairs = [json.loads(line) for line in lines]
         given = [(pair["prompt"], pair[side]) for pair in pairs for side in ("chosen", "rejected")]
         scores = score_answers(scorer, given)
-        log_prob = scores.log_prob.reshape(-1, 2)
-        margin = np.diff(scores.base_log_prob.reshape(-1, 2) - log_prob)
-        return {
-            "pairs": len(pairs),
-            "pair_accuracy": float(np.mean(margin > 0)),
-            "pair_margin": float(np.mean(margin)),
-            "pair_order": float(np.mean(log_prob[:, 0] > log_prob[:, 1])),
-        }
+        persons = {item.question: item.group for item in self._facts}
+        log_prob, base = scores.log_prob.reshape(-1, 2), scores.base_log_prob.reshape(-1, 2)
+        return pair_figures(pairs, persons, log_prob, base)
 
     def _models(self, measurement: Measurement) -> tuple[ComposedModel, ComposedModel]:
         """The model that answers, and the same one over its base for scores."""

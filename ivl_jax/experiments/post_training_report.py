@@ -153,7 +153,23 @@ def _targets(table: Table) -> str:
 of their statement, less the share that S with the SFT value network answers. A gain is over SFT of
 the same base and seed. Met *by the mean*: the interval includes less than the target; *without an
 interval*: fewer than two seeds."""
-    return _wrapped(note) + "\n\n" + markdown(["what", "target", "measured", "met"], rows)
+    shown = markdown(["what", "target", "measured", "met"], rows)
+    return "\n\n".join([_wrapped(note), shown, *_wrong_values(table)])
+
+
+def _wrong_values(table: Table) -> list[str]:
+    """What DPO's accuracy on pairs is made of; nothing, if that has not been measured."""
+    share, value, person = (
+        table.over_seeds(on("S", "dpo"), key)
+        for key in ("pair_share_value", "pair_accuracy_value", "pair_accuracy_person")
+    )
+    if not share.values:
+        return []
+    text = f"""Of S's held-out pairs, {share.show("{:.0%}")} have a wrong answer that names the
+right person and differs in the value alone; there DPO's accuracy is {value.show("{:.0%}")}, and in
+the others, which can be told from the question, {person.show("{:.0%}")}. Which value is right only
+the base knows, and a gain over the base is what the value network adds to that."""
+    return [_wrapped(text)]
 
 
 def _to_gain(table: Table) -> list[str]:

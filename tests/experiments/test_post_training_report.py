@@ -112,6 +112,15 @@ def test_a_target_is_met_by_the_figure_itself_and_its_certainty_is_shown() -> No
     assert verdict == "yes, by the mean"
 
 
+def test_the_accuracy_on_pairs_is_told_apart_by_what_is_wrong() -> None:
+    split = {"pair_share_value": 0.25, "pair_accuracy_value": 0.5, "pair_accuracy_person": 0.9}
+    name = value_on("S", "dpo", 0).name
+    shown = " ".join(section(record(FIGURES | {name: FIGURES[name] | split})).split())
+    assert "25% have a wrong answer that names the right person" in shown
+    assert "there DPO's accuracy is 50%, and in the others, which can be told from" in shown
+    assert "names the right person" not in section(record())
+
+
 def test_a_best_learning_rate_at_the_edge_of_its_sweep_is_pointed_out() -> None:
     rates = ALONE_RATES["grpo"]
 
