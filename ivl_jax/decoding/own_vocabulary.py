@@ -25,7 +25,7 @@ from ivl_jax.vocabulary.retokenize import (
     backward_pairs,
     forward_pairs,
 )
-from ivl_jax.vocabulary.special_tokens import SpecialPairs
+from ivl_jax.vocabulary.special_tokens import SpecialPairs, base_stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -132,12 +132,7 @@ def make_own_vocabulary(
         tokenizer=tokenizer,
         chat_template=chat_template,
         special_pairs=special_pairs,
-        # The token that begins a text may be the one that ends texts; it does not end this one.
-        stop_ids=tuple(
-            base_id
-            for role, base_id, value_id in special_pairs
-            if value_id in value_stop_ids and role != "begin"
-        ),
+        stop_ids=base_stop_ids(special_pairs, value_stop_ids),
     )
 
 

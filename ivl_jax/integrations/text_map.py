@@ -15,6 +15,7 @@ from ivl_jax.text_codec import TextCodec
 from ivl_jax.tokenizer import describe_tokenizer
 from ivl_jax.vocabulary.mapping import check_vocabulary_map, load_vocabulary_map
 from ivl_jax.vocabulary.retokenize import Retokenizer, forward_pairs
+from ivl_jax.vocabulary.special_tokens import base_stop_ids
 
 
 class TextMap:
@@ -83,8 +84,4 @@ class TextMap:
             Base ids, for the `eos_token_id` of `generate`.
         """
         own = {value_stop_ids} if isinstance(value_stop_ids, int) else set(value_stop_ids)
-        return [
-            base_id
-            for role, base_id, value_id in self._special_pairs
-            if value_id in own and role != "begin"
-        ]
+        return list(base_stop_ids(self._special_pairs, own))

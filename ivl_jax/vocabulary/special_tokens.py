@@ -5,7 +5,7 @@ running text, so counting cannot pair them; and without a paired end token, deco
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from ivl_jax.tokenizer import TokenizerInfo
 
@@ -78,6 +78,28 @@ def pair_special_tokens(
         pairs[base_id] = ("by hand", value_id)
     _warn_of_missing_ends(pairs, base, value, value_turns, base_name, value_name)
     return tuple((role, base_id, value_id) for base_id, (role, value_id) in sorted(pairs.items()))
+
+
+def base_stop_ids(pairs: SpecialPairs, value_stop_ids: Collection[int]) -> tuple[int, ...]:
+    """The base's ids that stand for what ends the value network's texts.
+
+    Args:
+        pairs: of `pair_special_tokens`.
+        value_stop_ids: the value network's own ids that end a text or a turn.
+
+    Returns:
+        Base ids. The token that begins a text may be the one that ends the value network's texts;
+        in the base's text it ends nothing.
+
+    Example:
+        >>> base_stop_ids((("begin", 1, 9), ("end", 2, 9), ("turn end", 3, 8)), [9])
+        (2,)
+    """
+    return tuple(
+        base_id
+        for role, base_id, value_id in pairs
+        if value_id in value_stop_ids and role != "begin"
+    )
 
 
 def _turn_ends(info: TokenizerInfo) -> tuple[int, ...]:
