@@ -91,6 +91,8 @@ class PromptReader:
             name = names[row] if names else f"prompt {row}"
             try:
                 token_ids, begins = self._token_ids(prompt)
+                # Before it is read again for value networks with their own vocabulary.
+                self._check_length(token_ids)
                 encoded.append(self._encode(prompt, token_ids, option, row))
                 self._check(encoded[-1])
             except ValueError as error:
@@ -159,14 +161,18 @@ class PromptReader:
         if strange := [i for i in dict(option.logit_bias) if not 0 <= i < known]:
             raise ValueError(f"logit_bias: token ids outside [0, {known}): {strange[:5]}")
 
-    def _check(self, prompt: EncodedPrompt) -> None:
-        """Raise unless this prompt can be decoded."""
-        length, known = len(prompt.token_ids), self.base.info.vocab_size
+    def _check_length(self, token_ids: Sequence[int]) -> None:
+        """Raise if a prompt has more tokens than the context."""
+        length = len(token_ids)
         if length > self.context:
             raise PromptTooLongError(
                 f"{length} tokens are {length - self.context} more than the context of "
                 f"{self.context} tokens (that of {self.context_of}): shorten the prompt"
             )
+
+    def _check(self, prompt: EncodedPrompt) -> None:
+        """Raise unless this prompt, which is not too long for the base, can be decoded."""
+        known = self.base.info.vocab_size
         mapped = [own for own in self.own_vocabularies if own]
         for own, text in zip(mapped, prompt.own_texts, strict=True):
             if len(text.tokens) > own.context:

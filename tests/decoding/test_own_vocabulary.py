@@ -16,6 +16,7 @@ from ivl_jax.decoding.capacity import EngineLimits
 from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.device.sampling import Sampling, row_keys, sample_tokens
 from ivl_jax.decoding.own_vocabulary import (
+    OwnVocabulary,
     TextReader,
     base_chat_format,
     expected_slots,
@@ -271,6 +272,15 @@ def test_a_prompt_beyond_the_values_own_context_is_refused_by_name(swapped):
     model, _ = swapped
     with pytest.raises(PromptTooLongError, match=r"more than the context of 64 .*its own vocabul"):
         model.generate(["word " * 70])
+
+
+def test_a_prompt_beyond_the_bases_context_is_not_read_for_the_values(swapped, monkeypatch):
+    model, _ = swapped
+    read = []
+    monkeypatch.setattr(OwnVocabulary, "read_prompt", lambda *given: read.append(given))
+    with pytest.raises(PromptTooLongError, match=r"1 more than the context of \d+ tokens"):
+        model.prepare([[5] * (model.context + 1)])
+    assert read == []
 
 
 def test_maps_and_schemes_that_do_not_fit_are_refused_with_both_names(stories260k_dir):
