@@ -70,6 +70,8 @@ class PostTrainingLaboratory:
         self._facts = [item for item in items if item.kind == "fact"]
         self._demonstrations: dict[int, Mapping[str, Path]] = {}
         self._questions: dict[str, Path] = {}
+        # By runs with a learning rate: a chain of runs would hash each of its links many times.
+        self._outputs: dict[Run, Path] = {}
         (self._work_dir / "inputs").mkdir(parents=True, exist_ok=True)
         for split in ("train", "validation"):
             asked = select(self._facts, split)
@@ -196,9 +198,11 @@ class PostTrainingLaboratory:
     def _output(self, run: Run) -> Path:
         """The folder that a run makes; its name holds a hash of the run's settings."""
         run = self._with_rate(run)
-        key = settings_key(self._config_without_folder(run), work_dir=self._work_dir)
-        folder = self._work_dir / "trained" / f"{run.name}-{key[:_KEY]}"
-        return folder / ("model" if run.alone else "value")
+        if run not in self._outputs:
+            key = settings_key(self._config_without_folder(run), work_dir=self._work_dir)
+            folder = self._work_dir / "trained" / f"{run.name}-{key[:_KEY]}"
+            self._outputs[run] = folder / ("model" if run.alone else "value")
+        return self._outputs[run]
 
     def _file_of(self, measurement: Measurement) -> tuple[Path, dict[str, str], Measurement]:
         """A measurement's file, hashes of what it is about, and its run with a learning rate."""
