@@ -75,7 +75,6 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
     return Made(tmp_path)
 
 
-@pytest.mark.slow
 def test_every_run_of_the_plan_has_a_complete_config(made) -> None:
     runs = {one.run for one in measurements() if one.run is not None}
     for run in runs:
