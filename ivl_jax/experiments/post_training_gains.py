@@ -118,6 +118,27 @@ class Table:
         theirs = self._gains(borrowed, starts[0], key)
         return _ratio_of_means(theirs, self._gains(own, starts[1], key))
 
+    def carried_more_than(
+        self, borrowed: Make, own: Make, starts: tuple[Make, Make], key: str
+    ) -> float | None:
+        """A bound for what is carried where the gain to divide by is too small for a ratio.
+
+        Args:
+            borrowed: As in `carried`, like the others.
+            own: The model whose gain is too small.
+            starts: What each of them gained over.
+            key: The figure, a share.
+
+        Returns:
+            The mean borrowed gain over `LEAST_GAIN`, which the own gain does not reach; None where
+            a gain is missing, where there is a ratio, or where nothing was gained.
+        """
+        theirs, ours = self._gains(borrowed, starts[0], key), self._gains(own, starts[1], key)
+        if not theirs or not ours or _ratio_of_means(theirs, ours).values:
+            return None
+        gain = statistics.fmean(theirs.values())
+        return gain / LEAST_GAIN if gain > 0 else None
+
     def kept(self, make: Make, whole: Make, base: Model, key: str) -> Estimate:
         """Share of a teacher's gain over the base that arrives in a student.
 

@@ -121,6 +121,16 @@ def test_the_accuracy_on_pairs_is_told_apart_by_what_is_wrong() -> None:
     assert "names the right person" not in section(record())
 
 
+def test_an_own_gain_too_small_to_divide_by_gives_a_bound() -> None:
+    small = {alone("L", "grpo", 0).name: figures(0.23)}  # 3 points over its SFT
+    text = section(record(FIGURES | small))
+    assert row(text, "SFT → GRPO, L (facts)")[2:4] == ["3.0%", "> 7.20"]  # 36 points over 5
+    assert row(text, "GRPO carried to L")[1:] == ["≥ 0.8", "> 7.20", "yes, by the mean"]
+    lost = small | {value_on("L", "grpo", seed).name: figures(0.3) for seed in SEEDS}
+    text = section(record(FIGURES | lost))
+    assert row(text, "GRPO carried to L")[1:] == ["≥ 0.8", "–", "–"]
+
+
 def test_a_best_learning_rate_at_the_edge_of_its_sweep_is_pointed_out() -> None:
     rates = ALONE_RATES["grpo"]
 
