@@ -11,7 +11,8 @@ The public names, loaded on first use (importing them all takes seconds):
 
 Stages: `load_model`, `save_model`, `load_config`, `train`, `load_value`, `save_value`, `compose`,
 `push_to_hub`.
-Records: `GenerationOptions`, `Message`, `Generation`; `EngineLimits` for `model.engine`.
+Records: `GenerationOptions`, `StrengthPolicy`, `Message`, `Generation`; `EngineLimits` for
+`model.engine`.
 Mathematics, pure: `compose_logits`, `value_forward`, `value_penalty`.
 """
 
@@ -23,7 +24,7 @@ from ivl_jax.version import __version__ as __version__
 if TYPE_CHECKING:
     from ivl_jax.checkpoint import ValueNetwork, load_value, push_to_hub, save_value
     from ivl_jax.composition import compose_logits, value_forward, value_penalty
-    from ivl_jax.config import GenerationOptions, TrainConfig, load_config
+    from ivl_jax.config import GenerationOptions, StrengthPolicy, TrainConfig, load_config
     from ivl_jax.data.formats import Message
     from ivl_jax.decoding.capacity import EngineLimits
     from ivl_jax.decoding.compose import compose
@@ -39,6 +40,7 @@ __all__ = [
     "GenerationOptions",
     "LanguageModel",
     "Message",
+    "StrengthPolicy",
     "TrainConfig",
     "ValueNetwork",
     "compose",
@@ -60,6 +62,7 @@ _HOMES = {
     "GenerationOptions": "ivl_jax.config:GenerationOptions",
     "Message": "ivl_jax.data.formats:Message",
     "LanguageModel": "ivl_jax.weights.language_model:LanguageModel",
+    "StrengthPolicy": "ivl_jax.config:StrengthPolicy",
     "TrainConfig": "ivl_jax.config:TrainConfig",
     "ValueNetwork": "ivl_jax.checkpoint:ValueNetwork",
     "compose": "ivl_jax.decoding.compose:compose",

@@ -26,6 +26,7 @@ from ivl_jax.composed.network import (
     known_tokens,
 )
 from ivl_jax.composed.own_prefixes import OwnPrefixes, run_prefixes
+from ivl_jax.composed.strength_policies import RowPolicies, strength_shares
 from ivl_jax.composition import SchemeInputs, compose_logits, value_hidden
 from ivl_jax.model.decoder import Params, hidden_states, logits_from_hidden
 from ivl_jax.model.kv_cache import KVCache
@@ -322,6 +323,7 @@ def compose(
     logits: NetworkLogits,
     *,
     strengths: Float[Array, "#B M"],
+    policies: RowPolicies | None = None,
 ) -> Float32[Array, "B T V"]:
     """Add the value networks' logits to the base's.
 
@@ -331,23 +333,34 @@ def compose(
         logits: from `network_logits`; a draft's logits, in the base's columns, may replace the
             base's.
         strengths: [B M] α of each value network, or one row for all.
+        policies: strength policies by name, which say how much of α applies at each position;
+            None: all of it.
 
     Returns:
         Composed logits in float32, −inf in the padding columns.
     """
-    each = zip(composition.values, arrays, logits.values, strict=True)
-    terms = [
-        ValueTerm(
-            value_logits,
-            strengths[:, index],
-            network.vocab_size,
-            unknown_ids=None if network.mapped else value.unknown_ids,
-            vocabulary_map=value.vocabulary_map,
-            centred=network.centred,
-        )
-        for index, (network, value, value_logits) in enumerate(each)
-    ]
-    return compose_logits(logits.base, terms, vocab_size=composition.base.vocab_size)
+    size = composition.base.vocab_size
+
+    def at(alphas: Float[Array, "... M"]) -> Float32[Array, "B T V"]:
+        each = zip(composition.values, arrays, logits.values, strict=True)
+        terms = [
+            ValueTerm(
+                value_logits,
+                alphas[..., index],
+                network.vocab_size,
+                unknown_ids=None if network.mapped else value.unknown_ids,
+                vocabulary_map=value.vocabulary_map,
+                centred=network.centred,
+            )
+            for index, (network, value, value_logits) in enumerate(each)
+        ]
+        return compose_logits(logits.base, terms, vocab_size=size)
+
+    composed = at(strengths)
+    if not policies:
+        return composed
+    shares = strength_shares(policies, compose_logits(logits.base, (), vocab_size=size), composed)
+    return at(strengths[:, None, :] * shares[:, :, None])
 
 
 def head_logits(

@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
+from ivl_jax.composed.distributions import entropy, js_divergence, kl_divergence
 from ivl_jax.composed.forward import HiddenStates, NetworkLogits, compose, network_logits
 from ivl_jax.composed.network import ComposedParams, Composition
+from ivl_jax.composed.strength_policies import RowPolicies
 from ivl_jax.composition import compose_logits, value_penalty
 from ivl_jax.vocabulary.value_term import real_columns
 
@@ -108,6 +110,7 @@ def score_positions(
     *,
     strengths: Float[Array, "#B M"],
     names: Sequence[str],
+    policies: RowPolicies | None = None,
     teacher_logits: Float32[Array, "B T V2"] | None = None,
     temperature: float = 1.0,
 ) -> dict[str, Array]:
@@ -120,6 +123,7 @@ def score_positions(
         targets: [B T] the token that follows each.
         strengths: [B M] α of each value network, or one row for all.
         names: keys of `SCORES`; only these are computed.
+        policies: strength policies by name; None: constant strengths.
         teacher_logits: of a teacher at the same positions, for scores that compare with one.
         temperature: composed logits and the base's are divided by it, so that scores are those of
             the distribution that is sampled at this temperature; value logits are not.
@@ -128,7 +132,7 @@ def score_positions(
         Name → scores [B T]; [B T M] for `value_l1` and `value_l2`.
     """
     logits = network_logits(composition, params, hidden)
-    composed = compose(composition, params.values, logits, strengths=strengths)
+    composed = compose(composition, params.values, logits, strengths=strengths, policies=policies)
     composed = at_temperature(composed, temperature)
     at = PositionLogits(composition, composed, logits, targets, teacher_logits, temperature)
     return {name: SCORES[name](at) for name in names}
@@ -162,41 +166,6 @@ def candidate_scores(
     chosen = jnp.take_along_axis(logits, candidates, axis=-1)
     log_sum = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     return chosen - log_sum, chosen >= jnp.max(logits, axis=-1, keepdims=True)
-
-
-def entropy(logits: Float32[Array, "*B V"]) -> Float32[Array, "*B"]:
-    """−Σ p log p in nats; columns of −inf count as 0."""
-    log_p = jax.nn.log_softmax(logits)
-    real = jnp.isfinite(log_p)
-    return -jnp.sum(_masked_exp(log_p, real) * jnp.where(real, log_p, 0.0), axis=-1)
-
-
-def kl_divergence(
-    logits: Float32[Array, "*B V"], other: Float32[Array, "*B V"]
-) -> Float32[Array, "*B"]:
-    """KL(softmax(logits) ‖ softmax(other)) in nats; columns of −inf in both count as 0."""
-    log_p, log_q = jax.nn.log_softmax(logits), jax.nn.log_softmax(other)
-    real = jnp.isfinite(log_p)
-    gap = jnp.where(real, log_p, 0.0) - jnp.where(real, log_q, 0.0)
-    return jnp.sum(_masked_exp(log_p, real) * gap, axis=-1)
-
-
-def js_divergence(
-    logits: Float32[Array, "*B V"], other: Float32[Array, "*B V"]
-) -> Float32[Array, "*B"]:
-    """½ KL(p ‖ m) + ½ KL(q ‖ m) in nats, m the mean of both; at most log 2.
-
-    Example:
-        >>> far_apart = jnp.array([[0.0, 99.0]]), jnp.array([[99.0, 0.0]])
-        >>> round(float(js_divergence(*far_apart)[0] / math.log(2)), 4)
-        1.0
-    """
-    log_p, log_q = jax.nn.log_softmax(logits), jax.nn.log_softmax(other)
-    real = jnp.isfinite(log_p)
-    log_p, log_q = jnp.where(real, log_p, 0.0), jnp.where(real, log_q, 0.0)
-    log_mean = jnp.logaddexp(log_p, log_q) - math.log(2)
-    terms = jnp.exp(log_p) * (log_p - log_mean) + jnp.exp(log_q) * (log_q - log_mean)
-    return jnp.sum(jnp.where(real, terms, 0.0), axis=-1) / 2
 
 
 def choose_chunk_length(
@@ -249,8 +218,3 @@ def _chosen(logits: Float32[Array, "*B V"], targets: Int[Array, "*B"]) -> Float3
     columns = jnp.arange(logits.shape[-1], dtype=targets.dtype)
     columns = columns.reshape((1,) * (logits.ndim - 1) + (-1,))
     return jnp.sum(jnp.where(columns == targets[..., None], logits, 0.0), axis=-1)
-
-
-def _masked_exp(log_p: Array, real: Array) -> Array:
-    """Exp, 0 where not real; so is its gradient, which 0 · −inf would make NaN."""
-    return jnp.where(real, jnp.exp(jnp.where(real, log_p, 0.0)), 0.0)

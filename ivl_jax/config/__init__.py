@@ -38,6 +38,14 @@ from ivl_jax.config.model import (
 from ivl_jax.config.objectives import DistilConfig, GrpoConfig, PreferenceConfig
 from ivl_jax.config.processes import ProcessesConfig
 from ivl_jax.config.serve import NamedModel, ServeConfig, check_serve_config, is_model_name
+from ivl_jax.config.strength import (
+    CONSTANT,
+    FULL_STRENGTH,
+    LARGEST_SCALE,
+    SMALLEST_SCALE,
+    StrengthPolicy,
+    policy_scale_problem,
+)
 from ivl_jax.config.train import (
     BaseConfig,
     LoggingConfig,
@@ -55,10 +63,14 @@ from ivl_jax.config.value import CONNECTIONS, LoraConfig, LoraTargets, ValueConf
 
 __all__ = [
     "CONNECTIONS",
+    "CONSTANT",
+    "FULL_STRENGTH",
     "LARGEST_LOGIT_BIAS",
+    "LARGEST_SCALE",
     "LONGEST_DRAFT",
     "MOST_LOGIT_BIASES",
     "NGRAM_DRAFT",
+    "SMALLEST_SCALE",
     "AttentionName",
     "BaseConfig",
     "ComposedModelConfig",
@@ -87,6 +99,7 @@ __all__ = [
     "RuntimeConfig",
     "ServeConfig",
     "StepConfig",
+    "StrengthPolicy",
     "TrackerName",
     "TrainConfig",
     "ValueConfig",
@@ -102,6 +115,7 @@ __all__ = [
     "logit_bias_problem",
     "model_problems",
     "options_with",
+    "policy_scale_problem",
     "require",
     "strength_problem",
     "train_config_of",

@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 
 from ivl_jax.config.annotations import NoFlag, Repeatable
 from ivl_jax.config.checks import ConfigError, found
+from ivl_jax.config.strength import StrengthPolicy
 
 LARGEST_STRENGTH = 1e4
 """With value logits of 100 the product is 10⁶, where float32 has a spacing of 0.06: beyond that the
@@ -87,6 +88,8 @@ class GenerationOptions:
     """Token ids that end the generation, in addition to the models' own."""
     strengths: NoFlag[Sequence[float] | None] = None
     """α of each value network; None: those of the composed model."""
+    strength_policy: NoFlag[StrengthPolicy | None] = None
+    """How much of the strengths applies at each position; None: as the composed model says."""
     log_probs: NoFlag[int | None] = None
     """Log-probabilities (nats) of the generated tokens under the composed distribution, before
     logit bias, temperature, top-k, top-p and min-p. None: none; 0: of the tokens themselves; k:
@@ -139,6 +142,7 @@ class GenerationKeywords(TypedDict, total=False):
     stop: str | Sequence[str]
     stop_ids: int | Sequence[int]
     strengths: float | Sequence[float] | None
+    strength_policy: StrengthPolicy | None
     log_probs: int | None
     logit_bias: Mapping[int, float | int]
 
@@ -248,6 +252,9 @@ def _to_float(value: Any) -> float | int:
 _INTEGER = _Kind("an integer", _is_integer, int)
 _NUMBER = _Kind("a number", _is_number, _to_float)
 _STRING = _Kind("a string", lambda value: isinstance(value, str), str)
+_POLICY = _Kind(
+    "a StrengthPolicy", lambda value: isinstance(value, StrengthPolicy), lambda value: value
+)
 _KINDS = {
     "max_new_tokens": _INTEGER,
     "temperature": _NUMBER,
@@ -258,6 +265,7 @@ _KINDS = {
     "stop": dataclasses.replace(_STRING, several=True),
     "stop_ids": dataclasses.replace(_INTEGER, expected="a token id", several=True),
     "strengths": dataclasses.replace(_NUMBER, several=True, optional=True),
+    "strength_policy": dataclasses.replace(_POLICY, optional=True),
     "log_probs": dataclasses.replace(_INTEGER, optional=True),
     "logit_bias": _Kind("a mapping from token ids to numbers", _is_logit_bias, _to_pairs),
 }

@@ -10,6 +10,7 @@ from typing import Literal
 from ivl_jax.config.annotations import Repeatable
 from ivl_jax.config.checks import require, require_numbers
 from ivl_jax.config.generation import strength_problem
+from ivl_jax.config.strength import CONSTANT, StrengthPolicy, policy_scale_problem
 
 DType = Literal["float32", "bfloat16", "float16"]
 AttentionName = Literal["auto", "plain", "blocked", "splash", "cudnn"]
@@ -75,6 +76,12 @@ class ComposedModelConfig:
     strength: Repeatable[tuple[float, ...]] = ()
     """α in z = z_base + Σ α · z_value, one per value in the same order (default 1); 0 gives the
     base, a negative α steers away from the value."""
+    strength_policy: str = CONSTANT
+    """How much of α applies at each position: `constant`, all of it; `entropy`, α · H / (H + scale)
+    with H the entropy of the base's prediction; `kl`, α · scale / (scale + D) with D the KL
+    divergence of the composition at α from the base. α is then the most that applies."""
+    policy_scale: float = 1.0
+    """The H or D at which half of α applies, in nats; with `entropy` and `kl`."""
     map: Repeatable[tuple[str, ...]] = ()
     """Vocabulary map of a value whose tokenizer differs from the base's, built by `python -m
     ivl_jax.vocabulary build`; one per value in the same order, `none` for those without. For
@@ -108,6 +115,8 @@ class ComposedModelConfig:
         for alpha in self.strength:
             problem = strength_problem(alpha)
             require(problem is None, f"--strength {problem}")
+        problem = policy_scale_problem(self.policy_scale)
+        require(problem is None, f"--policy-scale {problem}")
         require_numbers(self)
         require(
             0 <= self.draft_length <= LONGEST_DRAFT,
@@ -118,6 +127,11 @@ class ComposedModelConfig:
     def values(self) -> tuple[str, ...]:
         """The value networks; none with `--value none`."""
         return tuple(path for path in self.value if path != "none")
+
+    @property
+    def policy(self) -> StrengthPolicy:
+        """How much of the strengths applies at each position."""
+        return StrengthPolicy(self.strength_policy, self.policy_scale)
 
     @property
     def draft_model(self) -> str:
@@ -141,8 +155,13 @@ def model_problems(model: ComposedModelConfig) -> list[str]:
         problems.append("--base is missing: name a Hugging Face folder or hub id")
     if model.draft_length and not model.draft:
         problems.append(f"--draft-length {model.draft_length} needs --draft")
+    if model.policy_scale != 1 and model.policy.is_constant:
+        problems.append(
+            f"--policy-scale {model.policy_scale:g} needs --strength-policy entropy or kl"
+        )
     if "none" in model.value:
         unused = [f"--value {path}" for path in model.values]
+        unused += [] if model.policy.is_constant else [f"--strength-policy {model.policy.name}"]
         unused += [f"--strength {alpha}" for alpha in model.strength]
         unused += [f"--map {path}" for path in model.map if path != "none"]
         if unused:

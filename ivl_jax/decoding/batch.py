@@ -24,7 +24,6 @@ from ivl_jax.decoding.device.state import DecodeState
 from ivl_jax.decoding.engine_model import ModelParts, Places, union
 from ivl_jax.decoding.entries import Entry, News, requests_of, token_log_probs
 from ivl_jax.decoding.generation import TokenLogProbs
-from ivl_jax.decoding.logit_bias import with_bias, without_bias
 from ivl_jax.decoding.own_vocabulary import TextReader
 from ivl_jax.decoding.requests import (
     RowArrays,
@@ -33,6 +32,7 @@ from ivl_jax.decoding.requests import (
     row_end,
 )
 from ivl_jax.decoding.row_errors import row_error
+from ivl_jax.decoding.row_extras import with_extras, without_extras
 from ivl_jax.decoding.value_caches import with_values
 
 # New tokens whose log-probabilities are fetched at once: few widths, few programs.
@@ -121,7 +121,7 @@ class RowBatch:
             mapped_capacity=self.shape.mapped_capacity,
             top_log_probs=self._top_log_probs(),
         )
-        self._held = without_bias(prefilled)
+        self._held = without_extras(prefilled)
 
     def admit(self, entries: Sequence[Entry], *, group: int) -> None:
         """Begin requests in free rows, while the others stay where they are.
@@ -158,7 +158,7 @@ class RowBatch:
         places[: len(rows)] = rows
         self._keep_log_probs(top_log_probs)
         self._begun.forget()
-        self._held = self._model.programs.place(self._state, without_bias(admitted), places)
+        self._held = self._model.programs.place(self._state, without_extras(admitted), places)
 
     def advance(self, max_tokens: int, *, enough_free: int) -> None:
         """Generate until there is something to look at.
@@ -173,14 +173,14 @@ class RowBatch:
             self.reshape(self.shape._replace(mapped_capacity=read))
         stopped = np.asarray([row is None for row in self._rows])
         self._keep_log_probs(self._top_log_probs())
-        state = with_bias(self._state, [row and row.entry.prompt.options for row in self._rows])
+        state = with_extras(self._state, [row and row.entry.prompt.options for row in self._rows])
         if model.own_vocabularies:
             slots = self.shape.mapped_capacity
             state = self._begun.finish(model, state, self._reader, stopped, mapped_capacity=slots)
         else:
             most, enough = np.int32(max_tokens), np.int32(enough_free)
             state = model.programs.decode_chunk(model.params, state, most, stopped, enough)
-        self._held = without_bias(state)
+        self._held = without_extras(state)
 
     def look(self, *, advances_next: bool = False) -> list[News]:
         """Take what the rows have generated since the last look.

@@ -29,7 +29,14 @@ from ivl_jax.composed.network import (
     ValueArrays,
 )
 from ivl_jax.composed.sources import NO_SCHEMES, ModelSource, Schemes
-from ivl_jax.config import LONGEST_DRAFT, NGRAM_DRAFT, strength_problem
+from ivl_jax.composed.strength_policies import check_policy
+from ivl_jax.config import (
+    FULL_STRENGTH,
+    LONGEST_DRAFT,
+    NGRAM_DRAFT,
+    StrengthPolicy,
+    strength_problem,
+)
 from ivl_jax.decoding.device.shardings import replicated_cache
 from ivl_jax.decoding.given_models import is_path, language_model_source, value_source
 from ivl_jax.decoding.model import ComposedModel
@@ -55,6 +62,7 @@ def compose(
     base: LanguageModel | epath.PathLike,
     *values: ValueNetwork | LanguageModel | epath.PathLike,
     strengths: float | Sequence[float] = (),
+    strength_policy: StrengthPolicy = FULL_STRENGTH,
     maps: epath.PathLike | DescribedMap | Sequence[epath.PathLike | DescribedMap | None] = (),
     schemes: Schemes = NO_SCHEMES,
     value_models: epath.PathLike | Sequence[epath.PathLike] = (),
@@ -79,6 +87,7 @@ def compose(
             counts as a value network that reads only the text: `compose(base, tuned, untuned,
             strengths=(α, −α))` is proxy-tuning.
         strengths: α of each value network, or one number for all; empty: 1 each.
+        strength_policy: how much of the strengths applies at each position.
         maps: for each value network, the vocabulary map between the base's tokenizer and its own,
             as a file or already read; None for those that share the base's. Empty: all do.
         schemes: connection schemes of your own that value folders name, by the name they have
@@ -109,15 +118,16 @@ def compose(
         TokenizerMismatchError: base and a value network disagree on tokens both have; it gives the
             command that builds a map between them.
         VocabularyMapError: a map that cannot be read, or that was built for other tokenizers.
-        ValueError: the number of strengths or maps is neither 0 nor that of the value networks; or
-            a value network with a map reads base logits (only the residual scheme reads just the
-            text); or there is a draft and a value network that reads base logits, or a
-            model as the draft and a value network with a map.
+        ValueError: no such strength policy; or the number of strengths or maps is neither 0 nor
+            that of the value networks; or a value network with a map reads base logits (only the
+            residual scheme reads just the text); or there is a draft and a value network that
+            reads base logits, or a model as the draft and a value network with a map.
     """
     ngrams = isinstance(draft, str) and draft == NGRAM_DRAFT
     if ngrams:
         draft = None
     alphas = _strengths_of(strengths, number=len(values))
+    check_policy(strength_policy, where="strength_policy")
     given_maps = [maps] if isinstance(maps, str | os.PathLike | DescribedMap) else list(maps)
     if given_maps and len(given_maps) != len(values):
         raise ValueError(f"{len(given_maps)} maps for {len(values)} value network(s)")
@@ -148,6 +158,7 @@ def compose(
         networks,
         sources.draft and loaded(draft, sources.draft, value_rules),
         strengths=alphas,
+        strength_policy=strength_policy,
         mesh=mesh,
         base_rules=base_rules,
         value_rules=value_rules,
@@ -164,6 +175,7 @@ def compose_loaded(
     draft: LanguageModel | None,
     *,
     strengths: Sequence[float],
+    strength_policy: StrengthPolicy,
     mesh: Mesh | None,
     base_rules: ShardingRules,
     value_rules: ShardingRules,
@@ -179,6 +191,7 @@ def compose_loaded(
         values: the value networks, loaded, in the order of the sources.
         draft: the draft, loaded, or None.
         strengths: as `compose` takes them, like the rest.
+        strength_policy: checked before.
         mesh: devices to decode on.
         base_rules: the base's layout on the mesh.
         value_rules: the value networks' layout on the mesh.
@@ -228,6 +241,7 @@ def compose_loaded(
         ),
         programs=build_programs(composition, proposer),
         strengths=tuple(float(alpha) for alpha in strengths) or (1.0,) * len(values),
+        policy=strength_policy,
         prompts=make_prompt_reader(sources),
         # Drop the arrays that they came with, or every weight would be held twice.
         base=dataclasses.replace(base, params=base_params),

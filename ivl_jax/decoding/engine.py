@@ -156,6 +156,7 @@ class Engine:
                 "expected a prepared prompt, one of `model.prepare([text], options)`, got "
                 f"{prompt!r:.60}"
             )
+        prompt = self._parts.with_policy(prompt)
         planner, option = self._planner, prompt.options
         used = self._parts.used(prompt)
         tokens = row_end(prompt.token_ids, option, context=self._context)

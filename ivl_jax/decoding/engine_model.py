@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 
 from ivl_jax.composed.network import ComposedParams, Composition, Network, ValueArrays
+from ivl_jax.config import FULL_STRENGTH, StrengthPolicy
 from ivl_jax.decoding.capacity import BatchShape
 from ivl_jax.decoding.device.proposals import Proposer
 from ivl_jax.decoding.device.shardings import row_multiple
@@ -43,6 +44,8 @@ class EngineModel(NamedTuple):
     """Ids that end every row."""
     strengths: tuple[float, ...]
     """α of each value network, where a prompt names none."""
+    policy: StrengthPolicy = FULL_STRENGTH
+    """How much of α applies at each position, where a prompt does not say."""
     proposer: Proposer | None = None
     """Where proposals come from; None: from the composition's draft, if it has one."""
 
@@ -144,6 +147,13 @@ class ModelParts:
     def own_vocabulary(self, place: int) -> OwnVocabulary | None:
         """How a value network reads text; None where it shares the base's vocabulary."""
         return self._values[place].own_vocabulary
+
+    def with_policy(self, prompt: EncodedPrompt) -> EncodedPrompt:
+        """A prompt whose options say which strength policy it has: its own or the model's."""
+        if prompt.options.strength_policy is not None:
+            return prompt
+        policy = self._base.policy
+        return prompt._replace(options=dataclasses.replace(prompt.options, strength_policy=policy))
 
     def used(self, prompt: EncodedPrompt) -> Used:
         """Find out which value networks a prompt uses.

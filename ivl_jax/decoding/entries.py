@@ -60,6 +60,7 @@ def requests_of(arrays: RowArrays, programs: Programs) -> Requests:
         strengths=arrays.strengths,  # pyright: ignore[reportArgumentType]
         keys=programs.row_keys(arrays.seeds, arrays.sample_indices),
         sampling=arrays.sampling,
+        policies=arrays.policies,
     )
 
 

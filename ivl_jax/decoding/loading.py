@@ -23,6 +23,7 @@ from ivl_jax.composed.sources import (
     read_language_model,
     read_values,
 )
+from ivl_jax.composed.strength_policies import check_policy
 from ivl_jax.config import ComposedModelConfig, MeshConfig
 from ivl_jax.decoding.compose import compose_loaded
 from ivl_jax.decoding.model import ComposedModel
@@ -44,9 +45,11 @@ def read_sources(config: ComposedModelConfig) -> ComposedSources:
 
     Raises:
         FileNotFoundError: no such base model, value folder or draft.
-        ValueError: a value folder or a map has an unknown format version or does not fit the base;
-            if a map is needed, the message gives the command that builds it.
+        ValueError: no such strength policy; a value folder or a map has an unknown format version
+            or does not fit the base; if a map is needed, the message gives the command that builds
+            it.
     """
+    check_policy(config.policy, where="--strength-policy")
     base = read_language_model(config.base, role="the base")
     values = read_values(
         config.value,
@@ -173,6 +176,7 @@ def load_composed(
         values,
         draft,
         strengths=config.strength,
+        strength_policy=config.policy,
         mesh=mesh,
         base_rules=base_rules,
         value_rules=value_rules,

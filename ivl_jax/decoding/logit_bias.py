@@ -1,8 +1,7 @@
 """What requests add to the logits of tokens that they name, laid out for a batch.
 
 In: the options of each row. Out: a `LogitBias` whose width is one of two, or None where no row has
-any: the programs are then those of batches that never had one. A state has it only while tokens
-are generated for it, since the host knows what each row asks for: rows are moved without it.
+any: the programs are then those of batches that never had one.
 """
 
 from collections.abc import Sequence
@@ -11,7 +10,6 @@ import numpy as np
 
 from ivl_jax.config import MOST_LOGIT_BIASES, GenerationOptions
 from ivl_jax.decoding.device.sampling import LogitBias
-from ivl_jax.decoding.device.state import DecodeState
 
 # Most requests ban or favour a few tokens; each width compiles programs of its own.
 _WIDTHS = (16, MOST_LOGIT_BIASES)
@@ -43,26 +41,3 @@ def lay_out_bias(options: Sequence[GenerationOptions | None], *, rows: int) -> L
         token_ids[row, : len(bias)] = list(bias.keys())
         biases[row, : len(bias)] = list(bias.values())
     return LogitBias(token_ids, biases)  # pyright: ignore[reportArgumentType]
-
-
-def with_bias(state: DecodeState, options: Sequence[GenerationOptions | None]) -> DecodeState:
-    """Give a state what its rows add to their logits.
-
-    Args:
-        state: B rows.
-        options: of each row; None: it continues nothing.
-
-    Returns:
-        The state, for one program; `without_bias` takes it out of the result.
-    """
-    return _replace(state, lay_out_bias(options, rows=len(options)))
-
-
-def without_bias(state: DecodeState) -> DecodeState:
-    """Take what rows add to their logits out of a state."""
-    return _replace(state, None)
-
-
-def _replace(state: DecodeState, bias: LogitBias | None) -> DecodeState:
-    sampling = state.requests.sampling._replace(bias=bias)
-    return state._replace(requests=state.requests._replace(sampling=sampling))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Unpack, overload
 
 from ivl_jax.checkpoint import ValueNetwork
 from ivl_jax.composed.network import ComposedParams, Composition
-from ivl_jax.config import GenerationKeywords
+from ivl_jax.config import FULL_STRENGTH, GenerationKeywords, StrengthPolicy
 from ivl_jax.data.chat import ChatFormat
 from ivl_jax.decoding.capacity import EngineLimits
 from ivl_jax.decoding.device.proposals import Proposer
@@ -54,6 +54,7 @@ class ComposedModel:
         prompts: How prompts become tokens, without the weights.
         token_bytes: Bytes of each id; empty for special tokens.
         strips_leading_space: Whether the tokenizer drops the space at the start of a text.
+        policy: How much of the strengths applies at each position, where a request does not say.
         proposer: Where proposals come from; None: from the composition's draft, if it has one.
     """
 
@@ -66,6 +67,7 @@ class ComposedModel:
     prompts: PromptReader = field(repr=False)
     token_bytes: tuple[bytes, ...] = field(repr=False)
     strips_leading_space: bool
+    policy: StrengthPolicy = FULL_STRENGTH
     proposer: Proposer | None = field(default=None, repr=False)
 
     @property
@@ -225,6 +227,7 @@ class ComposedModel:
             context=self.context if context is None else context,
             stop_ids=self.stop_ids if stop_ids is None else tuple(stop_ids),
             strengths=self.strengths,
+            policy=self.policy,
             proposer=self.proposer,
         )
         # An engine outlives its model, and then holds the value networks that it still has.

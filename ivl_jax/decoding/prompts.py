@@ -13,6 +13,7 @@ from typing import Any, TypeGuard, cast
 
 from ivl_jax.composed.compatibility import ComposedSources
 from ivl_jax.composed.sources import ModelSource
+from ivl_jax.composed.strength_policies import check_policy
 from ivl_jax.config import GenerationKeywords, options_with
 from ivl_jax.data.chat import ChatFormat, make_chat_format
 from ivl_jax.data.formats import Message
@@ -184,6 +185,8 @@ class PromptReader:
         if strange := [i for i in prompt.token_ids if not 0 <= i < known]:
             raise ValueError(f"token ids outside [0, {known}): {strange[:5]}")
         self.check_logit_bias(prompt.options)
+        if prompt.options.strength_policy is not None:
+            check_policy(prompt.options.strength_policy, where="strength_policy")
         strengths = prompt.options.strengths
         if strengths is not None and len(strengths) != len(self.values):
             raise ValueError(f"{len(strengths)} strengths for {len(self.values)} value network(s)")

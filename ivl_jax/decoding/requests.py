@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ivl_jax.buckets import bucket
+from ivl_jax.composed.strength_policies import RowPolicies
 from ivl_jax.config import GenerationOptions
 from ivl_jax.decoding.device.sampling import Sampling
 from ivl_jax.decoding.logit_bias import lay_out_bias
 from ivl_jax.decoding.own_vocabulary import OwnText
+from ivl_jax.decoding.row_extras import lay_out_policies
 
 # Buckets are 2ᵏ and 3·2ᵏ⁻¹: at most a third of a bucket is padding, and a context of 4,096 has 17.
 _SMALLEST_PROMPT = 16
@@ -59,6 +61,8 @@ class RowArrays(NamedTuple):
     """[B] int32 index of each prompt in its request."""
     sampling: Sampling
     """Four arrays [B], and two [B K] where a row has a logit bias."""
+    policies: RowPolicies | None
+    """Arrays [B] of each strength policy that a row has."""
     capacity: int
     """Slots a row needs, S (tokens)."""
 
@@ -130,6 +134,7 @@ def lay_out(
             min_p=asked("min_p", np.float32),
             bias=lay_out_bias(each, rows=batch),
         ),
+        policies=lay_out_policies(each, rows=batch),
         capacity=bucket_capacity(max(*ends, width), context=context),
     )
 

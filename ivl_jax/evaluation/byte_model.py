@@ -16,6 +16,7 @@ from jaxtyping import Float
 from ivl_jax.buckets import bucket
 from ivl_jax.composed.forward import compose, network_logits, pick, run_networks
 from ivl_jax.composed.network import Composition
+from ivl_jax.composed.strength_policies import rows_of
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.vocabulary.byte_paths import BytePaths, ByteVocabulary
 
@@ -78,7 +79,9 @@ class ByteReader:
         for row, ids in enumerate(rows):
             tokens[row, : len(ids)], lengths[row] = ids, len(ids)
         strengths = np.asarray([model.strengths], np.float32)
-        found = _program(model.composition)(model.params, tokens, lengths, strengths)
+        policies = rows_of(model.policy)
+        run = _program(model.composition)
+        found = run(model.params, tokens, lengths, strengths, policies)
         return np.asarray(found)[: len(rows), : len(model.token_bytes)]
 
 
@@ -86,12 +89,14 @@ class ByteReader:
 def _program(composition: Composition) -> Callable[..., Any]:
     """The log-probabilities of the token after each row; jitted only here."""
 
-    def program(params: Any, tokens: Any, lengths: Any, strengths: Any) -> Any:
+    def program(params: Any, tokens: Any, lengths: Any, strengths: Any, policies: Any) -> Any:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         hidden, _ = run_networks(composition, params, tokens, positions=positions)
         last = pick(composition, hidden, lengths[:, None] - 1)
         logits = network_logits(composition, params, last)
-        composed = compose(composition, params.values, logits, strengths=strengths)[:, 0]
+        composed = compose(
+            composition, params.values, logits, strengths=strengths, policies=policies
+        )[:, 0]
         return jax.nn.log_softmax(composed, axis=-1)
 
     return jax.jit(program)

@@ -58,6 +58,9 @@ class ModelSources:
                 if path != "none"
             ],
         }
+        if not composed.policy.is_constant:  # for files from before policies existed
+            policy = composed.policy
+            record |= {"strength_policy": policy.name, "policy_scale": policy.scale}
         # Recorded only with a draft, so that files from before drafts existed can be resumed.
         if draft is not None:
             record |= {

@@ -21,6 +21,7 @@ from ivl_jax.buckets import bucket
 from ivl_jax.composed.forward import compose, network_logits, pick, run_networks
 from ivl_jax.composed.network import ComposedParams, Composition
 from ivl_jax.composed.own_prefixes import OwnPrefixes, plan_prefixes
+from ivl_jax.composed.strength_policies import RowPolicies, rows_of
 from ivl_jax.composed.token_scores import (
     candidate_scores,
     choose_chunk_length,
@@ -134,6 +135,7 @@ def score_tokens(
     lengths: Int[Array, " B"],
     candidates: Int[Array, "B C"],
     strengths: Float[Array, "B M"],
+    policies: RowPolicies | None = None,
     max_logits: int,
     with_base: bool,
     prefixes: tuple[OwnPrefixes, ...] = (),
@@ -147,6 +149,7 @@ def score_tokens(
         lengths: [B] real tokens per row.
         candidates: [B C] ids for the token after a row's last.
         strengths: [B M], α of each value network.
+        policies: strength policies by name; None: constant strengths.
         max_logits: composed logits that may exist at once; the head runs over chunks of T.
         with_base: also compare with the base alone.
         prefixes: what each value network with its own vocabulary reads, in their order.
@@ -164,12 +167,17 @@ def score_tokens(
     targets = jnp.where(is_end, candidates[:, :1], following)
 
     last = network_logits(composition, params, pick(composition, hidden, at_end))
-    composed = compose(composition, params.values, last, strengths=strengths)[:, 0]
-    choices = TokenScores(*candidate_scores(composed, candidates))
+    composed = compose(composition, params.values, last, strengths=strengths, policies=policies)
+    choices = TokenScores(*candidate_scores(composed[:, 0], candidates))
 
     def one_chunk(chunk: Any) -> dict[str, Array]:
         return score_positions(
-            composition, params, *chunk, strengths=strengths, names=_NAMES[with_base]
+            composition,
+            params,
+            *chunk,
+            strengths=strengths,
+            policies=policies,
+            names=_NAMES[with_base],
         )
 
     size = choose_chunk_length(
@@ -219,6 +227,7 @@ def _dispatch(model: ComposedModel, rows: Sequence[Row], batch: int, with_base: 
         lengths=np.asarray(lengths + [1] * (batch - len(rows)), np.int32),
         candidates=candidates,
         strengths=np.tile(np.asarray(model.strengths, np.float32), (batch, 1)),
+        policies=rows_of(model.policy) or None,
         max_logits=_MAX_LOGITS.get(jax.default_backend(), _MAX_LOGITS_ACCELERATOR),
         with_base=with_base,
         prefixes=tuple(

@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ivl_jax.composed.strength_policies import check_policy
 from ivl_jax.config import (
     ConfigError,
     GenerationOptions,
     ServeConfig,
+    StrengthPolicy,
     is_model_name,
     logit_bias_problem,
     strength_problem,
@@ -33,6 +35,7 @@ from ivl_jax.serving.fields import (
     PROMPT,
     SEED,
     STOP,
+    STRENGTH_POLICY,
     STRENGTHS,
     BodyReader,
     Field,
@@ -97,6 +100,11 @@ _MESSAGE = {
 _COMMON: Table = {
     "model": Field(text("the name of a model"), required=True, about="One of `/v1/models`."),
     "strengths": Field(STRENGTHS, {}, about="α of value networks, by name."),
+    "strength_policy": Field(
+        STRENGTH_POLICY,
+        about="How much of the strengths applies at each position: `constant`, `entropy` or `kl`, "
+        "and the entropy or divergence (nats) at which half of them does.",
+    ),
     "n": Field(POSITIVE, 1, about="Samples of each prompt."),
     "stream": Field(BOOLEAN, False, about="Whether the answer comes as server-sent events."),
     "stream_options": Field(OBJECT, {}),
@@ -261,6 +269,7 @@ def _read_rest(
     extra, stop = fields.take("stream_options"), fields.take("stop")
     shorter, seed = fields.take("max_tokens"), fields.take("seed")
     numbers = {name: as_float(fields.take(name)) for name in ("temperature", "top_p", "min_p")}
+    policy = _read_policy(fields.take("strength_policy"))
     top_k, given_bias = fields.take("top_k"), fields.take("logit_bias")
     fields.refuse_others(ignored=IGNORED, neutral=NEUTRAL)
     if top_log_probs is not None and top_log_probs > _MOST_TOP_LOG_PROBS:
@@ -294,6 +303,7 @@ def _read_rest(
             stop=tuple(stops),
             log_probs=top_log_probs,
             logit_bias=bias,
+            strength_policy=policy,
             top_k=top_k,
             temperature=numbers["temperature"],
             top_p=numbers["top_p"],
@@ -303,6 +313,17 @@ def _read_rest(
         raise invalid(str(error).removeprefix("generation options: ")) from error
     usage = extra.get("include_usage", False) is True
     return Asked(model, prompts, strengths, options, choices, stream, usage, top_log_probs)
+
+
+def _read_policy(given: Any) -> StrengthPolicy | None:
+    if given is None:
+        return None
+    try:
+        policy = StrengthPolicy(given["name"], as_float(given.get("scale", 1.0)))
+        check_policy(policy, where="strength_policy")
+    except ValueError as error:
+        raise invalid(str(error), "strength_policy") from error
+    return policy
 
 
 def _read_messages(given: list[Any], config: ServeConfig) -> list[Message]:

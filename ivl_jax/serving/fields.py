@@ -9,7 +9,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ivl_jax.config import LARGEST_LOGIT_BIAS, MOST_LOGIT_BIASES
+from ivl_jax.composed.strength_policies import STRENGTH_POLICIES
+from ivl_jax.config import (
+    LARGEST_LOGIT_BIAS,
+    LARGEST_SCALE,
+    MOST_LOGIT_BIASES,
+    SMALLEST_SCALE,
+)
 from ivl_jax.json_files import json_kind
 from ivl_jax.serving.errors import invalid
 
@@ -213,6 +219,15 @@ def _is_token_key(key: str) -> bool:
     return len(key) <= 10 and key.isascii() and key.isdecimal() and str(int(key)) == key
 
 
+def _is_policy(value: Any) -> bool:
+    return (
+        _is_object(value)
+        and set(value) <= {"name", "scale"}
+        and is_text(value.get("name"))
+        and _is_number(value.get("scale", 1))
+    )
+
+
 _COUNT: Schema = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 _TOKENS: Schema = {"type": "array", "items": _COUNT, "minItems": 1}
 _TEXT: Schema = {"type": "string"}
@@ -232,6 +247,19 @@ STRENGTHS = Kind(
     {
         "type": "object",
         "additionalProperties": {"type": "number", "minimum": -10_000, "maximum": 10_000},
+    },
+)
+STRENGTH_POLICY = Kind(
+    _is_policy,
+    "an object of name and, perhaps, scale",
+    {
+        "type": "object",
+        "properties": {
+            "name": {"enum": list(STRENGTH_POLICIES)},
+            "scale": {"type": "number", "minimum": SMALLEST_SCALE, "maximum": LARGEST_SCALE},
+        },
+        "required": ["name"],
+        "additionalProperties": False,
     },
 )
 LOGIT_BIAS = Kind(

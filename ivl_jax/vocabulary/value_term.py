@@ -17,8 +17,8 @@ class ValueTerm(NamedTuple):
 
     logits: Float[Array, "B T Vv"]
     """z_value, padding columns included."""
-    strength: Float[Array, "#B"]
-    """α: one for the batch, or one per row; 0 adds nothing, whatever the logits are."""
+    strength: Float[Array, "#B"] | Float[Array, "B T"]
+    """α: one for the batch, per row or per position; 0 adds nothing, whatever the logits are."""
     vocab_size: int
     """Number of real tokens of the value's tokenizer; later columns count as 0."""
     unknown_ids: Int[Array, " U"] | None = None
@@ -64,5 +64,6 @@ def in_base_columns(term: ValueTerm, width: int) -> Float32[Array, "B T Vb"]:
         logits = logits[..., :width]
     if term.unknown_ids is not None:
         logits = logits.at[..., term.unknown_ids].set(0.0)
-    strength = term.strength[:, None, None].astype(jnp.float32)
+    strength = term.strength.astype(jnp.float32)
+    strength = strength[:, None, None] if strength.ndim == 1 else strength[:, :, None]
     return jnp.where(strength == 0, 0.0, strength * logits)

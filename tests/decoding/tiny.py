@@ -13,6 +13,7 @@ from ivl_jax.config import GenerationOptions
 from ivl_jax.decoding.device.sampling import Sampling, row_keys
 from ivl_jax.decoding.device.state import Requests
 from ivl_jax.decoding.logit_bias import lay_out_bias
+from ivl_jax.decoding.row_extras import lay_out_policies
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import hidden_states, logits_from_hidden
 from ivl_jax.model.linear_map import LinearMapConfig
@@ -104,6 +105,7 @@ def make_requests(
     rows=None,
     width=None,
     biases=(),
+    policies=(),
 ):
     """(prompts [B P], Requests); the right padding is a token that means something."""
     count = len(prompts)
@@ -134,6 +136,7 @@ def make_requests(
             column(0.0, np.float32),
             bias_of(*biases),
         ),
+        policies=policies_of(*policies),
     )
     return jnp.asarray(padded), requests
 
@@ -141,6 +144,44 @@ def make_requests(
 def bias_of(*rows):
     """What each row adds to its logits, {id: number} each; None where there are none."""
     return lay_out_bias([GenerationOptions(logit_bias=row) for row in rows], rows=len(rows))
+
+
+def policies_of(*rows):
+    """The strength policy of each row, None where it has constant strengths."""
+    options = [GenerationOptions(strength_policy=row) for row in rows]
+    return lay_out_policies(options, rows=len(rows))
+
+
+def policy_share(policy, base, composed):
+    """How much of the strengths applies, from logits [… V], plainly and in float64."""
+    real = np.isfinite(base)
+
+    def log_p(logits):
+        logits = np.where(real, logits, -np.inf).astype(np.float64)
+        shifted = logits - logits.max(axis=-1, keepdims=True)
+        return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+    def mean(p, of):
+        return np.sum(np.where(real, np.exp(p) * np.where(real, of, 0.0), 0.0), axis=-1)
+
+    before, after = log_p(base), log_p(composed)
+    if policy.name == "entropy":
+        uncertainty = -mean(before, before)
+        return uncertainty / (uncertainty + policy.scale)
+    with np.errstate(invalid="ignore"):
+        change = mean(after, after - before)
+    return policy.scale / (policy.scale + change)
+
+
+def policy_logits(composition, params, tokens, strengths, policy):
+    """Composed logits [T V] of one whole text under a strength policy."""
+    full = plain_logits(composition, params, tokens, strengths)
+    if policy is None:
+        return full
+    base = plain_logits(composition, params, tokens, [0.0] * len(strengths))
+    share = policy_share(policy, base, full)[:, None]
+    change = np.where(np.isfinite(base), full, 0.0) - np.where(np.isfinite(base), base, 0.0)
+    return base + share * change
 
 
 @functools.partial(jax.jit, static_argnums=0)

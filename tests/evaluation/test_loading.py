@@ -11,14 +11,17 @@ from ivl_jax.evaluation.loading import find_sources
 # Where arrays lie and programs are kept changes no figure; value folders name their connection, and
 # the model of an adapter by its fingerprint.
 FREE = {"mesh", "base_layout", "value_layout", "compilation_cache", "connection", "value_model"}
+POLICY = {"strength_policy", "policy_scale"}
 DRAFT = {"draft", "draft_length"}
 
 
 def test_every_flag_that_decides_figures_is_recorded_with_them(stories260k_dir):
     composed = ComposedModelConfig(base=str(stories260k_dir), int8_base=True)
     drafted = dataclasses.replace(composed, draft=str(stories260k_dir))
+    policy = dataclasses.replace(composed, strength_policy="kl", policy_scale=2.0)
     recorded = find_sources(ModelFlags(composed)).to_json()
-    assert field_types(ModelFlags).keys() - FREE - DRAFT <= recorded.keys()
+    assert find_sources(ModelFlags(policy)).to_json().keys() - recorded.keys() == POLICY
+    assert field_types(ModelFlags).keys() - FREE - DRAFT - POLICY <= recorded.keys()
     assert recorded["int8_base"] is True
     assert find_sources(ModelFlags(drafted)).to_json().keys() - recorded.keys() >= DRAFT
 

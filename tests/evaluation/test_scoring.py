@@ -4,11 +4,12 @@ import jax
 import numpy as np
 import pytest
 
+from ivl_jax.config import StrengthPolicy
 from ivl_jax.decoding.compose import compose
 from ivl_jax.evaluation import scoring
 from ivl_jax.evaluation.scoring import NonFiniteScoresError, Row, score_rows
 from ivl_jax.sharding import make_mesh
-from tests.decoding.tiny import VOCAB, plain_logits, tiny_composition
+from tests.decoding.tiny import VOCAB, plain_logits, policy_logits, tiny_composition
 
 CONTEXT = 96
 
@@ -94,6 +95,21 @@ def test_strength_zero_is_the_base(model):
     (scores,) = scored(silent, [row], with_base=True)
     np.testing.assert_array_equal(scores.tokens.log_prob, scores.base.log_prob)
     np.testing.assert_allclose(scores.base.divergence, 0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("policy", [StrengthPolicy("entropy", 1.0), StrengthPolicy("kl", 0.5)])
+def test_scores_under_a_strength_policy_are_those_of_its_definition(model, policy):
+    (row,) = random_rows([16])
+    (scores,) = scored(dataclasses.replace(model, policy=policy), [row], with_base=True)
+    inputs, targets = row.token_ids[:-1], np.asarray(row.token_ids[1:])
+    logits = policy_logits(model.composition, model.params, inputs, model.strengths, policy)
+    log_probs = np.asarray(jax.nn.log_softmax(logits[:, :VOCAB], axis=-1))
+    expected = log_probs[np.arange(len(targets)), targets]
+    np.testing.assert_allclose(scores.tokens.log_prob, expected, atol=1e-4)
+    np.testing.assert_allclose(scores.choices.log_prob, expected[-1:], atol=1e-4)
+    (constant,) = scored(model, [row], with_base=True)
+    assert np.abs(constant.tokens.log_prob - expected).max() > 0.1
+    np.testing.assert_array_equal(scores.base.log_prob, constant.base.log_prob)
 
 
 def test_other_last_tokens_score_as_rows_of_their_own(model):

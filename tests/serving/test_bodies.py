@@ -30,6 +30,7 @@ _FIELDS = [
     "messages",
     "prompt",
     "strengths",
+    "strength_policy",
     "n",
     "stream",
     "stream_options",
@@ -51,6 +52,9 @@ _FIELDS = [
 _FITTING = st.fixed_dictionaries(
     {"model": st.just("m"), "messages": st.just([{"role": "user", "content": "Hi"}])},
     optional={
+        "strength_policy": st.fixed_dictionaries(
+            {}, optional={"name": st.sampled_from(["kl", "entropy", ""]), "scale": st.floats()}
+        ),
         "strengths": st.dictionaries(st.text(max_size=3), st.integers() | st.floats(), max_size=2),
         "temperature": st.integers() | st.floats(),
         "top_p": st.floats(0, 1),

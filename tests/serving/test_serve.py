@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("starlette", reason="the extra `serve` is not installed")
 pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
 
-from ivl_jax.config import GenerationOptions
+from ivl_jax.config import GenerationOptions, StrengthPolicy
 from ivl_jax.decoding.compose import compose
 from tests.serving.conftest import STRENGTHS, running
 
@@ -220,6 +220,42 @@ def test_a_logit_bias_that_cannot_be_added_gets_one_sentence(client, bias, messa
     status, answer = client.complete("mine", max_tokens=4, logit_bias=bias)
     assert (status, answer["error"]["param"]) == (400, "logit_bias")
     assert answer["error"]["message"].startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (
+            {"name": "entrpy"},
+            "strength_policy: expected one of constant, entropy, kl, got 'entrpy'",
+        ),
+        ({"name": "kl", "scale": 0}, "strength_policy: the scale must be between 1e-06 and 1e+06"),
+        ({"name": "kl", "scale": 10**400}, "strength_policy: the scale must be between 1e-06"),
+        ({"name": "kl", "scale": "1"}, "strength_policy: expected an object of name and, perhaps"),
+        ({"scale": 1}, "strength_policy: expected an object of name and, perhaps, scale, got"),
+        ({"name": "kl", "alpha": 1}, "strength_policy: expected an object of name and, perhaps"),
+        ("kl", "strength_policy: expected an object of name and, perhaps, scale, got 'kl'"),
+    ],
+)
+def test_a_strength_policy_that_cannot_be_used_gets_one_sentence(client, policy, message):
+    status, answer = client.complete("mine", max_tokens=4, strength_policy=policy)
+    assert (status, answer["error"]["param"]) == (400, "strength_policy")
+    assert answer["error"]["message"].startswith(message)
+
+
+def test_a_strength_policy_counts_in_its_own_request_alone(client, alone):
+    asked = {"max_tokens": 12, "strengths": {"mine": 0.8}}
+    plain = client.text("mine", "Lily said", **asked)
+    policy = {"name": "entropy", "scale": 4.0}
+    found = client.text("mine", "Lily said", strength_policy=policy, **asked)
+    own = alone["mine"].generate(
+        "Lily said",
+        max_new_tokens=12,
+        strengths=0.8,
+        strength_policy=StrengthPolicy("entropy", 4.0),
+    )
+    assert found == own.text != plain
+    assert client.text("mine", "Lily said", **asked) == plain
 
 
 def test_what_is_no_request_at_all_is_refused_in_the_same_form(client):

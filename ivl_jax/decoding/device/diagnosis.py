@@ -8,8 +8,9 @@ the largest composed logit is a number.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from ivl_jax.composed.forward import OwnTokens, compose, network_logits, pick, run_networks
+from ivl_jax.composed.forward import OwnTokens, network_logits, pick, run_networks
 from ivl_jax.composed.network import ComposedParams, Composition
+from ivl_jax.decoding.device.generate import compose_requested
 from ivl_jax.decoding.device.sampling import are_finite
 from ivl_jax.decoding.device.state import DecodeState
 
@@ -44,7 +45,7 @@ def finite_networks(
     )
     picked = pick(composition, hidden, jnp.zeros_like(tokens), own_tokens)
     logits = network_logits(composition, params, picked)
-    composed = compose(composition, params.values, logits, strengths=state.requests.strengths)
+    composed = compose_requested(composition, params, logits, state.requests)
     networks = (composition.base, *composition.values)
     flags = [
         jnp.all(jnp.isfinite(each[:, 0, : network.vocab_size]), axis=-1)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ivl_jax.composed.forward import (
+    NetworkLogits,
     OwnTokens,
     compose,
     network_logits,
@@ -260,8 +261,31 @@ def read_tokens(
     assert caches is not None
     picked = pick(composition, hidden, wanted, own_tokens)
     logits = network_logits(composition, params, picked)
-    composed = compose(composition, params.values, logits, strengths=state.requests.strengths)
+    composed = compose_requested(composition, params, logits, state.requests)
     return composed, logits.base, state._replace(caches=caches)
+
+
+def compose_requested(
+    composition: Composition, params: ComposedParams, logits: NetworkLogits, requests: Requests
+) -> Float[Array, "B T V"]:
+    """Compose logits as rows ask for it.
+
+    Args:
+        composition: the static half.
+        params: the arrays of all networks.
+        logits: of every network; a draft's may take the place of the base's.
+        requests: what each row asks for: its strengths and its strength policy.
+
+    Returns:
+        Composed logits in float32, −inf in the padding columns.
+    """
+    return compose(
+        composition,
+        params.values,
+        logits,
+        strengths=requests.strengths,
+        policies=requests.policies,
+    )
 
 
 def _append(

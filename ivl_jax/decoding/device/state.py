@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ivl_jax.composed.forward import Caches
+from ivl_jax.composed.strength_policies import RowPolicies
 from ivl_jax.decoding.device.finish import FinishReason
 from ivl_jax.decoding.device.sampling import Sampling
 
@@ -29,6 +30,8 @@ class Requests(NamedTuple):
     """One key per row; the token index is folded in at each step."""
     sampling: Sampling
     """How the next token is chosen."""
+    policies: RowPolicies | None = None
+    """How much of the strengths applies at each position; None: all of it in every row."""
 
 
 class LogProbs(NamedTuple):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ivl_jax.composed.forward import NetworkLogits, compose, head_logits, run_cached
+from ivl_jax.composed.forward import NetworkLogits, head_logits, run_cached
 from ivl_jax.composed.network import (
     ComposedParams,
     Composition,
@@ -20,6 +20,7 @@ from ivl_jax.composed.network import (
     Network,
     known_tokens,
 )
+from ivl_jax.decoding.device.generate import compose_requested
 from ivl_jax.decoding.device.proposals import (
     PassSeconds,
     Proposals,
@@ -101,12 +102,8 @@ def _propose(
         values, value_caches = run_values_ahead(
             composition, params, state, value_caches, pair[:, 1:], index
         )
-        composed = compose(
-            on_draft,
-            params.values,
-            NetworkLogits(draft_logits, values),
-            strengths=requests.strengths,
-        )
+        parts = NetworkLogits(draft_logits, values)
+        composed = compose_requested(on_draft, params, parts, requests)
         logits = _fit(composed[:, 0], block.q_logits.shape[-1])
         token, q_logits = propose(
             logits,

@@ -24,9 +24,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ivl_jax.composed.forward import NetworkLogits, compose, head_logits, run_cached
+from ivl_jax.composed.forward import NetworkLogits, head_logits, run_cached
 from ivl_jax.composed.network import ComposedParams, Composition
-from ivl_jax.decoding.device.generate import decode_step, halt
+from ivl_jax.decoding.device.generate import compose_requested, decode_step, halt
 from ivl_jax.decoding.device.log_probs import empty_log_probs, score_chosen
 from ivl_jax.decoding.device.proposals import (
     BLOCK_WIDTHS,
@@ -267,7 +267,7 @@ def verify_block(
 
     def composed(place: Int[Array, ""], values: tuple[Array, ...]) -> Float[Array, "B V"]:
         parts = NetworkLogits(_at(logits.base, place)[:, None], values)
-        return compose(composition, params.values, parts, strengths=requests.strengths)[:, 0]
+        return compose_requested(composition, params, parts, requests)[:, 0]
 
     def scored(
         held: LogProbs | None, place: Int[Array, ""], at: Float[Array, "B V"], tokens: Array

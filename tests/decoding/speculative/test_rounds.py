@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ivl_jax.composed.network import DraftArrays
+from ivl_jax.config import StrengthPolicy
 from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.device.finish import FinishReason
 from ivl_jax.decoding.device.proposals import LONGEST
@@ -26,11 +27,13 @@ from ivl_jax.tokenizer_agreement import TokenizerMismatchError
 from tests.decoding.conftest import make_value
 from tests.decoding.speculative.test_acceptance import assert_drawn_from
 from tests.decoding.tiny import (
+    NEAR_TIE,
     VOCAB,
     assert_is_teacher_forced_arg_max,
     language_model,
     make_requests,
     plain_logits,
+    policy_logits,
     random_prompts,
     tiny_arch,
     tiny_composition,
@@ -144,6 +147,22 @@ def test_a_draft_changes_no_token_of_rows_with_a_logit_bias(plain):
     assert free[0][8] not in generated[0]
     assert generated[1] == free[1]
     assert generated[2] != free[2]
+    assert np.asarray(state.speculation.accepted).min() > 0
+
+
+def test_a_draft_changes_no_token_of_rows_with_a_strength_policy(plain):
+    free = plain[0]
+    policies = [StrengthPolicy("entropy", 0.5), None, StrengthPolicy("kl", 0.5)]
+    generated, reasons, state = run(*drafted(4, likeness=0.02), policies=policies)
+    composition, params = tiny_composition()
+    assert (generated, reasons) == run(composition, params, policies=policies)[:2]
+    same = [own == other for own, other in zip(generated, free, strict=True)]
+    assert same == [False, True, False]
+    for prompt, own, policy in zip(PROMPTS, generated, policies, strict=True):
+        logits = policy_logits(composition, params, [*prompt, *own], (1.0,), policy)
+        for index, token in enumerate(own):
+            row = logits[len(prompt) - 1 + index]
+            assert row.max() - row[token] < NEAR_TIE
     assert np.asarray(state.speculation.accepted).min() > 0
 
 
