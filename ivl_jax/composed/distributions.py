@@ -39,6 +39,7 @@ def js_divergence(
     """
     log_p, log_q = jax.nn.log_softmax(logits), jax.nn.log_softmax(other)
     real = jnp.isfinite(log_p)
+    log_p, log_q = jnp.where(real, log_p, 0.0), jnp.where(real, log_q, 0.0)
     log_mean = jnp.logaddexp(log_p, log_q) - math.log(2)
     terms = jnp.exp(log_p) * (log_p - log_mean) + jnp.exp(log_q) * (log_q - log_mean)
     return jnp.sum(jnp.where(real, terms, 0.0), axis=-1) / 2

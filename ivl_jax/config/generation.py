@@ -88,7 +88,7 @@ class GenerationOptions:
     """Token ids that end the generation, in addition to the models' own."""
     strengths: NoFlag[Sequence[float] | None] = None
     """α of each value network; None: those of the composed model."""
-    strength_policy: NoFlag[StrengthPolicy | None] = None
+    policy: NoFlag[StrengthPolicy | None] = None
     """How much of the strengths applies at each position; None: as the composed model says."""
     log_probs: NoFlag[int | None] = None
     """Log-probabilities (nats) of the generated tokens under the composed distribution, before
@@ -142,7 +142,7 @@ class GenerationKeywords(TypedDict, total=False):
     stop: str | Sequence[str]
     stop_ids: int | Sequence[int]
     strengths: float | Sequence[float] | None
-    strength_policy: StrengthPolicy | None
+    policy: StrengthPolicy | None
     log_probs: int | None
     logit_bias: Mapping[int, float | int]
 
@@ -265,7 +265,7 @@ _KINDS = {
     "stop": dataclasses.replace(_STRING, several=True),
     "stop_ids": dataclasses.replace(_INTEGER, expected="a token id", several=True),
     "strengths": dataclasses.replace(_NUMBER, several=True, optional=True),
-    "strength_policy": dataclasses.replace(_POLICY, optional=True),
+    "policy": dataclasses.replace(_POLICY, optional=True),
     "log_probs": dataclasses.replace(_INTEGER, optional=True),
     "logit_bias": _Kind("a mapping from token ids to numbers", _is_logit_bias, _to_pairs),
 }

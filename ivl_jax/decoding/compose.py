@@ -62,7 +62,7 @@ def compose(
     base: LanguageModel | epath.PathLike,
     *values: ValueNetwork | LanguageModel | epath.PathLike,
     strengths: float | Sequence[float] = (),
-    strength_policy: StrengthPolicy = FULL_STRENGTH,
+    policy: StrengthPolicy = FULL_STRENGTH,
     maps: epath.PathLike | DescribedMap | Sequence[epath.PathLike | DescribedMap | None] = (),
     schemes: Schemes = NO_SCHEMES,
     value_models: epath.PathLike | Sequence[epath.PathLike] = (),
@@ -87,7 +87,7 @@ def compose(
             counts as a value network that reads only the text: `compose(base, tuned, untuned,
             strengths=(α, −α))` is proxy-tuning.
         strengths: α of each value network, or one number for all; empty: 1 each.
-        strength_policy: how much of the strengths applies at each position.
+        policy: how much of the strengths applies at each position.
         maps: for each value network, the vocabulary map between the base's tokenizer and its own,
             as a file or already read; None for those that share the base's. Empty: all do.
         schemes: connection schemes of your own that value folders name, by the name they have
@@ -127,7 +127,7 @@ def compose(
     if ngrams:
         draft = None
     alphas = _strengths_of(strengths, number=len(values))
-    check_policy(strength_policy, where="strength_policy")
+    check_policy(policy, where="policy")
     given_maps = [maps] if isinstance(maps, str | os.PathLike | DescribedMap) else list(maps)
     if given_maps and len(given_maps) != len(values):
         raise ValueError(f"{len(given_maps)} maps for {len(values)} value network(s)")
@@ -158,7 +158,7 @@ def compose(
         networks,
         sources.draft and loaded(draft, sources.draft, value_rules),
         strengths=alphas,
-        strength_policy=strength_policy,
+        policy=policy,
         mesh=mesh,
         base_rules=base_rules,
         value_rules=value_rules,
@@ -175,7 +175,7 @@ def compose_loaded(
     draft: LanguageModel | None,
     *,
     strengths: Sequence[float],
-    strength_policy: StrengthPolicy,
+    policy: StrengthPolicy,
     mesh: Mesh | None,
     base_rules: ShardingRules,
     value_rules: ShardingRules,
@@ -191,7 +191,7 @@ def compose_loaded(
         values: the value networks, loaded, in the order of the sources.
         draft: the draft, loaded, or None.
         strengths: as `compose` takes them, like the rest.
-        strength_policy: checked before.
+        policy: checked before.
         mesh: devices to decode on.
         base_rules: the base's layout on the mesh.
         value_rules: the value networks' layout on the mesh.
@@ -241,7 +241,7 @@ def compose_loaded(
         ),
         programs=build_programs(composition, proposer),
         strengths=tuple(float(alpha) for alpha in strengths) or (1.0,) * len(values),
-        policy=strength_policy,
+        policy=policy,
         prompts=make_prompt_reader(sources),
         # Drop the arrays that they came with, or every weight would be held twice.
         base=dataclasses.replace(base, params=base_params),

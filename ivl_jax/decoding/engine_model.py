@@ -150,10 +150,10 @@ class ModelParts:
 
     def with_policy(self, prompt: EncodedPrompt) -> EncodedPrompt:
         """A prompt whose options say which strength policy it has: its own or the model's."""
-        if prompt.options.strength_policy is not None:
+        if prompt.options.policy is not None:
             return prompt
         policy = self._base.policy
-        return prompt._replace(options=dataclasses.replace(prompt.options, strength_policy=policy))
+        return prompt._replace(options=dataclasses.replace(prompt.options, policy=policy))
 
     def used(self, prompt: EncodedPrompt) -> Used:
         """Find out which value networks a prompt uses.

@@ -176,7 +176,7 @@ def load_composed(
         values,
         draft,
         strengths=config.strength,
-        strength_policy=config.policy,
+        policy=config.policy,
         mesh=mesh,
         base_rules=base_rules,
         value_rules=value_rules,

@@ -185,8 +185,8 @@ class PromptReader:
         if strange := [i for i in prompt.token_ids if not 0 <= i < known]:
             raise ValueError(f"token ids outside [0, {known}): {strange[:5]}")
         self.check_logit_bias(prompt.options)
-        if prompt.options.strength_policy is not None:
-            check_policy(prompt.options.strength_policy, where="strength_policy")
+        if prompt.options.policy is not None:
+            check_policy(prompt.options.policy, where="policy")
         strengths = prompt.options.strengths
         if strengths is not None and len(strengths) != len(self.values):
             raise ValueError(f"{len(strengths)} strengths for {len(self.values)} value network(s)")

@@ -29,12 +29,12 @@ def lay_out_policies(
 
     Example:
         >>> from ivl_jax.config import StrengthPolicy
-        >>> options = [None, GenerationOptions(strength_policy=StrengthPolicy("kl", scale=3.0))]
+        >>> options = [None, GenerationOptions(policy=StrengthPolicy("kl", scale=3.0))]
         >>> rows = lay_out_policies(options, rows=2)["kl"]
         >>> rows.applies.tolist(), rows.scale.tolist()
         ([False, True], [1.0, 3.0])
     """
-    policies = [(option and option.strength_policy) or FULL_STRENGTH for option in options]
+    policies = [(option and option.policy) or FULL_STRENGTH for option in options]
     names = sorted({policy.name for policy in policies if not policy.is_constant})
     found = {}
     for name in names:

@@ -303,7 +303,7 @@ def _read_rest(
             stop=tuple(stops),
             log_probs=top_log_probs,
             logit_bias=bias,
-            strength_policy=policy,
+            policy=policy,
             top_k=top_k,
             temperature=numbers["temperature"],
             top_p=numbers["top_p"],

@@ -26,7 +26,7 @@ def test_each_row_has_the_tokens_and_log_probabilities_of_its_own_policy(recorde
     strong = dataclasses.replace(model, strengths=(0.8,))
     plain = strong.generate(PROMPTS, max_new_tokens=12)
     each = [
-        GenerationOptions(max_new_tokens=12 + 12 * (row == 1), log_probs=0, strength_policy=policy)
+        GenerationOptions(max_new_tokens=12 + 12 * (row == 1), log_probs=0, policy=policy)
         for row, policy in enumerate(POLICIES)
     ]
     calls.clear()
@@ -53,13 +53,13 @@ def test_each_row_has_the_tokens_and_log_probabilities_of_its_own_policy(recorde
 
 def test_the_models_policy_applies_where_a_prompt_names_none(stories, value, composed):
     policy = StrengthPolicy("entropy", 4.0)
-    model = compose(stories, value, strengths=0.8, strength_policy=policy)
+    model = compose(stories, value, strengths=0.8, policy=policy)
     asked = {"max_new_tokens": 12}
     own = dataclasses.replace(composed, strengths=(0.8,)).generate(
-        PROMPTS[0], strength_policy=policy, **asked
+        PROMPTS[0], policy=policy, **asked
     )
     assert model.generate(PROMPTS[0], **asked).token_ids == own.token_ids
-    full = model.generate(PROMPTS[0], strength_policy=FULL_STRENGTH, **asked)
+    full = model.generate(PROMPTS[0], policy=FULL_STRENGTH, **asked)
     assert full.token_ids != own.token_ids
 
 
@@ -72,12 +72,12 @@ def test_a_policy_counts_under_value_networks_of_other_vocabularies_and_n_grams(
     model = compose(base, value, strengths=2.0, maps=maps, draft="ngram", draft_length=3)
     assert model.generate(PROMPTS[0], **asked).token_ids != alone.token_ids
     # Nearly nothing of the strength is left where the divergence is so much larger than the scale.
-    found = model.generate(PROMPTS[0], strength_policy=StrengthPolicy("kl", 1e-6), **asked)
+    found = model.generate(PROMPTS[0], policy=StrengthPolicy("kl", 1e-6), **asked)
     assert found.token_ids == alone.token_ids
 
 
 def test_a_policy_that_does_not_exist_is_named(composed, stories, value):
-    with pytest.raises(ValueError, match="prompt 0: strength_policy: expected one of constant, en"):
-        composed.generate(["a"], strength_policy=StrengthPolicy("entrpy"))
-    with pytest.raises(ValueError, match="strength_policy: expected one of constant, entropy, kl"):
-        compose(stories, value, strength_policy=StrengthPolicy("entrpy"))
+    with pytest.raises(ValueError, match="prompt 0: policy: expected one of constant, en"):
+        composed.generate(["a"], policy=StrengthPolicy("entrpy"))
+    with pytest.raises(ValueError, match="policy: expected one of constant, entropy, kl"):
+        compose(stories, value, policy=StrengthPolicy("entrpy"))

@@ -12,7 +12,13 @@ import pytest
 import ivl_jax
 from ivl_jax.assets import family_folder
 from ivl_jax.checkpoint import save_value
-from ivl_jax.config import ConfigError, load_config, options_with, train_config_of
+from ivl_jax.config import (
+    ConfigError,
+    StrengthPolicy,
+    load_config,
+    options_with,
+    train_config_of,
+)
 from ivl_jax.data.formats import Message
 from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.engine import Engine
@@ -103,6 +109,7 @@ def test_a_role_that_does_not_exist_is_named():
         ({"strengths": np.asarray([0.5, -1.0])}, {"strengths": (0.5, -1.0)}),
         ({"strengths": None}, {"strengths": None}),
         ({"log_probs": 2}, {"log_probs": 2}),
+        ({"policy": StrengthPolicy("kl", 2.0)}, {"policy": StrengthPolicy("kl", 2.0)}),
         ({"logit_bias": {np.int64(7): 1, 5: -0.5}}, {"logit_bias": ((5, -0.5), (7, 1.0))}),
     ],
     ids=str,
@@ -132,6 +139,7 @@ def test_options_are_taken_as_keywords_and_as_a_mapping(keywords, expected):
         ({}, {"strengths": ["1"]}, r"strengths must be a number, or several, got \['1'\]"),
         ({}, {"logit_bias": {"5": 1}}, "logit_bias must be a mapping from token ids to numbers"),
         ({}, {"logit_bias": {5: True}}, "logit_bias must be a mapping from token ids to numbers"),
+        ({}, {"policy": "kl"}, "policy must be a StrengthPolicy, got 'kl'"),
         ({}, {"logit_bias": 5}, "logit_bias must be a mapping from token ids to numbers, got 5"),
         (5, {}, "expected GenerationOptions, or its fields as keywords such as max_new_tokens=5"),
         (None, {}, "expected GenerationOptions"),

@@ -148,7 +148,7 @@ def bias_of(*rows):
 
 def policies_of(*rows):
     """The strength policy of each row, None where it has constant strengths."""
-    options = [GenerationOptions(strength_policy=row) for row in rows]
+    options = [GenerationOptions(policy=row) for row in rows]
     return lay_out_policies(options, rows=len(rows))
 
 

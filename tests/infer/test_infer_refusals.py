@@ -71,6 +71,10 @@ def test_a_map_of_other_tokenizers_is_refused_before_a_model_is_loaded(
             ["--draft-length 3 needs --draft"],
         ),
         (
+            ("--base", "BASE", "--value", "VALUE", "--policy-scale", "3", "--prompt", "a"),
+            ["--policy-scale 3 needs --strength-policy entropy or kl"],
+        ),
+        (
             ("--base", "BASE", "--value", "none", "--chat", "--distributed"),
             ["--distributed needs --prompt or --input"],
         ),

@@ -252,7 +252,7 @@ def test_a_strength_policy_counts_in_its_own_request_alone(client, alone):
         "Lily said",
         max_new_tokens=12,
         strengths=0.8,
-        strength_policy=StrengthPolicy("entropy", 4.0),
+        policy=StrengthPolicy("entropy", 4.0),
     )
     assert found == own.text != plain
     assert client.text("mine", "Lily said", **asked) == plain
