@@ -3,7 +3,8 @@
 In: the matrix. Out: `docs/experiments.md` with its figures and `docs/experiments.json` with every
 number. Finished trainings and measurements are kept in the work directory, so the command can be
 interrupted and run again. `python -m ivl_jax.experiments post_training` is the study of objectives
-other than demonstrations (`post_training_study`), and `… vocabulary_maps` compares vocabulary maps.
+other than demonstrations (`post_training_study`), `… baselines` that of other ways to use what was
+learned, and `… vocabulary_maps` compares vocabulary maps.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from ivl_jax.command_line.console import log_to_stdout
 from ivl_jax.command_line.flags import parse_flags
 from ivl_jax.command_line.guard import long_run_command
 from ivl_jax.config import TrainConfig, load_config
-from ivl_jax.experiments import post_training_study, vocabulary_maps
+from ivl_jax.experiments import baselines, post_training_study, vocabulary_maps
 from ivl_jax.experiments.demonstrations import build_items
 from ivl_jax.experiments.lab import Laboratory
 from ivl_jax.experiments.matrix import SEEDS, measurements
@@ -55,7 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    studies = {"post_training": post_training_study.main, "vocabulary_maps": vocabulary_maps.main}
+    studies = {
+        "baselines": baselines.main,
+        "post_training": post_training_study.main,
+        "vocabulary_maps": vocabulary_maps.main,
+    }
     if arguments and arguments[0] in studies:
         return studies[arguments[0]](arguments[1:])
     return long_run_command(_PROGRAM, _run, arguments)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ivl_jax.experiments.page_sections import put_section
 from ivl_jax.experiments.post_training_gains import (
     ABSENT,
     LEAST_GAIN,
@@ -55,12 +56,8 @@ def update_page(docs: Path) -> None:
     record, page = docs / RECORD, docs / "experiments.md"
     if not record.exists():
         return
-    text = page.read_text(encoding="utf-8") if page.exists() else "# Experiments\n"
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
     shown = section(json.loads(record.read_text(encoding="utf-8")))
-    parts = [before.rstrip(), BEGIN, shown, END, after.strip()]
-    page.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    put_section(page, shown, begin=BEGIN, end=END)
 
 
 def section(record: Mapping[str, Any]) -> str:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ivl_jax.experiments import matrix
+from ivl_jax.experiments.baselines_report import update_page as update_baselines
 from ivl_jax.experiments.finetune_report import markdown, references_section
 from ivl_jax.experiments.finetune_sweep import RECORD, record_file
 from ivl_jax.experiments.matrix import Base, Measurement, Term, Training, on
-from ivl_jax.experiments.post_training_report import update_page
+from ivl_jax.experiments.post_training_report import update_page as update_post_training
 from ivl_jax.experiments.report_notes import fill_notes
 from ivl_jax.experiments.report_plots import plot_penalties, plot_strengths, plot_transfer
 from ivl_jax.experiments.report_subjects import make_lookup
@@ -151,7 +152,8 @@ def write_report(figures: Figures, docs: Path, *, seeds: Sequence[int]) -> None:
     (docs / "experiments.md").write_text(text, encoding="utf-8")
     if results := filled("results"):
         (docs / "results.md").write_text(results + "\n", encoding="utf-8")
-    update_page(docs)
+    update_post_training(docs)
+    update_baselines(docs)
 
 
 def _introduction(seeds: Sequence[int]) -> str:
