@@ -23,7 +23,7 @@ def log_softmax(logits):
 
 def test_each_row_has_the_tokens_and_log_probabilities_of_its_own_policy(recorded):
     model, calls = recorded
-    strong = dataclasses.replace(model, strengths=(0.8,))
+    strong = dataclasses.replace(model, strengths=(3.0,))
     plain = strong.generate(PROMPTS, max_new_tokens=12)
     each = [
         GenerationOptions(max_new_tokens=12 + 12 * (row == 1), log_probs=0, policy=policy)
@@ -53,9 +53,9 @@ def test_each_row_has_the_tokens_and_log_probabilities_of_its_own_policy(recorde
 
 def test_the_models_policy_applies_where_a_prompt_names_none(stories, value, composed):
     policy = StrengthPolicy("entropy", 4.0)
-    model = compose(stories, value, strengths=0.8, policy=policy)
+    model = compose(stories, value, strengths=3.0, policy=policy)
     asked = {"max_new_tokens": 12}
-    own = dataclasses.replace(composed, strengths=(0.8,)).generate(
+    own = dataclasses.replace(composed, strengths=(3.0,)).generate(
         PROMPTS[0], policy=policy, **asked
     )
     assert model.generate(PROMPTS[0], **asked).token_ids == own.token_ids
