@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from ivl_jax.assets import family_folder
-from ivl_jax.config import FULL_STRENGTH, StrengthPolicy
+from ivl_jax.config import FULL_STRENGTH, ComposedModelConfig, StrengthPolicy
 from ivl_jax.decoding.compose import compose
+from ivl_jax.decoding.loading import load_composed, read_sources
 from ivl_jax.decoding.requests import GenerationOptions
 from tests.decoding.anew import random_map
 from tests.decoding.tiny import NEAR_TIE, language_model, policy_logits
@@ -61,6 +62,13 @@ def test_the_models_policy_applies_where_a_prompt_names_none(stories, value, com
     assert model.generate(PROMPTS[0], **asked).token_ids == own.token_ids
     full = model.generate(PROMPTS[0], policy=FULL_STRENGTH, **asked)
     assert full.token_ids != own.token_ids
+
+
+def test_flags_give_a_model_its_policy(stories260k_dir):
+    folder = str(stories260k_dir)
+    flags = ComposedModelConfig(folder, (folder,), strength_policy="kl", policy_scale=2.0)
+    model = load_composed(read_sources(flags), flags, mesh=None)
+    assert model.policy == StrengthPolicy("kl", 2.0)
 
 
 def test_a_policy_counts_under_value_networks_of_other_vocabularies_and_n_grams(stories260k_dir):
