@@ -4,6 +4,7 @@ In: parameter trees. Out: trees of the same shape. All functions are pure.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -66,7 +67,7 @@ def scale_by_depth(change: Params, *, first: float, last: float = 1.0) -> Params
     layers = change["layers"]
     most = max(len(layers) - 1, 1)
 
-    def scaled(tree: Params, factor: float) -> Params:
+    def scaled(tree: Any, factor: float) -> Any:
         return jax.tree.map(lambda leaf: factor * leaf, tree)
 
     rest = {
