@@ -100,7 +100,7 @@ class BaselinesLaboratory:
         logger.info("measuring %s", row.name)
         chosen = self._make(row)
         texts = answers(chosen.model, self._facts, max_new_tokens=_ANSWER_TOKENS)
-        record = {"setting": chosen.setting, **self._key(row)}
+        record: dict[str, Any] = {"setting": chosen.setting, **self._key(row)}
         if row.method == "unlearned":
             record |= self._forgetting(chosen.model, texts)
         else:

@@ -55,12 +55,11 @@ def test_each_row_has_the_tokens_and_log_probabilities_of_its_own_policy(recorde
 def test_the_models_policy_applies_where_a_prompt_names_none(stories, value, composed):
     policy = StrengthPolicy("entropy", 4.0)
     model = compose(stories, value, strengths=3.0, policy=policy)
-    asked = {"max_new_tokens": 12}
     own = dataclasses.replace(composed, strengths=(3.0,)).generate(
-        PROMPTS[0], policy=policy, **asked
+        PROMPTS[0], policy=policy, max_new_tokens=12
     )
-    assert model.generate(PROMPTS[0], **asked).token_ids == own.token_ids
-    full = model.generate(PROMPTS[0], policy=FULL_STRENGTH, **asked)
+    assert model.generate(PROMPTS[0], max_new_tokens=12).token_ids == own.token_ids
+    full = model.generate(PROMPTS[0], policy=FULL_STRENGTH, max_new_tokens=12)
     assert full.token_ids != own.token_ids
 
 
@@ -75,12 +74,11 @@ def test_a_policy_counts_under_value_networks_of_other_vocabularies_and_n_grams(
     base = language_model(stories260k_dir, seed=0)
     value = language_model(family_folder("S"), seed=2)
     maps = [random_map(base, value)]
-    asked = {"max_new_tokens": 16}
-    alone = compose(base).generate(PROMPTS[0], **asked)
+    alone = compose(base).generate(PROMPTS[0], max_new_tokens=16)
     model = compose(base, value, strengths=2.0, maps=maps, draft="ngram", draft_length=3)
-    assert model.generate(PROMPTS[0], **asked).token_ids != alone.token_ids
+    assert model.generate(PROMPTS[0], max_new_tokens=16).token_ids != alone.token_ids
     # Nearly nothing of the strength is left where the divergence is so much larger than the scale.
-    found = model.generate(PROMPTS[0], policy=StrengthPolicy("kl", 1e-6), **asked)
+    found = model.generate(PROMPTS[0], policy=StrengthPolicy("kl", 1e-6), max_new_tokens=16)
     assert found.token_ids == alone.token_ids
 
 
