@@ -4,7 +4,8 @@ In: the matrix. Out: `docs/experiments.md` with its figures and `docs/experiment
 number. Finished trainings and measurements are kept in the work directory, so the command can be
 interrupted and run again. `python -m ivl_jax.experiments post_training` is the study of objectives
 other than demonstrations (`post_training_study`), `… baselines` that of other ways to use what was
-learned, and `… vocabulary_maps` compares vocabulary maps.
+learned, `… real` the experiment on a real model (`real_study`), and `… vocabulary_maps` compares
+vocabulary maps.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from ivl_jax.command_line.console import log_to_stdout
 from ivl_jax.command_line.flags import parse_flags
 from ivl_jax.command_line.guard import long_run_command
 from ivl_jax.config import TrainConfig, load_config
-from ivl_jax.experiments import baselines, post_training_study, vocabulary_maps
+from ivl_jax.experiments import baselines, post_training_study, real_study, vocabulary_maps
 from ivl_jax.experiments.demonstrations import build_items
 from ivl_jax.experiments.lab import Laboratory
 from ivl_jax.experiments.matrix import SEEDS, measurements
@@ -59,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     studies = {
         "baselines": baselines.main,
         "post_training": post_training_study.main,
+        "real": real_study.main,
         "vocabulary_maps": vocabulary_maps.main,
     }
     if arguments and arguments[0] in studies:

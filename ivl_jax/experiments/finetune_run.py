@@ -33,7 +33,7 @@ from ivl_jax.experiments.corpus import Corpus, Windows
 from ivl_jax.experiments.demonstrations import Item, items_hash, select, write_demonstrations
 from ivl_jax.experiments.facts import build_facts
 from ivl_jax.experiments.family_tokenizers import CONTEXT
-from ivl_jax.experiments.finetune_settings import Point, Setting, best_point
+from ivl_jax.experiments.finetune_settings import Kinds, Point, Setting, best_point
 from ivl_jax.experiments.finetune_settings import criteria as criteria_of
 from ivl_jax.model.decoder import Params
 from ivl_jax.model.lora import join, merge
@@ -50,13 +50,19 @@ from ivl_jax.weights.language_model import (
 
 logger = logging.getLogger(__name__)
 
-_KIND_OF = {"facts": ("fact",), "docstrings": ("docstring",), "both": ("fact", "docstring")}
+_KIND_OF: dict[Kinds, tuple[str, ...]] = {
+    "facts": ("fact",),
+    "docstrings": ("docstring",),
+    "both": ("fact", "docstring"),
+}
 _ROWS = 64  # scored together
 EVALUATIONS = 20  # held-out evaluations of a run, at equal distances
 
 
 def items_of(items: Sequence[Item], setting: Setting) -> list[Item]:
     """The demonstrations that a setting is trained and chosen on: all splits, its kinds only."""
+    if setting.kinds == "all":
+        return list(items)
     found = [item for item in items if item.kind in _KIND_OF[setting.kinds]]
     again = [item for item in found if item.kind == "fact" and item.split == "train"]
     return found + again * (setting.fact_repeats - 1)

@@ -8,8 +8,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-Model = Literal["S", "L", "X", "L-continued"]
-Kinds = Literal["facts", "docstrings", "both"]
+Model = Literal["S", "L", "X", "L-continued", "real"]
+"""`real`: one that is not of the embedded family."""
+Kinds = Literal["facts", "docstrings", "both", "all"]
+"""`both` are facts and docstrings; `all`: whatever there is, chosen by NLL alone."""
 Criterion = Literal["nll", "exact_match"]
 
 # Each is about three times the one before.
@@ -109,7 +111,7 @@ def best_setting(tried: Mapping[Setting, Curve], criterion: Criterion) -> Settin
 
 def criteria(kinds: Kinds) -> tuple[Criterion, ...]:
     """What runs on these demonstrations can be chosen by."""
-    return ("nll",) if kinds == "docstrings" else ("nll", "exact_match")
+    return ("nll",) if kinds in ("docstrings", "all") else ("nll", "exact_match")
 
 
 def missing(starts: Sequence[Setting], tried: Mapping[Setting, Curve]) -> list[Setting]:

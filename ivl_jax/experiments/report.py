@@ -14,6 +14,7 @@ from ivl_jax.experiments.finetune_report import markdown, references_section
 from ivl_jax.experiments.finetune_sweep import RECORD, record_file
 from ivl_jax.experiments.matrix import Base, Measurement, Term, Training, on
 from ivl_jax.experiments.post_training_report import update_page as update_post_training
+from ivl_jax.experiments.real_report import update_real_section
 from ivl_jax.experiments.report_notes import fill_notes
 from ivl_jax.experiments.report_plots import plot_penalties, plot_strengths, plot_transfer
 from ivl_jax.experiments.report_subjects import make_lookup
@@ -154,6 +155,7 @@ def write_report(figures: Figures, docs: Path, *, seeds: Sequence[int]) -> None:
         (docs / "results.md").write_text(results + "\n", encoding="utf-8")
     update_post_training(docs)
     update_baselines(docs)
+    update_real_section(docs)
 
 
 def _introduction(seeds: Sequence[int]) -> str:

@@ -1,0 +1,56 @@
+"""Budgets of the study of a real model."""
+
+import dataclasses
+import re
+
+import pytest
+
+from ivl_jax.config import ConfigError
+from ivl_jax.experiments.real_settings import ABOUT, QUICK, STAGES, Budget, quick
+from ivl_jax.experiments.real_study import description, main
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"dialogues": 0}, "--dialogues must be > 0, got 0"),
+        ({"healing_rate": -1.0}, "--healing-rate must be > 0"),
+        ({"penalty": -0.5}, "--penalty must be ≥ 0"),
+        ({"value_tokens": 4095}, "at least one batch, 8 rows of 512 = 4,096 tokens"),
+        ({"answered": 201}, "--answered 201 must be at most --held-out 200"),
+    ],
+)
+def test_budgets_that_cannot_work_are_refused(changed, message):
+    with pytest.raises(ConfigError, match=message):
+        Budget(**changed)
+
+
+def test_no_penalty_is_a_budget():
+    assert Budget(penalty=0.0).penalty == 0.0
+
+
+def test_the_quick_budget_is_small_but_for_what_was_asked_for():
+    assert quick(Budget()) == QUICK
+    assert quick(Budget(held_out=7)) == dataclasses.replace(QUICK, held_out=7)
+    for tokens in (QUICK.healing_tokens, QUICK.value_tokens, QUICK.tuning_tokens):
+        assert QUICK.steps(tokens) == 2
+
+
+def test_help_says_what_each_stage_takes():
+    text = description()
+    assert set(ABOUT) == set(STAGES)
+    assert all(f"{stage} " in text and about in text for stage, about in ABOUT.items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--model is missing: .*../shared/tools/smollm2.py FOLDER"),
+        (["--model", "/no/such/folder"], "/no/such/folder: no such folder"),
+    ],
+)
+def test_a_study_without_its_model_says_how_to_get_it(capsys, arguments, message, tmp_path):
+    assert main([*arguments, "--work-dir", str(tmp_path), "--docs", str(tmp_path)]) == 2
+    assert list(tmp_path.iterdir()) == []
+    captured = capsys.readouterr().err
+    assert re.search(message, captured), captured

@@ -1,0 +1,63 @@
+"""The whole study of a real model, with a tiny one in its place."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ivl_jax.experiments import real_items
+from ivl_jax.experiments.docstrings import DocstringPair
+from ivl_jax.experiments.real_lab import RealLaboratory
+from ivl_jax.experiments.real_measure import Measurements
+from ivl_jax.experiments.real_study import main
+from ivl_jax.experiments.real_subjects import SUBJECTS
+from tests.experiments.test_real_items import write_gsm8k
+from tests.training.conftest import save_tiny_model
+
+PAIRS = [
+    DocstringPair(f"What does `f{i}` do?", f"It counts to {i}.", f"m{i}", split)
+    for split, numbers in (
+        ("train", range(12)),
+        ("validation", range(20, 22)),
+        ("test", range(30, 33)),
+    )
+    for i in numbers
+]
+SMALL = "--dialogues 6 --text-tokens 6 --gsm8k-questions 8 --docstring-questions 8 --held-out 2"
+SMALL += " --answered 2 --answer-tokens 4 --length 64 --rows 2 --first-layers 1 --last-layers 1"
+SMALL += " --healing-tokens 256 --value-tokens 256 --tuning-tokens 256 --rank 2"
+
+
+@pytest.mark.slow
+def test_every_stage_is_made_and_measured_and_a_second_run_makes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(real_items, "docstring_pairs", lambda: PAIRS)
+    gsm8k = write_gsm8k(tmp_path / "gsm8k", train=40, test=4)
+    target = save_tiny_model(
+        tmp_path / "target", seed=1, num_hidden_layers=3, max_position_embeddings=256
+    )
+    work, docs = tmp_path / "work", tmp_path / "docs"
+    arguments = [
+        *("--model", str(target), "--gsm8k", str(gsm8k), *SMALL.split()),
+        *("--work-dir", str(work), "--docs", str(docs)),
+    ]
+    assert main(arguments) == 0
+    record = json.loads((docs / "real.json").read_text())
+    assert set(record["measured"]) == set(SUBJECTS)
+    assert record["missing"] == []
+    assert record["models"]["donor"]["layers"] == 2
+    assert set(record["tuned"]) == {"donor_tuned", "target_lora", "target_full"}
+    nll = {name: one["nll"]["docstring"] for name, one in record["measured"].items()}
+    assert len(set(nll.values())) == len(nll), "no two subjects are the same model"
+    assert "## A real model" in (docs / "experiments.md").read_text()
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("nothing is made or measured again")
+
+    monkeypatch.setattr(RealLaboratory, "_fine_tune", refuse)
+    monkeypatch.setattr(RealLaboratory, "_placed", refuse)
+    monkeypatch.setattr(Measurements, "_model", refuse)
+    page = (docs / "experiments.md").read_text()
+    assert main(arguments) == 0
+    assert (docs / "experiments.md").read_text() == page
