@@ -13,7 +13,7 @@ COMMANDS = {
     "python -m ivl_jax.vocabulary": "build and show maps between two tokenizers",
     "python -m ivl_jax.checkpoint": "export value folders and Hugging Face folders",
     "python -m ivl_jax.experiments.demo": "the demo: train on S, lift L and X",
-    "python -m ivl_jax.experiments": "comparisons at the embedded family's size; `post_training`",
+    "python -m ivl_jax.experiments": "comparisons at the family's size; `post_training`, `real`",
     "python -m ivl_jax.experiments.demo_post_training": "pairs and prompts for the demo configs",
     "python -m ivl_jax.experiments.finetune_sweep": "fine-tune a target fully, for comparison",
     "python -m ivl_jax.experiments.pretrain_family": "pre-train the embedded family again",

@@ -26,6 +26,13 @@ from ivl_jax.experiments.real_configs import (
     tuning_setting,
     value_config,
 )
+from ivl_jax.experiments.real_exports import (
+    SHARES,
+    START,
+    export_change,
+    export_file,
+    restore_change,
+)
 from ivl_jax.experiments.real_items import of_kind
 from ivl_jax.experiments.real_settings import Budget, Stage
 from ivl_jax.experiments.real_text import Writing, write_dialogues
@@ -43,7 +50,15 @@ _INVENTED = 0.5  # share of the dialogues whose question the target invents
 class RealLaboratory:
     """Makes the models of one study."""
 
-    def __init__(self, work_dir: Path, target: Path, items: list[Item], budget: Budget) -> None:
+    def __init__(
+        self,
+        work_dir: Path,
+        target: Path,
+        items: list[Item],
+        budget: Budget,
+        *,
+        exports: Path | None = None,
+    ) -> None:
         """Write the demonstrations to files.
 
         Args:
@@ -51,8 +66,13 @@ class RealLaboratory:
             target: Folder of the model that nobody here trained.
             items: From `real_items`.
             budget: See there.
+            exports: Folder of exported stages, which are restored instead of made. Everything that
+                is made then lies apart, since restored models differ a little.
         """
         self._work_dir = work_dir.absolute()
+        self.exports = exports
+        # Keys do not depend on whether a model was restored.
+        self._keys = None if exports is None else RealLaboratory(work_dir, target, items, budget)
         self.target = target.absolute()
         self.items = items
         self.budget = budget
@@ -84,7 +104,7 @@ class RealLaboratory:
         Args:
             stage: Not `measure`.
         """
-        if stage in ("donor_tuned", "target_lora", "target_full"):
+        if stage in ("donor_tuned", "target_lora", "target_full") and not self._exported(stage):
             return (self._folder(stage) / _FIT).exists()
         return self.output(stage).exists()
 
@@ -103,6 +123,10 @@ class RealLaboratory:
         output, folder = self.output(stage), self._folder(stage)
         if self.finished(stage):
             return output
+        if (exported := self._exported(stage)) is not None:
+            start, identity = self._start(stage, make=True)
+            restore_change(exported, output, start=start, identity=identity)
+            return output
         for needed in self._needs(stage):
             self.make(needed)
         logger.info("stage %s: %s", stage, folder)
@@ -120,12 +144,33 @@ class RealLaboratory:
             self._fine_tune(stage, folder)
         return output
 
+    def export(self, folder: Path, *, megabytes: float) -> None:
+        """Write what the finished trainings changed, for another machine.
+
+        Args:
+            folder: For one file per stage.
+            megabytes: Of all files together.
+        """
+        for stage in SHARES:
+            if self.finished(stage):
+                start, identity = self._start(stage)
+                export_change(
+                    export_file(folder, stage, self.key(stage)),
+                    stage,
+                    start=start,
+                    tuned=self.output(stage),
+                    identity=identity,
+                    megabytes=megabytes,
+                )
+
     def key(self, stage: Stage) -> str:
         """A hash of everything that a stage's result depends on.
 
         Args:
             stage: Not `measure`.
         """
+        if self._keys is not None:
+            return self._keys.key(stage)
         if stage == "sibling":
             layers = (self.budget.first_layers, self.budget.last_layers)
             return _hash(["sibling", self.target_key, layers])
@@ -138,7 +183,22 @@ class RealLaboratory:
         return _hash([mapping, self.target_key])
 
     def _folder(self, stage: Stage) -> Path:
-        return self._work_dir / "made" / f"{stage}-{self.key(stage)[:_KEY]}"
+        made = "made" if self.exports is None else "made_from_exports"
+        return self._work_dir / made / f"{stage}-{self.key(stage)[:_KEY]}"
+
+    def _exported(self, stage: Stage) -> Path | None:
+        """The exported file of a stage; None where there is none."""
+        if self.exports is None or stage not in SHARES:
+            return None
+        file = export_file(self.exports, stage, self.key(stage))
+        return file if file.exists() else None
+
+    def _start(self, stage: Stage, *, make: bool = False) -> tuple[Path, str]:
+        """The folder of the model that a training starts from, and what identifies the model."""
+        start = START[stage]
+        if start is None:
+            return self.target, self.target_key
+        return self.make(start) if make else self.output(start), self.key(start)
 
     def _needs(self, stage: Stage) -> tuple[Stage, ...]:
         needs: dict[Stage, tuple[Stage, ...]] = {

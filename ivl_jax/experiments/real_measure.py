@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ivl_jax.checkpoint import load_value
+from ivl_jax.checkpoint.value_metadata import METADATA_NAME
 from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.evaluation.intervals import wilson_interval
@@ -99,6 +100,7 @@ class Measurements:
         budget = laboratory.budget
         return {
             "items_sha256": items_hash(self._test),
+            "models": "trained" if laboratory.exports is None else "restored from exports",
             "target": laboratory.target_key,
             "answers": f"{budget.answered} of at most {budget.answer_tokens} tokens",
             **made,
@@ -111,7 +113,7 @@ class Measurements:
         added = []
         for stage in parts.added:
             folder = laboratory.output(stage)
-            is_value = stage in ("value", "family_value")
+            is_value = (folder / METADATA_NAME).exists()  # restored ones are plain models
             added.append(load_value(folder) if is_value else load_language_model(folder))
         if "family_value" not in parts.added:
             return compose(base, *added, strengths=parts.strengths)

@@ -71,7 +71,7 @@ class Budget:
     """Tokens per row of a batch."""
     rows: int = 8
     """Rows per batch."""
-    rank: int = 16
+    rank: int = 8
     """Of the target's adapter."""
     healing_rate: float = 5e-4
     """Learning rate of the distillation."""

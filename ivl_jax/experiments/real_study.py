@@ -21,6 +21,7 @@ from ivl_jax.command_line.guard import long_run_command
 from ivl_jax.config import ConfigError
 from ivl_jax.config.annotations import Inline
 from ivl_jax.experiments.layer_sibling import layers_problem, sibling_arch
+from ivl_jax.experiments.real_exports import MEGABYTES
 from ivl_jax.experiments.real_items import real_items
 from ivl_jax.experiments.real_lab import RealLaboratory
 from ivl_jax.experiments.real_measure import Measurements
@@ -56,6 +57,14 @@ class Options:
     """Models, text and measured figures; each is kept under a hash of what it depends on."""
     docs: Path = Path("docs")
     """Where the report is written."""
+    export: Path | None = None
+    """Folder for what the trainings changed, one file per stage: what another machine needs to
+    continue, or to measure."""
+    export_megabytes: float = MEGABYTES
+    """Of all these files together: the largest singular values are kept."""
+    from_exports: Path | None = None
+    """Folder of such files: these stages are restored instead of made. Everything made then is kept
+    apart in the work directory."""
     report_only: bool = False
     """Only write the report on what has been measured so far."""
 
@@ -107,6 +116,8 @@ def _run(arguments: Sequence[str]) -> None:
                 _measure(measured)
                 write_report(laboratory, measured, docs)
     write_report(laboratory, measured, docs)
+    if options.export is not None:
+        laboratory.export(options.export, megabytes=options.export_megabytes)
 
 
 def _measure(measured: Measurements) -> None:
@@ -167,8 +178,8 @@ def _tuned(laboratory: RealLaboratory) -> dict[str, dict[str, float]]:
     tuned = {}
     stages: tuple[Stage, ...] = ("donor_tuned", "target_lora", "target_full")
     for stage in stages:
-        if laboratory.finished(stage):
-            file = laboratory.output(stage).with_name("fit.json")
+        file = laboratory.output(stage).with_name("fit.json")
+        if file.exists():
             curve = json.loads(file.read_text(encoding="utf-8"))["curve"]
             best = min(curve, key=lambda point: point["nll"])
             tuned[stage] = {"best": best["step"], "steps": curve[-1]["step"], "nll": best["nll"]}

@@ -174,3 +174,45 @@ def test_the_target_answers_training_questions_of_all_kinds_and_reads_no_answer(
     train = {item.question for item in ITEMS if item.split == "train"}
     assert set(asked) <= train
     assert {question.split()[0] for question in asked} == {"gsm8k", "docstring"}
+
+
+def test_what_was_exported_is_restored_apart_and_only_where_it_belongs(
+    target: Path, tmp_path: Path, makers: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def note(file: Path, *given: Any, start: Path, identity: str, **_: Any) -> None:
+        makers.append(f"{file.stem.partition('-')[0]} from {start.name} {identity[:4]}")
+        if given and isinstance(given[0], Path):
+            given[0].mkdir(parents=True)  # restored
+        else:
+            file.touch()
+
+    monkeypatch.setattr(real_lab, "export_change", note)
+    monkeypatch.setattr(real_lab, "restore_change", note)
+    made, exports = laboratory(target, tmp_path / "work"), tmp_path / "exports"
+    exports.mkdir()
+    for stage in ("value", "target_lora"):
+        made.make(stage)
+    makers.clear()
+    made.export(exports, megabytes=20.0)
+    sibling, donor = made.key("sibling"), made.key("healing")
+    exported = [
+        f"healing from {made.output('sibling').name} {sibling[:4]}",
+        f"value from model {donor[:4]}",
+        f"target_lora from target {made.target_key[:4]}",
+    ]
+    assert makers == exported
+    assert {file.name for file in exports.iterdir()} == {
+        f"{stage}-{made.key(stage)[:10]}.safetensors"
+        for stage in ("healing", "value", "target_lora")
+    }
+
+    makers.clear()
+    elsewhere = RealLaboratory(tmp_path / "work", target, ITEMS, BUDGET, exports=exports)
+    assert keys(elsewhere) == keys(made)
+    for stage in ("value", "target_lora", "donor_tuned"):
+        assert elsewhere.make(stage) == elsewhere.output(stage) != made.output(stage)
+        assert elsewhere.finished(stage)
+    assert makers == ["sibling 5+5", *exported, "donor_tuned 0"]
+    other = dataclasses.replace(BUDGET, healing_rate=1e-3)
+    changed_budget = RealLaboratory(tmp_path / "work", target, ITEMS, other, exports=exports)
+    assert not changed_budget.finished("value")

@@ -22,16 +22,18 @@ ITEMS = [
 class Made(SimpleNamespace):
     """A laboratory whose stages are made at once."""
 
-    def __init__(self, *finished: Stage, keys: str = "") -> None:
+    def __init__(self, *finished: Stage, folder: Path = Path("none"), keys: str = "") -> None:
         budget = SimpleNamespace(answered=3, answer_tokens=9)
-        super().__init__(items=ITEMS, target=Path("target"), target_key="t", budget=budget)
-        self._finished, self._keys = finished, keys
+        super().__init__(
+            items=ITEMS, target=Path("target"), target_key="t", budget=budget, exports=None
+        )
+        self._finished, self._folder, self._keys = finished, folder, keys
 
     def finished(self, stage: Stage) -> bool:
         return stage in self._finished
 
     def output(self, stage: Stage) -> Path:
-        return Path(stage)
+        return self._folder / stage
 
     def key(self, stage: Stage) -> str:
         return f"{stage} {self._keys}"
@@ -63,7 +65,10 @@ def composed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_what_is_composed_follows_the_table(composed: list[Any], tmp_path: Path) -> None:
-    measured = Measurements(Made(), tmp_path)  # type: ignore[arg-type]
+    for stage in ("value", "family_value"):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "ivl.json").touch()
+    measured = Measurements(Made(folder=tmp_path), tmp_path)  # type: ignore[arg-type]
     for subject in SUBJECTS:
         measured.measure(subject)
     assert composed == [
@@ -105,6 +110,9 @@ def test_a_measurement_is_made_again_only_of_another_model(
     assert len(composed) == 1
     other = Measurements(Made(keys="other"), tmp_path)  # type: ignore[arg-type]
     assert other.kept("target_value") is None
+    restored = Made()
+    restored.exports = tmp_path
+    assert Measurements(restored, tmp_path).kept("target_value") is None  # type: ignore[arg-type]
 
 
 def test_a_subject_can_be_measured_once_all_its_parts_are_made(tmp_path: Path) -> None:
