@@ -71,6 +71,7 @@ class RealLaboratory:
         """
         self._work_dir = work_dir.absolute()
         self.exports = exports
+        self._known: dict[Stage, str] = {}
         # Keys do not depend on whether a model was restored.
         self._keys = None if exports is None else RealLaboratory(work_dir, target, items, budget)
         self.target = target.absolute()
@@ -171,12 +172,16 @@ class RealLaboratory:
         """
         if self._keys is not None:
             return self._keys.key(stage)
+        if stage not in self._known:
+            self._known[stage] = self._new_key(stage)
+        return self._known[stage]
+
+    def _new_key(self, stage: Stage) -> str:
         if stage == "sibling":
             layers = (self.budget.first_layers, self.budget.last_layers)
             return _hash(["sibling", self.target_key, layers])
         if stage == "text":
-            asked = items_hash([item for item in self.items if item.question in self._questions()])
-            return _hash(["text", self.target_key, asked, self._writing()])
+            return _hash(["text", self.target_key, self._questions(), self._writing()])
         config = self._config(stage)
         # Where the target lies does not count; which one it is does.
         mapping = json.dumps([settings_key(self._located(config), work_dir=self._work_dir), stage])

@@ -87,7 +87,8 @@ def _introduction(record: Mapping[str, Any]) -> str:
     )
     steps = settings["rows"] * settings["length"]
     text = f"""Made by `python -m ivl_jax.experiments real`; every number is in
-[{RECORD}]({RECORD}).
+[{RECORD}]({RECORD}). `--export FOLDER` writes what the trainings changed in files of at most 20 MB
+in all, and `--from-exports FOLDER` restores the models from them elsewhere.
 
 The target is SmolLM2-135M-Instruct ({_millions(target)}, {target["layers"]} layers), which nobody
 here trained. The *donor* is its own sibling: its first {settings["first_layers"]} and last

@@ -61,7 +61,7 @@ class Budget:
     """Training questions of GSM8K."""
     docstring_questions: int = 1500
     """Training questions on docstrings."""
-    held_out: int = 200
+    held_out: int = 100
     """Test questions of each kind whose answers are scored."""
     answered: int = 100
     """Test questions of GSM8K that are answered."""

@@ -133,4 +133,4 @@ def test_every_stage_can_be_named_from_nothing() -> None:
         for setting in first:
             assert (setting.model, setting.kinds) == (stage.model, stage.kinds)
             assert bool(setting.rank) == (stage.part == "lora")
-    assert criteria("docstrings") == ("nll",)
+    assert criteria("docstrings") == criteria("all") == ("nll",)

@@ -38,6 +38,9 @@ def config(project_root: Path) -> TrainConfig:
 def test_a_setting_chooses_its_kinds_and_repeats_only_training_facts() -> None:
     assert items_of(_ITEMS, _SETTING) == _ITEMS
     assert items_of(_ITEMS, dataclasses.replace(_SETTING, kinds="docstrings")) == _ITEMS[2:]
+    others = [*_ITEMS, Item("1 + 1?", "2", "gsm8k", "1", "train")]
+    assert items_of(others, _SETTING) == _ITEMS
+    assert items_of(others, dataclasses.replace(_SETTING, kinds="all")) == others
     repeated = dataclasses.replace(_SETTING, kinds="facts", fact_repeats=3)
     assert items_of(_ITEMS, repeated) == [*_ITEMS[:2], _ITEMS[0], _ITEMS[0]]
 

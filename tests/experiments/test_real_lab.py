@@ -85,6 +85,11 @@ def test_where_folders_are_does_not_count_but_the_target_and_the_demonstrations_
     assert keys(laboratory(elsewhere, tmp_path / "other")) == before
     items = [item._replace(answer=item.answer + "!") for item in ITEMS]
     assert changed(keys(laboratory(target, tmp_path / "work", items=items)), before) == {
+        *("value", "family_value"),
+        *TUNED,
+    }
+    asked = [item._replace(question=item.question + "?") for item in ITEMS]
+    assert changed(keys(laboratory(target, tmp_path / "work", items=asked)), before) == {
         *("text", "family_value"),
         *(DONORS | TUNED),
     }
@@ -128,7 +133,7 @@ def makers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def tune(config: Any, setting: Any, items: Any, *, run_dir: Path, **_: Any) -> Any:
         order.append(f"{run_dir.name.rpartition('-')[0]} {setting.rank}")
-        (run_dir / "best_nll").mkdir(parents=True)
+        (run_dir / "best_nll").mkdir(parents=True, exist_ok=True)
         return Fit([Point(3, 1.5, None, None, 1.5)], [1.0], 2.0)
 
     monkeypatch.setattr(real_lab, "make_sibling", sibling)

@@ -17,7 +17,7 @@ from ivl_jax.experiments.real_study import description, main
         ({"healing_rate": -1.0}, "--healing-rate must be > 0"),
         ({"penalty": -0.5}, "--penalty must be ≥ 0"),
         ({"value_tokens": 4095}, "at least one batch, 8 rows of 512 = 4,096 tokens"),
-        ({"answered": 201}, "--answered 201 must be at most --held-out 200"),
+        ({"answered": 101}, "--answered 101 must be at most --held-out 100"),
     ],
 )
 def test_budgets_that_cannot_work_are_refused(changed, message):
