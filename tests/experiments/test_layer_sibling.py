@@ -72,8 +72,8 @@ def test_layers_that_a_model_does_not_have_are_refused_before_its_weights_are_re
 
 def test_what_differs_from_layer_to_layer_follows_its_layer():
     kinds = ("full_attention", *("sliding_attention",) * 3, "full_attention")
-    arch = make_arch(
-        num_hidden_layers=5,
+    arch = dataclasses.replace(
+        make_arch(num_hidden_layers=5),
         layer_types=kinds,
         sliding_window=4,
         rotary_layers=(True, False, True, True, False),
