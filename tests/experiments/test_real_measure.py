@@ -1,15 +1,15 @@
 """Measurements of the study of a real model: each once, of what it was made with."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from ivl_jax.experiments import real_measure
 from ivl_jax.experiments.demonstrations import Item
+from ivl_jax.experiments.real_lab import RealLaboratory
 from ivl_jax.experiments.real_measure import Measurements
-from ivl_jax.experiments.real_settings import Stage
+from ivl_jax.experiments.real_settings import Budget, Stage
 from ivl_jax.experiments.real_subjects import SUBJECTS
 
 ITEMS = [
@@ -19,24 +19,22 @@ ITEMS = [
 ]
 
 
-class Made(SimpleNamespace):
+class Made(RealLaboratory):
     """A laboratory whose stages are made at once."""
 
     def __init__(self, *finished: Stage, folder: Path = Path("none"), keys: str = "") -> None:
-        budget = SimpleNamespace(answered=3, answer_tokens=9)
-        super().__init__(
-            items=ITEMS, target=Path("target"), target_key="t", budget=budget, exports=None
-        )
-        self._finished, self._folder, self._keys = finished, folder, keys
+        self.items, self.target, self.target_key = ITEMS, Path("target"), "t"
+        self.budget, self.exports = Budget(answered=3, answer_tokens=9), None
+        self._finished, self._folders, self._stage_keys = finished, folder, keys
 
     def finished(self, stage: Stage) -> bool:
         return stage in self._finished
 
     def output(self, stage: Stage) -> Path:
-        return self._folder / stage
+        return self._folders / stage
 
     def key(self, stage: Stage) -> str:
-        return f"{stage} {self._keys}"
+        return f"{stage} {self._stage_keys}"
 
 
 @pytest.fixture
@@ -68,7 +66,7 @@ def test_what_is_composed_follows_the_table(composed: list[Any], tmp_path: Path)
     for stage in ("value", "family_value"):
         (tmp_path / stage).mkdir()
         (tmp_path / stage / "ivl.json").touch()
-    measured = Measurements(Made(folder=tmp_path), tmp_path)  # type: ignore[arg-type]
+    measured = Measurements(Made(folder=tmp_path), tmp_path)
     for subject in SUBJECTS:
         measured.measure(subject)
     assert composed == [
@@ -88,7 +86,7 @@ def test_what_is_composed_follows_the_table(composed: list[Any], tmp_path: Path)
 def test_a_record_is_of_test_questions_and_of_those_that_are_answered(
     composed: list[Any], tmp_path: Path
 ) -> None:
-    measured = Measurements(Made(), tmp_path)  # type: ignore[arg-type]
+    measured = Measurements(Made(), tmp_path)
     record = measured.measure("target_value")
     assert record["nll"] == {"gsm8k": 4.0, "docstring": 3.0}
     assert record["questions"] == {"gsm8k": 4, "docstring": 3}
@@ -103,22 +101,22 @@ def test_a_record_is_of_test_questions_and_of_those_that_are_answered(
 def test_a_measurement_is_made_again_only_of_another_model(
     composed: list[Any], tmp_path: Path
 ) -> None:
-    measured = Measurements(Made(), tmp_path)  # type: ignore[arg-type]
+    measured = Measurements(Made(), tmp_path)
     assert measured.kept("target_value") is None
     record = measured.measure("target_value")
     assert measured.measure("target_value") == measured.kept("target_value") == record
     assert len(composed) == 1
-    other = Measurements(Made(keys="other"), tmp_path)  # type: ignore[arg-type]
+    other = Measurements(Made(keys="other"), tmp_path)
     assert other.kept("target_value") is None
     restored = Made()
     restored.exports = tmp_path
-    assert Measurements(restored, tmp_path).kept("target_value") is None  # type: ignore[arg-type]
+    assert Measurements(restored, tmp_path).kept("target_value") is None
 
 
 def test_a_subject_can_be_measured_once_all_its_parts_are_made(tmp_path: Path) -> None:
-    none = Measurements(Made(), tmp_path)  # type: ignore[arg-type]
+    none = Measurements(Made(), tmp_path)
     assert [subject for subject in SUBJECTS if none.possible(subject)] == ["target"]
-    some = Measurements(Made("healing", "value"), tmp_path)  # type: ignore[arg-type]
+    some = Measurements(Made("healing", "value"), tmp_path)
     assert {subject for subject in SUBJECTS if some.possible(subject)} == {
         *("target", "donor", "donor_value", "target_value"),
     }
