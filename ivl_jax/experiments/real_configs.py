@@ -157,8 +157,12 @@ def _config(budget: Budget, *, tokens: int, rate: float) -> TrainConfig:
 
 
 def _data(budget: Budget, files: Mapping[str, Path]) -> DataConfig:
+    train, validation = (
+        (str(files[split]),) if split in files else () for split in ("train", "validation")
+    )
     return DataConfig(
-        **{split: (str(file),) for split, file in files.items()},
+        train=train,
+        validation=validation,
         rows=RowsConfig(format="messages"),
         max_length=budget.length,
     )

@@ -44,9 +44,7 @@ class Measurements:
 
     def possible(self, subject: Subject) -> bool:
         """Whether everything that a subject is composed of has been made."""
-        parts = SUBJECTS[subject]
-        needed = [*parts.added, *([] if parts.base is None else [parts.base])]
-        return all(self._laboratory.finished(stage) for stage in needed)
+        return all(self._laboratory.finished(stage) for stage in SUBJECTS[subject].stages)
 
     def kept(self, subject: Subject) -> dict[str, Any] | None:
         """The record of a subject that was made with today's settings, or None."""
@@ -94,8 +92,7 @@ class Measurements:
         return self._folder / f"{subject}.json"
 
     def _about(self, subject: Subject) -> dict[str, str]:
-        laboratory, parts = self._laboratory, SUBJECTS[subject]
-        stages = [*([] if parts.base is None else [parts.base]), *parts.added]
+        laboratory, stages = self._laboratory, SUBJECTS[subject].stages
         made = {f"{stage}_sha256": laboratory.key(stage) for stage in stages}
         budget = laboratory.budget
         return {

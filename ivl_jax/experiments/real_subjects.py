@@ -35,6 +35,11 @@ class Parts(NamedTuple):
     kinds: tuple[str, ...] = KINDS
     """Of the questions that it is measured on."""
 
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages that make it, but for the target."""
+        return self.added if self.base is None else (self.base, *self.added)
+
 
 SUBJECTS: dict[Subject, Parts] = {
     "sibling": Parts("first and last layers, before healing", "sibling"),

@@ -19,7 +19,8 @@ from ivl_jax.experiments.real_lab import RealLaboratory
 from ivl_jax.experiments.real_settings import STAGES, Budget, Stage
 
 MADE: tuple[Stage, ...] = tuple(stage for stage in STAGES if stage != "measure")
-SPLITS: tuple[Split, ...] = (*(["train"] * 8), "validation", "test")
+_TRAIN: tuple[Split, ...] = ("train",) * 8
+SPLITS: tuple[Split, ...] = (*_TRAIN, "validation", "test")
 ITEMS = [
     Item(f"{kind} {i}?", f"{i}", kind, f"{kind} {i}", split)
     for kind in ("gsm8k", "docstring")

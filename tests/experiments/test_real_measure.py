@@ -22,9 +22,15 @@ ITEMS = [
 class Made(RealLaboratory):
     """A laboratory whose stages are made at once."""
 
-    def __init__(self, *finished: Stage, folder: Path = Path("none"), keys: str = "") -> None:
+    def __init__(
+        self,
+        *finished: Stage,
+        folder: Path = Path("none"),
+        keys: str = "",
+        exports: Path | None = None,
+    ) -> None:
         self.items, self.target, self.target_key = ITEMS, Path("target"), "t"
-        self.budget, self.exports = Budget(answered=3, answer_tokens=9), None
+        self.budget, self.exports = Budget(answered=3, answer_tokens=9), exports
         self._finished, self._folders, self._stage_keys = finished, folder, keys
 
     def finished(self, stage: Stage) -> bool:
@@ -108,8 +114,7 @@ def test_a_measurement_is_made_again_only_of_another_model(
     assert len(composed) == 1
     other = Measurements(Made(keys="other"), tmp_path)
     assert other.kept("target_value") is None
-    restored = Made()
-    restored.exports = tmp_path
+    restored = Made(exports=tmp_path)
     assert Measurements(restored, tmp_path).kept("target_value") is None
 
 

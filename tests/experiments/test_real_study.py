@@ -7,6 +7,7 @@ import pytest
 
 from ivl_jax.experiments import real_items
 from ivl_jax.experiments.docstrings import DocstringPair
+from ivl_jax.experiments.facts import Split
 from ivl_jax.experiments.real_lab import RealLaboratory
 from ivl_jax.experiments.real_measure import Measurements
 from ivl_jax.experiments.real_study import main
@@ -14,13 +15,14 @@ from ivl_jax.experiments.real_subjects import SUBJECTS
 from tests.experiments.test_real_items import write_gsm8k
 from tests.training.conftest import save_tiny_model
 
+NUMBERS: dict[Split, range] = {
+    "train": range(12),
+    "validation": range(20, 22),
+    "test": range(30, 33),
+}
 PAIRS = [
     DocstringPair(f"What does `f{i}` do?", f"It counts to {i}.", f"m{i}", split)
-    for split, numbers in (
-        ("train", range(12)),
-        ("validation", range(20, 22)),
-        ("test", range(30, 33)),
-    )
+    for split, numbers in NUMBERS.items()
     for i in numbers
 ]
 SMALL = "--dialogues 6 --text-tokens 6 --gsm8k-questions 8 --docstring-questions 8 --held-out 2"
