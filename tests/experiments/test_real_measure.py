@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.experiments import real_measure
 from ivl_jax.experiments.demonstrations import Item
 from ivl_jax.experiments.real_lab import RealLaboratory
@@ -48,9 +49,9 @@ def composed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What each model was composed of; NLL is the number of questions, two answers are right."""
     found: list[Any] = []
 
-    def compose(*parts: str, strengths: Any = (), maps: Any = ()) -> str:
+    def compose(*parts: str, strengths: Any = (), maps: Any = ()) -> ComposedModel:
         found.append((*parts, *strengths, *(Path(one).name for one in maps)))
-        return "model"
+        return object.__new__(ComposedModel)
 
     def answers(_: Any, items: list[Item], *, max_new_tokens: int, **__: Any) -> list[str]:
         assert max_new_tokens == 9
