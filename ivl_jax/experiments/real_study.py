@@ -174,7 +174,7 @@ def record_of(laboratory: RealLaboratory, measured: Measurements) -> dict[str, A
     }
 
 
-def _tuned(laboratory: RealLaboratory) -> dict[str, dict[str, float]]:
+def _tuned(laboratory: RealLaboratory) -> dict[str, dict[str, Any]]:
     tuned = {}
     stages: tuple[Stage, ...] = ("donor_tuned", "target_lora", "target_full")
     for stage in stages:
