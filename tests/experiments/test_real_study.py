@@ -57,9 +57,22 @@ def test_every_stage_is_made_and_measured_and_a_second_run_makes_nothing(
     def refuse(*_: object) -> None:
         raise AssertionError("nothing is made or measured again")
 
-    monkeypatch.setattr(RealLaboratory, "_fine_tune", refuse)
-    monkeypatch.setattr(RealLaboratory, "_placed", refuse)
-    monkeypatch.setattr(Measurements, "_model", refuse)
-    page = (docs / "experiments.md").read_text()
-    assert main(arguments) == 0
+    page, exports = (docs / "experiments.md").read_text(), tmp_path / "exports"
+    with monkeypatch.context() as patched:
+        patched.setattr(RealLaboratory, "_fine_tune", refuse)
+        patched.setattr(RealLaboratory, "_placed", refuse)
+        patched.setattr(Measurements, "_model", refuse)
+        assert main([*arguments, "--export", str(exports)]) == 0
     assert (docs / "experiments.md").read_text() == page
+    assert sum(file.stat().st_size for file in exports.iterdir()) < 20e6
+
+    others = ["--docs", str(tmp_path / "others"), "--from-exports", str(exports), "--stages"]
+    with monkeypatch.context() as patched:
+        patched.setattr(RealLaboratory, "_fine_tune", refuse)
+        patched.setattr(RealLaboratory, "_placed", refuse)
+        assert main([*arguments, *others, "sibling", "value", "target_lora", "measure"]) == 0
+    restored = json.loads((tmp_path / "others" / "real.json").read_text())["measured"]
+    assert {"donor", "donor_value", "target_value", "target_lora"} <= set(restored)
+    for name, figures in restored.items():
+        expected = record["measured"][name]["nll"]
+        assert figures["nll"] == pytest.approx(expected, abs=2e-3), name
