@@ -158,7 +158,7 @@ def _repeat(composition, params, state, count):
 REPEATING = Proposer(
     name="repetition",
     empty=lambda composition, rows, capacity: (),
-    read_prompts=lambda composition, params, own, prompts, lengths: own,
+    read_prompts=lambda composition, params, own, tokens, positions, lengths: own,
     available=lambda state: jnp.full_like(state.lengths, state.tokens.shape[1]),
     propose=_repeat,
     settle=lambda state, count, gained: state.speculation.proposer,

@@ -37,7 +37,13 @@ from ivl_jax.config.model import (
 )
 from ivl_jax.config.objectives import DistilConfig, GrpoConfig, PreferenceConfig
 from ivl_jax.config.processes import ProcessesConfig
-from ivl_jax.config.serve import NamedModel, ServeConfig, check_serve_config, is_model_name
+from ivl_jax.config.serve import (
+    SMALLEST_PREFILL_BLOCK,
+    NamedModel,
+    ServeConfig,
+    check_serve_config,
+    is_model_name,
+)
 from ivl_jax.config.strength import (
     CONSTANT,
     FULL_STRENGTH,
@@ -70,6 +76,7 @@ __all__ = [
     "LONGEST_DRAFT",
     "MOST_LOGIT_BIASES",
     "NGRAM_DRAFT",
+    "SMALLEST_PREFILL_BLOCK",
     "SMALLEST_SCALE",
     "AttentionName",
     "BaseConfig",

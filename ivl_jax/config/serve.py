@@ -13,6 +13,8 @@ from ivl_jax.config.annotations import Inline
 from ivl_jax.config.checks import ConfigError, require, require_numbers
 from ivl_jax.config.model import ComposedModelConfig, RuntimeConfig, model_problems
 
+SMALLEST_PREFILL_BLOCK = 64
+"""Tokens of a block of a prompt, at least: what the caches of sliding windows take at once."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -38,6 +40,9 @@ class ServeConfig:
     """Tokens of a prompt and its answer together, at most; 0: the context."""
     max_cache_mib: int = 0
     """MiB of key-value caches on each device, at most; 0: as much as rows and tokens take."""
+    prefill_block: int = 512
+    """Tokens of prompts that are read between two steps of running rows, at most; longer prompts
+    are read in blocks of as many. 0: every prompt is read at once, and running rows wait for it."""
     values_dir: str = ""
     """A folder below which clients may load value networks while the server runs (`POST
     /v1/values`); empty: they may not."""
@@ -86,6 +91,10 @@ class ServeConfig:
             for name, smallest in least.items()
             if getattr(self, name) < smallest
         ]
+        if 0 != self.prefill_block < SMALLEST_PREFILL_BLOCK:
+            problems.append(
+                f"--prefill-block must be 0 or ≥ {SMALLEST_PREFILL_BLOCK}, got {self.prefill_block}"
+            )
         require(not problems, "; ".join(problems))
 
     @property

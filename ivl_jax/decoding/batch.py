@@ -9,34 +9,25 @@ the first request that uses it: its cache is then empty in all other rows, whose
 0 to their end, so that they never need what it would have read. It leaves with the last such row.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 import numpy as np
 
-from ivl_jax.buckets import bucket
 from ivl_jax.decoding.begun_step import BegunStep
 from ivl_jax.decoding.capacity import BatchShape, Need
 from ivl_jax.decoding.device.finish import FinishReason
 from ivl_jax.decoding.device.state import DecodeState
 from ivl_jax.decoding.engine_model import ModelParts, Places, union
-from ivl_jax.decoding.entries import Entry, News, requests_of, token_log_probs
-from ivl_jax.decoding.generation import TokenLogProbs
+from ivl_jax.decoding.entries import Entry, News, requests_of
 from ivl_jax.decoding.own_vocabulary import TextReader
-from ivl_jax.decoding.requests import (
-    RowArrays,
-    bucket_top_log_probs,
-    lay_out,
-    row_end,
-)
-from ivl_jax.decoding.row_errors import row_error
+from ivl_jax.decoding.prompt_blocks import BlockReading, lay_out_entries
+from ivl_jax.decoding.requests import RowArrays, row_end
+from ivl_jax.decoding.row_errors import row_errors
 from ivl_jax.decoding.row_extras import with_extras, without_extras
+from ivl_jax.decoding.row_log_probs import fetch_log_probs, top_to_keep, with_room
 from ivl_jax.decoding.value_caches import with_values
-
-# New tokens whose log-probabilities are fetched at once: few widths, few programs.
-_SMALLEST_FETCH = 16
 
 
 @dataclass
@@ -68,6 +59,8 @@ class RowBatch:
         self._reader = TextReader(self._model.own_vocabularies, batch=shape.rows)
         self._held: DecodeState | None = None
         self._begun = BegunStep()
+        # A prompt that is read apart, block by block; it takes a row after the last one.
+        self._reading: BlockReading | None = None
 
     @property
     def free(self) -> list[int]:
@@ -80,6 +73,11 @@ class RowBatch:
         return self._held is None
 
     @property
+    def reads(self) -> int | None:
+        """The request whose prompt is being read block by block; None: there is none."""
+        return None if self._reading is None else self._reading.entry.id
+
+    @property
     def is_intact(self) -> bool:
         """Whether it holds a state that no failed program has taken."""
         return self._held is not None and not any(
@@ -89,17 +87,18 @@ class RowBatch:
     def needs(self) -> list[Need]:
         """What the running requests still need."""
         read = self._reader.slots()
-        return [
+        needs = [
             row.entry.need._replace(
                 slots=row.end, mapped_slots=max(row.entry.need.mapped_slots, read)
             )
             for row in self._rows
             if row is not None
         ]
+        return needs if self._reading is None else [*needs, self._reading.entry.need]
 
     def used(self) -> Places:
         """The value networks that a running request uses."""
-        return union(row.entry.need.values for row in self._rows if row is not None)
+        return union(entry.need.values for entry in self._entries())
 
     def start(self, entries: Sequence[Entry]) -> None:
         """Begin requests where nothing runs, all prompts at once.
@@ -111,11 +110,12 @@ class RowBatch:
         self._begun.forget()
         self._use(union(entry.need.values for entry in entries))
         model, rows = self._model, range(len(entries))
-        arrays = self._take(entries, rows, values=self.shape.values, least_rows=self.shape.rows)
+        self._occupy(rows, entries)
+        arrays = self._arrays(entries, self.shape.values, least_rows=self.shape.rows)
         prefilled = model.programs.prefill(
             model.params,
             arrays.prompts,
-            requests_of(arrays, self._model.programs),
+            requests_of(arrays, model.programs),
             self._reader.own_tokens(rows, size=self.shape.rows),
             capacity=self.shape.capacity,
             mapped_capacity=self.shape.mapped_capacity,
@@ -135,7 +135,8 @@ class RowBatch:
         rows, values = self.free[: len(entries)], union(entry.need.values for entry in entries)
         self._use(union([self.used(), values]))
         part = self._parts.part(values)
-        arrays = self._take(entries, rows, values=values, least_rows=group)
+        self._occupy(rows, entries)
+        arrays = self._arrays(entries, values, least_rows=group)
         size, width = arrays.prompts.shape
         read = zip(self._mapped(), self._reader.own_tokens(rows, size=size), strict=True)
         own_tokens = tuple(own for place, own in read if place in values)
@@ -143,20 +144,64 @@ class RowBatch:
         admitted = part.programs.prefill(
             part.params,
             arrays.prompts,
-            requests_of(arrays, self._model.programs),
+            requests_of(arrays, part.programs),
             own_tokens,
             # One slot for the first token; a prompt that fills its row's last slot gets none.
             capacity=width + 1,
             mapped_capacity=max((own.tokens.shape[1] for own in own_tokens), default=0),
             top_log_probs=top_log_probs,
         )
+        most = max((own.tokens.shape[1] for own in own_tokens), default=1)
+        self._join(entries, rows, admitted, values, mapped_capacity=most)
+
+    def begin_blocks(self, entry: Entry, *, block: int) -> None:
+        """Begin a request whose prompt is read block by block; none of it is read yet.
+
+        Args:
+            entry: the request; no other one is being read.
+            block: tokens of a block, at most.
+        """
+        assert self._reading is None
+        context, stop_ids = self._context, self.shape.stop_ids
+        self._reading = BlockReading(
+            self._parts, entry, block=block, context=context, stop_ids=stop_ids
+        )
+
+    def read_block(self) -> None:
+        """Read the next block; after the last one the request takes a free row."""
+        reading = self._reading
+        assert reading is not None
+        if not reading.read(top_log_probs=self._top_log_probs()):
+            return
+        entries, values, rows = [reading.entry], reading.entry.need.values, self.free[:1]
+        self._use(self.used())
+        self._reading, capacity = None, reading.mapped_capacity
+        self._occupy(rows, entries, is_read=True)
+        self._join(entries, rows, reading.state, values, mapped_capacity=capacity)
+
+    def _join(
+        self,
+        entries: Sequence[Entry],
+        rows: Sequence[int],
+        admitted: DecodeState,
+        values: Places,
+        *,
+        mapped_capacity: int,
+    ) -> None:
+        """Put rows that have been read under these value networks into these rows of the batch."""
+        size = len(admitted.lengths)
         if values != self.shape.values:
-            most = max((own.tokens.shape[1] for own in own_tokens), default=1)
-            each = [*entries, *[None] * (size - len(entries))]
-            admitted = self._with_values(admitted, each, values, self.shape.values, most)
+            admitted = with_values(
+                self._parts,
+                admitted,
+                [*entries, *[None] * (size - len(entries))],
+                before=values,
+                after=self.shape.values,
+                mapped_capacity=mapped_capacity,
+            )
         places = np.full(size, self.shape.rows, np.int32)  # beyond the batch: not placed
         places[: len(rows)] = rows
-        self._keep_log_probs(top_log_probs)
+        self._keep_log_probs(admitted.top_log_probs)
         self._begun.forget()
         self._held = self._model.programs.place(self._state, without_extras(admitted), places)
 
@@ -191,15 +236,18 @@ class RowBatch:
             advances_next: whether `advance` probably comes next: where the host has to read for
                 value networks, the base's part of that step is then begun before.
         """
+        live = [(place, row) for place, row in enumerate(self._rows) if row is not None]
+        if not live:
+            return []
         state = self._state
         tokens, lengths, finish = jax.device_get((state.tokens, state.lengths, state.finish))
         proposed = accepted = np.zeros_like(lengths)
         if state.speculation is not None:
             speculation = state.speculation
             proposed, accepted = jax.device_get((speculation.proposed, speculation.accepted))
-        live = [(place, row) for place, row in enumerate(self._rows) if row is not None]
         new_ids = {place: tokens[place, row.seen : lengths[place]].tolist() for place, row in live}
-        log_probs = self._fetch_log_probs(new_ids)
+        entries = {place: row.entry for place, row in live}
+        log_probs = fetch_log_probs(self._model, state, new_ids, lengths, entries)
         failed = [place for place, _ in live if finish[place] == FinishReason.ERROR]
         errors = self._blame(failed) if failed else {}
         if (
@@ -230,6 +278,8 @@ class RowBatch:
 
     def release(self, request: int) -> None:
         """Free the row of a request that has ended or been cancelled."""
+        if self.reads == request:
+            self._reading = None
         for place, row in enumerate(self._rows):
             if row is not None and row.entry.id == request:
                 self._rows[place] = None
@@ -253,31 +303,16 @@ class RowBatch:
         self._begun.forget()
         if self._held is not None:
             entries = [None if row is None else row.entry for row in self._rows]
-            capacity, before = self.shape.mapped_capacity, self.shape.values
-            self._held = self._with_values(self._held, entries, before, values, capacity)
+            self._held = with_values(
+                self._parts,
+                self._held,
+                entries,
+                before=self.shape.values,
+                after=values,
+                mapped_capacity=self.shape.mapped_capacity,
+            )
         self.shape, self._model = self.shape._replace(values=values), self._parts.part(values)
         self._reader.use(self._model.own_vocabularies)
-
-    def _with_values(
-        self,
-        state: DecodeState,
-        entries: Sequence[Entry | None],
-        before: Places,
-        after: Places,
-        mapped_capacity: int,
-    ) -> DecodeState:
-        """A state of these rows under other value networks than before."""
-        strengths = np.zeros((len(entries), len(after)), np.float32)
-        for row, entry in enumerate(entries):
-            if entry is not None:
-                strengths[row] = entry.used.of(after)
-        return with_values(
-            self._parts.part(after).programs,
-            state,
-            strengths,
-            kept=[before.index(place) if place in before else None for place in after],
-            mapped_capacity=mapped_capacity,
-        )
 
     def _mapped(self) -> list[int]:
         """The value networks of the batch that have their own vocabulary."""
@@ -313,84 +348,48 @@ class RowBatch:
             self._held = empty(**self.shape.sizes, top_log_probs=self._top_log_probs())
         return self._held
 
-    def _take(
-        self, entries: Sequence[Entry], rows: Sequence[int], *, values: Places, least_rows: int
-    ) -> RowArrays:
-        """Give requests these rows; return their arrays, for these value networks."""
-        model, prompts, mapped = self._model, [entry.prompt for entry in entries], self._mapped()
+    def _occupy(
+        self, rows: Sequence[int], entries: Sequence[Entry], *, is_read: bool = False
+    ) -> None:
+        """Give requests these rows."""
+        mapped = self._mapped()
         for place, entry in zip(rows, entries, strict=True):
             length = len(entry.prompt.token_ids)
             end = row_end(entry.prompt.token_ids, entry.prompt.options, context=self._context)
             self._rows[place] = _Row(entry, end, seen=length)
-            self._reader.admit(place, [entry.used.texts.get(value) for value in mapped])
-        return lay_out(
-            [prompt.token_ids for prompt in prompts],
-            [
-                dataclasses.replace(entry.prompt.options, strengths=entry.used.of(values))
-                for entry in entries
-            ],
-            sample_indices=[prompt.sample_index for prompt in prompts],
+            texts = [entry.used.texts.get(value) for value in mapped]
+            self._reader.admit(place, texts, is_read=is_read)
+
+    def _arrays(self, entries: Sequence[Entry], values: Places, *, least_rows: int) -> RowArrays:
+        return lay_out_entries(
+            self._parts,
+            entries,
+            values,
             context=self._context,
-            stop_ids=model.stop_ids,
-            strengths=(0.0,) * len(values),
-            row_multiple=model.row_multiple,
             least_rows=least_rows,
             least_stop_ids=self.shape.stop_ids,
         )
 
+    def _entries(self) -> list[Entry]:
+        """All requests that it has."""
+        entries = [row.entry for row in self._rows if row is not None]
+        return entries if self._reading is None else [*entries, self._reading.entry]
+
     def _top_log_probs(self) -> int | None:
         """Likeliest tokens to keep for the running requests; None: none asks for any."""
-        size = self._model.composition.base.vocab_size
-        asked = [
-            bucket_top_log_probs(row.entry.prompt.options, vocab_size=size)
-            for row in self._rows
-            if row is not None
-        ]
-        return max((top for top in asked if top is not None), default=None)
+        return top_to_keep(self._model, self._entries())
 
     def _keep_log_probs(self, top: int | None) -> None:
         """Allocate or drop their arrays in the state; what they held has been fetched."""
-        state = self._state
-        if state.top_log_probs != top:
-            room = None
-            if top is not None:
-                make = self._model.programs.empty_log_probs
-                room = make(self.shape.rows, self.shape.capacity, top=top)
-            self._held = state._replace(log_probs=room)
-
-    def _fetch_log_probs(self, new_ids: dict[int, list[int]]) -> dict[int, list[TokenLogProbs]]:
-        """Log-probabilities of new tokens, by row, of the rows that ask for them."""
-        held, asking = self._state.log_probs, dict[int, int]()
-        starts = np.zeros(self.shape.rows, np.int32)
-        for place, row in enumerate(self._rows):
-            if row is not None and row.entry.prompt.options.log_probs is not None:
-                asking[place], starts[place] = row.entry.prompt.options.log_probs, row.seen
-        longest = max((len(new_ids[place]) for place in asking), default=0)
-        if held is None or not longest:
-            return {}
-        width = bucket(longest, smallest=_SMALLEST_FETCH)
-        fetch = self._model.programs.latest_log_probs
-        latest = jax.device_get(fetch(held, starts, width=width))
-        return {
-            place: [token_log_probs(latest, place, i, top=top) for i in range(len(new_ids[place]))]
-            for place, top in asking.items()
-        }
+        self._held = with_room(self._model, self._state, top)
 
     def _blame(self, failed: Sequence[int]) -> dict[int, str]:
         """Name the networks whose logits were not finite, by row."""
-        model = self._model
-        rows = range(self.shape.rows)
+        model, rows = self._model, range(self.shape.rows)
         # All of their tokens have been read by now: this reads each row's last one again.
         own_tokens = self._reader.own_tokens(rows, size=len(rows))
         finite = jax.device_get(
             model.programs.finite_networks(model.params, self._state, own_tokens)
         )
-        errors = {}
-        for place in failed:
-            row, flags = self._rows[place], finite[place].tolist()
-            assert row is not None
-            for index, value in enumerate(self.shape.values, start=1):
-                # A network that the row does not use has read something else there.
-                flags[index] |= value not in row.entry.used.strengths
-            errors[place] = row_error(model, flags)
-        return errors
+        used = {place: row.entry.used for place in failed if (row := self._rows[place])}
+        return row_errors(model, self.shape.values, used, finite)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ivl_jax.buckets import bucket
+from ivl_jax.config import SMALLEST_PREFILL_BLOCK
 from ivl_jax.decoding.requests import bucket_capacity
 
 # Rows shrink once there are this many times as many as needed: each number of rows compiles.
@@ -39,6 +40,8 @@ class EngineLimits:
             slots take. A request that needs more than the others leaves room for waits its turn.
         least_rows: Rows that a batch has at least, where the bytes allow it.
         least_capacity: Slots that they have at least, likewise.
+        prefill_block: Tokens of prompts that are read between two steps of running rows, at most;
+            longer prompts are read in blocks of as many. None: every prompt is read at once.
     """
 
     max_rows: int = 8
@@ -46,6 +49,7 @@ class EngineLimits:
     max_cache_bytes: int | None = None
     least_rows: int = 1
     least_capacity: int = 1
+    prefill_block: int | None = None
 
     def __post_init__(self) -> None:
         """Check ranges; all problems are named at once."""
@@ -56,6 +60,9 @@ class EngineLimits:
             for name, value in given.items()
             if value is not None and value < 1
         ]
+        block, smallest = self.prefill_block, SMALLEST_PREFILL_BLOCK
+        if block is not None and block < smallest:
+            problems.append(f"prefill_block must be ≥ {smallest}, got {block}")
         if self.least_rows > self.max_rows:
             problems.append(
                 f"least_rows must be ≤ max_rows, got {self.least_rows} > {self.max_rows}"

@@ -19,27 +19,30 @@ alone up to near-ties, samples included (their key is made of the request's seed
 This holds on a mesh and with value networks of their own vocabularies too.
 
 Requests begin in the order in which they came, and each step that reads prompts is followed by one
-that generates for all rows, so that neither those that wait nor those that run are starved.
+that generates for all rows, so that neither those that wait nor those that run are starved. With
+`EngineLimits.prefill_block` such a step reads at most as many tokens, and a longer prompt takes
+several of them.
 """
 
-import logging
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from itertools import count, islice
-from typing import NamedTuple
 
 from ivl_jax.decoding.batch import RowBatch
 from ivl_jax.decoding.capacity import BatchShape, CapacityPlanner, EngineLimits, Need, Waiting
-from ivl_jax.decoding.device.finish import FinishReason
 from ivl_jax.decoding.engine_model import EngineModel, EngineValue, ModelParts
-from ivl_jax.decoding.entries import Entry, News
-from ivl_jax.decoding.generation import Generation, TokenLogProbs
+from ivl_jax.decoding.entries import Entry
 from ivl_jax.decoding.own_vocabulary import expected_slots
-from ivl_jax.decoding.requests import EncodedPrompt, bucket_stop_ids, needed_slots, row_end
+from ivl_jax.decoding.progress import Progress, RunningRequest
+from ivl_jax.decoding.prompt_groups import next_group
+from ivl_jax.decoding.requests import (
+    EncodedPrompt,
+    bucket_stop_ids,
+    needed_slots,
+    prompt_width,
+    row_end,
+)
 from ivl_jax.decoding.streaming import RowText
-
-logger = logging.getLogger(__name__)
 
 # Rows that end before prompts are admitted, as a share of the batch. Reading the weights for one
 # prompt costs about a step; letting k rows wait for k prompts costs, at L tokens a row and B rows,
@@ -48,31 +51,6 @@ logger = logging.getLogger(__name__)
 _ROWS_A_REFILL = 8
 
 DEFAULT_LIMITS = EngineLimits()
-
-
-class Progress(NamedTuple):
-    """What one request has generated since the last step."""
-
-    id: int
-    """The request, as `submit` returned it."""
-    piece: str
-    """Text that has become final, perhaps none."""
-    token_ids: tuple[int, ...]
-    """New tokens."""
-    log_probs: tuple[TokenLogProbs, ...]
-    """Of these tokens, where the request asks for them; else none."""
-    generation: Generation | None
-    """The whole generation, once the request has ended."""
-
-
-@dataclass
-class _Request:
-    """A request that runs, and what it has generated so far."""
-
-    entry: Entry
-    text: RowText
-    seen: int = 0  # tokens that the caller knows
-    log_probs: list[TokenLogProbs] = field(default_factory=list)
 
 
 class Engine:
@@ -96,10 +74,11 @@ class Engine:
         self._planner = CapacityPlanner(
             limits, model.context, model.row_multiple, cache_bytes=self._parts.cache_bytes
         )
+        self._block = limits.prefill_block
         self._ids = count()
         self._waiting: OrderedDict[int, Entry] = OrderedDict()
         self._needs = Waiting()
-        self._running: dict[int, _Request] = {}
+        self._running: dict[int, RunningRequest] = {}
         self._batch: RowBatch | None = None
         # Whether running rows have waited for a group of prompts, and come next.
         self._just_admitted = False
@@ -256,7 +235,7 @@ class Engine:
         try:
             # The host reads a first token before the next one is decoded: value networks with
             # their own vocabulary read its text.
-            if self._just_admitted or not self._admit():
+            if self._just_admitted or not (self._read_on() or self._admit()):
                 self._advance(max_tokens)
             progress = self._look()
         except BaseException:
@@ -264,6 +243,16 @@ class Engine:
             raise
         self._rest_if_idle()
         return progress
+
+    def _read_on(self) -> bool:
+        """Read the next block of a long prompt; return whether there is one that is being read."""
+        if self._batch is None or (request := self._batch.reads) is None:
+            return False
+        self._beginning = [request]
+        self._batch.read_block()
+        self._beginning = []
+        self._just_admitted = len(self._running) > 1
+        return True
 
     def _admit(self) -> bool:
         """Begin waiting requests if there is room and it pays; return whether any began."""
@@ -282,20 +271,28 @@ class Engine:
         self._beginning = []
         free = rows - len(self._running)
         self._no_room = bool(self._waiting) and not admitted and free > 0
-        if not others and (self._batch.is_empty or 2 * admitted >= rows):
+        at_once = self._block is None or max(self._widths(admitted), default=0) <= self._block
+        if not others and at_once and (self._batch.is_empty or 2 * admitted >= rows):
             self._just_admitted, self._free_steps = False, 0
             self._batch.start(self._begin(admitted))
             return True
         enough = min(self._group, admitted)
         if not admitted or (free < enough and self._free_steps < rows):
             return False
+        self._free_steps = 0
         while admitted:
-            size = min(self._group, admitted)
-            self._batch.admit(self._begin(size), group=self._group)
+            group = next_group(self._widths(admitted), rows=self._group, block=self._block)
+            entries = self._begin(group.size)
+            if group.in_blocks:
+                assert self._block is not None
+                self._batch.begin_blocks(*entries, block=self._block)
+                return self._read_on()
+            self._batch.admit(entries, group=group.rows)
             self._beginning = []
             # Running rows wait for one group of prompts, then generate at least one token.
-            admitted = 0 if others else admitted - size
-        self._just_admitted, self._free_steps = others, 0
+            bounded = others or self._block is not None
+            admitted = 0 if bounded else admitted - group.size
+            self._just_admitted = bounded
         return True
 
     def _advance(self, max_tokens: int) -> None:
@@ -305,7 +302,7 @@ class Engine:
         enough = min(self._group, len(self._waiting)) or rows
         if self._no_room:
             enough = free + 1
-        if enough <= free:
+        if enough <= free or self._batch.reads is not None:
             # More could begin right away: the running rows get one token before they do.
             max_tokens, enough = 1, rows
         elif free and self._waiting:
@@ -319,42 +316,17 @@ class Engine:
         assert self._batch is not None
         waits = len(self._batch.free) if self._waiting else 0
         progress, steps = [], 0
-        for news in self._batch.look(advances_next=not waits):
+        advances_next = self._just_admitted or not (waits or self._batch.reads is not None)
+        for news in self._batch.look(advances_next=advances_next):
             steps = max(steps, len(news.token_ids))
-            request = self._running[news.id]
-            piece = request.text.push(news.token_ids, news.finish)
-            new = tuple(request.text.token_ids[request.seen :])
-            log_probs = tuple(news.log_probs[: len(new)])
-            request.seen += len(new)
-            request.log_probs += log_probs
-            generation = None
-            if request.text.finish != FinishReason.RUNNING:
-                generation = self._end(request, news)
-            if new or piece or generation:
-                progress.append(Progress(news.id, piece, new, log_probs, generation))
+            one = self._running[news.id].take(news)
+            if one.generation is not None:
+                self._batch.release(news.id)
+                del self._running[news.id]
+            if one.is_new:
+                progress.append(one)
         self._free_steps += waits * steps
         return progress
-
-    def _end(self, request: _Request, news: News) -> Generation:
-        """Free the row of a request that has ended, and return its generation."""
-        assert self._batch is not None
-        self._batch.release(news.id)
-        del self._running[news.id]
-        text, prompt = request.text, request.entry.prompt
-        error = news.error if text.finish == FinishReason.ERROR else None
-        if error is not None:
-            logger.error("request %d: %s", news.id, error)
-        asked = prompt.options.log_probs is not None
-        return Generation(
-            text=text.text,
-            token_ids=tuple(text.token_ids),
-            finish_reason=text.finish.name.lower(),
-            prompt_tokens=len(prompt.token_ids),
-            error=error,
-            log_probs=tuple(request.log_probs) if asked else None,
-            proposed_tokens=news.proposed,
-            accepted_tokens=news.accepted,
-        )
 
     def _drop_lost(self) -> None:
         """Forget the requests that a failed step has lost."""
@@ -375,11 +347,16 @@ class Engine:
         self._beginning = [entry.id for entry in entries]
         for entry in entries:
             self._needs.remove(entry.need)
-            self._running[entry.id] = _Request(entry, self._new_text(entry.prompt))
+            self._running[entry.id] = RunningRequest(entry, self._new_text(entry.prompt))
         return entries
 
     def _first_needs(self, number: int) -> list[Need]:
         return [entry.need for entry in islice(self._waiting.values(), number)]
+
+    def _widths(self, number: int) -> list[int]:
+        """Tokens of the first waiting prompts, with padding."""
+        each = islice(self._waiting.values(), number)
+        return [prompt_width(entry.longest_text, context=self._context) for entry in each]
 
     @property
     def _group(self) -> int:

@@ -90,6 +90,10 @@ class ModelParts:
 
     Args:
         model: the base under those that there are at first; their places are 0, 1, 2, …
+
+    Attributes:
+        row_multiple: The number of rows of any batch is a multiple of this.
+        stop_ids: Ids that end every row.
     """
 
     def __init__(self, model: EngineModel) -> None:
@@ -102,7 +106,7 @@ class ModelParts:
             place: EngineValue(network, arrays, label, _next_own(own, network), strength)
             for place, (network, arrays, label, strength) in enumerate(each)
         }
-        self._row_multiple = model.row_multiple
+        self.row_multiple, self.stop_ids = model.row_multiple, model.stop_ids
         # The arrays of value networks are held by `_values` and `_parts` only: removing one from
         # both frees its memory.
         self._base = model._replace(
@@ -199,11 +203,11 @@ class ModelParts:
             ValueError: on this mesh its batches need more rows than the others.
         """
         composition = dataclasses.replace(self._base.composition, values=(value.network,))
-        needed = math.lcm(self._row_multiple, row_multiple(composition))
-        if needed != self._row_multiple:
+        needed = math.lcm(self.row_multiple, row_multiple(composition))
+        if needed != self.row_multiple:
             raise ValueError(
                 f"{value.label}: on this mesh it decodes batches of a multiple of {needed} rows, "
-                f"but this engine was made for multiples of {self._row_multiple}: name it when the "
+                f"but this engine was made for multiples of {self.row_multiple}: name it when the "
                 "engine is made (ivl-serve: --value), or keep it whole on every device "
                 "(--value-layout replicated)"
             )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ivl_jax.decoding.capacity import Need
 from ivl_jax.decoding.device.finish import FinishReason
-from ivl_jax.decoding.device.state import LogProbs, Requests
+from ivl_jax.decoding.device.state import Requests
 from ivl_jax.decoding.engine_model import Used
 from ivl_jax.decoding.generation import TokenLogProbs
 from ivl_jax.decoding.programs import Programs
@@ -22,6 +22,12 @@ class Entry(NamedTuple):
     need: Need
     used: Used
     """The value networks that it uses; its row has caches of these."""
+
+    @property
+    def longest_text(self) -> int:
+        """Tokens of the prompt as the network reads it that reads the most of them."""
+        own = (len(text.tokens) for text in self.used.texts.values())
+        return max(len(self.prompt.token_ids), *own, 0)
 
 
 class News(NamedTuple):
@@ -61,24 +67,4 @@ def requests_of(arrays: RowArrays, programs: Programs) -> Requests:
         keys=programs.row_keys(arrays.seeds, arrays.sample_indices),
         sampling=arrays.sampling,
         policies=arrays.policies,
-    )
-
-
-def token_log_probs(latest: LogProbs, place: int, index: int, *, top: int) -> TokenLogProbs:
-    """The log-probabilities of one new token, as callers get them.
-
-    Args:
-        latest: of all rows, on the host.
-        place: the row.
-        index: which of its new tokens.
-        top: likeliest tokens to give.
-
-    Returns:
-        Plain numbers.
-    """
-    pairs = zip(latest.top_ids[place, index, :top], latest.top[place, index, :top], strict=True)
-    return TokenLogProbs(
-        float(latest.chosen[place, index]),
-        tuple((int(token), float(p)) for token, p in pairs),
-        float(latest.base[place, index]),
     )

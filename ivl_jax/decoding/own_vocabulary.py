@@ -217,16 +217,18 @@ class TextReader:
         ]
         return _slots(lengths, contexts=self._contexts)
 
-    def admit(self, row: int, texts: Sequence[OwnText | None]) -> None:
+    def admit(self, row: int, texts: Sequence[OwnText | None], *, is_read: bool = False) -> None:
         """Begin a prompt in a row, in place of what was there.
 
         Args:
             row: the row.
             texts: the prompt as each network reads it; copies grow here. None: the row does not use
                 the network, which reads one token in it, over and over.
+            is_read: whether the networks' caches hold it already.
         """
         for own_texts, read, text in zip(self._texts, self._read, texts, strict=True):
-            own_texts[row], read[row] = None if text is None else text.fork(), 0
+            own_texts[row] = None if text is None else text.fork()
+            read[row] = len(text.tokens) if is_read and text is not None else 0
         self._full[row] = False
 
     def use(self, values: Sequence[OwnVocabulary]) -> None:
@@ -280,12 +282,15 @@ class TextReader:
                     self._full[row] = len(text.tokens) > context
         return {row for row, full in enumerate(self._full) if full}
 
-    def own_tokens(self, rows: Sequence[int], *, size: int) -> tuple[OwnTokens, ...]:
+    def own_tokens(
+        self, rows: Sequence[int], *, size: int, at_most: int | None = None
+    ) -> tuple[OwnTokens, ...]:
         """Give what each network has to read now in some rows; its cache will then hold it.
 
         Args:
             rows: which rows.
             size: rows of the result, whose first ones these are; the rest only fill it.
+            at_most: tokens per row, which is then the width; None: all that are left.
 
         Returns:
             NumPy arrays of one width, which comes from a small set; one `OwnTokens` per network.
@@ -293,11 +298,11 @@ class TextReader:
         if not self._texts:
             return ()
         pieces = [
-            [self._piece(texts[row], read, row) for row in rows]
+            [self._piece(texts[row], read, row, at_most=at_most) for row in rows]
             for texts, read in zip(self._texts, self._read, strict=True)
         ]
-        longest = max(len(piece) for each in pieces for _, piece in each)
-        return tuple(_padded(each, size=size, width=_width(longest)) for each in pieces)
+        width = at_most or _width(max(len(piece) for each in pieces for _, piece in each))
+        return tuple(_padded(each, size=size, width=width) for each in pieces)
 
     def own_block(
         self, proposals: np.ndarray, counts: Sequence[int], *, width: int, slots: int
@@ -317,7 +322,7 @@ class TextReader:
         for texts, read, context in zip(self._texts, self._read, self._contexts, strict=True):
             pieces, ends = [], np.zeros((len(counts), width), np.int32)
             for row, text in enumerate(texts):
-                start, piece = self._piece(text, read, row)
+                start, piece = self._piece(text, read, row, at_most=None)
                 lengths = [len(piece)]
                 if text is not None and not self._full[row]:
                     ahead = text.fork()
@@ -339,20 +344,23 @@ class TextReader:
         tokens = (_padded(pieces, size=len(counts), width=_width(longest)) for pieces in networks)
         return OwnBlock(tuple(tokens), tuple(all_ends), np.asarray(caps, np.int32))  # pyright: ignore[reportArgumentType]
 
-    def _piece(self, text: OwnText | None, read: list[int], row: int) -> tuple[int, list[int]]:
+    def _piece(
+        self, text: OwnText | None, read: list[int], row: int, *, at_most: int | None
+    ) -> tuple[int, list[int]]:
         """Where a row's unread tokens begin, and what they are; at least the last one is read."""
         if text is None:
             return 0, [0]
         if self._full[row]:
             return 0, text.tokens[:1]
         start = min(read[row], len(text.tokens) - 1)
-        read[row] = len(text.tokens)
-        return start, text.tokens[start:]
+        end = len(text.tokens) if at_most is None else min(start + at_most, len(text.tokens))
+        read[row] = end
+        return start, text.tokens[start:end]
 
 
 def _width(longest: int) -> int:
-    """The columns of an array for so many tokens: one of few."""
-    return next((w for w in _WIDTHS if w >= longest), bucket(longest, smallest=_WIDTHS[-1]))
+    few = (width for width in _WIDTHS if width >= longest)
+    return next(few, bucket(longest, smallest=_WIDTHS[-1]))
 
 
 def _slots(lengths: Sequence[int], *, contexts: Sequence[int]) -> int:

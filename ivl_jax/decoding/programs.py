@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ivl_jax.composed.forward import OwnTokens
 from ivl_jax.composed.network import ComposedParams, Composition
+from ivl_jax.decoding.device.blocks import read_block
 from ivl_jax.decoding.device.diagnosis import finite_networks
 from ivl_jax.decoding.device.generate import (
     decode_chunk,
@@ -39,6 +40,9 @@ class Programs(NamedTuple):
     prefill: Callable[..., DecodeState]
     """(params, prompts [B P], requests, own_tokens, capacity, mapped_capacity, top_log_probs) →
     state whose rows have one generated token."""
+    read_block: Callable[..., DecodeState]
+    """(params, state, prompts [B P], requests, own_tokens, start, is_last, width) → state, donated,
+    whose rows have read one block more of their prompts."""
     decode_chunk: Callable[..., DecodeState]
     """(params, state, max_tokens, stopped [B], enough_done = B) → state; the state's buffers are
     donated."""
@@ -107,6 +111,30 @@ def build_programs(composition: Composition, proposer: Proposer | None = None) -
             capacity=capacity,
             mapped_capacity=mapped_capacity,
             top_log_probs=top_log_probs,
+            proposer=proposer,
+        )
+
+    def block_program(
+        params: ComposedParams,
+        state: DecodeState,
+        prompts: Int[Array, "B P"],
+        requests: Requests,
+        own_tokens: tuple[OwnTokens, ...],
+        start: Int[Array, ""],
+        is_last: Bool[Array, ""],
+        *,
+        width: int,
+    ) -> DecodeState:
+        return read_block(
+            composition,
+            params,
+            state,
+            prompts,
+            requests,
+            start=start,
+            is_last=is_last,
+            width=width,
+            own_tokens=own_tokens,
             proposer=proposer,
         )
 
@@ -205,6 +233,12 @@ def build_programs(composition: Composition, proposer: Proposer | None = None) -
         prefill=jax.jit(
             prefill_program,
             static_argnames=("capacity", "mapped_capacity", "top_log_probs"),
+            out_shardings=shardings,
+        ),
+        read_block=jax.jit(
+            block_program,
+            static_argnames="width",
+            donate_argnames="state",
             out_shardings=shardings,
         ),
         decode_chunk=jax.jit(chunk_program, donate_argnames="state", out_shardings=shardings),

@@ -4,7 +4,7 @@ In: prompts as token ids and one `GenerationOptions` per prompt. Out: NumPy arra
 from a small set, so that prompts of other lengths reuse what was compiled.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -112,7 +112,7 @@ def lay_out(
         row_end(prompt, option, context=context)
         for prompt, option in zip(prompts, options, strict=True)
     ]
-    width = _prompt_width(int(lengths.max()), context=context)
+    width = prompt_width(int(lengths.max()), context=context)
     tokens = np.zeros((batch, width), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
@@ -147,7 +147,7 @@ def row_end(prompt: Sequence[int], option: GenerationOptions, *, context: int) -
 def needed_slots(prompt: Sequence[int], option: GenerationOptions, *, context: int) -> int:
     """Slots that a row needs: for its tokens, and for its prompt with padding."""
     end = row_end(prompt, option, context=context)
-    return max(end, _prompt_width(len(prompt), context=context))
+    return max(end, prompt_width(len(prompt), context=context))
 
 
 def bucket_capacity(length: int, *, context: int) -> int:
@@ -160,15 +160,17 @@ def bucket_stop_ids(option: GenerationOptions, stop_ids: Sequence[int]) -> int:
     return bucket(len(_row_stops(option, stop_ids)), smallest=_SMALLEST_STOP_IDS)
 
 
-def bucket_top_log_probs(option: GenerationOptions, *, vocab_size: int) -> int | None:
+def bucket_top_log_probs(options: Iterable[GenerationOptions], *, vocab_size: int) -> int | None:
     """Likeliest tokens to keep per generated token; None: no log-probabilities are asked for."""
-    if not option.log_probs:
-        return option.log_probs
-    most = min(option.log_probs, vocab_size)
+    asked = [option.log_probs for option in options if option.log_probs is not None]
+    if not any(asked):
+        return 0 if asked else None
+    most = min(max(asked), vocab_size)
     return bucket(most, smallest=_SMALLEST_TOP_LOG_PROBS, largest=vocab_size)
 
 
-def _prompt_width(length: int, *, context: int) -> int:
+def prompt_width(length: int, *, context: int) -> int:
+    """Tokens of a prompt with padding."""
     return bucket(length, smallest=_SMALLEST_PROMPT, largest=context)
 
 

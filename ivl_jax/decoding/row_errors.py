@@ -3,9 +3,40 @@
 In: which networks' logits are finite in the row. Out: what is wrong, and the remedy.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from ivl_jax.decoding.engine_model import EngineModel
+import numpy as np
+from jaxtyping import Bool
+
+from ivl_jax.decoding.engine_model import EngineModel, Places, Used
+
+
+def row_errors(
+    model: EngineModel,
+    values: Places,
+    failed: Mapping[int, Used],
+    finite: Bool[np.ndarray, "B N"],
+) -> dict[int, str]:
+    """The errors of rows that cannot continue.
+
+    Args:
+        model: what the rows are decoded with.
+        values: its value networks.
+        failed: the rows, and what each of them uses.
+        finite: of every row of the batch, as `row_error` takes them.
+
+    Returns:
+        A sentence per failed row.
+    """
+    errors = {}
+    for place, used in failed.items():
+        base, *each, composed = finite[place].tolist()
+        # A network that the row does not use has read something else there.
+        each = [
+            flag or value not in used.strengths for flag, value in zip(each, values, strict=True)
+        ]
+        errors[place] = row_error(model, [base, *each, composed])
+    return errors
 
 
 def row_error(model: EngineModel, finite: Sequence[bool]) -> str:

@@ -6,34 +6,40 @@ In: a `DecodeState` of some value networks. Out: one of others. Nothing that sta
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float32
 
 from ivl_jax.decoding.device.state import DecodeState
-from ivl_jax.decoding.programs import Programs
+from ivl_jax.decoding.engine_model import ModelParts, Places
+from ivl_jax.decoding.entries import Entry
 
 
 def with_values(
-    programs: Programs,
+    parts: ModelParts,
     state: DecodeState,
-    strengths: Float32[np.ndarray, "B M"],
+    entries: Sequence[Entry | None],
     *,
-    kept: Sequence[int | None],
+    before: Places,
+    after: Places,
     mapped_capacity: int,
 ) -> DecodeState:
     """Put other value networks into a state.
 
     Args:
-        programs: of the composition with the new value networks.
+        parts: the model.
         state: B rows; its arrays go over into the result.
-        strengths: α of each new value network; 0 in the rows that do not use it.
-        kept: for each new value network, which one of the state it is; None: it joins, and has
-            read nothing in any row.
+        entries: the request of each row; None: none.
+        before: the value networks of the state.
+        after: those of the result; one that joins has read nothing in any row.
         mapped_capacity: slots per row of those that join and have their own vocabulary.
 
     Returns:
-        The state of these value networks.
+        The state of these value networks; a row has strength 0 for those that it does not use.
     """
-    alphas, fresh = programs.value_caches(
+    strengths = np.zeros((len(entries), len(after)), np.float32)
+    for row, entry in enumerate(entries):
+        if entry is not None:
+            strengths[row] = entry.used.of(after)
+    kept = [before.index(place) if place in before else None for place in after]
+    alphas, fresh = parts.part(after).programs.value_caches(
         strengths,
         capacity=state.tokens.shape[1],
         mapped_capacity=mapped_capacity,

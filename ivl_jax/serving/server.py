@@ -159,6 +159,7 @@ def engine_limits(config: ServeConfig) -> EngineLimits:
         max_rows=config.max_rows,
         max_capacity=config.max_request_tokens or None,
         max_cache_bytes=config.max_cache_mib << 20 or None,
+        prefill_block=config.prefill_block or None,
     )
 
 

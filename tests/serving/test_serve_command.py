@@ -49,6 +49,18 @@ def test_flags_out_of_range_are_refused():
         ServeConfig(max_rows=0, max_choices=-1)
     with pytest.raises(ConfigError, match=r"--port must be in \[0, 65535\], got 70000"):
         ServeConfig(port=70000)
+    with pytest.raises(ConfigError, match="--prefill-block must be 0 or ≥ 64, got 63"):
+        ServeConfig(prefill_block=63)
+
+
+def test_the_engine_gets_the_limits_of_the_flags():
+    pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
+    from ivl_jax.serving.server import engine_limits
+
+    limits = engine_limits(ServeConfig(max_rows=3, prefill_block=128, max_cache_mib=2))
+    assert (limits.max_rows, limits.prefill_block, limits.max_cache_bytes) == (3, 128, 2 << 20)
+    assert engine_limits(ServeConfig(prefill_block=0)).prefill_block is None
+    assert engine_limits(ServeConfig()).prefill_block == 512
 
 
 def test_a_port_that_is_taken_is_said_before_a_model_is_looked_for(monkeypatch, capsys):

@@ -33,6 +33,7 @@ from ivl_jax.decoding.device.placement import empty_rows
 from ivl_jax.decoding.device.proposals import Proposer
 from ivl_jax.decoding.device.sampling import are_finite, sample_tokens
 from ivl_jax.decoding.device.state import DecodeState, Requests
+from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.kv_cache import LOOKAHEAD
 
 
@@ -75,14 +76,7 @@ def prefill(
         top_log_probs=top_log_probs,
         proposer=proposer,
     )
-    state = empty._replace(
-        tokens=jnp.pad(prompts, ((0, 0), (0, capacity - width))),
-        lengths=lengths,
-        finish=jnp.where(
-            lengths < requests.limits, int(FinishReason.RUNNING), int(FinishReason.LENGTH)
-        ).astype(jnp.int32),
-        requests=requests,
-    )
+    state = with_prompts(empty, prompts, requests)
     positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (batch, width))
     logits, base_logits, state = read_tokens(
         composition,
@@ -97,10 +91,33 @@ def prefill(
     if proposer is not None:
         assert state.speculation is not None
         own = proposer.read_prompts(
-            composition, params, state.speculation.proposer, prompts, lengths
+            composition, params, state.speculation.proposer, prompts, positions, lengths
         )
         state = state._replace(speculation=state.speculation._replace(proposer=own))
-    return _append(state, logits[:, 0], base_logits[:, 0])
+    return append_tokens(state, logits[:, 0], base_logits[:, 0])
+
+
+def with_prompts(state: DecodeState, prompts: Int[Array, "B P"], requests: Requests) -> DecodeState:
+    """Put prompts into rows.
+
+    Args:
+        state: B rows of at least P slots.
+        prompts: [B P] int32 token ids, right-padded with any id.
+        requests: what each row asks for.
+
+    Returns:
+        The rows of these prompts, none of which has been read; those whose limit leaves no room are
+        done.
+    """
+    lengths, more = requests.prompt_lengths, state.tokens.shape[1] - prompts.shape[1]
+    return state._replace(
+        tokens=jnp.pad(prompts, ((0, 0), (0, more))),
+        lengths=lengths,
+        finish=jnp.where(
+            lengths < requests.limits, int(FinishReason.RUNNING), int(FinishReason.LENGTH)
+        ).astype(jnp.int32),
+        requests=requests,
+    )
 
 
 def decode_chunk(
@@ -176,7 +193,7 @@ def decode_step(
         own_tokens=own_tokens,
         base_hidden=base_hidden,
     )
-    return _append(state, logits[:, 0], base_logits[:, 0])
+    return append_tokens(state, logits[:, 0], base_logits[:, 0])
 
 
 def read_base(
@@ -247,7 +264,8 @@ def read_tokens(
         Composed logits [B C V] and those of the base alone, both in float32, and the state with new
         caches.
     """
-    assert prompt_lengths is not None or tokens.shape[1] <= LOOKAHEAD, "more than a ring can hold"
+    at_most = widest_block(composition, tokens.shape[1])
+    assert prompt_lengths is not None or tokens.shape[1] <= at_most, "more than a ring can hold"
     hidden, caches = run_networks(
         composition,
         params,
@@ -288,10 +306,35 @@ def compose_requested(
     )
 
 
-def _append(
+def widest_block(composition: Composition, wanted: int) -> int:
+    """How many tokens may be added to a row in one call.
+
+    Args:
+        composition: the static half.
+        wanted: how many there are (tokens).
+
+    Returns:
+        As many, or what a ring can take where a network may have rings.
+    """
+    each = (composition.base, *composition.values, composition.draft)
+    archs = [network.arch for network in each if network is not None and not network.mapped]
+    windows = [arch.sliding_window for arch in archs if isinstance(arch, ArchConfig)]
+    return wanted if all(window is None for window in windows) else min(wanted, LOOKAHEAD)
+
+
+def append_tokens(
     state: DecodeState, logits: Float[Array, "B V"], base_logits: Float[Array, "B V"]
 ) -> DecodeState:
-    """Sample one token for each running row and update its length and finish reason."""
+    """Choose the next token of every row.
+
+    Args:
+        state: where the rows are.
+        logits: [B V] composed, after each row's last token.
+        base_logits: [B V] those of the base alone.
+
+    Returns:
+        The state with one token more in each running row, its length and its finish reason.
+    """
     requests = state.requests
     token_indices = state.lengths - requests.prompt_lengths
     chosen = sample_tokens(logits, requests.sampling, requests.keys, token_indices)

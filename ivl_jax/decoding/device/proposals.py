@@ -49,8 +49,10 @@ class Proposer:
         name: What messages call it.
         empty: (composition, rows, capacity) → the proposer's own arrays, zeros, rows first: [B],
             [B S], [B S …] or caches [B K S H]. Rows are moved between batches with them.
-        read_prompts: (composition, params, own arrays, prompts [B P], lengths [B]) → own arrays
-            after the prompts.
+        read_prompts: (composition, params, own arrays, tokens [B T], their positions [B T], prompt
+            lengths [B] or None) → own arrays after these tokens of the prompts. With lengths they
+            are whole prompts, right-padded; without, a block that follows what has been read, where
+            a row whose prompt has ended reads its last token again.
         available: (state) → [B] how many tokens it could propose for each row.
         propose: (composition, params, state, count) → (`Proposals` of `count` ≥ 1 tokens per row,
             the state with what proposer and value networks have read).
@@ -64,7 +66,7 @@ class Proposer:
 
     name: str
     empty: Callable[[Composition, int, int], Any]
-    read_prompts: Callable[[Composition, ComposedParams, Any, Array, Array], Any]
+    read_prompts: Callable[[Composition, ComposedParams, Any, Array, Array, Array | None], Any]
     available: Callable[[DecodeState], Int[Array, " B"]]
     propose: Callable[
         [Composition, ComposedParams, DecodeState, Array], tuple[Proposals, DecodeState]

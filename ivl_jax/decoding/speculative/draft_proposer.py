@@ -60,14 +60,14 @@ def _read_prompts(
     composition: Composition,
     params: ComposedParams,
     own: DraftCache,
-    prompts: Int[Array, "B P"],
-    lengths: Int[Array, " B"],
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    lengths: Int[Array, " B"] | None,
 ) -> DraftCache:
-    positions = jnp.broadcast_to(jnp.arange(prompts.shape[1], dtype=jnp.int32), prompts.shape)
     cache = run_draft(
-        composition, params, own.cache, prompts, positions=positions, prompt_lengths=lengths
+        composition, params, own.cache, tokens, positions=positions, prompt_lengths=lengths
     )[1]
-    return DraftCache(cache, lengths)
+    return DraftCache(cache, positions[:, -1] + 1 if lengths is None else lengths)
 
 
 def _available(state: DecodeState) -> Int[Array, " B"]:

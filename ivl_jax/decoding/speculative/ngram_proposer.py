@@ -72,7 +72,7 @@ def _propose(
 NGRAM_PROPOSER = Proposer(
     name="n-grams",
     empty=lambda composition, rows, capacity: (),
-    read_prompts=lambda composition, params, own, prompts, lengths: own,
+    read_prompts=lambda composition, params, own, tokens, positions, lengths: own,
     available=_available,
     propose=_propose,
     settle=lambda state, count, gained: (),

@@ -10,6 +10,7 @@ import pytest
 
 from ivl_jax.composed.network import DraftArrays
 from ivl_jax.decoding.device.finish import FinishReason
+from ivl_jax.decoding.device.generate import widest_block
 from ivl_jax.decoding.programs import build_programs
 from ivl_jax.model import kv_cache
 from ivl_jax.model.network import build_network
@@ -96,6 +97,24 @@ def test_text_is_the_teacher_forced_arg_max(ringed):
     for prompt, text in zip(PROMPTS, texts(ringed), strict=True):
         own = text[len(prompt) :]
         assert_is_teacher_forced_arg_max(composition, params, prompt, own, (1.0,))
+
+
+def test_prompts_that_are_read_in_blocks_give_the_same_text(ringed):
+    composition, params = sliding()
+    programs = build_programs(composition)
+    padded, requests = make_requests(PROMPTS, new_tokens=NEW_TOKENS, width=WIDTH)
+    block = widest_block(composition, 512)
+    assert block == kv_cache.LOOKAHEAD
+    state = programs.empty(rows=3, capacity=CAPACITY, stop_ids=8, top_log_probs=1)
+    for start in range(0, WIDTH, block):
+        is_last = np.bool_(start + block >= WIDTH)
+        state = programs.read_block(
+            params, state, padded, requests, (), np.int32(start), is_last, width=block
+        )
+    state = decode(state)
+    assert texts(state) == texts(ringed)
+    for one, other in zip(state.log_probs, ringed.log_probs, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
 
 
 @pytest.mark.slow
