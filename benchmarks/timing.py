@@ -87,6 +87,11 @@ def peak_memory() -> int:
     return _kilobytes("/proc/self/status", "VmHWM")
 
 
+def resident_memory() -> int:
+    """This process's memory in bytes, as it is now (Linux's VmRSS)."""
+    return _kilobytes("/proc/self/status", "VmRSS")
+
+
 def available_memory() -> int:
     """Bytes of memory available without swapping (Linux)."""
     return _kilobytes("/proc/meminfo", "MemAvailable")

@@ -1,0 +1,303 @@
+"""A server under load, beside the engine that it serves.
+
+Weights are random, and clients are a process of their own on the same machine. Out: tokens per
+second of 32 clients beside those of the offline engine, the time to the first token of one client
+beside the engine's prefill, what three value networks in one batch cost beside each network alone,
+and what 1,000 requests leave behind whose clients disconnect at random.
+"""
+
+import contextlib
+import functools
+import random
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from benchmarks.composed import composed, random_weights
+from benchmarks.decode_contest import random_prompts
+from benchmarks.report import Options, Peer, Report, Row, Target
+from benchmarks.serving_clients import Outcome, Sent, send_from_process
+from benchmarks.shapes import (
+    BASE_A,
+    BASE_C,
+    VALUE_A,
+    VALUE_C,
+    parameter_count,
+    write_checkpoint,
+)
+from benchmarks.timing import Figures, resident_memory, time_in_turn
+from ivl_jax.config import ComposedModelConfig, MeshConfig, ServeConfig, check_serve_config
+from ivl_jax.decoding.capacity import EngineLimits
+from ivl_jax.decoding.loading import load_composed, read_sources
+from ivl_jax.decoding.model import ComposedModel
+from ivl_jax.decoding.requests import EncodedPrompt, GenerationOptions
+from ivl_jax.model.architecture import ArchConfig
+from ivl_jax.serving.server import Prepared, make_server, prepare
+
+ABOUT = "32 clients of a server beside the offline engine; requests that disconnect"
+
+_NAMES = ("a", "b", "c")
+_STRENGTHS = (1.0, -0.5, 0.7)
+_CLIENTS = 32
+_MESH = MeshConfig(data=1, fsdp=1, tensor=1)
+
+
+class Plan(NamedTuple):
+    """How much is measured."""
+
+    base: ArchConfig
+    value: ArchConfig
+    prompt: int
+    """Tokens of a prompt."""
+    new_tokens: int
+    repeats: int
+    disconnecting: int
+    """Requests whose clients may disconnect."""
+
+
+class Setting(NamedTuple):
+    """A server, and the same networks offline."""
+
+    port: int
+    prepared: Prepared
+    model: ComposedModel
+    plan: Plan
+    prompts: np.ndarray
+    """[clients T] token ids."""
+
+
+def run(options: Options) -> Report:
+    """Measure everything on one pair.
+
+    Args:
+        options: quick: pair C, shorter texts, 64 requests that disconnect.
+
+    Returns:
+        The report.
+    """
+    plan = Plan(BASE_A, VALUE_A, 64, 64, 3, 1000)
+    if options.quick:
+        plan = Plan(BASE_C, VALUE_C, 32, 16, 1, 64)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="ivl-serving-") as folder:
+        config = _write(Path(folder), plan)
+        with _served(config, plan) as setting:
+            rows += _load_rows(setting)
+            rows += [_first_token_row(setting), *_disconnect_rows(setting)]
+    rows.append(_three_values_row(plan))
+    shapes = {
+        "base": parameter_count(plan.base),
+        "value": parameter_count(plan.value),
+        "clients": _CLIENTS,
+        "prompt": plan.prompt,
+        "new tokens": plan.new_tokens,
+        "requests that may disconnect": plan.disconnecting,
+    }
+    return Report(rows, dtype="float32", shapes=shapes)
+
+
+def _write(folder: Path, plan: Plan) -> ServeConfig:
+    """The flags of a server of random networks."""
+    for name, arch in (("base", plan.base), ("value", plan.value)):
+        (folder / name).mkdir()
+        write_checkpoint(folder / name, arch, tokenizer=True)
+    model = ComposedModelConfig(
+        base=str(folder / "base"),
+        value=tuple(f"{name}={folder / 'value'}" for name in _NAMES),
+        strength=_STRENGTHS,
+        mesh=_MESH,
+    )
+    return ServeConfig(model, port=0, max_rows=_CLIENTS, request_seconds=3600, queue_seconds=3600)
+
+
+@contextlib.contextmanager
+def _served(config: ServeConfig, plan: Plan) -> Iterator[Setting]:
+    """A server that runs in a thread, and the same networks offline."""
+    flags = check_serve_config(config).model
+    model = load_composed(read_sources(flags), flags, mesh=None)
+    prepared = prepare(config)
+    server = make_server(prepared)
+    thread = threading.Thread(target=server.run, args=([prepared.listening],), daemon=True)
+    thread.start()
+    while not server.started:
+        if not thread.is_alive():
+            raise RuntimeError("the server ended before it began to answer")
+        time.sleep(0.01)
+    prompts = random_prompts(_CLIENTS, plan.base.vocab_size)[:, : plan.prompt]
+    try:
+        yield Setting(prepared.listening.getsockname()[1], prepared, model, plan, prompts)
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def _body(setting: Setting, prompt: Sequence[int], **more: object) -> dict[str, object]:
+    """A request under the first value network."""
+    asked = {"model": "a", "prompt": list(prompt), "temperature": 0, "seed": 0}
+    return {**asked, "max_tokens": setting.plan.new_tokens, **more}
+
+
+def _load_rows(setting: Setting) -> Iterator[Row]:
+    """Tokens per second of all clients, with and without streaming."""
+    tokens = dict[str, int]()
+
+    def offline() -> None:
+        generations = setting.model.generate_prepared(_offline(setting), batch_size=_CLIENTS)
+        tokens["offline"] = sum(len(one.token_ids) for one in generations)
+
+    def served(name: str, **more: object) -> None:
+        requests = [Sent(_body(setting, prompt, **more)) for prompt in setting.prompts.tolist()]
+        outcome = send_from_process(setting.port, requests, clients=_CLIENTS)
+        if outcome.lost:
+            raise RuntimeError(f"{name}: {outcome.lost} requests were lost")
+        tokens[name], walls[name] = outcome.tokens, [*walls.get(name, []), outcome.seconds]
+
+    walls = dict[str, list[float]]()
+    streams = {"stream": True, "stream_options": {"include_usage": True}}
+    works = {
+        "offline": offline,
+        "whole": lambda: served("whole"),
+        "streamed": lambda: served("streamed", **streams),
+    }
+    timings = time_in_turn(works, repeats=setting.plan.repeats, warm_up=1)
+    if min(tokens.values()) < 0.98 * max(tokens.values()):  # near-ties may end a row elsewhere
+        raise RuntimeError(f"other numbers of tokens were generated: {tokens}")
+    peer = Peer("the offline engine", timings["offline"].rate(tokens["offline"]).median)
+    for name, title, bound in (("whole", "without", 0.9), ("streamed", "with", 0.8)):
+        # Clients say how long it took: their process starts before.
+        timed = walls[name][-setting.plan.repeats :]
+        yield Row(
+            f"{_CLIENTS} clients {title} streaming",
+            Figures.of(tokens[name] / seconds for seconds in timed),
+            "tokens/s",
+            "higher",
+            peer=peer,
+            target=Target("ratio", bound),
+        )
+
+
+def _offline(setting: Setting) -> list[EncodedPrompt]:
+    """The same requests for the engine."""
+    options = GenerationOptions(
+        max_new_tokens=setting.plan.new_tokens, strengths=(_STRENGTHS[0], 0.0, 0.0)
+    )
+    return setting.model.prepare(setting.prompts.tolist(), options)
+
+
+def _first_token_row(setting: Setting) -> Row:
+    """Seconds to the first byte of one client's stream, beside the engine's prefill."""
+    prompts = _offline(setting)
+    (prompt, *_), repeats = prompts, max(5, 2 * setting.plan.repeats)
+    firsts: list[float] = []
+
+    def prefill() -> None:
+        engine = setting.model.engine(EngineLimits(max_rows=1))
+        engine.submit(prompt)
+        engine.step()
+
+    def first_byte() -> None:
+        request = Sent(_body(setting, prompt.token_ids, stream=True))
+        (answer,) = send_from_process(setting.port, [request], clients=1).answers
+        firsts.append(answer.first)
+
+    timings = time_in_turn({"prefill": prefill, "served": first_byte}, repeats=repeats)
+    return Row(
+        "time to the first token, one client",
+        Figures.of(1000 * seconds for seconds in firsts[-repeats:]),
+        "ms",
+        peer=Peer("prefill as in infer.py", 1000 * timings["prefill"].figures.median),
+        target=Target("ratio", 1 / 1.2),
+    )
+
+
+def _disconnect_rows(setting: Setting) -> Iterator[Row]:
+    """What requests leave behind whose clients disconnect at random."""
+    chance = random.Random(0)
+    few = max(setting.plan.disconnecting // 5, 1)
+
+    def requests(number: int) -> list[Sent]:
+        made = []
+        for _ in range(number):
+            prompt = setting.prompts[chance.randrange(_CLIENTS)].tolist()
+            strengths = {name: chance.choice((0.0, 0.5, 1.0)) for name in chance.sample(_NAMES, 1)}
+            more = {"strengths": strengths, "stream": chance.random() < 0.5}
+            if more["stream"]:
+                more["stream_options"] = {"include_usage": True}
+            body = _body(setting, prompt, max_tokens=chance.randint(1, 12), **more)
+            leaves = chance.uniform(0.0, 2.0) if chance.random() < 0.5 else None
+            made.append(Sent({**body, "model": "base"}, leaves))
+        return made
+
+    # The first ones compile, and fill the caches of every layer of the stack.
+    outcomes = [send_from_process(setting.port, requests(few), clients=_CLIENTS)]
+    before = resident_memory()
+    rest = requests(setting.plan.disconnecting - few)
+    outcomes.append(send_from_process(setting.port, rest, clients=_CLIENTS))
+    leaked, gained = _leaked(setting), resident_memory() - before
+    left = _left(outcomes)
+    what = f"{setting.plan.disconnecting} requests, {left} of whose clients left"
+    lost = sum(outcome.lost for outcome in outcomes)
+    yield Row(f"{what}: lost", Figures.of([lost]), "requests", target=Target("median", 0))
+    yield Row(f"{what}: rows still held", Figures.of([leaked]), "rows", target=Target("median", 0))
+    yield Row(
+        f"{what}: memory gained by the last {len(rest)}",
+        Figures.of([gained / 2**20]),
+        "MiB",
+        target=Target("median", 64),
+    )
+
+
+def _left(outcomes: Sequence[Outcome]) -> int:
+    return sum(answer.left for outcome in outcomes for answer in outcome.answers)
+
+
+def _leaked(setting: Setting) -> int:
+    """Choices that the server still counts, once it had time to notice that nobody waits."""
+    deadline = time.monotonic() + 30
+    service = setting.prepared.service
+    while (held := service.front.in_flight + service.engine.load) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return held
+
+
+def _three_values_row(plan: Plan) -> Row:
+    """A step with three value networks beside the steps of each network alone, at one batch."""
+    base = random_weights(plan.base, seed=0)
+    values = [random_weights(plan.value, seed=1 + index) for index in range(len(_NAMES))]
+    models = {
+        "together": composed(base, *values, strengths=_STRENGTHS),
+        "base": composed(base),
+        # A value network alone is a language model like another.
+        "value": composed(values[0]),
+    }
+    prompts = random_prompts(_CLIENTS, plan.base.vocab_size)[:, : plan.prompt]
+    new_tokens = plan.new_tokens + 1
+
+    def decode(name: str) -> None:
+        state = jax.block_until_ready(models[name].prefill(prompts, new_tokens))
+        start = time.perf_counter()
+        models[name].decode(state)
+        seconds[name].append(time.perf_counter() - start)
+
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    works = {name: functools.partial(decode, name) for name in models}
+    repeats = max(plan.repeats, 3)
+    time_in_turn(works, repeats=repeats)
+    steps = {
+        name: Figures.of(1000 * one / plan.new_tokens for one in each[-repeats:])
+        for name, each in seconds.items()
+    }
+    apart = steps["base"].median + len(values) * steps["value"].median
+    return Row(
+        f"a step of {_CLIENTS} rows with three value networks",
+        steps["together"],
+        "ms",
+        peer=Peer("the base's and the value networks' steps, apart", apart),
+        target=Target("ratio", 1 / 1.15),
+    )
