@@ -69,11 +69,13 @@ def section(name: str, record: Mapping[str, Any]) -> str:
     """
     setting = record["setting"]
     shapes = ", ".join(f"{what} {size}" for what, size in setting["shapes"][name].items())
+    dtype, about = setting["dtype"][name], find_benchmarks()[name].about
+    load = f"load {setting['load_average']} on {setting['threads']} cores as it began"
     command = f"python -m benchmarks {name}{' --quick' if setting['quick'] else ''}"
     lines = [
         f"### {name}",
         "",
-        f"`{command}`: {find_benchmarks()[name].about}. {setting['dtype'][name]}; {shapes}.",
+        f"`{command}`: {about}. {dtype}; {shapes}; {load}.",
         "",
         "| what | median ± half the spread | beside | ratio | of the limit | target | met |",
         "|---|---:|---|---:|---:|---:|---:|",

@@ -105,13 +105,11 @@ def run(options: Options) -> Report:
             "clients": _CLIENTS,
             "prompt": plan.prompt,
             "new tokens": plan.new_tokens,
-            "disconnects": {
-                "base": parameter_count(leaving.base),
-                "value": parameter_count(leaving.value),
-                "prompt": leaving.prompt,
-                "new tokens": f"1 to {leaving.new_tokens}",
-                "requests whose client left": left,
-            },
+            "of the requests whose clients disconnect: base": parameter_count(leaving.base),
+            "value network": parameter_count(leaving.value),
+            "prompts": leaving.prompt,
+            "answers": f"1 to {leaving.new_tokens}",
+            "clients that left": left,
         },
     )
 
