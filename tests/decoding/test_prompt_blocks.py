@@ -158,7 +158,11 @@ def on_a_mesh(small, folder):
     ("make", "strengths"),
     [
         (values_that_differ, [None, (0.0, 0.4), (0.1, 0.0)]),
-        (schemes_that_read_the_base, [None, (0.4, 0.4), (0.5, 0.0)]),
+        pytest.param(
+            schemes_that_read_the_base,
+            [None, (0.4, 0.4), (0.5, 0.0)],
+            marks=pytest.mark.slow,
+        ),
         (a_draft, [None, (0.0,), (0.5,)]),
         pytest.param(ngrams, [None, (0.0,), (0.5,)], marks=pytest.mark.slow),
         (another_vocabulary, [(0.0, -0.5), (0.7, -0.5), (1.0, 0.0)]),
