@@ -207,9 +207,9 @@ def _compiled_runs(
     """
     compiled: list[float] = []
 
-    def listen(event: str, seconds: float, **_: object) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event == _COMPILATION:
-            compiled.append(seconds)
+            compiled.append(duration_secs)
 
     runs: dict[str, list[tuple[int, float]]] = {name: [] for name in works}
     jax.monitoring.register_event_duration_secs_listener(listen)
