@@ -63,7 +63,7 @@ class RealLaboratory:
 
         Args:
             work_dir: For all results.
-            target: Folder of the model that nobody here trained.
+            target: Folder of the published model.
             items: From `real_items`.
             budget: See there.
             exports: Folder of exported stages, which are restored instead of made. Everything that

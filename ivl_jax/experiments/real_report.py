@@ -90,8 +90,9 @@ def _introduction(record: Mapping[str, Any]) -> str:
 [{RECORD}]({RECORD}). `--export FOLDER` writes what the trainings changed in files of at most 20 MB
 in all, and `--from-exports FOLDER` restores the models from them elsewhere.
 
-The target is SmolLM2-135M-Instruct ({_millions(target)}, {target["layers"]} layers), which nobody
-here trained. The *donor* is its own sibling: its first {settings["first_layers"]} and last
+The target is a published chat model that was not trained here, SmolLM2-135M-Instruct unless
+`--model` names another ({_millions(target)}, {target["layers"]} layers). The *donor* is its own
+sibling: its first {settings["first_layers"]} and last
 {settings["last_layers"]} layers ({_millions(donor)} with the embeddings), healed by distillation
 ({settings["healing_tokens"] // steps} steps of {settings["rows"]} rows of {settings["length"]}
 tokens, forward KL on every token, learning rate {settings["healing_rate"]:g}) on

@@ -1,4 +1,4 @@
-"""The experiment on a real model that nobody here trained, beside its own smaller sibling.
+"""The experiment on a real model that was not trained here, beside its own smaller sibling.
 
 `python -m ivl_jax.experiments real --model FOLDER`. Out: `docs/real.json` with every number, and
 the section of `docs/experiments.md` that shows them. Finished stages and measurements are kept in
