@@ -32,7 +32,7 @@ ABOUT: dict[Stage, str] = {
     "donor_tuned": "the donor fine-tuned, for proxy-tuning: 50 minutes",
     "target_lora": "the target fine-tuned by LoRA: 1.2 hours",
     "target_full": "the target fully fine-tuned: 1.5 hours",
-    "measure": "NLL and exact match of every model that has been trained: 5 minutes each",
+    "measure": "NLL and exact match of every model that has been trained: 5 to 10 minutes each",
 }
 
 
