@@ -19,10 +19,12 @@ from ivl_jax.config import StrengthPolicy, TrainConfig
 from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.experiments.baselines_plan import (
+    EDITED_STRENGTHS,
     FIRST_LAYER,
     PER_SEED,
     SEEDS,
     TARGET_ROWS,
+    Method,
     Row,
     Setting,
     Target,
@@ -74,7 +76,6 @@ class BaselinesLaboratory:
             items: From `build_items`.
         """
         self._work_dir, self._items = work_dir, items
-        self._config = config
         self._matrix = Laboratory(work_dir, config, items)
         self._test = select(items, "test")
         self._facts = [item for item in self._test if item.kind == "fact"]
@@ -123,15 +124,20 @@ class BaselinesLaboratory:
 
     def _key(self, row: Row) -> dict[str, str]:
         """Hashes of what a row is made of."""
+        training = fine_tuned("L") if row.method in ("diff", "lines") else recipe(row.seed)
+        config = self._matrix.config_of(training, Path("run"))
+        own: dict[Method, Any] = {
+            "edited": (EDITED_STRENGTHS, _EDIT),
+            "lines": FIRST_LAYER,
+            "unlearned": _FORGET,
+        }
         made_of = [
             row.name,
             settings_of(row.method),
-            FIRST_LAYER,
-            _EDIT,
-            _FORGET,
+            own.get(row.method),
             items_hash(self._rows),
-            self._matrix.config_of(recipe(row.seed), Path("run")).optimizer,
-            self._config.step,
+            config.optimizer,
+            config.step,
         ]
         text = json.dumps(made_of, default=str)
         return {
@@ -156,13 +162,16 @@ class BaselinesLaboratory:
 
     def _calibrated(self, base: LanguageModel, row: Row) -> Chosen:
         value = self._value(row.seed)
-        maps: list[Path | None] = [None, None]
+        file = None
         if row.target == "X":
-            maps[0] = self._work_dir / "maps" / f"X-baselines-{row.seed}.safetensors"
-            maps[0].parent.mkdir(parents=True, exist_ok=True)
-            family_map(base, value, running_texts(self._items), path=maps[0])
-        model = compose(base, value, base, maps=maps)
-        return self._best([under(model, setting) for setting in settings_of(row.method)])
+            file = self._work_dir / "maps" / f"X-baselines-{row.seed}.safetensors"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            family_map(base, value, running_texts(self._items), path=file)
+        settings = settings_of(row.method)
+        model = compose(base, value, maps=[file])
+        if any(setting.temperature != 1 for setting in settings):
+            model = compose(base, value, base, maps=[file, None])
+        return self._best([under(model, setting) for setting in settings])
 
     def _soup(self, base: LanguageModel, row: Row) -> Chosen:
         del row
@@ -181,7 +190,7 @@ class BaselinesLaboratory:
         edited = load_language_model(str(self._train_edited()))
         models = [
             Chosen(compose(base, edited, small, strengths=(a, -a)), f"α = {a:g}")
-            for a in (0.5, 1.0, 2.0)
+            for a in EDITED_STRENGTHS
         ]
         return self._best(models)
 
@@ -281,17 +290,18 @@ class BaselinesLaboratory:
 
 
 def under(model: ComposedModel, setting: Setting) -> Chosen:
-    """A base, one value network and the base once more, at a setting.
+    """A base and one value network at a setting.
 
     Args:
-        model: Composed of these three.
+        model: Composed of these two and, for a temperature, of the base once more.
         setting: α, temperature and policy.
 
     Returns:
         The model whose logits are (z + α z_value) / T, and the setting in words.
     """
     policy = StrengthPolicy(setting.policy, setting.scale)
-    changed = dataclasses.replace(model, strengths=setting.strengths, policy=policy)
+    strengths = setting.strengths[: len(model.strengths)]
+    changed = dataclasses.replace(model, strengths=strengths, policy=policy)
     return Chosen(changed, setting.sentence)
 
 

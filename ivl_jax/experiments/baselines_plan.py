@@ -47,6 +47,8 @@ POLICY_SCALES: dict[str, tuple[float, ...]] = {
     "kl": (1.0, 3.0, 10.0, 100.0),
 }
 """Nats; each sweep ends where the policy hardly differs from a constant strength."""
+EDITED_STRENGTHS = (0.5, 1.0, 2.0)
+"""Of S edited minus S."""
 FIRST_LAYER = (0.25, 0.5, 0.75, 1.0)
 """LiNeS: factors of the first layer; that of the last one is 1."""
 UNLEARNING = (0.25, 0.5, 1.0, 2.0)

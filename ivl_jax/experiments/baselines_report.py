@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ivl_jax.experiments.baselines_plan import (
+    EDITED_STRENGTHS,
     LABELS,
     PER_SEED,
     POLICY_SCALES,
@@ -82,10 +83,10 @@ Settings are chosen by NLL on {TARGET_ROWS} validation rows, half of them facts:
 {_list(STRENGTHS)} and a temperature in {_list(TEMPERATURES)}; the strength policies, α in
 {_list(POLICY_STRENGTHS)} and a scale in {scales["entropy"]} nats (entropy) or {scales["kl"]} nats
 (divergence). *Soup*: the mean of three values' parameters. *S edited*: base + α (S fine-tuned on
-the same {TARGET_ROWS} rows − S). *Diff vector*: the parameters of L fine-tuned minus those of L,
-added to L-continued, which has the same shape; LiNeS scales it by layer. Fine-tuned L is the
-recorded reference. A temperature changes no greedy answer. Mean ± half of the 95 % t interval over
-seeds; a single number is one seed."""
+the same {TARGET_ROWS} rows − S), α in {_list(EDITED_STRENGTHS)}. *Diff vector*: the parameters of L
+fine-tuned minus those of L, added to L-continued, which has the same shape; LiNeS scales it by
+layer. Fine-tuned L is the recorded reference. A temperature changes no greedy answer. Mean ± half
+of the 95 % t interval over seeds; a single number is one seed."""
     return "## Baselines and strength policies\n\n" + _wrapped(text)
 
 
