@@ -31,7 +31,7 @@ from ivl_jax.training.objectives.grpo import GRPO
 ABOUT = "sampled answers beside `generate` of transformers, and their share of a GRPO step"
 
 _BATCH = 32
-_PROMPT, _ANSWER = 64, 128
+_PROMPT, _ANSWER = 64, 64
 _OURS, _PEER = "ivl_jax", "transformers generate, float32"
 _TARGETS = {"equal": 1.5, "ragged": 2.5}
 
@@ -40,7 +40,7 @@ def run(options: Options) -> Report:
     """Sample with both in turn, then time the step that trains on the answers.
 
     Args:
-        options: quick: 64 ragged requests instead of 256, a quarter of the lengths, one repeat.
+        options: quick: 48 ragged requests instead of 96, a quarter of the lengths, one repeat.
 
     Returns:
         The report.
@@ -50,7 +50,7 @@ def run(options: Options) -> Report:
     from benchmarks.generate_peer import sample_answers
     from benchmarks.torch_peers import llama
 
-    shorter, count, repeats = (4, 64, 1) if options.quick else (1, 256, 3)
+    shorter, count, repeats = (4, 48, 1) if options.quick else (1, 96, 3)
     weights = random_weights(BASE_C, seed=0), random_weights(VALUE_C, seed=1)
     engine = engine_model(composed(*weights))
     base, value = (llama(*each, dtype=torch.float32) for each in weights)
