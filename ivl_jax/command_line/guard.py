@@ -23,6 +23,7 @@ WRONG_INPUT = 2
 FAILED = 1
 _PACKAGE = "ivl_jax"
 _SAME_REQUEST_SECONDS = 0.1
+_AGAIN_SECONDS = 0.05
 
 ends_at_once = threading.Event()
 """Set where threads would keep the process alive: they wait for a process that is gone."""
@@ -232,11 +233,20 @@ def _discard_output() -> None:
         os.close(null)
 
 
+def _signal_main_thread(number: int) -> None:
+    if hasattr(signal, "pthread_kill"):  # interrupts what the main thread waits for
+        signal.pthread_kill(threading.main_thread().ident, number)  # type: ignore[arg-type]
+    else:
+        signal.raise_signal(number)
+
+
 @contextlib.contextmanager
 def _signals_as_exceptions() -> Iterator[None]:
     """Raise SIGTERM and SIGHUP as exceptions, so that files are closed, unless they are ignored.
 
-    A second SIGTERM ends the process at once.
+    A second SIGTERM ends the process at once. A signal that arrives where Python ignores
+    exceptions, such as in a finaliser or in JAX's callback of the garbage collector, is delivered
+    again.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -255,6 +265,17 @@ def _signals_as_exceptions() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
+    def deliver_again(ignored: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(ignored.exc_value, KeyboardInterrupt):
+            report_ignored(ignored)
+            return
+        number = getattr(ignored.exc_value, "number", signal.SIGINT)
+        last.pop(number, None)
+        timer = threading.Timer(_AGAIN_SECONDS, _signal_main_thread, [number])
+        timer.daemon = True
+        timer.start()
+
+    report_ignored, sys.unraisablehook = sys.unraisablehook, deliver_again
     names = ("SIGTERM", "SIGHUP")
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     # `nohup` starts a process with SIGHUP ignored.
@@ -264,5 +285,6 @@ def _signals_as_exceptions() -> Iterator[None]:
     try:
         yield
     finally:
+        sys.unraisablehook = report_ignored
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -137,6 +137,26 @@ def test_a_second_sigterm_ends_a_command_that_is_slow_to_close(project_root):
         assert process.wait(timeout=30) == -signal.SIGTERM
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_where_python_ignores_exceptions_is_not_lost(capsys, name):
+    number = getattr(signal, name)
+
+    class Finalised:
+        def __del__(self):
+            signal.raise_signal(number)
+
+    def command(arguments):
+        del arguments
+        Finalised()
+        time.sleep(20)  # a lost signal would let it sleep
+
+    before, started = sys.unraisablehook, time.monotonic()
+    assert run_command("it.py", command, []) == 128 + number
+    assert time.monotonic() - started < 15
+    assert "stopped" in capsys.readouterr().err
+    assert sys.unraisablehook is before
+
+
 def test_output_that_a_full_disk_refuses_is_one_line(project_root):
     with open("/dev/full", "w") as full:
         done = subprocess.run(
