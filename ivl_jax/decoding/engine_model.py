@@ -5,7 +5,8 @@ set of value networks an `EngineModel`, with programs that run these alone; and 
 of them.
 
 A value network is known by its place, a number that stays the same while it is loaded. Programs are
-kept per composition, which holds no arrays: value networks of one architecture share them.
+kept per composition, which holds no arrays: value networks of one architecture share them. Of both,
+sets and compositions, those used last are kept: requests choose among exponentially many.
 """
 
 import dataclasses
@@ -23,6 +24,10 @@ from ivl_jax.decoding.device.shardings import row_multiple
 from ivl_jax.decoding.own_vocabulary import OwnText, OwnVocabulary
 from ivl_jax.decoding.programs import Programs, build_programs
 from ivl_jax.decoding.requests import EncodedPrompt
+
+# Sets of value networks, and shapes of batches, that are remembered.
+MOST_SETS = 64
+_MOST_SHAPES = 1024
 
 Places = tuple[int, ...]
 """A set of value networks: their places, ascending."""
@@ -116,6 +121,7 @@ class ModelParts:
             own_vocabularies=(),
             strengths=(),
         )
+        # In the order of their last use.
         self._parts: dict[Places, EngineModel] = {self.places: model}
         self._cache_bytes: dict[BatchShape, int] = {}
 
@@ -131,21 +137,23 @@ class ModelParts:
             places: which of them.
 
         Returns:
-            The model whose programs run no other network; the same one for the same set.
+            The model whose programs run no other network; the same one for the same set, unless
+            many others have been asked for since.
         """
-        if places not in self._parts:
-            self._parts[places] = self._make(places)
-        return self._parts[places]
+        part = self._parts.pop(places, None)
+        if part is None:
+            part = self._make(places)
+        self._parts[places] = part
+        if len(self._parts) > MOST_SETS:
+            del self._parts[next(iter(self._parts))]
+        return part
 
     def cache_bytes(self, shape: BatchShape) -> int:
         """Bytes of caches that each device holds in a batch of this shape."""
         if shape not in self._cache_bytes:
-            state = self.part(shape.values).programs.empty.eval_shape(**shape.sizes)
-            self._cache_bytes[shape] = sum(
-                math.prod(leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape)
-                * leaf.dtype.itemsize
-                for leaf in jax.tree.leaves((state.caches, state.speculation))
-            )
+            if len(self._cache_bytes) >= _MOST_SHAPES:
+                self._cache_bytes.clear()
+            self._cache_bytes[shape] = self._measure_caches(shape)
         return self._cache_bytes[shape]
 
     def own_vocabulary(self, place: int) -> OwnVocabulary | None:
@@ -231,6 +239,14 @@ class ModelParts:
         del self._values[place]
         self._cache_bytes.clear()  # the next one at this place has others
         self._parts = {places: part for places, part in self._parts.items() if place not in places}
+
+    def _measure_caches(self, shape: BatchShape) -> int:
+        state = self.part(shape.values).programs.empty.eval_shape(**shape.sizes)
+        return sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape)
+            * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves((state.caches, state.speculation))
+        )
 
     def _make(self, places: Places) -> EngineModel:
         values = [self._values[place] for place in places]

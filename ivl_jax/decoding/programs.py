@@ -74,11 +74,17 @@ class Programs(NamedTuple):
     """(seeds [B], sample indices [B]) → keys [B]."""
 
 
-@functools.cache
+# Clients choose which value networks run together: of 16 there are 65,536 sets, each of which would
+# keep its compiled programs. What is dropped is compiled again, or read from the compilation cache.
+_MOST_COMPOSITIONS = 128
+
+
+@functools.lru_cache(maxsize=_MOST_COMPOSITIONS)
 def build_programs(composition: Composition, proposer: Proposer | None = None) -> Programs:
     """Compile-once entry points of a composition: the one place where decoding is jitted.
 
-    Kept for each composition: other parameters of the same architectures reuse what was compiled.
+    Kept for the compositions used last: other parameters of the same architectures reuse what was
+    compiled.
 
     Args:
         composition: the static half.
