@@ -2,6 +2,7 @@
 
 import http.client
 import os
+import runpy
 import shutil
 from pathlib import Path
 
@@ -30,13 +31,29 @@ def test_the_page_asks_nobody_else_and_runs_no_other_script(client):
         assert "innerHTML" not in text
 
 
+def require_browser(path):
+    """Skip where there is no browser: as for want of an extra, which CI requires."""
+    if not Path(path).exists():
+        pytest.skip("the extra `browser` is not installed: Debian's package chromium is missing")
+
+
+def test_want_of_the_browser_fails_where_its_extra_is_required(tmp_path, monkeypatch, project_root):
+    with pytest.raises(pytest.skip.Exception) as skipped:
+        require_browser(tmp_path / "chromium")
+    reason = ("test_page.py", 1, str(skipped.value))
+    for required, outcome in [("", "skipped"), ("serve,browser", "failed")]:
+        monkeypatch.setenv("IVL_REQUIRED_EXTRAS", required)
+        refuse_skip = runpy.run_path(str(project_root / "conftest.py"))["_refuse_skip"]
+        report = pytest.TestReport("page", ("", 0, ""), {}, "skipped", reason, "setup")
+        assert refuse_skip(report).outcome == outcome
+
+
 @pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip(
         "playwright.sync_api", reason="the extra `browser` is not installed"
     )
-    if not Path(_CHROMIUM).exists():
-        pytest.skip("Debian's package chromium is not installed")
+    require_browser(_CHROMIUM)
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=_CHROMIUM, args=["--no-sandbox"])
         yield browser
@@ -70,6 +87,10 @@ def test_two_answers_stream_and_the_slider_changes_one_of_them(client, browser, 
     page.goto(f"http://127.0.0.1:{client.port}/")
     page.wait_for_selector("#strength-mine")
     page.locator("summary").click()
+    # What the server says: the longest context, its default number of tokens, the strengths.
+    shown = page.locator("#max-tokens")
+    assert (shown.get_attribute("max"), shown.input_value()) == ("512", "256")
+    assert page.locator("#strength-mine").input_value() == "0.3"
     page.fill("#max-tokens", "16")
     ask(page, "Once upon a time")
     alone, with_value = answers(page)

@@ -37,17 +37,19 @@ async function loadModels() {
   if (!response.ok) await fail(response);
   const models = (await response.json()).data;
   base = models[0].id;
+  byId("max-tokens").max = Math.max(...models.map((model) => model.max_model_len));
   values = models
     .filter((model) => model.id.startsWith(`${base}+`))
     .map((model) => model.id.slice(base.length + 1));
   byId("sliders").replaceChildren(...values.map((name, index) => {
     const model = models.find((one) => one.id === `${base}+${name}`);
     const strength = index === 0 ? model.strengths[name] ?? 1 : 0;
+    const most = Math.max(2, Math.abs(strength)); // the server's default may be beyond
     const input = make("input", {
-      type: "range", id: `strength-${name}`, min: -2, max: 2, step: 0.1, value: strength,
+      type: "range", id: `strength-${name}`, min: -most, max: most, step: 0.05, value: strength,
     });
     const shown = make("output", { for: input.id }, input.value);
-    input.addEventListener("input", () => { shown.value = Number(input.value).toFixed(1); });
+    input.addEventListener("input", () => { shown.value = Number(input.value).toFixed(2); });
     input.addEventListener("change", answerAgain);
     return make("div", { class: "slider" }, make("label", { for: input.id }, name), input, shown);
   }));
