@@ -15,6 +15,7 @@ from ivl_jax.config.files import (
 )
 from ivl_jax.config.generation import (
     LARGEST_LOGIT_BIAS,
+    LARGEST_STRENGTH,
     MOST_LOGIT_BIASES,
     GenerationKeywords,
     GenerationOptions,
@@ -38,6 +39,7 @@ from ivl_jax.config.model import (
 from ivl_jax.config.objectives import DistilConfig, GrpoConfig, PreferenceConfig
 from ivl_jax.config.processes import ProcessesConfig
 from ivl_jax.config.serve import (
+    MODEL_NAME,
     SMALLEST_PREFILL_BLOCK,
     NamedModel,
     ServeConfig,
@@ -73,7 +75,9 @@ __all__ = [
     "FULL_STRENGTH",
     "LARGEST_LOGIT_BIAS",
     "LARGEST_SCALE",
+    "LARGEST_STRENGTH",
     "LONGEST_DRAFT",
+    "MODEL_NAME",
     "MOST_LOGIT_BIASES",
     "NGRAM_DRAFT",
     "SMALLEST_PREFILL_BLOCK",

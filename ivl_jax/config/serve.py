@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
-from ivl_jax.config.annotations import Inline
+from ivl_jax.config.annotations import Inline, Repeatable
 from ivl_jax.config.checks import ConfigError, require, require_numbers
 from ivl_jax.config.model import ComposedModelConfig, RuntimeConfig, model_problems
 
 SMALLEST_PREFILL_BLOCK = 64
 """Tokens of a block of a prompt, at least: what the caches of sliding windows take at once."""
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+MODEL_NAME = "[A-Za-z0-9][A-Za-z0-9._-]*"
+"""What requests can call a model, as a regular expression of Python and of JSON schemas."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ class ServeConfig:
     """The address to listen on; the default is reachable from this machine only."""
     port: int = 8000
     """The port to listen on; 0: any free one, which the log names."""
+    allowed_hosts: Repeatable[tuple[str, ...]] = ()
+    """A name by which requests may call the server in their Host header (`*.NAME`: all below it;
+    `*`: any), beside localhost and --host; repeat the flag for several. Without it, a server that
+    only this machine can reach knows no other names, and one that others can reach takes any."""
     api_key: str = ""
     """What clients must send as `Authorization: Bearer …`; empty: `IVL_API_KEY` of the
     environment, or no key where that is not set either."""
@@ -63,6 +68,9 @@ class ServeConfig:
     """A request whose first token takes longer than this gets status 503."""
     request_seconds: float = 600.0
     """A request that takes longer than this in total is ended, with status 503."""
+    warm_up: bool = True
+    """Compile the programs of short prompts under each model before listening, so that the first
+    requests need not wait for them; `--no-warm-up` starts sooner."""
     drain_seconds: float = 30.0
     """How long running requests may take to finish after SIGTERM or Ctrl-C."""
     runtime: Inline[RuntimeConfig] = field(default_factory=RuntimeConfig)
@@ -71,6 +79,12 @@ class ServeConfig:
         """Check ranges."""
         require_numbers(self)
         require(0 <= self.port < 65536, f"--port must be in [0, 65535], got {self.port}")
+        for name in self.allowed_hosts:
+            require(
+                re.fullmatch(r"\*|(\*\.)?[A-Za-z0-9._-]+|[0-9A-Fa-f:]+", name) is not None,
+                f"--allowed-hosts must be a name without scheme and port, such as chat.example.org "
+                f"or *.example.org, or * for any, got {name!r}",
+            )
         least = {
             "max_waiting": 0,
             "max_request_tokens": 0,
@@ -166,13 +180,13 @@ def is_model_name(name: str) -> bool:
         >>> is_model_name("python-2"), is_model_name("a/b"), is_model_name("")
         (True, False, False)
     """
-    return _NAME.fullmatch(name) is not None
+    return re.fullmatch(MODEL_NAME, name) is not None
 
 
 def _named(given: str) -> tuple[str, str]:
     """A value's name and path: NAME=PATH, or a path that is named after its folder."""
     name, separator, path = given.partition("=")
-    if separator and path and _NAME.fullmatch(name):
+    if separator and path and is_model_name(name):
         return name, path
     parts = [part for part in PurePath(given).parts if part != "value"]
     return (parts[-1] if parts else given), given
@@ -198,7 +212,7 @@ def _name_problems(base: str, names: Sequence[str]) -> list[str]:
     """Names that requests could not tell apart, or that hold other characters."""
     problems = []
     for name in [base, *names] if base else names:
-        if not _NAME.fullmatch(name):
+        if not is_model_name(name):
             flag = "--name NAME" if name == base else f"--value NAME={name}"
             problems.append(
                 f"{name!r} cannot be a model's name (letters, digits, '.', '_' and '-'): name it "

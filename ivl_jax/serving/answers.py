@@ -11,9 +11,12 @@ from typing import Any, Literal
 
 from ivl_jax.decoding.generation import Generation, TokenLogProbs
 from ivl_jax.serving.engine_thread import ChoiceProgress
+from ivl_jax.version import __version__
 
 Kind = Literal["chat", "text"]
 _REASONS = {"eos": "stop", "stop_string": "stop", "length": "length"}
+# Another version may sample other tokens for the same seed.
+_FINGERPRINT = f"ivl_jax-{__version__}"
 _OBJECTS = {"chat": "chat.completion", "text": "text_completion"}
 
 
@@ -51,6 +54,7 @@ class Answer:
         prompt_tokens: Tokens of all prompts.
         texts: What tokens are called.
         log_probs: Whether they are asked for.
+        shows_usage: Whether a stream ends with the numbers of tokens.
         strengths: What each value network had, by name.
     """
 
@@ -60,6 +64,7 @@ class Answer:
     prompt_tokens: int
     texts: TokenTexts
     log_probs: bool
+    shows_usage: bool
     strengths: dict[str, float]
     id: str = ""
     created: int = 0
@@ -155,6 +160,7 @@ class Answer:
             "object": kind,
             "created": self.created,
             "model": self.model,
+            "system_fingerprint": _FINGERPRINT,
             "strengths": self.strengths,
         }
 
@@ -167,7 +173,9 @@ class Answer:
         **content: Any,
     ) -> dict[str, Any]:
         choice = {"index": index, **content, "logprobs": log_probs, "finish_reason": reason}
-        return {**self._head(self._chunk_object), "choices": [choice]}
+        chunk = {**self._head(self._chunk_object), "choices": [choice]}
+        # As OpenAI's: null in all chunks but the last one, of a request that asks for it.
+        return chunk | {"usage": None} if self.shows_usage else chunk
 
     def _log_probs(
         self, index: int, token_ids: Sequence[int], log_probs: Sequence[TokenLogProbs]

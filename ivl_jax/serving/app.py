@@ -6,7 +6,7 @@ In: a catalogue of models and the thread that decodes. Out: a Starlette applicat
 import contextlib
 import functools
 import hmac
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -25,6 +25,7 @@ from ivl_jax.serving.connection import EventStream, read_json_body, unless_disco
 from ivl_jax.serving.engine_thread import ChoiceProgress, EngineThread
 from ivl_jax.serving.errors import ApiError
 from ivl_jax.serving.front import Front, Places
+from ivl_jax.serving.hosts import KnownHosts
 from ivl_jax.serving.metrics import CONTENT_TYPE, Metrics
 from ivl_jax.serving.openapi import describe_api
 from ivl_jax.serving.page import PATHS, page_routes
@@ -32,6 +33,7 @@ from ivl_jax.serving.value_desk import ValueDesk
 
 # Answered without a key: they say nothing of models or requests.
 _OPEN_PATHS = ("/health", *PATHS)
+_STOP_SECONDS = 2.0  # for the step that the engine is in, once requests have had their time
 _CLIENT_LEFT = 499  # nobody reads it; it is counted
 
 # An answer that is still empty, and what it will be made of.
@@ -144,7 +146,7 @@ class Service:
             answer, first, progress = await unless_disconnected(request, _first(begin))
             # The stream outlives this call: it keeps what it uses.
             kept = held.pop_all()
-            events = _chunks(answer, first, progress, kept, usage=asked.include_usage)
+            events = _chunks(answer, first, progress, kept)
             longest = 2 * self.config.request_seconds
             return EventStream(events, source=progress, held=kept, longest=longest)
 
@@ -152,7 +154,13 @@ class Service:
         """Encode the prompts; nothing is decoded before the first event is asked for."""
         catalogue = self.catalogue
         prompts = await self.front.encode(
-            lambda: catalogue.encode(chosen, asked.prompts, asked.options, choices=asked.choices),
+            lambda: catalogue.encode(
+                chosen,
+                asked.prompts,
+                asked.options,
+                choices=asked.choices,
+                field=asked.prompt_field,
+            ),
             places,
         )
         answer = Answer(
@@ -162,6 +170,7 @@ class Service:
             prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts[:: asked.choices]),
             texts=self._texts,
             log_probs=asked.top_log_probs is not None,
+            shows_usage=asked.include_usage,
             strengths=catalogue.strengths(chosen),
         )
         return answer, self.front.choices(prompts, streams=asked.stream, places=places)
@@ -191,8 +200,6 @@ async def _chunks(
     first: ChoiceProgress,
     progress: AsyncGenerator[ChoiceProgress, None],
     held: contextlib.ExitStack,
-    *,
-    usage: bool,
 ) -> AsyncGenerator[dict[str, Any], None]:
     # What is held is free before the client learns that this was all.
     with held:
@@ -204,17 +211,17 @@ async def _chunks(
             async for event in progress:
                 if chunk := answer.chunk(event):
                     yield chunk
-    if usage:
+    if answer.shows_usage:
         yield answer.usage_chunk()
 
 
-def make_app(service: Service, *, api_key: str, framed: bool = False) -> Starlette:
+def make_app(service: Service, *, api_key: str, framed_by: Sequence[str] = ()) -> Starlette:
     """Make the application; the engine's thread runs while the application does.
 
     Args:
         service: what its paths do.
         api_key: what clients must send; empty: nothing.
-        framed: whether other pages may show the server's page in a frame.
+        framed_by: origins whose pages may show the server's page in a frame.
 
     Returns:
         The application.
@@ -229,10 +236,10 @@ def make_app(service: Service, *, api_key: str, framed: bool = False) -> Starlet
         finally:
             service.values.close()
             service.front.close()
-            service.engine.stop()
+            service.engine.stop(seconds=_STOP_SECONDS)
 
     routes = [
-        *page_routes(framed=framed),
+        *page_routes(framed_by=framed_by),
         Route("/health", service.health, methods=["GET"]),
         Route("/metrics", service.show_metrics, methods=["GET"]),
         Route("/v1/models", service.list_models, methods=["GET"]),
@@ -249,6 +256,11 @@ def make_app(service: Service, *, api_key: str, framed: bool = False) -> Starlet
         lifespan=lifespan,
         middleware=[
             Middleware(_Counted, metrics=service.metrics, paths=paths),
+            Middleware(
+                KnownHosts,
+                listens_on=service.config.host,
+                allowed=service.config.allowed_hosts,
+            ),
             Middleware(_Guarded, api_key=api_key),
         ],
         exception_handlers={

@@ -10,10 +10,12 @@ import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ivl_jax.composed.strength_policies import check_policy
 from ivl_jax.config import (
+    LARGEST_STRENGTH,
+    MODEL_NAME,
     ConfigError,
     GenerationOptions,
     ServeConfig,
@@ -30,11 +32,11 @@ from ivl_jax.serving.fields import (
     BOOLEAN,
     COUNT,
     LOGIT_BIAS,
-    OBJECT,
     POSITIVE,
     PROMPT,
     SEED,
     STOP,
+    STREAM_OPTIONS,
     STRENGTH_POLICY,
     STRENGTHS,
     BodyReader,
@@ -55,7 +57,16 @@ _MOST_TEMPERATURE = 1000.0
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 # Fields that change nothing here.
-IGNORED = ("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier")
+IGNORED = (
+    "user",
+    "metadata",
+    "store",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_options",
+    "prompt_cache_retention",
+    "service_tier",
+)
 # Fields that cannot be honoured, and what they must be if they are given at all.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
@@ -71,6 +82,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "audio": (),
+    "moderation": (),
+    "prediction": (),
+    "web_search_options": (),
 }
 
 _TOP = {"maximum": _MOST_TOP_LOG_PROBS}
@@ -107,7 +123,7 @@ _COMMON: Table = {
     ),
     "n": Field(POSITIVE, 1, about="Samples of each prompt."),
     "stream": Field(BOOLEAN, False, about="Whether the answer comes as server-sent events."),
-    "stream_options": Field(OBJECT, {}),
+    "stream_options": Field(STREAM_OPTIONS, about="Only with `stream`."),
     "stop": Field(STOP, [], about="Texts that end an answer."),
     "max_tokens": Field(POSITIVE),
     "seed": Field(SEED),
@@ -138,7 +154,7 @@ VALUE: Table = {
         text("a name for requests"),
         required=True,
         about="What requests will call it.",
-        limits={"pattern": "^[A-Za-z0-9][A-Za-z0-9._-]*$"},
+        limits={"pattern": f"^{MODEL_NAME}$"},
     ),
     "folder": Field(
         text("a path below --values-dir"),
@@ -155,7 +171,7 @@ VALUE: Table = {
         number("a number"),
         1.0,
         about="α where a request names none.",
-        limits={"minimum": -10_000, "maximum": 10_000},
+        limits={"minimum": -LARGEST_STRENGTH, "maximum": LARGEST_STRENGTH},
     ),
 }
 
@@ -167,6 +183,7 @@ class Asked:
     Attributes:
         model: The model's name.
         prompts: What is continued: one dialogue, or one or several texts or lists of token ids.
+        prompt_field: What the body calls it.
         strengths: α by name of a value network, where the request gives one.
         options: How each prompt is continued.
         choices: Samples of each prompt.
@@ -177,6 +194,7 @@ class Asked:
 
     model: str
     prompts: list[Prompt]
+    prompt_field: Literal["messages", "prompt"]
     strengths: dict[str, float]
     options: GenerationOptions
     choices: int
@@ -218,7 +236,10 @@ def read_chat(body: Any, config: ServeConfig) -> Asked:
     if top is not None and not wanted:
         raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
     longer = fields.take("max_completion_tokens")
-    return _read_rest(fields, config, [dialogue], (top or 0) if wanted else None, longer)
+    shown = (top or 0) if wanted else None
+    if shown is not None:
+        _check_top_log_probs(shown, "top_logprobs")
+    return _read_rest(fields, config, [dialogue], "messages", shown, longer)
 
 
 def read_completion(body: Any, config: ServeConfig) -> Asked:
@@ -226,7 +247,9 @@ def read_completion(body: Any, config: ServeConfig) -> Asked:
     fields = BodyReader(body, COMPLETION)
     given = fields.take("prompt")
     prompts = [given] if isinstance(given, str) or is_token_list(given) else list(given)
-    return _read_rest(fields, config, prompts, fields.take("logprobs"), None)
+    if (shown := fields.take("logprobs")) is not None:
+        _check_top_log_probs(shown, "logprobs")
+    return _read_rest(fields, config, prompts, "prompt", shown, None)
 
 
 def read_value_request(body: Any) -> AskedValue:
@@ -259,6 +282,7 @@ def _read_rest(
     fields: BodyReader,
     config: ServeConfig,
     prompts: list[Prompt],
+    prompt_field: Literal["messages", "prompt"],
     top_log_probs: int | None,
     max_tokens: int | None,
 ) -> Asked:
@@ -272,17 +296,13 @@ def _read_rest(
     policy = _read_policy(fields.take("strength_policy"))
     top_k, given_bias = fields.take("top_k"), fields.take("logit_bias")
     fields.refuse_others(ignored=IGNORED, neutral=NEUTRAL)
-    if top_log_probs is not None and top_log_probs > _MOST_TOP_LOG_PROBS:
-        raise invalid(
-            f"log-probabilities of at most {_MOST_TOP_LOG_PROBS} likeliest tokens can be shown, "
-            f"got {top_log_probs}",
-            "top_logprobs",
-        )
-    if not choices >= 1 or choices * len(prompts) > config.most_choices:
+    if extra is not None and not stream:
+        raise invalid("stream_options is only allowed with stream: true", "stream_options")
+    if choices * len(prompts) > config.most_choices:
         raise invalid(
             f"n = {choices} for {len(prompts)} prompt(s): expected 1 to {config.most_choices} "
             "choices in total",
-            "n",
+            "n" if choices > 1 else prompt_field,
         )
     if _MOST_TEMPERATURE < numbers["temperature"] < math.inf:
         raise invalid(
@@ -310,9 +330,21 @@ def _read_rest(
             min_p=numbers["min_p"],
         )
     except ConfigError as error:
-        raise invalid(str(error).removeprefix("generation options: ")) from error
-    usage = extra.get("include_usage", False) is True
-    return Asked(model, prompts, strengths, options, choices, stream, usage, top_log_probs)
+        problems = str(error).removeprefix("generation options: ")
+        raise invalid(problems, problems.split()[0]) from error  # each begins with its field
+    usage = bool(extra and extra.get("include_usage"))
+    return Asked(
+        model, prompts, prompt_field, strengths, options, choices, stream, usage, top_log_probs
+    )
+
+
+def _check_top_log_probs(number: int, field: str) -> None:
+    if number > _MOST_TOP_LOG_PROBS:
+        raise invalid(
+            f"log-probabilities of at most {_MOST_TOP_LOG_PROBS} likeliest tokens can be shown, "
+            f"got {number}",
+            field,
+        )
 
 
 def _read_policy(given: Any) -> StrengthPolicy | None:

@@ -210,7 +210,13 @@ class Catalogue:
         return dict.fromkeys(self.values, 0.0) | named
 
     def encode(
-        self, chosen: Chosen, prompts: Sequence[Prompt], options: GenerationOptions, *, choices: int
+        self,
+        chosen: Chosen,
+        prompts: Sequence[Prompt],
+        options: GenerationOptions,
+        *,
+        choices: int,
+        field: str,
     ) -> list[EncodedPrompt]:
         """Encode and check prompts; takes as long as a chat template does.
 
@@ -219,6 +225,7 @@ class Catalogue:
             prompts: texts, token ids or dialogues.
             options: how they are continued.
             choices: samples of each prompt.
+            field: what the body calls the prompts.
 
         Returns:
             The samples of the first prompt, then those of the second, and so on.
@@ -234,25 +241,27 @@ class Catalogue:
         try:
             prepared = reader.prepare(list(prompts), options)
         except PromptTooLongError as error:
-            raise invalid(str(error), "messages", "context_length_exceeded") from error
+            raise invalid(str(error), field, "context_length_exceeded") from error
         except (ChatTemplateError, ValueError, TypeError) as error:
-            raise invalid(str(error), "messages") from error
+            raise invalid(str(error), field) from error
         return [
-            self._in_engine(prompt, chosen, sample=sample)
+            self._in_engine(prompt, chosen, sample=sample, field=field)
             for prompt in prepared
             for sample in range(choices)
         ]
 
-    def _in_engine(self, prompt: EncodedPrompt, chosen: Chosen, *, sample: int) -> EncodedPrompt:
+    def _in_engine(
+        self, prompt: EncodedPrompt, chosen: Chosen, *, sample: int, field: str
+    ) -> EncodedPrompt:
         """A prompt with the limits and the stop ids of the networks that it uses."""
         reader, option, length = chosen.reader, prompt.options, len(prompt.token_ids)
-        longest = min(reader.context, self._longest or reader.context)
+        longest = reader.context
         if length >= longest:
             raise invalid(
                 f"the prompt has {length} tokens, which leaves no room for an answer: prompt and "
                 f"answer together may have {longest}; shorten the prompt by at least "
                 f"{length - longest + 1} tokens",
-                "messages",
+                field,
                 "context_length_exceeded",
             )
         option = dataclasses.replace(
@@ -265,8 +274,12 @@ class Catalogue:
         return EncodedPrompt(prompt.token_ids, option, sample, prompt.own_texts, places)
 
     def _make_reader(self, values: tuple[ServedValue, ...]) -> PromptReader:
-        return reader_under(
+        reader = reader_under(
             self._sources,
             [value.source for value in values],
             [value.own_vocabulary for value in values],
         )
+        if not 0 < self._longest < reader.context:
+            return reader
+        # A longer prompt is refused before value networks with their own vocabulary read it.
+        return dataclasses.replace(reader, context=self._longest, context_of="--max-request-tokens")

@@ -120,10 +120,16 @@ class EngineThread:
         """Start the thread."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """End the thread after the step that it is in; what still runs gets an error."""
+    def stop(self, *, seconds: float) -> None:
+        """End the thread after the step that it is in; what still runs gets an error.
+
+        Args:
+            seconds: how long to wait for it, at most: a step that compiles may take minutes.
+        """
         self._orders.put(None)
-        self._thread.join()
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            logger.warning("the engine is still in a step after %g s: it is left alone", seconds)
 
     def submit(self, ticket: Ticket) -> None:
         """Queue the choices of a request."""

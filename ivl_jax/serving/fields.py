@@ -13,6 +13,7 @@ from ivl_jax.composed.strength_policies import STRENGTH_POLICIES
 from ivl_jax.config import (
     LARGEST_LOGIT_BIAS,
     LARGEST_SCALE,
+    LARGEST_STRENGTH,
     MOST_LOGIT_BIASES,
     SMALLEST_SCALE,
 )
@@ -162,6 +163,10 @@ def is_count(value: Any) -> bool:
     return _is_integer(value) and 0 <= value < 2**31
 
 
+def _is_positive(value: Any) -> bool:
+    return is_count(value) and value > 0
+
+
 def as_float(value: float | int) -> float:
     """A number as a float; an integer that no float holds becomes infinite."""
     try:
@@ -210,6 +215,14 @@ def _are_strengths(value: Any) -> bool:
     return _is_object(value) and all(map(_is_number, value.values()))
 
 
+def _are_stream_options(value: Any) -> bool:
+    # Obfuscation is padding against who counts bytes on the way; there is none here.
+    known = ("include_usage", "include_obfuscation")
+    return _is_object(value) and all(
+        name in known and (given is None or _is_boolean(given)) for name, given in value.items()
+    )
+
+
 def _is_logit_bias(value: Any) -> bool:
     return _is_object(value) and all(map(_is_token_key, value)) and _are_strengths(value)
 
@@ -233,20 +246,34 @@ _TOKENS: Schema = {"type": "array", "items": _COUNT, "minItems": 1}
 _TEXT: Schema = {"type": "string"}
 
 COUNT = Kind(is_count, "an integer ≥ 0", _COUNT)
-POSITIVE = Kind(is_count, "an integer ≥ 1", {**_COUNT, "minimum": 1})
+POSITIVE = Kind(_is_positive, "an integer ≥ 1", {**_COUNT, "minimum": 1})
 SEED = Kind(
     _is_integer,
     "an integer in [0, 2³²)",
     {"type": "integer", "minimum": 0, "maximum": 2**32 - 1},
 )
 BOOLEAN = Kind(_is_boolean, "true or false", {"type": "boolean"})
-OBJECT = Kind(_is_object, "an object", {"type": "object"})
+STREAM_OPTIONS = Kind(
+    _are_stream_options,
+    "an object with include_usage: true or false",
+    {
+        "type": "object",
+        "properties": {
+            name: {"type": ["boolean", "null"]} for name in ("include_usage", "include_obfuscation")
+        },
+        "additionalProperties": False,
+    },
+)
 STRENGTHS = Kind(
     _are_strengths,
     "an object from names of value networks to numbers",
     {
         "type": "object",
-        "additionalProperties": {"type": "number", "minimum": -10_000, "maximum": 10_000},
+        "additionalProperties": {
+            "type": "number",
+            "minimum": -LARGEST_STRENGTH,
+            "maximum": LARGEST_STRENGTH,
+        },
     },
 )
 STRENGTH_POLICY = Kind(

@@ -4,15 +4,27 @@ In: the flags of ivl-serve. Out: a server in a thread of this process, and its p
 A second process could not use the accelerator that the notebook holds.
 """
 
+import dataclasses
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from types import TracebackType
 
 from ivl_jax.config import ServeConfig
+from ivl_jax.serving.hosts import ANY_HOST
 from ivl_jax.serving.server import make_server, prepare
 
 _POLL_SECONDS = 0.02
+# Who may show the page in a frame, around which it could have its user click anything: a notebook
+# of this machine, at any port, or one of VS Code.
+_NOTEBOOKS = ("http://localhost:*", "http://127.0.0.1:*", "vscode-webview:")
+# Colab shows outputs in frames of two hosts of its own.
+_COLAB = (
+    "https://colab.research.google.com",
+    "https://*.googleusercontent.com",
+    "https://*.colab.dev",
+)
 
 
 class NotebookServer:
@@ -20,6 +32,8 @@ class NotebookServer:
 
     Args:
         config: the flags; `port=0` takes any free port.
+        origins: of the notebook, where it is not one of this machine, of VS Code or of Colab, such
+            as `http://workstation:8888`: only its pages may show the server's page in a frame.
 
     Attributes:
         port: The port it listens on.
@@ -36,8 +50,12 @@ class NotebookServer:
         server.show()
     """
 
-    def __init__(self, config: ServeConfig) -> None:
-        prepared = prepare(config, framed=True)
+    def __init__(self, config: ServeConfig, *, origins: Sequence[str] = ()) -> None:
+        known = _NOTEBOOKS
+        if "google.colab" in sys.modules:
+            # Its proxy asks by names that are not documented; no browser runs on its machine.
+            known, config = _COLAB, dataclasses.replace(config, allowed_hosts=(ANY_HOST,))
+        prepared = prepare(config, framed_by=(*known, *origins))
         self.port: int = prepared.listening.getsockname()[1]
         self._server = make_server(prepared)
         self._thread = threading.Thread(

@@ -7,7 +7,7 @@ of `/openapi.json`. A field is declared once, in `bodies`; here are only the pat
 from collections.abc import Sequence
 from typing import Any
 
-from ivl_jax.config import ServeConfig
+from ivl_jax.config import MODEL_NAME, ServeConfig
 from ivl_jax.serving.bodies import CHAT, COMPLETION, IGNORED, NEUTRAL, VALUE
 from ivl_jax.serving.fields import Schema, Table, body_schema
 from ivl_jax.version import __version__
@@ -137,7 +137,7 @@ _NAME: dict[str, Any] = {
     "name": "name",
     "in": "path",
     "required": True,
-    "schema": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._+-]*$"},
+    "schema": {"type": "string", "pattern": f"^{MODEL_NAME}(\\+{MODEL_NAME})?$"},
 }
 
 
@@ -200,6 +200,7 @@ def _answer() -> dict[str, Any]:
             "object": {"type": "string"},
             "created": {"type": "integer"},
             "model": {"type": "string"},
+            "system_fingerprint": {"type": "string"},
             "strengths": _STRENGTHS,
             "choices": {"type": "array", "items": {"type": "object"}},
             "usage": _USAGE,

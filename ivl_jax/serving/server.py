@@ -9,12 +9,14 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
 from starlette.applications import Starlette
 
+from ivl_jax.command_line.guard import ends_at_once
 from ivl_jax.compilation_cache import describe_compiling, use_compilation_cache
 from ivl_jax.composed.compatibility import ComposedSources
 from ivl_jax.config import ConfigError, NamedModel, ServeConfig, check_serve_config
@@ -31,6 +33,7 @@ from ivl_jax.serving.engine_thread import EngineThread
 from ivl_jax.serving.front import Front
 from ivl_jax.serving.metrics import Metrics
 from ivl_jax.serving.value_desk import ValueDesk
+from ivl_jax.serving.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -55,12 +58,12 @@ class Prepared:
     listening: socket.socket
 
 
-def prepare(config: ServeConfig, *, framed: bool = False) -> Prepared:
+def prepare(config: ServeConfig, *, framed_by: Sequence[str] = ()) -> Prepared:
     """Check flags and files, take the port, then load the models.
 
     Args:
         config: the flags.
-        framed: whether other pages may show the server's page in a frame.
+        framed_by: origins whose pages may show the server's page in a frame.
 
     Raises:
         ConfigError: flags that do not fit, or a port that is taken.
@@ -83,15 +86,17 @@ def prepare(config: ServeConfig, *, framed: bool = False) -> Prepared:
         catalogue = make_catalogue(config, named, sources, model)
         metrics = Metrics()
         # Each request brings the stop ids and the context of the networks that it uses.
-        engine = EngineThread(
-            lambda: model.engine(engine_limits(config), stop_ids=(), context=catalogue.context),
-            metrics,
-        )
+        decoder = model.engine(engine_limits(config), stop_ids=(), context=catalogue.context)
+        if config.warm_up:
+            logger.info("warm-up: %s", describe_compiling())
+            rows, new_tokens = config.max_rows, config.default_max_tokens
+            warm_up(decoder, catalogue, rows=rows, new_tokens=new_tokens)
+        engine = EngineThread(lambda: decoder, metrics)
         texts = TokenTexts(model.token_bytes, dict(sources.base.info.special_tokens))
         front = Front(config, engine, metrics)
         values = ValueDesk(config, catalogue, engine, front, loader, root=root)
         service = Service(config, catalogue, engine, metrics, front, values, texts)
-        app = make_app(service, api_key=api_key, framed=framed)
+        app = make_app(service, api_key=api_key, framed_by=framed_by)
         return Prepared(config, app, service, listening)
     except BaseException:
         listening.close()
@@ -203,7 +208,11 @@ def serve(prepared: Prepared) -> None:
     address = f"[{host}]" if ":" in host else host
     logger.info(describe_compiling())
     logger.info("listening on http://%s:%d", address, port)
-    make_server(prepared).run(sockets=[prepared.listening])
+    try:
+        make_server(prepared).run(sockets=[prepared.listening])
+    finally:
+        # What a thread still does, such as compiling or reading a value network, is for nobody.
+        ends_at_once.set()
 
 
 def make_server(prepared: Prepared) -> uvicorn.Server:

@@ -24,6 +24,7 @@ from ivl_jax.serving.engine_thread import EngineThread
 from ivl_jax.serving.errors import ApiError, invalid
 from ivl_jax.serving.front import Front
 from ivl_jax.serving.value_paths import find_below, refuse_links_out
+from ivl_jax.vocabulary.mapping import VocabularyMapError
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +163,7 @@ class ValueDesk:
         try:
             await self._engine.change(lambda engine: engine.add_value(place, value))
         except ValueError as error:
-            raise invalid(str(error)) from error
+            raise invalid(str(error), "folder") from error
         served = ServedValue(
             asked.name,
             place,
@@ -182,9 +183,9 @@ class ValueDesk:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._worker, work)
         except FileNotFoundError as error:
-            raise ApiError(404, _without(root, error), param="folder") from error
+            raise ApiError(404, _without(root, error), param=_field(error)) from error
         except (ValueError, OSError, ImportError) as error:
-            raise invalid(_without(root, error), "folder") from error
+            raise invalid(_without(root, error), _field(error)) from error
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
             if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                 raise _no_room("the device ran out of memory while it was being loaded") from error
@@ -213,6 +214,11 @@ def _no_room(why: str) -> ApiError:
         f"there is no room for another value network: {why}; unload one (DELETE /v1/values/NAME)",
         code="insufficient_memory",
     )
+
+
+def _field(error: Exception) -> str:
+    """The field of the body that names the file an error is about."""
+    return "map" if isinstance(error, VocabularyMapError) else "folder"
 
 
 def _mib(size: int) -> str:

@@ -115,7 +115,15 @@ def serve_config(folders):
     base, *values = folders
     names = [f"{name}={path}" for name, path in zip(("mine", "other"), values, strict=True)]
     model = ComposedModelConfig(base=base, value=tuple(names), strength=STRENGTHS, mesh=ONE_DEVICE)
-    return ServeConfig(model, name="stories", port=0, max_rows=4, max_waiting=8, drain_seconds=5.0)
+    return ServeConfig(
+        model,
+        name="stories",
+        port=0,
+        max_rows=4,
+        max_waiting=8,
+        drain_seconds=5.0,
+        warm_up=False,
+    )
 
 
 @pytest.fixture(scope="module")

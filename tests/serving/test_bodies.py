@@ -74,6 +74,9 @@ _FITTING = st.fixed_dictionaries(
 _BODIES = _JSON | st.dictionaries(st.sampled_from(_FIELDS), _JSON, max_size=6) | _FITTING
 
 
+_CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
+
+
 def _read(read, body):
     """What a reader returns, or the refusal."""
     try:
@@ -93,6 +96,39 @@ def test_any_body_is_read_or_refused_with_a_sentence(body):
             assert found.status == 400
             assert 10 < len(found.message) < 400
             assert set(found.body()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"n": 0}, "n"),
+        ({"n": 9}, "n"),
+        ({"prompt": ["A"] * 9}, "prompt"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": 1e9}, "temperature"),
+        ({"top_p": 2}, "top_p"),
+        ({"min_p": 1}, "min_p"),
+        ({"seed": -1}, "seed"),
+        ({"stop": [""]}, "stop"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"stream_options": {}}, "stream_options"),
+        ({"stream_options": {"include_usage": 1}, "stream": True}, "stream_options"),
+        ({"stream_options": {"usage": True}, "stream": True}, "stream_options"),
+        ({"prediction": {"type": "content", "content": "A"}}, "prediction"),
+        ({"messages": [{"role": "user", "content": "A"}] * 300}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [], "max_completion_tokens": 0}, "messages"),
+        (_CHAT | {"max_completion_tokens": 0}, "max_completion_tokens"),
+        (_CHAT | {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        (_CHAT | {"top_logprobs": 1}, "top_logprobs"),
+    ],
+)
+def test_an_error_names_the_field_that_is_wrong(body, param):
+    read = read_chat if "messages" in body else read_completion
+    refused = _read(read, {"model": "m", **body})
+    assert isinstance(refused, ApiError)
+    assert (refused.status, refused.param) == (400, param)
 
 
 def test_more_choices_than_can_ever_run_or_wait_are_no_valid_request():

@@ -73,7 +73,7 @@ async def test_orders_left_when_the_thread_fails_and_later_ones_are_refused():
     assert await refusal(ticket.get()) == expected
     assert await refusal(change) == expected
     assert thread.failure == "KeyError: 'gone'"
-    thread.stop()
+    thread.stop(seconds=60.0)
     late = new_ticket()
     thread.submit(late)
     assert await refusal(late.get()) == expected
@@ -89,7 +89,7 @@ async def test_orders_behind_a_stop_and_after_it_are_refused():
     thread.start()
     expected = (503, "the server is stopping")
     assert await refusal(change) == expected
-    thread.stop()
+    thread.stop(seconds=60.0)
     assert await refusal(thread.change(lambda engine: None)) == expected
     thread.cancel(new_ticket())
     assert thread.failure is None

@@ -25,8 +25,9 @@ def _policy(port: int) -> str:
 def test_the_page_may_be_framed_only_where_a_notebook_serves_it(
     client, serve_config, monkeypatch
 ) -> None:
-    with NotebookServer(serve_config) as server:
-        assert _policy(server.port).endswith("frame-ancestors *")
+    with NotebookServer(serve_config, origins=["http://lab:8888"]) as server:
+        allowed = "frame-ancestors 'self' http://localhost:* http://127.0.0.1:* vscode-webview: "
+        assert _policy(server.port).endswith(allowed + "http://lab:8888")
         assert Client(server.port, None).text("stories", "Once", max_tokens=2)
         shown = []
         monkeypatch.setattr("IPython.display.display", shown.append)

@@ -28,6 +28,9 @@ def test_whole_answers_and_streams_of_chats_and_texts_agree(client):
         pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
         assert "".join(pieces) == whole.choices[0].message.content
         assert chunks[-1].usage == whole.usage
+        assert all("usage" in chunk.model_fields_set for chunk in chunks)
+        assert {chunk.system_fingerprint for chunk in chunks} == {whole.system_fingerprint}
+        assert whole.system_fingerprint.startswith("ivl_jax-")
         assert whole.choices[0].finish_reason == "length"
         text = api.completions.create(model="mine", prompt="Lily said", logprobs=1, **GREEDY)
         assert len(text.choices[0].logprobs.tokens) == 16
@@ -58,6 +61,9 @@ def test_errors_are_the_packages_own_classes(client):
         with pytest.raises(openai.BadRequestError, match="token ids outside") as unknown:
             api.completions.create(model="mine", prompt="A", logit_bias={"512": 1})
         assert unknown.value.param == "logit_bias"
+        with pytest.raises(openai.BadRequestError, match="more than the context") as long:
+            api.completions.create(model="mine", prompt="word " * 600)
+        assert (long.value.param, long.value.code) == ("prompt", "context_length_exceeded")
 
 
 def test_a_logit_bias_forces_a_token_in_its_own_request_alone(client):

@@ -71,6 +71,7 @@ def test_a_stream_gives_the_same_text_in_pieces_and_then_the_usage(client):
     _, whole = client.send("POST", "/v1/completions", asked)
     chunks = client.events("/v1/completions", **asked, stream_options={"include_usage": True})
     *pieces, last = chunks
+    assert all(one["usage"] is None for one in pieces)
     assert len(pieces) > 3
     assert "".join(one["choices"][0]["text"] for one in pieces) == whole["choices"][0]["text"]
     assert [one["choices"][0]["finish_reason"] for one in pieces[-2:]] == [None, "length"]
@@ -159,12 +160,12 @@ LONG = "Once upon a time " * 40
         ),
         ("completions", {"prompt": [99999]}, 400, "token ids outside [0, 512): [99999]"),
         ("completions", {"n": 9}, 400, "n = 9 for 1 prompt(s): expected 1 to 8"),
-        ("completions", {"n": 0}, 400, "n = 0 for 1 prompt(s)"),
+        ("completions", {"n": 0}, 400, "n: expected an integer ≥ 1, got 0"),
         ("completions", {"temperature": -1}, 400, "temperature must be ≥ 0 and finite, got -1"),
         ("completions", {"temperature": float("nan")}, 400, "temperature must be ≥ 0 and finite"),
         ("completions", {"temperature": 1e300}, 400, "temperature: at most 1000, got 1e+300"),
         ("completions", {"top_p": 2}, 400, "top_p must be in (0, 1], got 2"),
-        ("completions", {"max_tokens": 0}, 400, "max_new_tokens must be ≥ 1, got 0"),
+        ("completions", {"max_tokens": 0}, 400, "max_tokens: expected an integer ≥ 1, got 0"),
         ("completions", {"max_tokens": "5"}, 400, "max_tokens: expected an integer ≥ 1, got '5'"),
         ("completions", {"stop": [""]}, 400, "stop must hold strings that are not empty"),
         ("completions", {"presence_penalty": 1}, 400, "presence_penalty is not supported by this"),

@@ -79,7 +79,17 @@ def test_a_port_that_is_taken_is_said_before_a_model_is_looked_for(monkeypatch, 
 def test_sigterm_lets_a_running_answer_finish(folders, project_root):
     pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
     base, mine, _ = folders
-    flags = ["--base", base, "--value", f"mine={mine}", "--port", "0", "--mesh.tensor", "1"]
+    flags = [
+        "--base",
+        base,
+        "--value",
+        f"mine={mine}",
+        "--port",
+        "0",
+        "--mesh.tensor",
+        "1",
+        "--no-warm-up",
+    ]
     server = subprocess.Popen(
         [sys.executable, "-m", "ivl_jax.commands.serve", *flags],
         cwd=project_root,

@@ -5,6 +5,8 @@ import http.client
 import json
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import pytest
 
@@ -176,6 +178,27 @@ def test_a_value_for_which_there_is_no_room_is_refused(client, loaded, monkeypat
     status, answer = loaded("x", "S", map="S.safetensors")
     assert (status, "of --max-value-mib" in answer["error"]["message"]) == (507, True)
     assert loaded("x", "other/value")[0] == 201
+
+
+def test_one_value_is_loaded_at_a_time_so_that_its_room_stays_its_own(client, loaded, monkeypatch):
+    loader, begun, go_on = client.prepared.service.values._loader, Event(), Event()
+    check = loader.check
+
+    def slow(*given, **named):
+        begun.set()
+        go_on.wait(60)
+        return check(*given, **named)
+
+    monkeypatch.setattr(loader, "check", slow)
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(loaded, "first", "other/value")
+        assert begun.wait(60)
+        status, answer = loaded("second", "other/value")
+        assert (status, answer["error"]["code"]) == (409, "loading")
+        assert "first is being loaded" in answer["error"]["message"]
+        go_on.set()
+        assert first.result()[0] == 201
+    assert loaded("second", "other/value")[0] == 201
 
 
 def test_a_server_without_a_folder_neither_loads_nor_unloads(client, monkeypatch):

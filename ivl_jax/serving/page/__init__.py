@@ -4,7 +4,7 @@ In: the files beside this one. Out: routes. The page asks nobody but this server
 let it run no other script.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 
 from starlette.requests import Request
@@ -29,13 +29,14 @@ _HEADERS = {
 }
 
 
-def page_routes(*, framed: bool = False) -> list[Route]:
+def page_routes(*, framed_by: Sequence[str] = ()) -> list[Route]:
     """One route per file, which is read once.
 
     Args:
-        framed: whether other pages, such as a notebook, may show this one in a frame.
+        framed_by: origins whose pages, such as a notebook, may show this one in a frame.
     """
-    headers = _HEADERS | {"content-security-policy": _POLICY + ("*" if framed else "'none'")}
+    ancestors = " ".join(("'self'", *framed_by)) if framed_by else "'none'"
+    headers = _HEADERS | {"content-security-policy": _POLICY + ancestors}
     return [_route(path, *file, headers) for path, file in _FILES.items()]
 
 
