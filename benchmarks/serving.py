@@ -124,7 +124,14 @@ def _write(folder: Path, plan: Plan) -> ServeConfig:
     model = ComposedModelConfig(
         base=str(folder / "base"), value=(f"{_VALUE}={folder / 'value'}",), mesh=_MESH
     )
-    return ServeConfig(model, port=0, max_rows=_CLIENTS, request_seconds=3600, queue_seconds=3600)
+    return ServeConfig(
+        model,
+        port=0,
+        max_rows=_CLIENTS,
+        request_seconds=3600,
+        queue_seconds=3600,
+        warm_up=False,  # the benchmark warms up by its own requests
+    )
 
 
 @contextlib.contextmanager

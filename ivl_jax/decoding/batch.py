@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from ivl_jax.decoding.begun_step import BegunStep
-from ivl_jax.decoding.capacity import BatchShape, Need
+from ivl_jax.decoding.capacity import BatchShape, Fits, Need
 from ivl_jax.decoding.device.finish import FinishReason
 from ivl_jax.decoding.device.state import DecodeState
 from ivl_jax.decoding.engine_model import ModelParts, Places, union
@@ -227,12 +227,13 @@ class RowBatch:
             state = model.programs.decode_chunk(model.params, state, most, stopped, enough)
         self._held = without_extras(state)
 
-    def look(self, *, advances_next: bool = False) -> list[News]:
+    def look(self, fits: Fits, *, advances_next: bool = False) -> list[News]:
         """Take what the rows have generated since the last look.
 
         A row belongs to its request until it is released.
 
         Args:
+            fits: a row ends that needs caches of a size that does not.
             advances_next: whether `advance` probably comes next: where the host has to read for
                 value networks, the base's part of that step is then begun before.
         """
@@ -257,6 +258,9 @@ class RowBatch:
         ):
             self._held = self._begun.begin(self._model, self._state)
         full = self._reader.push(new_ids)
+        grown = self.shape._replace(mapped_capacity=self._reader.slots())
+        if grown.mapped_capacity > self.shape.mapped_capacity and not fits(grown):
+            full = self._reader.end_beyond(self.shape.mapped_capacity)
         news = []
         for place, row in live:
             row.seen = int(lengths[place])

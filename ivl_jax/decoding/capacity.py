@@ -8,6 +8,7 @@ one batch that never grows, while requests that come later make it grow. It shri
 its slots or three quarters of its rows are unused, and ends when no request is left.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -108,6 +109,10 @@ class BatchShape(NamedTuple):
         return {name: size for name, size in self._asdict().items() if name != "values"}
 
 
+Fits = Callable[[BatchShape], bool]
+"""Whether the caches of a batch may take as much as those of this one."""
+
+
 class Plan(NamedTuple):
     """What to decode next."""
 
@@ -185,7 +190,7 @@ class CapacityPlanner:
                 "a larger max_capacity"
             )
         alone = self._smallest(1, [need])
-        if not self._fits(alone):
+        if not self.fits(alone):
             raise RequestTooLargeError(
                 f"the request may hold {tokens} tokens, whose caches alone take "
                 f"{self.cache_bytes(alone):,} bytes on each device, more than the engine's "
@@ -218,13 +223,13 @@ class CapacityPlanner:
         wanted = len(running) + len(waiting)
         needs = [*running, *waiting.kinds()]
         ahead = self._kept(current, self._least(wanted, needs))
-        if self._fits(ahead):
+        if self.fits(ahead):
             return Plan(ahead, min(len(waiting), ahead.rows - len(running)))
         first = first_waiting(self.most_rows - len(running))
         for count in range(len(first), 0, -1):
             smallest = self._smallest(len(running) + count, [*running, *first[:count]])
             for shape in (self._kept(current, smallest), smallest):
-                if self._fits(shape):
+                if self.fits(shape):
                     return Plan(shape, count)
         # Nothing shrinks while a request waits for room: it would be moved twice.
         shape = self._smallest(len(running), running)
@@ -232,6 +237,24 @@ class CapacityPlanner:
             sizes = {name: max(size, current.sizes[name]) for name, size in shape.sizes.items()}
             shape = BatchShape(**sizes, values=shape.values)
         return Plan(shape, 0)
+
+    def fits(self, shape: BatchShape) -> bool:
+        """Whether the caches of a batch may take as much as those of this one."""
+        most = self.limits.max_cache_bytes
+        return most is None or self.cache_bytes(shape) <= most
+
+    def growth(self, values: tuple[int, ...], mapped_slots: int, *, held: BatchShape | None) -> int:
+        """Bytes by which the caches on each device may still grow, whatever is asked for.
+
+        Args:
+            values: the value networks that there are.
+            mapped_slots: slots that those with their own vocabulary may need in a row.
+            held: the batch that there is; None: there is none.
+        """
+        capacity = bucket_capacity(self.longest, context=self.longest)
+        largest = BatchShape(self.most_rows, capacity, mapped_slots, stop_ids=1, values=values)
+        most = min(self.cache_bytes(largest), self.limits.max_cache_bytes or sys.maxsize)
+        return max(0, most - (0 if held is None else self.cache_bytes(held)))
 
     def _smallest(self, requests: int, needs: Sequence[Need]) -> BatchShape:
         """The smallest shape that holds this many requests with these needs."""
@@ -271,7 +294,3 @@ class CapacityPlanner:
     def _rows(self, requests: int) -> int:
         rows = bucket(requests, smallest=1)
         return -(-rows // self.row_multiple) * self.row_multiple
-
-    def _fits(self, shape: BatchShape) -> bool:
-        most = self.limits.max_cache_bytes
-        return most is None or self.cache_bytes(shape) <= most

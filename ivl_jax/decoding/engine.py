@@ -115,6 +115,12 @@ class Engine:
         """The batch that is held on device; None: there is none."""
         return None if self._batch is None else self._batch.shape
 
+    @property
+    def cache_growth(self) -> int:
+        """Bytes by which the caches on each device may still grow, whatever is asked for."""
+        parts = self._parts
+        return self._planner.growth(parts.places, parts.most_mapped_slots, held=self.shape)
+
     def submit(self, prompt: EncodedPrompt) -> int:
         """Queue a request; nothing is computed yet.
 
@@ -317,7 +323,7 @@ class Engine:
         waits = len(self._batch.free) if self._waiting else 0
         progress, steps = [], 0
         advances_next = self._just_admitted or not (waits or self._batch.reads is not None)
-        for news in self._batch.look(advances_next=advances_next):
+        for news in self._batch.look(self._planner.fits, advances_next=advances_next):
             steps = max(steps, len(news.token_ids))
             one = self._running[news.id].take(news)
             if one.generation is not None:

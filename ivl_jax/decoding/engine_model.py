@@ -130,6 +130,12 @@ class ModelParts:
         """All value networks that there are."""
         return tuple(sorted(self._values))
 
+    @property
+    def most_mapped_slots(self) -> int:
+        """Slots that value networks with their own vocabulary may need in a row."""
+        own = [value.own_vocabulary for value in self._values.values()]
+        return max((one.context for one in own if one), default=0)
+
     def part(self, places: Places) -> EngineModel:
         """The base under some of its value networks.
 

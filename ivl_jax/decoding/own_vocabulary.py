@@ -282,6 +282,19 @@ class TextReader:
                     self._full[row] = len(text.tokens) > context
         return {row for row, full in enumerate(self._full) if full}
 
+    def end_beyond(self, slots: int) -> set[int]:
+        """End the rows in which a network would need more slots than there may be.
+
+        Args:
+            slots: of a row of the networks' caches.
+
+        Returns:
+            As `push`: all rows that have to end.
+        """
+        for row, each in enumerate(zip(*self._texts, strict=True)):
+            self._full[row] |= any(text is not None and len(text.tokens) > slots for text in each)
+        return {row for row, full in enumerate(self._full) if full}
+
     def own_tokens(
         self, rows: Sequence[int], *, size: int, at_most: int | None = None
     ) -> tuple[OwnTokens, ...]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import uvicorn
 from starlette.applications import Starlette
 
@@ -25,6 +26,7 @@ from ivl_jax.decoding.capacity import EngineLimits
 from ivl_jax.decoding.loading import decoding_mesh, load_composed, read_sources
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.decoding.prompts import make_prompt_reader
+from ivl_jax.devices import free_memory
 from ivl_jax.processes import require_one_process
 from ivl_jax.serving.answers import TokenTexts
 from ivl_jax.serving.app import Service, make_app
@@ -32,7 +34,7 @@ from ivl_jax.serving.catalogue import Catalogue, ServedValue
 from ivl_jax.serving.engine_thread import EngineThread
 from ivl_jax.serving.front import Front
 from ivl_jax.serving.metrics import Metrics
-from ivl_jax.serving.value_desk import ValueDesk
+from ivl_jax.serving.value_desk import ValueDesk, describe_growth
 from ivl_jax.serving.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
@@ -87,6 +89,10 @@ def prepare(config: ServeConfig, *, framed_by: Sequence[str] = ()) -> Prepared:
         metrics = Metrics()
         # Each request brings the stop ids and the context of the networks that it uses.
         decoder = model.engine(engine_limits(config), stop_ids=(), context=catalogue.context)
+        free = free_memory(jax.local_devices()[0])
+        if free is not None and decoder.cache_growth > free:
+            growth = describe_growth(decoder.cache_growth, free)
+            logger.warning("%s; requests for which there is no room will fail", growth)
         if config.warm_up:
             logger.info("warm-up: %s", describe_compiling())
             rows, new_tokens = config.max_rows, config.default_max_tokens

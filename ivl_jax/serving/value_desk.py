@@ -17,6 +17,7 @@ import jax
 
 from ivl_jax.config import ServeConfig
 from ivl_jax.decoding.added_values import CheckedValue, ValueLoader, bytes_on_device
+from ivl_jax.decoding.engine import Engine
 from ivl_jax.devices import free_memory
 from ivl_jax.serving.bodies import AskedValue
 from ivl_jax.serving.catalogue import Catalogue, ServedValue
@@ -160,10 +161,18 @@ class ValueDesk:
         )
         # Nothing else takes a place while this one is being loaded.
         place = self._catalogue.free_place()
+        growth: list[int] = []
+
+        def add(engine: Engine) -> None:
+            growth.append(engine.cache_growth)
+            engine.add_value(place, value)
+            growth.append(engine.cache_growth)
+
         try:
-            await self._engine.change(lambda engine: engine.add_value(place, value))
+            await self._engine.change(add)
         except ValueError as error:
             raise invalid(str(error), "folder") from error
+        await self._check_caches(asked.name, place, *growth)
         served = ServedValue(
             asked.name,
             place,
@@ -206,6 +215,30 @@ class ValueDesk:
                 f"{name} takes {_mib(needed)} MiB on each device, where {_mib(free)} MiB are free, "
                 f"of which the caches may take {_mib(caches)} (--max-cache-mib)"
             )
+
+    async def _check_caches(self, name: str, place: int, before: int, after: int) -> None:
+        """Take a value network out again if it alone makes the caches larger than what is free."""
+        free = free_memory(jax.local_devices()[0])
+        if free is None or after <= free:
+            return
+        if before > free:  # of which the start has warned
+            logger.warning("%s", describe_growth(after, free))
+            return
+        await self._engine.change(lambda engine: engine.remove_value(place))
+        raise _no_room(f"with {name}, {describe_growth(after, free)}")
+
+
+def describe_growth(growth: int, free: int) -> str:
+    """Say that caches may outgrow a device.
+
+    Args:
+        growth: bytes by which they may still grow on each device.
+        free: bytes that are free there.
+    """
+    return (
+        f"the caches may grow by {_mib(growth)} MiB on each device, where {_mib(free)} MiB are "
+        "free: --max-cache-mib, --max-rows and --max-request-tokens limit them"
+    )
 
 
 def _no_room(why: str) -> ApiError:

@@ -172,6 +172,14 @@ def test_a_value_for_which_there_is_no_room_is_refused(client, loaded, monkeypat
     monkeypatch.setattr(desk, "_config", config)
     status, answer = loaded("x", "other/value")
     assert (status, "MiB are free" in answer["error"]["message"]) == (507, True)
+    # Its parameters fit, but not the caches that it may then need beside those of the others.
+    engine = client.prepared.service.engine._engine
+    free = engine.cache_growth + 1
+    monkeypatch.setattr("ivl_jax.serving.value_desk.free_memory", lambda device: free)
+    status, answer = loaded("x", "other/value")
+    assert (status, "the caches may grow by" in answer["error"]["message"]) == (507, True)
+    assert "x" not in models(client)
+    assert engine._parts.places == (0,)
     monkeypatch.undo()
     # The language model S has about 0.7 M parameters: more than one MiB of float32.
     monkeypatch.setattr(desk, "_config", dataclasses.replace(config, max_value_mib=1))
