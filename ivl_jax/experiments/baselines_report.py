@@ -96,7 +96,7 @@ def _target_table(target: Target, measured: Figures, matrix: Figures) -> str:
     if target == "L-continued":
         keys["new_exact_match"], heads = "{:.1%}", [*heads, "new facts"]
     found = []
-    methods = [method for method in LABELS if method != "unlearned"]
+    methods: list[Method] = [method for method in LABELS if method != "unlearned"]
     for method in methods:
         seeds = SEEDS if method in PER_SEED else SEEDS[:1]
         names = [Row(target, method, seed).name for seed in seeds]
