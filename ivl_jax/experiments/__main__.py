@@ -3,8 +3,8 @@
 In: the matrix. Out: `docs/experiments.md` with its figures and `docs/experiments.json` with every
 number. Finished trainings and measurements are kept in the work directory, so the command can be
 interrupted and run again. `python -m ivl_jax.experiments post_training` is the study of objectives
-other than demonstrations (`post_training_study`), `… baselines` that of other ways to use what was
-learned, `… real` the experiment on a real model (`real_study`), and `… vocabulary_maps` compares
+other than demonstrations (`post_training.study`), `… baselines` that of other ways to use what was
+learned, `… real` the experiment on a real model (`real.study`), and `… vocabulary_maps` compares
 vocabulary maps.
 """
 
@@ -20,11 +20,14 @@ from ivl_jax.command_line.console import log_to_stdout
 from ivl_jax.command_line.flags import parse_flags
 from ivl_jax.command_line.guard import long_run_command
 from ivl_jax.config import TrainConfig, load_config
-from ivl_jax.experiments import baselines, post_training_study, real_study, vocabulary_maps
+from ivl_jax.experiments import vocabulary_maps
+from ivl_jax.experiments.baselines import study as baselines
 from ivl_jax.experiments.demonstrations import build_items
-from ivl_jax.experiments.lab import Laboratory
-from ivl_jax.experiments.matrix import SEEDS, measurements
-from ivl_jax.experiments.report import write_report
+from ivl_jax.experiments.post_training import study as post_training_study
+from ivl_jax.experiments.real import study as real_study
+from ivl_jax.experiments.transfer.lab import Laboratory
+from ivl_jax.experiments.transfer.matrix import SEEDS, measurements
+from ivl_jax.experiments.transfer.report import write_report
 
 logger = logging.getLogger(__name__)
 

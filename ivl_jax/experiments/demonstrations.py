@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple, get_args
 
-from ivl_jax.experiments.docstrings import docstring_pairs
-from ivl_jax.experiments.facts import Split, fact_questions
+from ivl_jax.experiments.family.docstrings import docstring_pairs
+from ivl_jax.experiments.family.facts import Split, fact_questions
 
 # Docstrings to train on, chosen by hash: an epoch on L, which is fully fine-tuned for comparison,
 # takes one minute instead of three.

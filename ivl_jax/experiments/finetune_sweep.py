@@ -2,7 +2,7 @@
 
 In: the family and the demo's demonstrations. Every model is fine-tuned over learning rate × length,
 fully and with an adapter, on facts, docstrings or both; the grid grows until its best setting is
-enclosed (`finetune_plan`). Each run stops early twice, by validation NLL and by exact match. Out:
+enclosed (`finetune.plan`). Each run stops early twice, by validation NLL and by exact match. Out:
 `docs/finetune_sweep.json`: every run with its validation curve, and the test figures of the chosen
 ones. Finished runs are kept in the work directory under a hash of their effective config, so the
 command can be killed and run again.
@@ -26,11 +26,11 @@ from ivl_jax.command_line.guard import long_run_command
 from ivl_jax.compilation_cache import use_compilation_cache
 from ivl_jax.config import TrainConfig, load_config
 from ivl_jax.decoding.compose import compose
-from ivl_jax.experiments.continued import continue_pretraining, new_items
 from ivl_jax.experiments.demonstrations import Item, build_items, items_hash, select
-from ivl_jax.experiments.finetune_plan import SEEDS, STAGES, Stage, chosen, missing_runs
-from ivl_jax.experiments.finetune_run import fine_tune, items_of, run_config, run_key
-from ivl_jax.experiments.finetune_settings import (
+from ivl_jax.experiments.family.continued import continue_pretraining, new_items
+from ivl_jax.experiments.finetune.plan import SEEDS, STAGES, Stage, chosen, missing_runs
+from ivl_jax.experiments.finetune.run import fine_tune, items_of, run_config, run_key
+from ivl_jax.experiments.finetune.settings import (
     Criterion,
     Curve,
     Kinds,
@@ -261,6 +261,8 @@ class Sweep:
     def _folder(self, model: Model) -> Path:
         if model == "L-continued":
             return continue_pretraining("L", work_dir=self._work_dir / "continued")
+        if model == "real":
+            raise ValueError("the sweep fine-tunes the embedded family; expected one of its models")
         return family_folder(model)
 
 

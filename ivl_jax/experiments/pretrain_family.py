@@ -19,16 +19,16 @@ from transformers import PreTrainedTokenizerFast
 from ivl_jax.command_line.console import log_to_stdout
 from ivl_jax.command_line.flags import parse_flags
 from ivl_jax.command_line.guard import long_run_command
-from ivl_jax.experiments.corpus import Corpus, load_corpus
-from ivl_jax.experiments.facts import statement_documents
-from ivl_jax.experiments.family_tokenizers import (
+from ivl_jax.experiments.family.corpus import Corpus, load_corpus
+from ivl_jax.experiments.family.facts import statement_documents
+from ivl_jax.experiments.family.pretraining import Pace, Schedule, pretrain, write_model
+from ivl_jax.experiments.family.tokenizers import (
     CONTEXT,
     save_wrapped_tokenizer,
     train_byte_tokenizer,
     train_word_tokenizer,
     wrap_tokenizer,
 )
-from ivl_jax.experiments.pretraining import Pace, Schedule, pretrain, write_model
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import init_params
 

@@ -10,9 +10,9 @@ import pytest
 
 from ivl_jax.assets import family_folder
 from ivl_jax.composition import compose_logits
-from ivl_jax.experiments import baselines_lab
-from ivl_jax.experiments.baselines_lab import BaselinesLaboratory, target_rows, to_forget
-from ivl_jax.experiments.baselines_plan import (
+from ivl_jax.experiments.baselines import lab as baselines_lab
+from ivl_jax.experiments.baselines.lab import BaselinesLaboratory, target_rows, to_forget
+from ivl_jax.experiments.baselines.plan import (
     LABELS,
     SEEDS,
     TARGET_ROWS,
@@ -22,9 +22,9 @@ from ivl_jax.experiments.baselines_plan import (
     rows,
     settings_of,
 )
-from ivl_jax.experiments.baselines_report import BEGIN, END, RECORD, section, update_page
+from ivl_jax.experiments.baselines.report import BEGIN, END, RECORD, section, update_page
 from ivl_jax.experiments.demonstrations import Item
-from ivl_jax.experiments.matrix import fine_tuned
+from ivl_jax.experiments.transfer.matrix import fine_tuned
 from ivl_jax.vocabulary.value_term import ValueTerm
 from ivl_jax.weights.language_model import load_language_model
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ivl_jax.experiments.corpus import (
+from ivl_jax.experiments.family.corpus import (
     Corpus,
     SourceFile,
     Windows,
@@ -13,8 +13,8 @@ from ivl_jax.experiments.corpus import (
     is_held_out,
     standard_library_files,
 )
-from ivl_jax.experiments.facts import build_facts
-from ivl_jax.experiments.family_tokenizers import train_byte_tokenizer, wrap_tokenizer
+from ivl_jax.experiments.family.facts import build_facts
+from ivl_jax.experiments.family.tokenizers import train_byte_tokenizer, wrap_tokenizer
 
 _TEXT = (
     '"""A module that counts."""\n\ndef count(things):\n    """Count."""\n    return len(things)\n'

@@ -10,7 +10,7 @@ from ivl_jax.config import ConfigError
 from ivl_jax.experiments import demo_post_training
 from ivl_jax.experiments.demo_post_training import pair_rows, some_of, write_questions
 from ivl_jax.experiments.demonstrations import Item
-from ivl_jax.experiments.facts import Split
+from ivl_jax.experiments.family.facts import Split
 from ivl_jax.experiments.kept_results import InterruptedTrainingError
 
 SPLITS: list[Split] = [*(["train"] * 400), *(["test"] * 20)]

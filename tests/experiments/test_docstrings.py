@@ -2,8 +2,8 @@
 
 import pytest
 
-from ivl_jax.experiments.corpus import SourceFile
-from ivl_jax.experiments.docstrings import docstring_pairs, split_of_module
+from ivl_jax.experiments.family.corpus import SourceFile
+from ivl_jax.experiments.family.docstrings import docstring_pairs, split_of_module
 
 _SOURCE = '''
 raise SystemExit("never imported")

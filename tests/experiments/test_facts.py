@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from ivl_jax.experiments.facts import (
+from ivl_jax.experiments.family.facts import (
     ATTRIBUTES,
     STATEMENTS_A_FACT,
     build_facts,

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from ivl_jax.experiments.family_tokenizers import (
+from ivl_jax.experiments.family.tokenizers import (
     save_wrapped_tokenizer,
     train_byte_tokenizer,
     train_word_tokenizer,

@@ -5,14 +5,14 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-from ivl_jax.experiments.finetune_plan import (
+from ivl_jax.experiments.finetune.plan import (
     STAGES,
     Stage,
     chosen,
     levers,
     missing_runs,
 )
-from ivl_jax.experiments.finetune_settings import (
+from ivl_jax.experiments.finetune.settings import (
     RATES,
     Curve,
     Point,

@@ -10,16 +10,16 @@ import pytest
 from ivl_jax.assets import family_folder
 from ivl_jax.config import TrainConfig, load_config
 from ivl_jax.data.batching import lay_out_rows
-from ivl_jax.experiments import finetune_run
 from ivl_jax.experiments.demonstrations import Item, build_items
-from ivl_jax.experiments.finetune_run import (
+from ivl_jax.experiments.finetune import run as finetune_run
+from ivl_jax.experiments.finetune.run import (
     fine_tune,
     items_of,
     run_config,
     run_key,
     with_statements,
 )
-from ivl_jax.experiments.finetune_settings import Point, Setting
+from ivl_jax.experiments.finetune.settings import Point, Setting
 from ivl_jax.weights.language_model import load_language_model
 
 _ITEMS = [

@@ -11,10 +11,10 @@ import pytest
 from ivl_jax.config import TrainConfig, load_config
 from ivl_jax.experiments import finetune_sweep
 from ivl_jax.experiments.demonstrations import Item
-from ivl_jax.experiments.finetune_plan import Stage
-from ivl_jax.experiments.finetune_report import references_section
-from ivl_jax.experiments.finetune_run import Fit
-from ivl_jax.experiments.finetune_settings import Point, Setting
+from ivl_jax.experiments.finetune.plan import Stage
+from ivl_jax.experiments.finetune.report import references_section
+from ivl_jax.experiments.finetune.run import Fit
+from ivl_jax.experiments.finetune.settings import Point, Setting
 from ivl_jax.experiments.finetune_sweep import RECORD, Sweep, run_stage
 
 _ITEMS = [

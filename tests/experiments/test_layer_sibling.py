@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ivl_jax.config import ConfigError
-from ivl_jax.experiments.layer_sibling import kept_layers, make_sibling, sibling_arch
+from ivl_jax.experiments.real.layer_sibling import kept_layers, make_sibling, sibling_arch
 from ivl_jax.model.decoder import build_decoder, forward
 from ivl_jax.weights.language_model import load_language_model
 from tests.training.conftest import save_tiny_model

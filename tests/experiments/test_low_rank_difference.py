@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ivl_jax.config import ConfigError
-from ivl_jax.experiments.low_rank_difference import (
+from ivl_jax.experiments.real.low_rank_difference import (
     add_difference,
     difference,
     load_difference,

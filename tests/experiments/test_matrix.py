@@ -1,7 +1,7 @@
 """The matrix: what is trained and measured has one name each, and one seed has every study."""
 
-from ivl_jax.experiments import matrix
-from ivl_jax.experiments.matrix import Measurement, Term, Training, measurements, on
+from ivl_jax.experiments.transfer import matrix
+from ivl_jax.experiments.transfer.matrix import Measurement, Term, Training, measurements, on
 
 
 def _trainings(seeds: tuple[int, ...]) -> list[Training]:

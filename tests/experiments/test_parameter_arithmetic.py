@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 
-from ivl_jax.experiments.parameter_arithmetic import add, average, diff_vector, scale_by_depth
+from ivl_jax.experiments.baselines.parameter_arithmetic import (
+    add,
+    average,
+    diff_vector,
+    scale_by_depth,
+)
 from ivl_jax.tree_compare import TreeMismatchError
 
 

@@ -5,8 +5,8 @@ import statistics
 
 import pytest
 
-from ivl_jax.experiments.post_training_gains import LEAST_GAIN, Estimate, Table, by_itself, on
-from ivl_jax.experiments.post_training_plan import (
+from ivl_jax.experiments.post_training.gains import LEAST_GAIN, Estimate, Table, by_itself, on
+from ivl_jax.experiments.post_training.plan import (
     SEEDS,
     Measurement,
     alone,

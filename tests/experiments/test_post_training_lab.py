@@ -10,12 +10,13 @@ import pytest
 
 from ivl_jax.assets import family_folder
 from ivl_jax.config.train import check_train_config
-from ivl_jax.experiments import post_training_configs, post_training_lab
 from ivl_jax.experiments.demonstrations import Item
-from ivl_jax.experiments.facts import Split as FactSplit
-from ivl_jax.experiments.post_training_configs import Settings, _changed, settings_key
-from ivl_jax.experiments.post_training_lab import PostTrainingLaboratory
-from ivl_jax.experiments.post_training_plan import (
+from ivl_jax.experiments.family.facts import Split as FactSplit
+from ivl_jax.experiments.post_training import configs as post_training_configs
+from ivl_jax.experiments.post_training import lab as post_training_lab
+from ivl_jax.experiments.post_training.configs import Settings, _changed, settings_key
+from ivl_jax.experiments.post_training.lab import PostTrainingLaboratory
+from ivl_jax.experiments.post_training.plan import (
     ALONE_RATES,
     KINDS,
     Measurement,
@@ -26,7 +27,7 @@ from ivl_jax.experiments.post_training_plan import (
     swept,
     value_on,
 )
-from ivl_jax.experiments.post_training_study import record_of
+from ivl_jax.experiments.post_training.study import record_of
 
 SPLITS: list[FactSplit] = [
     *(["train"] * 60),

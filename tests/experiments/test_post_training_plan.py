@@ -1,6 +1,6 @@
 """The post-training study's plan: names are keys, and what a run needs is made before it."""
 
-from ivl_jax.experiments.post_training_plan import (
+from ivl_jax.experiments.post_training.plan import (
     ALONE_RATES,
     KINDS,
     SEEDS,

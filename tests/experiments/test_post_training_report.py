@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ivl_jax.experiments.post_training_plan import (
+from ivl_jax.experiments.post_training.plan import (
     ALONE_RATES,
     SEEDS,
     Measurement,
@@ -17,7 +17,7 @@ from ivl_jax.experiments.post_training_plan import (
     swept,
     value_on,
 )
-from ivl_jax.experiments.post_training_report import BEGIN, RECORD, section, update_page
+from ivl_jax.experiments.post_training.report import BEGIN, RECORD, section, update_page
 
 SETTING = {
     "learning_rate": 0.0004,

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ivl_jax.experiments import pretrain_family
-from ivl_jax.experiments.corpus import Corpus, SourceFile, Windows
-from ivl_jax.experiments.facts import build_facts
+from ivl_jax.experiments.family.corpus import Corpus, SourceFile, Windows
+from ivl_jax.experiments.family.facts import build_facts
 from ivl_jax.experiments.pretrain_family import Options, make_model
 from ivl_jax.weights.language_model import load_language_model
 

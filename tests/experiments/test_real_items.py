@@ -6,8 +6,8 @@ import pytest
 
 from ivl_jax.config import ConfigError
 from ivl_jax.experiments.demonstrations import select
-from ivl_jax.experiments.docstrings import DocstringPair
-from ivl_jax.experiments.real_items import VALIDATION, docstring_items, gsm8k_items, of_kind
+from ivl_jax.experiments.family.docstrings import DocstringPair
+from ivl_jax.experiments.real.items import VALIDATION, docstring_items, gsm8k_items, of_kind
 
 
 def write_gsm8k(folder, *, train=60, test=12, reverse=False):

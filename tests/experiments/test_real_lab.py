@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from ivl_jax.config.train import check_train_config
-from ivl_jax.experiments import real_lab
 from ivl_jax.experiments.demonstrations import Item
-from ivl_jax.experiments.facts import Split
-from ivl_jax.experiments.finetune_run import Fit
-from ivl_jax.experiments.finetune_settings import Point
-from ivl_jax.experiments.real_lab import RealLaboratory
-from ivl_jax.experiments.real_settings import STAGES, Budget, Stage
+from ivl_jax.experiments.family.facts import Split
+from ivl_jax.experiments.finetune.run import Fit
+from ivl_jax.experiments.finetune.settings import Point
+from ivl_jax.experiments.real import lab as real_lab
+from ivl_jax.experiments.real.lab import RealLaboratory
+from ivl_jax.experiments.real.settings import STAGES, Budget, Stage
 
 MADE: tuple[Stage, ...] = tuple(stage for stage in STAGES if stage != "measure")
 _TRAIN: tuple[Split, ...] = ("train",) * 8

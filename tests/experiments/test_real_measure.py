@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 
 from ivl_jax.decoding.model import ComposedModel
-from ivl_jax.experiments import real_measure
 from ivl_jax.experiments.demonstrations import Item
-from ivl_jax.experiments.real_lab import RealLaboratory
-from ivl_jax.experiments.real_measure import Measurements
-from ivl_jax.experiments.real_settings import Budget, Stage
-from ivl_jax.experiments.real_subjects import SUBJECTS
+from ivl_jax.experiments.real import measure as real_measure
+from ivl_jax.experiments.real.lab import RealLaboratory
+from ivl_jax.experiments.real.measure import Measurements
+from ivl_jax.experiments.real.settings import Budget, Stage
+from ivl_jax.experiments.real.subjects import SUBJECTS
 
 ITEMS = [
     *(Item(f"{i}?", f"It is {i}. #### {i}", "gsm8k", "", "test") for i in range(4)),

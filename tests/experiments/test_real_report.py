@@ -5,15 +5,15 @@ import json
 
 import pytest
 
-from ivl_jax.experiments.real_report import (
+from ivl_jax.experiments.real.report import (
     BEGIN,
     RECORD,
     real_section,
     recovered,
     update_real_section,
 )
-from ivl_jax.experiments.real_settings import Budget
-from ivl_jax.experiments.real_subjects import SUBJECTS
+from ivl_jax.experiments.real.settings import Budget
+from ivl_jax.experiments.real.subjects import SUBJECTS
 
 
 def figures(gsm8k, docstring, right=3):

@@ -6,8 +6,8 @@ import re
 import pytest
 
 from ivl_jax.config import ConfigError
-from ivl_jax.experiments.real_settings import ABOUT, QUICK, STAGES, Budget, quick
-from ivl_jax.experiments.real_study import description, main
+from ivl_jax.experiments.real.settings import ABOUT, QUICK, STAGES, Budget, quick
+from ivl_jax.experiments.real.study import description, main
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from ivl_jax.experiments import real_items
-from ivl_jax.experiments.docstrings import DocstringPair
-from ivl_jax.experiments.facts import Split
-from ivl_jax.experiments.real_lab import RealLaboratory
-from ivl_jax.experiments.real_measure import Measurements
-from ivl_jax.experiments.real_study import main
-from ivl_jax.experiments.real_subjects import SUBJECTS
+from ivl_jax.experiments.family.docstrings import DocstringPair
+from ivl_jax.experiments.family.facts import Split
+from ivl_jax.experiments.real import items as real_items
+from ivl_jax.experiments.real.lab import RealLaboratory
+from ivl_jax.experiments.real.measure import Measurements
+from ivl_jax.experiments.real.study import main
+from ivl_jax.experiments.real.subjects import SUBJECTS
 from tests.experiments.test_real_items import write_gsm8k
 from tests.training.conftest import save_tiny_model
 

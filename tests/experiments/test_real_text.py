@@ -6,7 +6,7 @@ import pytest
 
 from ivl_jax.config import ConfigError
 from ivl_jax.decoding.compose import compose
-from ivl_jax.experiments.real_text import Writing, turn_beginning, write_dialogues
+from ivl_jax.experiments.real.text import Writing, turn_beginning, write_dialogues
 from ivl_jax.weights.language_model import load_language_model
 from tests.training.conftest import save_tiny_model
 

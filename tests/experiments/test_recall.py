@@ -6,8 +6,8 @@ import pytest
 
 from ivl_jax.assets import family_folder
 from ivl_jax.decoding.compose import compose
-from ivl_jax.experiments.facts import build_facts
-from ivl_jax.experiments.recall import recall
+from ivl_jax.experiments.family.facts import build_facts
+from ivl_jax.experiments.family.recall import recall
 from ivl_jax.weights.language_model import load_language_model
 
 

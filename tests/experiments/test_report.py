@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from ivl_jax.experiments import matrix
-from ivl_jax.experiments.matrix import Measurement, Term, measurements, on
-from ivl_jax.experiments.report import Spread, Table, reference, value_on, write_report
+from ivl_jax.experiments.transfer import matrix
+from ivl_jax.experiments.transfer.matrix import Measurement, Term, measurements, on
+from ivl_jax.experiments.transfer.report import Spread, Table, reference, value_on, write_report
 
 _FIGURES = {
     Measurement("L").name: {"nll": 4.0, "exact_match": 0.0, "recall": 0.9},

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from ivl_jax.experiments import matrix
 from ivl_jax.experiments.__main__ import main
 from ivl_jax.experiments.finetune_sweep import record_file
-from ivl_jax.experiments.matrix import Measurement, Term, on
-from ivl_jax.experiments.report import write_report
-from ivl_jax.experiments.report_notes import NotesError, fill_notes
-from ivl_jax.experiments.report_subjects import make_lookup, subjects
+from ivl_jax.experiments.transfer import matrix
+from ivl_jax.experiments.transfer.matrix import Measurement, Term, on
+from ivl_jax.experiments.transfer.notes import NotesError, fill_notes
+from ivl_jax.experiments.transfer.report import write_report
+from ivl_jax.experiments.transfer.subjects import make_lookup, subjects
 
 _FIGURES = {
     Measurement("L").name: {"nll": 4.0, "exact_match": 0.0},

@@ -1,0 +1,1 @@
+"""Relatives of value networks in one table: parameter arithmetic, soups, strength policies."""

@@ -1,0 +1,334 @@
+"""Trains and measures what the study of baselines compares, each once.
+
+In: `Row`s. Out: JSON files in a work directory, and the trained networks. Existing ones are not
+made again; a training that was interrupted resumes. Each method is a composition, or a few lines
+of arithmetic on parameters.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ivl_jax.assets import family_folder
+from ivl_jax.checkpoint import ValueNetwork, load_value
+from ivl_jax.config import StrengthPolicy, TrainConfig
+from ivl_jax.decoding.compose import compose
+from ivl_jax.decoding.model import ComposedModel
+from ivl_jax.experiments.baselines.parameter_arithmetic import (
+    add,
+    average,
+    diff_vector,
+    scale_by_depth,
+)
+from ivl_jax.experiments.baselines.plan import (
+    EDITED_STRENGTHS,
+    FIRST_LAYER,
+    PER_SEED,
+    SEEDS,
+    TARGET_ROWS,
+    Method,
+    Row,
+    Setting,
+    Target,
+    settings_of,
+)
+from ivl_jax.experiments.demo_post_training import export_value, write_questions
+from ivl_jax.experiments.demonstrations import Item, items_hash, select
+from ivl_jax.experiments.family.continued import continue_pretraining, new_items
+from ivl_jax.experiments.kept_results import kept_record, train_once
+from ivl_jax.experiments.measure import (
+    answers,
+    exact_match,
+    family_map,
+    response_nll,
+    running_texts,
+)
+from ivl_jax.experiments.transfer.lab import Laboratory
+from ivl_jax.experiments.transfer.matrix import fine_tuned, recipe
+from ivl_jax.json_files import write_json
+from ivl_jax.training.loop import run
+from ivl_jax.weights.language_model import LanguageModel, load_language_model
+
+logger = logging.getLogger(__name__)
+
+_ANSWER_TOKENS = 24
+_EDIT = {"learning_rate": 3e-4, "epochs": 5.0}
+"""S on the target rows; not swept."""
+_FORGET = {"learning_rate": 1e-3, "epochs": 10.0}
+"""A value network on the people to forget; not swept."""
+
+
+class Chosen(NamedTuple):
+    """A model, and the setting that was chosen for it."""
+
+    model: ComposedModel
+    setting: str
+
+
+class BaselinesLaboratory:
+    """Trains and measures on one set of demonstrations."""
+
+    def __init__(self, work_dir: Path, config: TrainConfig, items: list[Item]) -> None:
+        """Write the demonstrations to files.
+
+        Args:
+            work_dir: For all results.
+            config: The demo's; every training starts from it.
+            items: From `build_items`.
+        """
+        self._work_dir, self._items = work_dir, items
+        self._matrix = Laboratory(work_dir, config, items)
+        self._test = select(items, "test")
+        self._facts = [item for item in self._test if item.kind == "fact"]
+        self._rows = target_rows(items)
+
+    def measure(self, row: Row) -> dict[str, Any]:
+        """Measure a model on the test split, unless already done.
+
+        Args:
+            row: Which one; what it needs is trained first.
+
+        Returns:
+            `setting`, what was chosen on the target rows, `nll` (nats per answer token) and
+            `exact_match`; on L-continued also `new_exact_match`; of `unlearned` instead the two
+            figures of the people to forget and of the others, and the NLL of docstrings.
+
+        Raises:
+            InterruptedTrainingError: a training was stopped.
+        """
+        kept = self.kept(row)
+        if kept is not None:
+            return kept
+        logger.info("measuring %s", row.name)
+        chosen = self._make(row)
+        texts = answers(chosen.model, self._facts, max_new_tokens=_ANSWER_TOKENS)
+        record: dict[str, Any] = {"setting": chosen.setting, **self._key(row)}
+        if row.method == "unlearned":
+            record |= self._forgetting(chosen.model, texts)
+        else:
+            record["nll"] = response_nll(chosen.model, self._test)
+            record["exact_match"] = exact_match(texts, self._facts)
+        if row.target == "L-continued":
+            asked = new_items()
+            texts = answers(chosen.model, asked, max_new_tokens=_ANSWER_TOKENS)
+            record["new_exact_match"] = exact_match(texts, asked)
+        self._file(row).parent.mkdir(parents=True, exist_ok=True)
+        write_json(self._file(row), record, indent=2)
+        return record
+
+    def kept(self, row: Row) -> dict[str, Any] | None:
+        """A measurement that was made with today's items and settings; nothing is trained."""
+        return kept_record(self._file(row), self._key(row))
+
+    def _file(self, row: Row) -> Path:
+        return self._work_dir / "baselines" / f"{row.name}.json"
+
+    def _key(self, row: Row) -> dict[str, str]:
+        """Hashes of what a row is made of."""
+        training = fine_tuned("L") if row.method in ("diff", "lines") else recipe(row.seed)
+        config = self._matrix.config_of(training, Path("run"))
+        own: dict[Method, Any] = {
+            "edited": (EDITED_STRENGTHS, _EDIT),
+            "lines": FIRST_LAYER,
+            "unlearned": _FORGET,
+        }
+        made_of = [
+            row.name,
+            settings_of(row.method),
+            own.get(row.method),
+            items_hash(self._rows),
+            config.optimizer,
+            config.step,
+        ]
+        text = json.dumps(made_of, default=str)
+        return {
+            "items_sha256": items_hash(self._test),
+            "settings_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        }
+
+    def _make(self, row: Row) -> Chosen:
+        """The model of a row, with the setting that is best on the target rows."""
+        base = self._base(row.target)
+        if row.method in PER_SEED:
+            return self._calibrated(base, row)
+        makers: dict[str, Callable[[LanguageModel, Row], Chosen]] = {
+            "soup": self._soup,
+            "ensemble": self._ensemble,
+            "edited": self._edited,
+            "unlearned": self._unlearned,
+            "diff": self._diff,
+            "lines": self._lines,
+        }
+        return makers[row.method](base, row)
+
+    def _calibrated(self, base: LanguageModel, row: Row) -> Chosen:
+        value = self._value(row.seed)
+        file = None
+        if row.target == "X":
+            file = self._work_dir / "maps" / f"X-baselines-{row.seed}.safetensors"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            family_map(base, value, running_texts(self._items), path=file)
+        settings = settings_of(row.method)
+        model = compose(base, value, maps=[file])
+        if any(setting.temperature != 1 for setting in settings):
+            model = compose(base, value, base, maps=[file, None])
+        return self._best([under(model, setting) for setting in settings])
+
+    def _soup(self, base: LanguageModel, row: Row) -> Chosen:
+        del row
+        values = [self._value(seed) for seed in SEEDS]
+        params = average([value.params for value in values])
+        return Chosen(compose(base, dataclasses.replace(values[0], params=params)), "")
+
+    def _ensemble(self, base: LanguageModel, row: Row) -> Chosen:
+        del row
+        values = [self._value(seed) for seed in SEEDS]
+        return Chosen(compose(base, *values, strengths=1 / len(values)), "")
+
+    def _edited(self, base: LanguageModel, row: Row) -> Chosen:
+        del row
+        small = self._base("S")
+        edited = load_language_model(str(self._train_edited()))
+        models = [
+            Chosen(compose(base, edited, small, strengths=(a, -a)), f"α = {a:g}")
+            for a in EDITED_STRENGTHS
+        ]
+        return self._best(models)
+
+    def _unlearned(self, base: LanguageModel, row: Row) -> Chosen:
+        value, forget = self._value(row.seed), load_value(self._train_forgetting(row.seed))
+        assert row.strength is not None, "rows of unlearning have one"
+        model = compose(base, value, forget, strengths=(1 + row.strength, -row.strength))
+        return Chosen(model, f"−{row.strength:g}")
+
+    def _diff(self, base: LanguageModel, row: Row) -> Chosen:
+        del row
+        return Chosen(compose(self._with_diff(base, 1.0)), "")
+
+    def _lines(self, base: LanguageModel, row: Row) -> Chosen:
+        del row
+        models = [
+            Chosen(compose(self._with_diff(base, first)), f"first layer × {first:g}")
+            for first in FIRST_LAYER
+        ]
+        return self._best(models)
+
+    def _with_diff(self, base: LanguageModel, first: float) -> LanguageModel:
+        tuned = load_language_model(str(self._matrix.train(fine_tuned("L"))))
+        change = diff_vector(tuned.params, self._base("L").params)
+        params = add(base.params, scale_by_depth(change, first=first))
+        return dataclasses.replace(base, params=params)
+
+    def _best(self, tried: Sequence[Chosen]) -> Chosen:
+        """The one with the lowest NLL on the target rows; without a choice nothing is scored."""
+        if len(tried) == 1:
+            return tried[0]
+        scored = [(response_nll(one.model, self._rows), one) for one in tried]
+        for nll, one in scored:
+            logger.info("on %d target rows: %s: %.3f", len(self._rows), one.setting, nll)
+        return min(scored, key=lambda pair: pair[0])[1]
+
+    def _forgetting(self, model: ComposedModel, texts: Sequence[str]) -> dict[str, float]:
+        gone = set(to_forget(self._facts))
+        parts = {"forgotten": gone, "retained": set(self._facts) - gone}
+        found = {}
+        for name, part in parts.items():
+            pairs = [(t, i) for t, i in zip(texts, self._facts, strict=True) if i in part]
+            items = [item for _, item in pairs]
+            found[f"{name}_match"] = exact_match([text for text, _ in pairs], items)
+            found[f"{name}_nll"] = response_nll(model, items)
+        docstrings = [item for item in self._test if item.kind == "docstring"]
+        return found | {"docstring_nll": response_nll(model, docstrings)}
+
+    def _base(self, name: Target | str) -> LanguageModel:
+        if name == "L-continued":
+            folder = continue_pretraining("L", work_dir=self._work_dir / "continued")
+        else:
+            folder = family_folder(name)  # pyright: ignore[reportArgumentType]
+        return load_language_model(str(folder))
+
+    def _value(self, seed: int) -> ValueNetwork:
+        return load_value(self._matrix.train(recipe(seed)))
+
+    def _train_edited(self) -> Path:
+        run_dir = self._work_dir / "trained" / "edited_S"
+        config = self._few(fine_tuned("S"), run_dir, self._rows, **_EDIT)
+        return train_once("S edited", run_dir, run_dir / "model", config=lambda: config, run=run)
+
+    def _train_forgetting(self, seed: int) -> Path:
+        """A value network that continues from that of a seed, on the people to forget."""
+        run_dir = self._work_dir / "trained" / f"forgetting_seed{seed}"
+        start = run_dir.with_name(f"value_seed{seed}_exported")
+        if not start.exists():
+            export_value(self._matrix.train(recipe(seed)), start)
+        config = self._few(recipe(seed), run_dir, to_forget(self._facts), **_FORGET)
+        config = dataclasses.replace(
+            config, value=dataclasses.replace(config.value, path=str(start))
+        )
+        name = "the people to forget"
+        return train_once(name, run_dir, run_dir / "value", config=lambda: config, run=run)
+
+    def _few(
+        self,
+        training: Any,
+        run_dir: Path,
+        items: Sequence[Item],
+        *,
+        learning_rate: float,
+        epochs: float,
+    ) -> TrainConfig:
+        """A training's config on a few items."""
+        config = self._matrix.config_of(training, run_dir)
+        file = self._work_dir / "inputs" / f"{run_dir.name}-{items_hash(list(items))[:10]}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_questions(file, items)
+        return dataclasses.replace(
+            config,
+            data=dataclasses.replace(config.data, train=(str(file),)),
+            optimizer=dataclasses.replace(config.optimizer, learning_rate=learning_rate),
+            step=dataclasses.replace(config.step, epochs=epochs),
+        )
+
+
+def under(model: ComposedModel, setting: Setting) -> Chosen:
+    """A base and one value network at a setting.
+
+    Args:
+        model: Composed of these two and, for a temperature, of the base once more.
+        setting: α, temperature and policy.
+
+    Returns:
+        The model whose logits are (z + α z_value) / T, and the setting in words.
+    """
+    policy = StrengthPolicy(setting.policy, setting.scale)
+    strengths = setting.strengths[: len(model.strengths)]
+    changed = dataclasses.replace(model, strengths=strengths, policy=policy)
+    return Chosen(changed, setting.sentence)
+
+
+def target_rows(items: Sequence[Item]) -> list[Item]:
+    """The validation rows that settings are chosen on, facts and docstrings in equal parts."""
+    half = TARGET_ROWS // 2
+    return [
+        item
+        for kind in ("fact", "docstring")
+        for item in sorted(
+            (item for item in items if item.split == "validation" and item.kind == kind),
+            key=lambda item: _hash(item.question),
+        )[:half]
+    ]
+
+
+def to_forget(facts: Sequence[Item]) -> list[Item]:
+    """The facts about every other person."""
+    people = sorted({item.group for item in facts}, key=_hash)
+    gone = set(people[::2])
+    return [item for item in facts if item.group in gone]
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

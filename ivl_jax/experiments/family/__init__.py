@@ -1,0 +1,1 @@
+"""The shipped family of small models: its text, invented facts, tokenizers and pre-training."""

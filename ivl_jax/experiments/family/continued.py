@@ -1,0 +1,134 @@
+"""A continually pre-trained base: `python -m ivl_jax.experiments.family.continued`.
+
+In: an embedded model, statements about people unknown to it, and part of its training text. Out: a
+model folder in `runs/`, not shipped, that knows the new facts. A value network trained before these
+people were invented should enable it to answer questions about them.
+"""
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from ivl_jax.assets import family_folder
+from ivl_jax.command_line.console import log_to_stdout
+from ivl_jax.command_line.flags import parse_flags
+from ivl_jax.command_line.guard import long_run_command
+from ivl_jax.experiments.demonstrations import Item
+from ivl_jax.experiments.family.corpus import Corpus, load_corpus
+from ivl_jax.experiments.family.facts import Fact, build_facts, fact_questions
+from ivl_jax.experiments.family.pretraining import Pace, Schedule, pretrain, write_model
+from ivl_jax.weights.language_model import load_language_model
+
+logger = logging.getLogger(__name__)
+
+_PROGRAM = "python -m ivl_jax.experiments.family.continued"
+
+NEW_FACTS_SEED = "ivl-facts-2"
+NEW_PEOPLE = 64
+# A third of the pre-training rates, with each new fact stated about 60 times, like the old ones.
+SCHEDULES = {
+    "S": Schedule(epochs=1.5, rows=32, learning_rate=2e-3, rest_rate=1.3e-3),
+    "L": Schedule(epochs=1.5, rows=16, learning_rate=1e-3, rest_rate=7e-4),
+}
+# One source file in 8 and all old facts, so that L does not forget.
+_SOURCES_ONE_IN = 8
+
+
+def new_facts() -> list[Fact]:
+    """Facts about people that no shipped model knows."""
+    known = {fact.person for fact in build_facts()}
+    return [
+        fact
+        for fact in build_facts(seed=NEW_FACTS_SEED, count=NEW_PEOPLE)
+        if fact.person not in known
+    ]
+
+
+def new_items() -> list[Item]:
+    """One question per new fact, in one of the two forms; none are for training."""
+    return [
+        Item(question.question, question.answer, "fact", question.person, "test")
+        for question in {item.answer: item for item in fact_questions(new_facts())}.values()
+    ]
+
+
+def continued_corpus() -> Corpus:
+    """The new statements, the old ones, and some of the source files."""
+    corpus = load_corpus()
+    sources = corpus.sources[::_SOURCES_ONE_IN]
+    return Corpus(sources, corpus.held_out, (*corpus.facts, *new_facts()))
+
+
+def continue_pretraining(model: Literal["S", "L"], *, work_dir: Path) -> Path:
+    """Continues a model's pre-training, unless already done; an interrupted run resumes.
+
+    Args:
+        model: Of the embedded family.
+        work_dir: For the finished folder, and the checkpoints of an unfinished run.
+
+    Returns:
+        The model folder.
+    """
+    out = work_dir / f"{model}-continued"
+    if (out / "manifest.json").exists():
+        return out
+    start = load_language_model(str(family_folder(model)))
+    tokenizer: Any = start.tokenizer
+    params, record = pretrain(
+        out.name,
+        start.arch,
+        tokenizer,
+        continued_corpus(),
+        SCHEDULES[model],
+        begin=lambda: jax.tree.map(lambda leaf: leaf.astype("float32"), start.params),
+        work_dir=work_dir / f"{model}-checkpoints",
+        seed=1,
+        pace=Pace(checkpoint_every=50, log_every=20),
+    )
+    config = json.loads((family_folder(model) / "config.json").read_text(encoding="utf-8"))
+    manifest = {
+        "model": out.name,
+        "command": f"python -m ivl_jax.experiments.family.continued --model {model}",
+        "schedule": SCHEDULES[model]._asdict(),
+    } | record
+    write_model(out, start.arch, config, params, tokenizer, manifest)
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Continue the pre-training of an embedded model; a second run resumes the first."""
+
+    model: Literal["S", "L"] = "L"
+    """Which model."""
+    work_dir: Path = Path("runs/continued")
+    """Where the finished folder and the checkpoints are written."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: without the program's name; None: of this process.
+
+    Returns:
+        The exit status.
+    """
+    return long_run_command(_PROGRAM, _run, arguments)
+
+
+def _run(arguments: Sequence[str]) -> None:
+    options = parse_flags(Options, arguments, prog=_PROGRAM)
+    log_to_stdout(times=True)
+    folder = continue_pretraining(options.model, work_dir=options.work_dir)
+    logger.info("%s: %s", folder, (folder / "manifest.json").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Fine-tuned references: settings, the order of their sweep, one run, the report."""

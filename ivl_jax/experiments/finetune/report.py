@@ -1,0 +1,179 @@
+"""The section on fine-tuned references of the experiments' page.
+
+In: `finetune_sweep.json`. Out: Markdown: for each model and set of demonstrations the chosen runs
+with their test figures, and the best run of everything that was varied, so that it can be seen on
+which side of the best each value was tried.
+"""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ivl_jax.experiments.finetune.settings import (
+    Criterion,
+    Curve,
+    Point,
+    Setting,
+    best_point,
+    best_setting,
+    criteria,
+)
+
+_BY: Mapping[Criterion, str] = {"nll": "NLL", "exact_match": "exact match"}
+_KINDS = {"facts": "facts alone", "docstrings": "docstrings alone", "both": "both"}
+_ABSENT = "–"
+
+
+def references_section(file: Path) -> str:
+    """The section.
+
+    Args:
+        file: The record of the sweep; without one the section is empty.
+
+    Returns:
+        Markdown, or an empty text.
+    """
+    if not file.exists():
+        return ""
+    record = json.loads(file.read_text(encoding="utf-8"))
+    tried = {
+        Setting(**run["setting"]): [Point(**point) for point in run["curve"]]
+        for run in record["runs"]
+    }
+    if not tried:
+        return ""
+    unfinished = {(one["model"], one["kinds"]) for one in record["chosen"] if not one["finished"]}
+    note = ""
+    if unfinished:
+        named = ", ".join(f"{model} on {_KINDS[kinds]}" for model, kinds in sorted(unfinished))
+        note = f"\n\nNot finished yet, so its best may still change: {named}."
+    return "\n\n".join(
+        [
+            _INTRODUCTION.format(runs=len(tried)) + note,
+            _chosen(record["chosen"], tried),
+            "### What was tried",
+            _variants(tried),
+        ]
+    )
+
+
+_INTRODUCTION = """## Fine-tuned references
+
+Made by `python -m ivl_jax.experiments.finetune_sweep`; every run with its validation curve is in
+[finetune_sweep.json](finetune_sweep.json) ({runs} runs). Each run is evaluated 20 times and stopped
+early twice: where the validation NLL is lowest, and where most of validation's facts are answered
+word for word. The grid grows until the best rate has been beaten by neither neighbour and a run is
+neither too short nor too long; *bracket* says which rates were tried beside the chosen one. *Step*
+is where it was stopped, as a share of the run. Test figures are means over seeds ± half their
+range."""
+
+
+def _chosen(chosen: Sequence[Mapping[str, Any]], tried: Mapping[Setting, Curve]) -> str:
+    rows = []
+    for one in chosen:
+        setting, criterion = Setting(**one["setting"]), one["criterion"]
+        point = best_point(tried[setting], criterion)
+        rows.append(
+            [
+                one["model"],
+                _KINDS[one["kinds"]],
+                _BY[criterion],
+                setting.label,
+                f"{setting.learning_rate:g}",
+                _bracket(setting, tried),
+                f"{setting.epochs:g}",
+                f"{point.step / tried[setting][-1].step:.0%}",
+                f"{point.nll:.3f}",
+                _share(point.exact_match),
+                _spread(one["test"], "fact_nll", "{:.3f}"),
+                _spread(one["test"], "docstring_nll", "{:.3f}"),
+                _spread(one["test"], "nll", "{:.3f}"),
+                _spread(one["test"], "exact_match", "{:.1%}"),
+            ]
+        )
+    return markdown(
+        [
+            *("model", "demonstrations", "chosen by", "what", "rate", "bracket", "epochs", "step"),
+            *("validation NLL", "validation facts", "test NLL of facts", "of docstrings"),
+            *("of all", "test facts"),
+        ],
+        rows,
+    )
+
+
+def _bracket(setting: Setting, tried: Mapping[Setting, Curve]) -> str:
+    """The next smaller and larger rate that were tried with all else equal."""
+    rates = {
+        one.learning_rate
+        for one in tried
+        if (one.variant, one.epochs, one.seed) == (setting.variant, setting.epochs, setting.seed)
+    }
+    below = max((rate for rate in rates if rate < setting.learning_rate), default=None)
+    above = min((rate for rate in rates if rate > setting.learning_rate), default=None)
+    return " and ".join("none" if rate is None else f"{rate:g}" for rate in (below, above))
+
+
+def _variants(tried: Mapping[Setting, Curve]) -> str:
+    """One row per model, demonstrations and variant: its best run by each criterion."""
+    groups: dict[Setting, dict[Setting, Curve]] = {}
+    for setting, curve in tried.items():
+        if not setting.seed:
+            groups.setdefault(setting.variant, {})[setting] = curve
+    rows = []
+    for variant, some in sorted(groups.items(), key=lambda group: _order(group[0])):
+        for criterion in criteria(variant.kinds):
+            best = best_setting(some, criterion)
+            point = best_point(some[best], criterion)
+            rows.append(
+                [
+                    variant.model,
+                    _KINDS[variant.kinds],
+                    variant.label,
+                    str(len(some)),
+                    _BY[criterion],
+                    f"{best.learning_rate:g}",
+                    f"{best.epochs:g}",
+                    _number(point.fact_nll),
+                    _number(point.docstring_nll),
+                    _share(point.exact_match),
+                ]
+            )
+    return markdown(
+        [
+            *("model", "demonstrations", "what", "runs", "best by", "rate", "epochs"),
+            *("validation NLL of facts", "of docstrings", "validation facts"),
+        ],
+        rows,
+    )
+
+
+def _order(variant: Setting) -> tuple[int, int, str]:
+    models, kinds = ["S", "L", "L-continued", "X"], list(_KINDS)
+    return models.index(variant.model), kinds.index(variant.kinds), variant.label
+
+
+def _spread(tests: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
+    values = [test[key] for test in tests]
+    if not values:
+        return _ABSENT
+    mean = form.format(statistics.fmean(values))
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {form.format((max(values) - min(values)) / 2)}"
+
+
+def _share(value: float | None) -> str:
+    return _ABSENT if value is None else f"{value:.1%}"
+
+
+def _number(value: float | None) -> str:
+    return _ABSENT if value is None else f"{value:.3f}"
+
+
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose first column is on the left and the others on the right."""
+    assert all(len(row) == len(headings) for row in rows), "one cell per heading"
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,1 @@
+"""Preferences, rewards and teachers through a composition: the study's plan, trainings, report."""

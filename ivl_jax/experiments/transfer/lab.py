@@ -1,0 +1,232 @@
+"""Runs the matrix's trainings and measurements, each once, to model folders and JSON files.
+
+In: `Training`s and `Measurement`s. Out: their folders and files in a work directory. Existing ones
+are not made again, so an interrupted run resumes.
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+from pathlib import Path
+from typing import Any, cast
+
+from ivl_jax.assets import family_folder
+from ivl_jax.checkpoint import ValueNetwork, load_value
+from ivl_jax.config import TrainConfig
+from ivl_jax.decoding.compose import compose
+from ivl_jax.decoding.model import ComposedModel
+from ivl_jax.experiments.demonstrations import Item, items_hash, select, write_demonstrations
+from ivl_jax.experiments.family.continued import continue_pretraining, new_facts, new_items
+from ivl_jax.experiments.family.facts import build_facts, split_of_person
+from ivl_jax.experiments.family.recall import recall
+from ivl_jax.experiments.finetune.run import run_config
+from ivl_jax.experiments.finetune.settings import Setting
+from ivl_jax.experiments.finetune_sweep import record_file
+from ivl_jax.experiments.kept_results import kept_record, train_once
+from ivl_jax.experiments.measure import (
+    answers,
+    exact_match,
+    family_map,
+    response_nll,
+    running_texts,
+)
+from ivl_jax.experiments.transfer.matrix import Base, Measurement, Training
+from ivl_jax.training.loop import run
+from ivl_jax.weights.language_model import LanguageModel, load_language_model
+
+logger = logging.getLogger(__name__)
+
+_ANSWER_TOKENS = 24
+_LONG = 1 << 20  # more steps than any training has
+
+
+class Laboratory:
+    """Trains and measures on one set of demonstrations."""
+
+    def __init__(self, work_dir: Path, config: TrainConfig, items: list[Item]) -> None:
+        """Write the demonstrations to files.
+
+        Args:
+            work_dir: For all results.
+            config: The demo's; every training starts from it.
+            items: From `build_items`.
+        """
+        self._work_dir = work_dir
+        # Only the result counts: intermediate evaluations and saves take a third of the time.
+        quiet = dataclasses.replace(config.logging, evaluate_every=0, checkpoint_every=_LONG)
+        self._config = dataclasses.replace(config, logging=quiet)
+        self._items = items
+        self._files = write_demonstrations(work_dir / "demonstrations", items)
+        self._test = select(items, "test")
+        self._validation = select(items, "validation")
+        self._facts = [item for item in self._test if item.kind == "fact"]
+
+    def measure(self, measurement: Measurement) -> dict[str, Any]:
+        """Measures a composition on the test split, unless already done.
+
+        Args:
+            measurement: Which one; the models it needs are trained first.
+
+        Returns:
+            `nll` (nats per answer token), `validation_nll` (the same on the validation split, for
+            choices), `exact_match` (share of fact questions answered word for word), and on a base
+            that knows the new facts `new_exact_match`. Of a base alone also `recall`, the share of
+            the same facts that it knows when it is prompted with the statement itself, and
+            `new_recall`.
+
+        Raises:
+            InterruptedTrainingError: a training was stopped.
+        """
+        file = self._work_dir / "measured" / f"{measurement.name}.json"
+        kept = kept_record(file, {"items_sha256": items_hash(self._test)})
+        alone = isinstance(measurement.base, str) and not measurement.terms
+        if kept is not None and (not alone or "recall" in kept):
+            return kept
+        logger.info("measuring %s", measurement.name)
+        model = self._compose(measurement)
+        texts = answers(model, self._facts, max_new_tokens=_ANSWER_TOKENS)
+        record = {
+            "nll": response_nll(model, self._test),
+            "validation_nll": response_nll(model, self._validation),
+            "exact_match": exact_match(texts, self._facts),
+            "items_sha256": items_hash(self._test),
+        }
+        knows_new = measurement.base
+        if isinstance(knows_new, Training):
+            knows_new = knows_new.bases[0]
+        if knows_new == "L-continued":
+            asked = new_items()
+            texts = answers(model, asked, max_new_tokens=_ANSWER_TOKENS)
+            record["new_exact_match"] = exact_match(texts, asked)
+        if alone:
+            known = [fact for fact in build_facts() if split_of_person(fact.person) == "test"]
+            record["recall"] = recall(model, known)
+            if measurement.base == "L-continued":
+                record["new_recall"] = recall(model, new_facts())
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        return record
+
+    def train(self, training: Training) -> Path:
+        """Trains, unless already done; an interrupted training resumes.
+
+        Args:
+            training: What to train.
+
+        Returns:
+            The value folder, or the model folder of a fine-tuned model.
+
+        Raises:
+            InterruptedTrainingError: it was stopped.
+        """
+        run_dir = self._work_dir / "trained" / training.name
+        output = run_dir / ("model" if training.method == "sft" else "value")
+        return train_once(
+            training.name,
+            run_dir,
+            output,
+            config=lambda: self.config_of(training, run_dir),
+            run=run,
+        )
+
+    def config_of(self, training: Training, run_dir: Path) -> TrainConfig:
+        """The demo's config with the training's changes.
+
+        Args:
+            training: What to train.
+            run_dir: The run directory.
+
+        Returns:
+            Its config.
+        """
+        first, *others = (
+            dataclasses.replace(self._config.base, path=str(self._folder(base)))
+            for base in training.bases
+        )
+        if training.method == "sft":
+            record = json.loads(record_file(_swept(training.bases[0])).read_text(encoding="utf-8"))
+            setting = Setting(
+                cast(Any, training.bases[0]),
+                "both",
+                learning_rate=record["learning_rate"],
+                epochs=record["epochs"],
+                batch_size=record["batch_size"],
+                seed=training.seed,
+            )
+            config = run_config(self._config, setting, model=Path(first.path))
+            return dataclasses.replace(
+                config,
+                run_dir=str(run_dir),
+                data=dataclasses.replace(
+                    config.data,
+                    train=(str(self._files["train"]),),
+                    validation=(str(self._files["validation"]),),
+                    data_dir=str(self._work_dir / "data"),
+                ),
+            )
+        config = self._config
+        kind, weight = training.penalty
+        starts = training.init == "base" or training.connection == "linear"
+        value_path = "" if starts else str(self._folder(training.init_model))
+        optimizer = config.optimizer
+        if training.learning_rate is not None:
+            optimizer = dataclasses.replace(optimizer, learning_rate=training.learning_rate)
+        return dataclasses.replace(
+            config,
+            run_dir=str(run_dir),
+            seed=training.seed,
+            base=dataclasses.replace(config.base, path="") if others else first,
+            bases=(first, *others) if others else (),
+            value=dataclasses.replace(
+                config.value, init=training.init, path=value_path, connection=training.connection
+            ),
+            penalty=dataclasses.replace(config.penalty, kind=kind, weight=weight),
+            optimizer=optimizer,
+            data=dataclasses.replace(
+                config.data,
+                train=(str(self._files["train"]),),
+                validation=(str(self._files["validation"]),),
+                data_dir=str(self._work_dir / "data"),
+            ),
+        )
+
+    def _compose(self, measurement: Measurement) -> ComposedModel:
+        base = self._language_model(measurement.base)
+        terms: list[LanguageModel | ValueNetwork] = []
+        for term in measurement.terms:
+            model = term.model
+            if isinstance(model, Training) and model.method == "value":
+                terms.append(load_value(self.train(model)))
+            else:
+                terms.append(self._language_model(model))
+        maps: list[Path | None] = []
+        if (method := measurement.map_method) is not None:
+            texts = running_texts(self._items)
+            for index, term in enumerate(terms):
+                kind = method + ("-centred" if measurement.centred else "")
+                file = self._work_dir / "maps" / f"{measurement.base}-{kind}-{index}.safetensors"
+                file.parent.mkdir(exist_ok=True)
+                family_map(base, term, texts, path=file, method=method, centred=measurement.centred)
+                maps.append(file)
+        strengths = [term.strength for term in measurement.terms]
+        return compose(base, *terms, strengths=strengths, maps=maps)
+
+    def _language_model(self, model: Base | Training) -> LanguageModel:
+        folder = self.train(model) if isinstance(model, Training) else self._folder(model)
+        return load_language_model(str(folder))
+
+    def _folder(self, base: Base) -> Path:
+        if base in ("S-continued", "L-continued"):
+            return _continued(base[0], self._work_dir / "continued")
+        return family_folder(cast(Any, base))
+
+
+@functools.cache
+def _continued(model: Any, work_dir: Path) -> Path:
+    return continue_pretraining(model, work_dir=work_dir)
+
+
+def _swept(base: Base) -> str:
+    """The model whose sweep determines the settings; for a continued model, its original."""
+    return base.removesuffix("-continued")

@@ -1,0 +1,121 @@
+"""What the prose of the experiments' page can talk about: short names for measured compositions.
+
+In: figures by the name of their measurement, and the records of fine-tuned references. Out: a
+lookup for `transfer.notes`.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from ivl_jax.experiments.transfer import matrix
+from ivl_jax.experiments.transfer.matrix import Base, Measurement, Term, Training, on
+from ivl_jax.experiments.transfer.notes import Lookup
+
+_BASES: tuple[Base, ...] = ("S", "L", "L-continued", "X")
+_KEYS = {"facts": "exact_match", "new_facts": "new_exact_match"}
+
+
+def subjects() -> dict[str, tuple[Base, Callable[[int], Measurement]]]:
+    """Name → base, and the measurement of each seed.
+
+    `L`, `L+value`, `L+proxy`, `L-tuned` and the same of every base; the other trainings of a table
+    as `cascade@L`, which is L with that value network.
+    """
+    found: dict[str, tuple[Base, Callable[[int], Measurement]]] = {}
+    for base in _BASES:
+        found[base] = base, lambda seed, base=base: Measurement(base)
+        found[f"{base}-tuned"] = base, lambda seed, base=base: Measurement(matrix.fine_tuned(base))
+        found[f"{base}+value"] = base, lambda seed, base=base: on(base, Term(matrix.recipe(seed)))
+        found[f"{base}+proxy"] = base, lambda seed, base=base: matrix.proxy(base, seed)
+        for name, make in _trainings().items():
+            found[f"{name}@{base}"] = base, _with(make, base)
+    for method in ("bytes", "dtw"):
+        for centred in (False, True):
+
+            def mapped(seed: int, method: Any = method, centred: bool = centred) -> Measurement:
+                return Measurement("X", (Term(matrix.recipe(seed)),), method, centred)
+
+            found[f"X+value-{method}{'-centred' if centred else ''}"] = "X", mapped
+    return found
+
+
+def _with(make: Callable[[int], Training], base: Base) -> Callable[[int], Measurement]:
+    return lambda seed: on(base, Term(make(seed)))
+
+
+def _trainings() -> dict[str, Callable[[int], Training]]:
+    penalties = [f"{kind}-{weight:g}" for kind, weight in matrix.PENALTIES]
+    return {
+        "cascade": lambda seed: matrix.schemes(seed)[1],
+        "cascade_no_text": lambda seed: matrix.schemes(seed)[2],
+        "linear": lambda seed: matrix.schemes(seed)[3],
+        "zeroed": lambda seed: matrix.initialisations(seed)[1],
+        "random": lambda seed: matrix.initialisations(seed)[2],
+        "two": lambda seed: matrix.base_choices(seed)[1],
+        "large": matrix.large_value,
+        **{
+            name: lambda seed, at=at: matrix.penalties(seed)[at]
+            for at, name in enumerate(penalties)
+        },
+    }
+
+
+def make_lookup(
+    figures: Mapping[str, Mapping[str, Any]],
+    seeds: Sequence[int],
+    *,
+    record_file: Callable[[Literal["S", "L", "X"]], Path],
+) -> Lookup:
+    """Make the lookup of the page's prose.
+
+    Args:
+        figures: Measurement's name → its record.
+        seeds: Of the trainings.
+        record_file: Where the record of a fine-tuned target is; of it, `S-tries`, `L-tries` and
+            `X-tries` have `count`, `facts` (validation facts answered by the run that answers
+            most) and `nll_cost` (its validation NLL above the lowest one).
+
+    Returns:
+        (subject, figure) → values by seed. Figures are `nll`, `validation_nll`, `ratio` (share of
+        the fine-tuned base's gain in NLL), `facts`, `new_facts` and `recalled` (facts answered as a
+        share of what the base recalls).
+    """
+    known = subjects()
+
+    def measured(make: Callable[[int], Measurement], key: str) -> tuple[float, ...]:
+        names = dict.fromkeys(make(seed).name for seed in seeds)
+        found = (figures.get(name, {}).get(key) for name in names)
+        return tuple(value for value in found if value is not None)
+
+    def lookup(subject: str, figure: str) -> tuple[float, ...]:
+        model, _, kind = subject.partition("-")
+        if kind == "tries" and model in ("S", "L", "X"):
+            return (_tries(record_file(model))[figure],)
+        if subject not in known:
+            raise KeyError(f"{subject}: expected one of {', '.join(sorted(known))}")
+        base, make = known[subject]
+        if figure == "recalled":
+            recalled = measured(known[base][1], "recall")
+            return tuple(each / recalled[0] for each in measured(make, "exact_match") if recalled)
+        if figure != "ratio":
+            return measured(make, _KEYS.get(figure, figure))
+        alone, tuned = (measured(known[name][1], "nll") for name in (base, f"{base}-tuned"))
+        if not alone or not tuned:
+            return ()
+        gain = alone[0] - sum(tuned) / len(tuned)
+        return tuple((alone[0] - nll) / gain for nll in measured(make, "nll"))
+
+    return lookup
+
+
+def _tries(file: Path) -> dict[str, float]:
+    tried = json.loads(file.read_text(encoding="utf-8"))["tried"]
+    most = max(tried, key=lambda run: run["validation_exact_match"])
+    lowest = min(run["validation_nll"] for run in tried)
+    return {
+        "count": float(len(tried)),
+        "facts": most["validation_exact_match"],
+        "nll_cost": most["validation_nll"] - lowest,
+    }
