@@ -90,14 +90,19 @@ _LEVEL = _OURS.level
 
 
 @pytest.fixture(autouse=True)
-def _level_of_our_records() -> Iterator[None]:
-    """Every test begins with the same level of our log, which command lines set for their process.
+def _log_of_a_fresh_process() -> Iterator[None]:
+    """Every test begins with the same level of our log and without a command line's handlers.
 
-    A fixture of a whole module may run one before the first test.
+    Command lines set both for their process, and the streams of a test's handlers are closed after
+    it. A fixture of a whole module may run one before the first test.
     """
     _OURS.setLevel(_LEVEL)
     yield
     _OURS.setLevel(_LEVEL)
+    root = logging.getLogger()
+    for handler in root.handlers[:]:
+        if type(handler) is logging.StreamHandler:  # pytest's are of its own classes
+            root.removeHandler(handler)
 
 
 @pytest.fixture(autouse=True, scope="module")

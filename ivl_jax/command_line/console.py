@@ -37,16 +37,17 @@ def silence_failed_saves() -> None:
     """
     for handler in logging.getLogger().handlers:
         handler.addFilter(_is_not_repeated_traceback)
-    sys.unraisablehook = _show_unraisable
+    show = sys.unraisablehook
+
+    def show_others(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            show(unraisable)
+
+    sys.unraisablehook = show_others
 
 
 def _is_not_repeated_traceback(record: logging.LogRecord) -> bool:
     return record.name not in ("absl", "gcsfs") or not record.exc_info
-
-
-def _show_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
-    if str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
 
 
 def silence_advice() -> None:

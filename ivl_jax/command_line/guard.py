@@ -253,6 +253,7 @@ def _signals_as_exceptions() -> Iterator[None]:
         return
 
     last: dict[int, float] = {}
+    ended = threading.Event()
 
     def stop(number: int, frame: FrameType | None) -> None:
         del frame
@@ -266,7 +267,7 @@ def _signals_as_exceptions() -> Iterator[None]:
             signal.raise_signal(number)
 
     def deliver_again(ignored: "sys.UnraisableHookArgs") -> None:
-        if not isinstance(ignored.exc_value, KeyboardInterrupt):
+        if ended.is_set() or not isinstance(ignored.exc_value, KeyboardInterrupt):
             report_ignored(ignored)
             return
         number = getattr(ignored.exc_value, "number", signal.SIGINT)
@@ -285,6 +286,8 @@ def _signals_as_exceptions() -> Iterator[None]:
     try:
         yield
     finally:
-        sys.unraisablehook = report_ignored
+        ended.set()
+        if sys.unraisablehook is deliver_again:  # else another hook calls it
+            sys.unraisablehook = report_ignored
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -15,7 +15,7 @@ def pair_figures(
     persons: Mapping[str, str],
     log_prob: Float[np.ndarray, "P 2"],
     base_log_prob: Float[np.ndarray, "P 2"],
-) -> dict[str, float]:
+) -> dict[str, int | float]:
     """Figures of pairs.
 
     A wrong answer that names the right person has the value wrong, which only a model that knows

@@ -132,9 +132,9 @@ QUICK = Budget(
 def quick(budget: Budget) -> Budget:
     """The quick budget, but for what was asked for.
 
-    >>> found = quick(Budget(rank=8))
+    >>> found = quick(Budget(rank=16))
     >>> found.rank, found.rows
-    (8, 2)
+    (16, 2)
     """
     default = Budget()
     asked = {
