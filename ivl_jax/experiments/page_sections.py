@@ -1,9 +1,29 @@
-"""Generated sections of a Markdown page, each between two marks.
+"""What the generated sections of a Markdown page are made of, and how they come into the page.
 
-In: a page, a section's marks and text. Out: the page with the section there, or at its end.
+In: text and tables; a page and a section's marks. Out: Markdown; the page with the section between
+its marks, or at its end.
 """
 
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
+
+_WIDTH = 120
+
+
+def wrapped(text: str) -> str:
+    """Paragraphs in lines of the page's width, whatever the numbers in them."""
+    return "\n\n".join(
+        textwrap.fill(each, _WIDTH, break_long_words=False, break_on_hyphens=False)
+        for each in text.split("\n\n")
+    )
+
+
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose first column is on the left and the others on the right."""
+    assert all(len(row) == len(headings) for row in rows), "one cell per heading"
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def put_section(page: Path, text: str, *, begin: str, end: str) -> None:

@@ -5,7 +5,6 @@ between the page's two marks.
 """
 
 import json
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,15 +24,14 @@ from ivl_jax.experiments.baselines.plan import (
     Row,
     Target,
 )
-from ivl_jax.experiments.page_sections import put_section
-from ivl_jax.experiments.post_training.gains import ABSENT, Estimate, markdown
+from ivl_jax.experiments.page_sections import markdown, put_section, wrapped
+from ivl_jax.experiments.post_training.gains import ABSENT, Estimate
 from ivl_jax.experiments.transfer.matrix import Base, Measurement, fine_tuned, proxy
 
 RECORD = "baselines.json"
 MATRIX_RECORD = "experiments.json"
 BEGIN = "<!-- baselines: python -m ivl_jax.experiments baselines -->"
 END = "<!-- end of baselines -->"
-_WIDTH = 120
 _TARGETS: tuple[Target, ...] = ("L", "L-continued", "X")
 Figures = Mapping[str, Mapping[str, Any]]
 
@@ -88,7 +86,7 @@ the same {TARGET_ROWS} rows − S), α in {_list(EDITED_STRENGTHS)}. *Diff vecto
 fine-tuned minus those of L, added to L-continued, which has the same shape; LiNeS scales it by
 layer. Fine-tuned L is the recorded reference. A temperature changes no greedy answer. Mean ± half
 of the 95 % t interval over seeds; a single number is one seed."""
-    return "## Baselines and strength policies\n\n" + _wrapped(text)
+    return "## Baselines and strength policies\n\n" + wrapped(text)
 
 
 def _target_table(target: Target, measured: Figures, matrix: Figures) -> str:
@@ -153,7 +151,7 @@ person of the test split; L + value − β (that − value) should answer the ot
 and *NLL* of both halves, and the NLL of docstrings. One seed; no β is chosen."""
     heads = ["β", "facts, forgotten", "facts, retained"]
     heads += ["NLL, forgotten", "NLL, retained", "NLL, docstrings"]
-    return _wrapped(note) + "\n\n" + markdown(heads, rows)
+    return wrapped(note) + "\n\n" + markdown(heads, rows)
 
 
 def _missing(record: Mapping[str, Any]) -> list[str]:
@@ -163,7 +161,7 @@ def _missing(record: Mapping[str, Any]) -> list[str]:
     names = ", ".join(f"`{name}`" for name in missing)
     total = len(missing) + len(record["measured"])
     return [
-        _wrapped(
+        wrapped(
             f"Not measured yet ({len(missing)} of {total} measurements): {names}. The same command "
             "resumes with them."
         )
@@ -180,10 +178,3 @@ def _base(target: Target) -> Base:
 
 def _list(numbers: Sequence[float]) -> str:
     return ", ".join(f"{number:g}" for number in numbers)
-
-
-def _wrapped(text: str) -> str:
-    return "\n\n".join(
-        textwrap.fill(each, _WIDTH, break_long_words=False, break_on_hyphens=False)
-        for each in text.split("\n\n")
-    )

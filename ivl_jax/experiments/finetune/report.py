@@ -20,6 +20,7 @@ from ivl_jax.experiments.finetune.settings import (
     best_setting,
     criteria,
 )
+from ivl_jax.experiments.page_sections import markdown
 
 _BY: Mapping[Criterion, str] = {"nll": "NLL", "exact_match": "exact match"}
 _KINDS = {"facts": "facts alone", "docstrings": "docstrings alone", "both": "both"}
@@ -170,10 +171,3 @@ def _share(value: float | None) -> str:
 
 def _number(value: float | None) -> str:
     return _ABSENT if value is None else f"{value:.3f}"
-
-
-def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose first column is on the left and the others on the right."""
-    assert all(len(row) == len(headings) for row in rows), "one cell per heading"
-    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

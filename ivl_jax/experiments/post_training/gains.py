@@ -190,9 +190,3 @@ def by_itself(base: Model, kind: Kind) -> Make:
 def untrained(base: Model) -> Make:
     """A base as it is."""
     return lambda _: Measurement(base)
-
-
-def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns but the first are right-aligned."""
-    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

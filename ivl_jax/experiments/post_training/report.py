@@ -5,12 +5,11 @@ Markdown, between the page's two marks.
 """
 
 import json
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ivl_jax.experiments.page_sections import put_section
+from ivl_jax.experiments.page_sections import markdown, put_section, wrapped
 from ivl_jax.experiments.post_training.gains import (
     ABSENT,
     LEAST_GAIN,
@@ -18,7 +17,6 @@ from ivl_jax.experiments.post_training.gains import (
     Make,
     Table,
     by_itself,
-    markdown,
     on,
     untrained,
 )
@@ -37,7 +35,6 @@ from ivl_jax.experiments.post_training.plan import (
 
 RECORD = "post_training.json"
 BEGIN = "<!-- post-training: python -m ivl_jax.experiments post_training -->"
-_WIDTH = 120
 END = "<!-- end of post-training -->"
 # Floating point: 0.16 / 0.2 may be a little less than 0.8.
 _ROUNDING = 1e-9
@@ -93,7 +90,7 @@ def _measured(note: str, headings: Sequence[str], rows: Sequence[Sequence[str]])
     found = [row for row in rows if set(row[1:]) - {ABSENT, ""}]
     if not found:
         return ""
-    return "\n\n".join([*([_wrapped(note)] if note else []), markdown(headings, found)])
+    return "\n\n".join([*([wrapped(note)] if note else []), markdown(headings, found)])
 
 
 def _introduction(record: Mapping[str, Any]) -> str:
@@ -126,7 +123,7 @@ answers. *Pairs*: share of held-out pairs in which the right answer gained more 
 the wrong one (no training: 50 %); *margin*: by how much, in nats. *KL*: exact KL(model ‖ base),
 nats per token of the right answers. Mean ± half of the 95 % t interval over seeds; a single number
 is one seed."""
-    return "## Post-training through the composition\n\n" + _wrapped(text)
+    return "## Post-training through the composition\n\n" + wrapped(text)
 
 
 def _targets(table: Table) -> str:
@@ -149,7 +146,7 @@ of their statement, less the share that S with the SFT value network answers. A 
 the same base and seed. Met *by the mean*: the interval includes less than the target; *without an
 interval*: fewer than two seeds."""
     shown = markdown(["what", "target", "measured", "met"], rows)
-    return "\n\n".join([_wrapped(note), shown, *_wrong_values(table)])
+    return "\n\n".join([wrapped(note), shown, *_wrong_values(table)])
 
 
 def _wrong_values(table: Table) -> list[str]:
@@ -164,7 +161,7 @@ def _wrong_values(table: Table) -> list[str]:
 right person and differs in the value alone; there DPO's accuracy is {value.show("{:.0%}")}, and in
 the others, which can be told from the question, {person.show("{:.0%}")}. Which value is right only
 the base knows, and a gain over the base is what the value network adds to that."""
-    return [_wrapped(text)]
+    return [wrapped(text)]
 
 
 def _to_gain(table: Table) -> list[str]:
@@ -334,21 +331,12 @@ def _missing(record: Mapping[str, Any]) -> list[str]:
     count = len(record["missing"])
     names = ", ".join(f"`{name}`" for name in record["missing"])
     return [
-        _wrapped(
+        wrapped(
             f"Not measured yet: left out, shown as {ABSENT}, or with fewer seeds ({count} of "
             f"{count + len(record['measured'])} measurements): {names}. The same command resumes "
             "with them."
         )
     ]
-
-
-def _wrapped(text: str) -> str:
-    """Paragraphs in lines of the page's width, whatever the numbers in them."""
-    paragraphs = text.split("\n\n")
-    return "\n\n".join(
-        textwrap.fill(each, _WIDTH, break_long_words=False, break_on_hyphens=False)
-        for each in paragraphs
-    )
 
 
 _HEADINGS = ("model", "facts", "NLL", "pairs", "margin", "KL to base")

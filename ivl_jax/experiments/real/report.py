@@ -5,20 +5,18 @@ page's two marks. Only what has been measured is shown.
 """
 
 import json
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ivl_jax.experiments.page_sections import put_section
-from ivl_jax.experiments.post_training.gains import ABSENT, markdown
+from ivl_jax.experiments.page_sections import markdown, put_section, wrapped
+from ivl_jax.experiments.post_training.gains import ABSENT
 from ivl_jax.experiments.real.items import KINDS
 from ivl_jax.experiments.real.subjects import SUBJECTS, Subject
 
 RECORD = "real.json"
 BEGIN = "<!-- a real model: python -m ivl_jax.experiments real -->"
 END = "<!-- end of a real model -->"
-_WIDTH = 120
 _KIND_NAMES = {"gsm8k": "GSM8K", "docstring": "docstrings"}
 _TUNED: tuple[Subject, ...] = ("target_lora", "target_full")
 _NAMES: dict[str, str] = {
@@ -109,7 +107,7 @@ was swept.
 share of the best fine-tuned target's gain, (NLL target − NLL) / (NLL target − NLL fine-tuned).
 *Right*: questions of GSM8K answered greedily with the right number, with the 95 % Wilson interval;
 where intervals overlap, the difference may be noise."""
-    return _wrapped(text)
+    return wrapped(text)
 
 
 def _table(record: Mapping[str, Any]) -> str:
@@ -158,23 +156,15 @@ def _tunings(record: Mapping[str, Any]) -> str:
         f"{_NAMES[stage]} at step {one['best']} of {one['steps']} ({one['nll']:.3f} nats)"
         for stage, one in record["tuned"].items()
     )
-    return _wrapped(f"Lowest NLL on held-out training questions of the fine-tunings: {best}.")
+    return wrapped(f"Lowest NLL on held-out training questions of the fine-tunings: {best}.")
 
 
 def _missing(record: Mapping[str, Any]) -> str:
     if not record["missing"]:
         return ""
     names = "; ".join(SUBJECTS[subject].name for subject in record["missing"])
-    return _wrapped(f"Not measured yet: {names}. The same command resumes with them.")
+    return wrapped(f"Not measured yet: {names}. The same command resumes with them.")
 
 
 def _millions(model: Mapping[str, Any]) -> str:
     return f"{model['parameters'] / 1e6:.1f} M parameters"
-
-
-def _wrapped(text: str) -> str:
-    """Paragraphs in lines of the page's width, whatever the numbers in them."""
-    return "\n\n".join(
-        textwrap.fill(each, _WIDTH, break_long_words=False, break_on_hyphens=False)
-        for each in text.split("\n\n")
-    )

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ivl_jax.experiments.baselines.report import update_page as update_baselines
-from ivl_jax.experiments.finetune.report import markdown, references_section
+from ivl_jax.experiments.finetune.report import references_section
 from ivl_jax.experiments.finetune_sweep import RECORD, record_file
+from ivl_jax.experiments.page_sections import markdown
 from ivl_jax.experiments.post_training.report import update_page as update_post_training
 from ivl_jax.experiments.real.report import update_real_section
 from ivl_jax.experiments.transfer import matrix
