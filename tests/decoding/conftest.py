@@ -41,6 +41,19 @@ def make_value(base, *, seed=0, connection="residual", arch=None, **changes):
 
 
 @pytest.fixture(scope="session")
+def small(stories):
+    """A random base of one layer that speaks stories260k's tokens."""
+    arch = tiny_arch(layers=1, rows=512, context=512)
+    params = jax.jit(lambda key: init_params(arch, key))(jax.random.key(7))
+    return dataclasses.replace(stories, path="small", arch=arch, params=params)
+
+
+def small_value(small, seed, *, width=16):
+    arch = tiny_arch(width=width, heads=2, kv_heads=1, layers=1, rows=512, context=512)
+    return make_value(small, seed=seed, arch=arch)
+
+
+@pytest.fixture(scope="session")
 def value(stories):
     """A random value network for stories260k."""
     return make_value(stories)

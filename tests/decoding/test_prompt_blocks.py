@@ -10,29 +10,15 @@ from ivl_jax.assets import family_folder
 from ivl_jax.decoding.capacity import EngineLimits
 from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.prompt_groups import PromptGroup, next_group
-from ivl_jax.model.decoder import init_params
 from ivl_jax.sharding import make_mesh
 from tests.decoding.anew import random_map
-from tests.decoding.conftest import make_value
+from tests.decoding.conftest import make_value, small_value
 from tests.decoding.tiny import language_model, tiny_arch
 
 BLOCK = 64
 LONG = "The big dog ran to the park and it was " * 16  # more than three blocks
 SHORT = "Once upon a time"
 LIMITS = EngineLimits(max_rows=4, least_rows=4, least_capacity=384, prefill_block=BLOCK)
-
-
-@pytest.fixture(scope="module")
-def small(stories):
-    """A random base of one layer that speaks stories260k's tokens."""
-    arch = tiny_arch(layers=1, rows=512, context=512)
-    params = jax.jit(lambda key: init_params(arch, key))(jax.random.key(7))
-    return dataclasses.replace(stories, path="small", arch=arch, params=params)
-
-
-def small_value(small, seed, *, width=16):
-    arch = tiny_arch(width=width, heads=2, kv_heads=1, layers=1, rows=512, context=512)
-    return make_value(small, seed=seed, arch=arch)
 
 
 @pytest.fixture(scope="module")

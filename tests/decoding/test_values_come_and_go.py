@@ -12,26 +12,12 @@ from ivl_jax.decoding import engine_model
 from ivl_jax.decoding.capacity import BatchShape, CapacityPlanner, EngineLimits, Need, Waiting
 from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.engine_model import EngineValue
-from ivl_jax.model.decoder import init_params
 from ivl_jax.sharding import bytes_per_device, make_mesh
 from tests.decoding.anew import random_map
-from tests.decoding.conftest import make_value
-from tests.decoding.tiny import language_model, tiny_arch
+from tests.decoding.conftest import small_value
+from tests.decoding.tiny import language_model
 
 PROMPTS = ["Once upon a time", "The big dog ran", "Lily said", "A"]
-
-
-@pytest.fixture(scope="module")
-def small(stories):
-    """A random base of one layer that speaks stories260k's tokens."""
-    arch = tiny_arch(layers=1, rows=512, context=512)
-    params = jax.jit(lambda key: init_params(arch, key))(jax.random.key(7))
-    return dataclasses.replace(stories, path="small", arch=arch, params=params)
-
-
-def small_value(small, seed, *, width=16):
-    arch = tiny_arch(width=width, heads=2, kv_heads=1, layers=1, rows=512, context=512)
-    return make_value(small, seed=seed, arch=arch)
 
 
 @pytest.fixture(scope="module")
