@@ -12,19 +12,10 @@ from ivl_jax.decoding.capacity import EngineLimits, RequestTooLargeError
 from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.programs import Programs
 from ivl_jax.decoding.requests import GenerationOptions
-from ivl_jax.model.decoder import init_params
 from tests.decoding.conftest import make_value
 from tests.decoding.tiny import plain_logits, tiny_arch
 
 PROMPTS = ["Once upon a time", "", "The big dog ran to the park and it was", "Lily said", "A"]
-
-
-@pytest.fixture(scope="module")
-def small(stories):
-    """A random base of one layer that speaks stories260k's tokens: it compiles in little time."""
-    arch = tiny_arch(layers=1, rows=512, context=512)
-    params = jax.jit(lambda key: init_params(arch, key))(jax.random.key(7))
-    return dataclasses.replace(stories, path="small", arch=arch, params=params)
 
 
 def small_value(small, **changes):
