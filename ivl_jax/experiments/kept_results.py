@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ivl_jax.config import TrainConfig
+from ivl_jax.json_files import write_json
 from ivl_jax.training.loop import TrainResult
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,25 @@ def kept_record(file: Path, wanted: Mapping[str, str]) -> dict[str, Any] | None:
         return None
     record = json.loads(file.read_text(encoding="utf-8"))
     return record if wanted.items() <= record.items() else None
+
+
+def adopt_measurements(record: Path, folder: Path) -> None:
+    """Lay a published record's measurements into a work directory, for `kept_record` to find.
+
+    So a study goes on where another machine stopped: what was measured there with today's settings,
+    which the hashes in each measurement tell, is not trained and measured again.
+
+    Args:
+        record: JSON file with `measured`, records by name; a missing one adopts nothing.
+        folder: For one file per measurement; existing ones stay.
+    """
+    if not record.exists():
+        return
+    for name, figures in json.loads(record.read_text(encoding="utf-8"))["measured"].items():
+        file = folder / f"{name}.json"
+        if not file.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(file, figures, indent=2)
 
 
 def train_once(

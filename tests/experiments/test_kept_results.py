@@ -6,7 +6,12 @@ from types import SimpleNamespace
 import pytest
 
 from ivl_jax.config import BaseConfig, DataConfig, TrainConfig
-from ivl_jax.experiments.kept_results import InterruptedTrainingError, kept_record, train_once
+from ivl_jax.experiments.kept_results import (
+    InterruptedTrainingError,
+    adopt_measurements,
+    kept_record,
+    train_once,
+)
 
 
 def test_a_training_is_made_once_and_an_interrupted_one_resumes(tmp_path):
@@ -44,3 +49,18 @@ def test_a_record_about_other_items_or_of_other_settings_is_none(tmp_path):
         assert kept_record(file, wanted | {key: "c"}) is None
     file.write_text(json.dumps({"items_sha256": "a", "nll": 1.0}))
     assert kept_record(file, wanted) is None
+
+
+def test_a_study_goes_on_from_a_published_record(tmp_path):
+    wanted, folder = {"items_sha256": "a"}, tmp_path / "measured"
+    adopt_measurements(tmp_path / "none.json", folder)
+    assert not folder.exists()
+    published = tmp_path / "study.json"
+    measured = {name: wanted | {"nll": float(number)} for number, name in enumerate(("x", "y"))}
+    published.write_text(json.dumps({"measured": measured, "missing": ["z"]}))
+    folder.mkdir()
+    (folder / "y.json").write_text(json.dumps(wanted | {"nll": 3.0}))
+    adopt_measurements(published, folder)
+    assert kept_record(folder / "x.json", wanted) == measured["x"]
+    assert kept_record(folder / "y.json", wanted) == wanted | {"nll": 3.0}
+    assert not (folder / "z.json").exists()

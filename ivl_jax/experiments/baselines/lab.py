@@ -86,6 +86,11 @@ class BaselinesLaboratory:
         self._facts = [item for item in self._test if item.kind == "fact"]
         self._rows = target_rows(items)
 
+    @property
+    def measured_dir(self) -> Path:
+        """Folder of the measurements' files."""
+        return self._work_dir / "baselines"
+
     def measure(self, row: Row) -> dict[str, Any]:
         """Measure a model on the test split, unless already done.
 
@@ -125,7 +130,7 @@ class BaselinesLaboratory:
         return kept_record(self._file(row), self._key(row))
 
     def _file(self, row: Row) -> Path:
-        return self._work_dir / "baselines" / f"{row.name}.json"
+        return self.measured_dir / f"{row.name}.json"
 
     def _key(self, row: Row) -> dict[str, str]:
         """Hashes of what a row is made of."""

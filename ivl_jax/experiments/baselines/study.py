@@ -20,6 +20,7 @@ from ivl_jax.experiments.baselines.lab import BaselinesLaboratory
 from ivl_jax.experiments.baselines.plan import SEEDS, Row, rows
 from ivl_jax.experiments.baselines.report import RECORD, update_page
 from ivl_jax.experiments.demonstrations import build_items, items_hash, select
+from ivl_jax.experiments.kept_results import adopt_measurements
 from ivl_jax.json_files import write_json
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ def _run(arguments: Sequence[str]) -> None:
     items = build_items()
     config = load_config(options.config, TrainConfig)
     laboratory = BaselinesLaboratory(options.work_dir, config, items)
+    adopt_measurements(options.docs / RECORD, laboratory.measured_dir)
     planned = list(rows(options.seeds))
     if not options.report_only:
         for number, row in enumerate(planned, 1):

@@ -78,6 +78,11 @@ class PostTrainingLaboratory:
             self._questions[split] = self._input(f"questions_{split}", asked, ".jsonl")
             write_questions(self._questions[split], asked)
 
+    @property
+    def measured_dir(self) -> Path:
+        """Folder of the measurements' files."""
+        return self._work_dir / "measured"
+
     def measure(self, measurement: Measurement) -> dict[str, Any]:
         """Measure a model on held-out questions, unless already done.
 
@@ -206,7 +211,7 @@ class PostTrainingLaboratory:
 
     def _file_of(self, measurement: Measurement) -> tuple[Path, dict[str, str], Measurement]:
         """A measurement's file, hashes of what it is about, and its run with a learning rate."""
-        file = self._work_dir / "measured" / f"{measurement.name}.json"
+        file = self.measured_dir / f"{measurement.name}.json"
         run, split = measurement.run, measurement.split
         made_of = [measurement.base, family_weights(measurement.base)]
         if run is not None:

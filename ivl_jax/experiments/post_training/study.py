@@ -16,6 +16,7 @@ from ivl_jax.command_line.flags import parse_flags
 from ivl_jax.command_line.guard import long_run_command
 from ivl_jax.experiments.demo_post_training import Options as DataOptions
 from ivl_jax.experiments.demonstrations import build_items
+from ivl_jax.experiments.kept_results import adopt_measurements
 from ivl_jax.experiments.post_training.configs import (
     DPO_EPOCHS,
     GRPO_STEPS,
@@ -87,6 +88,7 @@ def _run(arguments: Sequence[str]) -> None:
         dpo_epochs=options.dpo_epochs,
     )
     laboratory = PostTrainingLaboratory(options.work_dir, build_items(), settings)
+    adopt_measurements(options.docs / RECORD, laboratory.measured_dir)
     planned = list(measurements(options.seeds))
     if not options.report_only:
         for number, measurement in enumerate(planned, 1):

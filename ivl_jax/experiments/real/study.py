@@ -20,6 +20,7 @@ from ivl_jax.command_line.flags import parse_flags
 from ivl_jax.command_line.guard import long_run_command
 from ivl_jax.config import ConfigError
 from ivl_jax.config.annotations import Inline
+from ivl_jax.experiments.kept_results import adopt_measurements
 from ivl_jax.experiments.real.exports import MEGABYTES
 from ivl_jax.experiments.real.items import real_items
 from ivl_jax.experiments.real.lab import RealLaboratory
@@ -108,6 +109,7 @@ def _run(arguments: Sequence[str]) -> None:
         raise ConfigError(f"--first-layers and --last-layers: {target}: {problem}")
     laboratory = RealLaboratory(options.work_dir, target, real_items(options.gsm8k, budget), budget)
     measured = Measurements(laboratory, options.work_dir / "measured")
+    adopt_measurements(docs / RECORD, options.work_dir / "measured")
     if not options.report_only:
         for stage in options.stages:
             if stage != "measure":
