@@ -18,9 +18,9 @@ KINDS: tuple[Kind, ...] = ("sft", "grpo", "dpo")
 # Learning rates of a model trained alone, chosen by kind on L's validation questions. At 1e-4, L
 # fully fine-tuned on all demonstrations answers hardly any question word for word.
 ALONE_RATES: dict[Kind, tuple[float, ...]] = {
-    "sft": (3e-4, 6e-4, 1.2e-3),
-    "grpo": (3e-5, 1e-4, 3e-4),
-    "dpo": (3e-5, 1e-4, 3e-4),
+    "sft": (1e-4, 3e-4, 6e-4),
+    "grpo": (3e-4, 1e-3),
+    "dpo": (1e-4, 3e-4, 1e-3),
 }
 
 
