@@ -67,7 +67,7 @@ def check_sources(
     """
     unknown = tuple(check_fit(base, value) for value in values)
     if ngrams:
-        _check_proposals(base, values, "n-grams as the draft", runs_values=False)
+        _check_proposals(base, values, "n-grams as the draft")
     draft_unknown = () if draft is None else check_draft_fit(base, draft, values)
     for source in (base, *values, *([] if draft is None else [draft])):
         if source.metadata is None:
@@ -136,9 +136,9 @@ def check_draft_fit(
 
     Raises:
         TokenizerMismatchError: base and draft disagree on tokens that both have.
-        ValueError: a value network reads base logits, or has its own vocabulary.
+        ValueError: a value network reads base logits.
     """
-    _check_proposals(base, values, f"the draft {draft.path}", runs_values=True)
+    _check_proposals(base, values, f"the draft {draft.path}")
     try:
         return check_compatible(
             base.info, draft.info, base_name=base.path, value_name=draft.label
@@ -151,24 +151,16 @@ def check_draft_fit(
         ) from error
 
 
-def _check_proposals(
-    base: ModelSource, values: Sequence[ModelSource], draft: str, *, runs_values: bool
-) -> None:
+def _check_proposals(base: ModelSource, values: Sequence[ModelSource], draft: str) -> None:
     """Refuse value networks for which several tokens cannot be proposed at once."""
     for value in values:
-        scheme, described_map = value.scheme, value.described_map
+        scheme = value.scheme
         if scheme.reads_base:
             raise ValueError(
                 f"{value.label} reads {_reads(scheme)} (connection {scheme.name}), so its logits "
                 f"under {draft} differ from those under the base {base.path}: a "
                 "draft works only with value networks that read nothing but the text (residual); "
                 "leave the draft out, or train a residual value network"
-            )
-        if described_map is not None and runs_values:
-            raise ValueError(
-                f"{value.label} has its own vocabulary (the map {described_map.path}) and is "
-                f"re-tokenised on the host, so {draft}, which proposes under it, cannot run it: "
-                "draft with n-grams (`ngram`), or leave the draft out"
             )
 
 

@@ -10,17 +10,17 @@ the first request that uses it: its cache is then empty in all other rows, whose
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import jax
 import numpy as np
 
+from ivl_jax.config import GenerationOptions
 from ivl_jax.decoding.begun_step import BegunStep
 from ivl_jax.decoding.capacity import BatchShape, Fits, Need
 from ivl_jax.decoding.device.finish import FinishReason
 from ivl_jax.decoding.device.state import DecodeState
 from ivl_jax.decoding.engine_model import ModelParts, Places, union
-from ivl_jax.decoding.entries import Entry, News, requests_of
+from ivl_jax.decoding.entries import Entry, News, Row, requests_of
 from ivl_jax.decoding.own_vocabulary import TextReader
 from ivl_jax.decoding.prompt_blocks import BlockReading, lay_out_entries
 from ivl_jax.decoding.requests import RowArrays, row_end
@@ -28,15 +28,6 @@ from ivl_jax.decoding.row_errors import row_errors
 from ivl_jax.decoding.row_extras import with_extras, without_extras
 from ivl_jax.decoding.row_log_probs import fetch_log_probs, top_to_keep, with_room
 from ivl_jax.decoding.value_caches import with_values
-
-
-@dataclass
-class _Row:
-    """A request that is being continued."""
-
-    entry: Entry
-    end: int  # length at which it ends
-    seen: int  # tokens that the host has looked at, prompt included
 
 
 class RowBatch:
@@ -55,7 +46,7 @@ class RowBatch:
         self._parts, self._context = parts, context
         self._model = parts.part(shape.values)
         self.shape = shape
-        self._rows: list[_Row | None] = [None] * shape.rows
+        self._rows: list[Row | None] = [None] * shape.rows
         self._reader = TextReader(self._model.own_vocabularies, batch=shape.rows)
         self._held: DecodeState | None = None
         self._begun = BegunStep()
@@ -218,7 +209,7 @@ class RowBatch:
             self.reshape(self.shape._replace(mapped_capacity=read))
         stopped = np.asarray([row is None for row in self._rows])
         self._keep_log_probs(self._top_log_probs())
-        state = with_extras(self._state, [row and row.entry.prompt.options for row in self._rows])
+        state = with_extras(self._state, self._options())
         if model.own_vocabularies:
             slots = self.shape.mapped_capacity
             state = self._begun.finish(model, state, self._reader, stopped, mapped_capacity=slots)
@@ -256,7 +247,7 @@ class RowBatch:
             and self._model.own_vocabularies
             and (finish == FinishReason.RUNNING).any()
         ):
-            self._held = self._begun.begin(self._model, self._state)
+            self._held = self._begun.begin(self._model, self._state, self._options())
         full = self._reader.push(new_ids)
         grown = self.shape._replace(mapped_capacity=self._reader.slots())
         if grown.mapped_capacity > self.shape.mapped_capacity and not fits(grown):
@@ -360,7 +351,7 @@ class RowBatch:
         for place, entry in zip(rows, entries, strict=True):
             length = len(entry.prompt.token_ids)
             end = row_end(entry.prompt.token_ids, entry.prompt.options, context=self._context)
-            self._rows[place] = _Row(entry, end, seen=length)
+            self._rows[place] = Row(entry, end, seen=length)
             texts = [entry.used.texts.get(value) for value in mapped]
             self._reader.admit(place, texts, is_read=is_read)
 
@@ -378,6 +369,10 @@ class RowBatch:
         """All requests that it has."""
         entries = [row.entry for row in self._rows if row is not None]
         return entries if self._reading is None else [*entries, self._reading.entry]
+
+    def _options(self) -> list[GenerationOptions | None]:
+        """What each row asks for; None: it is free."""
+        return [row and row.entry.prompt.options for row in self._rows]
 
     def _top_log_probs(self) -> int | None:
         """Likeliest tokens to keep for the running requests; None: none asks for any."""

@@ -5,13 +5,17 @@ further. The base's part of a step, and what a proposer proposes, need nothing o
 begun as soon as the tokens before are known.
 """
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 
+from ivl_jax.config import GenerationOptions
 from ivl_jax.decoding.device.proposals import Proposals
 from ivl_jax.decoding.device.state import DecodeState
 from ivl_jax.decoding.engine_model import EngineModel
 from ivl_jax.decoding.own_vocabulary import TextReader
+from ivl_jax.decoding.row_extras import with_extras, without_extras
 from ivl_jax.decoding.speculative.draft_length import block_width
 
 
@@ -28,22 +32,29 @@ class BegunStep:
         # What may follow the rows, and how many tokens of it are meant.
         self._proposed: tuple[Proposals, jax.Array] | None = None
 
-    def begin(self, model: EngineModel, state: DecodeState) -> DecodeState:
+    def begin(
+        self,
+        model: EngineModel,
+        state: DecodeState,
+        options: Sequence[GenerationOptions | None],
+    ) -> DecodeState:
         """Begin the next step.
 
         Args:
             model: what the rows have in common.
             state: the rows; donated.
+            options: of each row; None: it continues nothing. A draft proposes by them.
 
         Returns:
             The same rows.
         """
-        if model.proposer is None:
+        if model.proposer is None and model.composition.draft is None:
             state, self._base_hidden = model.programs.read_base(model.params, state)
-        else:
-            state, proposals, count = model.programs.propose(model.params, state)
-            self._proposed = proposals, count
-        return state
+            return state
+        asking = with_extras(state, options)
+        asking, proposals, count = model.programs.propose(model.params, asking)
+        self._proposed = proposals, count
+        return without_extras(asking)
 
     def finish(
         self,

@@ -99,9 +99,9 @@ def compose(
         base_rules: the base's sharding on the mesh.
         value_rules: the value networks' sharding on the mesh; it may differ from the base's.
         draft: a small base of the same family that proposes tokens under the same value networks,
-            loaded or by its path; or `ngram`, which proposes what followed the last tokens earlier
-            in the text. Greedy text stays the same but for near-ties, samples keep their
-            distribution.
+            but for those with a map, loaded or by its path; or `ngram`, which proposes what
+            followed the last tokens earlier in the text. Greedy text stays the same but for
+            near-ties, samples keep their distribution.
         draft_length: tokens it proposes at a time; 0: chosen for speed, none where it slows down.
         int8_base: round the base's kernels to int8: a quarter of their float32 memory, and faster
             where memory is what decoding waits for.
@@ -121,7 +121,7 @@ def compose(
         ValueError: no such strength policy; or the number of strengths or maps is neither 0 nor
             that of the value networks; or a value network with a map reads base logits (only the
             residual scheme reads just the text); or there is a draft and a value network that
-            reads base logits, or a model as the draft and a value network with a map.
+            reads base logits.
     """
     ngrams = isinstance(draft, str) and draft == NGRAM_DRAFT
     if ngrams:

@@ -3,6 +3,7 @@
 In: a request with what it needs and uses. Out: what its row has generated since the last look.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from ivl_jax.decoding.capacity import Need
@@ -28,6 +29,18 @@ class Entry(NamedTuple):
         """Tokens of the prompt as the network reads it that reads the most of them."""
         own = (len(text.tokens) for text in self.used.texts.values())
         return max(len(self.prompt.token_ids), *own, 0)
+
+
+@dataclass
+class Row:
+    """A row of a batch, and the request that it continues."""
+
+    entry: Entry
+    """The request."""
+    end: int
+    """Length at which it ends (tokens)."""
+    seen: int
+    """Tokens that the host has looked at, prompt included."""
 
 
 class News(NamedTuple):

@@ -150,12 +150,6 @@ def test_rows_that_are_refilled_give_what_each_prompt_alone_gives(mixed):
     assert [ended[one] for one in ids] == alone
 
 
-def test_a_model_draft_is_refused_under_maps_and_n_grams_are_named(mixed):
-    plain, maps = mixed
-    with pytest.raises(ValueError, match=r"own vocabulary .*draft with n-grams \(`ngram`\)"):
-        compose(plain.base, *plain.values, maps=maps, draft=plain.base)
-
-
 class Doubled:
     """A text in which every "b" after an "a" changes the token before it."""
 

@@ -60,7 +60,9 @@ class Proposer:
             proposals and the token after them; the state is the one before they were appended.
         seconds: (composition, params, pass_seconds, rows) → estimated seconds of one proposal for
             all rows, value networks not included.
-        runs_values: Whether `propose` runs the value networks, one token at a time.
+        runs_values: Whether `propose` runs the value networks, one token at a time. Those with
+            their own vocabulary it cannot run; where there are any, it gives no `value_logits`, and
+            all value networks read the proposals once these are known.
         shardings: (composition on a mesh) → shardings of the own arrays, or a prefix of them.
     """
 

@@ -6,7 +6,8 @@ decoding generates nor the distribution that sampling draws from.
 
 A round of k proposals costs what the proposer takes for them, one pass of the base over a block of
 k + 1, and one of the value networks, or k + 1 passes over one token where the proposer runs them.
-With every proposal accepted with probability a, it brings 1 + a + … + aᵏ tokens.
+Beside a value network with its own vocabulary these are k passes and one over the block. With every
+proposal accepted with probability a, a round brings 1 + a + … + aᵏ tokens.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ivl_jax.composed.network import ComposedParams, Composition, Network
+from ivl_jax.composed.network import ComposedParams, Composition, Network, ValueArrays
 from ivl_jax.decoding.device.proposals import BLOCK_WIDTHS, LONGEST, Proposer
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import Params
@@ -111,17 +112,21 @@ def round_costs(
     """
     device = _CPU if jax.default_backend() == "cpu" else _ACCELERATOR
 
-    def values(rows: int) -> float:
-        each = zip(composition.values, params.values, strict=True)
+    values = list(zip(composition.values, params.values, strict=True))
+    run_ahead = [one for one in values if proposer.runs_values and not one[0].mapped]
+    block_is_read = bool(composition.mapped) or not proposer.runs_values
+
+    def passes(each: list[tuple[Network, ValueArrays]], rows: int) -> float:
         return sum((device.seconds(network, own.params, rows) for network, own in each), 0.0)
 
     def seconds(count: int) -> float:
         rows = batch * block_width(count)
         base = device.seconds(composition.base, params.base, rows)
         if not count:
-            return base + values(batch)
+            return base + passes(values, batch)
         proposing = count * proposer.seconds(composition, params, device.seconds, batch)
-        reading = (count + 1) * values(batch) if proposer.runs_values else values(rows)
+        reading = count * passes(run_ahead, batch)
+        reading += passes(values, rows if block_is_read else batch)
         return proposing + reading + base + device.round_seconds
 
     costs = [seconds(count) for count in range(LONGEST + 1)]

@@ -3,6 +3,9 @@
 In: a composition with a draft, which is a small base under the same value networks. Out:
 `DRAFT_PROPOSER`. The value networks read only text (the residual scheme), so what
 they say while tokens are proposed also counts when these are verified.
+
+Value networks with their own vocabularies take no part in proposing: only the host can re-tokenise
+for them. They read what the draft and the others propose in `mapped_rounds`, as all others then do.
 """
 
 import dataclasses
@@ -77,16 +80,15 @@ def _available(state: DecodeState) -> Int[Array, " B"]:
 def _propose(
     composition: Composition, params: ComposedParams, state: DecodeState, count: Int[Array, ""]
 ) -> tuple[Proposals, DecodeState]:
-    """Propose tokens; the value networks read all but the last of them."""
+    """Propose tokens; value networks that read the base's tokens read all but the last of them."""
     state = _catch_up(composition, params, state)
     network, base = _network_of(composition), composition.base
-    arrays = _arrays_of(params)
-    requests, own = state.requests, _own(state)
+    arrays, own = _arrays_of(params), _own(state)
+    shared, shared_params, rows = _of_shared_vocabulary(composition, params, state)
+    requests = rows.requests
     # The same value networks on the draft, over the tokens that base and draft both have.
     known_to_both = min(network.vocab_size, base.vocab_size)
-    on_draft = Composition(
-        dataclasses.replace(network, vocab_size=known_to_both), composition.values
-    )
+    on_draft = Composition(dataclasses.replace(network, vocab_size=known_to_both), shared.values)
     last = state.last_positions
     ends = jnp.stack([jnp.maximum(last - 1, 0), last], axis=1)
 
@@ -100,10 +102,10 @@ def _propose(
         )
         draft_logits = head_logits(network, arrays.params, hidden[:, 1:])
         values, value_caches = run_values_ahead(
-            composition, params, state, value_caches, pair[:, 1:], index
+            shared, shared_params, rows, value_caches, pair[:, 1:], index
         )
         parts = NetworkLogits(draft_logits, values)
-        composed = compose_requested(on_draft, params, parts, requests)
+        composed = compose_requested(on_draft, shared_params, parts, requests)
         logits = _fit(composed[:, 0], block.q_logits.shape[-1])
         token, q_logits = propose(
             logits,
@@ -119,18 +121,20 @@ def _propose(
         )
         return block, jnp.stack([pair[:, 1], token], axis=1), draft_cache, value_caches
 
-    block = _empty_block(composition, params, state)
+    block = _empty_block(shared, shared_params, rows)
     pair = jnp.take_along_axis(state.tokens, ends, axis=1)
-    carry = (block, pair, own.cache, state.caches.values)
-    block, _, cache, value_caches = jax.lax.fori_loop(0, count, propose_one, carry)
+    carry = (block, pair, own.cache, rows.caches.values)
+    block, _, cache, read = jax.lax.fori_loop(0, count, propose_one, carry)
     proposals = Proposals(
         tokens=block.tokens,
         counts=jnp.full_like(state.lengths, count),
         failed=jnp.any(block.failed, axis=1),
         q_logits=block.q_logits,
-        value_logits=block.value_logits,
+        value_logits=None if composition.mapped else block.value_logits,
     )
-    state = state._replace(caches=state.caches._replace(values=value_caches))
+    each, following = zip(composition.values, state.caches.values, strict=True), iter(read)
+    values = tuple(held if value.mapped else next(following) for value, held in each)
+    state = state._replace(caches=state.caches._replace(values=values))
     return proposals, _with_own(state, own._replace(cache=cache))
 
 
@@ -205,6 +209,25 @@ class _Block(NamedTuple):
     failed: Bool[Array, "B K"]
     q_logits: Float[Array, "B K V"]
     value_logits: tuple[Float[Array, "B K Vv"], ...]
+
+
+def _of_shared_vocabulary(
+    composition: Composition, params: ComposedParams, state: DecodeState
+) -> tuple[Composition, ComposedParams, DecodeState]:
+    """The same rows under those value networks alone that read the base's tokens."""
+    if not composition.mapped:
+        return composition, params, state
+    places = [index for index, network in enumerate(composition.values) if not network.mapped]
+    requests, caches = state.requests, state.caches
+    strengths = jnp.take(requests.strengths, jnp.asarray(places, jnp.int32), axis=1)
+    return (
+        dataclasses.replace(composition, values=tuple(composition.values[i] for i in places)),
+        params._replace(values=tuple(params.values[i] for i in places)),
+        state._replace(
+            requests=requests._replace(strengths=strengths),
+            caches=caches._replace(values=tuple(caches.values[i] for i in places)),
+        ),
+    )
 
 
 def _empty_block(composition: Composition, params: ComposedParams, state: DecodeState) -> _Block:

@@ -1,8 +1,8 @@
 """Rounds of speculative decoding under value networks with their own vocabularies.
 
-In: a `DecodeState` whose proposer runs no value networks. Out: first what is proposed, which the
-host re-tokenises for these networks (`OwnBlock`); then the state with the tokens that were accepted
-and the one after them.
+In: a `DecodeState` with a proposer. Out: first what is proposed, which the host re-tokenises for
+these networks (`OwnBlock`); then the state with the tokens that were accepted and the one after
+them. All value networks read the proposals in the second part, also those that a draft has run.
 
 A value network has to say something after each proposal: its tokens of the text up to there. They
 lie one behind the other in one pass, as long as no proposal changes tokens before it; a row's block
@@ -11,6 +11,7 @@ ends before the first that does.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
@@ -18,6 +19,7 @@ from ivl_jax.composed.forward import HiddenStates, OwnTokens, network_logits, ru
 from ivl_jax.composed.network import ComposedParams, Composition
 from ivl_jax.decoding.device.proposals import Proposals, Proposer
 from ivl_jax.decoding.device.state import DecodeState
+from ivl_jax.decoding.speculative.in_place import when
 from ivl_jax.decoding.speculative.rounds import (
     BlockLogits,
     append_outcome,
@@ -46,15 +48,21 @@ def propose_block(
     Args:
         composition: the static half.
         params: the arrays of all networks.
-        proposer: where proposals come from; it runs no value networks.
+        proposer: where proposals come from; it gives no `value_logits`.
         state: where the rows are.
 
     Returns:
         The state with what the proposer has read, the proposals, and how many of them are meant for
-        all rows; 0 where a plain step is faster.
+        all rows; 0 where a plain step is faster: the proposals are then zeros.
     """
     count = count_proposals(composition, params, proposer, state)
-    proposals, state = proposer.propose(composition, params, state, jnp.maximum(count, 1))
+
+    def propose(carry: tuple[Proposals, DecodeState]) -> tuple[Proposals, DecodeState]:
+        return proposer.propose(composition, params, carry[1], count)
+
+    shapes, _ = jax.eval_shape(propose, (None, state))
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    proposals, state = when(count > 0, propose, (nothing, state))
     return state, proposals, count
 
 

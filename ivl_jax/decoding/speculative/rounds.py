@@ -17,8 +17,7 @@ what counts, the lowest id among equals.
 """
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,13 +42,12 @@ from ivl_jax.decoding.speculative.draft_length import (
     remember,
     round_costs,
 )
+from ivl_jax.decoding.speculative.in_place import when
 from ivl_jax.decoding.speculative.values_ahead import empty_value_logits, run_values_ahead
 from ivl_jax.model.kv_cache import KVCache
 
 # The width of the block for each number of proposals.
 _WIDTHS = tuple(block_width(count) for count in range(LONGEST + 1))
-
-_Carry = TypeVar("_Carry")
 
 
 class BlockLogits(NamedTuple):
@@ -128,8 +126,8 @@ def speculate(
     count = count_proposals(composition, params, proposer, state)
     step = functools.partial(_step, composition, params)
     whole_round = functools.partial(_round, composition, params, proposer, count)
-    state = _when(count == 0, step, state)
-    return _when(count > 0, whole_round, state)
+    state = when(count == 0, step, state)
+    return when(count > 0, whole_round, state)
 
 
 def _step(composition: Composition, params: ComposedParams, state: DecodeState) -> DecodeState:
@@ -218,7 +216,7 @@ def _read_block(
     read = _empty_logits(composition, params, state, proposals, widths[-1])
     carry = (read, state.caches.base, state.caches.values)
     for width in widths:
-        carry = _when(chosen == width, functools.partial(of_width, width), carry)
+        carry = when(chosen == width, functools.partial(of_width, width), carry)
     read, cache, value_caches = carry
     return read, state._replace(caches=state.caches._replace(base=cache, values=value_caches))
 
@@ -333,20 +331,8 @@ def verify_block(
     kept = None if top is None else empty_log_probs(len(nothing), places, top=top)
     begin = (jnp.int32(0), state.running & ~failed, _Outcome(nothing, nothing, failed, kept))
     _, left, outcome = jax.lax.while_loop(some_left, verify_one, begin)
-    outcome, caches = _when(jnp.any(left), follow, (outcome, state.caches.values))
+    outcome, caches = when(jnp.any(left), follow, (outcome, state.caches.values))
     return outcome, state._replace(caches=state.caches._replace(values=caches))
-
-
-def _when(condition: Bool[Array, ""], change: Callable[[_Carry], _Carry], carry: _Carry) -> _Carry:
-    """`change(carry)` under a condition, else `carry`; caches in it are changed in place.
-
-    A loop of one turn: through `lax.cond` and `lax.switch` XLA copies a cache twice on CPU.
-    """
-
-    def once(loop: tuple[Array, _Carry]) -> tuple[Array, _Carry]:
-        return jnp.asarray(False), change(loop[1])
-
-    return jax.lax.while_loop(lambda loop: loop[0], once, (condition, carry))[1]
 
 
 def append_outcome(
