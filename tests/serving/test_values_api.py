@@ -109,6 +109,22 @@ def test_a_value_of_another_vocabulary_comes_with_its_map(client, loaded, shelf,
     assert client.text("mine", PROMPT, max_tokens=16)
 
 
+def test_a_draft_serves_values_with_a_map_and_without(config, shelf, folders):
+    model = dataclasses.replace(config.model, draft=folders[0], draft_length=3)
+    with running(dataclasses.replace(config, model=model)) as client:
+        body = {"folder": "S", "map": "S.safetensors", "strength": 0.02}
+        assert client.post("/v1/values", name="S", **body)[0] == 201
+        asked = {"temperature": 0, "max_tokens": 24}
+        mapped = client.complete("S", PROMPT, **asked)[1]
+        both = client.complete("stories", PROMPT, **asked, strengths={"S": 0.02, "mine": 0.1})[1]
+    values = folders[1], str(shelf / "S")
+    alone = compose(folders[0], *values, maps=[None, str(shelf / "S.safetensors")])
+    for found, strengths in ((mapped, (0.0, 0.02)), (both, (0.1, 0.02))):
+        expected = alone.generate(PROMPT, max_new_tokens=24, strengths=strengths).text
+        assert found["choices"][0]["text"] == expected
+        assert found["usage"]["completion_tokens_details"]["accepted_prediction_tokens"] > 0
+
+
 def test_a_value_in_use_stays_and_running_answers_are_not_disturbed(client, loaded, folders):
     expected = client.text("mine", PROMPT, max_tokens=300)
     connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=60)

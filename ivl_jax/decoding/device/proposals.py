@@ -38,7 +38,8 @@ class Proposals(NamedTuple):
     None: proposed deterministically (the distribution is one-hot)."""
     value_logits: tuple[Float[Array, "B K Vv"], ...] | None = None
     """Of each value network, at the prediction that verifies each proposal, where the proposer has
-    run them: they have then read all proposals but the last. None: they have read none."""
+    run them: they have then read all proposals but the last. None: they read the proposals to
+    verify them."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ lie one behind the other in one pass, as long as no proposal changes tokens befo
 ends before the first that does.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -56,13 +57,10 @@ def propose_block(
         all rows; 0 where a plain step is faster: the proposals are then zeros.
     """
     count = count_proposals(composition, params, proposer, state)
-
-    def propose(carry: tuple[Proposals, DecodeState]) -> tuple[Proposals, DecodeState]:
-        return proposer.propose(composition, params, carry[1], count)
-
-    shapes, _ = jax.eval_shape(propose, (None, state))
+    propose = functools.partial(proposer.propose, composition, params)
+    shapes, _ = jax.eval_shape(propose, state, count)
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    proposals, state = when(count > 0, propose, (nothing, state))
+    proposals, state = when(count > 0, lambda held: propose(held[1], count), (nothing, state))
     return state, proposals, count
 
 

@@ -70,12 +70,12 @@ def test_texts_drafted_under_maps_have_the_probability_that_the_composition_give
     maps = [random_map(base, mapped), None]
     draft = language_model(family_folder("S"), seed=2, padding=5)
     model = compose_beside(
-        base, *values, strengths=[0.4, 0.1], maps=maps, draft=draft, draft_length=2
+        base, *values, strengths=[0.15, 0.1], maps=maps, draft=draft, draft_length=2
     )
-    options = GenerationOptions(max_new_tokens=4, temperature=4.0, top_k=2)
-    drawn = model.generate(["Once"] * 2000, options, batch_size=2000)
+    options = GenerationOptions(max_new_tokens=4, temperature=8.0, top_k=2)
+    drawn = model.generate(["Once"] * 1536, options, batch_size=1536)
     accepted = sum(one.accepted_tokens for one in drawn) / sum(one.proposed_tokens for one in drawn)
-    assert 0.2 < accepted < 0.95
+    assert 0.05 < accepted < 0.95
     texts = {(): 1.0}
     for _ in range(4):
         likelier = {}
@@ -83,14 +83,14 @@ def test_texts_drafted_under_maps_have_the_probability_that_the_composition_give
             ids = [*model.encode("Once"), *text]
             logits = step_anew(model, maps, "Once", ids, model.strengths).astype(float)
             best = np.argsort(-logits)[:2]
-            odds = np.exp((logits[best] - logits[best[0]]) / 4.0)
+            odds = np.exp((logits[best] - logits[best[0]]) / 8.0)
             for token, part in zip(best.tolist(), odds / odds.sum(), strict=True):
                 likelier[*text, token] = share * part
         texts = likelier
-    # One bin for each pair of the last tokens, summed over those before: 16 texts are too rare.
+    # A bin for what follows the first token, which comes with the prompt: 16 texts are too rare.
     index = {text: number for number, text in enumerate(texts)}
-    counts = [index[one.token_ids] // 2 for one in drawn]
-    assert_drawn_from(counts, np.asarray(list(texts.values())).reshape(8, 2).sum(axis=1))
+    bins = [index[one.token_ids] % 8 for one in drawn]
+    assert_drawn_from(bins, np.asarray(list(texts.values())).reshape(2, 8).sum(axis=0))
 
 
 def bytewise_model(*, seed):
@@ -116,29 +116,17 @@ def test_a_draft_that_is_the_base_is_accepted_whole_under_a_map_that_adds_nothin
         draft=base,
         draft_length=3,
     )
+    endless = dict.fromkeys(base.stop_ids, -100.0)
+    plain = GenerationOptions(max_new_tokens=14, logit_bias=endless)
     each = [
-        GenerationOptions(max_new_tokens=14),
-        GenerationOptions(max_new_tokens=14, temperature=1.5),
-        GenerationOptions(max_new_tokens=14, logit_bias={300: 9.0, 301: 9.0}),
-        GenerationOptions(max_new_tokens=14, policy=StrengthPolicy("entropy", 0.5)),
-    ]
-    # Special tokens and ends inside characters have readings of their own.
-    banned = dict.fromkeys([*base.tokenizer_info.special_tokens, *not_text(model)], -100.0)
-    each = [
-        dataclasses.replace(one, logit_bias={**banned, **(one.logit_bias or {})}) for one in each
+        plain,
+        dataclasses.replace(plain, temperature=1.5),
+        dataclasses.replace(plain, logit_bias={**endless, 300: 9.0, 301: 9.0}),
+        dataclasses.replace(plain, policy=StrengthPolicy("entropy", 0.5)),
     ]
     found = model.generate(PROMPTS[:4], each)
     assert [len(one.token_ids) for one in found] == [14] * 4
     assert all(one.accepted_tokens == one.proposed_tokens >= 9 for one in found)
-
-
-def not_text(model):
-    """Ids whose bytes alone are not text."""
-    return [
-        token
-        for token, piece in enumerate(model.token_bytes)
-        if not piece or piece.decode(errors="replace") != piece.decode(errors="ignore")
-    ]
 
 
 def test_only_values_without_a_map_cost_passes_while_a_draft_proposes():
