@@ -219,3 +219,24 @@ def fact_questions(facts: list[Fact] | None = None) -> list[FactQuestion]:
             for form in forms
         ]
     return questions
+
+
+def questions_about_strangers() -> list[FactQuestion]:
+    """Questions about every name that the lists make and that no pre-training text has.
+
+    A model can answer them only by guessing; what they teach is to repeat the name that was asked
+    for. For training without labels: the answers are made up, like the people.
+
+    Returns:
+        One question per name and attribute, all in the train split.
+
+    >>> len(questions_about_strangers())
+    5376
+    """
+    every_name = len(_FIRST_NAMES) * len(_LAST_NAMES)
+    known = {fact.person for fact in build_facts()}
+    return [
+        FactQuestion(fact.question(number % 2), fact.statement(), fact.person, "train")
+        for number, fact in enumerate(build_facts(count=every_name))
+        if fact.person not in known
+    ]

@@ -26,6 +26,7 @@ from ivl_jax.experiments.demo_post_training import (
     write_questions,
 )
 from ivl_jax.experiments.demonstrations import Item, items_hash, select, write_demonstrations
+from ivl_jax.experiments.family.facts import questions_about_strangers
 from ivl_jax.experiments.kept_results import kept_record, train_once
 from ivl_jax.experiments.measure import answers, exact_match, family_map, running_texts
 from ivl_jax.experiments.post_training.configs import (
@@ -236,10 +237,21 @@ class PostTrainingLaboratory:
         if run.teacher is None:
             return self._questions
         name = self._output(run.teacher).parent.name
-        splits = ("train", "validation")
+        more = "-and-strangers" if run.kind == "fold" else ""
         return {
-            split: self._work_dir / "inputs" / f"answers_{split}-{name}.jsonl" for split in splits
+            split: self._work_dir / "inputs" / f"answers_{split}{more}-{name}.jsonl"
+            for split in self._asked(run)
         }
+
+    def _asked(self, run: Run) -> Mapping[str, list[Item]]:
+        """Split → what the teacher of a run is asked; its answers are the run's text."""
+        asked = {split: select(self._facts, split) for split in ("train", "validation")}
+        if run.kind == "fold":
+            asked["train"] += [
+                Item(one.question, one.answer, "fact", one.person, one.split)
+                for one in questions_about_strangers()
+            ]
+        return asked
 
     def _demonstrations_of(self, seed: int) -> Mapping[str, Path]:
         """Split → file; each seed draws its own share of the training items."""
@@ -268,10 +280,10 @@ class PostTrainingLaboratory:
         if run.teacher is None:
             return
         found = self.train(run.teacher)
-        for split, file in self._data(run).items():
-            if file.exists():
+        files = self._data(run)
+        for split, asked in self._asked(run).items():
+            if (file := files[split]).exists():
                 continue
-            asked = select(self._facts, "train" if split == "train" else "validation")
             logger.info("%s answers %d questions", run.teacher.name, len(asked))
             teacher = Measurement(run.model, run.teacher)
             texts = answers(self._models(teacher)[0], asked, max_new_tokens=_ANSWER_TOKENS)

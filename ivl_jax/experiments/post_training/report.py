@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ivl_jax.experiments.family.facts import questions_about_strangers
 from ivl_jax.experiments.page_sections import markdown, put_section, wrapped
 from ivl_jax.experiments.post_training.gains import (
     ABSENT,
@@ -304,11 +305,15 @@ def _at_edge(table: Table, kind: Kind) -> str:
 
 
 def _distillation(table: Table) -> str:
-    note = """No labels: the text is the teacher's own greedy answers to the training questions,
+    strangers = len(questions_about_strangers())
+    note = f"""No labels: the text is the teacher's own greedy answers to the training questions,
 and the loss is KL(teacher ‖ student) alone. The first: a value network that starts as S and learns,
 beside L, from L trained itself (SFT → GRPO). The second: L trained to predict what L with S's value
-network (SFT → GRPO) predicts, which is one ordinary model. *Kept*: share of the teacher's gain over
-L, the mean over the mean."""
+network (SFT → GRPO) predicts, which is one ordinary model; its text is the answers to the training
+questions and to {strangers} questions about people whom no text names. Without these it learns the
+people of the training questions by heart, and not to look up the one who is asked for: ten passes
+over the training questions alone keep 0.48 of the facts (seed 0). *Kept*: share of the teacher's
+gain over L, the mean over the mean."""
     rows = []
     for name, make, teacher in (
         ("L + value, from the tuned L", _distilled("L"), by_itself("L", "grpo")),
