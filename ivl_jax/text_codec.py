@@ -9,8 +9,11 @@ import functools
 import itertools
 import json
 import re
+import string
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from ivl_jax.tokenizer import TokenizerInfo
@@ -28,6 +31,17 @@ _LOCAL_NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD", "Prepend", "Lowercase", "Str
 # Beginnings and ends of words with which a tokenizer is tried.
 _WORD_ENDS = (*map(chr, range(33, 127)), "é", "水", "🙂", "\u0301")
 _WORD_BEGINNINGS = "x7.水"
+# Characters of different kinds, between which tokens may always end, and what is put around two of
+# them to try it.
+_LETTERS, _DIGITS, _SIGNS = string.ascii_letters, string.digits, string.punctuation
+_KINDS = (
+    *itertools.permutations((_LETTERS, _DIGITS, _SIGNS), 2),
+    (_LETTERS, "\n"),
+    (_DIGITS, "\n"),
+    (_DIGITS, _DIGITS),
+)
+_BEFORE_BREAK = (" x", " 7", " .", " 1234", " x\n")
+_AFTER_BREAK = ("s", "7", ".", "'s", "890", "\n a", " \na")
 
 
 class TextEncoders(NamedTuple):
@@ -111,7 +125,8 @@ class TextCodec:
 
     def __init__(self, tokenizer: Any, info: TokenizerInfo) -> None:
         definition = tokenizer.backend_tokenizer.to_str()
-        model = json.loads(definition)["model"]
+        parts = json.loads(definition)
+        model = parts["model"]
         self.info = info
         self.special_ids = special_ids(tokenizer)
         self.token_bytes = spoken_bytes(tokenizer, info)
@@ -123,7 +138,46 @@ class TextCodec:
         self._special_encoders = make_text_encoders(definition)
         self.prefix = self._encoders.prefix
         self._encode_short = functools.lru_cache(_KEPT)(self._encode)
-        self.breaks_before_words = self.is_bpe and self._breaks_before_words(json.loads(definition))
+        self.breaks_before_words = self.is_bpe and self._breaks_before_words(parts)
+        # Appended words that are none within longer ones: whether they are depends on what follows.
+        self._has_whole_words = any(
+            added["single_word"] and not added["special"] for added in parts["added_tokens"]
+        )
+
+    @functools.cached_property
+    def breaks(self) -> frozenset[str]:
+        """Pairs of ASCII characters between which tokens always end.
+
+        What is before such a place never influences what comes after it, nor the other way round.
+        There are none unless the tokenizer breaks before words.
+        """
+        if not self.breaks_before_words or self._has_whole_words:
+            return frozenset()
+        spelled = np.frombuffer(b" ".join(self.token_bytes).lower(), np.uint8).astype(np.int32)
+        spanned = set(np.unique(256 * spelled[:-1] + spelled[1:]).tolist())
+        found = set[str]()
+        for firsts, seconds in _KINDS:
+            pairs = [
+                first + second
+                for first, second in itertools.product(firsts, seconds)
+                if 256 * ord(first.lower()) + ord(second.lower()) not in spanned
+            ]
+            # Where digits are grouped, a group's beginning depends on how many there are.
+            grouped = firsts == seconds and len(pairs) < len(firsts) * len(seconds)
+            if not grouped and self._break_apart(pairs):
+                found.update(pairs)
+        return frozenset(found)
+
+    def _break_apart(self, pairs: Sequence[str]) -> bool:
+        """Whether tokens end between the characters of each pair; as with words, it is tried."""
+        contexts = itertools.cycle(itertools.product(_BEFORE_BREAK, _AFTER_BREAK))
+        each = [
+            (before + pair[0], pair[1] + after)
+            for pair, (before, after) in zip([*pairs, *pairs], contexts, strict=False)
+        ]
+        encode = functools.cache(functools.partial(self._encode, own_space=False))
+        apart = [token for parts in each for part in parts for token in encode(part)]
+        return encode("".join(itertools.chain(*each))) == apart
 
     @property
     def empty_id(self) -> int:

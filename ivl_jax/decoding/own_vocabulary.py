@@ -383,9 +383,9 @@ def _slots(lengths: Sequence[int], *, contexts: Sequence[int]) -> int:
 
 
 def _padded(pieces: Sequence[tuple[int, list[int]]], *, size: int, width: int) -> OwnTokens:
-    tokens = np.zeros((size, width), np.int32)
-    starts, counts = np.zeros(size, np.int32), np.ones(size, np.int32)
-    for row, (start, piece) in enumerate(pieces):
-        tokens[row, : len(piece)] = piece
-        starts[row], counts[row] = start, len(piece)
-    return OwnTokens(tokens, starts, counts)  # pyright: ignore[reportArgumentType]
+    # Python lists become one array: an assignment per row would take several times as long.
+    filling = [(0, [0])] * (size - len(pieces))
+    starts, tokens = zip(*pieces, *filling, strict=True)
+    counts = [len(piece) for piece in tokens]
+    rows = [piece + [0] * (width - len(piece)) for piece in tokens]
+    return OwnTokens(*(np.array(each, np.int32) for each in (rows, starts, counts)))  # pyright: ignore[reportArgumentType]

@@ -9,17 +9,35 @@ is read up to that character; bytes that can no longer complete one become U+FFF
 """
 
 import codecs
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ivl_jax.text_codec import Before, TextCodec
 from ivl_jax.vocabulary.special_tokens import SpecialPairs
 
-# The tail that is tokenised anew at each step: the last word where words are tokenised apart, else
-# between one and two times this many tokens. With 32, and no words, a step of 32 rows took 9 ms.
+# The tail that is tokenised anew at each step: the last word where words are tokenised apart (or
+# what is after its last sign or digits), else between one and two times this many tokens. With 32,
+# and no words, a step of 32 rows took 9 ms.
 _TAIL_TOKENS = 8
 # Places at which a cut of the tail is tried, from the newest backwards.
 _CUTS_TRIED = 8
+# Words of at most so many characters, and what follows them, recur: how many are kept.
+_SHORT, _KEPT = 24, 1 << 16
+
+
+class GrownWord(NamedTuple):
+    """What becomes of a text's last word when text follows it; the same wherever the word is."""
+
+    kept: int
+    """Tokens of the word that do not change."""
+    added: list[int]
+    """Tokens after these."""
+    before: int
+    """Tokens before those of the word that is then the last one."""
+    word: str
+    """That word: all of the old one and the new text if no other word begins in it."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +55,10 @@ class Retokenizer:
     source: TextCodec
     target: TextCodec
     pairs: Mapping[int, int]
+
+    def __post_init__(self) -> None:
+        # Tables that take 0.1 s: made here, not during the first step.
+        _ = self.ordinary_texts, self.target.breaks
 
     def begin(self, source_ids: Sequence[int]) -> "RetokenizedText":
         """Start from a prompt.
@@ -83,6 +105,46 @@ class Retokenizer:
         if first and source_id == begins[0] and begins[1] is not None:
             return begins[1]
         return self.pairs.get(source_id)
+
+    @functools.cached_property
+    def ordinary_texts(self) -> tuple[str, ...]:
+        """By source id, the text of a token; empty if it has none of its own.
+
+        Special tokens have none, and neither have those whose bytes are not whole characters.
+        """
+        texts = [spelled.decode(errors="replace") for spelled in self.source.token_bytes]
+        for source_id, spelled in enumerate(self.source.token_bytes):
+            special = source_id in self.source.special_ids or source_id in self.pairs
+            if special or texts[source_id].encode() != spelled:
+                texts[source_id] = ""
+        return tuple(texts)
+
+    def begins_apart(self, text: str, *, after: str) -> bool:
+        """Whether what follows a word is tokenised apart from it, as the next word is.
+
+        Args:
+            text: what follows, not empty.
+            after: the word's last character.
+        """
+        if text[0] != " ":
+            return after + text[0] in self.target.breaks
+        return text.rfind(" ") == 0 and not (text[1:2] or " ").isspace() and not after.isspace()
+
+    @functools.cached_property
+    def grow_word(self) -> Callable[[str, str], GrownWord]:
+        """What becomes of a last word when a text follows, where words are read apart."""
+
+        @functools.lru_cache(_KEPT)
+        def grown(word: str, text: str) -> GrownWord:
+            encode = functools.partial(self.target.encode, before="text")
+            whole = word + text
+            last = _last_word(whole)
+            head = encode(whole[: len(whole) - len(last)])
+            found = head + encode(last) if last else head
+            kept = _common_length(encode(word), found)
+            return GrownWord(kept, found[kept:], len(head) if last else 0, last or whole)
+
+        return grown
 
 
 def forward_pairs(pairs: SpecialPairs) -> dict[int, int]:
@@ -131,7 +193,8 @@ class RetokenizedText:
     ) -> None:
         self.tokens = pinned
         self._retokenizer = retokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        # Bytes that begin a character.
+        self._pending = b""
         # Whether to remove the space that the source's tokenizer puts before the next text.
         self._strip = strip
         self._open(before)
@@ -142,8 +205,6 @@ class RetokenizedText:
         copy.__dict__.update(self.__dict__)
         copy.tokens = list(self.tokens)
         copy._stretch = list(self._stretch)
-        copy._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        copy._decoder.setstate(self._decoder.getstate())
         return copy
 
     def push(self, source_ids: Sequence[int], *, is_prompt: bool = False) -> int:
@@ -158,6 +219,12 @@ class RetokenizedText:
             How many of the first `tokens` did not change.
         """
         rules = self._retokenizer
+        if self._is_word and len(source_ids) == 1 and not (self._pending or self._strip):
+            (source_id,) = source_ids
+            known = 0 <= source_id < len(rules.ordinary_texts)
+            text = rules.ordinary_texts[source_id] if known else ""
+            if text and not is_prompt:
+                return self._grow_word(text)
         unchanged, text = len(self.tokens), ""
         for place, source_id in enumerate(source_ids):
             paired = rules.pair(source_id, first=is_prompt and place == 0)
@@ -183,9 +250,9 @@ class RetokenizedText:
         return self._decode(source.token_bytes[source_id] if known else b"", final=False)
 
     def _decode(self, spelled: bytes, *, final: bool) -> str:
-        text = self._decoder.decode(spelled, final)
-        if final:
-            self._decoder.reset()
+        spelled = self._pending + spelled
+        text, read = codecs.utf_8_decode(spelled, "replace", final)
+        self._pending = spelled[read:]
         if text and self._strip:
             self._strip = False
             return text.removeprefix(" ")
@@ -226,6 +293,10 @@ class RetokenizedText:
             text = read.rest
         if not text:
             return len(self.tokens)
+        return self._grow_word(text) if self._is_word else self._grow_tail(text)
+
+    def _grow_tail(self, text: str) -> int:
+        """Append text to the tail, whatever it is; return how many tokens did not change."""
         target = self._retokenizer.target
         self._at_start = False
         self._stretch.append(text)
@@ -251,6 +322,29 @@ class RetokenizedText:
             self._cut(found)
         return same
 
+    def _grow_word(self, text: str) -> int:
+        """Append text to the tail, which is a word; return how many tokens did not change."""
+        rules = self._retokenizer
+        if rules.begins_apart(text, after=self._tail[-1]):
+            self._stretch.append(text)
+            same = len(self.tokens)
+            self.tokens += rules.target.encode(text, before="text")
+            self._begin_word(same, text)
+            return same
+        if len(self._tail) + len(text) > _SHORT:
+            return self._grow_tail(text)
+        self._stretch.append(text)
+        kept, added, before, word = rules.grow_word(self._tail, text)
+        same = self._fixed + kept
+        self.tokens[same:] = added
+        if before:
+            self._begin_word(self._fixed + before, word)
+            return same
+        self._tail = word
+        if len(self.tokens) - self._fixed > self._cut_beyond:
+            self._cut(self.tokens[self._fixed :])
+        return same
+
     def _encode_tail(self, word: str) -> tuple[list[int], list[int]]:
         """The tokens of the tail up to its last word, if it has one, and those of that word."""
         target = self._retokenizer.target
@@ -258,7 +352,7 @@ class RetokenizedText:
         return head, target.encode(word, before="text") if word else []
 
     def _begin_word(self, fixed: int, word: str) -> None:
-        """Set the tail to a word that follows another."""
+        """Set the tail to a word, or a part of one, that is tokenised apart from what is before."""
         self._read_from(fixed, word, "text")
         self._is_word = True
 

@@ -1,6 +1,9 @@
 """Re-tokenising the tail is re-tokenising everything, at every step."""
 
+import itertools
 import json
+import random
+import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,10 +128,50 @@ def test_only_a_tail_is_read_anew_also_in_long_texts(
         assert max(read) < 12, "words are read one by one"
 
 
+def test_text_between_breaks_is_tokenised_by_itself(codecs: dict[str, TextCodec]) -> None:
+    characters = string.ascii_letters + string.digits * 3 + string.punctuation * 2 + "\n\n    é水"
+    choices = random.Random(0).choices
+    for codec in codecs.values():
+        assert {"s.", "9+", "$2", "a\n"} <= codec.breaks
+        for _ in range(1000):
+            text = " x" + "".join(choices(characters, k=12))
+            cuts = [i for i in range(1, len(text)) if text[i - 1 : i + 1] in codec.breaks]
+            parts = [text[i:j] for i, j in itertools.pairwise([0, *cuts, len(text)])]
+            apart = [token for part in parts for token in codec.encode(part, before="text")]
+            assert codec.encode(text, before="text") == apart
+
+
+def test_what_follows_a_word_is_read_apart_from_it_and_what_joins_it_once(
+    codecs: dict[str, TextCodec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules = retokenizer(codecs["gpt2"], codecs["llama2"])
+    read: list[str] = []
+    encode = rules.target.encode
+
+    def recording(text: str, *, before: Any) -> list[int]:
+        read.append(text)
+        return encode(text, before=before)
+
+    monkeypatch.setattr(rules.target, "encode", recording)
+    ids = rules.source.encode(" costs $22.50, Siobhan=9+6: zyzzyva?", before="text")
+    pieces = [rules.source.token_bytes[token_id].decode() for token_id in ids]
+    for joined in (True, False):
+        grown = rules.begin(rules.source.encode("It is", before="start"))
+        read.clear()
+        for token_id in ids:
+            grown.push([token_id])
+        assert all(text.strip().isalnum() or text in pieces for text in read)
+        # The first time, the parts of words are joined; afterwards they are looked up.
+        assert any(text not in pieces for text in read) == joined
+
+
 def toy_codec(**changes: Any) -> TextCodec:
     """Reads characters, and a space with the letter after it; with `changes`, else too."""
     names = ["?", *map(chr, range(32, 127)), *(f" {chr(i)}" for i in range(97, 123))]
     merges = [(" ", chr(i)) for i in range(97, 123)]
+    if "digits" in changes:
+        numbers = list(itertools.product(string.digits, repeat=2))
+        names, merges = [*names, *map("".join, numbers)], [*merges, *numbers]
     if "spanning" in changes:
         names, merges = [*names, "b c"], [*merges, ("b", " c")]
     vocabulary = {name: index for index, name in enumerate(names)}
@@ -161,6 +204,21 @@ def test_words_are_read_apart_only_where_that_changes_nothing(
     assert target.breaks_before_words is apart
     grown = Retokenizer(toy_codec(), target, {}).begin(())
     text = "a b c  word d! e word"
+    for count, letter in enumerate(text, 1):
+        grown.push([ord(letter) - 31])
+        assert grown.tokens[1:] == target.encode(text[:count], before="start")
+
+
+def test_tokens_break_nowhere_that_later_text_matters() -> None:
+    # Two digits are one token, but not if the second one is before a letter.
+    split = pre_tokenizers.Split(Regex("(?<=[0-9])[0-9](?=[a-z])"), "isolated")
+    target = toy_codec(digits=True, pre_tokenizer=split)
+    assert "a1" in target.breaks
+    # An appended word may be one only where no letter or digit is beside it.
+    assert not toy_codec(added=[AddedToken("word", single_word=True)]).breaks
+    assert not any(pair[0].isdigit() and pair[1].islower() for pair in target.breaks)
+    grown = Retokenizer(toy_codec(), target, {}).begin(())
+    text = "a b 12 12c d34e"
     for count, letter in enumerate(text, 1):
         grown.push([ord(letter) - 31])
         assert grown.tokens[1:] == target.encode(text[:count], before="start")
