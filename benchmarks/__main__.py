@@ -43,6 +43,8 @@ def _run(arguments: Sequence[str]) -> int:
             for part, reason in reports[name].failed.items():
                 failures[f"{name}, {part}"] = reason
                 console.print(f"{name}, {part}: {reason}", style="red", markup=False)
+            for part, reason in reports[name].skipped.items():
+                console.print(f"{name}, {part}: skipped: {reason}", markup=False, soft_wrap=True)
         except Exception as error:
             # A failure does not discard the results of the others.
             failures[name] = f"{type(error).__name__}: {error}"

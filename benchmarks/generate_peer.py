@@ -1,7 +1,7 @@
-"""The peer in sampling answers: `generate` of transformers, with a value network's logits added.
+"""The peer in writing answers: `generate` of transformers, with a value network's logits added.
 
 In: two models of transformers with one vocabulary, prompts, how many tokens each answer takes. Out:
-sampled answers. A logits processor runs the value network, which has its own cache, and adds its
+answers. A logits processor runs the value network, which has its own cache, and adds its
 logits to the base's. Prompts of unequal length are padded on the left, as `generate` asks; a row
 that has its tokens is decoded on until the last one of its batch has them.
 """
@@ -22,6 +22,8 @@ from transformers import (
 from benchmarks.torch_peers import CACHE_ARGUMENT
 
 PAD = 0
+_GREEDY: dict[str, Any] = {"do_sample": False}
+_SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
 class AddedLogits(LogitsProcessor):
@@ -60,19 +62,22 @@ class _Lengths(StoppingCriteria):
 
 
 @torch.inference_mode()
-def sample_answers(
+def write_answers(
     base: Any,
     value: LlamaForCausalLM,
     prompts: Sequence[Sequence[int]],
     lengths: Sequence[int],
+    *,
+    greedy: bool,
 ) -> torch.Tensor:
-    """Sample one batch of answers at temperature 1.
+    """Write one batch of answers.
 
     Args:
         base: the base, a model of transformers.
         value: the value network.
         prompts: token ids.
         lengths: tokens of each answer.
+        greedy: take the likeliest tokens; False: sample at temperature 1.
 
     Returns:
         [B T] prompts, padded on the left, and answers; what follows a row's own length is to be
@@ -89,10 +94,7 @@ def sample_answers(
         ids,
         attention_mask=mask,
         max_new_tokens=max(lengths),
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
+        **_GREEDY if greedy else _SAMPLED,
         pad_token_id=PAD,
         eos_token_id=None,
         logits_processor=LogitsProcessorList([AddedLogits(value, mask)]),

@@ -93,6 +93,8 @@ def section(name: str, record: Mapping[str, Any]) -> str:
             {True: "yes", False: "**no**", None: ""}[row["met"]],
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    for part, reason in record.get("skipped", {}).items():
+        lines += ["", f"Skipped: {part}: {reason}."]
     return "\n".join(lines)
 
 

@@ -128,12 +128,15 @@ class Report:
         dtype: Number format of the measured computation.
         shapes: Relevant sizes, by name.
         failed: Part that could not be measured → why.
+        skipped: Part for which this machine lacks something → what, and how to get it. Unlike a
+            part that failed, it does not change the command's status.
     """
 
     rows: Sequence[Row]
     dtype: str
     shapes: Mapping[str, Any]
     failed: Mapping[str, str] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
 
 def to_json(
@@ -154,7 +157,7 @@ def to_json(
     Returns:
         `rows` of all of them, each with its benchmark; `targets_met`, true if all rows with a
         target reach it and no benchmark failed; `setting`, with the dtype and the shapes by
-        benchmark; `failures`.
+        benchmark; `failures`; `skipped`, the reason by benchmark and part.
     """
     rows = [(name, row) for name, report in reports.items() for row in report.rows]
     return {
@@ -167,6 +170,11 @@ def to_json(
             "shapes": {name: dict(report.shapes) for name, report in reports.items()},
         },
         "failures": dict(failures),
+        "skipped": {
+            f"{name}, {part}": reason
+            for name, report in reports.items()
+            for part, reason in report.skipped.items()
+        },
     }
 
 

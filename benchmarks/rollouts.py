@@ -47,7 +47,7 @@ def run(options: Options) -> Report:
     """
     import torch
 
-    from benchmarks.generate_peer import sample_answers
+    from benchmarks.generate_peer import write_answers
     from benchmarks.torch_peers import llama
 
     shorter, count, repeats = (4, 48, 1) if options.quick else (1, 96, 3)
@@ -59,7 +59,8 @@ def run(options: Options) -> Report:
         for start in range(0, len(requests), _BATCH):
             some = requests[start : start + _BATCH]
             lengths = [one.options.max_new_tokens for one in some]
-            sample_answers(base, value, [one.token_ids for one in some], lengths)
+            prompts = [one.token_ids for one in some]
+            write_answers(base, value, prompts, lengths, greedy=False)
 
     rng = np.random.default_rng(0)
     drawn = [draw_lengths(rng, count, of[0] / shorter, of[1]) for of in (QUESTIONS, ANSWERS)]

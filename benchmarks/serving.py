@@ -11,9 +11,8 @@ import contextlib
 import functools
 import random
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,33 +22,23 @@ import numpy as np
 from benchmarks.composed import composed, random_weights
 from benchmarks.decode_contest import random_prompts
 from benchmarks.report import Options, Peer, Report, Row, Target
+from benchmarks.running_server import VALUE, compiled_runs, random_pair, running, server_config
 from benchmarks.serving_clients import Sent, send_from_process
-from benchmarks.shapes import (
-    BASE_A,
-    BASE_C,
-    VALUE_A,
-    VALUE_C,
-    parameter_count,
-    write_checkpoint,
-)
+from benchmarks.shapes import BASE_A, BASE_C, VALUE_A, VALUE_C, parameter_count
 from benchmarks.timing import Figures, resident_memory, time_in_turn
-from ivl_jax.config import ComposedModelConfig, MeshConfig, ServeConfig, check_serve_config
+from ivl_jax.config import check_serve_config
 from ivl_jax.decoding.capacity import EngineLimits
 from ivl_jax.decoding.loading import load_composed, read_sources
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.decoding.requests import EncodedPrompt, GenerationOptions
 from ivl_jax.model.architecture import ArchConfig
-from ivl_jax.serving.server import Prepared, make_server, prepare
+from ivl_jax.serving.server import Prepared, prepare
 
 ABOUT = "32 clients of a server beside the offline engine; requests that disconnect"
 
-_VALUE = "value"
 _STRENGTHS = (1.0, -0.5, 0.7)
 _CLIENTS = 32
 _STEPS = 8  # of decoding with three value networks
-_COMPILATION = "/jax/core/compile/backend_compile_duration"
-_MORE_ROUNDS = 3  # at most, in which programs are compiled
-_MESH = MeshConfig(data=1, fsdp=1, tensor=1)
 
 
 class Plan(NamedTuple):
@@ -116,50 +105,23 @@ def run(options: Options) -> Report:
     )
 
 
-def _write(folder: Path, plan: Plan) -> ServeConfig:
-    """The flags of a server of random networks."""
-    for name, arch in (("base", plan.base), ("value", plan.value)):
-        (folder / name).mkdir()
-        write_checkpoint(folder / name, arch, tokenizer=True)
-    model = ComposedModelConfig(
-        base=str(folder / "base"), value=(f"{_VALUE}={folder / 'value'}",), mesh=_MESH
-    )
-    return ServeConfig(
-        model,
-        port=0,
-        max_rows=_CLIENTS,
-        request_seconds=3600,
-        queue_seconds=3600,
-        warm_up=False,  # the benchmark warms up by its own requests
-    )
-
-
 @contextlib.contextmanager
 def _served(plan: Plan) -> Iterator[Setting]:
     """A server that runs in a thread, and the same networks offline."""
     with tempfile.TemporaryDirectory(prefix="ivl-serving-") as folder:
-        config = _write(Path(folder), plan)
+        pair = random_pair(Path(folder), plan.base, plan.value)
+        config = server_config(pair, rows=_CLIENTS)
         flags = check_serve_config(config).model
         model = load_composed(read_sources(flags), flags, mesh=None)
         prepared = prepare(config)
-    server = make_server(prepared)
-    thread = threading.Thread(target=server.run, args=([prepared.listening],), daemon=True)
-    thread.start()
-    while not server.started:
-        if not thread.is_alive():
-            raise RuntimeError("the server ended before it began to answer")
-        time.sleep(0.01)
     prompts = random_prompts(_CLIENTS, plan.base.vocab_size)[:, : plan.prompt]
-    try:
-        yield Setting(prepared.listening.getsockname()[1], prepared, model, plan, prompts)
-    finally:
-        server.should_exit = True
-        thread.join()
+    with running(prepared) as port:
+        yield Setting(port, prepared, model, plan, prompts)
 
 
 def _body(setting: Setting, prompt: Sequence[int], **more: object) -> dict[str, object]:
     """A request under the value network."""
-    asked = {"model": _VALUE, "prompt": list(prompt), "temperature": 0, "seed": 0}
+    asked = {"model": VALUE, "prompt": list(prompt), "temperature": 0, "seed": 0}
     return {**asked, "max_tokens": setting.plan.new_tokens, **more}
 
 
@@ -185,7 +147,7 @@ def _load_rows(setting: Setting) -> Iterator[Row]:
         "without": served,
         "with": functools.partial(served, **streams),
     }
-    runs = _compiled_runs(works, repeats=setting.plan.repeats)
+    runs = compiled_runs(works, repeats=setting.plan.repeats)
     tokens = [number for each in runs.values() for number, _ in each]
     if min(tokens) < 0.98 * max(tokens):  # near-ties may end a row elsewhere
         raise RuntimeError(f"other numbers of tokens were generated: {sorted(set(tokens))}")
@@ -202,38 +164,6 @@ def _load_rows(setting: Setting) -> Iterator[Row]:
             peer=Peer("the offline engine", rates["offline"].median),
             target=Target("ratio", bound),
         )
-
-
-def _compiled_runs(
-    works: Mapping[str, Callable[[], tuple[int, float]]], *, repeats: int
-) -> dict[str, list[tuple[int, float]]]:
-    """Run works in turn; runs in which a program was compiled do not count.
-
-    The shapes of a server's batches depend on when requests arrive: no number of runs before is
-    sure to have compiled all of its programs.
-    """
-    compiled: list[float] = []
-
-    def listen(event: str, duration_secs: float, **_: str | int) -> None:
-        if event == _COMPILATION:
-            compiled.append(duration_secs)
-
-    runs: dict[str, list[tuple[int, float]]] = {name: [] for name in works}
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        for _ in range(repeats + _MORE_ROUNDS):
-            for name, work in works.items():
-                before = len(compiled)
-                run = work()
-                if len(compiled) == before:
-                    runs[name].append(run)
-            if all(len(each) >= repeats for each in runs.values()):
-                break
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-    if not all(runs.values()):
-        raise RuntimeError("programs were compiled in every run")
-    return runs
 
 
 def _offline(setting: Setting) -> list[EncodedPrompt]:
@@ -281,7 +211,7 @@ def _disconnect_rows(setting: Setting) -> tuple[list[Row], int]:
                 setting,
                 prompt,
                 model="base",
-                strengths={_VALUE: chance.choice((0.0, 0.5, 1.0))},
+                strengths={VALUE: chance.choice((0.0, 0.5, 1.0))},
                 max_tokens=chance.randint(1, setting.plan.new_tokens),
             )
             if chance.random() < 0.5:

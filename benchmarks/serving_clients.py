@@ -1,7 +1,7 @@
 """Clients of a server, in a process of their own: they take no time of the server's interpreter.
 
-In: a plan, as JSON on standard input: the port, how many clients there are at a time, and bodies of
-`/v1/completions`. Out: what became of each request, as JSON on standard output.
+In: a plan, as JSON on standard input: the port, how many clients there are at a time, and requests
+of OpenAI's API. Out: what became of each request, as JSON on standard output.
 
     python -m benchmarks.serving_clients < plan.json
 """
@@ -26,6 +26,7 @@ class Sent(NamedTuple):
     body: Mapping[str, Any]
     leaves_after: float | None = None
     """Seconds after which the client disconnects; None: it stays."""
+    path: str = "/v1/completions"
 
 
 class Answered(NamedTuple):
@@ -36,7 +37,8 @@ class Answered(NamedTuple):
     tokens: int
     """Generated, as its usage says; 0 without one."""
     first: float
-    """Seconds until the first byte of the answer, which follows the first token of a stream."""
+    """Seconds until the first byte of the answer, or the first event of a stream, which follows
+    the first token."""
     complete: bool
     """Whether the answer came to its end."""
     left: bool
@@ -96,18 +98,20 @@ def send_from_process(port: int, requests: Sequence[Sent], *, clients: int) -> O
 async def _send(port: int, request: Sent) -> Answered:
     body = json.dumps(request.body).encode()
     head = (
-        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        f"POST {request.path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     start = time.perf_counter()
+    is_stream = bool(request.body.get("stream"))
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=_LIMIT)
     received, first, left = b"", 0.0, False
     try:
         async with asyncio.timeout(request.leaves_after):
             writer.write(head.encode() + body)
             while piece := await reader.read(_LIMIT):
-                first = first or time.perf_counter() - start
                 received += piece
+                if not first and (not is_stream or b"\ndata:" in received):
+                    first = time.perf_counter() - start
     except TimeoutError:
         left = True
     finally:
@@ -117,7 +121,6 @@ async def _send(port: int, request: Sent) -> Answered:
     used = _USED.findall(received)
     status = int(received.split(b" ", 2)[1]) if received else 0
     # A stream ends with [DONE]; a whole answer is the JSON object that has the usage.
-    is_stream = bool(request.body.get("stream"))
     complete = b"[DONE]" in received if is_stream else bool(used)
     return Answered(status, int(used[-1]) if used else 0, first, complete, left)
 

@@ -65,6 +65,25 @@ def test_a_part_that_failed_is_named_and_its_rows_are_kept(
     assert "partial, demo: not run" in capsys.readouterr().out
 
 
+def test_a_part_that_was_skipped_says_why_and_is_not_a_failure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(options: Options) -> Report:
+        return Report([], dtype="float32", shapes={}, skipped={"the peer": "it is not installed"})
+
+    module = ModuleType("elsewhere")
+    module.run = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "benchmarks.elsewhere", module)
+    found = {"elsewhere": Benchmark("about", "benchmarks.elsewhere")}
+    monkeypatch.setattr(command, "find_benchmarks", lambda: found)
+    file = tmp_path / "x.json"
+    assert command.main(["elsewhere", "--json", str(file)]) == 0
+    record = json.loads(file.read_text())
+    assert record["skipped"] == {"elsewhere, the peer": "it is not installed"}
+    assert record["failures"] == {}
+    assert "elsewhere, the peer: skipped: it is not installed" in capsys.readouterr().out
+
+
 def test_a_missed_target_is_reported_and_is_not_a_failure(fake_benchmarks, capsys) -> None:
     assert command.main(["slow"]) == 0
     assert "targets met: NO" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The peer in sampling: padding on the left changes nothing; a batch ends with its last row."""
+"""The peer in writing answers: padding on the left changes nothing; a batch ends with its last."""
 
 import pytest
 
@@ -6,7 +6,7 @@ torch = pytest.importorskip("torch")
 
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from benchmarks.generate_peer import PAD, AddedLogits, sample_answers  # noqa: E402
+from benchmarks.generate_peer import PAD, AddedLogits, write_answers  # noqa: E402
 
 SHAPE = LlamaConfig(
     vocab_size=64,
@@ -40,6 +40,16 @@ def test_a_batch_ends_with_its_longest_answer(value: LlamaForCausalLM) -> None:
     torch.manual_seed(1)
     base = LlamaForCausalLM(SHAPE).eval()
     for lengths in ([2, 6], [6, 2]):
-        tokens = sample_answers(base, value, [[5, 6], [7, 8, 9]], lengths)
+        tokens = write_answers(base, value, [[5, 6], [7, 8, 9]], lengths, greedy=False)
         assert tokens.shape == (2, 9)
         assert tokens[:, :3].tolist() == [[PAD, 5, 6], [7, 8, 9]]
+
+
+def test_a_greedy_answer_takes_the_likeliest_tokens_of_the_sum(value: LlamaForCausalLM) -> None:
+    torch.manual_seed(1)
+    base = LlamaForCausalLM(SHAPE).eval()
+    found = write_answers(base, value, [[5, 6, 7]], [4], greedy=True)
+    for end in range(3, 7):
+        with torch.inference_mode():
+            total = base(found[:, :end]).logits + value(found[:, :end]).logits
+        assert found[0, end] == total[0, -1].argmax()
