@@ -29,15 +29,22 @@ def check_exportable(value: epath.PathLike, out: Path, *, overwrite: bool) -> No
         FileNotFoundError: `value` is not a value folder.
         FileExistsError: `out` exists and may not be replaced.
         ValueFolderError: an unknown format version, or invalid entries.
-        ValueError: the network reads more than text.
+        ValueError: the network reads more than text, or its head several depths.
     """
-    connection = read_value_metadata(value).connection
+    metadata = read_value_metadata(value)
+    connection, depths = metadata.connection, metadata.architecture.get("head_depths", 1)
     if connection != "residual":
         raise ValueError(
             f"{value}: connection {connection}, expected residual: this network reads the base's "
             "predictions at every position, but a Hugging Face model reads only text (a "
             "LogitsProcessor sees only the base's logits at the last position, not those of the "
             "prompt). Decode it with infer.py, or train a residual value network"
+        )
+    if depths != 1:
+        raise ValueError(
+            f"{value}: its head reads a mixture of the last {depths} layers (value.depths), which "
+            "no model of transformers computes. Decode it with infer.py, or train with "
+            "value.depths = 1"
         )
     check_new_folder(out, overwrite=overwrite)
 
@@ -61,10 +68,15 @@ def export_hugging_face(
 
     Raises:
         FileExistsError: `out` exists and may not be replaced.
-        ValueError: the network is not a decoder.
+        ValueError: the network is not a decoder that transformers has.
     """
     if not isinstance(value.arch, ArchConfig):
         raise ValueError(f"{value.path}: expected a decoder, got a linear map on base logits")
+    if value.arch != value.arch.plain:
+        raise ValueError(
+            f"{value.path}: base_hidden_size = {value.arch.base_hidden_size} and head_depths = "
+            f"{value.arch.head_depths} are not parts of a transformers model, expected 0 and 1"
+        )
     model = LanguageModel(
         path=value.path,
         arch=value.arch,

@@ -166,6 +166,9 @@ def _rows(metadata: ValueMetadata, facts: TrainingFacts | None) -> list[tuple[st
     if base.get("fingerprint"):
         rows.append(("fingerprint of the base's weights", _code(base["fingerprint"])))
     rows.append(("connection scheme", _code(metadata.connection)))
+    depths = metadata.architecture.get("head_depths", 1)
+    if depths != 1:
+        rows.append(("its head reads", f"a mixture of its last {depths} layers"))
     if metadata.adapter is not None:
         model, rank = metadata.adapter["model"]["name"], metadata.adapter["rank"]
         rows.append(("low-rank adapter of", f"{_code(model)}, rank {rank}; not included"))

@@ -18,7 +18,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from ivl_jax.composed.distributions import entropy, js_divergence, kl_divergence
-from ivl_jax.composed.forward import HiddenStates, NetworkLogits, compose, network_logits
+from ivl_jax.composed.forward import (
+    HiddenStates,
+    NetworkLogits,
+    compose,
+    head_logits,
+    network_logits,
+)
 from ivl_jax.composed.network import ComposedParams, Composition
 from ivl_jax.composed.strength_policies import RowPolicies
 from ivl_jax.composition import compose_logits, value_penalty
@@ -37,6 +43,8 @@ class PositionLogits(NamedTuple):
     """Logits of a teacher, which may have further tokens; None: there is none."""
     temperature: float = 1.0
     """What `composed` was divided by, and what the base's logits are."""
+    late: Sequence[Float32[Array, "B T V"]] = ()
+    """`composed`, had the head of the first value network read one layer before its last alone."""
 
     @property
     def teacher(self) -> Float32[Array, "B T V"]:
@@ -77,6 +85,12 @@ def _value_size(logits: PositionLogits, kind: Any) -> Float32[Array, "B T M"]:
     return jnp.stack(sizes, axis=-1) if sizes else empty
 
 
+def _depth_divergence(logits: PositionLogits) -> Float32[Array, "B T"]:
+    whole = jax.lax.stop_gradient(logits.composed)
+    divergences = [kl_divergence(whole, late) for late in logits.late]
+    return jnp.mean(jnp.stack(divergences), axis=0)
+
+
 SCORES: Mapping[str, Score] = {
     # log p(target), nats
     "log_prob": lambda at: log_probs(at.composed, at.targets),
@@ -99,6 +113,8 @@ SCORES: Mapping[str, Score] = {
     # mean over the vocabulary of |z_value| and z_value², [B T M]: one per value network
     "value_l1": lambda at: _value_size(at, "l1"),
     "value_l2": lambda at: _value_size(at, "l2"),
+    # KL(all depths ‖ one layer before the last alone), mean over these; no gradient to the former
+    "depth_kl": _depth_divergence,
 }
 
 
@@ -113,6 +129,7 @@ def score_positions(
     policies: RowPolicies | None = None,
     teacher_logits: Float32[Array, "B T V2"] | None = None,
     temperature: float = 1.0,
+    late_hidden: Sequence[Float[Array, "B T D"]] = (),
 ) -> dict[str, Array]:
     """Score positions.
 
@@ -127,14 +144,27 @@ def score_positions(
         teacher_logits: of a teacher at the same positions, for scores that compare with one.
         temperature: composed logits and the base's are divided by it, so that scores are those of
             the distribution that is sampled at this temperature; value logits are not.
+        late_hidden: what the head of the first value network could read of each layer before its
+            last, for `depth_kl`.
 
     Returns:
         Name → scores [B T]; [B T M] for `value_l1` and `value_l2`.
     """
     logits = network_logits(composition, params, hidden)
-    composed = compose(composition, params.values, logits, strengths=strengths, policies=policies)
-    composed = at_temperature(composed, temperature)
-    at = PositionLogits(composition, composed, logits, targets, teacher_logits, temperature)
+
+    def composed_with(logits: NetworkLogits) -> Float32[Array, "B T V"]:
+        added = compose(composition, params.values, logits, strengths=strengths, policies=policies)
+        return at_temperature(added, temperature)
+
+    late = [
+        composed_with(logits._replace(values=(one, *logits.values[1:])))
+        for one in (
+            head_logits(composition.values[0], params.values[0].params, states)
+            for states in late_hidden
+        )
+    ]
+    composed = composed_with(logits)
+    at = PositionLogits(composition, composed, logits, targets, teacher_logits, temperature, late)
     return {name: SCORES[name](at) for name in names}
 
 

@@ -317,4 +317,9 @@ def _base_problems(config: TrainConfig) -> list[str]:
                 f"value.lora.rank = {config.value.lora.rank} cannot be combined with method = "
                 '"sft": adapters are those of a value network'
             )
+        if config.value.depths > 1:
+            problems.append(
+                f"value.depths = {config.value.depths} cannot be combined with method = "
+                '"sft": it changes the head of a value network'
+            )
     return problems

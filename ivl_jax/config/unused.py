@@ -43,6 +43,10 @@ def unused_options(config: TrainConfig) -> list[str]:
         changed = _changed("distil", config.distil, "max_new_tokens", "temperature")
         if changed:
             found.append(_sentence(changed, 'distil.answers = "given": nothing is sampled'))
+    if config.value.depths == 1:
+        changed = _changed("value", config.value, "depths_distillation")
+        if changed:
+            found.append(_sentence(changed, "value.depths = 1: there is one depth"))
     penalty = config.penalty
     if config.method == "sft" and penalty.kind != "none" and penalty.weight > 0:
         changed = _changed("penalty", penalty)

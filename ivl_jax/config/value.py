@@ -4,6 +4,7 @@ In: values from a TOML file or the command line. Out: frozen dataclasses whose o
 passed.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -65,6 +66,12 @@ class ValueConfig:
     is a matrix on base logits. Or `module:attribute` of a connection scheme of your own."""
     rank: int = 0
     """With `connection = "linear"`: width between its two matrices; 0: a single V × V matrix."""
+    depths: int = 1
+    """Last layers that its head reads, mixed token by token by a small router; 1: the last one
+    alone. See `docs/recipes.md`."""
+    depths_distillation: float = 0.1
+    """With `depths` above 1: weight of the mean KL divergence of what each layer before the last
+    predicts by itself from what all predict together, over counted tokens."""
     layout: LayoutName = "full"
     """Mesh axes that split its parameters and moments; may differ from the base's."""
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -77,6 +84,16 @@ class ValueConfig:
             is_connection(self.connection),
             f'value.connection = "{self.connection}": expected one of {", ".join(CONNECTIONS)}, or '
             "module:attribute of a connection scheme of your own",
+        )
+        require(self.depths >= 1, f"value.depths must be ≥ 1, got {self.depths}")
+        require(
+            0 <= self.depths_distillation < math.inf,
+            f"value.depths_distillation must be ≥ 0, got {self.depths_distillation}",
+        )
+        require(
+            self.depths == 1 or self.connection != "linear",
+            f"value.depths = {self.depths} needs layers, and value.connection = "
+            '"linear" has none: set value.depths = 1 or another connection',
         )
         zeroed = "starts with a zero head, which an adapter never changes"
         require(

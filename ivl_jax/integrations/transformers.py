@@ -229,7 +229,8 @@ def load_torch_value(path: str | Path) -> tuple[PreTrainedModel, PreTrainedToken
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: the network reads more than text, so PyTorch cannot decode with it.
+        ValueError: the network reads more than text, or its head several depths, so PyTorch cannot
+            decode with it.
     """
     with _model_folder(path) as folder:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -89,6 +89,14 @@ class ArchConfig:
     base_hidden_size: int = 0
     """Width of the base hidden states that the network also reads (ours, not in published files);
     0: it reads only text."""
+    head_depths: int = 1
+    """Last layers whose normed outputs the head reads as a mixture (ours, `ivl_jax.model.depths`);
+    1: the last one alone."""
+
+    @property
+    def plain(self) -> "ArchConfig":
+        """The architecture without what only a value network has: a published model's."""
+        return dataclasses.replace(self, base_hidden_size=0, head_depths=1)
 
     @property
     def rotates(self) -> tuple[bool, ...]:
@@ -107,6 +115,11 @@ class ArchConfig:
         ]
         if self.base_hidden_size < 0:
             problems.append(f"base_hidden_size: got {self.base_hidden_size}, expected at least 0")
+        if not 1 <= self.head_depths <= max(self.num_hidden_layers, 1):
+            problems.append(
+                f"head_depths: got {self.head_depths}, expected 1 to the number of layers, "
+                f"{self.num_hidden_layers}"
+            )
         positive = ("rms_norm_eps", "query_pre_attn_scalar", "initializer_range")
         caps = ("attn_logit_softcapping", "final_logit_softcapping")
         present = [name for name in caps if getattr(self, name) is not None]

@@ -69,6 +69,7 @@ def _bare(arch: ArchConfig, *, form: KernelForm, scan_layers: bool, rows: int) -
         scan_layers=scan_layers,
         form=form,
         attention=PLAIN,
+        all_depths=False,
         vocab_rows=rows,
     )
 

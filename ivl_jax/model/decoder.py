@@ -4,7 +4,6 @@ In: an `ArchConfig`; then a static graphdef, a nested dict of arrays, tokens and
 hidden states, logits and the next cache. Base model and value network are two calls of these.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -31,6 +30,9 @@ from ivl_jax.model.product import multiply
 from ivl_jax.model.projection import AS_TRAINED, KernelForm, project
 from ivl_jax.model.remat import Remat
 
+ADDITIONS = ("base_projection", "depths")
+"""Modules that only value networks have; as zeros they change nothing."""
+
 
 @functools.cache
 def build_decoder(
@@ -41,6 +43,7 @@ def build_decoder(
     scan_layers: bool = False,
     form: KernelForm = AS_TRAINED,
     attention: AttentionForm = PLAIN,
+    all_depths: bool = False,
 ) -> nnx.GraphDef:
     """The static half of a decoder: hashable, made once per argument set, free of arrays.
 
@@ -54,6 +57,7 @@ def build_decoder(
             (`stack_layers`) and so does the cache.
         form: How kernels are stored.
         attention: How attention without a cache is computed (`attention.form.choose_form`).
+        all_depths: `hidden_states` also returns what the head could read of each depth.
 
     Returns:
         The graphdef every function of this module takes beside params.
@@ -66,6 +70,7 @@ def build_decoder(
             scan_layers=scan_layers,
             form=form,
             attention=attention,
+            all_depths=all_depths,
             vocab_rows=arch.vocab_size,
         )
     )
@@ -83,18 +88,17 @@ def init_params(
 
     Args:
         arch: The architecture; its `initializer_range` is the standard deviation.
-        key: A typed PRNG key; equal keys give equal parameters whatever `scan_layers` and
-            `base_hidden_size` are.
+        key: A typed PRNG key; equal keys give equal parameters whatever `scan_layers`,
+            `base_hidden_size` and `head_depths` are.
         param_dtype: See `abstract_params`, as for the rest.
         vocab_rows: Rows of embedding and head.
         scan_layers: Stack the layers.
 
     Returns:
-        Arrays in the shapes of `abstract_params`; `base_projection` is zero.
+        Arrays in the shapes of `abstract_params`; the `ADDITIONS` are zero.
     """
-    text_only = dataclasses.replace(arch, base_hidden_size=0)
-    shapes = abstract_params(text_only, param_dtype=param_dtype, vocab_rows=vocab_rows)
-    declared = parameter_declarations(text_only)
+    shapes = abstract_params(arch.plain, param_dtype=param_dtype, vocab_rows=vocab_rows)
+    declared = parameter_declarations(arch.plain)
     leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
 
     def fill(path: tuple, leaf: jax.ShapeDtypeStruct, key: Key[Array, ""]) -> Array:
@@ -105,23 +109,25 @@ def init_params(
 
     keys = jax.random.split(key, len(leaves))
     filled = [fill(path, leaf, keys[index]) for index, (path, leaf) in enumerate(leaves)]
-    params = jax.tree.unflatten(structure, filled) | zero_base_projection(arch, param_dtype)
+    params = jax.tree.unflatten(structure, filled) | zero_additions(arch, param_dtype)
     return stack_layers(params) if scan_layers else params
 
 
-def zero_base_projection(arch: ArchConfig, param_dtype: DTypeLike) -> Params:
-    """`base_projection`, all zero: beside the other parameters, a network that reads only text.
+def zero_additions(arch: ArchConfig, param_dtype: DTypeLike) -> Params:
+    """What a value network has beside a published model's parameters, all zero.
 
     Args:
-        arch: The architecture; without a `base_hidden_size` there is nothing to add.
+        arch: The architecture; if it is `plain`, there is nothing to add.
         param_dtype: Dtype the parameters are stored in.
 
     Returns:
-        The entry to add to parameters of the same architecture with `base_hidden_size` 0.
+        Those of the `ADDITIONS` that it has. Beside the parameters of `arch.plain` they change
+        nothing: the network reads only text, and its head the last layer alone.
     """
-    if not arch.base_hidden_size:
+    if arch == arch.plain:
         return {}
-    shapes = {"base_projection": abstract_params(arch, param_dtype=param_dtype)["base_projection"]}
+    shapes = abstract_params(arch, param_dtype=param_dtype)
+    shapes = {name: shapes[name] for name in ADDITIONS if name in shapes}
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
@@ -223,8 +229,8 @@ def hidden_states(
     prompt_lengths: Int[Array, " B"] | None = None,
     input_embeddings: Float[Array, "B T D"] | None = None,
     constrain: Constrain | None = None,
-) -> tuple[Float[Array, "B T D"], KVCache | None]:
-    """Runs the decoder up to its final norm.
+) -> tuple[Float[Array, "B T _"], KVCache | None]:
+    """Runs the decoder up to its final norm, or to the mixture of depths that its head reads.
 
     Without a cache, query t sees key s iff s ≤ t, both have the same segment id, and s is inside
     the layer's window. With one, keys and values are written at slot = position first, and a query
@@ -246,7 +252,9 @@ def hidden_states(
         constrain: Called with activations and their logical axes; adds sharding constraints.
 
     Returns:
-        Hidden states after the final norm, in the compute dtype, and the new cache (None without).
+        Hidden states [B T D] for the head, in the compute dtype, and the new cache (None without).
+        With `all_depths`, [B T K·D]: those, then what the head could read of each layer before the
+        last, shallowest first.
 
     Raises:
         ValueError: Both or neither of tokens and embeddings, or segment ids beside a cache.
@@ -262,7 +270,7 @@ def hidden_states(
     x = input_embeddings if tokens is None else _embed(decoder, tokens)
     assert x is not None
     x = constrain(x.astype(decoder.compute_dtype), ("batch", "length", "embed"))
-    x, cache = run_layers(
+    x, late, cache = run_layers(
         decoder,
         x,
         positions=positions,
@@ -270,8 +278,14 @@ def hidden_states(
         cache=cache,
         prompt_lengths=prompt_lengths,
         constrain=constrain,
+        late=decoder.arch.head_depths - 1,
     )
-    return decoder.norm(x), cache
+    hidden = decoder.norm(x)
+    if late:
+        hidden, normed = decoder.depths(hidden, late, decoder.norm)
+        if decoder.all_depths:
+            hidden = jnp.concatenate([hidden, *normed], axis=-1)
+    return hidden, cache
 
 
 def logits_from_hidden(

@@ -19,6 +19,8 @@ _SIZES = (
     "num_hidden_layers",
     "num_attention_heads",
 )
+# What only value networks have, in no published file → its value where it is absent.
+_OURS = {"base_hidden_size": 0, "head_depths": 1}
 
 
 def read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,9 +60,10 @@ def read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     fields["max_position_embeddings"] = reader.size(
         "max_position_embeddings", family.max_position_embeddings
     )
-    if reader.left.get("base_hidden_size", 0) != 0:
-        fields["base_hidden_size"] = reader.size("base_hidden_size", 0)
-    reader.take("base_hidden_size", 0)
+    for name, absent in _OURS.items():
+        if reader.left.get(name, absent) != absent:
+            fields[name] = reader.size(name, absent)
+        reader.take(name, absent)
     for name, default in (("rms_norm_eps", family.rms_norm_eps), ("initializer_range", 0.02)):
         fields[name] = float(reader.take(name, default, kinds=(int, float)))
     fields["tie_word_embeddings"] = reader.take(
@@ -184,8 +187,7 @@ def write_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     )
     config: dict[str, Any] = {"architectures": [family.architecture]}
     config |= {name: fields[name] for name in same}
-    if fields["base_hidden_size"]:
-        config["base_hidden_size"] = fields["base_hidden_size"]
+    config |= {name: fields[name] for name, absent in _OURS.items() if fields[name] != absent}
     config |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     config[family.activation_field] = fields["hidden_act"]
     if family.attention_bias is None:

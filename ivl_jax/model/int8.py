@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ivl_jax.model.decoder import Params
+from ivl_jax.model.decoder import ADDITIONS, Params
 
 _LARGEST = 127.0
 
@@ -19,7 +19,8 @@ def quantize(params: dict[Any, Any], *, rows: bool) -> dict[Any, Any]:
 
     Args:
         params: Of a decoder, layers unstacked or stacked; not modified. Kernels already in int8 and
-            `base_projection` are kept. A tied head is the embedding and stays a float.
+            the modules that only value networks have are kept. A tied head is the embedding and
+            stays a float.
         rows: Kernels are (out, in), as `to_decode_layout` returns them.
 
     Returns:
@@ -31,7 +32,7 @@ def quantize(params: dict[Any, Any], *, rows: bool) -> dict[Any, Any]:
         return params if given else params | _quantized(params["kernel"], axis=-1 if rows else -2)
     return {
         name: quantize(part, rows=rows)
-        if isinstance(part, dict) and name != "base_projection"
+        if isinstance(part, dict) and name not in ADDITIONS
         else part
         for name, part in params.items()
     }

@@ -1,8 +1,9 @@
 """Runs a decoder's layers: unrolled or as a `lax.scan`, with or without a cache.
 
-In: embeddings `[B T D]`, positions, segments. Out: the residual stream after the last layer and the
-new cache. Rotations and masks are made once per kind of layer and shared; a scanned layer selects
-its own inside the rematerialised function, so that no layer keeps a mask for the backward pass.
+In: embeddings `[B T D]`, positions, segments. Out: the residual stream after the last layer (and
+after some before it, where asked for) and the new cache. Rotations and masks are made once per kind
+of layer and shared; a scanned layer selects its own inside the rematerialised function, so that no
+layer keeps a mask for the backward pass.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,7 +53,8 @@ def run_layers(
     cache: KVCache | None,
     prompt_lengths: Int[Array, " B"] | None,
     constrain: Constrain,
-) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    late: int = 0,
+) -> tuple[Float[Array, "B T D"], tuple[Array, ...], KVCache | None]:
     """The residual stream after every layer, and the cache with this call's keys and values.
 
     Args:
@@ -63,9 +65,11 @@ def run_layers(
         cache: Keys and values of earlier calls.
         prompt_lengths: Of rows that begin; the cache is then written only.
         constrain: Adds sharding constraints.
+        late: Layers before the last whose outputs are wanted too.
 
     Returns:
-        Residual stream before the final norm, and the new cache (None without one).
+        Residual stream before the final norm; that after each of the `late` layers before the last,
+        in their order; and the new cache (None without one).
     """
     arch = decoder.arch
     of_layers: list[_Kind] = list(zip(arch.layer_types, arch.rotates, strict=True))
@@ -88,7 +92,7 @@ def run_layers(
     step = _step(decoder, windows, constrain)
     kind_of_layer = [kinds.index(kind) for kind in of_layers]
     run = _run_scanned if decoder.scan_layers else _run_unrolled
-    return run(decoder, x, context, step, kind_of_layer, cache)
+    return run(decoder, x, context, step, kind_of_layer, cache, late)
 
 
 def _rotation(arch: ArchConfig, kind: _Kind, positions: Array) -> Rotation:
@@ -205,18 +209,22 @@ def _run_unrolled(
     step: _Step,
     kind_of_layer: list[int],
     cache: KVCache | None,
-) -> tuple[Array, KVCache | None]:
+    late: int,
+) -> tuple[Array, tuple[Array, ...], KVCache | None]:
     # Equal layers are traced once (pair A's prefill: 0.4 s, not 1.3 s); XLA inlines the calls.
     step = jax.jit(step, static_argnums=3)
-    memories = []
+    memories, kept = [], []
     for layer, kind in enumerate(kind_of_layer):
         memory = None if cache is None else (cache.keys[layer], cache.values[layer])
         state = nnx.split(decoder.layers[layer])[1]
         x, memory = step(state, x, context, kind, memory, None)
         memories.append(memory)
+        kept = [*kept, x][-late - 1 :]
+    outputs = tuple(kept[:-1])
     if cache is None:
-        return x, None
-    return x, KVCache(tuple(keys for keys, _ in memories), tuple(values for _, values in memories))
+        return x, outputs, None
+    keys, values = zip(*memories, strict=True)
+    return x, outputs, KVCache(keys, values)
 
 
 def _run_scanned(
@@ -226,21 +234,27 @@ def _run_scanned(
     step: _Step,
     kind_of_layer: list[int],
     cache: KVCache | None,
-) -> tuple[Array, KVCache | None]:
+    late: int,
+) -> tuple[Array, tuple[Array, ...], KVCache | None]:
     context = _stack_kinds(context)
 
     # The whole cache is the carry: as scan inputs and outputs it would be copied at each call.
-    def body(carry: tuple[Array, Memory], inputs: tuple) -> tuple[tuple[Array, Memory], None]:
+    # So are the late outputs: as scan outputs, those of all layers would be stored.
+    first = len(kind_of_layer) - 1 - late
+
+    def body(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
         state, kind, layer = inputs
-        x, memory = carry
-        return step(state, x, context, kind, memory, layer), None
+        x, memory, kept = carry
+        x, memory = step(state, x, context, kind, memory, layer)
+        kept = tuple(jnp.where(layer == first + at, x, old) for at, old in enumerate(kept))
+        return (x, memory, kept), None
 
     state = nnx.split(decoder.layers)[1]
     kinds = jnp.asarray(kind_of_layer)
     memory = None if cache is None else tuple(cache)
     inputs = (state, kinds, jnp.arange(len(kind_of_layer)))
-    (x, memory), _ = jax.lax.scan(body, (x, memory), inputs)
-    return x, None if memory is None else KVCache(*memory)
+    (x, memory, kept), _ = jax.lax.scan(body, (x, memory, (x,) * late), inputs)
+    return x, kept, None if memory is None else KVCache(*memory)
 
 
 def _stack_kinds(context: _Context) -> _Context:

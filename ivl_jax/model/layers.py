@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.attention.form import AttentionForm
+from ivl_jax.model.depths import Depths
 from ivl_jax.model.parameter import Fused, declare
 from ivl_jax.model.projection import KernelForm, Projection
 from ivl_jax.model.remat import Remat
@@ -52,10 +53,14 @@ class RMSNorm(nnx.Module):
         self.eps = eps
         self.unit_offset = unit_offset
 
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """Normalised and scaled x, in x's dtype."""
+    def __call__(
+        self, x: Float[Array, "*B D"], offset: Float[Array, " D"] | None = None
+    ) -> Float[Array, "*B D"]:
+        """Normalised and scaled x, in x's dtype; an offset is added to the scale."""
         wide = x.astype(jnp.float32)
         scale = self.scale[...].astype(jnp.float32)
+        if offset is not None:
+            scale = scale + offset.astype(jnp.float32)
         if self.unit_offset:
             scale = 1.0 + scale
         normal = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
@@ -224,6 +229,7 @@ class Decoder(nnx.Module):
         scan_layers: bool,
         form: KernelForm,
         attention: AttentionForm,
+        all_depths: bool,
         vocab_rows: int,
     ):
         self.arch = arch
@@ -232,6 +238,7 @@ class Decoder(nnx.Module):
         self.scan_layers = scan_layers
         self.form = form
         self.attention = attention
+        self.all_depths = all_depths
         width = arch.hidden_size
         self.embed_tokens = Table(vocab_rows, width)
         if arch.base_hidden_size:
@@ -246,6 +253,8 @@ class Decoder(nnx.Module):
         ]
         self.layers: Any = layers[0] if scan_layers else nnx.List(layers)
         self.norm = norm_of(arch, width)
+        if arch.head_depths > 1:
+            self.depths = Depths(arch.head_depths, width)
         if not arch.tie_word_embeddings:
             self.lm_head = Projection(
                 ("embed", width), ("vocabulary", vocab_rows), use_bias=False, form=form.of("head")

@@ -50,6 +50,7 @@ class LinearMapConfig:
     num_key_value_heads: ClassVar[int] = 0
     head_dim: ClassVar[int] = 0
     base_hidden_size: ClassVar[int] = 0
+    head_depths: ClassVar[int] = 1
     max_position_embeddings: ClassVar[int] = sys.maxsize
     """It has no positions, so it does not limit the context."""
     tie_word_embeddings: ClassVar[bool] = False

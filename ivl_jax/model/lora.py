@@ -10,7 +10,6 @@ Source: Hu et al., LoRA, arXiv 2106.09685. A is initialised as in Hugging Face's
 published learning rates apply.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -27,7 +26,7 @@ from ivl_jax.model.projection import KernelForm, Lora
 
 def frozen_arch(arch: ArchConfig) -> ArchConfig:
     """The architecture of the frozen model: without what only a value network has."""
-    return dataclasses.replace(arch, base_hidden_size=0)
+    return arch.plain
 
 
 def adapter_shapes(arch: ArchConfig, lora: Lora, *, scan_layers: bool = False) -> Params:
@@ -40,7 +39,7 @@ def adapter_shapes(arch: ArchConfig, lora: Lora, *, scan_layers: bool = False) -
 
     Returns:
         What the network has and the frozen model has not: `lora_a` and `lora_b` of each kernel; and
-        `base_projection`, where the network reads hidden states of a base.
+        the modules that only value networks have.
     """
     whole = abstract_params(arch, scan_layers=scan_layers, form=KernelForm(lora=lora))
     return without(whole, abstract_params(frozen_arch(arch), scan_layers=scan_layers))

@@ -51,6 +51,7 @@ def build_network(
     scan_layers: bool = False,
     form: KernelForm = AS_TRAINED,
     attention: AttentionForm = PLAIN,
+    all_depths: bool = False,
 ) -> nnx.GraphDef:
     """The static half of a network; see `decoder.build_decoder`. A linear map has only one form."""
     if isinstance(arch, LinearMapConfig):
@@ -62,6 +63,7 @@ def build_network(
         scan_layers=scan_layers,
         form=form,
         attention=attention,
+        all_depths=all_depths,
     )
 
 
@@ -146,7 +148,7 @@ def _with_every_parameter() -> ArchConfig:
         vocab_size=1,
         hidden_size=1,
         intermediate_size=1,
-        num_hidden_layers=1,
+        num_hidden_layers=2,
         num_attention_heads=1,
         num_key_value_heads=1,
         head_dim=2,
@@ -154,10 +156,10 @@ def _with_every_parameter() -> ArchConfig:
         rms_norm_eps=1.0,
         rope_parameters=RopeParameters(1.0),
         query_pre_attn_scalar=1.0,
-        layer_types=("full_attention",),
+        layer_types=("full_attention",) * 2,
     )
     switches: dict[str, Any] = {
         field.name: True for field in dataclasses.fields(ArchConfig) if field.type is bool
     }
-    switches |= {"tie_word_embeddings": False, "base_hidden_size": 1}
+    switches |= {"tie_word_embeddings": False, "base_hidden_size": 1, "head_depths": 2}
     return dataclasses.replace(smallest, **switches)

@@ -187,6 +187,23 @@ def check_linear_map(
         )
 
 
+def check_depths(arch: Architecture, depths: int) -> None:
+    """Check that a value network has the layers that its head is to read.
+
+    Args:
+        arch: of the value network.
+        depths: `value.depths`.
+
+    Raises:
+        ConfigError: it has fewer.
+    """
+    if depths > arch.num_hidden_layers:
+        raise ConfigError(
+            f"value.depths = {depths}: the value network has {arch.num_hidden_layers} layers, of "
+            "which its head reads the last ones; expected at most that many"
+        )
+
+
 def check_context(config: TrainConfig, contexts: Mapping[str, int]) -> None:
     """Check that models can read rows of `data.max_length` tokens.
 

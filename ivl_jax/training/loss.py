@@ -3,7 +3,7 @@
 In: parameters of the trained network, frozen parameters of the base, one batch. Out: a sum, its
 denominator and the sums behind the metrics; the caller divides once, over the global batch.
 
-    loss = Σ_tokens Σ_scores w · score / N  +  λ · mean |z_value|
+    loss = Σ_tokens Σ_scores w · score / N  +  λ · mean |z_value|  +  μ · mean KL(all ‖ one depth)
 
 The logits [B T V] are by far the largest arrays of a step. They never exist all at once: the heads
 run over chunks of positions, and a chunk's gradient is taken in the forward pass, while its logits
@@ -28,8 +28,8 @@ from ivl_jax.data.batching import Batch
 from ivl_jax.model.decoder import Params
 from ivl_jax.model.lora import join
 from ivl_jax.training.batch_forward import run_batch, run_teacher, teacher_logits
-from ivl_jax.training.chunked_sum import Frozen, chunked_sum
-from ivl_jax.training.masked_sum import masked_sum
+from ivl_jax.training.chunked_sum import Frozen, chunked_sum, head_of
+from ivl_jax.training.masked_sum import masked_sum, weighted_sum
 from ivl_jax.training.objectives.objective import Objective
 from ivl_jax.training.objectives.sft import SFT
 
@@ -51,6 +51,9 @@ class Loss:
     penalty_kind: PenaltyKind = "none"
     penalty_weight: float = 0.0
     penalty_positions: PenaltyPositions = "real"
+    depths_distillation: float = 0.0
+    """μ, if the head reads several depths; then `hidden_states` of the trained network returns what
+    it could read of each (`all_depths`)."""
     chunk_length: int = 1 << 30
     """Positions whose logits exist at once; see `choose_chunk_length`."""
     teacher: Composition | None = None
@@ -93,6 +96,7 @@ class Loss:
         return {
             **self.objective.figures,
             "mean_abs_value": ("magnitude", "real_tokens"),
+            "depth_kl": ("depth_kl", "loss_tokens"),
         }
 
 
@@ -101,21 +105,23 @@ class Counts(NamedTuple):
 
     objective: Float32[Array, ""]  # what the objective's sum is divided by
     penalty_tokens: Float32[Array, ""]  # positions that the penalty averages over
+    loss_tokens: Float32[Array, ""]  # positions that the distillation of depths averages over
 
 
 def count_tokens(loss: Loss, batch: Batch) -> Counts:
-    """Count the denominators of the loss's two means.
+    """Count the denominators of the loss's means.
 
     Args:
         loss: the static half.
         batch: arrays [B T], or [A B T] for a whole global batch of micro-batches.
 
     Returns:
-        Both counts, float32 (exact below 2^24 tokens per batch).
+        The counts, float32 (exact below 2^24 tokens per batch).
     """
     return Counts(
         objective=loss.objective.count(batch),
         penalty_tokens=jnp.sum(_penalised(loss, batch), dtype=jnp.float32),
+        loss_tokens=jnp.sum(batch.loss_mask, dtype=jnp.float32),
     )
 
 
@@ -137,7 +143,7 @@ def loss_sum(
 
         Σ_micro loss_sum / N  =  objective + λ·mean |z_value|
 
-    holds exactly, however tokens are spread over micro-batches.
+    holds exactly, however tokens are spread over micro-batches; likewise for the depths.
 
     Args:
         loss: the static half.
@@ -187,7 +193,7 @@ def loss_sum(
     arrays: Any = batch
     denominator = jnp.maximum(counts.objective, 1.0)
     penalty_scale = loss.penalty_weight * denominator / jnp.maximum(counts.penalty_tokens, 1.0)
-    head = _head_of(params)
+    head = head_of(params)
     if frozen_params is not None:
         params = join(params, jax.lax.stop_gradient(frozen_params))
     networks = _networks(loss, params, jax.lax.stop_gradient(base_params))
@@ -204,6 +210,9 @@ def loss_sum(
     if loss.penalty_kind != "none":
         penalised = _penalised(loss, arrays).astype(jnp.float32)
         weights[f"value_{loss.penalty_kind}"] = penalty_scale * penalised
+    if loss.depths_distillation:
+        scale = loss.depths_distillation * denominator / jnp.maximum(counts.loss_tokens, 1.0)
+        weights["depth_kl"] = scale * jnp.asarray(batch.loss_mask).astype(jnp.float32)
     rows, length = targets.shape
     if length > loss.chunk_length:
         head = copy_head(loss.trained, head, rows=rows)
@@ -261,20 +270,6 @@ def _with_head(loss: Loss, networks: ComposedParams, head: Params) -> ComposedPa
     return networks._replace(values=(trained._replace(params=trained.params | head), *others))
 
 
-def _head_of(params: Params) -> Params:
-    """What `logits_from_hidden` reads; the only parameters in a chunk's gradient.
-
-    A tied head is transposed once per step: the gradient of `h · Eᵀ` with respect to E would
-    transpose the logits' gradient [B T V] instead, at half the speed (2,048 × 128, CPU). An adapter
-    has no head.
-    """
-    if "lm_head" in params:
-        return {"lm_head": params["lm_head"]}
-    if "embed_tokens" not in params:
-        return {}
-    return {"lm_head": {"kernel": params["embed_tokens"]["embedding"].T}}
-
-
 def _penalised(loss: Loss, batch: Any) -> Bool[Array, "*A B T"]:
     real = batch.token_mask
     return jnp.ones_like(real) if loss.penalty_positions == "all" else real
@@ -298,21 +293,17 @@ def _sums(
     objective = loss.objective
     own = jax.lax.stop_gradient(dict(objective.sums(batch, scores)))
     if objective.loss is None:
-        value = sum((_weighted(weights[name], scores[name]) for name in objective.scores), zero)
+        value = sum((weighted_sum(weights[name], scores[name]) for name in objective.scores), zero)
     else:
         value = objective.loss(batch, scores)
     return own | {
         "loss": value,
         "penalty": over(_penalised(loss, batch), f"value_{loss.penalty_kind}"),
         "magnitude": over(batch.token_mask, "value_l1"),
+        **({"depth_kl": over(batch.loss_mask, "depth_kl")} if "depth_kl" in scores else {}),
         "loss_tokens": jnp.sum(batch.loss_mask, dtype=jnp.float32),
         "real_tokens": jnp.sum(batch.token_mask, dtype=jnp.float32),
     }
-
-
-def _weighted(weight: Array, score: Array) -> Float32[Array, ""]:
-    """Σ w · score; a token of weight 0 counts as 0 even if its score is not finite."""
-    return masked_sum(weight != 0, weight * score)
 
 
 def _first_pass(
@@ -327,6 +318,9 @@ def _first_pass(
 
     def one(chunk: Any) -> dict[str, Array]:
         (hidden, teacher_hidden), targets = chunk
+        if loss.depths_distillation:
+            mixed, _ = _by_depth(loss, hidden.values[0])
+            hidden = hidden._replace(values=(mixed, *hidden.values[1:]))
         scores = score_positions(
             loss.composition,
             networks,
@@ -369,6 +363,7 @@ def _chunk_loss(
 ) -> tuple[Float32[Array, ""], dict[str, Array]]:
     """Loss sum of one chunk of positions, and its scores."""
     (base, others, base_logits), teacher_hidden, targets, weights = frozen.positions
+    trained, late = _by_depth(loss, trained)
     if loss.has_base:
         hidden = HiddenStates(base, (trained, *others), base_logits)
     else:
@@ -385,11 +380,19 @@ def _chunk_loss(
             teacher_logits=teacher_logits(
                 loss.teacher, loss.teacher_strengths, frozen.teacher, teacher_hidden
             ),
+            late_hidden=late,
         )
     )
     zero = jnp.zeros((), jnp.float32)
-    total = sum((_weighted(weight, scores[name]) for name, weight in weights.items()), zero)
+    total = sum((weighted_sum(weight, scores[name]) for name, weight in weights.items()), zero)
     return total, jax.lax.stop_gradient(scores)
+
+
+def _by_depth(loss: Loss, states: Array) -> tuple[Array, list[Array]]:
+    """What the head of the trained network reads, and what it could read of each late layer."""
+    count = loss.trained.arch.head_depths if loss.depths_distillation else 1
+    mixed, *late = jnp.split(states, count, axis=-1)
+    return mixed, late
 
 
 def _of_trained(scores: dict[str, Array]) -> dict[str, Array]:

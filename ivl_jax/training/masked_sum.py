@@ -1,6 +1,6 @@
-"""The sum that every figure and loss of a batch is made of.
+"""The sums that every figure and loss of a batch are made of.
 
-In: a mask and per-token numbers. Out: their sum where the mask is set.
+In: a mask or weights, and per-token numbers. Out: their sum where the mask or weight is set.
 """
 
 from typing import Any
@@ -24,3 +24,13 @@ def masked_sum(mask: Any, values: Array) -> Float32[Array, ""]:
         2.0
     """
     return jnp.sum(jnp.where(mask, values.astype(jnp.float32), 0.0))
+
+
+def weighted_sum(weights: Array, values: Array) -> Float32[Array, ""]:
+    """Σ w · value in float32; where w is 0, values may be NaN or inf.
+
+    Example:
+        >>> float(weighted_sum(jnp.array([0.0, 3.0]), jnp.array([jnp.inf, 2.0])))
+        6.0
+    """
+    return masked_sum(weights != 0, weights * values)

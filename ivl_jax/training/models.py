@@ -23,13 +23,13 @@ from ivl_jax.config import BaseConfig, ConfigError, LayoutName, TrainConfig
 from ivl_jax.extensions import load_extension
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.attention.form import AttentionForm
-from ivl_jax.model.decoder import Params, zero_base_projection
+from ivl_jax.model.decoder import ADDITIONS, Params, zero_additions
 from ivl_jax.model.linear_map import LinearMapConfig
 from ivl_jax.model.network import Architecture, abstract_network, init_network
 from ivl_jax.model.projection import AS_TRAINED, KernelForm, Lora
 from ivl_jax.sharding import LAYOUTS, padded_vocab_rows, parameter_shardings
 from ivl_jax.tokenizer_agreement import check_compatible
-from ivl_jax.training.limits import check_context, check_linear_map
+from ivl_jax.training.limits import check_context, check_depths, check_linear_map
 from ivl_jax.training.objectives import find_objective
 from ivl_jax.training.teacher import TeacherReader, read_teacher
 from ivl_jax.training.trained_source import AdapterReader, ModelReader, read_adapter, read_trained
@@ -134,8 +134,8 @@ def choose_models(
     Raises:
         FileNotFoundError: no such folder or hub id.
         ConfigError: batch rows are longer than a model's context, a tokenizer has more ids than its
-            weights have rows, a linear map does not fit, or the devices do not support the form of
-            attention.
+            weights have rows, a linear map does not fit, the value network has fewer layers than
+            `value.depths`, or the devices do not support the form of attention.
         TokenizerMismatchError: a base and the value network have different vocabularies.
     """
     several = bool(config.bases)
@@ -167,6 +167,9 @@ def choose_models(
         arch = trained.arch
     if scheme.reads_base_hidden:
         arch = _with_base_width(arch, found)
+    if config.value.depths > 1:
+        check_depths(arch, config.value.depths)
+        arch = dataclasses.replace(arch, head_depths=config.value.depths)
     check_context(config, _contexts([*found, trained]))
     attention_of(config, arch, Layout(mesh, LAYOUTS[config.value.layout]))
     bases = []
@@ -323,7 +326,7 @@ def make_trained_params(
     if config.method == "sft" or config.value.init == "pretrained":
         logger.info("loading %s for training", trained.path)
         params = load_model_params(trained, jnp.dtype(jnp.float32), place)
-        return params | _base_projection(models.arch, place)
+        return params | _additions(models.arch, place)
     if config.value.init == "scratch":
         if isinstance(models.arch, LinearMapConfig):
             logger.info("a linear map on base logits, initialised to zero output")
@@ -340,24 +343,23 @@ def make_trained_params(
     params = load_model_params(trained, jnp.dtype(jnp.float32), place)
     zeros = functools.partial(jnp.zeros_like, place.shapes["lm_head"]["kernel"])
     head = jax.jit(zeros, out_shardings=place.shardings["lm_head"]["kernel"])()
-    return params | {"lm_head": {"kernel": head}} | _base_projection(models.arch, place)
+    return params | {"lm_head": {"kernel": head}} | _additions(models.arch, place)
 
 
-def _base_projection(arch: Architecture, place: Placement) -> Params:
-    """The zero projection that a value network reading hidden states adds to its weights."""
-    if not isinstance(arch, ArchConfig) or not arch.base_hidden_size:
+def _additions(arch: Architecture, place: Placement) -> Params:
+    """What a value network adds to a published model's weights, zero at first."""
+    shardings = {name: at for name, at in place.shardings.items() if name in ADDITIONS}
+    if not isinstance(arch, ArchConfig) or not shardings:
         return {}
-    make = functools.partial(zero_base_projection, arch, jnp.float32)
-    name = "base_projection"
-    return jax.jit(make, out_shardings={name: place.shardings[name]})()
+    return jax.jit(functools.partial(zero_additions, arch, jnp.float32), out_shardings=shardings)()
 
 
 def load_model_params(
     model: ModelSource, param_dtype: DTypeLike, place: Placement, form: KernelForm = AS_TRAINED
 ) -> Params:
     """Load a model's parameters onto the mesh, only those in the placement."""
-    # The files have no tied head, and no projection, which only value networks have.
-    absent = {"base_projection"} | ({"lm_head"} if model.arch.tie_word_embeddings else set())
+    # The files have no tied head, and nothing that only value networks have.
+    absent = {*ADDITIONS} | ({"lm_head"} if model.arch.tie_word_embeddings else set())
     shardings = {name: at for name, at in place.unstacked_shardings.items() if name not in absent}
     params = load_params(
         model.local_folder,

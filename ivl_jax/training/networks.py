@@ -36,6 +36,7 @@ def trained_network(config: TrainConfig, models: Models, mesh: Mesh, *, remat: R
             remat=remat,
             form=trained_form(config, models),
             attention=attention_of(config, models.arch, layout),
+            all_depths=distils_depths(config),
         ),
         models.arch,
         models.trained.info.vocab_size,
@@ -43,6 +44,12 @@ def trained_network(config: TrainConfig, models: Models, mesh: Mesh, *, remat: R
         replacement_id=models.trained.info.replacement_id,
         layout=layout,
     )
+
+
+def distils_depths(config: TrainConfig) -> bool:
+    """Whether the loss needs what the head of the trained network could read of each depth."""
+    value = config.value
+    return config.method == "value" and value.depths > 1 and value.depths_distillation > 0
 
 
 def frozen_network(config: TrainConfig, base: FrozenBase, mesh: Mesh) -> Network:

@@ -37,7 +37,7 @@ from ivl_jax.training.models import (
     load_base,
     place_base,
 )
-from ivl_jax.training.networks import frozen_network, trained_network
+from ivl_jax.training.networks import distils_depths, frozen_network, trained_network
 from ivl_jax.training.objectives import find_objective
 from ivl_jax.training.reference import load_reference
 from ivl_jax.training.step import (
@@ -277,6 +277,8 @@ def make_loss(
     """
     rows = config.step.batch_size // config.step.micro_batches // batch_ways(mesh)
     heads = [at.vocab_rows for at in (place, base_place) if at is not None]
+    if distils_depths(config):  # the logits of all depths exist together
+        heads.append(place.vocab_rows * config.value.depths)
     if teacher is not None:
         heads.append(teacher.composition.base.arch.vocab_size)
     chunk_length = default_chunk_length(
@@ -302,6 +304,7 @@ def make_loss(
         penalty_kind=penalty.kind,
         penalty_weight=0.0 if penalty.kind == "none" else penalty.weight,
         penalty_positions=penalty.positions,
+        depths_distillation=config.value.depths_distillation if distils_depths(config) else 0.0,
         **common,
     )
 

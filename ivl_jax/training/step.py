@@ -32,8 +32,9 @@ class TrainState(NamedTuple):
 StepMetrics = dict[str, Float32[Array, ""]]
 """Figures of one step over its global batch: `loss` (penalty included), the objective's figures
 (`nll` in nats per counted token, `accuracy`, …), `penalty` (mean |z| or z² over penalised
-positions), `mean_abs_value` (over real tokens and vocabulary), `gradient_norm` (global, before
-clipping), `learning_rate`, `loss_tokens` and `real_tokens` (counted, and not padding)."""
+positions), `mean_abs_value` (over real tokens and vocabulary), `depth_kl` (if depths are distilled,
+nats per counted token), `gradient_norm` (global, before clipping), `learning_rate`, `loss_tokens`
+and `real_tokens` (counted, and not padding)."""
 TrainStep = Callable[..., tuple[TrainState, StepMetrics]]
 """(state, base parameters or None, batch[, parameters of the teacher or None[, frozen parameters of
 the trained network]]) → (state, metrics)."""
@@ -178,8 +179,13 @@ def make_train_step(
             changes, opt_state = optimizer.update(gradient, state.opt_state, state.params)
             params: Any = optax.apply_updates(state.params, changes)
         penalty = sums["penalty"] / jnp.maximum(counts.penalty_tokens, 1.0)
+        added = loss.penalty_weight * penalty
+        if loss.depths_distillation:
+            added += (
+                loss.depths_distillation * sums["depth_kl"] / jnp.maximum(counts.loss_tokens, 1.0)
+            )
         metrics = {
-            "loss": sums["loss"] / denominator + loss.penalty_weight * penalty,
+            "loss": sums["loss"] / denominator + added,
             **quotients(loss, sums),
             "penalty": penalty,
             "gradient_norm": norm,

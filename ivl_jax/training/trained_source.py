@@ -102,5 +102,10 @@ def read_trained(
             f'value.path = {config.path} was trained with value.connection = "'
             f'{adapter.metadata.connection}", got "{config.connection}": set the former'
         )
+    if adapter.arch.head_depths != config.depths:
+        raise ConfigError(
+            f"value.path = {config.path} was trained with value.depths = "
+            f"{adapter.arch.head_depths}, got {config.depths}: set the former"
+        )
     model = read(adapter.adapted.path, adapter.adapted.revision, "value.lora.model")
     return TrainedSource(model, found, adapter)

@@ -6,12 +6,12 @@ import jax
 import numpy as np
 
 from ivl_jax.checkpoint import load_value, save_value
-from ivl_jax.model.decoder import stack_layers, zero_base_projection
+from ivl_jax.model.decoder import stack_layers, zero_additions
 
 
 def test_its_projection_is_stored_and_restored(tmp_path, arch, params, metadata, tokenizer) -> None:
     reading = dataclasses.replace(arch, base_hidden_size=24)
-    (name, projection), *_ = zero_base_projection(reading, "float32").items()
+    (name, projection), *_ = zero_additions(reading, "float32").items()
     whole = params | {name: jax.tree.map(lambda leaf: leaf + 0.5, projection)}
     described = dataclasses.replace(metadata, architecture=reading.to_hf())
     save_value(

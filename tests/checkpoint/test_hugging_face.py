@@ -164,6 +164,20 @@ def test_a_network_that_reads_the_base_is_refused_with_the_reason(
 
 
 @pytest.mark.usefixtures("fails_to_load")
+def test_a_head_of_several_depths_is_refused_with_the_reason(
+    folders, tmp_path: Path, capsys
+) -> None:
+    record = json.loads((folders[0] / "ivl.json").read_text())
+    architecture = record["architecture"] | {"head_depths": 2}
+    (tmp_path / "ivl.json").write_text(json.dumps(record | {"architecture": architecture}))
+    assert main(["export-hf", str(tmp_path), str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert "its head reads a mixture of the last 2 layers (value.depths)" in said
+    assert "infer.py" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("fails_to_load")
 def test_an_unknown_format_version_names_both_and_the_remedy(tmp_path: Path, capsys) -> None:
     (tmp_path / "ivl.json").write_text(
         '{"format_version": 7, "library_versions": {"ivl_jax": "9"}}'

@@ -64,11 +64,12 @@ def tiny_network(arch, seed, *, vocab_size=VOCAB, connection=None, layout=None, 
 
 @functools.cache
 def tiny_composition(
-    connections=("residual",), *, value_vocab=VOCAB - 3, seed=0, base_dtype="float32"
+    connections=("residual",), *, value_vocab=VOCAB - 3, seed=0, base_dtype="float32", depths=1
 ):
     """A base of 44 output rows, 40 of them real, and value networks that know 37 tokens."""
     base, base_params = tiny_network(tiny_arch(rows=VOCAB + 4), seed, dtype=base_dtype)
-    decoder = tiny_arch(width=16, heads=2, kv_heads=1, layers=1, rows=value_vocab + 1)
+    decoder = tiny_arch(width=16, heads=2, kv_heads=1, layers=depths, rows=value_vocab + 1)
+    decoder = dataclasses.replace(decoder, head_depths=depths)
     values = []
     for i, connection in enumerate(connections):
         arch = LinearMapConfig(value_vocab, rank=6) if connection == "linear" else decoder
@@ -84,6 +85,11 @@ def tiny_composition(
             shape = value_params["base_projection"]["kernel"].shape
             projection = 0.2 * jax.random.normal(jax.random.key(seed + 1), shape)
             value_params["base_projection"] = {"kernel": projection}
+        if "depths" in value_params:  # likewise
+            value_params["depths"] = jax.tree.map(
+                lambda leaf: 0.2 * jax.random.normal(jax.random.key(leaf.ndim), leaf.shape),
+                value_params["depths"],
+            )
         values.append((network, value_params))
     composition = Composition(base, tuple(network for network, _ in values))
     unknown = jnp.asarray([7], jnp.int32)

@@ -19,7 +19,7 @@ from ivl_jax.model.decoder import (
     init_params,
     project_base_hidden,
     stack_layers,
-    zero_base_projection,
+    zero_additions,
 )
 from ivl_jax.model.int8 import quantize
 from ivl_jax.model.network import architecture_from_json, architecture_to_json
@@ -57,7 +57,7 @@ def test_a_fresh_network_reads_only_text(name):
     assert projection["kernel"].shape == (BASE_WIDTH, arch.hidden_size)
     assert not np.any(projection["kernel"])
     jax.tree.map(np.testing.assert_array_equal, params, without)
-    added = without | zero_base_projection(arch, jnp.float32)
+    added = without | zero_additions(arch, jnp.float32)
     assert jax.tree.structure(added) == jax.tree.structure(abstract_params(arch))
     ids, at, _ = inputs()
     expected, _ = hidden_states(build_decoder(plain), without, ids, positions=at)
@@ -103,7 +103,7 @@ def test_it_stays_as_trained_in_every_form(form):
     np.testing.assert_allclose(found, exact, atol=0.3 if form.int8 else 1e-4)
     assert (
         np.abs(
-            exact - hidden_of(build_decoder(arch), plain | zero_base_projection(arch, jnp.float32))
+            exact - hidden_of(build_decoder(arch), plain | zero_additions(arch, jnp.float32))
         ).max()
         > 0.5
     )
@@ -141,7 +141,7 @@ def test_it_is_saved_and_loaded_with_the_rest(tmp_path):
 
 def test_it_learns():
     arch = reading("llama2")
-    params = random_params(arch) | zero_base_projection(arch, jnp.float32)
+    params = random_params(arch) | zero_additions(arch, jnp.float32)
     graphdef = build_decoder(arch)
     gradient = jax.grad(lambda tree: jnp.sum(hidden_of(graphdef, tree) ** 3))(params)
     assert np.abs(gradient["base_projection"]["kernel"]).min() > 0

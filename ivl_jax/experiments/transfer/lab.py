@@ -179,7 +179,11 @@ class Laboratory:
             base=dataclasses.replace(config.base, path="") if others else first,
             bases=(first, *others) if others else (),
             value=dataclasses.replace(
-                config.value, init=training.init, path=value_path, connection=training.connection
+                config.value,
+                init=training.init,
+                path=value_path,
+                connection=training.connection,
+                depths=training.depths,
             ),
             penalty=dataclasses.replace(config.penalty, kind=kind, weight=weight),
             optimizer=optimizer,

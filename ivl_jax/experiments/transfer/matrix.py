@@ -39,6 +39,8 @@ class Training(NamedTuple):
     penalty: tuple[PenaltyKind, float] = ("l1", 1.0)
     learning_rate: float | None = None
     """Peak learning rate; None: the demo's, or for a fine-tuned target that of its own sweep."""
+    depths: int = 1
+    """Last layers that the head of a value network reads."""
     seed: int = 0
 
     @property
@@ -52,6 +54,7 @@ class Training(NamedTuple):
             f"{self.init}-{self.init_model}" if self.method == "value" else "",
             f"{kind}{weight:g}" if self.method == "value" else "",
             "" if self.learning_rate is None else f"lr{self.learning_rate:g}",
+            "" if self.depths == 1 else f"depths{self.depths}",
             f"seed{self.seed}",
         ]
         return "_".join(part for part in parts if part)
@@ -99,7 +102,7 @@ def recipe(seed: int) -> Training:
 
 
 def schemes(seed: int) -> list[Training]:
-    """Connection schemes, and the linear map on base logits."""
+    """Connection schemes, the linear map on base logits, and a head that reads two depths."""
     return [
         recipe(seed)._replace(label="residual"),
         Training("cascade", connection="cascade", seed=seed),
@@ -112,6 +115,7 @@ def schemes(seed: int) -> list[Training]:
             learning_rate=LINEAR_RATE,
             seed=seed,
         ),
+        Training("residual, head reads both layers", depths=2, seed=seed),
     ]
 
 

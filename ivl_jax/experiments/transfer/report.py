@@ -119,10 +119,12 @@ def write_report(figures: Figures, docs: Path, *, seeds: Sequence[int]) -> None:
         "![Transfer](transfer.png)",
         _trainings(
             table,
-            "Connection schemes and the linear map",
+            "Connection schemes, the linear map and a head that reads several depths",
             matrix.schemes,
             note="All trained with S and the demo's settings; the linear map without a penalty "
-            "(it would be pulled towards doing nothing) and with its own learning rate.",
+            "(it would be pulled towards doing nothing) and with its own learning rate. The value "
+            "network has two layers; its head reads the last one alone, or with `value.depths = 2` "
+            "a mixture of both.",
         ),
         _trainings(
             table,

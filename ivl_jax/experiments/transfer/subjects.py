@@ -51,6 +51,7 @@ def _trainings() -> dict[str, Callable[[int], Training]]:
         "cascade": lambda seed: matrix.schemes(seed)[1],
         "cascade_no_text": lambda seed: matrix.schemes(seed)[2],
         "linear": lambda seed: matrix.schemes(seed)[3],
+        "depths": lambda seed: matrix.schemes(seed)[4],
         "zeroed": lambda seed: matrix.initialisations(seed)[1],
         "random": lambda seed: matrix.initialisations(seed)[2],
         "two": lambda seed: matrix.base_choices(seed)[1],

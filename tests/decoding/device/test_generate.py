@@ -59,6 +59,15 @@ def test_cached_composed_greedy_is_the_teacher_forced_arg_max(connections, stren
         assert_is_teacher_forced_arg_max(composition, params, prompt, own, strengths)
 
 
+def test_a_head_of_several_depths_decodes_as_it_reads_whole_texts():
+    composition, params = tiny_composition(("residual",), depths=2)
+    assert composition.values[0].arch.head_depths == 2
+    prompts = random_prompts([5, 1, 12])
+    generated, _ = decode(composition, params, prompts, new_tokens=30)
+    for prompt, own in zip(prompts, generated, strict=True):
+        assert_is_teacher_forced_arg_max(composition, params, prompt, own, (1.0,))
+
+
 def test_a_bfloat16_base_composes_with_a_float32_value_in_float32():
     composition, params = tiny_composition(base_dtype="bfloat16")
     programs = build_programs(composition)
