@@ -25,7 +25,7 @@ from ivl_jax.sharding import parameter_shardings, place_batch, single_device_mes
 from ivl_jax.training.loss import Loss
 from ivl_jax.training.objectives import Objective
 from ivl_jax.training.objectives.sft import SFT
-from ivl_jax.training.optimizer import make_optimizer, make_schedule
+from ivl_jax.training.optimizer import Schedules, make_optimizer, make_schedule
 from ivl_jax.training.programs import default_chunk_length
 from ivl_jax.training.step import (
     init_state,
@@ -135,7 +135,7 @@ class OurStep:
         step: Any = make_train_step(
             loss,
             optimizer,
-            schedule,
+            Schedules(schedule),
             shardings=shardings,
             base_shardings=places[0],
             mesh=mesh,

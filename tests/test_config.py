@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ivl_jax.command_line.flags import parse_flags
 from ivl_jax.config import (
+    AugmentationConfig,
     BaseConfig,
     ComposedModelConfig,
     ConfigError,
@@ -71,6 +72,11 @@ def test_no_shipped_config_has_an_option_without_effect() -> None:
         ({"method": "sft", "penalty": {"weight": 0.5}}, "penalty.weight = 0.5 has"),
         ({"method": "sft", "penalty": {"kind": "none", "weight": 0.5}}, None),
         ({"method": "value", "penalty": {"weight": 0.5}}, None),
+        (
+            {"penalty": {"kind": "none", "schedule": "linear_decay"}},
+            'penalty.schedule = "linear_decay" has no effect with no penalty',
+        ),
+        ({"penalty": {"schedule": "linear_decay"}}, None),
         ({"method": "sft"}, None),  # the defaults are nobody's choice
     ],
 )
@@ -173,6 +179,10 @@ def test_a_missing_config_file_names_its_neighbours(tmp_path: Path) -> None:
         lambda: RowsConfig(max_malformed_fraction=2.0),
         lambda: DataConfig(max_length=1),
         lambda: PenaltyConfig(weight=-1.0),
+        lambda: AugmentationConfig(base_temperature=0.5),
+        lambda: AugmentationConfig(base_temperature=float("inf")),
+        lambda: AugmentationConfig(base_dropout=1.0),
+        lambda: AugmentationConfig(base_dropout=-0.1),
         lambda: OptimizerConfig(beta1=1.0),
         lambda: OptimizerConfig(warmup_fraction=1.5),
         lambda: OptimizerConfig(weight_decay=-0.1),
@@ -253,6 +263,15 @@ def test_all_missing_fields_are_listed_at_once() -> None:
         (
             {"method": "sft", "bases": (), "base": BaseConfig(path="a", param_dtype="int8")},
             "base.param_dtype = .int8. cannot be combined",
+        ),
+        (
+            {
+                "method": "sft",
+                "bases": (),
+                "base": BaseConfig(path="a"),
+                "augmentation": AugmentationConfig(base_dropout=0.1),
+            },
+            "augmentation.base_dropout = 0.1 cannot be combined",
         ),
     ],
 )

@@ -60,6 +60,8 @@ class HiddenStates(NamedTuple):
     its own positions."""
     base_logits: Float[Array, "B T V"] | None = None
     """The base's logits, if a value network had to read them at every position."""
+    base_scale: Float32[Array, "B T"] | None = None
+    """What the base's logits are multiplied by (in `base_logits` already); None: they are not."""
 
 
 class NetworkLogits(NamedTuple):
@@ -79,6 +81,7 @@ def run_networks(
     caches: Caches | None = None,
     prompt_lengths: Int[Array, " B"] | None = None,
     base_hidden: Float[Array, "B T D"] | None = None,
+    base_scale: Float32[Array, "B T"] | None = None,
     own_texts: Sequence[OwnTokens | OwnPrefixes] = (),
 ) -> tuple[HiddenStates, Caches | None]:
     """Run base and value networks over tokens, up to their heads.
@@ -94,6 +97,8 @@ def run_networks(
             is then not read. None: the rows continue.
         base_hidden: the base's final hidden states if already known; the base is then not run, and
             its cache stays as it is.
+        base_scale: what the base's logits are multiplied by, for value networks that read them too;
+            None: they stay as they are.
         own_texts: what each value network with its own vocabulary reads, in their order: its tokens
             in this call, or (without caches) every prefix of the text.
 
@@ -114,7 +119,7 @@ def run_networks(
         )
     base_logits = None
     if composition.reads_base_logits:
-        base_logits = head_logits(base, params.base, base_hidden)
+        base_logits = _scaled(head_logits(base, params.base, base_hidden), base_scale)
     values, value_caches = run_values(
         composition,
         params.values,
@@ -127,7 +132,7 @@ def run_networks(
         base_logits=base_logits,
         own_texts=own_texts,
     )
-    hidden = HiddenStates(base_hidden, values, base_logits)
+    hidden = HiddenStates(base_hidden, values, base_logits, base_scale)
     if base_cache is None or value_caches is None:
         return hidden, None
     return hidden, Caches(base_cache, value_caches)
@@ -295,6 +300,7 @@ def network_logits(
     base = hidden.base_logits
     if base is None:
         base = head_logits(composition.base, params.base, hidden.base)
+        base = _scaled(base, hidden.base_scale)
     return NetworkLogits(base, all_value_logits(composition, params.values, hidden.values))
 
 
@@ -372,6 +378,12 @@ def head_logits(
     logits = logits_from_hidden(network.graphdef, params, hidden)
     constrain = network.constrain
     return logits if constrain is None else constrain(logits, ("batch", "length", "vocabulary"))
+
+
+def _scaled(
+    logits: Float32[Array, "B T V"], scale: Float32[Array, "B T"] | None
+) -> Float32[Array, "B T V"]:
+    return logits if scale is None else logits * scale[:, :, None]
 
 
 def _pick(states: Float[Array, "B T D"], wanted: Int[Array, "B C"]) -> Float[Array, "B C D"]:

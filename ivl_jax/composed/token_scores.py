@@ -41,7 +41,7 @@ class PositionLogits(NamedTuple):
     """The token that follows each position."""
     teacher_logits: Float32[Array, "B T V2"] | None = None
     """Logits of a teacher, which may have further tokens; None: there is none."""
-    temperature: float = 1.0
+    temperature: float | Float32[Array, ""] = 1.0
     """What `composed` was divided by, and what the base's logits are."""
     late: Sequence[Float32[Array, "B T V"]] = ()
     """`composed`, had the head of the first value network read one layer before its last alone."""
@@ -128,7 +128,7 @@ def score_positions(
     names: Sequence[str],
     policies: RowPolicies | None = None,
     teacher_logits: Float32[Array, "B T V2"] | None = None,
-    temperature: float = 1.0,
+    temperature: float | Float32[Array, ""] = 1.0,
     late_hidden: Sequence[Float[Array, "B T D"]] = (),
 ) -> dict[str, Array]:
     """Score positions.
@@ -168,8 +168,13 @@ def score_positions(
     return {name: SCORES[name](at) for name in names}
 
 
-def at_temperature(logits: Float32[Array, "*B V"], temperature: float) -> Float32[Array, "*B V"]:
+def at_temperature(
+    logits: Float32[Array, "*B V"], temperature: float | Float32[Array, ""]
+) -> Float32[Array, "*B V"]:
     """Logits of the distribution that is sampled at a temperature."""
+    if not isinstance(temperature, float):
+        # So that the padding columns have a derivative with respect to the temperature: 0.
+        return jnp.where(jnp.isneginf(logits), logits, logits / temperature)
     return logits if temperature == 1.0 else logits / temperature
 
 

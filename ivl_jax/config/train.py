@@ -18,6 +18,7 @@ from ivl_jax.config.value import ValueConfig
 
 PenaltyKind = Literal["none", "l1", "l2"]
 PenaltyPositions = Literal["real", "all"]
+PenaltySchedule = Literal["constant", "linear_warmup", "linear_decay"]
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,47 @@ class PenaltyConfig:
     """λ; the authors' released code uses 1."""
     positions: PenaltyPositions = "real"
     """`real`: tokens that are not padding; `all`: also padding, as in the authors' code."""
+    schedule: PenaltySchedule = "constant"
+    """Over all steps: λ throughout, rising linearly from 0 to λ, or falling from λ to 0."""
 
     def __post_init__(self) -> None:
         """Check that λ is not negative."""
         require_numbers(self, "penalty.")
         require(self.weight >= 0, f"penalty.weight must be ≥ 0, got {self.weight}")
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """What is varied in training so that the value does not depend on this one base.
+
+    Each dialogue draws anew at each step; evaluations see the base as it is.
+    """
+
+    base_temperature: float = 1.0
+    """τ: the base's logits are divided by a temperature, log-uniform in [1/τ, τ]; 1: they are not.
+    """
+    base_dropout: float = 0.0
+    """Share of dialogues that are learned without the base: its logits are 0."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require_numbers(self, "augmentation.")
+        require(
+            1 <= self.base_temperature < math.inf,
+            "augmentation.base_temperature must be ≥ 1 and finite, the largest temperature (1 "
+            f"turns it off), got {self.base_temperature}",
+        )
+        require(
+            0 <= self.base_dropout < 1,
+            "augmentation.base_dropout must be in [0, 1), a share of dialogues (0 turns it off), "
+            f"got {self.base_dropout}",
+        )
+
+    @property
+    def shown(self) -> str:
+        """What is varied, for messages; empty: nothing."""
+        fields = (f"augmentation.{name} = {value}" for name, value in vars(self).items())
+        return ", ".join(fields) if self != AugmentationConfig() else ""
 
 
 @dataclass(frozen=True)
@@ -221,6 +258,7 @@ class TrainConfig:
     distil: DistilConfig = field(default_factory=DistilConfig)
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
     penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     step: StepConfig = field(default_factory=StepConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -311,6 +349,11 @@ def _base_problems(config: TrainConfig) -> list[str]:
             problems.append(
                 f'base.param_dtype = "{config.base.param_dtype}" cannot be combined with method = '
                 '"sft": trained parameters are stored in float32; see step.compute_dtype'
+            )
+        if shown := config.augmentation.shown:
+            problems.append(
+                f'{shown} cannot be combined with method = "sft", which has no frozen base to '
+                "vary: leave them at 1 and 0"
             )
         if config.value.lora.rank:
             problems.append(

@@ -48,6 +48,10 @@ def unused_options(config: TrainConfig) -> list[str]:
         if changed:
             found.append(_sentence(changed, "value.depths = 1: there is one depth"))
     penalty = config.penalty
+    if config.method == "value" and (penalty.kind == "none" or not penalty.weight):
+        changed = _changed("penalty", penalty, "schedule")
+        if changed:
+            found.append(_sentence(changed, "no penalty on value logits"))
     if config.method == "sft" and penalty.kind != "none" and penalty.weight > 0:
         changed = _changed("penalty", penalty)
         if changed:

@@ -36,6 +36,8 @@ class Batch(NamedTuple):
     advantages: Float32[Array | np.ndarray, "*B T"] | None = None
     # Log-probabilities of the targets when they were sampled, if the model has changed since.
     sampled_log_probs: Float32[Array | np.ndarray, "*B T"] | None = None
+    # What the base's logits are multiplied by; None: they stay as they are.
+    base_scale: Float32[Array | np.ndarray, "*B T"] | None = None
 
     @property
     def token_mask(self) -> Bool[Array | np.ndarray, "*B T"]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from ivl_jax.buckets import bucket
 from ivl_jax.composed.forward import compose, network_logits, pick, run_networks
@@ -23,6 +23,7 @@ from ivl_jax.composed.network import ComposedParams, Composition
 from ivl_jax.composed.own_prefixes import OwnPrefixes, plan_prefixes
 from ivl_jax.composed.strength_policies import RowPolicies, rows_of
 from ivl_jax.composed.token_scores import (
+    at_temperature,
     candidate_scores,
     choose_chunk_length,
     join_positions,
@@ -87,7 +88,12 @@ class Row(NamedTuple):
 
 
 def score_rows(
-    model: ComposedModel, rows: Sequence[Row], *, batch_size: int, with_base: bool = False
+    model: ComposedModel,
+    rows: Sequence[Row],
+    *,
+    batch_size: int,
+    with_base: bool = False,
+    temperature: float = 1.0,
 ) -> Iterator[tuple[int, RowScores]]:
     """Score rows, longest first, so that running out of memory happens at once.
 
@@ -98,6 +104,7 @@ def score_rows(
         rows: at most the model's context plus one tokens each, as the last one is only predicted.
         batch_size: rows scored together.
         with_base: also compare with the base alone.
+        temperature: what composed logits are divided by, and the base's.
 
     Yields:
         Index of a row and its scores, in the order of computation.
@@ -111,15 +118,16 @@ def score_rows(
         _check_row(model, index, row)
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index].token_ids))
     # The last batch is padded to the size of the others, which is cheaper than compiling again.
-    layout = model.composition.base.layout
-    ways = 1 if layout is None else batch_ways(layout.mesh)
-    batch = -(-min(batch_size, bucket(len(rows), smallest=1)) // ways) * ways
+    batch = padded_rows(model, min(batch_size, bucket(len(rows), smallest=1)))
     mapped = bool(model.composition.mapped)
     waiting: tuple[list[int], Any] | None = None
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         # The device computes this batch while the host splits up the previous one.
-        scored = _dispatch(model, [rows[index] for index in chosen], batch, with_base)
+        arrays = batch_arrays(model, [rows[index] for index in chosen], batch)
+        if temperature != 1:
+            arrays["temperature"] = np.float32(temperature)
+        scored = _program(model.composition)(model.params, with_base=with_base, **arrays)
         if waiting is not None:
             yield from _by_row(rows, *waiting, mapped=mapped)
         waiting = chosen, scored
@@ -139,6 +147,7 @@ def score_tokens(
     max_logits: int,
     with_base: bool,
     prefixes: tuple[OwnPrefixes, ...] = (),
+    temperature: float | Float32[Array, ""] = 1.0,
 ) -> tuple[TokenScores, TokenScores, BaseScores | None]:
     """Score each next token of rows; pure.
 
@@ -153,6 +162,7 @@ def score_tokens(
         max_logits: composed logits that may exist at once; the head runs over chunks of T.
         with_base: also compare with the base alone.
         prefixes: what each value network with its own vocabulary reads, in their order.
+        temperature: what composed logits are divided by, and the base's.
 
     Returns:
         Scores [B T] of the token after each position (after the last real one, the first
@@ -168,7 +178,8 @@ def score_tokens(
 
     last = network_logits(composition, params, pick(composition, hidden, at_end))
     composed = compose(composition, params.values, last, strengths=strengths, policies=policies)
-    choices = TokenScores(*candidate_scores(composed[:, 0], candidates))
+    composed = at_temperature(composed[:, 0], temperature)
+    choices = TokenScores(*candidate_scores(composed, candidates))
 
     def one_chunk(chunk: Any) -> dict[str, Array]:
         return score_positions(
@@ -178,6 +189,7 @@ def score_tokens(
             strengths=strengths,
             policies=policies,
             names=_NAMES[with_base],
+            temperature=temperature,
         )
 
     size = choose_chunk_length(
@@ -201,18 +213,32 @@ def score_tokens(
 def _program(composition: Composition) -> Callable[..., Any]:
     """`score_tokens` of one composition, jitted only here and compiled once per shape."""
 
-    def program(
-        params: Any, tokens: Any, *, max_logits: int, with_base: bool, **arrays: Any
-    ) -> Any:
+    def program(params: Any, *, max_logits: int, with_base: bool, **arrays: Any) -> Any:
         return score_tokens(
-            composition, params, tokens, max_logits=max_logits, with_base=with_base, **arrays
+            composition, params, max_logits=max_logits, with_base=with_base, **arrays
         )
 
     return jax.jit(program, static_argnames=("max_logits", "with_base"))
 
 
-def _dispatch(model: ComposedModel, rows: Sequence[Row], batch: int, with_base: bool) -> Any:
-    """Collect rows in a batch of bucketed shape and start scoring it."""
+def padded_rows(model: ComposedModel, count: int) -> int:
+    """The least number of rows, at least `count`, that divides evenly over a model's devices."""
+    layout = model.composition.base.layout
+    ways = 1 if layout is None else batch_ways(layout.mesh)
+    return -(-count // ways) * ways
+
+
+def batch_arrays(model: ComposedModel, rows: Sequence[Row], batch: int) -> dict[str, Any]:
+    """Collect rows in a batch of bucketed shape.
+
+    Args:
+        model: the model that scores them.
+        rows: at most `batch`.
+        batch: rows of the arrays, B.
+
+    Returns:
+        What `score_tokens` takes of them, with the model's own strengths.
+    """
     lengths = [len(row.token_ids) - 1 for row in rows]
     length = bucket(max(lengths), smallest=_SMALLEST_LENGTH, largest=model.context)
     tokens = np.zeros((batch, length), np.int32)
@@ -221,20 +247,18 @@ def _dispatch(model: ComposedModel, rows: Sequence[Row], batch: int, with_base: 
     for index, row in enumerate(rows):
         tokens[index, : lengths[index]] = row.token_ids[:-1]
         candidates[index, : len(row.other_last) + 1] = [row.token_ids[-1], *row.other_last]
-    return _program(model.composition)(
-        model.params,
-        tokens,
-        lengths=np.asarray(lengths + [1] * (batch - len(rows)), np.int32),
-        candidates=candidates,
-        strengths=np.tile(np.asarray(model.strengths, np.float32), (batch, 1)),
-        policies=rows_of(model.policy) or None,
-        max_logits=_MAX_LOGITS.get(jax.default_backend(), _MAX_LOGITS_ACCELERATOR),
-        with_base=with_base,
-        prefixes=tuple(
+    return {
+        "tokens": tokens,
+        "lengths": np.asarray(lengths + [1] * (batch - len(rows)), np.int32),
+        "candidates": candidates,
+        "strengths": np.tile(np.asarray(model.strengths, np.float32), (batch, 1)),
+        "policies": rows_of(model.policy) or None,
+        "max_logits": _MAX_LOGITS.get(jax.default_backend(), _MAX_LOGITS_ACCELERATOR),
+        "prefixes": tuple(
             _prefixes([_own_text(model, row, index) for row in rows], rows, tokens.shape)
             for index in range(len(model.composition.mapped))
         ),
-    )
+    }
 
 
 def _first_scored(row: Row) -> int:

@@ -4,6 +4,7 @@ In: a base, value networks, about 50 demonstrations. Out: tables on the console,
 a figure.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +37,8 @@ class Flags:
     """The number of demonstrations to read, spread over the files; 0: all."""
     batch_size: int = 8
     """Dialogues scored together."""
+    calibrate: bool = False
+    """Also fit strengths and a temperature to these dialogues; it takes several times as long."""
     data_dir: str = "data_cache"
     """Where the ArrayRecord form of the demonstrations is stored."""
 
@@ -55,10 +58,11 @@ def run(flags: Flags) -> "TransferReport":
             possible.
     """
     # Imported here: JAX takes a second, which --help should not wait for.
-    from ivl_jax.evaluation.held_out import read_held_out
+    from ivl_jax.evaluation.calibration import calibration_report
+    from ivl_jax.evaluation.held_out import read_held_out, rows_of
     from ivl_jax.evaluation.loading import load_model
     from ivl_jax.evaluation.transfer_report import transfer_report
-    from ivl_jax.evaluation.transfer_view import plot, show
+    from ivl_jax.evaluation.transfer_view import plot, show, show_calibration
 
     composed, problems = flags.model.composed, []
     # A missing --value is a problem of its own.
@@ -79,8 +83,16 @@ def run(flags: Flags) -> "TransferReport":
     model = load_model(held_out.sources)
     report = transfer_report(model, held_out.dialogues, batch_size=flags.batch_size)
     show(report, model.strengths, Console())
+    figures = report.to_json()
+    if flags.calibrate:
+        dialogues = held_out.dialogues
+        masks = [dialogues[index].loss_mask[1:] for index in range(len(dialogues))]
+        rows = rows_of(model, dialogues)
+        fit = calibration_report(model, rows, masks, batch_size=flags.batch_size)
+        show_calibration(fit, Console())
+        figures["calibration"] = dataclasses.asdict(fit)
     if flags.output:
-        held_out.write_report(flags.output, "transfer", flags.data, report.to_json())
+        held_out.write_report(flags.output, "transfer", flags.data, figures)
     if flags.plot:
         plot(report, Path(flags.plot))
     return report

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from ivl_jax.evaluation.calibration import CalibrationReport
 from ivl_jax.evaluation.transfer_report import Gain, TransferReport
 
 _GAIN, _LOSS, _GREY = "#2f6fde", "#c8503c", "#8a919c"
@@ -109,6 +110,21 @@ def show(report: TransferReport, strengths: Sequence[float], console: Console) -
         console.print("Dialogues that lose most, nats per token:")
         for name, gain in report.worst:
             console.print(f"  {gain:+.3f}  {name}", highlight=False)
+
+
+def show_calibration(fit: CalibrationReport, console: Console) -> None:
+    """Print a calibration.
+
+    Args:
+        fit: strengths, temperature and what they are worth.
+        console: where to print.
+    """
+    flags = " ".join(f"--strength {strength:.3g}" for strength in fit.strengths)
+    console.print(
+        f"Calibration: {flags}, temperature {fit.temperature:.3g}: held-out NLL {fit.nll:.3f} "
+        f"instead of {fit.given_nll:.3f} nats per token (each half of the dialogues as fitted to "
+        "the other; the temperature changes no greedy answer)."
+    )
 
 
 def plot(report: TransferReport, path: Path) -> None:

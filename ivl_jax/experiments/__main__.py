@@ -4,8 +4,8 @@ In: the matrix. Out: `docs/experiments.md` with its figures and `docs/experiment
 number. Finished trainings and measurements are kept in the work directory, so the command can be
 interrupted and run again. `python -m ivl_jax.experiments post_training` is the study of objectives
 other than demonstrations (`post_training.study`), `… baselines` that of other ways to use what was
-learned, `… real` the experiment on a real model (`real.study`), and `… vocabulary_maps` compares
-vocabulary maps.
+learned, `… lifts` that of ways to train for transfer, `… real` the experiment on a real model
+(`real.study`), and `… vocabulary_maps` compares vocabulary maps.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from ivl_jax.config import TrainConfig, load_config
 from ivl_jax.experiments import vocabulary_maps
 from ivl_jax.experiments.baselines import study as baselines
 from ivl_jax.experiments.demonstrations import build_items
+from ivl_jax.experiments.lifts import study as lifts
 from ivl_jax.experiments.post_training import study as post_training_study
 from ivl_jax.experiments.real import study as real_study
 from ivl_jax.experiments.transfer.lab import Laboratory
@@ -62,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     studies = {
         "baselines": baselines.main,
+        "lifts": lifts.main,
         "post_training": post_training_study.main,
         "real": real_study.main,
         "vocabulary_maps": vocabulary_maps.main,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Bool
 
 from ivl_jax.checkpoint import ValueNetwork
 from ivl_jax.data.chat import make_chat_format
@@ -26,6 +27,7 @@ def response_nll(
     items: Sequence[Item],
     *,
     rows: int = 64,
+    temperature: float = 1.0,
     advance: Callable[[], object] = lambda: None,
 ) -> float:
     """Mean negative log-likelihood of the answers, including the end-of-answer token.
@@ -34,27 +36,41 @@ def response_nll(
         model: The composition; the base's tokenizer counts the tokens.
         items: Questions and answers.
         rows: Rows per batch.
+        temperature: What composed logits are divided by.
         advance: Called after each item.
 
     Returns:
         Nats per token, over all answer tokens of all items.
     """
+    whole, masks = answer_rows(model, items)
+    total = 0.0
+    for index, scores in score_rows(model, whole, batch_size=rows, temperature=temperature):
+        total -= float(scores.tokens.log_prob[masks[index]].sum(dtype=np.float64))
+        advance()
+    return total / sum(int(mask.sum()) for mask in masks)
+
+
+def answer_rows(
+    model: ComposedModel, items: Sequence[Item]
+) -> tuple[list[Row], list[Bool[np.ndarray, " _"]]]:
+    """Questions with their answers, as `score_rows` takes them.
+
+    Args:
+        model: The composition; the base's tokenizer makes the tokens.
+        items: Questions and answers.
+
+    Returns:
+        The rows, and which of each row's tokens after the first are the answer's, its end included.
+    """
     prompts = model.prepare([_messages(item) for item in items])
     chat_format = make_chat_format(model.tokenizer)
-    continuations = []
+    rows, masks = [], []
     for item, prompt in zip(items, prompts, strict=True):
         whole = chat_format.encode_dialogue((*_messages(item), Message("assistant", item.answer)))
-        continuations.append(whole.tokens[len(prompt.token_ids) :].tolist())
-    whole = [
-        Row([*prompt.token_ids, *ids], prompt=prompt)
-        for prompt, ids in zip(prompts, continuations, strict=True)
-    ]
-    total = 0.0
-    for index, scores in score_rows(model, whole, batch_size=rows):
-        length = len(continuations[index])
-        total -= float(scores.tokens.log_prob[-length:].sum(dtype=np.float64))
-        advance()
-    return total / sum(map(len, continuations))
+        start = len(prompt.token_ids)
+        rows.append(Row([*prompt.token_ids, *whole.tokens[start:].tolist()], prompt=prompt))
+        masks.append(np.arange(1, len(rows[-1].token_ids)) >= start)
+    return rows, masks
 
 
 def answers(

@@ -105,7 +105,7 @@ def _plan(
 ) -> TrainingPlan:
     place, frozen_place = place_trained(config, models, mesh), place_frozen(config, models, mesh)
     base_place = None if base is None else place_in_step(config, base, mesh)
-    schedule, optimizer = make_run_optimizer(config, total_steps=1000)
+    schedules, optimizer = make_run_optimizer(config, total_steps=1000)
     shardings = state_shardings(place.shapes, place.shardings, optimizer, mesh)
     state = state_shapes(config, models, mesh)
     frozen = None
@@ -120,7 +120,7 @@ def _plan(
         place,
         base_place,
         optimizer=optimizer,
-        schedule=schedule,
+        schedules=schedules,
         shardings=shardings,
         mesh=mesh,
         memory=machine.memory,

@@ -13,16 +13,13 @@ from ivl_jax.composed.forward import HiddenStates, compose, network_logits, run_
 from ivl_jax.composed.network import ComposedParams, Composition
 
 
-def run_batch(
-    composition: Composition, networks: ComposedParams, batch: Any, *, base_hidden: Any = None
-) -> HiddenStates:
-    """Run all networks of a composition over a micro-batch.
+def run_student(composition: Composition, networks: ComposedParams, batch: Any) -> HiddenStates:
+    """Run the networks of the composition that is trained over a micro-batch.
 
     Args:
         composition: the static half.
         networks: the arrays.
-        batch: one micro-batch, arrays [B T].
-        base_hidden: the base's final hidden states [B T D], if they are cached.
+        batch: one micro-batch, arrays [B T]; its cached states are those of this base.
 
     Returns:
         Final hidden states of all networks.
@@ -33,7 +30,8 @@ def run_batch(
         batch.tokens,
         positions=batch.positions,
         segment_ids=batch.segment_ids,
-        base_hidden=base_hidden,
+        base_hidden=batch.base_states,
+        base_scale=batch.base_scale,
     )
     return hidden
 
@@ -53,7 +51,14 @@ def run_teacher(
     """
     if teacher is None or params is None:
         return None
-    return run_batch(teacher, params, batch)
+    hidden, _ = run_networks(
+        teacher,
+        params,
+        batch.tokens,
+        positions=batch.positions,
+        segment_ids=batch.segment_ids,
+    )
+    return hidden
 
 
 def teacher_logits(

@@ -23,11 +23,11 @@ from ivl_jax.composed.forward import HiddenStates
 from ivl_jax.composed.head_copies import copy_head
 from ivl_jax.composed.network import ComposedParams, Composition, Network, ValueArrays
 from ivl_jax.composed.token_scores import join_positions, score_positions, split_positions
-from ivl_jax.config import PenaltyKind, PenaltyPositions
+from ivl_jax.config import AugmentationConfig, PenaltyKind, PenaltyPositions
 from ivl_jax.data.batching import Batch
 from ivl_jax.model.decoder import Params
 from ivl_jax.model.lora import join
-from ivl_jax.training.batch_forward import run_batch, run_teacher, teacher_logits
+from ivl_jax.training.batch_forward import run_student, run_teacher, teacher_logits
 from ivl_jax.training.chunked_sum import Frozen, chunked_sum, head_of
 from ivl_jax.training.masked_sum import masked_sum, weighted_sum
 from ivl_jax.training.objectives.objective import Objective
@@ -51,6 +51,8 @@ class Loss:
     penalty_kind: PenaltyKind = "none"
     penalty_weight: float = 0.0
     penalty_positions: PenaltyPositions = "real"
+    augmentation: AugmentationConfig | None = None
+    """How a training step varies the base, which evaluations do not; None: it does not."""
     depths_distillation: float = 0.0
     """μ, if the head reads several depths; then `hidden_states` of the trained network returns what
     it could read of each (`all_depths`)."""
@@ -132,6 +134,7 @@ def loss_sum(
     batch: Batch,
     *,
     counts: Counts,
+    penalty_share: float | Float32[Array, ""] = 1.0,
     with_base: bool = False,
     teacher_params: ComposedParams | None = None,
     frozen_params: Params | None = None,
@@ -152,6 +155,7 @@ def loss_sum(
             trained without a base. The head is enough if the batch contains the base's states.
         batch: one micro-batch, arrays [B T].
         counts: of the global batch that this micro-batch belongs to.
+        penalty_share: the share of λ that applies now.
         with_base: also compute what the objective evaluates for the base alone.
         teacher_params: of the teacher, which gets no gradient; None iff the loss has none.
         frozen_params: the other parameters of the trained network, if `params` are an adapter.
@@ -192,17 +196,16 @@ def loss_sum(
         raise ValueError("loss_sum takes teacher_params exactly when the loss has a teacher")
     arrays: Any = batch
     denominator = jnp.maximum(counts.objective, 1.0)
-    penalty_scale = loss.penalty_weight * denominator / jnp.maximum(counts.penalty_tokens, 1.0)
+    penalty_weight = loss.penalty_weight * penalty_share
+    penalty_scale = penalty_weight * denominator / jnp.maximum(counts.penalty_tokens, 1.0)
     head = head_of(params)
     if frozen_params is not None:
         params = join(params, jax.lax.stop_gradient(frozen_params))
     networks = _networks(loss, params, jax.lax.stop_gradient(base_params))
-    hidden = run_batch(loss.composition, networks, batch, base_hidden=batch.base_states)
-    networks = jax.lax.stop_gradient(networks)
-    teacher = jax.lax.stop_gradient(teacher_params)
+    hidden = run_student(loss.composition, networks, batch)
+    networks, teacher = jax.lax.stop_gradient((networks, teacher_params))
     teacher_hidden = run_teacher(loss.teacher, teacher, batch)
-    objective, targets = loss.objective, arrays.targets
-    first = {}
+    objective, targets, first = loss.objective, arrays.targets, {}
     if objective.first_pass:
         states = jax.lax.stop_gradient(hidden), teacher_hidden
         first = _first_pass(loss, networks, teacher, states, targets)
@@ -222,8 +225,7 @@ def loss_sum(
         *_split(loss, hidden, (teacher_hidden, targets, weights), networks, teacher),
     )
     total, scores = summed
-    scores = join_positions(length, scores)
-    return total, denominator, _sums(loss, batch, scores, weights)
+    return total, denominator, _sums(loss, batch, join_positions(length, scores), weights)
 
 
 def first_pass_scores(
@@ -250,7 +252,7 @@ def first_pass_scores(
     if frozen_params is not None:
         params = join(params, frozen_params)
     networks, targets = _networks(loss, params, base_params), jnp.asarray(batch.targets)
-    hidden = run_batch(loss.composition, networks, batch, base_hidden=batch.base_states)
+    hidden = run_student(loss.composition, networks, batch)
     states = hidden, run_teacher(loss.teacher, teacher_params, batch)
     return _first_pass(loss, networks, teacher_params, states, targets)
 
@@ -347,11 +349,10 @@ def _split(
     teacher: ComposedParams | None,
 ) -> tuple[Array, Frozen]:
     """The trained network's states in chunks [C B t D], and everything else that a chunk reads."""
+    trained, rest = hidden.base, None
     if loss.has_base:
         trained, *values = hidden.values
-        rest = (hidden.base, tuple(values), hidden.base_logits)
-    else:
-        trained, rest = hidden.base, (None, (), None)
+        rest = hidden._replace(values=tuple(values))
     trained, positions = split_positions(
         loss.chunk_length, (trained, jax.lax.stop_gradient((rest, *others)))
     )
@@ -362,12 +363,11 @@ def _chunk_loss(
     loss: Loss, names: tuple[str, ...], head: Params, trained: Array, frozen: Frozen
 ) -> tuple[Float32[Array, ""], dict[str, Array]]:
     """Loss sum of one chunk of positions, and its scores."""
-    (base, others, base_logits), teacher_hidden, targets, weights = frozen.positions
+    rest, teacher_hidden, targets, weights = frozen.positions
     trained, late = _by_depth(loss, trained)
+    hidden = HiddenStates(trained, ())
     if loss.has_base:
-        hidden = HiddenStates(base, (trained, *others), base_logits)
-    else:
-        hidden = HiddenStates(trained, ())
+        hidden = rest._replace(values=(trained, *rest.values))
     scores = _of_trained(
         score_positions(
             loss.composition,

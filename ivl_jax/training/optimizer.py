@@ -1,18 +1,27 @@
-"""AdamW with clipping and a learning-rate schedule, as one optax chain.
+"""AdamW with clipping and a learning-rate schedule, as one optax chain; the schedule of λ.
 
-In: plain numbers. Out: an `optax.GradientTransformation` and the schedule it follows.
+In: plain numbers. Out: an `optax.GradientTransformation` and the schedules of a run.
 """
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import optax
 
+from ivl_jax.config import PenaltySchedule
 from ivl_jax.training.moments import bfloat16_moments
 
 # Leaves that are matrices. Decided by name: the stacked norms of scanned layers are [L D] too.
 _MATRICES = ("kernel", "embedding", "lora_a", "lora_b")
+
+
+class Schedules(NamedTuple):
+    """What changes from step to step."""
+
+    learning_rate: optax.Schedule
+    penalty: optax.Schedule | None = None
+    """Step number (0-based) → share of λ; None: all of it at every step."""
 
 
 def make_schedule(
@@ -57,6 +66,29 @@ def make_schedule(
     # The first step's rate is not 0: a rise from exactly 0 would waste one batch.
     rise = optax.linear_schedule(learning_rate / warmup, learning_rate, max(warmup - 1, 1))
     return optax.join_schedules([rise, decay], [warmup])
+
+
+def make_penalty_schedule(schedule: PenaltySchedule, *, total_steps: int) -> optax.Schedule | None:
+    """Make the share of λ that applies at a step.
+
+    Args:
+        schedule: `constant`; `linear_warmup`, from λ/N at the first of N steps to λ at the last;
+            `linear_decay`, the same backwards.
+        total_steps: optimizer steps of the whole run, N.
+
+    Returns:
+        Step number (0-based) → share, in (0, 1]; None if it is constant.
+
+    Example:
+        >>> [float(make_penalty_schedule("linear_decay", total_steps=4)(t)) for t in range(4)]
+        [1.0, 0.75, 0.5, 0.25]
+    """
+    if schedule == "constant":
+        return None
+    first, last = 1 / total_steps, 1.0
+    if schedule == "linear_decay":
+        first, last = last, first
+    return optax.linear_schedule(first, last, max(total_steps - 1, 1))
 
 
 def make_optimizer(

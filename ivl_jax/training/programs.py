@@ -39,6 +39,7 @@ from ivl_jax.training.models import (
 )
 from ivl_jax.training.networks import distils_depths, frozen_network, trained_network
 from ivl_jax.training.objectives import find_objective
+from ivl_jax.training.optimizer import Schedules
 from ivl_jax.training.reference import load_reference
 from ivl_jax.training.step import (
     EvalStep,
@@ -94,7 +95,7 @@ def build_programs(
     place: Placement,
     *,
     optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
+    schedules: Schedules,
     shardings: TrainState,
     held_out: Sequence[EvalBatches],
     mesh: Mesh,
@@ -107,7 +108,7 @@ def build_programs(
         models: from `choose_models`.
         place: of the trained model.
         optimizer: the optax chain.
-        schedule: the learning rate it follows.
+        schedules: of the learning rate that it follows, and of λ.
         shardings: of the train state.
         held_out: batches to evaluate on, for each base; empty: no evaluation.
         mesh: the device mesh.
@@ -131,7 +132,7 @@ def build_programs(
                 place,
                 base_place,
                 optimizer=optimizer,
-                schedule=schedule,
+                schedules=schedules,
                 shardings=shardings,
                 mesh=mesh,
                 teacher=teacher,
@@ -183,7 +184,7 @@ def step_programs(
     base_place: Placement | None,
     *,
     optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
+    schedules: Schedules,
     shardings: TrainState,
     mesh: Mesh,
     teacher: Teacher | None = None,
@@ -198,7 +199,7 @@ def step_programs(
         place: of the trained model.
         base_place: from `place_in_step`; None without a base.
         optimizer: the optax chain.
-        schedule: the learning rate it follows.
+        schedules: of the learning rate that it follows, and of λ.
         shardings: of the train state.
         mesh: the device mesh; its devices need not be attached.
         teacher: that the objective compares with; its parameters are the programs' fourth argument.
@@ -217,7 +218,7 @@ def step_programs(
     step = make_train_step(
         loss,
         optimizer,
-        schedule,
+        schedules,
         shardings=shardings,
         base_shardings=base_shardings,
         mesh=mesh,
@@ -304,6 +305,7 @@ def make_loss(
         penalty_kind=penalty.kind,
         penalty_weight=0.0 if penalty.kind == "none" else penalty.weight,
         penalty_positions=penalty.positions,
+        augmentation=config.augmentation if config.augmentation.shown else None,
         depths_distillation=config.value.depths_distillation if distils_depths(config) else 0.0,
         **common,
     )

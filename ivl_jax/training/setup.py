@@ -27,7 +27,12 @@ from ivl_jax.training.cached_states import CachedSplit, open_cached_splits, writ
 from ivl_jax.training.models import Models, Placement, make_trained_params, place_model
 from ivl_jax.training.objectives import find_objective
 from ivl_jax.training.objectives.objective import Objective
-from ivl_jax.training.optimizer import make_optimizer, make_schedule
+from ivl_jax.training.optimizer import (
+    Schedules,
+    make_optimizer,
+    make_penalty_schedule,
+    make_schedule,
+)
 from ivl_jax.training.programs import BaseProgram, build_programs
 from ivl_jax.training.sampling import check_sampling, choose_prompts
 from ivl_jax.training.step import TrainState, abstract_state, init_state, state_shardings
@@ -83,7 +88,7 @@ def check_names(config: TrainConfig) -> None:
     Raises:
         ValueError: an unknown objective or row format, or templates where none are read.
         ConfigError: an objective that does not learn from such rows, or needs a teacher; or a
-            teacher for an objective that has none; or as `check_trackers`.
+            teacher or augmentation for an objective that has none; or as `check_trackers`.
     """
     check_trackers(config.logging.trackers)
     objective, row_format = find_objective(config), _source(config.data).format
@@ -94,6 +99,13 @@ def check_names(config: TrainConfig) -> None:
             if objective.needs_teacher
             else f'distil.teacher = "{config.distil.teacher}" cannot be combined with objective = '
             f'"{config.objective}", which has no teacher: set objective = "distil"'
+        )
+    varied = config.augmentation.shown
+    if varied and not objective.takes_augmentation:
+        raise ConfigError(
+            f'{varied} cannot be combined with objective = "{config.objective}", which compares '
+            "with the base or a teacher, or samples from the composed model: leave them at 1 and "
+            '0, or set objective = "sft"'
         )
     if objective.sampling is not None:
         check_sampling(config, objective.sampling)
@@ -280,7 +292,7 @@ def prepare(config: TrainConfig, models: Models, data: Data, mesh: Mesh) -> Prep
         Everything but the state.
     """
     place = place_trained(config, models, mesh)
-    schedule, optimizer = make_run_optimizer(config, data.total_steps)
+    schedules, optimizer = make_run_optimizer(config, data.total_steps)
     shardings = state_shardings(place.shapes, place.shardings, optimizer, mesh)
     key = jax.random.key(config.seed)
     frozen = load_frozen(config, models, mesh)
@@ -289,7 +301,7 @@ def prepare(config: TrainConfig, models: Models, data: Data, mesh: Mesh) -> Prep
         models,
         place,
         optimizer=optimizer,
-        schedule=schedule,
+        schedules=schedules,
         shardings=shardings,
         held_out=data.held_out,
         mesh=mesh,
@@ -334,8 +346,8 @@ def place_trained(config: TrainConfig, models: Models, mesh: Mesh) -> Placement:
 
 def make_run_optimizer(
     config: TrainConfig, total_steps: int
-) -> tuple[optax.Schedule, optax.GradientTransformation]:
-    """Make the run's learning-rate schedule, and the optax chain that follows it."""
+) -> tuple[Schedules, optax.GradientTransformation]:
+    """Make the run's schedules, and the optax chain that follows that of the learning rate."""
     options = config.optimizer
     schedule = make_schedule(
         learning_rate=options.learning_rate,
@@ -344,7 +356,8 @@ def make_run_optimizer(
         final_fraction=options.final_fraction,
         total_steps=total_steps,
     )
-    return schedule, make_optimizer(
+    penalty = make_penalty_schedule(config.penalty.schedule, total_steps=total_steps)
+    return Schedules(schedule, penalty), make_optimizer(
         schedule,
         weight_decay=options.weight_decay,
         beta1=options.beta1,

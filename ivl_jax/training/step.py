@@ -17,7 +17,9 @@ from ivl_jax.composed.network import ComposedParams
 from ivl_jax.data.batching import Batch
 from ivl_jax.model.decoder import Params
 from ivl_jax.sharding import batch_sharding, replicated
+from ivl_jax.training.augmentation import augment
 from ivl_jax.training.loss import Loss, Sums, count_tokens, first_pass_scores, loss_sum
+from ivl_jax.training.optimizer import Schedules
 
 
 class TrainState(NamedTuple):
@@ -34,7 +36,8 @@ StepMetrics = dict[str, Float32[Array, ""]]
 (`nll` in nats per counted token, `accuracy`, …), `penalty` (mean |z| or z² over penalised
 positions), `mean_abs_value` (over real tokens and vocabulary), `depth_kl` (if depths are distilled,
 nats per counted token), `gradient_norm` (global, before clipping), `learning_rate`, `loss_tokens`
-and `real_tokens` (counted, and not padding)."""
+and `real_tokens` (counted, and not padding), and `penalty_weight` if λ has a schedule. With
+augmentation they are those of the varied base."""
 TrainStep = Callable[..., tuple[TrainState, StepMetrics]]
 """(state, base parameters or None, batch[, parameters of the teacher or None[, frozen parameters of
 the trained network]]) → (state, metrics)."""
@@ -131,7 +134,7 @@ def abstract_state(
 def make_train_step(
     loss: Loss,
     optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
+    schedules: Schedules,
     *,
     shardings: TrainState,
     base_shardings: Params | None,
@@ -144,7 +147,7 @@ def make_train_step(
     Args:
         loss: its static half.
         optimizer: the optax chain.
-        schedule: the learning rate the chain follows, reported in the metrics.
+        schedules: of the learning rate that the chain follows, and of λ; in the metrics.
         shardings: of the state.
         base_shardings: of the frozen base's parameters; None without a base.
         mesh: the mesh of all these shardings.
@@ -168,18 +171,20 @@ def make_train_step(
         frozen_params: Params | None = None,
     ) -> tuple[TrainState, StepMetrics]:
         frozen = (base_params, teacher_params, frozen_params)
+        if loss.augmentation is not None:
+            batch = augment(loss.augmentation, batch, jax.random.fold_in(state.key, state.step))
+        share = 1.0 if schedules.penalty is None else _at(schedules.penalty, state.step)
         gradient, denominator, sums, counts = _summed_gradient(
-            loss, state.params, frozen, batch, shardings.params
+            loss, state.params, frozen, batch, shardings.params, penalty_share=share
         )
         gradient = jax.tree.map(lambda leaf: leaf / denominator.astype(leaf.dtype), gradient)
         # optax mixes dtypes and ranks by design; our own code stays strict in tests.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             norm = optax.tree.norm(gradient)
-            rate = jnp.asarray(schedule(state.step), jnp.float32)
             changes, opt_state = optimizer.update(gradient, state.opt_state, state.params)
             params: Any = optax.apply_updates(state.params, changes)
         penalty = sums["penalty"] / jnp.maximum(counts.penalty_tokens, 1.0)
-        added = loss.penalty_weight * penalty
+        added = loss.penalty_weight * share * penalty
         if loss.depths_distillation:
             added += (
                 loss.depths_distillation * sums["depth_kl"] / jnp.maximum(counts.loss_tokens, 1.0)
@@ -189,10 +194,12 @@ def make_train_step(
             **quotients(loss, sums),
             "penalty": penalty,
             "gradient_norm": norm,
-            "learning_rate": rate,
+            "learning_rate": _at(schedules.learning_rate, state.step),
             "loss_tokens": sums["loss_tokens"],
             "real_tokens": sums["real_tokens"],
         }
+        if schedules.penalty is not None:
+            metrics["penalty_weight"] = loss.penalty_weight * share
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
     return jax.jit(
@@ -327,6 +334,11 @@ def split_micro_batches(batch: Batch, count: int) -> Batch:
     return jax.tree.map(lambda rows: rows.reshape(count, -1, *rows.shape[1:]), batch)
 
 
+def _at(schedule: optax.Schedule, step: Array) -> Float32[Array, ""]:
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return jnp.asarray(schedule(step), jnp.float32)
+
+
 def _given(
     *shardings: ComposedParams | Params | None,
 ) -> tuple[ComposedParams | Params | None, ...]:
@@ -342,6 +354,8 @@ def _summed_gradient(
     frozen: tuple[Params | None, ComposedParams | None, Params | None],
     batch: Batch,
     shardings: Params,
+    *,
+    penalty_share: float | Array,
 ) -> tuple[Params, Array, Sums, Any]:
     """Σ over micro-batches of the gradient of loss_sum, the common denominator, and the sums."""
     counts = count_tokens(loss, batch)
@@ -354,6 +368,7 @@ def _summed_gradient(
             base_params,
             micro,
             counts=counts,
+            penalty_share=penalty_share,
             teacher_params=teacher_params,
             frozen_params=frozen_params,
         )

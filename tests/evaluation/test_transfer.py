@@ -210,16 +210,22 @@ def test_the_command_writes_report_and_figure(stories260k_dir, value_folder, tmp
         *("--strength", "0.3", "--strength", "-0.1", "--format", "fields"),
         *("--user-template", "{question}", "--assistant-template", "{answer}"),
         *("--output", str(output), "--plot", str(figure), "--data-dir", str(tmp_path / "stored")),
+        "--calibrate",
     ]
     assert main(flags) == 0
     shown = capsys.readouterr().out
     assert "this base" in shown
     assert "--strength" in shown
+    assert "Calibration: --strength" in shown
     report = json.loads(output.read_text())
     assert (report["benchmark"], report["dialogues"]) == ("transfer", 6)
     assert report["model"]["strength"] == [0.3, -0.1]
     assert report["overall"]["interval"][0] <= report["overall"]["interval"][1]
     assert report["by_entropy"][-1]["to"] is None
+    assert report["calibration"]["given_nll"] == pytest.approx(
+        report["overall"]["base_nll"] - report["overall"]["gain"], rel=1e-5
+    )
+    assert len(report["calibration"]["strengths"]) == 2
     assert imread(figure).std() > 0.01
 
 

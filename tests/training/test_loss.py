@@ -27,6 +27,7 @@ from tests.training.tiny import (
 ARCH = make_arch(num_hidden_layers=1)
 BASE, VALUE = make_params(ARCH, 0), make_params(ARCH, 1)
 BATCH = on_device(make_batch())
+SCALE = jnp.broadcast_to(jnp.array([[0.0], [0.5], [1.0], [2.0]] * 2), BATCH.tokens.shape)
 
 
 @functools.partial(jax.jit, static_argnums=(0,))
@@ -43,13 +44,14 @@ def run(static, params=VALUE, base=BASE, batch=BATCH):
 
 
 @functools.cache
-def whole_logits(connection):
+def whole_logits(connection, *, scaled=False):
     graphdef = build_decoder(ARCH)
     where = {"positions": BATCH.positions, "segment_ids": BATCH.segment_ids}
 
     @jax.jit
     def both(tokens, value_tokens):
         base = forward(graphdef, BASE, tokens, **where)
+        base = base * SCALE[:, :, None] if scaled else base
         value, _ = value_forward(
             SCHEMES[connection],
             graphdef,
@@ -64,7 +66,8 @@ def whole_logits(connection):
 
 def numpy_loss(batch, *, kind="l1", weight=0.7, positions="real", connection="residual"):
     """The definition, in float64 NumPy on whole logits."""
-    logits = whole_logits(connection)(batch.tokens, batch.tokens)
+    scaled = batch.base_scale is not None
+    logits = whole_logits(connection, scaled=scaled)(batch.tokens, batch.tokens)
     base, value = (np.asarray(z, np.float64)[..., :VOCAB] for z in logits)
     z = base + value
     log_p = z - np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True))
@@ -91,6 +94,19 @@ def test_loss_is_its_definition(kind, positions):
 def test_loss_is_its_definition_in_a_cascade(connection):
     (loss, _), _ = run(make_loss(ARCH, connection=connection))
     assert float(loss) == pytest.approx(numpy_loss(BATCH, connection=connection), rel=1e-5)
+
+
+@pytest.mark.parametrize("chunk_length", [5, 1 << 30])
+@pytest.mark.parametrize("connection", ["residual", "cascade"])
+def test_a_scaled_base_is_scaled_wherever_it_is_read(connection, chunk_length):
+    batch, static = (
+        BATCH._replace(base_scale=SCALE),
+        make_loss(ARCH, connection=connection, chunk_length=chunk_length),
+    )
+    (loss, _), _ = run(static, batch=batch)
+    expected = numpy_loss(batch, connection=connection)
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    assert abs(expected - numpy_loss(BATCH, connection=connection)) > 1e-3
 
 
 @pytest.mark.parametrize("connection", ["cascade", "cascade_no_text"])

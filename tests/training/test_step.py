@@ -15,7 +15,12 @@ from ivl_jax.sharding import (
     place_batch,
     single_device_mesh,
 )
-from ivl_jax.training.optimizer import make_optimizer, make_schedule
+from ivl_jax.training.optimizer import (
+    Schedules,
+    make_optimizer,
+    make_penalty_schedule,
+    make_schedule,
+)
 from ivl_jax.training.step import (
     abstract_state,
     init_state,
@@ -46,7 +51,9 @@ def make_adamw(total_steps=STEPS):
 class Run:
     """Base, state and step on one mesh."""
 
-    def __init__(self, mesh, *, layout="full", base_layout="full", alone=False, **loss):
+    def __init__(
+        self, mesh, *, layout="full", base_layout="full", alone=False, penalty=None, **loss
+    ):
         self.mesh = mesh
         rules, base_rules = LAYOUTS[layout], LAYOUTS[base_layout]
         shapes = abstract_params(ARCH, vocab_rows=VOCAB_ROWS)
@@ -57,6 +64,7 @@ class Run:
             loss["base_layout"] = Layout(mesh, base_rules)
         self.loss = make_loss(ARCH, alone=alone, **loss)
         schedule, optimizer = make_adamw()
+        schedules = Schedules(schedule, penalty)
         self.shardings = state_shardings(shapes, params_at, optimizer, mesh)
         self.base = None if alone else jax.device_put(make_params(ARCH, 0), self.base_at)
         params = jax.device_put(make_params(ARCH, 1), params_at)
@@ -65,7 +73,7 @@ class Run:
         self.step = make_train_step(
             self.loss,
             optimizer,
-            schedule,
+            schedules,
             shardings=self.shardings,
             base_shardings=self.base_at,
             mesh=mesh,
@@ -194,6 +202,30 @@ def test_base_and_value_may_have_different_layouts_and_several_micro_batches(ref
         assert four == pytest.approx(one, rel=2e-5)
     assert run.base["lm_head"]["kernel"].addressable_shards[0].data.shape == (16, 32)
     assert run.state.params["lm_head"]["kernel"].addressable_shards[0].data.shape == (8, 64)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shares"), [("linear_warmup", (0.25, 0.5)), ("linear_decay", (1.0, 0.75))]
+)
+def test_a_scheduled_penalty_takes_its_share_of_the_weight_at_each_step(schedule, shares):
+    run = Run(single_device_mesh(), penalty=make_penalty_schedule(schedule, total_steps=STEPS))
+    history = run.train(steps=2)
+    for share, figures in zip(shares, history, strict=True):
+        assert figures["penalty_weight"] == pytest.approx(0.7 * share)
+        expected = figures["nll"] + 0.7 * share * figures["penalty"]
+        assert figures["loss"] == pytest.approx(expected, rel=1e-6)
+    constant = Run(single_device_mesh(), penalty_weight=0.7 * shares[0])
+    first = constant.train(steps=1)[0]
+    assert history[0]["gradient_norm"] == pytest.approx(first["gradient_norm"], rel=1e-5)
+    assert "penalty_weight" not in first
+
+
+def test_a_constant_penalty_has_no_schedule_and_the_others_end_at_their_bounds():
+    assert make_penalty_schedule("constant", total_steps=3) is None
+    for name, ends in (("linear_warmup", (1 / 3, 1.0)), ("linear_decay", (1.0, 1 / 3))):
+        made = make_penalty_schedule(name, total_steps=3)
+        assert [float(made(step)) for step in (0, 2)] == pytest.approx(ends)
+        assert float(make_penalty_schedule(name, total_steps=1)(0)) == 1.0
 
 
 def test_a_model_trained_alone_takes_the_same_step():

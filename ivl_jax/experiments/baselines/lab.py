@@ -315,9 +315,9 @@ def under(model: ComposedModel, setting: Setting) -> Chosen:
     return Chosen(changed, setting.sentence)
 
 
-def target_rows(items: Sequence[Item]) -> list[Item]:
+def target_rows(items: Sequence[Item], count: int = TARGET_ROWS) -> list[Item]:
     """The validation rows that settings are chosen on, facts and docstrings in equal parts."""
-    half = TARGET_ROWS // 2
+    half = count // 2
     return [
         item
         for kind in ("fact", "docstring")

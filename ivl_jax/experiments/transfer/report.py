@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ivl_jax.experiments.baselines.report import update_page as update_baselines
 from ivl_jax.experiments.finetune.report import references_section
 from ivl_jax.experiments.finetune_sweep import RECORD, record_file
+from ivl_jax.experiments.lifts.report import update_page as update_lifts
 from ivl_jax.experiments.page_sections import markdown
 from ivl_jax.experiments.post_training.report import update_page as update_post_training
 from ivl_jax.experiments.real.report import update_real_section
@@ -158,6 +159,7 @@ def write_report(figures: Figures, docs: Path, *, seeds: Sequence[int]) -> None:
         (docs / "results.md").write_text(results + "\n", encoding="utf-8")
     update_post_training(docs)
     update_baselines(docs)
+    update_lifts(docs)
     update_real_section(docs)
 
 

@@ -76,6 +76,9 @@ class Objective:
     needs_reference: bool = False
     """Whether its scores compare with a frozen reference, the scores `base_…`: the base or, for a
     model that is trained alone, the model as it was before the run."""
+    takes_augmentation: bool = False
+    """Whether it may be trained with a varied base (`[augmentation]`): its scores do not compare
+    with the base, and its answers are not sampled from what is trained."""
     needs_teacher: bool = False
     """Whether its scores compare with a teacher, which the config's `distil` table names."""
     temperature: float = 1.0

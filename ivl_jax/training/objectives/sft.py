@@ -49,4 +49,5 @@ SFT = Objective(
     },
     monitored=("top1",),
     evaluated=("base_log_prob", "base_top1"),
+    takes_augmentation=True,
 )

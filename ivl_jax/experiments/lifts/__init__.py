@@ -1,0 +1,1 @@
+"""What lifts transfer: ways to train a value network beside S, chosen on validation rows."""
