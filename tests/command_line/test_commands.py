@@ -23,6 +23,7 @@ COMMANDS = {
     "ivl_jax.experiments.family.continued": "_run",
     "ivl_jax.experiments.demo": "_run",
     "ivl_jax.experiments.finetune_sweep": "_run",
+    "ivl_jax.experiments.lifts.study": "_run",
     "ivl_jax.experiments.demo_post_training": "_run",
     "ivl_jax.experiments.post_training.study": "_run",
     "ivl_jax.experiments.pretrain_family": "_run",

@@ -102,6 +102,8 @@ def best_lift(measured: Mapping[str, Mapping[str, Any]], seed: int) -> Lift | No
     Returns:
         The lift; None while one is not measured.
     """
-    tried = ((lift, mean_nll(measured, lift, seed)) for lift in LIFTS)
-    known: dict[Lift, float] = {lift: nll for lift, nll in tried if nll is not None}
+    known: dict[Lift, float] = {}
+    for lift in LIFTS:
+        if (nll := mean_nll(measured, lift, seed)) is not None:
+            known[lift] = nll
     return min(known, key=known.__getitem__) if len(known) == len(LIFTS) else None
