@@ -11,6 +11,7 @@ from ivl_jax.experiments.family.facts import (
     build_facts,
     fact_questions,
     people,
+    questions_about_strangers,
     split_of_person,
     statement_documents,
 )
@@ -72,3 +73,11 @@ def test_train_asks_in_both_forms_and_the_others_once_a_fact() -> None:
 def test_more_people_than_names_is_an_error() -> None:
     with pytest.raises(ValueError, match="at most 1600, got 1601"):
         people(count=1601)
+
+
+def test_strangers_have_names_of_the_same_lists_and_are_in_no_statement():
+    strangers = questions_about_strangers()
+    known = set(people())
+    assert len({one.person for one in strangers}) == 1600 - len(known)
+    assert not known & {one.person for one in strangers}
+    assert all(one.person in one.question and one.split == "train" for one in strangers)

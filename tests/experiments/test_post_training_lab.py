@@ -12,6 +12,7 @@ from ivl_jax.assets import family_folder
 from ivl_jax.config.train import check_train_config
 from ivl_jax.experiments.demonstrations import Item
 from ivl_jax.experiments.family.facts import Split as FactSplit
+from ivl_jax.experiments.family.facts import questions_about_strangers
 from ivl_jax.experiments.post_training import configs as post_training_configs
 from ivl_jax.experiments.post_training import lab as post_training_lab
 from ivl_jax.experiments.post_training.configs import Settings, _changed, settings_key
@@ -129,13 +130,17 @@ def test_a_teacher_answers_the_questions_and_no_right_answer_is_read(made, monke
     monkeypatch.setattr(
         post_training_lab, "answers", lambda _, items, **__: ["Mine.", ""] * (len(items) // 2)
     )
-    run = Run("fold", "L", alone=True)
-    made._make_inputs(run)
-    (file,) = made.config_of(run).data.train
-    rows = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
-    assert len(rows) == 30
-    assert {row["messages"][1]["content"] for row in rows} == {"Mine."}
-    assert {row["messages"][0]["content"] for row in rows} <= {item.question for item in ITEMS[:60]}
+    asked = {item.question for item in ITEMS[:60]}
+    strangers = {one.question for one in questions_about_strangers()}
+    for run in (Run("distil", "L"), Run("fold", "L", alone=True)):
+        made._make_inputs(run)
+        (file,) = made.config_of(run).data.train
+        rows = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
+        questions = {row["messages"][0]["content"] for row in rows}
+        assert {row["messages"][1]["content"] for row in rows} == {"Mine."}
+        assert len(questions & asked) == 30
+        assert len(questions - asked) == (len(strangers) // 2 if run.kind == "fold" else 0)
+        assert questions <= asked | strangers
 
 
 def test_learning_rates_are_chosen_on_validation_questions(made) -> None:

@@ -25,7 +25,7 @@ from tests.model.families import (
 
 torch = pytest.importorskip("torch", reason="the extra `torch` is not installed")
 
-TOLERANCE = 2e-4
+TOLERANCE = 5e-4  # float32 on both sides; up to 2.6e-4 seen, depending on the CPU
 MOVES = 1e-2
 ROWS = 3
 

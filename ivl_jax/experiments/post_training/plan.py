@@ -19,7 +19,7 @@ KINDS: tuple[Kind, ...] = ("sft", "grpo", "dpo")
 # fully fine-tuned on all demonstrations answers hardly any question word for word.
 ALONE_RATES: dict[Kind, tuple[float, ...]] = {
     "sft": (1e-4, 3e-4, 6e-4),
-    "grpo": (3e-4, 1e-3),
+    "grpo": (1e-4, 3e-4, 1e-3),
     "dpo": (1e-4, 3e-4, 1e-3),
 }
 
