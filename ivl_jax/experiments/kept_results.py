@@ -57,6 +57,33 @@ def adopt_measurements(record: Path, folder: Path) -> None:
             write_json(file, figures, indent=2)
 
 
+def split_measured(found: Mapping[str, dict[str, Any] | None]) -> dict[str, Any]:
+    """What a study's record says of its measurements.
+
+    Args:
+        found: Name → figures, None where it has not been measured.
+
+    Returns:
+        `measured`, figures by name; `missing`, the names without figures.
+    """
+    return {
+        "measured": {name: figures for name, figures in found.items() if figures is not None},
+        "missing": [name for name, figures in found.items() if figures is None],
+    }
+
+
+def publish(record: Mapping[str, Any], file: Path) -> None:
+    """Write a study's record for its page; without a measurement the published one stays.
+
+    Args:
+        record: With `split_measured`'s entries.
+        file: JSON file; its folder is made.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if record["measured"]:
+        write_json(file, record, indent=1)
+
+
 def train_once(
     name: str,
     run_dir: Path,

@@ -4,9 +4,11 @@ In: text and tables; a page and a section's marks. Out: Markdown; the page with 
 its marks, or at its end.
 """
 
+import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 _WIDTH = 120
 
@@ -24,6 +26,22 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     assert all(len(row) == len(headings) for row in rows), "one cell per heading"
     lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def put_section_of(
+    record: Path, section: Callable[[Mapping[str, Any]], str], *, begin: str, end: str
+) -> None:
+    """Put the section on a study's record into `experiments.md` beside it.
+
+    Args:
+        record: JSON file; without it nothing is written.
+        section: Record → Markdown.
+        begin: As for `put_section`, like the next.
+        end: The mark after it.
+    """
+    if record.exists():
+        shown = section(json.loads(record.read_text(encoding="utf-8")))
+        put_section(record.with_name("experiments.md"), shown, begin=begin, end=end)
 
 
 def put_section(page: Path, text: str, *, begin: str, end: str) -> None:

@@ -10,6 +10,8 @@ from ivl_jax.experiments.kept_results import (
     InterruptedTrainingError,
     adopt_measurements,
     kept_record,
+    publish,
+    split_measured,
     train_once,
 )
 
@@ -64,3 +66,15 @@ def test_a_study_goes_on_from_a_published_record(tmp_path):
     assert kept_record(folder / "x.json", wanted) == measured["x"]
     assert kept_record(folder / "y.json", wanted) == wanted | {"nll": 3.0}
     assert not (folder / "z.json").exists()
+
+
+def test_a_record_without_a_measurement_leaves_the_published_one(tmp_path):
+    file = tmp_path / "docs" / "study.json"
+    full = split_measured({"x": {"nll": 1.0}, "y": None})
+    assert full == {"measured": {"x": {"nll": 1.0}}, "missing": ["y"]}
+    publish(split_measured({"x": None}), file)
+    assert file.parent.is_dir()
+    assert not file.exists()
+    publish(full, file)
+    publish(split_measured({"x": None}), file)
+    assert json.loads(file.read_text()) == full

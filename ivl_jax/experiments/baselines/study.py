@@ -20,8 +20,7 @@ from ivl_jax.experiments.baselines.lab import BaselinesLaboratory
 from ivl_jax.experiments.baselines.plan import SEEDS, Row, rows
 from ivl_jax.experiments.baselines.report import RECORD, update_page
 from ivl_jax.experiments.demonstrations import build_items, items_hash, select
-from ivl_jax.experiments.kept_results import adopt_measurements
-from ivl_jax.json_files import write_json
+from ivl_jax.experiments.kept_results import adopt_measurements, publish, split_measured
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +68,7 @@ def _run(arguments: Sequence[str]) -> None:
             figures = laboratory.measure(row)
             logger.info("%d/%d %s: %s", number, len(planned), row.name, figures)
     record = record_of(laboratory, planned, items_sha256=items_hash(select(items, "test")))
-    options.docs.mkdir(parents=True, exist_ok=True)
-    if record["measured"]:  # without any, the committed ones are shown
-        write_json(options.docs / RECORD, record, indent=1)
+    publish(record, options.docs / RECORD)
     update_page(options.docs)
     logger.info("report: %s", options.docs / "experiments.md")
 
@@ -93,6 +90,5 @@ def record_of(
     found = {row.name: laboratory.kept(row) for row in planned}
     return {
         "items_sha256": items_sha256,
-        "measured": {name: figures for name, figures in found.items() if figures is not None},
-        "missing": [name for name, figures in found.items() if figures is None],
+        **split_measured(found),
     }

@@ -3,7 +3,6 @@
 In: the study's record. Out: Markdown, between the page's two marks.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from ivl_jax.experiments.lifts.plan import (
     Row,
     mean_nll,
 )
-from ivl_jax.experiments.page_sections import markdown, put_section, wrapped
+from ivl_jax.experiments.page_sections import markdown, put_section_of, wrapped
 from ivl_jax.experiments.post_training.gains import ABSENT, Estimate
 
 RECORD = "lifts.json"
@@ -35,10 +34,7 @@ def update_page(docs: Path) -> None:
     Args:
         docs: Folder of the page and of the record; without a record nothing is written.
     """
-    file = docs / RECORD
-    if file.exists():
-        shown = section(json.loads(file.read_text(encoding="utf-8")))
-        put_section(docs / "experiments.md", shown, begin=BEGIN, end=END)
+    put_section_of(docs / RECORD, section, begin=BEGIN, end=END)
 
 
 def section(record: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from ivl_jax.command_line.flags import parse_flags
 from ivl_jax.command_line.guard import long_run_command
 from ivl_jax.config import TrainConfig, load_config
 from ivl_jax.experiments.demonstrations import Item, build_items
-from ivl_jax.experiments.kept_results import adopt_measurements
+from ivl_jax.experiments.kept_results import adopt_measurements, publish, split_measured
 from ivl_jax.experiments.lifts.lab import LiftsLaboratory, with_options
 from ivl_jax.experiments.lifts.plan import (
     QUICK,
@@ -28,7 +28,6 @@ from ivl_jax.experiments.lifts.plan import (
     validation_rows,
 )
 from ivl_jax.experiments.lifts.report import RECORD, update_page
-from ivl_jax.json_files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -84,9 +83,7 @@ def _run(arguments: Sequence[str]) -> None:
         for row in final_rows(best, options.seeds):
             logger.info("%s: %s", row.name, laboratory.measure(row))
     record = record_of(laboratory, options.seeds)
-    docs.mkdir(parents=True, exist_ok=True)
-    if record["measured"]:  # without any, the committed ones are shown
-        write_json(docs / RECORD, record, indent=1)
+    publish(record, docs / RECORD)
     update_page(docs)
     logger.info("report: %s", docs / "experiments.md")
 
@@ -116,6 +113,5 @@ def record_of(laboratory: LiftsLaboratory, seeds: Sequence[int]) -> dict[str, An
     return {
         "seeds": list(seeds),
         "best": best,
-        "measured": {name: figures for name, figures in found.items() if figures is not None},
-        "missing": [name for name, figures in found.items() if figures is None],
+        **split_measured(found),
     }

@@ -4,13 +4,12 @@ In: the study's record: settings, figures by the name of their measurement, what
 Markdown, between the page's two marks.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ivl_jax.experiments.family.facts import questions_about_strangers
-from ivl_jax.experiments.page_sections import markdown, put_section, wrapped
+from ivl_jax.experiments.page_sections import markdown, put_section_of, wrapped
 from ivl_jax.experiments.post_training.gains import (
     ABSENT,
     LEAST_GAIN,
@@ -51,11 +50,7 @@ def update_page(docs: Path) -> None:
     Args:
         docs: Folder of the page and of the record; without a record nothing is written.
     """
-    record, page = docs / RECORD, docs / "experiments.md"
-    if not record.exists():
-        return
-    shown = section(json.loads(record.read_text(encoding="utf-8")))
-    put_section(page, shown, begin=BEGIN, end=END)
+    put_section_of(docs / RECORD, section, begin=BEGIN, end=END)
 
 
 def section(record: Mapping[str, Any]) -> str:

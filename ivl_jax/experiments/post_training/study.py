@@ -16,7 +16,7 @@ from ivl_jax.command_line.flags import parse_flags
 from ivl_jax.command_line.guard import long_run_command
 from ivl_jax.experiments.demo_post_training import Options as DataOptions
 from ivl_jax.experiments.demonstrations import build_items
-from ivl_jax.experiments.kept_results import adopt_measurements
+from ivl_jax.experiments.kept_results import adopt_measurements, publish, split_measured
 from ivl_jax.experiments.post_training.configs import (
     DPO_EPOCHS,
     GRPO_STEPS,
@@ -33,7 +33,6 @@ from ivl_jax.experiments.post_training.plan import (
     sweeps,
 )
 from ivl_jax.experiments.post_training.report import RECORD, update_page
-from ivl_jax.json_files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -95,9 +94,7 @@ def _run(arguments: Sequence[str]) -> None:
             figures = laboratory.measure(measurement)
             logger.info("%d/%d %s: %s", number, len(planned), measurement.name, figures)
     record = record_of(laboratory, planned, settings, seeds=options.seeds)
-    options.docs.mkdir(parents=True, exist_ok=True)
-    if record["measured"]:  # without any, the committed ones are shown
-        write_json(options.docs / RECORD, record, indent=1)
+    publish(record, options.docs / RECORD)
     update_page(options.docs)
     logger.info("report: %s", options.docs / "experiments.md")
 
@@ -133,6 +130,5 @@ def record_of(
     return {
         "seeds": list(seeds),
         "settings": dataclasses.asdict(settings) | shown_settings(known),
-        "measured": {name: figures for name, figures in found.items() if figures is not None},
-        "missing": [name for name, figures in found.items() if figures is None],
+        **split_measured(found),
     }

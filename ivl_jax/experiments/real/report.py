@@ -4,12 +4,11 @@ In: the study's record: settings, figures by subject, what is missing. Out: Mark
 page's two marks. Only what has been measured is shown.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ivl_jax.experiments.page_sections import markdown, put_section, wrapped
+from ivl_jax.experiments.page_sections import markdown, put_section_of, wrapped
 from ivl_jax.experiments.post_training.gains import ABSENT
 from ivl_jax.experiments.real.items import KINDS
 from ivl_jax.experiments.real.subjects import SUBJECTS, Subject
@@ -32,10 +31,7 @@ def update_real_section(docs: Path) -> None:
     Args:
         docs: Folder of the page and of the record; without a record nothing is written.
     """
-    record = docs / RECORD
-    if record.exists():
-        shown = real_section(json.loads(record.read_text(encoding="utf-8")))
-        put_section(docs / "experiments.md", shown, begin=BEGIN, end=END)
+    put_section_of(docs / RECORD, real_section, begin=BEGIN, end=END)
 
 
 def real_section(record: Mapping[str, Any]) -> str:

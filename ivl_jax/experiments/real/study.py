@@ -20,7 +20,7 @@ from ivl_jax.command_line.flags import parse_flags
 from ivl_jax.command_line.guard import long_run_command
 from ivl_jax.config import ConfigError
 from ivl_jax.config.annotations import Inline
-from ivl_jax.experiments.kept_results import adopt_measurements
+from ivl_jax.experiments.kept_results import adopt_measurements, publish, split_measured
 from ivl_jax.experiments.real.exports import MEGABYTES
 from ivl_jax.experiments.real.items import real_items
 from ivl_jax.experiments.real.lab import RealLaboratory
@@ -29,7 +29,6 @@ from ivl_jax.experiments.real.measure import Measurements
 from ivl_jax.experiments.real.report import RECORD, update_real_section
 from ivl_jax.experiments.real.settings import ABOUT, STAGES, Budget, Stage, quick
 from ivl_jax.experiments.real.subjects import SUBJECTS
-from ivl_jax.json_files import write_json
 from ivl_jax.model.assembly import abstract_params
 from ivl_jax.weights.language_model import find_model, read_arch
 
@@ -136,10 +135,7 @@ def write_report(laboratory: RealLaboratory, measured: Measurements, docs: Path)
         measured: Has measured what there is.
         docs: Folder of the page and of the record; without a measurement the record stays.
     """
-    docs.mkdir(parents=True, exist_ok=True)
-    record = record_of(laboratory, measured)
-    if record["measured"]:
-        write_json(docs / RECORD, record, indent=1)
+    publish(record_of(laboratory, measured), docs / RECORD)
     update_real_section(docs)
     logger.info("report: %s", docs / "experiments.md")
 
@@ -171,8 +167,7 @@ def record_of(laboratory: RealLaboratory, measured: Measurements) -> dict[str, A
             for name, one in (("target", arch), ("donor", smaller))
         },
         "tuned": _tuned(laboratory),
-        "measured": {name: record for name, record in found.items() if record is not None},
-        "missing": [name for name, record in found.items() if record is None],
+        **split_measured(found),
     }
 
 
