@@ -5,7 +5,9 @@ fully and with an adapter, on facts, docstrings or both; the grid grows until it
 enclosed (`finetune.plan`). Each run stops early twice, by validation NLL and by exact match. Out:
 `docs/finetune_sweep.json`: every run with its validation curve, and the test figures of the chosen
 ones. Finished runs are kept in the work directory under a hash of their effective config, so the
-command can be killed and run again.
+command can be killed and run again; those of the published record are adopted by the same hash, so
+that another machine goes on from it. What is adopted has figures and no model: a run whose model
+has to be tested is made again.
 """
 
 import dataclasses
@@ -94,6 +96,37 @@ class Sweep:
             if record["items_sha256"] == items_hash(items_of(items, setting)):
                 self._records[setting] = record
 
+    def adopt(self, published: Path, model: Model) -> None:
+        """Take over the runs of a published record, but those of other settings or demonstrations.
+
+        Args:
+            published: The record's file; a missing one has no runs.
+            model: Whose runs.
+        """
+        if not published.exists():
+            return
+        found = json.loads(published.read_text(encoding="utf-8"))
+        for record in found["runs"]:
+            setting = Setting(**record["setting"])
+            if setting.model != model or setting in self._records:
+                continue
+            folder = self._folder(model)
+            config = run_config(self._config, setting, model=folder)
+            if record["key"] == run_key(config, setting, self._items, model=folder):
+                write_json(
+                    self._work_dir / "runs" / record["key"] / "record.json", record, indent=2
+                )
+                self._records[setting] = record
+        if found["test_items_sha256"] != items_hash(select(self._items, "test")):
+            return
+        for one in found["chosen"]:
+            for test in one["test"]:
+                figures = {name: value for name, value in test.items() if name != "seed"}
+                setting = dataclasses.replace(Setting(**one["setting"]), seed=test["seed"])
+                file = self._test_file(setting, one["criterion"])
+                if file is not None and not file.exists():
+                    write_json(file, figures, indent=2)
+
     @property
     def tried(self) -> dict[Setting, Curve]:
         """Every finished run with its validation curve."""
@@ -145,11 +178,14 @@ class Sweep:
             `nll`, `fact_nll` and `docstring_nll` over all test items, `exact_match` on facts, and
             of L-continued `new_exact_match`, on people that no demonstration is about.
         """
-        run_dir = self._work_dir / "runs" / self._records[setting]["key"]
-        file = run_dir / f"test_{criterion}.json"
+        file = self._test_file(setting, criterion)
+        assert file is not None, "it has been tried"
         if file.exists():
             return json.loads(file.read_text(encoding="utf-8"))
-        model = compose(load_language_model(str(run_dir / f"best_{criterion}")))
+        folder = file.parent / f"best_{criterion}"
+        if not folder.exists():  # of an adopted run, only the figures are here
+            self.run(setting)
+        model = compose(load_language_model(str(folder)))
         test = select(self._items, "test")
         by_kind = {kind: [item for item in test if item.kind == kind] for kind in _KINDS}
         figures: dict[str, Any] = {"nll": response_nll(model, test)}
@@ -254,9 +290,17 @@ class Sweep:
             f" and {unknown} of unknown length" if unknown else ""
         )
 
+    def _test_file(self, setting: Setting, criterion: Criterion) -> Path | None:
+        """Where the test figures of a finished run are, or will be; None: it has not been tried."""
+        record = self._records.get(setting)
+        name = f"test_{criterion}.json"
+        return self._work_dir / "runs" / record["key"] / name if record is not None else None
+
     def _tested(self, setting: Setting, criterion: Criterion) -> dict[str, Any]:
-        file = self._work_dir / "runs" / self._records[setting]["key"] / f"test_{criterion}.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        file = self._test_file(setting, criterion)
+        if file is None or not file.exists():
+            return {}
+        return json.loads(file.read_text(encoding="utf-8"))
 
     def _folder(self, model: Model) -> Path:
         if model == "L-continued":
@@ -315,6 +359,8 @@ def _run(arguments: Sequence[str]) -> None:
     if options.report_only:
         write_json(options.docs / RECORD, sweep.record(), indent=1)
         return
+    for model in options.models:
+        sweep.adopt(options.docs / RECORD, model)
     for stage in STAGES:
         if stage.model in options.models:
             run_stage(sweep, stage, docs=options.docs)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,36 @@ def test_the_record_has_every_run_and_the_chosen_ones(sweep: Any, tmp_path: Path
     assert {each["setting"]["learning_rate"] for each in chosen} == {1e-3}
     assert {(each["step"], each["finished"]) for each in chosen} == {(28, False)}
     assert [test["seed"] for test in chosen[0]["test"]] == [0]
+
+
+def test_a_published_record_is_gone_on_from_if_it_is_of_the_same_settings(
+    sweep: Any, tmp_path: Path
+) -> None:
+    make, made = sweep
+    stage = Stage("L", "facts", "full")
+    run_stage(make(), stage, docs=tmp_path)
+    before = len(made)
+    shutil.rmtree(tmp_path / "work")
+
+    adopting = make()
+    adopting.adopt(tmp_path / RECORD, "S")
+    assert adopting.tried == {}
+    adopting.adopt(tmp_path / RECORD, "L")
+    run_stage(adopting, stage, docs=tmp_path)
+    assert len(made) == before
+    assert {file.name for file in (tmp_path / "work" / "runs").glob("*/test_*")} == {
+        "test_nll.json",
+        "test_exact_match.json",
+    }
+
+    record = json.loads((tmp_path / RECORD).read_text())
+    record["runs"][0]["key"] = "0" * 16
+    (tmp_path / RECORD).write_text(json.dumps(record))
+    shutil.rmtree(tmp_path / "work")
+    other = make()
+    other.adopt(tmp_path / RECORD, "L")
+    assert len(other.tried) == before - 1
+    other.adopt(tmp_path / "none.json", "L")
 
 
 def test_the_page_shows_the_choice_its_bracket_and_what_was_tried(
