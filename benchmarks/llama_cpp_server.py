@@ -101,8 +101,9 @@ def running_llama_cpp(peer: LlamaCpp, *, threads: int) -> Iterator[int]:
         "interrupt_requests": False,
     }
     flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-    # These variables are stronger than flags.
-    environment = {**os.environ, "HOST": "127.0.0.1", "PORT": str(port), "CONFIG_FILE": ""}
+    # These variables are stronger than flags; an empty CONFIG_FILE would be looked for.
+    environment = {**os.environ, "HOST": "127.0.0.1", "PORT": str(port)}
+    environment.pop("CONFIG_FILE", None)
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             [peer.interpreter, "-m", "llama_cpp.server", *flags],

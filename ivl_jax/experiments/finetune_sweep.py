@@ -112,10 +112,11 @@ class Sweep:
                 continue
             folder = self._folder(model)
             config = run_config(self._config, setting, model=folder)
-            if record["key"] == run_key(config, setting, self._items, model=folder):
-                write_json(
-                    self._work_dir / "runs" / record["key"] / "record.json", record, indent=2
-                )
+            key = run_key(config, setting, self._items, model=folder)
+            if record["key"] == key:
+                run_dir = self._work_dir / "runs" / key
+                run_dir.mkdir(parents=True, exist_ok=True)
+                write_json(run_dir / "record.json", record, indent=2)
                 self._records[setting] = record
         if found["test_items_sha256"] != items_hash(select(self._items, "test")):
             return
