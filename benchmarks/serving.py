@@ -75,7 +75,7 @@ def run(options: Options) -> Report:
     Returns:
         The report.
     """
-    plan = Plan(BASE_A, VALUE_A, prompt=32, new_tokens=32, repeats=2)
+    plan = Plan(BASE_A, VALUE_A, prompt=32, new_tokens=32, repeats=5)
     leaving = Plan(BASE_C, VALUE_C, prompt=16, new_tokens=24, repeats=1, requests=1000)
     if options.quick:
         plan = Plan(BASE_C, VALUE_C, prompt=32, new_tokens=16, repeats=1)
