@@ -9,6 +9,7 @@ small pair, since what is counted does not depend on how long a step takes.
 
 import contextlib
 import functools
+import gc
 import random
 import tempfile
 import time
@@ -222,9 +223,10 @@ def _disconnect_rows(setting: Setting) -> tuple[list[Row], int]:
 
     # The first ones compile, and fill the caches of every layer of the stack.
     outcomes = [send_from_process(setting.port, requests(few), clients=_CLIENTS)]
-    before = resident_memory()
+    _still_held(setting)
+    before = _settled_memory()
     outcomes.append(send_from_process(setting.port, requests(number - few), clients=_CLIENTS))
-    held, gained = _still_held(setting), resident_memory() - before
+    held, gained = _still_held(setting), _settled_memory() - before
     lost = sum(outcome.lost for outcome in outcomes)
     what = f"{number:,} requests, some of whose clients disconnect"
     rows = [
@@ -238,6 +240,12 @@ def _disconnect_rows(setting: Setting) -> tuple[list[Row], int]:
         ),
     ]
     return rows, sum(answer.left for outcome in outcomes for answer in outcome.answers)
+
+
+def _settled_memory() -> int:
+    """Bytes of this process, without objects that wait for Python's collector."""
+    gc.collect()
+    return resident_memory()
 
 
 def _still_held(setting: Setting) -> int:
