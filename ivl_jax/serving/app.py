@@ -250,12 +250,11 @@ def make_app(service: Service, *, api_key: str, framed_by: Sequence[str] = ()) -
         Route("/v1/chat/completions", service.chat, methods=["POST"]),
         Route("/v1/completions", service.complete, methods=["POST"]),
     ]
-    paths = frozenset(route.path for route in routes)
     return Starlette(
         routes=routes,
         lifespan=lifespan,
         middleware=[
-            Middleware(_Counted, metrics=service.metrics, paths=paths),
+            Middleware(_Counted, metrics=service.metrics, routes=routes),
             Middleware(
                 KnownHosts,
                 listens_on=service.config.host,
@@ -302,8 +301,8 @@ async def _unexpected(request: Request, error: Exception) -> Response:
 class _Counted:
     """Counts answers by path and status."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str]) -> None:
-        self._app, self._metrics, self._paths = app, metrics, paths
+    def __init__(self, app: ASGIApp, metrics: Metrics, routes: Sequence[Route]) -> None:
+        self._app, self._metrics, self._routes = app, metrics, routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -323,8 +322,9 @@ class _Counted:
             status = 500
             raise
         finally:
-            # Other paths would be as many labels as a client likes.
-            path = scope["path"] if scope["path"] in self._paths else "other"
+            # Paths themselves would be as many labels as a client likes.
+            found = (one.path for one in self._routes if one.path_regex.match(scope["path"]))
+            path = next(found, "other")
             self._metrics.requests.labels(path=path, status=str(status)).inc()
             if status == _CLIENT_LEFT:
                 self._metrics.disconnects.inc()

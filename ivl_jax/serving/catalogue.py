@@ -179,7 +179,7 @@ class Catalogue:
         if name not in self.names:
             raise ApiError(
                 404,
-                f"the model {name!r} does not exist: expected one of {', '.join(self.names)}",
+                f"the model {name!r:.100} does not exist: expected one of {', '.join(self.names)}",
                 param="model",
                 code="model_not_found",
             )
@@ -190,7 +190,7 @@ class Catalogue:
         for value, alpha in strengths.items():
             if value not in self.values:
                 raise invalid(
-                    f"strengths: no value network is named {value!r}; expected "
+                    f"strengths: no value network is named {value!r:.100}; expected "
                     f"{', '.join(self.values) or 'none: the base is served alone'}",
                     "strengths",
                 )

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from ivl_jax.decoding.capacity import RequestTooLargeError
 from ivl_jax.decoding.engine import Engine, Progress
 from ivl_jax.decoding.requests import EncodedPrompt
-from ivl_jax.serving.errors import ApiError, invalid
+from ivl_jax.serving.errors import NO_RETRY, ApiError, invalid
 from ivl_jax.serving.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -88,22 +88,36 @@ class Ticket:
             self._on_end(ended)
 
 
+def _too_large(ticket: Ticket) -> ApiError:
+    """The answer to a request that the engine's caches can never hold."""
+    longest = max(
+        len(prompt.token_ids) + prompt.options.max_new_tokens for prompt in ticket.prompts
+    )
+    return invalid(
+        f"the prompt and its answer may hold {longest} tokens, more than the caches of this server "
+        "can: shorten the prompt, ask for a smaller max_tokens, or start the server with a larger "
+        "--max-cache-mib or --max-request-tokens",
+        "max_tokens",
+        code="cache_memory_exceeded",
+    )
+
+
 class EngineThread:
     """Runs an engine.
 
     Args:
-        make_engine: called once, in the thread.
+        engine: used by the thread alone, once it runs.
         metrics: what it is counted in.
 
     Attributes:
         failure: Why the thread ended by itself; None while it runs.
     """
 
-    def __init__(self, make_engine: Callable[[], Engine], metrics: Metrics) -> None:
+    def __init__(self, engine: Engine, metrics: Metrics) -> None:
         self.failure: str | None = None
         self._metrics = metrics
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._engine = make_engine()
+        self._engine = engine
         # Requests of the engine, by its id: whose choice each of them is.
         self._owners: dict[int, tuple[Ticket, int]] = {}
         # Why the thread carries out no more orders; the lock orders it with the queue.
@@ -210,9 +224,10 @@ class EngineThread:
                 del self._owners[request]
             if not isinstance(error, RequestTooLargeError):
                 logger.exception("a request could not be submitted")
-                ticket.put([ApiError(500, f"the request could not be submitted: {error}")])
+                failed = f"the request could not be submitted: {error}"
+                ticket.put([ApiError(500, failed, headers=NO_RETRY)])
                 return
-            ticket.put([invalid(str(error), code="context_length_exceeded")])
+            ticket.put([_too_large(ticket)])
         self._show_load()
 
     def _cancel(self, ticket: Ticket) -> None:

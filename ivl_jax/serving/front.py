@@ -152,7 +152,9 @@ class Front:
                         seconds = now - begun[event.choice]
                         metrics.per_token.observe(seconds / (len(generation.token_ids) - 1))
                     if generation.error is not None:
-                        raise ApiError(500, generation.error, code="decoding_failed")
+                        raise ApiError(
+                            500, generation.error, code="decoding_failed", headers=NO_RETRY
+                        )
                 yield event
         finally:
             if left:

@@ -30,6 +30,7 @@ from ivl_jax.devices import free_memory
 from ivl_jax.processes import require_one_process
 from ivl_jax.serving.answers import TokenTexts
 from ivl_jax.serving.app import Service, make_app
+from ivl_jax.serving.bounded_http import BoundedHttp
 from ivl_jax.serving.catalogue import Catalogue, ServedValue
 from ivl_jax.serving.engine_thread import EngineThread
 from ivl_jax.serving.front import Front
@@ -41,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 _API_KEY = "IVL_API_KEY"
 _BACKLOG = 256
+# Open connections per request that runs or waits, at most: browsers keep idle ones.
+_CONNECTIONS = 8
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def prepare(config: ServeConfig, *, framed_by: Sequence[str] = ()) -> Prepared:
     named = check_serve_config(config)
     require_one_process("a server")
     api_key = config.api_key or os.environ.get(_API_KEY, "")
-    listening = listen(config.host, config.port)
+    listening = take_port(config.host, config.port)
     try:
         use_compilation_cache(config.runtime.compilation_cache)
         flags = named.model
@@ -97,7 +100,7 @@ def prepare(config: ServeConfig, *, framed_by: Sequence[str] = ()) -> Prepared:
             logger.info("warm-up: %s", describe_compiling())
             rows, new_tokens = config.max_rows, config.default_max_tokens
             warm_up(decoder, catalogue, rows=rows, new_tokens=new_tokens)
-        engine = EngineThread(lambda: decoder, metrics)
+        engine = EngineThread(decoder, metrics)
         texts = TokenTexts(model.token_bytes, dict(sources.base.info.special_tokens))
         front = Front(config, engine, metrics)
         values = ValueDesk(config, catalogue, engine, front, loader, root=root)
@@ -174,15 +177,15 @@ def engine_limits(config: ServeConfig) -> EngineLimits:
     )
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Take a port.
+def take_port(host: str, port: int) -> socket.socket:
+    """Take a port, without listening yet: until models are loaded, clients are refused at once.
 
     Args:
         host: the address.
         port: its port; 0: any free one.
 
     Returns:
-        A socket that listens.
+        A socket that has the port.
 
     Raises:
         ConfigError: it is taken, or cannot be used.
@@ -192,16 +195,19 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
-        listening.listen(_BACKLOG)
     except OSError as error:
         listening.close()
         if error.errno == errno.EADDRINUSE:
-            raise ConfigError(
-                f"--port {port} of {host} is taken by another program: stop it, or name another "
-                "port (0: any free one)"
-            ) from error
+            raise _taken(host, port) from error
         raise ConfigError(f"cannot listen on --host {host} --port {port}: {error}") from error
     return listening
+
+
+def _taken(host: str, port: int) -> ConfigError:
+    return ConfigError(
+        f"--port {port} of {host} is taken by another program: stop it, or name another port (0: "
+        "any free one)"
+    )
 
 
 def serve(prepared: Prepared) -> None:
@@ -209,8 +215,15 @@ def serve(prepared: Prepared) -> None:
 
     Args:
         prepared: of `prepare`.
+
+    Raises:
+        ConfigError: another program has begun to listen on the port while models were loaded.
     """
     host, port = prepared.listening.getsockname()[:2]
+    try:
+        prepared.listening.listen(_BACKLOG)
+    except OSError as error:
+        raise _taken(host, port) from error
     address = f"[{host}]" if ":" in host else host
     logger.info(describe_compiling())
     logger.info("listening on http://%s:%d", address, port)
@@ -227,12 +240,17 @@ def make_server(prepared: Prepared) -> uvicorn.Server:
     Args:
         prepared: of `prepare`.
     """
+    flags = prepared.config
     config = uvicorn.Config(
         prepared.app,
+        http=BoundedHttp,
+        # A body is held from its first byte, before its request counts as one that waits.
+        limit_concurrency=_CONNECTIONS * (flags.max_rows + flags.max_waiting) + _CONNECTIONS,
+        backlog=_BACKLOG,
         log_config=None,
         access_log=False,
         server_header=False,
         lifespan="on",
-        timeout_graceful_shutdown=max(1, round(prepared.config.drain_seconds)),
+        timeout_graceful_shutdown=max(1, round(flags.drain_seconds)),
     )
     return uvicorn.Server(config)

@@ -51,18 +51,28 @@ def refuse_links_out(root: Path, folder: Path, *, field: str) -> None:
     Raises:
         ApiError: with status 403.
     """
-    for where, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            path = Path(where, name)
-            if path.is_symlink() and not _leads_below(root, path):
-                raise _outside(str(path.relative_to(root)), field)
+    seen, left = {folder}, [folder]
+    while left:
+        # A walk does not enter linked folders, and what reads the value network does.
+        for where, folders, files in os.walk(left.pop()):
+            for name in (*folders, *files):
+                path = Path(where, name)
+                if not path.is_symlink():
+                    continue
+                target = _target(path)
+                if target is None or not target.is_relative_to(root):
+                    raise _outside(str(path.relative_to(root)), field)
+                if target.is_dir() and target not in seen:
+                    seen.add(target)
+                    left.append(target)
 
 
-def _leads_below(root: Path, path: Path) -> bool:
+def _target(link: Path) -> Path | None:
+    """Where a link leads in the end; None: nowhere."""
     try:
-        return path.resolve().is_relative_to(root)
+        return link.resolve()
     except (OSError, RuntimeError):  # a loop of links
-        return False
+        return None
 
 
 def _outside(given: str, field: str) -> ApiError:

@@ -2,14 +2,13 @@
 
 import asyncio
 import functools
-from typing import Any, cast
 
 import pytest
 
 pytest.importorskip("prometheus_client", reason="the extra `serve` is not installed")
 
 from ivl_jax.config import GenerationOptions, ServeConfig
-from ivl_jax.decoding.engine import Progress
+from ivl_jax.decoding.engine import Engine, Progress
 from ivl_jax.decoding.generation import Generation
 from ivl_jax.decoding.requests import EncodedPrompt
 from ivl_jax.serving.engine_thread import ChoiceProgress, EngineThread, Ticket
@@ -20,14 +19,17 @@ from ivl_jax.serving.metrics import Metrics
 PROMPT = EncodedPrompt([1, 2], GenerationOptions(), 0)
 
 
-class IdleEngine:
+class IdleEngine(Engine):
     """An engine that has nothing to do, and never gets anything."""
+
+    def __init__(self):
+        pass
 
     idle, running, waiting, shape = True, 0, 0, None
 
 
 def new_thread():
-    return EngineThread(cast("Any", IdleEngine), Metrics())
+    return EngineThread(IdleEngine(), Metrics())
 
 
 def in_a_loop(test):

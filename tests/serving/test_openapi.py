@@ -1,7 +1,9 @@
 """The description at /openapi.json is that of the parser, and no generated request breaks it."""
 
+import dataclasses
 import itertools
 import json
+import shutil
 
 import pytest
 
@@ -10,6 +12,7 @@ pytest.importorskip("starlette", reason="the extra `serve` is not installed")
 from ivl_jax.config import ServeConfig
 from ivl_jax.serving.bodies import CHAT, COMPLETION, IGNORED, NEUTRAL, VALUE
 from ivl_jax.serving.openapi import describe_api
+from tests.serving.conftest import running
 
 
 def body_of(document, path):
@@ -63,10 +66,38 @@ def narrowed(document):
     prompts = body_of(document, "/v1/completions")["properties"]["prompt"]["anyOf"][0]["anyOf"]
     for tokens in (prompts[2], prompts[3]["items"]):
         tokens["items"]["maximum"] = 511
+    value = body_of(document, "/v1/values")["properties"]
+    value["folder"] = {"enum": _FOLDERS}
+    value["name"] = {"enum": ["one", "two", "mine", "base"]}
+    named = document["paths"]["/v1/values/{name}"]["delete"]["parameters"]
+    named[0]["schema"] = {"enum": ["one", "two", "absent"]}
     return document
 
 
-def test_generated_requests_neither_crash_nor_hang_the_server(client):
+@pytest.fixture(params=["fixed", "values_dir"])
+def fuzzed(request, serve_config, folders, tmp_path):
+    """A server whose clients may load nothing, and one that has a folder for them."""
+    if request.param == "fixed":
+        with running(serve_config) as client:
+            yield client
+        return
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    shutil.copytree(folders[1], shelf / "good")
+    (shelf / "linked").symlink_to(shelf / "good")
+    (tmp_path / "secret").mkdir()
+    (shelf / "out").symlink_to(tmp_path / "secret")
+    (shelf / "empty").mkdir()
+    config = dataclasses.replace(serve_config, values_dir=str(shelf), max_values=4)
+    with running(config) as client:
+        yield client
+
+
+_FOLDERS = ["good", "linked", "out", "empty", "absent", "../secret", "/etc", "good/../..", "a\0b"]
+
+
+def test_generated_requests_neither_crash_nor_hang_the_server(fuzzed):
+    client = fuzzed
     schemathesis = pytest.importorskip(
         "schemathesis", reason="the extra `interop` is not installed"
     )
@@ -87,7 +118,7 @@ def test_generated_requests_neither_crash_nor_hang_the_server(client):
         content_type_conformance,
         response_schema_conformance,
     ]
-    tried, bodies = set(), []
+    tried, bodies, loaded = set(), [], set()
     modes = [schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE]
     operations = [result.ok() for result in schema.get_all_operations()]
     for operation, mode in itertools.product(operations, modes):
@@ -107,6 +138,8 @@ def test_generated_requests_neither_crash_nor_hang_the_server(client):
             response = case.call_and_validate(checks=checks, timeout=60)
             if response.status_code == 200 and "completions" in case.operation.path:
                 bodies.append(case.body)
+            if response.status_code == 201:
+                loaded.add(case.body["folder"])
 
         send()
         tried.add((operation.method.upper(), operation.path))
@@ -116,4 +149,6 @@ def test_generated_requests_neither_crash_nor_hang_the_server(client):
     for name in ("model", "strengths", "max_tokens"):
         assert len({json.dumps(body[name]) for body in bodies}) > 1, name
     assert len({tuple(body) for body in bodies}) > 5
+    allowed = {"good", "linked"} if client.prepared.config.values_dir else set()
+    assert loaded == allowed
     assert client.send("GET", "/health") == (200, {"status": "ok", "in_flight": 0})

@@ -58,7 +58,7 @@ def test_what_threads_still_do_does_not_keep_the_process_alive(serve_config, mon
     ends_at_once = threading.Event()
     monkeypatch.setattr(server, "ends_at_once", ends_at_once)
     monkeypatch.setattr(server, "make_server", lambda _: Stopped())
-    listening = server.listen("127.0.0.1", 0)
+    listening = server.take_port("127.0.0.1", 0)
     with pytest.raises(KeyboardInterrupt), listening:
         server.serve(server.Prepared(serve_config, Starlette(), object.__new__(Service), listening))
     assert ends_at_once.is_set()

@@ -52,6 +52,17 @@ def test_other_paths_are_refused(root, given, status):
     assert str(root) not in refused.value.message
 
 
+def test_a_link_out_behind_a_link_that_stays_inside_is_refused(root, tmp_path):
+    (root / "b").mkdir()
+    (root / "a" / "value" / "params").symlink_to(root / "b")
+    (root / "b" / "back").symlink_to(root / "a")
+    refuse_links_out(root, root / "a" / "value", field="folder")
+    (root / "b" / "weights").symlink_to(tmp_path / "secret")
+    with pytest.raises(ApiError) as refused:
+        refuse_links_out(root, root / "a" / "value", field="folder")
+    assert refused.value.status == 403
+
+
 def test_a_loop_of_links_is_refused(root):
     with pytest.raises(ApiError) as refused:
         find_below(root, "loop", field="folder")

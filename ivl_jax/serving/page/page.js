@@ -11,6 +11,7 @@ let base = "";
 let values = [];
 let turns = [];
 let running = [];
+let answers = 0;
 
 function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
@@ -67,7 +68,9 @@ function columns() {
   if (!values.length) return [alone];
   const all = strengths();
   const shown = values.map((name) => `${name} ${all[name]}`).join(", ");
-  return [alone, { title: `with ${shown}`, model: `${base}+${values[0]}`, strengths: all }];
+  // A model's template is that of its value network: of one that counts, if any does.
+  const first = values.find((name) => all[name] !== 0) ?? values[0];
+  return [alone, { title: `with ${shown}`, model: `${base}+${first}`, strengths: all }];
 }
 
 function showToken(span) {
@@ -166,7 +169,10 @@ async function answer(turn, index, column) {
   } catch (error) {
     if (error.name !== "AbortError") cell.text.append(make("p", { class: "error" }, error.message));
   }
-  if (cell.stopped === stopped) cell.text.setAttribute("aria-busy", "false");
+  if (cell.stopped === stopped) {
+    cell.text.setAttribute("aria-busy", "false");
+    byId("status").textContent = `answered: ${cell.title.textContent}`;
+  }
   running = running.filter((one) => one !== stopped);
 }
 
@@ -178,8 +184,8 @@ function answerAgain() {
 function ask(question) {
   const shown = columns();
   const cells = shown.map((column) => {
-    const title = make("h3", {}, column.title);
-    const text = make("div", { class: "text", tabindex: 0, role: "group", "aria-label": "answer" });
+    const title = make("h3", { id: `answer-${++answers}` }, column.title);
+    const text = make("div", { class: "text", tabindex: 0, role: "group", "aria-labelledby": title.id });
     text.addEventListener("keydown", moveWithArrows);
     return { title, text, content: "" };
   });
