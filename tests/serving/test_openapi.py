@@ -69,7 +69,7 @@ def narrowed(document):
     value = body_of(document, "/v1/values")["properties"]
     value["folder"] = {"enum": _FOLDERS}
     value["name"] = {"enum": ["one", "two", "mine", "base"]}
-    named = document["paths"]["/v1/values/{name}"]["delete"]["parameters"]
+    named = document["paths"]["/v1/values/{name}"]["parameters"]
     named[0]["schema"] = {"enum": ["one", "two", "absent"]}
     return document
 
