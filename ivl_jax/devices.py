@@ -60,6 +60,28 @@ def _available_host_memory() -> int | None:
     return int(found[0]) * 1024 if found else None
 
 
+_LEAST_RESERVE = 256 << 20
+
+
+def default_cache_bytes(free: int) -> int:
+    """Bytes that caches may take on a device where no limit is given.
+
+    Args:
+        free: bytes that are free on it, the models loaded.
+
+    Returns:
+        All but a reserve for activations and logits: a tenth or 256 MiB, whichever is more, but
+        never more than half.
+
+    Example:
+        >>> default_cache_bytes(10 << 30) == 9 << 30
+        True
+        >>> default_cache_bytes(300 << 20) == 150 << 20
+        True
+    """
+    return max(1, free - min(free // 2, max(free // 10, _LEAST_RESERVE)))
+
+
 def unused_accelerator() -> str | None:
     """Find an accelerator on this machine that JAX does not use.
 

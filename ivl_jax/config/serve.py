@@ -44,7 +44,8 @@ class ServeConfig:
     max_request_tokens: int = 0
     """Tokens of a prompt and its answer together, at most; 0: the context."""
     max_cache_mib: int = 0
-    """MiB of key-value caches on each device, at most; 0: as much as rows and tokens take."""
+    """MiB of key-value caches on each device, at most, those that are moved or being read counted;
+    0: what is free once the models are loaded, less a tenth of it or 256 MiB, whichever is more."""
     prefill_block: int = 512
     """Tokens of prompts that are read between two steps of running rows, at most; longer prompts
     are read in blocks of as many. 0: every prompt is read at once, and running rows wait for it."""

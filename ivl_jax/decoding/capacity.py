@@ -8,7 +8,6 @@ one batch that never grows, while requests that come later make it grow. It shri
 its slots or three quarters of its rows are unused, and ends when no request is left.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,13 @@ from typing import NamedTuple
 
 from ivl_jax.buckets import bucket
 from ivl_jax.config import SMALLEST_PREFILL_BLOCK
+from ivl_jax.decoding.prompt_groups import usual_group
 from ivl_jax.decoding.requests import bucket_capacity
 
 # Rows shrink once there are this many times as many as needed: each number of rows compiles.
 _ROWS_TO_SPARE = 4
+# A group of short prompts is counted in rows of as many slots: no ring is as short.
+_SHORT_ROW = 64
 
 
 class RequestTooLargeError(ValueError):
@@ -31,14 +33,16 @@ class EngineLimits:
     """What an engine may take.
 
     A batch of `least_rows` = `max_rows` rows of `least_capacity` = `max_capacity` slots has one
-    shape: nothing is compiled after the first requests of each length. Where caches grow, the old
-    ones and the new ones exist together for a moment.
+    shape: nothing is compiled after the first requests of each length. Where caches grow or shrink,
+    the old ones and the new ones exist together for a moment, and prompts that join running rows
+    are read in rows of their own: `max_cache_bytes` holds for all of these together.
 
     Attributes:
         max_rows: Requests decoded together, at most; rounded up to a bucket.
         max_capacity: Tokens that a request may hold, its prompt included; None: the context.
-        max_cache_bytes: Bytes of caches that each device may hold; None: as many as rows and
-            slots take. A request that needs more than the others leaves room for waits its turn.
+        max_cache_bytes: Bytes of caches that each device may hold at any moment; None: as many as
+            rows and slots take. A request that needs more than the others leave room for waits its
+            turn.
         least_rows: Rows that a batch has at least, where the bytes allow it.
         least_capacity: Slots that they have at least, likewise.
         prefill_block: Tokens of prompts that are read between two steps of running rows, at most;
@@ -88,6 +92,8 @@ class Need(NamedTuple):
     """Room for its stop ids."""
     values: tuple[int, ...] = ()
     """The value networks that it uses, by place: they are in its batch."""
+    in_blocks: bool = False
+    """Whether its prompt is read block by block, in a row beside the batch."""
 
 
 class BatchShape(NamedTuple):
@@ -190,10 +196,11 @@ class CapacityPlanner:
                 "a larger max_capacity"
             )
         alone = self._smallest(1, [need])
-        if not self.fits(alone):
+        if not self.fits(alone, beside=need.in_blocks):
+            taken = self._peak(alone, beside=need.in_blocks)
             raise RequestTooLargeError(
                 f"the request may hold {tokens} tokens, whose caches alone take "
-                f"{self.cache_bytes(alone):,} bytes on each device, more than the engine's "
+                f"{taken:,} bytes on each device, more than the engine's "
                 f"max_cache_bytes of {self.limits.max_cache_bytes:,}: shorten the prompt, ask for "
                 "fewer new tokens (max_new_tokens), or give the engine a larger max_cache_bytes"
             )
@@ -222,29 +229,37 @@ class CapacityPlanner:
         """
         wanted = len(running) + len(waiting)
         needs = [*running, *waiting.kinds()]
+        moved = current if running else None  # where nothing runs, the old caches go first
         ahead = self._kept(current, self._least(wanted, needs))
-        if self.fits(ahead):
+        beside = bool(running) or any(need.in_blocks for need in needs)
+        if self.fits(ahead, moved=moved, beside=beside):
             return Plan(ahead, min(len(waiting), ahead.rows - len(running)))
         first = first_waiting(self.most_rows - len(running))
         for count in range(len(first), 0, -1):
-            smallest = self._smallest(len(running) + count, [*running, *first[:count]])
-            for shape in (self._kept(current, smallest), smallest):
-                if self.fits(shape):
+            chosen = [*running, *first[:count]]
+            smallest = self._smallest(len(running) + count, chosen)
+            beside = bool(running) or any(need.in_blocks for need in chosen)
+            for shape in (self._kept(current, smallest), smallest, _no_smaller(current, smallest)):
+                if self.fits(shape, moved=moved, beside=beside):
                     return Plan(shape, count)
         # Nothing shrinks while a request waits for room: it would be moved twice.
-        shape = self._smallest(len(running), running)
-        if current is not None:
-            sizes = {name: max(size, current.sizes[name]) for name, size in shape.sizes.items()}
-            shape = BatchShape(**sizes, values=shape.values)
-        return Plan(shape, 0)
+        return Plan(_no_smaller(current, self._smallest(len(running), running)), 0)
 
-    def fits(self, shape: BatchShape) -> bool:
-        """Whether the caches of a batch may take as much as those of this one."""
+    def fits(
+        self, shape: BatchShape, *, moved: BatchShape | None = None, beside: bool = False
+    ) -> bool:
+        """Whether there may be a batch of this shape.
+
+        Args:
+            shape: the shape.
+            moved: the batch whose running rows move into it; None: there is none.
+            beside: whether prompts are read in rows beside it.
+        """
         most = self.limits.max_cache_bytes
-        return most is None or self.cache_bytes(shape) <= most
+        return most is None or self._peak(shape, moved=moved, beside=beside) <= most
 
     def growth(self, values: tuple[int, ...], mapped_slots: int, *, held: BatchShape | None) -> int:
-        """Bytes by which the caches on each device may still grow, whatever is asked for.
+        """Bytes that caches may still take on each device, at their peak, whatever is asked for.
 
         Args:
             values: the value networks that there are.
@@ -253,8 +268,32 @@ class CapacityPlanner:
         """
         capacity = bucket_capacity(self.longest, context=self.longest)
         largest = BatchShape(self.most_rows, capacity, mapped_slots, stop_ids=1, values=values)
-        most = min(self.cache_bytes(largest), self.limits.max_cache_bytes or sys.maxsize)
+        # Rows may move from a batch that is nearly as large.
+        most = self.cache_bytes(largest) + self._peak(largest, beside=True)
+        if self.limits.max_cache_bytes is not None:
+            most = min(most, self.limits.max_cache_bytes)
         return max(0, most - (0 if held is None else self.cache_bytes(held)))
+
+    def _peak(
+        self, shape: BatchShape, *, moved: BatchShape | None = None, beside: bool = False
+    ) -> int:
+        """Bytes of all caches on each device while a batch of this shape is made and used."""
+        size = self.cache_bytes(shape)
+        if moved is not None and moved.sizes != shape.sizes:
+            size += self.cache_bytes(moved)
+        return size + (self._beside(shape) if beside else 0)
+
+    def _beside(self, shape: BatchShape) -> int:
+        """Bytes of the rows in which prompts are read that join a batch, at most."""
+        group = self._rows(usual_group(shape.rows))
+        size = self.cache_bytes(shape._replace(rows=group))
+        if block := self.limits.prefill_block:
+            # Up to a block of short prompts; each has 16 tokens or more, and a slot beyond them.
+            short = self._rows(-(-17 * block // (16 * _SHORT_ROW)))
+            if short <= shape.rows:
+                short_rows = shape._replace(rows=short, capacity=min(shape.capacity, _SHORT_ROW))
+                size = max(size, self.cache_bytes(short_rows))
+        return size
 
     def _smallest(self, requests: int, needs: Sequence[Need]) -> BatchShape:
         """The smallest shape that holds this many requests with these needs."""
@@ -294,3 +333,11 @@ class CapacityPlanner:
     def _rows(self, requests: int) -> int:
         rows = bucket(requests, smallest=1)
         return -(-rows // self.row_multiple) * self.row_multiple
+
+
+def _no_smaller(current: BatchShape | None, wanted: BatchShape) -> BatchShape:
+    """The shape that is wanted, with no size below the current one: nothing moves for less."""
+    if current is None:
+        return wanted
+    sizes = {name: max(size, current.sizes[name]) for name, size in wanted.sizes.items()}
+    return BatchShape(**sizes, values=wanted.values)

@@ -31,10 +31,10 @@ from itertools import count, islice
 from ivl_jax.decoding.batch import RowBatch
 from ivl_jax.decoding.capacity import BatchShape, CapacityPlanner, EngineLimits, Need, Waiting
 from ivl_jax.decoding.engine_model import EngineModel, EngineValue, ModelParts
-from ivl_jax.decoding.entries import Entry
+from ivl_jax.decoding.entries import Entry, longest_text
 from ivl_jax.decoding.own_vocabulary import expected_slots
 from ivl_jax.decoding.progress import Progress, RunningRequest
-from ivl_jax.decoding.prompt_groups import next_group
+from ivl_jax.decoding.prompt_groups import next_group, usual_group
 from ivl_jax.decoding.requests import (
     EncodedPrompt,
     bucket_stop_ids,
@@ -43,12 +43,6 @@ from ivl_jax.decoding.requests import (
     row_end,
 )
 from ivl_jax.decoding.streaming import RowText
-
-# Rows that end before prompts are admitted, as a share of the batch. Reading the weights for one
-# prompt costs about a step; letting k rows wait for k prompts costs, at L tokens a row and B rows,
-# (k − 1) L / 2B² steps a prompt. At L = 128 the best k is B / 8. No row waits longer than until
-# its free steps have cost as much as reading the weights once more: B of them.
-_ROWS_A_REFILL = 8
 
 DEFAULT_LIMITS = EngineLimits()
 
@@ -117,7 +111,7 @@ class Engine:
 
     @property
     def cache_growth(self) -> int:
-        """Bytes by which the caches on each device may still grow, whatever is asked for."""
+        """Bytes that caches may still take on each device, at their peak, whatever is asked for."""
         parts = self._parts
         return self._planner.growth(parts.places, parts.most_mapped_slots, held=self.shape)
 
@@ -146,6 +140,7 @@ class Engine:
         used = self._parts.used(prompt)
         tokens = row_end(prompt.token_ids, option, context=self._context)
         own = [self._parts.own_vocabulary(place) for place in used.texts]
+        longest = longest_text(prompt, used)
         need = Need(
             needed_slots(prompt.token_ids, option, context=planner.longest),
             expected_slots(
@@ -155,6 +150,7 @@ class Engine:
             ),
             bucket_stop_ids(option, self._stop_ids),
             used.places,
+            self._block is not None and prompt_width(longest, context=self._context) > self._block,
         )
         planner.check(need, tokens=tokens)
         request = next(self._ids)
@@ -269,8 +265,9 @@ class Engine:
             shape = plan.shape._replace(values=())
             self._batch = RowBatch(self._parts, shape, context=self._planner.longest)
         # The plan counts the value networks of all that it admits; they join as these begin. Where
-        # nothing runs, those that are there stay until then: most likely they are needed again.
-        values = self._batch.used() if others else self._batch.shape.values
+        # nothing runs, those of them that are there stay until then.
+        held = self._batch.shape.values
+        values = self._batch.used() if others else tuple(p for p in held if p in plan.shape.values)
         # The first of them is lost if this fails; the next step plans without it.
         self._beginning = list(islice(self._waiting, min(admitted, 1)))
         self._batch.reshape(plan.shape._replace(values=values))
@@ -278,7 +275,9 @@ class Engine:
         free = rows - len(self._running)
         self._no_room = bool(self._waiting) and not admitted and free > 0
         at_once = self._block is None or max(self._widths(admitted), default=0) <= self._block
-        if not others and at_once and (self._batch.is_empty or 2 * admitted >= rows):
+        anew = self._batch.is_empty or 2 * admitted >= rows
+        # Prompts that begin anew are read in the batch itself, with no caches beside it.
+        if not others and at_once and (anew or not self._planner.fits(plan.shape, beside=True)):
             self._just_admitted, self._free_steps = False, 0
             self._batch.start(self._begin(admitted))
             return True
@@ -323,7 +322,11 @@ class Engine:
         waits = len(self._batch.free) if self._waiting else 0
         progress, steps = [], 0
         advances_next = self._just_admitted or not (waits or self._batch.reads is not None)
-        for news in self._batch.look(self._planner.fits, advances_next=advances_next):
+        held = self._batch.shape
+        for news in self._batch.look(
+            lambda grown: self._planner.fits(grown, moved=held, beside=True),
+            advances_next=advances_next,
+        ):
             steps = max(steps, len(news.token_ids))
             one = self._running[news.id].take(news)
             if one.generation is not None:
@@ -368,7 +371,7 @@ class Engine:
     def _group(self) -> int:
         """Prompts that are read together while rows run."""
         assert self._batch is not None
-        return max(1, self._batch.shape.rows // _ROWS_A_REFILL)
+        return usual_group(self._batch.shape.rows)
 
     def _rest_if_idle(self) -> None:
         """Free the caches once there is nothing to decode."""

@@ -27,8 +27,18 @@ class Entry(NamedTuple):
     @property
     def longest_text(self) -> int:
         """Tokens of the prompt as the network reads it that reads the most of them."""
-        own = (len(text.tokens) for text in self.used.texts.values())
-        return max(len(self.prompt.token_ids), *own, 0)
+        return longest_text(self.prompt, self.used)
+
+
+def longest_text(prompt: EncodedPrompt, used: Used) -> int:
+    """Tokens of a prompt as the network reads it that reads the most of them.
+
+    Args:
+        prompt: the prompt in the base's tokens.
+        used: the value networks that it uses.
+    """
+    own = (len(text.tokens) for text in used.texts.values())
+    return max(len(prompt.token_ids), *own, 0)
 
 
 @dataclass

@@ -7,6 +7,25 @@ of the running rows is bounded here, and only here.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+# Rows that end before prompts are admitted, as a share of the batch. Reading the weights for one
+# prompt costs about a step; letting k rows wait for k prompts costs, at L tokens a row and B rows,
+# (k − 1) L / 2B² steps a prompt. At L = 128 the best k is B / 8. No row waits longer than until
+# its free steps have cost as much as reading the weights once more: B of them.
+_ROWS_A_REFILL = 8
+
+
+def usual_group(rows: int) -> int:
+    """Prompts that are read together, as a rule, beside the running rows of a batch.
+
+    Args:
+        rows: of the batch.
+
+    Example:
+        >>> usual_group(32), usual_group(4)
+        (4, 1)
+    """
+    return max(1, rows // _ROWS_A_REFILL)
+
 
 class PromptGroup(NamedTuple):
     """The prompts that are read next."""

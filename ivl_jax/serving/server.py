@@ -26,7 +26,7 @@ from ivl_jax.decoding.capacity import EngineLimits
 from ivl_jax.decoding.loading import decoding_mesh, load_composed, read_sources
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.decoding.prompts import make_prompt_reader
-from ivl_jax.devices import free_memory
+from ivl_jax.devices import default_cache_bytes, free_memory
 from ivl_jax.processes import require_one_process
 from ivl_jax.serving.answers import TokenTexts
 from ivl_jax.serving.app import Service, make_app
@@ -91,11 +91,14 @@ def prepare(config: ServeConfig, *, framed_by: Sequence[str] = ()) -> Prepared:
         catalogue = make_catalogue(config, named, sources, model)
         metrics = Metrics()
         # Each request brings the stop ids and the context of the networks that it uses.
-        decoder = model.engine(engine_limits(config), stop_ids=(), context=catalogue.context)
-        free = free_memory(jax.local_devices()[0])
+        free = _free_per_device()
+        limits = engine_limits(config, free=free)
+        decoder = model.engine(limits, stop_ids=(), context=catalogue.context)
         if free is not None and decoder.cache_growth > free:
             growth = describe_growth(decoder.cache_growth, free)
             logger.warning("%s; requests for which there is no room will fail", growth)
+        elif not config.max_cache_mib and limits.max_cache_bytes is not None:
+            logger.info("caches take at most %d MiB on each device", limits.max_cache_bytes >> 20)
         if config.warm_up:
             logger.info("warm-up: %s", describe_compiling())
             rows, new_tokens = config.max_rows, config.default_max_tokens
@@ -167,12 +170,28 @@ def make_catalogue(
     return catalogue
 
 
-def engine_limits(config: ServeConfig) -> EngineLimits:
-    """The engine's limits under these flags."""
+def _free_per_device() -> int | None:
+    """Bytes that are free on each device; virtual CPU devices share the machine's."""
+    device, *others = jax.local_devices()
+    free = free_memory(device)
+    if free is None or device.platform != "cpu":
+        return free
+    return free // (1 + len(others))
+
+
+def engine_limits(config: ServeConfig, *, free: int | None) -> EngineLimits:
+    """The engine's limits under these flags.
+
+    Args:
+        config: the flags.
+        free: bytes that are free on each device, the models loaded; None: unknown, so that caches
+            have no limit but that of the flags.
+    """
+    default = None if free is None else default_cache_bytes(free)
     return EngineLimits(
         max_rows=config.max_rows,
         max_capacity=config.max_request_tokens or None,
-        max_cache_bytes=config.max_cache_mib << 20 or None,
+        max_cache_bytes=config.max_cache_mib << 20 or default,
         prefill_block=config.prefill_block or None,
     )
 

@@ -172,7 +172,8 @@ class ValueDesk:
             await self._engine.change(add)
         except ValueError as error:
             raise invalid(str(error), "folder") from error
-        await self._check_caches(asked.name, place, *growth)
+        size = bytes_on_device(value.arrays.params)
+        await self._check_caches(asked.name, place, *growth, taken=size)
         served = ServedValue(
             asked.name,
             place,
@@ -180,7 +181,7 @@ class ValueDesk:
             own,
             asked.strength,
             int(time.time()),
-            bytes_on_device(value.arrays.params),
+            size,
         )
         self._catalogue.add(served)
         seconds = time.perf_counter() - start
@@ -216,12 +217,15 @@ class ValueDesk:
                 f"of which the caches may take {_mib(caches)} (--max-cache-mib)"
             )
 
-    async def _check_caches(self, name: str, place: int, before: int, after: int) -> None:
+    async def _check_caches(
+        self, name: str, place: int, before: int, after: int, *, taken: int
+    ) -> None:
         """Take a value network out again if it alone makes the caches larger than what is free."""
+        limited = self._config.max_cache_mib > 0  # else the caches were to fit
         free = free_memory(jax.local_devices()[0])
         if free is None or after <= free:
             return
-        if before > free:  # of which the start has warned
+        if limited and before > free + taken:  # of which the start has warned
             logger.warning("%s", describe_growth(after, free))
             return
         await self._engine.change(lambda engine: engine.remove_value(place))

@@ -48,6 +48,8 @@ def test_a_text_of_more_tokens_than_expected_ends_where_its_caches_may_not_grow(
 def test_the_growth_that_is_left_is_that_of_the_largest_batch(model):
     engine = model.engine(EngineLimits(max_rows=3, max_capacity=100))
     one = model.engine(EngineLimits(max_rows=1, max_capacity=100))
-    assert engine.cache_growth == 3 * one.cache_growth > 0
+    # While rows move there are two batches, and a row in which a prompt is read.
+    caches = one.cache_growth // 3
+    assert engine.cache_growth == (3 + 3 + 1) * caches > 0
     limited = model.engine(EngineLimits(max_rows=3, max_capacity=100, max_cache_bytes=1000))
     assert limited.cache_growth == 1000

@@ -57,10 +57,22 @@ def test_the_engine_gets_the_limits_of_the_flags():
     pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
     from ivl_jax.serving.server import engine_limits
 
-    limits = engine_limits(ServeConfig(max_rows=3, prefill_block=128, max_cache_mib=2))
+    limits = engine_limits(
+        ServeConfig(max_rows=3, prefill_block=128, max_cache_mib=2), free=1 << 30
+    )
     assert (limits.max_rows, limits.prefill_block, limits.max_cache_bytes) == (3, 128, 2 << 20)
-    assert engine_limits(ServeConfig(prefill_block=0)).prefill_block is None
-    assert engine_limits(ServeConfig()).prefill_block == 512
+    assert engine_limits(ServeConfig(prefill_block=0), free=None).prefill_block is None
+    assert engine_limits(ServeConfig(), free=None).prefill_block == 512
+
+
+def test_caches_are_bounded_by_the_free_memory_unless_a_flag_says_otherwise():
+    pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
+    from ivl_jax.serving.server import engine_limits
+
+    assert engine_limits(ServeConfig(), free=20 << 30).max_cache_bytes == 18 << 30
+    assert engine_limits(ServeConfig(), free=1 << 30).max_cache_bytes == 768 << 20
+    assert engine_limits(ServeConfig(), free=100 << 20).max_cache_bytes == 50 << 20
+    assert engine_limits(ServeConfig(), free=None).max_cache_bytes is None
 
 
 def test_a_port_that_is_taken_is_said_before_a_model_is_looked_for(monkeypatch, capsys):
