@@ -1,25 +1,31 @@
 """Decoding with a value network of another vocabulary: host time, and tokens per second.
 
-In: GSM8K and two tokenizers under ../shared; the embedded family. Out: what the host does per step,
-between two steps of the device, at several batches; then tokens per second of L with X through a
-map, compared with the same networks in one vocabulary.
+In: GSM8K and two tokenizers under ../shared; the embedded family. Out: what re-tokenising alone
+costs per step at several batches; then tokens per second and whole steps of L with X through a map,
+compared with the same sizes in one vocabulary, the difference split.
 """
 
 import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Iterator
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
+from unittest import mock
 
 import jax
 import numpy as np
 
 from benchmarks.report import Options, Peer, Report, Row, Target
 from benchmarks.setting import PROJECT_ROOT
-from benchmarks.timing import Figures, time_in_turn
+from benchmarks.timing import Figures, Timing, time_in_turn
 from ivl_jax.assets import family_folder
+from ivl_jax.composed.forward import OwnTokens
 from ivl_jax.decoding.compose import compose
+from ivl_jax.decoding.generation import Generation
+from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.decoding.own_vocabulary import OwnVocabulary, TextReader, make_own_vocabulary
 from ivl_jax.decoding.requests import GenerationOptions
 from ivl_jax.model.decoder import init_params
@@ -41,6 +47,14 @@ _TEXT_TOKENS = 64
 _MAP_TEXTS = 500
 # The family reads 256 tokens.
 _PROMPT_CHARACTERS = 80
+
+
+# What is timed, its model, and tokens between two looks of the host.
+_RUNS = (
+    ("map", "map", 1),
+    ("a look every token", "one vocabulary", 1),
+    ("one vocabulary", "one vocabulary", 16),
+)
 
 
 class Plan(NamedTuple):
@@ -95,7 +109,7 @@ def _host_rows(base_name: str, value_name: str, plan: Plan) -> Iterator[Row]:
     for batch in BATCHES:
         rows = [ids[row * length : (row + 1) * length].tolist() for row in range(batch)]
         yield Row(
-            f"{base_name} read as {value_name}, batch {batch}: host time per step",
+            f"{base_name} read as {value_name}, batch {batch}: re-tokenising alone per step",
             Figures.of(_step_times(own, rows)),
             "ms",
             target=Target("median", MOST_HOST_TIME) if batch == BATCHES[-1] else None,
@@ -129,17 +143,14 @@ def _speed_rows(plan: Plan) -> Iterator[Row]:
     }
     options = GenerationOptions(max_new_tokens=plan.new_tokens, temperature=1.0)
     for batch in BATCHES:
-        prompts = [text[:_PROMPT_CHARACTERS] for text in _gsm8k()[:batch]]
-        decode = {
-            name: functools.partial(model.generate, prompts, options)
-            for name, model in models.items()
+        texts = [text[:_PROMPT_CHARACTERS] for text in _gsm8k()[:batch]]
+        runs = {
+            name: functools.partial(_decode, models[model], texts, options, chunk)
+            for name, model, chunk in _RUNS
         }
-        times = time_in_turn(decode, repeats=plan.repeats)
-        rates = {
-            # Each call generates the same tokens: their seed is the same.
-            name: times[name].rate(sum(len(one.token_ids) for one in again()))
-            for name, again in decode.items()
-        }
+        times = time_in_turn(runs, repeats=plan.repeats)
+        lengths = {name: [len(one.token_ids) for one in again()] for name, again in runs.items()}
+        rates = {name: times[name].rate(sum(lengths[name])) for name in runs}
         yield Row(
             f"L + X through a map, batch {batch}",
             rates["map"],
@@ -147,6 +158,72 @@ def _speed_rows(plan: Plan) -> Iterator[Row]:
             "higher",
             peer=Peer("the same sizes in one vocabulary", rates["one vocabulary"].median),
         )
+        yield from _split_rows(runs["map"], times, lengths, batch=batch)
+
+
+def _decode(
+    model: ComposedModel, texts: list[str], options: GenerationOptions, chunk: int
+) -> list[Generation]:
+    """Decode all texts in one batch."""
+    prepared = model.prepare(texts, options)
+    return list(model.generate_prepared(prepared, batch_size=len(texts), chunk_tokens=chunk))
+
+
+def _split_rows(
+    mapped: Callable[[], list[Generation]],
+    times: Mapping[str, Timing],
+    lengths: Mapping[str, list[int]],
+    *,
+    batch: int,
+) -> Iterator[Row]:
+    """Milliseconds of whole steps, prompts included, and what a map adds to them."""
+    # All rows begin together: there are as many steps as the longest row has tokens.
+    steps = {
+        name: Figures.of(1e3 * seconds / max(lengths[name]) for seconds in timing.seconds)
+        for name, timing in times.items()
+    }
+    host, widths = _host_part(mapped)
+    host_step = 1e3 * host / max(lengths["map"])
+    looked = steps["a look every token"].median
+    parts = {
+        "exchange: a look at every token": looked - steps["one vocabulary"].median,
+        "re-tokenising on the host": host_step,
+        "wider value network and its own program": steps["map"].median - looked - host_step,
+    }
+    for name, _, _ in _RUNS:
+        yield Row(f"step, {name}, batch {batch}", steps[name], "ms")
+    for name, part in parts.items():
+        yield Row(f"of which {name}, batch {batch}", Figures.of([part]), "ms")
+    for width, count in sorted(Counter(widths).items()):
+        share = 100 * count / len(widths)
+        yield Row(f"steps of {width} own tokens, batch {batch}", Figures.of([share]), "%")
+
+
+def _host_part(decode: Callable[[], object]) -> tuple[float, list[int]]:
+    """Seconds that the host re-tokenises in one decode, and the width of each step."""
+    seconds, widths, push, own_tokens = [], list[int](), TextReader.push, TextReader.own_tokens
+
+    def timed_push(reader: TextReader, new_ids: Mapping[int, Sequence[int]]) -> set[int]:
+        started = time.perf_counter()
+        full = push(reader, new_ids)
+        seconds.append(time.perf_counter() - started)
+        return full
+
+    def timed_tokens(
+        reader: TextReader, rows: Sequence[int], *, size: int, at_most: int | None = None
+    ) -> tuple[OwnTokens, ...]:
+        started = time.perf_counter()
+        own = own_tokens(reader, rows, size=size, at_most=at_most)
+        seconds.append(time.perf_counter() - started)
+        widths.extend(one.tokens.shape[1] for one in own)
+        return own
+
+    with (
+        mock.patch.object(TextReader, "push", timed_push),
+        mock.patch.object(TextReader, "own_tokens", timed_tokens),
+    ):
+        decode()
+    return sum(seconds), widths[1:]  # the first one is the prompts
 
 
 def _family_map(base: LanguageModel, value: LanguageModel) -> DescribedMap:
