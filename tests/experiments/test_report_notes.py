@@ -91,10 +91,8 @@ def test_the_committed_page_is_made_from_the_committed_figures(
     project_root: Path, tmp_path: Path
 ) -> None:
     docs = project_root / "docs"
-    records = ("post_training.json", "finetune_sweep.json")
-    for name in ("experiments_notes.md", "results_notes.md", *records):
-        if (docs / name).exists():
-            shutil.copy(docs / name, tmp_path)
+    for file in (*docs.glob("*_notes.md"), *docs.glob("*.json")):
+        shutil.copy(file, tmp_path)
     figures = json.loads((docs / "experiments.json").read_text(encoding="utf-8"))
     write_report(figures, tmp_path, seeds=matrix.SEEDS)
     for page in ("experiments.md", "results.md"):
