@@ -100,6 +100,10 @@ def test_two_answers_stream_and_the_slider_changes_one_of_them(client, browser, 
     _, whole = client.chat("stories+mine", temperature=0, max_tokens=16, strengths=strengths)
     assert with_value.strip() == whole["choices"][0]["message"]["content"].strip()
     assert with_value != alone
+    # A screen reader tells the answers apart, and hears that they have ended.
+    for title in ("stories alone", "with mine 0.3, other 0"):
+        assert page.get_by_role("group", name=title, exact=True).count() == 1
+        assert f"{title}: answer complete" in page.locator("#status").inner_text()
     # Only the value's column has colours: under the base alone nothing has changed.
     colours = "cell => cell.querySelectorAll('[style]').length"
     cells = page.locator(".text").all()
@@ -117,6 +121,21 @@ def test_two_answers_stream_and_the_slider_changes_one_of_them(client, browser, 
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     if folder := os.environ.get("IVL_SCREENSHOTS"):
         page.screenshot(path=f"{folder}/{scheme}.png", full_page=True)
+    # The first value network at 0: the second's template, stop ids and context are those in use.
+    for name, strength in [("mine", "0"), ("other", "1")]:
+        page.locator(f"#strength-{name}").fill(strength)
+    page.locator("h3", has_text="mine 0, other 1").wait_for()
+    settled(page)
+    strengths = {"mine": 0, "other": 1}
+    texts = []
+    for model in ("stories+other", "stories+mine"):
+        _, whole = client.chat(model, temperature=0, max_tokens=16, strengths=strengths)
+        texts.append(whole["choices"][0]["message"]["content"].strip())
+    assert texts[0] != texts[1]
+    assert answers(page)[1].strip() == texts[0]
+    page.locator("#strength-other").fill("0")  # its context is too small for a second question
+    page.locator("#strength-mine").fill("1")
+    settled(page)
     ask(page, "And then?")
     assert len(answers(page)) == 4
     page.click("#reset")

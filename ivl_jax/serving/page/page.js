@@ -11,7 +11,6 @@ let base = "";
 let values = [];
 let turns = [];
 let running = [];
-let answers = 0;
 
 function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
@@ -68,7 +67,7 @@ function columns() {
   if (!values.length) return [alone];
   const all = strengths();
   const shown = values.map((name) => `${name} ${all[name]}`).join(", ");
-  // A model's template is that of its value network: of one that counts, if any does.
+  // The model's own value network brings the template, the stop ids and the context.
   const first = values.find((name) => all[name] !== 0) ?? values[0];
   return [alone, { title: `with ${shown}`, model: `${base}+${first}`, strengths: all }];
 }
@@ -130,6 +129,14 @@ async function* events(response) {
   }
 }
 
+// Both answers of a turn may end at once: what is said of one does not replace the other's.
+function announce(cell, ending) {
+  cell.ending = ending;
+  const endings = turns.at(-1)?.cells.map((one) => one.ending) ?? [];
+  const said = endings.filter(Boolean).join(" · ");
+  if (said) byId("status").textContent = said;
+}
+
 async function answer(turn, index, column) {
   const cell = turn.cells[index];
   cell.stopped?.abort();
@@ -139,6 +146,7 @@ async function answer(turn, index, column) {
   cell.text.replaceChildren();
   cell.text.setAttribute("aria-busy", "true");
   cell.content = "";
+  cell.ending = "";
   const before = turns.slice(0, turns.indexOf(turn));
   const messages = [
     ...before.flatMap((one) => [
@@ -153,6 +161,7 @@ async function answer(turn, index, column) {
     max_tokens: Number(byId("max-tokens").value), seed: 0,
   };
   const decoder = new TextDecoder();
+  let ending = "answer complete";
   try {
     const response = await fetch("v1/chat/completions", {
       method: "POST", headers: headers(), body: JSON.stringify(body), signal: stopped.signal,
@@ -167,11 +176,13 @@ async function answer(turn, index, column) {
       }
     }
   } catch (error) {
-    if (error.name !== "AbortError") cell.text.append(make("p", { class: "error" }, error.message));
+    const failed = error.name !== "AbortError";
+    ending = failed ? `answer failed: ${error.message}` : "answer stopped";
+    if (failed) cell.text.append(make("p", { class: "error" }, error.message));
   }
-  if (cell.stopped === stopped) {
+  if (cell.stopped === stopped) { // not replaced by a newer answer
     cell.text.setAttribute("aria-busy", "false");
-    byId("status").textContent = `answered: ${cell.title.textContent}`;
+    announce(cell, `${column.title}: ${ending}`);
   }
   running = running.filter((one) => one !== stopped);
 }
@@ -183,11 +194,12 @@ function answerAgain() {
 
 function ask(question) {
   const shown = columns();
-  const cells = shown.map((column) => {
-    const title = make("h3", { id: `answer-${++answers}` }, column.title);
-    const text = make("div", { class: "text", tabindex: 0, role: "group", "aria-labelledby": title.id });
+  const cells = shown.map((column, index) => {
+    const id = `answer-${turns.length}-${index}`;
+    const title = make("h3", { id }, column.title);
+    const text = make("div", { class: "text", tabindex: 0, role: "group", "aria-labelledby": id });
     text.addEventListener("keydown", moveWithArrows);
-    return { title, text, content: "" };
+    return { title, text, content: "", ending: "" };
   });
   const turn = { question, cells };
   turns.push(turn);
