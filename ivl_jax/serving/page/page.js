@@ -48,7 +48,7 @@ async function loadModels() {
     const input = make("input", {
       type: "range", id: `strength-${name}`, min: -most, max: most, step: 0.05, value: strength,
     });
-    const shown = make("output", { for: input.id }, input.value);
+    const shown = make("output", { for: input.id }, Number(input.value).toFixed(2));
     input.addEventListener("input", () => { shown.value = Number(input.value).toFixed(2); });
     input.addEventListener("change", answerAgain);
     return make("div", { class: "slider" }, make("label", { for: input.id }, name), input, shown);
