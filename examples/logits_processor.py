@@ -11,6 +11,7 @@ from typing import Any, cast
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ivl_jax.integrations.transformers import TextMap, ValueLogits, load_torch_value
+from ivl_jax.tokenizer_agreement import TokenizerMismatchError
 
 
 def main():
@@ -26,12 +27,20 @@ def main():
     base: Any = AutoModelForCausalLM.from_pretrained(chosen.base)
     of_base: Any = AutoTokenizer.from_pretrained(chosen.base)
     value, tokenizer = cast("tuple[Any, Any]", load_torch_value(chosen.value))
-    text_map, stop_ids = None, value.generation_config.eos_token_id
+    text_map, of_value, stop_ids = None, tokenizer, value.generation_config.eos_token_id
     if chosen.map is not None:
         text_map = TextMap(chosen.map, of_base, tokenizer)
         tokenizer, stop_ids = of_base, text_map.stop_ids(stop_ids)
-    elif tokenizer.get_vocab() != of_base.get_vocab():
-        parser.error("base and value have different tokens: give their vocabulary map with --map")
+    try:
+        processor = ValueLogits(
+            [value],
+            [chosen.strength],
+            text_maps=[text_map],
+            base_tokenizer=of_base,
+            value_tokenizers=[of_value],
+        )
+    except TokenizerMismatchError as error:
+        parser.error(f"{error}; its file is given with --map")
     if chosen.chat:
         dialogue = [{"role": "user", "content": chosen.prompt}]
         inputs = tokenizer.apply_chat_template(
@@ -44,7 +53,7 @@ def main():
         do_sample=False,
         max_new_tokens=chosen.max_new_tokens,
         eos_token_id=stop_ids,
-        logits_processor=[ValueLogits([value], [chosen.strength], text_maps=[text_map])],
+        logits_processor=[processor],
     )
     new_tokens = output[0, inputs["input_ids"].shape[1] :]
     print(tokenizer.decode(new_tokens, skip_special_tokens=True))

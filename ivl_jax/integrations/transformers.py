@@ -5,7 +5,9 @@ It sees only the base's logits at the last position, so it works for residual va
 `infer.py` decodes the others.
 
     value, tokenizer = load_torch_value("runs/mine/value")
-    base.generate(**inputs, logits_processor=[ValueLogits([value], [0.8])])
+    processor = ValueLogits(
+        [value], [0.8], base_tokenizer=of_base, value_tokenizers=[tokenizer])
+    base.generate(**inputs, logits_processor=[processor])
 """
 
 import contextlib
@@ -17,6 +19,8 @@ from typing import Any
 
 from ivl_jax.config import strength_problem
 from ivl_jax.paths import MissingExtraError
+from ivl_jax.tokenizer import describe_tokenizer
+from ivl_jax.tokenizer_agreement import check_compatible, known_ids
 
 try:
     import torch
@@ -50,12 +54,16 @@ class ValueLogits(LogitsProcessor):
         strengths: α, one per value; empty: 1 for each.
         text_maps: for each value its `TextMap`, or None where it shares the base's vocabulary;
             empty: all do. A prompt is read as text, not through the value's chat template.
+        base_tokenizer: the base's; needed where a value network has no map.
+        value_tokenizers: one per value; they are compared with the base's. A token that a value
+            network does not know gets its logit 0, and is read as its unknown token.
         attention_mask: [B T], the prompts' own, 0 for padding on the left; None: no padding. With
             several sequences per prompt it stays as it is.
 
     Raises:
-        ValueError: not one strength or map per value, a strength that is not finite, or padding
-            that is not on the left.
+        TokenizerMismatchError: a value network without a map has another vocabulary.
+        ValueError: not one strength, map or tokenizer per value, a strength that is not finite, no
+            tokenizers to compare, or padding that is not on the left.
     """
 
     def __init__(
@@ -64,6 +72,8 @@ class ValueLogits(LogitsProcessor):
         strengths: Sequence[float] = (),
         *,
         text_maps: Sequence[TextMap | None] = (),
+        base_tokenizer: PreTrainedTokenizerBase | None = None,
+        value_tokenizers: Sequence[PreTrainedTokenizerBase] = (),
         attention_mask: torch.Tensor | None = None,
     ) -> None:
         strengths = tuple(strengths) or (1.0,) * len(values)
@@ -81,9 +91,10 @@ class ValueLogits(LogitsProcessor):
                 "attention_mask: expected padding on the left only, as `generate` needs it; set "
                 'tokenizer.padding_side = "left"'
             )
+        shared = _shared_tokens(values, text_maps, base_tokenizer, value_tokenizers)
         self._terms = [
-            (strength, _SharedTokens(value) if text_map is None else _OwnTokens(value, text_map))
-            for value, strength, text_map in zip(values, strengths, text_maps, strict=True)
+            (strength, shared[place] if text_map is None else _OwnTokens(values[place], text_map))
+            for place, (strength, text_map) in enumerate(zip(strengths, text_maps, strict=True))
             if strength != 0
         ]
         self._prompt_mask = attention_mask
@@ -111,7 +122,7 @@ class ValueLogits(LogitsProcessor):
         mask = self._mask(input_ids)
         for strength, reader in self._terms:
             logits = reader.read(input_ids, mask, known=known).to(composed.device)
-            width = min(composed.shape[-1], logits.shape[-1])  # padding columns differ
+            width = min(composed.shape[-1], logits.shape[-1])  # beyond: padding of either
             composed[:, :width] += strength * logits[:, :width]
         self._read = input_ids.clone()
         return composed
@@ -149,6 +160,37 @@ def _check_logits(scores: torch.Tensor) -> None:
         )
 
 
+def _shared_tokens(
+    values: Sequence[Any],
+    text_maps: Sequence[TextMap | None],
+    base: PreTrainedTokenizerBase | None,
+    tokenizers: Sequence[PreTrainedTokenizerBase],
+) -> "dict[int, _SharedTokens]":
+    """The value networks without a map, by place, their vocabularies compared with the base's."""
+    places = [place for place, text_map in enumerate(text_maps) if text_map is None]
+    if not places:
+        return {}
+    if base is None or len(tokenizers) != len(values):
+        raise ValueError(
+            "base_tokenizer and value_tokenizers: expected the base's tokenizer and one per value "
+            f"network, {len(values)}, got {'none' if base is None else 'one'} and "
+            f"{len(tokenizers)}; they show whether logits can be added id by id"
+        )
+    of_base, shared = describe_tokenizer(base), {}
+    for place in places:
+        of_value = describe_tokenizer(tokenizers[place])
+        unknown = check_compatible(
+            of_base,
+            of_value,
+            base_name=base.name_or_path or "base",
+            value_name=tokenizers[place].name_or_path or f"value {place}",
+        )
+        known = torch.zeros(of_base.vocab_size, dtype=torch.bool)
+        known[sorted(known_ids(of_base) - set(unknown.ids))] = True
+        shared[place] = _SharedTokens(values[place], known, of_value.replacement_id)
+    return shared
+
+
 class _CachedModel:
     """A value network, and the tokens of some rows that its cache holds."""
 
@@ -177,8 +219,9 @@ class _CachedModel:
 class _SharedTokens:
     """Reads the text of all rows in the base's tokens."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, known: torch.Tensor, replacement_id: int) -> None:
         self._cached, self._cache = _CachedModel(model), DynamicCache()
+        self._known, self._replacement_id = known, replacement_id
 
     def read(self, input_ids: torch.Tensor, mask: torch.Tensor, *, known: int) -> torch.Tensor:
         """[B V] logits after a text whose first columns are known."""
@@ -188,7 +231,12 @@ class _SharedTokens:
         if not mask.all():
             positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
             padded = {"attention_mask": mask, "position_ids": positions[:, known:]}
-        return self._cached.last_logits(self._cache, input_ids[:, known:], known, **padded)
+        shared, tokens = self._known.to(input_ids.device), input_ids[:, known:]
+        readable = shared[tokens.clamp(max=len(shared) - 1)] & (tokens < len(shared))
+        tokens = tokens.masked_fill(~readable, self._replacement_id)
+        logits = self._cached.last_logits(self._cache, tokens, known, **padded)
+        logits = logits[:, : len(shared)]  # without padding columns
+        return logits.where(shared[: logits.shape[-1]].to(logits.device), 0.0)
 
 
 class _OwnTokens:

@@ -86,8 +86,11 @@ def test_pytorch_with_the_logits_processor_writes_our_greedy_text(
         output = base.generate(prompt, do_sample=False, max_new_tokens=TOKENS, **options)
         return output[0, prompt.shape[1] :].tolist()
 
+    of_base, of_value = (AutoTokenizer.from_pretrained(f) for f in (stories260k_dir, folders[1]))
     for spelled in (value, _OldSpelling(value)):
-        processor = example.ValueLogits([spelled], [0.3])
+        processor = example.ValueLogits(
+            [spelled], [0.3], base_tokenizer=of_base, value_tokenizers=[of_value]
+        )
         assert generate(logits_processor=[processor]) == list(ours.token_ids)
     assert generate() != list(ours.token_ids), "the value network changes the text"
 

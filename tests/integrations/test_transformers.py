@@ -8,18 +8,22 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     LogitsProcessor,
+    PreTrainedTokenizerFast,
 )
 
 from ivl_jax.assets import family_folder
 from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.requests import GenerationOptions
 from ivl_jax.tokenizer import describe_tokenizer
+from ivl_jax.tokenizer_agreement import TokenizerMismatchError
 from ivl_jax.vocabulary.mapping import (
     VocabularyMap,
     VocabularyMapError,
@@ -39,6 +43,36 @@ from ivl_jax.integrations.transformers import (  # noqa: E402
 
 ROWS, TOKENS = 48, 12
 EXCHANGED = Path(__file__).parents[1] / "fixtures" / "exchanged"
+
+
+def tokenizer(*appended: str, first: str = "t0") -> PreTrainedTokenizerFast:
+    """Words of a vocabulary of ROWS tokens, and appended ones."""
+    words = [first, *(f"t{i}" for i in range(1, ROWS)), *appended]
+    model = WordLevel({word: i for i, word in enumerate(words)}, unk_token="t1")
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), unk_token="t1")
+
+
+def logits_of(values: Any, *more: Any, **options: Any) -> ValueLogits:
+    """A processor of value networks that share the base's tokens."""
+    shared = {"base_tokenizer": tokenizer(), "value_tokenizers": [tokenizer()] * len(values)}
+    return ValueLogits(values, *more, **{**shared, **options})
+
+
+def test_another_vocabulary_is_an_error_that_names_both(networks) -> None:
+    with pytest.raises(TokenizerMismatchError, match=r"id 0: .*t0.* in the base.*vocabulary map"):
+        logits_of(networks[1:2], value_tokenizers=[tokenizer(first="other")])
+    with pytest.raises(ValueError, match="base_tokenizer and value_tokenizers: expected"):
+        ValueLogits(networks[1:2])
+
+
+def test_appended_tokens_and_padding_get_no_value_logit(networks) -> None:
+    processor = logits_of(networks[2:], base_tokenizer=tokenizer("t48", "t49"))
+    scores = torch.randn(1, ROWS + 8)
+    composed = processor(torch.tensor([[5, 48, 7]]), scores)
+    with torch.no_grad():
+        value = networks[2](torch.tensor([[5, 1, 7]])).logits[:, -1]
+    torch.testing.assert_close(composed[:, :ROWS], (scores + value)[:, :ROWS])
+    assert torch.equal(composed[:, ROWS:], scores[:, ROWS:])
 
 
 def network(seed: int, *, rows: int = ROWS) -> Any:
@@ -95,17 +129,17 @@ def without_caches(networks: list[Any], strengths: list[float]) -> list[list[int
 @pytest.mark.parametrize("strengths", [[0.7, -0.4], [0.0, 1.0]])
 def test_several_values_with_caches_write_what_they_write_without(networks, strengths) -> None:
     base, *values = networks
-    text = generate(base, ValueLogits(values, strengths))
+    text = generate(base, logits_of(values, strengths))
     assert text == without_caches(networks, strengths)
     assert text != without_caches(networks, [0.0, 0.0])
 
 
 def test_a_processor_may_be_used_again(networks) -> None:
     base, *values = networks
-    processor = ValueLogits(values)
+    processor = logits_of(values)
     other = PROMPT.flip(1)
-    assert generate(base, processor) == generate(base, ValueLogits(values))
-    assert generate(base, processor, other) == generate(base, ValueLogits(values), other)
+    assert generate(base, processor) == generate(base, logits_of(values))
+    assert generate(base, processor, other) == generate(base, logits_of(values), other)
 
 
 def test_a_value_of_strength_0_is_not_computed(networks) -> None:
@@ -117,28 +151,28 @@ def test_a_value_of_strength_0_is_not_computed(networks) -> None:
 
         __call__ = forward
 
-    generate(networks[0], ValueLogits([Unused()], [0.0]))
+    generate(networks[0], logits_of([Unused()], [0.0]))
 
 
 def test_one_strength_and_one_map_per_value(networks) -> None:
     with pytest.raises(ValueError, match="strengths: expected one per value network, 2, got 1"):
-        ValueLogits(networks[1:], [1.0])
+        logits_of(networks[1:], [1.0])
     with pytest.raises(ValueError, match="text_maps: expected one per value network, 2, got 1"):
-        ValueLogits(networks[1:], text_maps=[None])
+        logits_of(networks[1:], text_maps=[None])
     with pytest.raises(ValueError, match="strengths must be finite, got nan"):
-        ValueLogits(networks[1:], [1.0, float("nan")])
+        logits_of(networks[1:], [1.0, float("nan")])
 
 
 def test_log_probabilities_are_refused_as_of_beam_search(networks) -> None:
     base, value, _ = networks
     with pytest.raises(ValueError, match=r"got log-probabilities.*set num_beams=1"):
-        generate(base, ValueLogits([value]), num_beams=2)
+        generate(base, logits_of([value]), num_beams=2)
 
 
 def test_padding_on_the_right_and_the_mask_of_another_batch_are_refused(networks) -> None:
     with pytest.raises(ValueError, match="padding on the left only"):
-        ValueLogits(networks[1:], attention_mask=torch.tensor([[1, 1, 0], [1, 1, 1]]))
-    other = ValueLogits(networks[1:], attention_mask=torch.ones(2, 4, dtype=torch.long))
+        logits_of(networks[1:], attention_mask=torch.tensor([[1, 1, 0], [1, 1, 1]]))
+    other = logits_of(networks[1:], attention_mask=torch.ones(2, 4, dtype=torch.long))
     with pytest.raises(ValueError, match=r"shape \(2, 4\), but the text is \[2 3\]"):
         generate(networks[0], other)
 
@@ -153,7 +187,7 @@ def test_samples_of_a_prompt_are_those_of_the_sum_of_all_logits(networks) -> Non
 
     sampling = {"do_sample": True, "num_return_sequences": 2, "temperature": 2.0}
     texts = []
-    for processor in (ValueLogits(values, attention_mask=mask), Composed()):
+    for processor in (logits_of(values, attention_mask=mask), Composed()):
         torch.manual_seed(0)
         texts.append(generate(base, processor, **sampling))
     assert texts[0] == texts[1]
@@ -163,16 +197,16 @@ def test_samples_of_a_prompt_are_those_of_the_sum_of_all_logits(networks) -> Non
 def test_rejected_tokens_of_a_draft_leave_the_caches(networks) -> None:
     base, *values = networks
     draft = network(5)
-    plain = generate(base, ValueLogits(values), PROMPT[:1])
-    assert generate(base, ValueLogits(values), PROMPT[:1], assistant_model=draft) == plain
+    plain = generate(base, logits_of(values), PROMPT[:1])
+    assert generate(base, logits_of(values), PROMPT[:1], assistant_model=draft) == plain
 
 
 def test_a_padded_batch_writes_what_each_prompt_writes_alone(networks) -> None:
     base, *values = networks
     prompt, mask = torch.tensor([[9, 9, 7, 3], [4, 1, 2, 6]]), torch.tensor([[0, 0, 1, 1], [1] * 4])
-    together = generate(base, ValueLogits(values, attention_mask=mask), prompt, attention_mask=mask)
-    alone = [generate(base, ValueLogits(values), prompt[:1, 2:])]
-    alone.append(generate(base, ValueLogits(values), prompt[1:]))
+    together = generate(base, logits_of(values, attention_mask=mask), prompt, attention_mask=mask)
+    alone = [generate(base, logits_of(values), prompt[:1, 2:])]
+    alone.append(generate(base, logits_of(values), prompt[1:]))
     assert together == [text for (text,) in alone]
 
 
