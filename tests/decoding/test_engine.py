@@ -2,7 +2,7 @@
 
 import pytest
 
-from ivl_jax.decoding import engine
+from ivl_jax.decoding import engine, prompt_groups
 from ivl_jax.decoding.capacity import EngineLimits
 from ivl_jax.decoding.requests import GenerationOptions
 
@@ -89,7 +89,7 @@ def test_rows_give_up_slots_once_no_prompt_needs_them(recorded, limits, rows, ca
 
 
 def test_a_large_batch_waits_until_several_rows_are_free(recorded, monkeypatch):
-    monkeypatch.setattr(engine, "_ROWS_A_REFILL", 2)  # half of the batch
+    monkeypatch.setattr(prompt_groups, "_ROWS_A_REFILL", 2)  # half of the batch
     model, calls = recorded
     prompts = [[1, 6 + i] for i in range(7)]
     each = [GenerationOptions(max_new_tokens=3 + 2 * i) for i in range(7)]
