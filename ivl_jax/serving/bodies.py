@@ -107,7 +107,7 @@ _MESSAGE = {
                 },
             ]
         },
-        "name": {},
+        "name": {"description": "Ignored: chat templates have no place for it."},
     },
     "required": ["role", "content"],
     "additionalProperties": False,
@@ -235,11 +235,11 @@ def read_chat(body: Any, config: ServeConfig) -> Asked:
     wanted, top = fields.take("logprobs"), fields.take("top_logprobs")
     if top is not None and not wanted:
         raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
-    longer = fields.take("max_completion_tokens")
+    max_completion_tokens = fields.take("max_completion_tokens")
     shown = (top or 0) if wanted else None
     if shown is not None:
         _check_top_log_probs(shown, "top_logprobs")
-    return _read_rest(fields, config, [dialogue], "messages", shown, longer)
+    return _read_rest(fields, config, [dialogue], "messages", shown, max_completion_tokens)
 
 
 def read_completion(body: Any, config: ServeConfig) -> Asked:
@@ -284,14 +284,14 @@ def _read_rest(
     prompts: list[Prompt],
     prompt_field: Literal["messages", "prompt"],
     top_log_probs: int | None,
-    max_tokens: int | None,
+    max_completion_tokens: int | None,
 ) -> Asked:
     """Read what both kinds of requests have in common."""
     model = fields.take("model")
     strengths = {name: as_float(alpha) for name, alpha in fields.take("strengths").items()}
     choices, stream = fields.take("n"), fields.take("stream")
     extra, stop = fields.take("stream_options"), fields.take("stop")
-    shorter, seed = fields.take("max_tokens"), fields.take("seed")
+    max_tokens, seed = fields.take("max_tokens"), fields.take("seed")
     numbers = {name: as_float(fields.take(name)) for name in ("temperature", "top_p", "min_p")}
     policy = _read_policy(fields.take("strength_policy"))
     top_k, given_bias = fields.take("top_k"), fields.take("logit_bias")
@@ -315,10 +315,10 @@ def _read_rest(
     stops = [stop] if isinstance(stop, str) else list(stop)
     if len(stops) > _MOST_STOP_STRINGS:
         raise invalid(f"stop: at most {_MOST_STOP_STRINGS} texts, got {len(stops)}", "stop")
-    longest = max_tokens if max_tokens is not None else shorter
+    new_tokens = max_tokens if max_completion_tokens is None else max_completion_tokens
     try:
         options = GenerationOptions(
-            max_new_tokens=config.default_max_tokens if longest is None else longest,
+            max_new_tokens=config.default_max_tokens if new_tokens is None else new_tokens,
             seed=secrets.randbelow(2**32) if seed is None else seed,
             stop=tuple(stops),
             log_probs=top_log_probs,

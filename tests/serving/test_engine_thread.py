@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("prometheus_client", reason="the extra `serve` is not installed")
 
 from ivl_jax.config import GenerationOptions, ServeConfig
+from ivl_jax.decoding.capacity import RequestTooLargeError
 from ivl_jax.decoding.engine import Engine, Progress
 from ivl_jax.decoding.generation import Generation
 from ivl_jax.decoding.requests import EncodedPrompt
@@ -17,6 +18,7 @@ from ivl_jax.serving.front import Front
 from ivl_jax.serving.metrics import Metrics
 
 PROMPT = EncodedPrompt([1, 2], GenerationOptions(), 0)
+TOO_LONG = EncodedPrompt([1, 2], GenerationOptions(max_new_tokens=100), 0)
 
 
 class IdleEngine(Engine):
@@ -37,13 +39,13 @@ def in_a_loop(test):
 
     @functools.wraps(test)
     def run(*arguments, **named):
-        asyncio.run(asyncio.wait_for(test(*arguments, **named), 30))
+        return asyncio.run(asyncio.wait_for(test(*arguments, **named), 30))
 
     return run
 
 
-def new_ticket():
-    return Ticket([PROMPT], streams=False, on_end=lambda ended: None)
+def new_ticket(prompts=(PROMPT,)):
+    return Ticket(prompts, streams=False, on_end=lambda ended: None)
 
 
 def event(choice, *, ends=False):
@@ -97,6 +99,44 @@ async def test_orders_behind_a_stop_and_after_it_are_refused():
     assert thread.failure is None
 
 
+@pytest.mark.parametrize(
+    ("error", "status", "words", "code", "param"),
+    [
+        (
+            RequestTooLargeError("max_cache_bytes"),
+            400,
+            ("102 tokens", "max_tokens", "--max-cache-mib"),
+            "cache_memory_exceeded",
+            "max_tokens",
+        ),
+        (ValueError("odd"), 500, ("could not be submitted: odd",), None, None),
+    ],
+)
+def test_what_the_engine_refuses_is_said_in_the_servers_words_and_not_tried_again(
+    error, status, words, code, param
+):
+    @in_a_loop
+    async def refused():
+        thread, ticket = new_thread(), new_ticket([TOO_LONG])
+
+        def refuse(prompt):
+            raise error
+
+        vars(thread._engine).update(submit=refuse)
+        thread.start()
+        thread.submit(ticket)
+        with pytest.raises(ApiError) as raised:
+            await asyncio.wait_for(ticket.get(), 5)
+        thread.stop(seconds=60.0)
+        return raised.value
+
+    found = refused()
+    assert (found.status, found.code, found.param) == (status, code, param)
+    assert found.headers["x-should-retry"] == "false"
+    assert all(word in found.message for word in words)
+    assert "max_cache_bytes" not in found.message
+
+
 class Desk:
     """A front whose tickets the test answers."""
 
@@ -118,6 +158,19 @@ class Desk:
     async def arrive(self, *events):
         self.tickets[-1].put(events)
         await asyncio.sleep(0.001)
+
+
+@in_a_loop
+async def test_an_answer_that_decoding_failed_in_is_not_asked_for_again():
+    desk = Desk(ServeConfig())
+    with desk.front.admit(2) as places:
+        progress = await desk.begun(places)
+        failed = Generation("", (5,), "error", 2, error="base: logits are not finite")
+        await desk.arrive(ChoiceProgress(1, Progress(0, "", (5,), (), failed)))
+        with pytest.raises(ApiError) as raised:
+            await anext(progress)
+    assert raised.value.status == 500
+    assert raised.value.headers["x-should-retry"] == "false"
 
 
 @in_a_loop
