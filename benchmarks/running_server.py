@@ -1,13 +1,9 @@
-"""Our server, run by a thread of this process, and runs of it that compile nothing.
+"""The flags and models of a server of ours that is measured, and runs of it that compile nothing.
 
-In: what `ivl_jax.serving.server.prepare` returned. Out: its port while it answers; tokens and
-seconds of runs.
+In: shapes of networks; works. Out: a `ServeConfig`; tokens and seconds of runs.
 """
 
-import contextlib
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -15,7 +11,6 @@ import jax
 from benchmarks.shapes import write_checkpoint
 from ivl_jax.config import ComposedModelConfig, MeshConfig, ServeConfig
 from ivl_jax.model.architecture import ArchConfig
-from ivl_jax.serving.server import Prepared, make_server
 
 VALUE = "value"
 """What requests call the value network."""
@@ -61,33 +56,6 @@ def random_pair(folder: Path, base: ArchConfig, value: ArchConfig) -> ComposedMo
         write_checkpoint(folder / name, arch, tokenizer=True)
     values = (f"{VALUE}={folder / VALUE}",)
     return ComposedModelConfig(base=str(folder / "base"), value=values, mesh=ONE_DEVICE)
-
-
-@contextlib.contextmanager
-def running(prepared: Prepared) -> Iterator[int]:
-    """Run a server until the block ends.
-
-    Args:
-        prepared: a server that is ready to run.
-
-    Yields:
-        Its port.
-
-    Raises:
-        RuntimeError: the server ended before it began to answer.
-    """
-    server = make_server(prepared)
-    thread = threading.Thread(target=server.run, args=([prepared.listening],), daemon=True)
-    thread.start()
-    while not server.started:
-        if not thread.is_alive():
-            raise RuntimeError("the server ended before it began to answer")
-        time.sleep(0.01)
-    try:
-        yield prepared.listening.getsockname()[1]
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 def compiled_runs(

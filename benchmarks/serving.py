@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks.composed import composed, random_weights
 from benchmarks.decode_contest import random_prompts
 from benchmarks.report import Options, Peer, Report, Row, Target
-from benchmarks.running_server import VALUE, compiled_runs, random_pair, running, server_config
+from benchmarks.running_server import VALUE, compiled_runs, random_pair, server_config
 from benchmarks.serving_clients import Sent, send_from_process
 from benchmarks.shapes import BASE_A, BASE_C, VALUE_A, VALUE_C, parameter_count
 from benchmarks.timing import Figures, resident_memory, time_in_turn
@@ -33,6 +33,7 @@ from ivl_jax.decoding.loading import load_composed, read_sources
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.decoding.requests import EncodedPrompt, GenerationOptions
 from ivl_jax.model.architecture import ArchConfig
+from ivl_jax.serving.background import BackgroundServer
 from ivl_jax.serving.server import Prepared, prepare
 
 ABOUT = "32 clients of a server beside the offline engine; requests that disconnect"
@@ -116,8 +117,8 @@ def _served(plan: Plan) -> Iterator[Setting]:
         model = load_composed(read_sources(flags), flags, mesh=None)
         prepared = prepare(config)
     prompts = random_prompts(_CLIENTS, plan.base.vocab_size)[:, : plan.prompt]
-    with running(prepared) as port:
-        yield Setting(port, prepared, model, plan, prompts)
+    with BackgroundServer(prepared) as server:
+        yield Setting(server.port, prepared, model, plan, prompts)
 
 
 def _body(setting: Setting, prompt: Sequence[int], **more: object) -> dict[str, object]:

@@ -31,7 +31,6 @@ from benchmarks.running_server import (
     VALUE,
     compiled_runs,
     random_pair,
-    running,
     server_config,
 )
 from benchmarks.serving_clients import Outcome, Sent, send_from_process
@@ -41,6 +40,7 @@ from benchmarks.smollm2 import NO_FOLDER, find_folder
 from benchmarks.timing import Figures, time_in_turn
 from ivl_jax.config import ComposedModelConfig
 from ivl_jax.model.architecture import ArchConfig
+from ivl_jax.serving.background import BackgroundServer
 from ivl_jax.serving.server import prepare
 
 ABOUT = "a server of ours beside `generate` of transformers, and beside llama.cpp's server"
@@ -151,10 +151,10 @@ def _generate_rows(plan: Plan) -> Iterator[Row]:
             write_answers(base, value, some, [plan.new_tokens] * len(some), greedy=True)
         return plan.new_tokens * len(asked), time.perf_counter() - start
 
-    with running(prepared) as port:
+    with BackgroundServer(prepared) as server:
         for clients in plan.batches:
             works = {
-                "ours": functools.partial(served, port, clients),
+                "ours": functools.partial(served, server.port, clients),
                 _GENERATE: functools.partial(generated, clients),
             }
             rates = _rates(works, plan.repeats)
@@ -176,7 +176,7 @@ def _chat_rows(folder: Path, peer: LlamaCpp, plan: Plan) -> Iterator[Row]:
         for name in plan.numbers:
             model = ComposedModelConfig(base=str(folder), mesh=ONE_DEVICE, **_OURS[name])
             config = server_config(model, rows=rows, name=_MODEL)
-            ports[name] = servers.enter_context(running(prepare(config)))
+            ports[name] = servers.enter_context(BackgroundServer(prepare(config))).port
 
         def chat(name: str, clients: int) -> tuple[int, float]:
             questions = EXPLANATIONS[: plan.clients[clients]]

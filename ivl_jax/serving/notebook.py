@@ -6,16 +6,13 @@ A second process could not use the accelerator that the notebook holds.
 
 import dataclasses
 import sys
-import threading
-import time
 from collections.abc import Sequence
-from types import TracebackType
 
 from ivl_jax.config import ServeConfig
+from ivl_jax.serving.background import BackgroundServer
 from ivl_jax.serving.hosts import ANY_HOST
-from ivl_jax.serving.server import make_server, prepare
+from ivl_jax.serving.server import prepare
 
-_POLL_SECONDS = 0.02
 # Who may show the page in a frame, around which it could have its user click anything: a notebook
 # of this machine, at any port, or one of VS Code.
 _NOTEBOOKS = ("http://localhost:*", "http://127.0.0.1:*", "vscode-webview:")
@@ -27,7 +24,7 @@ _COLAB = (
 )
 
 
-class NotebookServer:
+class NotebookServer(BackgroundServer):
     """A server of the notebook's own process, which runs until it is closed.
 
     Args:
@@ -55,20 +52,7 @@ class NotebookServer:
         if "google.colab" in sys.modules:
             # Its proxy asks by names that are not documented; no browser runs on its machine.
             known, config = _COLAB, dataclasses.replace(config, allowed_hosts=(ANY_HOST,))
-        prepared = prepare(config, framed_by=(*known, *origins))
-        self.port: int = prepared.listening.getsockname()[1]
-        self._server = make_server(prepared)
-        self._thread = threading.Thread(
-            target=self._server.run,
-            kwargs={"sockets": [prepared.listening]},
-            name="ivl-serve",
-            daemon=True,
-        )
-        self._thread.start()
-        while not self._server.started:
-            if not self._thread.is_alive():
-                raise RuntimeError("the server has failed to start: the log says why")
-            time.sleep(_POLL_SECONDS)
+        super().__init__(prepare(config, framed_by=(*known, *origins)))
 
     def show(self, *, height: int = 640) -> None:
         """Show the page below the cell: in a Colab notebook through its proxy.
@@ -84,19 +68,3 @@ class NotebookServer:
         from IPython.display import IFrame, display
 
         display(IFrame(f"http://127.0.0.1:{self.port}/", "100%", height))
-
-    def close(self) -> None:
-        """Let running requests finish, and stop."""
-        self._server.should_exit = True
-        self._thread.join()
-
-    def __enter__(self) -> "NotebookServer":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -2,8 +2,6 @@ import contextlib
 import dataclasses
 import http.client
 import json
-import threading
-import time
 
 import pytest
 
@@ -77,20 +75,12 @@ class Client:
 @contextlib.contextmanager
 def running(config):
     """A server of these flags, on a port of its own."""
-    from ivl_jax.serving.server import make_server, prepare
+    from ivl_jax.serving.background import BackgroundServer
+    from ivl_jax.serving.server import prepare
 
     prepared = prepare(config)
-    server = make_server(prepared)
-    thread = threading.Thread(target=server.run, args=([prepared.listening],))
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    try:
-        yield Client(prepared.listening.getsockname()[1], prepared)
-    finally:
-        server.should_exit = True
-        thread.join()
+    with BackgroundServer(prepared) as server:
+        yield Client(server.port, prepared)
 
 
 @pytest.fixture(scope="session")
