@@ -110,9 +110,7 @@ class Sweep:
             setting = Setting(**record["setting"])
             if setting.model != model or setting in self._records:
                 continue
-            folder = self._folder(model)
-            config = run_config(self._config, setting, model=folder)
-            key = run_key(config, setting, self._items, model=folder)
+            _, key = self._planned(setting)
             if record["key"] == key:
                 run_dir = self._work_dir / "runs" / key
                 run_dir.mkdir(parents=True, exist_ok=True)
@@ -142,9 +140,7 @@ class Sweep:
         Args:
             setting: One that has not been tried.
         """
-        folder = self._folder(setting.model)
-        config = run_config(self._config, setting, model=folder)
-        key = run_key(config, setting, self._items, model=folder)
+        config, key = self._planned(setting)
         run_dir = self._work_dir / "runs" / key
         logger.info("run %s: %s", key, setting)
         fit = fine_tune(
@@ -179,10 +175,10 @@ class Sweep:
             `nll`, `fact_nll` and `docstring_nll` over all test items, `exact_match` on facts, and
             of L-continued `new_exact_match`, on people that no demonstration is about.
         """
+        if kept := self._tested(setting, criterion):
+            return kept
         file = self._test_file(setting, criterion)
         assert file is not None, "it has been tried"
-        if file.exists():
-            return json.loads(file.read_text(encoding="utf-8"))
         folder = file.parent / f"best_{criterion}"
         if not folder.exists():  # of an adopted run, only the figures are here
             self.run(setting)
@@ -290,6 +286,12 @@ class Sweep:
         return f"in all {len(left)} that can be named by now, about {sum(known) / 60:.0f} min" + (
             f" and {unknown} of unknown length" if unknown else ""
         )
+
+    def _planned(self, setting: Setting) -> tuple[TrainConfig, str]:
+        """The config of a setting's run, and its key."""
+        folder = self._folder(setting.model)
+        config = run_config(self._config, setting, model=folder)
+        return config, run_key(config, setting, self._items, model=folder)
 
     def _test_file(self, setting: Setting, criterion: Criterion) -> Path | None:
         """Where the test figures of a finished run are, or will be; None: it has not been tried."""

@@ -38,6 +38,30 @@ def kept_record(file: Path, wanted: Mapping[str, str]) -> dict[str, Any] | None:
     return record if wanted.items() <= record.items() else None
 
 
+def measure_once(
+    name: str, file: Path, wanted: Mapping[str, str], measure: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """Measure, unless already done.
+
+    Args:
+        name: For messages.
+        file: JSON file of the measurement; its folder is made.
+        wanted: As for `kept_record`.
+        measure: Makes the figures.
+
+    Returns:
+        The figures, and what is wanted.
+    """
+    kept = kept_record(file, wanted)
+    if kept is not None:
+        return kept
+    logger.info("measuring %s", name)
+    record = {**measure(), **wanted}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, record, indent=2)
+    return record
+
+
 def adopt_measurements(record: Path, folder: Path) -> None:
     """Lay a published record's measurements into a work directory, for `kept_record` to find.
 

@@ -129,16 +129,19 @@ def family_map(
     path: Path,
     method: Method = "bytes",
     centred: bool = False,
-) -> None:
+) -> Path:
     """Builds the map from a value network's vocabulary to a base's, and writes it to a file.
 
     Args:
         base: The base.
         value: The value network, with another tokenizer.
         texts: Running text of the kind that both will read.
-        path: The file.
+        path: The file; its folder is made.
         method: How token sequences are aligned.
         centred: Whether value logits are centred before they are mapped.
+
+    Returns:
+        The file.
     """
     built = build_vocabulary_map(
         named_tokenizer(_family_name(base), base.tokenizer, str(base.path)),
@@ -147,7 +150,9 @@ def family_map(
         method=method,
         centred=centred,
     )
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_vocabulary_map(path, built.vocabulary_map, built.metadata)
+    return path
 
 
 def _family_name(model: LanguageModel | ValueNetwork) -> str:

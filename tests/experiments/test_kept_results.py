@@ -10,6 +10,7 @@ from ivl_jax.experiments.kept_results import (
     InterruptedTrainingError,
     adopt_measurements,
     kept_record,
+    measure_once,
     publish,
     split_measured,
     train_once,
@@ -78,3 +79,15 @@ def test_a_record_without_a_measurement_leaves_the_published_one(tmp_path):
     publish(full, file)
     publish(split_measured({"x": None}), file)
     assert json.loads(file.read_text()) == full
+
+
+def test_a_measurement_is_made_once_and_again_for_other_settings(tmp_path):
+    file, made = tmp_path / "new" / "x.json", []
+
+    def measure():
+        made.append(len(made))
+        return {"nll": float(len(made))}
+
+    for wanted, nll in [({"of": "a"}, 1.0), ({"of": "a"}, 1.0), ({"of": "b"}, 2.0)]:
+        assert measure_once("x", file, wanted, measure) == {"nll": nll, **wanted}
+    assert made == [0, 1]

@@ -36,10 +36,11 @@ from ivl_jax.experiments.baselines.plan import (
     Target,
     settings_of,
 )
+from ivl_jax.experiments.changed_config import with_options
 from ivl_jax.experiments.demo_post_training import export_value, write_questions
 from ivl_jax.experiments.demonstrations import Item, items_hash, select
 from ivl_jax.experiments.family.continued import continue_pretraining, new_items
-from ivl_jax.experiments.kept_results import kept_record, train_once
+from ivl_jax.experiments.kept_results import kept_record, measure_once, train_once
 from ivl_jax.experiments.measure import (
     answers,
     exact_match,
@@ -49,7 +50,6 @@ from ivl_jax.experiments.measure import (
 )
 from ivl_jax.experiments.transfer.lab import Laboratory
 from ivl_jax.experiments.transfer.matrix import fine_tuned, recipe
-from ivl_jax.json_files import write_json
 from ivl_jax.training.loop import run
 from ivl_jax.weights.language_model import LanguageModel, load_language_model
 
@@ -105,13 +105,17 @@ class BaselinesLaboratory:
         Raises:
             InterruptedTrainingError: a training was stopped.
         """
-        kept = self.kept(row)
-        if kept is not None:
-            return kept
-        logger.info("measuring %s", row.name)
+        key = self._key(row)
+        return measure_once(row.name, self._file(row), key, lambda: self._figures(row))
+
+    def kept(self, row: Row) -> dict[str, Any] | None:
+        """A measurement that was made with today's items and settings; nothing is trained."""
+        return kept_record(self._file(row), self._key(row))
+
+    def _figures(self, row: Row) -> dict[str, Any]:
         chosen = self._make(row)
         texts = answers(chosen.model, self._facts, max_new_tokens=_ANSWER_TOKENS)
-        record: dict[str, Any] = {"setting": chosen.setting, **self._key(row)}
+        record: dict[str, Any] = {"setting": chosen.setting}
         if row.method == "unlearned":
             record |= self._forgetting(chosen.model, texts)
         else:
@@ -121,13 +125,7 @@ class BaselinesLaboratory:
             asked = new_items()
             texts = answers(chosen.model, asked, max_new_tokens=_ANSWER_TOKENS)
             record["new_exact_match"] = exact_match(texts, asked)
-        self._file(row).parent.mkdir(parents=True, exist_ok=True)
-        write_json(self._file(row), record, indent=2)
         return record
-
-    def kept(self, row: Row) -> dict[str, Any] | None:
-        """A measurement that was made with today's items and settings; nothing is trained."""
-        return kept_record(self._file(row), self._key(row))
 
     def _file(self, row: Row) -> Path:
         return self.measured_dir / f"{row.name}.json"
@@ -174,9 +172,8 @@ class BaselinesLaboratory:
         value = self._value(row.seed)
         file = None
         if row.target == "X":
-            file = self._work_dir / "maps" / f"X-baselines-{row.seed}.safetensors"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            family_map(base, value, running_texts(self._items), path=file)
+            path = self._work_dir / "maps" / f"X-baselines-{row.seed}.safetensors"
+            file = family_map(base, value, running_texts(self._items), path=path)
         settings = settings_of(row.method)
         model = compose(base, value, maps=[file])
         if any(setting.temperature != 1 for setting in settings):
@@ -271,9 +268,7 @@ class BaselinesLaboratory:
         if not start.exists():
             export_value(self._matrix.train(recipe(seed)), start)
         config = self._few(recipe(seed), run_dir, to_forget(self._facts), **_FORGET)
-        config = dataclasses.replace(
-            config, value=dataclasses.replace(config.value, path=str(start))
-        )
+        config = with_options(config, {"value": {"path": str(start)}})
         name = "the people to forget"
         return train_once(name, run_dir, run_dir / "value", config=lambda: config, run=run)
 
@@ -291,12 +286,12 @@ class BaselinesLaboratory:
         file = self._work_dir / "inputs" / f"{run_dir.name}-{items_hash(list(items))[:10]}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         write_questions(file, items)
-        return dataclasses.replace(
-            config,
-            data=dataclasses.replace(config.data, train=(str(file),)),
-            optimizer=dataclasses.replace(config.optimizer, learning_rate=learning_rate),
-            step=dataclasses.replace(config.step, epochs=epochs),
-        )
+        tables = {
+            "data": {"train": (str(file),)},
+            "optimizer": {"learning_rate": learning_rate},
+            "step": {"epochs": epochs},
+        }
+        return with_options(config, tables)
 
 
 def under(model: ComposedModel, setting: Setting) -> Chosen:

@@ -7,9 +7,7 @@ not made again; a training that was interrupted resumes.
 import dataclasses
 import hashlib
 import json
-import logging
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +17,11 @@ from ivl_jax.config import TrainConfig
 from ivl_jax.decoding.compose import compose
 from ivl_jax.evaluation.calibration import Calibration, calibrate
 from ivl_jax.experiments.baselines.lab import target_rows
+from ivl_jax.experiments.changed_config import with_options
 from ivl_jax.experiments.demo_post_training import export_value
 from ivl_jax.experiments.demonstrations import Item, items_hash, select
 from ivl_jax.experiments.family.corpus import load_corpus
-from ivl_jax.experiments.kept_results import kept_record, train_once
+from ivl_jax.experiments.kept_results import kept_record, measure_once, train_once
 from ivl_jax.experiments.lifts.plan import CHANGES, Budget, Lift, Row, Split
 from ivl_jax.experiments.measure import (
     answer_rows,
@@ -35,11 +34,8 @@ from ivl_jax.experiments.measure import (
 from ivl_jax.experiments.pretrain_family import Options, make_model
 from ivl_jax.experiments.transfer.lab import Laboratory
 from ivl_jax.experiments.transfer.matrix import recipe
-from ivl_jax.json_files import write_json
 from ivl_jax.training.loop import run
 from ivl_jax.weights.language_model import load_language_model
-
-logger = logging.getLogger(__name__)
 
 _ANSWER_TOKENS = 24
 _ROWS_TOGETHER = 16
@@ -86,19 +82,22 @@ class LiftsLaboratory:
         Raises:
             InterruptedTrainingError: a training was stopped.
         """
-        kept = self.kept(row)
-        if kept is not None:
-            return kept
-        logger.info("measuring %s", row.name)
+        key = self._key(row)
+        return measure_once(row.name, self._file(row), key, lambda: self._figures(row))
+
+    def kept(self, row: Row) -> dict[str, Any] | None:
+        """A measurement that was made with today's items and settings; nothing is trained."""
+        return kept_record(self._file(row), self._key(row))
+
+    def _figures(self, row: Row) -> dict[str, Any]:
         base = load_language_model(str(family_folder(row.target)))
         value = load_value(self._train(row.lift, row.seed))
         file = None
         if row.target == "X":
-            file = self._work_dir / "maps" / f"X-{row.lift}-{row.seed}.safetensors"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            family_map(base, value, running_texts(self._items), path=file)
+            path = self._work_dir / "maps" / f"X-{row.lift}-{row.seed}.safetensors"
+            file = family_map(base, value, running_texts(self._items), path=path)
         model, fit = compose(base, value, maps=[file]), Calibration((1.0,), 1.0)
-        record: dict[str, Any] = self._key(row)
+        record: dict[str, Any] = {}
         if row.lift == "calibrated":
             fit = calibrate(model, *answer_rows(model, self._rows), batch_size=_ROWS_TOGETHER)
             model = dataclasses.replace(model, strengths=fit.strengths)
@@ -109,13 +108,7 @@ class LiftsLaboratory:
             facts = [item for item in items if item.kind == "fact"]
             texts = answers(model, facts, max_new_tokens=_ANSWER_TOKENS)
             record["exact_match"] = exact_match(texts, facts)
-        self._file(row).parent.mkdir(parents=True, exist_ok=True)
-        write_json(self._file(row), record, indent=2)
         return record
-
-    def kept(self, row: Row) -> dict[str, Any] | None:
-        """A measurement that was made with today's items and settings; nothing is trained."""
-        return kept_record(self._file(row), self._key(row))
 
     def _file(self, row: Row) -> Path:
         return self.measured_dir / f"{row.name}.json"
@@ -174,20 +167,3 @@ class LiftsLaboratory:
             options = Options(epochs=self._budget.early_epochs, out=folder, work_dir=work_dir)
             make_model("S", load_corpus(), options)
         return folder / "S"
-
-
-def with_options(config: TrainConfig, tables: Mapping[str, Mapping[str, Any]]) -> TrainConfig:
-    """A config with some options of its tables changed.
-
-    Args:
-        config: Of a run.
-        tables: Table → option → value.
-
-    Returns:
-        The changed config.
-    """
-    changed: dict[str, Any] = {
-        table: dataclasses.replace(getattr(config, table), **options)
-        for table, options in tables.items()
-    }
-    return dataclasses.replace(config, **changed)

@@ -16,9 +16,10 @@ from ivl_jax.command_line.console import log_to_stdout
 from ivl_jax.command_line.flags import parse_flags
 from ivl_jax.command_line.guard import long_run_command
 from ivl_jax.config import TrainConfig, load_config
+from ivl_jax.experiments.changed_config import with_options
 from ivl_jax.experiments.demonstrations import Item, build_items
 from ivl_jax.experiments.kept_results import adopt_measurements, publish, split_measured
-from ivl_jax.experiments.lifts.lab import LiftsLaboratory, with_options
+from ivl_jax.experiments.lifts.lab import LiftsLaboratory
 from ivl_jax.experiments.lifts.plan import (
     QUICK,
     SEEDS,

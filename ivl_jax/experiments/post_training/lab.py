@@ -27,7 +27,7 @@ from ivl_jax.experiments.demo_post_training import (
 )
 from ivl_jax.experiments.demonstrations import Item, items_hash, select, write_demonstrations
 from ivl_jax.experiments.family.facts import questions_about_strangers
-from ivl_jax.experiments.kept_results import kept_record, train_once
+from ivl_jax.experiments.kept_results import kept_record, measure_once, train_once
 from ivl_jax.experiments.measure import answers, exact_match, family_map, running_texts
 from ivl_jax.experiments.post_training.configs import (
     Inputs,
@@ -45,7 +45,6 @@ from ivl_jax.experiments.post_training.plan import (
     best_rate,
     sweeps,
 )
-from ivl_jax.json_files import write_json
 from ivl_jax.weights.language_model import load_language_model
 
 logger = logging.getLogger(__name__)
@@ -99,13 +98,12 @@ class PostTrainingLaboratory:
         Raises:
             InterruptedTrainingError: a training was stopped.
         """
-        file, made_of, measurement = self._file_of(measurement)
-        kept = kept_record(file, made_of)
-        if kept is not None:
-            return kept
+        file, made_of, chosen = self._file_of(measurement)
+        return measure_once(chosen.name, file, made_of, lambda: self._figures(chosen))
+
+    def _figures(self, measurement: Measurement) -> dict[str, Any]:
         items = select(self._facts, measurement.split)
         decoder, scorer = self._models(measurement)
-        logger.info("measuring %s", measurement.name)
         texts = answers(decoder, items, max_new_tokens=_ANSWER_TOKENS)
         scores = score_answers(scorer, [(item.question, item.answer) for item in items])
         record = {
@@ -113,15 +111,12 @@ class PostTrainingLaboratory:
             "nll": scores.nll,
             "kl": scores.kl,
             "questions": len(items),
-            **made_of,
         }
         if measurement.run is None:
             record["facts_known"] = _facts_known(measurement.base)
         else:
             record["learning_rate"] = self.config_of(measurement.run).optimizer.learning_rate
             record |= self._on_pairs(scorer, measurement.split, measurement.run.seed)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, record, indent=2)
         return record
 
     def kept(self, measurement: Measurement) -> dict[str, Any] | None:
@@ -322,7 +317,6 @@ class PostTrainingLaboratory:
         if measurement.base == "X":
             file = self._work_dir / "maps" / f"X-from-{found.parent.name}.safetensors"
             if not file.exists():
-                file.parent.mkdir(exist_ok=True, parents=True)
                 family_map(base, value, running_texts(self._items), path=file)
             maps = [file]
         model = compose(base, value, maps=maps)

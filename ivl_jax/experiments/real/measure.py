@@ -4,7 +4,6 @@ In: the laboratory's models. Out: JSON records of NLL by kind of question, and o
 answered right. A record is made again where what it is about has changed.
 """
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,13 @@ from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.evaluation.intervals import wilson_interval
 from ivl_jax.experiments.demonstrations import items_hash, select
-from ivl_jax.experiments.kept_results import kept_record
+from ivl_jax.experiments.kept_results import kept_record, measure_once
 from ivl_jax.experiments.measure import answers, family_map, response_nll, running_texts
 from ivl_jax.experiments.real.items import of_kind
 from ivl_jax.experiments.real.lab import RealLaboratory
 from ivl_jax.experiments.real.subjects import SUBJECTS, Subject
-from ivl_jax.json_files import write_json
 from ivl_jax.rewards import is_right_number
 from ivl_jax.weights.language_model import load_language_model
-
-logger = logging.getLogger(__name__)
 
 _ROWS = 8  # scored or decoded together
 
@@ -62,10 +58,10 @@ class Measurements:
             its questions it answers with text, of them `right` with the reference's number, and
             `interval`, the 95 % Wilson interval of their share.
         """
-        kept = self.kept(subject)
-        if kept is not None:
-            return kept
-        logger.info("measuring %s", SUBJECTS[subject].name)
+        name, about = SUBJECTS[subject].name, self._about(subject)
+        return measure_once(name, self._file(subject), about, lambda: self._figures(subject))
+
+    def _figures(self, subject: Subject) -> dict[str, Any]:
         model, budget = self._model(subject), self._laboratory.budget
         record: dict[str, Any] = {"nll": {}, "questions": {}}
         for kind in SUBJECTS[subject].kinds:
@@ -83,9 +79,6 @@ class Measurements:
                 "right": right,
                 "interval": list(wilson_interval(right, len(asked))),
             }
-        record |= self._about(subject)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        write_json(self._file(subject), record, indent=2)
         return record
 
     def _file(self, subject: Subject) -> Path:

@@ -210,7 +210,6 @@ class Laboratory:
             for index, term in enumerate(terms):
                 kind = method + ("-centred" if measurement.centred else "")
                 file = self._work_dir / "maps" / f"{measurement.base}-{kind}-{index}.safetensors"
-                file.parent.mkdir(exist_ok=True)
                 family_map(base, term, texts, path=file, method=method, centred=measurement.centred)
                 maps.append(file)
         strengths = [term.strength for term in measurement.terms]
