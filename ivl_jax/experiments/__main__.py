@@ -22,12 +22,13 @@ from ivl_jax.command_line.guard import long_run_command
 from ivl_jax.config import TrainConfig, load_config
 from ivl_jax.experiments import vocabulary_maps
 from ivl_jax.experiments.baselines import study as baselines
-from ivl_jax.experiments.demonstrations import build_items
+from ivl_jax.experiments.demonstrations import build_items, items_hash, select
+from ivl_jax.experiments.kept_results import adopt_measurements, publish, split_measured
 from ivl_jax.experiments.lifts import study as lifts
 from ivl_jax.experiments.post_training import study as post_training_study
 from ivl_jax.experiments.real import study as real_study
 from ivl_jax.experiments.transfer.lab import Laboratory
-from ivl_jax.experiments.transfer.matrix import SEEDS, measurements
+from ivl_jax.experiments.transfer.matrix import RECORD, SEEDS, measurements
 from ivl_jax.experiments.transfer.report import write_report
 
 logger = logging.getLogger(__name__)
@@ -76,25 +77,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str]) -> None:
     options = parse_flags(Options, arguments, prog=_PROGRAM)
     log_to_stdout(times=True)
-    figures_file = options.docs / "experiments.json"
+    items = build_items()
+    laboratory = Laboratory(options.work_dir, load_config(options.config, TrainConfig), items)
+    planned = list(measurements(options.seeds))
+    adopt_measurements(options.docs / RECORD, laboratory.measured_dir)
     if not options.report_only:
-        config = load_config(options.config, TrainConfig)
-        laboratory = Laboratory(options.work_dir, config, build_items())
-        for measurement in measurements(options.seeds):
+        for number, measurement in enumerate(planned, 1):
+            if not laboratory.possible(measurement):
+                logger.warning(
+                    "%s: left out, the search for its references has not ended", measurement.name
+                )
+                continue
             figures = laboratory.measure(measurement)
-            logger.info("%s: %s", measurement.name, figures)
-    measured = options.work_dir / "measured"
-    figures = {
-        measurement.name: json.loads(file.read_text(encoding="utf-8"))
-        for measurement in measurements(options.seeds)
-        if (file := measured / f"{measurement.name}.json").exists()
-    }
-    options.docs.mkdir(parents=True, exist_ok=True)
-    if figures or not figures_file.exists():
-        figures_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    else:  # without any, the committed ones are shown
-        figures = json.loads(figures_file.read_text(encoding="utf-8"))
-    write_report(figures, options.docs, seeds=options.seeds)
+            logger.info("%d/%d %s: %s", number, len(planned), measurement.name, figures)
+    found = {measurement.name: laboratory.kept(measurement) for measurement in planned}
+    test_hash = items_hash(select(items, "test"))
+    publish({"items_sha256": test_hash, **split_measured(found)}, options.docs / RECORD)
+    # Without any of today's items, those of the published record are shown.
+    file = options.docs / RECORD
+    record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"measured": {}}
+    write_report(record["measured"], options.docs, seeds=options.seeds)
     logger.info("report: %s", options.docs / "experiments.md")
 
 

@@ -10,7 +10,6 @@ is kept as `runs/demo.previous`.
 """
 
 import dataclasses
-import json
 import logging
 import shutil
 import sys
@@ -39,7 +38,8 @@ from ivl_jax.experiments.demonstrations import (
     select,
     write_demonstrations,
 )
-from ivl_jax.experiments.finetune_sweep import record_file
+from ivl_jax.experiments.finetune.references import read_reference
+from ivl_jax.experiments.finetune.settings import Model
 from ivl_jax.experiments.measure import (
     answers,
     exact_match,
@@ -119,30 +119,28 @@ def _beside(run_dir: Path) -> tuple[Path, Path]:
     return run_dir.with_name(f"{run_dir.name}.new"), run_dir.with_name(f"{run_dir.name}.previous")
 
 
-def recorded_finetune(model: str, test: list[Item]) -> dict[str, float] | None:
-    """NLL and exact match of a fully fine-tuned target, if measured on exactly these items."""
-    file = record_file(model)
-    if not file.exists():
+def recorded_finetune(model: Model, test: list[Item]) -> dict[str, float] | None:
+    """NLL and exact match of a fine-tuned target, if measured on exactly these items."""
+    reference = read_reference(model, items_sha256=items_hash(test))
+    if reference is None:
         return None
-    record = json.loads(file.read_text(encoding="utf-8"))
-    if record["test_items_sha256"] != items_hash(test):
-        return None
-    return {"nll": record["nll"], "exact_match": record["exact_match"]}
+    return {figure: reference.mean(figure) for figure in ("nll", "exact_match")}
 
 
-def how_chosen(models: Sequence[str]) -> str:
+def how_chosen(models: Sequence[Model]) -> str:
     """The footnote to the recorded figures: how the fine-tuned models were chosen."""
     runs = []
     for model in models:
-        record = json.loads(record_file(model).read_text(encoding="utf-8"))
-        runs.append(
-            f"{model}: learning rate {record['learning_rate']:g}, {record['epochs']:g} epochs, "
-            f"batch {record['batch_size']}, the best of {len(record['tried'])}"
-        )
+        if (found := read_reference(model)) is not None:
+            one = found.setting
+            runs.append(
+                f"{model}: {one.label}, learning rate {one.learning_rate:g}, {one.epochs:g} "
+                f"epochs, batch {one.batch_size}, the best of {found.tried}"
+            )
     return (
-        "recorded: fully fine-tuned on the same demonstrations in earlier runs, not in this one, "
-        "and measured on the same questions. Of all settings tried, the one with the lowest NLL on "
-        f"the validation split was taken ({'; '.join(runs)}): "
+        "recorded: fine-tuned on the same demonstrations in earlier runs, not in this one, and "
+        "measured on the same questions; means over seeds. Of all settings and steps tried, those "
+        f"with the lowest NLL on the validation split were taken ({'; '.join(runs)}): "
         "python -m ivl_jax.experiments.finetune_sweep"
     )
 
@@ -198,7 +196,7 @@ def compare(
 
 
 def transfer_ratio(nll: dict[str, float | None], target: str) -> float | None:
-    """The share of full fine-tuning's gain that the value network achieves.
+    """The share of fine-tuning's gain that the value network achieves.
 
     >>> round(transfer_ratio({"L": 4.0, "L+value": 3.1, "L-finetuned": 3.0}, "L"), 2)
     0.9
@@ -291,7 +289,7 @@ def print_report(
     for target, ratio in report["transfer_ratio"].items():
         if ratio is None:
             console.print(
-                f"Transfer ratio S → {target}: n/a. The recorded full fine-tuning of {target} was "
+                f"Transfer ratio S → {target}: n/a. The recorded fine-tuning of {target} was "
                 "measured on other items (another Python version has other docstrings). To measure "
                 "it on these, which takes hours: "
                 f"python -m ivl_jax.experiments.finetune_sweep --models {target}"

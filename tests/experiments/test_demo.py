@@ -1,5 +1,6 @@
 """The demo around its training run: paths, the recorded fine-tune, the report's figure."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ from ivl_jax.config import ConfigError, TrainConfig, load_config
 from ivl_jax.experiments import demo
 from ivl_jax.experiments.demo_plot import plot_report
 from ivl_jax.experiments.demonstrations import Item, items_hash
+from ivl_jax.experiments.finetune import references
+from ivl_jax.experiments.finetune.settings import Setting
 
 _TEST = [Item("Who?", "Someone does.", "fact", "someone", "test")]
 _REPORT = {
@@ -105,25 +108,50 @@ def test_answers_stand_beside_the_right_one_and_recorded_figures_have_a_footnote
     assert "recorded: long ago" in shown
 
 
-def test_the_footnote_says_how_the_recorded_models_were_chosen() -> None:
-    note = demo.how_chosen(["L", "X"])
-    record = json.loads(demo.record_file("X").read_text(encoding="utf-8"))
+@pytest.fixture
+def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The record of a fine-tuning of L, which stands in for the shipped one of every model."""
+    setting = Setting("L", "both", learning_rate=1e-3, epochs=3.0, statement_rows=4)
+    tests = [
+        {"seed": seed, "nll": 2.5 + seed, "exact_match": 0.75, "validation_nll": 2.75}
+        for seed in (0, 1)
+    ]
+    record = {
+        "test_items_sha256": items_hash(_TEST),
+        "chosen": {"nll": {"setting": dataclasses.asdict(setting), "test": tests}},
+        "tried": 7,
+    }
+    file = tmp_path / "finetuned.json"
+    file.write_text(json.dumps(record), "utf-8")
+    monkeypatch.setattr(references, "record_file", lambda model: file)
+    return record
+
+
+def test_the_footnote_says_how_the_recorded_models_were_chosen(recorded: dict[str, Any]) -> None:
+    note = demo.how_chosen(["L"])
     assert "lowest NLL on the validation split" in note
-    best = min(record["tried"], key=lambda run: run["validation_nll"])
-    assert f"X: learning rate {best['learning_rate']:g}, {best['epochs']:g} epochs" in note
-    assert f"the best of {len(record['tried'])}" in note
+    assert (
+        "(L: full, 4 rows of statements per step, learning rate 0.001, 3 epochs, batch 4, "
+        "the best of 7)"
+    ) in note
 
 
 def test_a_fine_tune_recorded_on_other_items_is_not_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recorded: dict[str, Any], tmp_path: Path
 ) -> None:
-    record = tmp_path / "finetuned.json"
-    monkeypatch.setattr(demo, "record_file", lambda model: record)
-    assert demo.recorded_finetune("L", _TEST) is None
-    figures = {"nll": 2.5, "exact_match": 0.9}
-    record.write_text(json.dumps(figures | {"test_items_sha256": items_hash(_TEST)}), "utf-8")
-    assert demo.recorded_finetune("L", _TEST) == figures
+    assert demo.recorded_finetune("L", _TEST) == {"nll": 3.0, "exact_match": 0.75}
     assert demo.recorded_finetune("L", [_TEST[0]._replace(answer="No.")]) is None
+    assert references.read_reference("L", "exact_match") is None
+    (tmp_path / "finetuned.json").unlink()
+    assert demo.recorded_finetune("L", _TEST) is None
+
+
+@pytest.mark.parametrize("model", ["L", "X"])
+def test_the_shipped_references_are_on_both_kinds_of_demonstrations(model: Any) -> None:
+    found = references.read_reference(model)
+    assert found is not None
+    assert (found.setting.model, found.setting.kinds, found.setting.seed) == (model, "both", 0)
+    assert found.mean("nll") > 1
 
 
 @pytest.mark.parametrize("recorded", [True, False])

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 
 from ivl_jax.config import TrainConfig, load_config
-from ivl_jax.experiments import finetune_sweep
-from ivl_jax.experiments.demonstrations import Item
-from ivl_jax.experiments.finetune.plan import Stage
+from ivl_jax.experiments.demonstrations import Item, items_hash
+from ivl_jax.experiments.finetune import references
+from ivl_jax.experiments.finetune import sweep as sweep_module
+from ivl_jax.experiments.finetune.plan import STAGES, Stage
 from ivl_jax.experiments.finetune.report import references_section
 from ivl_jax.experiments.finetune.run import Fit
 from ivl_jax.experiments.finetune.settings import Point, Setting
-from ivl_jax.experiments.finetune_sweep import RECORD, Sweep, run_stage
+from ivl_jax.experiments.finetune.sweep import Sweep
+from ivl_jax.experiments.finetune_sweep import RECORD, run_stage
 
 _ITEMS = [
     Item("Who?", "A.", "fact", "a", "train"),
@@ -48,7 +50,7 @@ def sweep(
     def test(self: Sweep, setting: Setting, criterion: str) -> dict[str, float]:
         return {"nll": 1.25, "fact_nll": 1.5, "docstring_nll": 1.0, "exact_match": 0.5}
 
-    monkeypatch.setattr(finetune_sweep, "fine_tune", fine_tune)
+    monkeypatch.setattr(sweep_module, "fine_tune", fine_tune)
     monkeypatch.setattr(Sweep, "test", test)
     monkeypatch.setattr(Sweep, "_tested", test)
     return lambda items=_ITEMS: Sweep(tmp_path / "work", config, list(items)), made
@@ -148,6 +150,31 @@ def test_the_page_shows_the_choice_its_bracket_and_what_was_tried(
         "1.000 | – | 60.0% |"
     ) in text
     assert "| L | facts alone | full | 3 | NLL |" in text
+
+
+def test_a_reference_is_recorded_when_the_search_has_ended(
+    sweep: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, _ = sweep
+    one = make()
+    stages = [stage for stage in STAGES if (stage.model, stage.kinds) == ("S", "both")]
+    for stage in stages:
+        assert one.reference("S") is None
+        run_stage(one, stage, docs=tmp_path)
+    file = tmp_path / "finetuned_S.json"
+    file.write_text(json.dumps(one.reference("S")))
+    monkeypatch.setattr(references, "record_file", lambda model: file)
+
+    test_items = items_hash([_ITEMS[2]])
+    for criterion, step_nll in (("nll", 1.0), ("exact_match", 1.0)):
+        found = references.read_reference("S", criterion, items_sha256=test_items)
+        assert found.setting.learning_rate == 1e-3
+        assert set(found.tests) == {0, 1, 2}
+        assert found.mean("nll") == 1.25
+        assert found.tests[2]["validation_nll"] == pytest.approx(step_nll)
+        alike = [setting for setting in one.tried if not setting.seed]
+        assert found.tried == len(alike) >= 5
+    assert references.read_reference("S", items_sha256="other") is None
 
 
 def test_an_estimate_is_the_mean_time_of_runs_alike(sweep: Any) -> None:

@@ -38,6 +38,7 @@ def test_every_field_of_a_training_is_in_its_name() -> None:
         plain._replace(penalty=("l1", 0.5)),
         plain._replace(learning_rate=1e-3),
         plain._replace(depths=2),
+        plain._replace(chosen_by="exact_match"),
         plain._replace(seed=1),
     ]
     assert len({training.name for training in (plain, *changed)}) == len(changed) + 1

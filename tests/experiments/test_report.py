@@ -12,7 +12,7 @@ from ivl_jax.experiments.transfer.report import Spread, Table, reference, value_
 
 _FIGURES = {
     Measurement("L").name: {"nll": 4.0, "exact_match": 0.0, "recall": 0.9},
-    reference("L").name: {"nll": 3.0, "exact_match": 0.5},
+    reference("L")(0).name: {"nll": 3.0, "exact_match": 0.5},
     on("L", Term(matrix.recipe(0))).name: {"nll": 3.2, "exact_match": 0.8},
     on("L", Term(matrix.recipe(1))).name: {"nll": 3.0, "exact_match": 0.9},
 }

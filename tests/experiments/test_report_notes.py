@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from ivl_jax.experiments.__main__ import main
-from ivl_jax.experiments.finetune_sweep import record_file
 from ivl_jax.experiments.transfer import matrix
 from ivl_jax.experiments.transfer.matrix import Measurement, Term, on
 from ivl_jax.experiments.transfer.notes import NotesError, fill_notes
@@ -21,7 +20,7 @@ _FIGURES = {
     on("L", Term(matrix.recipe(0))).name: {"nll": 3.2, "exact_match": 0.8},
     on("L", Term(matrix.recipe(1))).name: {"nll": 3.0, "exact_match": 0.9},
 }
-_LOOKUP = make_lookup(_FIGURES, (0, 1), record_file=record_file)
+_LOOKUP = make_lookup(_FIGURES, (0, 1))
 
 
 @pytest.mark.parametrize(
@@ -69,15 +68,17 @@ def test_subjects_name_what_they_say() -> None:
     assert found["l2-0.3@L"][1](1) == on("L", Term(matrix.penalties(1)[5]))
     assert found["X+value-dtw-centred"][1](0).name.endswith("__dtw-centred")
     assert found["two@L-continued"][1](2) == on("L-continued", Term(matrix.base_choices(2)[1]))
-    assert found["L-tuned"][1](0) == found["L-tuned"][1](1)
+    assert found["L-tuned"][1](1) == Measurement(matrix.fine_tuned("L", 1))
+    by_facts = Measurement(matrix.fine_tuned("X", 0, chosen_by="exact_match"))
+    assert found["X-tuned-by-facts"][1](0) == by_facts
 
 
 @pytest.mark.parametrize("notes", ["experiments_notes.md", "results_notes.md"])
 def test_the_committed_notes_hold_for_the_committed_figures(project_root: Path, notes: str) -> None:
     docs = project_root / "docs"
     template = (docs / notes).read_text(encoding="utf-8")
-    figures = json.loads((docs / "experiments.json").read_text(encoding="utf-8"))
-    lookup = make_lookup(figures, matrix.SEEDS, record_file=record_file)
+    figures = json.loads((docs / "experiments.json").read_text(encoding="utf-8"))["measured"]
+    lookup = make_lookup(figures, matrix.SEEDS)
     filled = fill_notes(template, lookup, missing="error")
     assert "{" not in filled
     if notes == "results_notes.md":  # figures of the literature and of other commands
@@ -93,7 +94,7 @@ def test_the_committed_page_is_made_from_the_committed_figures(
     docs = project_root / "docs"
     for file in (*docs.glob("*_notes.md"), *docs.glob("*.json")):
         shutil.copy(file, tmp_path)
-    figures = json.loads((docs / "experiments.json").read_text(encoding="utf-8"))
+    figures = json.loads((docs / "experiments.json").read_text(encoding="utf-8"))["measured"]
     write_report(figures, tmp_path, seeds=matrix.SEEDS)
     for page in ("experiments.md", "results.md"):
         made = (tmp_path / page).read_text(encoding="utf-8")

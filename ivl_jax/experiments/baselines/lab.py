@@ -144,6 +144,7 @@ class BaselinesLaboratory:
             settings_of(row.method),
             own.get(row.method),
             items_hash(self._rows),
+            self._matrix.setting_of(training) if training.method == "sft" else None,
             config.optimizer,
             config.step,
         ]

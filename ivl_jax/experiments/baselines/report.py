@@ -26,10 +26,10 @@ from ivl_jax.experiments.baselines.plan import (
 )
 from ivl_jax.experiments.page_sections import markdown, put_section, wrapped
 from ivl_jax.experiments.post_training.gains import ABSENT, Estimate
+from ivl_jax.experiments.transfer.matrix import RECORD as MATRIX_RECORD
 from ivl_jax.experiments.transfer.matrix import Base, Measurement, fine_tuned, proxy
 
 RECORD = "baselines.json"
-MATRIX_RECORD = "experiments.json"
 BEGIN = "<!-- baselines: python -m ivl_jax.experiments baselines -->"
 END = "<!-- end of baselines -->"
 _TARGETS: tuple[Target, ...] = ("L", "L-continued", "X")
@@ -46,7 +46,7 @@ def update_page(docs: Path) -> None:
     if not file.exists():
         return
     matrix = docs / MATRIX_RECORD
-    figures = json.loads(matrix.read_text(encoding="utf-8")) if matrix.exists() else {}
+    figures = json.loads(matrix.read_text(encoding="utf-8"))["measured"] if matrix.exists() else {}
     shown = section(json.loads(file.read_text(encoding="utf-8")), figures)
     put_section(docs / "experiments.md", shown, begin=BEGIN, end=END)
 

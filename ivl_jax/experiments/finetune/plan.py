@@ -20,6 +20,7 @@ from ivl_jax.experiments.finetune.settings import (
 )
 
 Part = Literal["full", "lora", "levers", "seeds"]
+MODELS: tuple[Model, ...] = ("S", "X", "L", "L-continued")
 SEEDS = (0, 1, 2)
 _RANK = 16
 # Peak rates and lengths that are tried first; the search goes on from the best of them.
@@ -42,25 +43,12 @@ class Stage(NamedTuple):
     part: Part
 
 
+_PARTS: tuple[Part, ...] = ("full", "levers", "lora", "seeds")
 STAGES: tuple[Stage, ...] = (
-    Stage("L", "facts", "full"),
-    Stage("L", "facts", "levers"),
-    Stage("L", "both", "full"),
-    Stage("S", "both", "full"),
-    Stage("X", "both", "full"),
-    Stage("L", "facts", "lora"),
-    Stage("L", "both", "lora"),
-    Stage("L", "both", "levers"),
-    Stage("L-continued", "both", "full"),
-    Stage("S", "both", "lora"),
-    Stage("X", "both", "lora"),
-    Stage("L-continued", "both", "lora"),
-    Stage("L", "both", "seeds"),
-    Stage("S", "both", "seeds"),
-    Stage("X", "both", "seeds"),
-    Stage("L-continued", "both", "seeds"),
+    *(Stage(model, "both", part) for model in MODELS for part in _PARTS),
+    # What bounds the fine-tuning of L on both from above.
+    *(Stage("L", "facts", part) for part in _PARTS),
     Stage("L", "docstrings", "full"),
-    Stage("L", "facts", "seeds"),
     Stage("L", "docstrings", "seeds"),
 )
 

@@ -6,24 +6,23 @@ are not made again, so an interrupted run resumes.
 
 import dataclasses
 import functools
-import json
-import logging
 from pathlib import Path
 from typing import Any, cast
 
 from ivl_jax.assets import family_folder
 from ivl_jax.checkpoint import ValueNetwork, load_value
-from ivl_jax.config import TrainConfig
+from ivl_jax.config import ConfigError, TrainConfig
 from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.experiments.demonstrations import Item, items_hash, select, write_demonstrations
 from ivl_jax.experiments.family.continued import continue_pretraining, new_facts, new_items
 from ivl_jax.experiments.family.facts import build_facts, split_of_person
 from ivl_jax.experiments.family.recall import recall
+from ivl_jax.experiments.finetune.references import read_reference
 from ivl_jax.experiments.finetune.run import run_config
-from ivl_jax.experiments.finetune.settings import Setting
-from ivl_jax.experiments.finetune_sweep import record_file
-from ivl_jax.experiments.kept_results import kept_record, train_once
+from ivl_jax.experiments.finetune.settings import Model, Setting, best_point
+from ivl_jax.experiments.finetune.sweep import PROGRAM, Sweep
+from ivl_jax.experiments.kept_results import kept_record, measure_once, train_once
 from ivl_jax.experiments.measure import (
     answers,
     exact_match,
@@ -34,8 +33,6 @@ from ivl_jax.experiments.measure import (
 from ivl_jax.experiments.transfer.matrix import Base, Measurement, Training
 from ivl_jax.training.loop import run
 from ivl_jax.weights.language_model import LanguageModel, load_language_model
-
-logger = logging.getLogger(__name__)
 
 _ANSWER_TOKENS = 24
 _LONG = 1 << 20  # more steps than any training has
@@ -58,55 +55,50 @@ class Laboratory:
         self._config = dataclasses.replace(config, logging=quiet)
         self._items = items
         self._files = write_demonstrations(work_dir / "demonstrations", items)
+        self._sweep = Sweep(work_dir / "references", config, items)
         self._test = select(items, "test")
         self._validation = select(items, "validation")
         self._facts = [item for item in self._test if item.kind == "fact"]
+
+    @property
+    def measured_dir(self) -> Path:
+        """Folder of the measurements' files."""
+        return self._work_dir / "measured"
 
     def measure(self, measurement: Measurement) -> dict[str, Any]:
         """Measures a composition on the test split, unless already done.
 
         Args:
-            measurement: Which one; the models it needs are trained first.
+            measurement: Which one; the models it needs are trained first. The figures of a
+                fine-tuned model alone are the recorded ones if they are about the same items.
 
         Returns:
             `nll` (nats per answer token), `validation_nll` (the same on the validation split, for
             choices), `exact_match` (share of fact questions answered word for word), and on a base
             that knows the new facts `new_exact_match`. Of a base alone also `recall`, the share of
             the same facts that it knows when it is prompted with the statement itself, and
-            `new_recall`.
+            `new_recall`. Beside them what was measured: `items_sha256`, and the settings of
+            fine-tuned models.
 
         Raises:
             InterruptedTrainingError: a training was stopped.
         """
-        file = self._work_dir / "measured" / f"{measurement.name}.json"
-        kept = kept_record(file, {"items_sha256": items_hash(self._test)})
-        alone = isinstance(measurement.base, str) and not measurement.terms
-        if kept is not None and (not alone or "recall" in kept):
-            return kept
-        logger.info("measuring %s", measurement.name)
-        model = self._compose(measurement)
-        texts = answers(model, self._facts, max_new_tokens=_ANSWER_TOKENS)
-        record = {
-            "nll": response_nll(model, self._test),
-            "validation_nll": response_nll(model, self._validation),
-            "exact_match": exact_match(texts, self._facts),
-            "items_sha256": items_hash(self._test),
-        }
-        knows_new = measurement.base
-        if isinstance(knows_new, Training):
-            knows_new = knows_new.bases[0]
-        if knows_new == "L-continued":
-            asked = new_items()
-            texts = answers(model, asked, max_new_tokens=_ANSWER_TOKENS)
-            record["new_exact_match"] = exact_match(texts, asked)
-        if alone:
-            known = [fact for fact in build_facts() if split_of_person(fact.person) == "test"]
-            record["recall"] = recall(model, known)
-            if measurement.base == "L-continued":
-                record["new_recall"] = recall(model, new_facts())
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        return record
+        name = measurement.name
+        file = self.measured_dir / f"{name}.json"
+        return measure_once(name, file, self._key(measurement), lambda: self._figures(measurement))
+
+    def possible(self, measurement: Measurement) -> bool:
+        """Whether the settings of the fine-tuned models in it have been chosen."""
+        return all(
+            read_reference(cast(Model, one.bases[0]), one.chosen_by) for one in _tuned(measurement)
+        )
+
+    def kept(self, measurement: Measurement) -> dict[str, Any] | None:
+        """A measurement that was made with today's items and settings; nothing is trained."""
+        if not self.possible(measurement):
+            return None
+        file = self.measured_dir / f"{measurement.name}.json"
+        return kept_record(file, self._key(measurement))
 
     def train(self, training: Training) -> Path:
         """Trains, unless already done; an interrupted training resumes.
@@ -120,15 +112,82 @@ class Laboratory:
         Raises:
             InterruptedTrainingError: it was stopped.
         """
+        if training.method == "sft":
+            return self._sweep.model(self.setting_of(training), training.chosen_by)
         run_dir = self._work_dir / "trained" / training.name
-        output = run_dir / ("model" if training.method == "sft" else "value")
         return train_once(
             training.name,
             run_dir,
-            output,
+            run_dir / "value",
             config=lambda: self.config_of(training, run_dir),
             run=run,
         )
+
+    def setting_of(self, training: Training) -> Setting:
+        """The recorded setting of a fine-tuned model, with the training's seed.
+
+        Args:
+            training: Of the method `sft`.
+
+        Returns:
+            The setting.
+
+        Raises:
+            ConfigError: No setting has been chosen for this model.
+        """
+        (model,) = training.bases
+        reference = read_reference(cast(Model, model), training.chosen_by)
+        if reference is None:
+            raise ConfigError(
+                f"{model} fine-tuned, chosen by {training.chosen_by}: no setting is recorded: "
+                f"run {PROGRAM} --models {model}"
+            )
+        return dataclasses.replace(reference.setting, seed=training.seed)
+
+    def _key(self, measurement: Measurement) -> dict[str, str]:
+        """What a kept measurement has to be about."""
+        key = {"items_sha256": items_hash(self._test)}
+        if tuned := _tuned(measurement):
+            key["fine_tuned"] = "; ".join(str(self.setting_of(one)) for one in tuned)
+        return key
+
+    def _figures(self, measurement: Measurement) -> dict[str, Any]:
+        base, alone = measurement.base, not measurement.terms
+        if isinstance(base, Training) and alone:
+            return self._reference_figures(base)
+        model = self._compose(measurement)
+        texts = answers(model, self._facts, max_new_tokens=_ANSWER_TOKENS)
+        record = {
+            "nll": response_nll(model, self._test),
+            "validation_nll": response_nll(model, self._validation),
+            "exact_match": exact_match(texts, self._facts),
+        }
+        if base == "L-continued":
+            asked = new_items()
+            texts = answers(model, asked, max_new_tokens=_ANSWER_TOKENS)
+            record["new_exact_match"] = exact_match(texts, asked)
+        if alone:
+            known = [fact for fact in build_facts() if split_of_person(fact.person) == "test"]
+            record["recall"] = recall(model, known)
+            if base == "L-continued":
+                record["new_recall"] = recall(model, new_facts())
+        return record
+
+    def _reference_figures(self, training: Training) -> dict[str, Any]:
+        """The recorded figures of a fine-tuned model; made again if they are of other items."""
+        (model,) = training.bases
+        items_sha256 = items_hash(self._test)
+        recorded = read_reference(cast(Model, model), training.chosen_by, items_sha256=items_sha256)
+        if recorded is not None and training.seed in recorded.tests:
+            figures = recorded.tests[training.seed]
+        else:
+            setting = self.setting_of(training)
+            figures = self._sweep.test(setting, training.chosen_by)
+            curve = self._sweep.tried[setting]
+            nll = best_point(curve, training.chosen_by).nll
+            figures = figures | {"validation_nll": nll}
+        wanted = ("nll", "validation_nll", "exact_match", "new_exact_match")
+        return {name: figures[name] for name in wanted if name in figures}
 
     def config_of(self, training: Training, run_dir: Path) -> TrainConfig:
         """The demo's config with the training's changes.
@@ -145,26 +204,8 @@ class Laboratory:
             for base in training.bases
         )
         if training.method == "sft":
-            record = json.loads(record_file(_swept(training.bases[0])).read_text(encoding="utf-8"))
-            setting = Setting(
-                cast(Any, training.bases[0]),
-                "both",
-                learning_rate=record["learning_rate"],
-                epochs=record["epochs"],
-                batch_size=record["batch_size"],
-                seed=training.seed,
-            )
-            config = run_config(self._config, setting, model=Path(first.path))
-            return dataclasses.replace(
-                config,
-                run_dir=str(run_dir),
-                data=dataclasses.replace(
-                    config.data,
-                    train=(str(self._files["train"]),),
-                    validation=(str(self._files["validation"]),),
-                    data_dir=str(self._work_dir / "data"),
-                ),
-            )
+            config = run_config(self._config, self.setting_of(training), model=Path(first.path))
+            return self._with_paths(config, run_dir)
         config = self._config
         kind, weight = training.penalty
         starts = training.init == "base" or training.connection == "linear"
@@ -172,9 +213,8 @@ class Laboratory:
         optimizer = config.optimizer
         if training.learning_rate is not None:
             optimizer = dataclasses.replace(optimizer, learning_rate=training.learning_rate)
-        return dataclasses.replace(
+        config = dataclasses.replace(
             config,
-            run_dir=str(run_dir),
             seed=training.seed,
             base=dataclasses.replace(config.base, path="") if others else first,
             bases=(first, *others) if others else (),
@@ -187,6 +227,14 @@ class Laboratory:
             ),
             penalty=dataclasses.replace(config.penalty, kind=kind, weight=weight),
             optimizer=optimizer,
+        )
+        return self._with_paths(config, run_dir)
+
+    def _with_paths(self, config: TrainConfig, run_dir: Path) -> TrainConfig:
+        """A config with a run's own folders."""
+        return dataclasses.replace(
+            config,
+            run_dir=str(run_dir),
             data=dataclasses.replace(
                 config.data,
                 train=(str(self._files["train"]),),
@@ -225,11 +273,12 @@ class Laboratory:
         return family_folder(cast(Any, base))
 
 
+def _tuned(measurement: Measurement) -> list[Training]:
+    """The fine-tuned models in a measurement."""
+    models = [measurement.base, *(term.model for term in measurement.terms)]
+    return [one for one in models if isinstance(one, Training) and one.method == "sft"]
+
+
 @functools.cache
 def _continued(model: Any, work_dir: Path) -> Path:
     return continue_pretraining(model, work_dir=work_dir)
-
-
-def _swept(base: Base) -> str:
-    """The model whose sweep determines the settings; for a continued model, its original."""
-    return base.removesuffix("-continued")

@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from ivl_jax.config import PenaltyKind
+from ivl_jax.experiments.finetune.settings import Criterion
 
 Base = Literal["S", "L", "L-continued", "X", "S-continued"]
 MapMethod = Literal["dtw", "bytes"]
 
+RECORD = "experiments.json"
+"""File of what has been measured: `measured`, figures by the name of their measurement."""
 SEEDS = (0, 1, 2)
 STRENGTHS = (0.25, 0.5, 0.75, 1.25, 1.5)
 PENALTIES: tuple[tuple[PenaltyKind, float], ...] = (
@@ -25,7 +28,11 @@ PENALTIES: tuple[tuple[PenaltyKind, float], ...] = (
 
 
 class Training(NamedTuple):
-    """One run of the training loop; everything else is as in configs/demo.toml."""
+    """One training.
+
+    What it does not say is as in configs/demo.toml; of a fine-tuned model, as in the recorded
+    reference (`finetune.references`).
+    """
 
     label: str
     """What is different, for tables."""
@@ -38,9 +45,11 @@ class Training(NamedTuple):
     """The model whose weights or architecture a value network starts with."""
     penalty: tuple[PenaltyKind, float] = ("l1", 1.0)
     learning_rate: float | None = None
-    """Peak learning rate; None: the demo's, or for a fine-tuned target that of its own sweep."""
+    """Peak learning rate of a value network; None: the demo's."""
     depths: int = 1
     """Last layers that the head of a value network reads."""
+    chosen_by: Criterion = "nll"
+    """What the settings and the step of a fine-tuned model are chosen by."""
     seed: int = 0
 
     @property
@@ -55,6 +64,7 @@ class Training(NamedTuple):
             f"{kind}{weight:g}" if self.method == "value" else "",
             "" if self.learning_rate is None else f"lr{self.learning_rate:g}",
             "" if self.depths == 1 else f"depths{self.depths}",
+            "" if self.chosen_by == "nll" else self.chosen_by,
             f"seed{self.seed}",
         ]
         return "_".join(part for part in parts if part)
@@ -149,9 +159,10 @@ def base_choices(seed: int) -> list[Training]:
     ]
 
 
-def fine_tuned(model: Base, seed: int = 0) -> Training:
-    """A model fully fine-tuned on the demonstrations."""
-    return Training(f"{model} fully fine-tuned", bases=(model,), method="sft", seed=seed)
+def fine_tuned(model: Base, seed: int = 0, *, chosen_by: Criterion = "nll") -> Training:
+    """A model fine-tuned on the demonstrations, the best that the sweep has found."""
+    label = f"{model} fine-tuned"
+    return Training(label, bases=(model,), method="sft", seed=seed, chosen_by=chosen_by)
 
 
 def large_value(seed: int) -> Training:
@@ -188,14 +199,15 @@ def _all(seeds: tuple[int, ...]) -> Iterator[Measurement]:
     for seed in seeds:
         for base in targets:
             yield on(base, Term(recipe(seed)))
+        for base in targets:
+            yield Measurement(fine_tuned(base, seed))
+            yield Measurement(fine_tuned(base, seed, chosen_by="exact_match"))
         for base in targets[1:]:
             yield proxy(base, seed)
         for training in schemes(seed):
             yield on("S", Term(training))
             yield on("L", Term(training))
         if seed == first:
-            for target in ("S", "L", "L-continued", "X"):
-                yield Measurement(fine_tuned(target))
             for training in (*penalties(seed), *initialisations(seed), *base_choices(seed)):
                 yield on("S", Term(training))
                 yield on("L", Term(training))

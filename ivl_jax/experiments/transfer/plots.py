@@ -12,7 +12,7 @@ _COLOURS = {
     "base alone": "#b8bec7",
     "proxy-tuning": "#e0a33a",
     "value": "#2f6fde",
-    "fully fine-tuned": "#20242b",
+    "fine-tuned": "#20242b",
 }
 _LINES = {"S": "#e0a33a", "L": "#2f6fde"}
 _STYLES = {"l1": "-", "l2": "--"}

@@ -1,14 +1,12 @@
 """What the prose of the experiments' page can talk about: short names for measured compositions.
 
-In: figures by the name of their measurement, and the records of fine-tuned references. Out: a
-lookup for `transfer.notes`.
+In: figures by the name of their measurement. Out: a lookup for `transfer.notes`.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from ivl_jax.experiments.finetune.settings import Criterion
 from ivl_jax.experiments.transfer import matrix
 from ivl_jax.experiments.transfer.matrix import Base, Measurement, Term, Training, on
 from ivl_jax.experiments.transfer.notes import Lookup
@@ -26,7 +24,8 @@ def subjects() -> dict[str, tuple[Base, Callable[[int], Measurement]]]:
     found: dict[str, tuple[Base, Callable[[int], Measurement]]] = {}
     for base in _BASES:
         found[base] = base, lambda seed, base=base: Measurement(base)
-        found[f"{base}-tuned"] = base, lambda seed, base=base: Measurement(matrix.fine_tuned(base))
+        found[f"{base}-tuned"] = base, _tuned(base, "nll")
+        found[f"{base}-tuned-by-facts"] = base, _tuned(base, "exact_match")
         found[f"{base}+value"] = base, lambda seed, base=base: on(base, Term(matrix.recipe(seed)))
         found[f"{base}+proxy"] = base, lambda seed, base=base: matrix.proxy(base, seed)
         for name, make in _trainings().items():
@@ -39,6 +38,10 @@ def subjects() -> dict[str, tuple[Base, Callable[[int], Measurement]]]:
 
             found[f"X+value-{method}{'-centred' if centred else ''}"] = "X", mapped
     return found
+
+
+def _tuned(base: Base, chosen_by: Criterion) -> Callable[[int], Measurement]:
+    return lambda seed: Measurement(matrix.fine_tuned(base, seed, chosen_by=chosen_by))
 
 
 def _with(make: Callable[[int], Training], base: Base) -> Callable[[int], Measurement]:
@@ -63,20 +66,12 @@ def _trainings() -> dict[str, Callable[[int], Training]]:
     }
 
 
-def make_lookup(
-    figures: Mapping[str, Mapping[str, Any]],
-    seeds: Sequence[int],
-    *,
-    record_file: Callable[[Literal["S", "L", "X"]], Path],
-) -> Lookup:
+def make_lookup(figures: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> Lookup:
     """Make the lookup of the page's prose.
 
     Args:
         figures: Measurement's name → its record.
         seeds: Of the trainings.
-        record_file: Where the record of a fine-tuned target is; of it, `S-tries`, `L-tries` and
-            `X-tries` have `count`, `facts` (validation facts answered by the run that answers
-            most) and `nll_cost` (its validation NLL above the lowest one).
 
     Returns:
         (subject, figure) → values by seed. Figures are `nll`, `validation_nll`, `ratio` (share of
@@ -91,9 +86,6 @@ def make_lookup(
         return tuple(value for value in found if value is not None)
 
     def lookup(subject: str, figure: str) -> tuple[float, ...]:
-        model, _, kind = subject.partition("-")
-        if kind == "tries" and model in ("S", "L", "X"):
-            return (_tries(record_file(model))[figure],)
         if subject not in known:
             raise KeyError(f"{subject}: expected one of {', '.join(sorted(known))}")
         base, make = known[subject]
@@ -109,14 +101,3 @@ def make_lookup(
         return tuple((alone[0] - nll) / gain for nll in measured(make, "nll"))
 
     return lookup
-
-
-def _tries(file: Path) -> dict[str, float]:
-    tried = json.loads(file.read_text(encoding="utf-8"))["tried"]
-    most = max(tried, key=lambda run: run["validation_exact_match"])
-    lowest = min(run["validation_nll"] for run in tried)
-    return {
-        "count": float(len(tried)),
-        "facts": most["validation_exact_match"],
-        "nll_cost": most["validation_nll"] - lowest,
-    }
