@@ -26,6 +26,7 @@ from ivl_jax.experiments.demonstrations import build_items, items_hash, select
 from ivl_jax.experiments.kept_results import adopt_measurements, publish, split_measured
 from ivl_jax.experiments.lifts import study as lifts
 from ivl_jax.experiments.post_training import study as post_training_study
+from ivl_jax.experiments.pretrain_family import XL_FOLDER
 from ivl_jax.experiments.real import study as real_study
 from ivl_jax.experiments.transfer.lab import Laboratory
 from ivl_jax.experiments.transfer.matrix import RECORD, SEEDS, measurements
@@ -48,6 +49,9 @@ class Options:
     """Where the report is written."""
     config: Path = dataclasses.field(default_factory=lambda: config_file("demo.toml"))
     """The config that every training starts from."""
+    xl: Path = XL_FOLDER
+    """Folder of XL, made by `python -m ivl_jax.experiments.pretrain_family --model XL`; without it,
+    its rows are left out."""
     report_only: bool = False
     """Only write the report on what has been measured so far."""
 
@@ -78,15 +82,15 @@ def _run(arguments: Sequence[str]) -> None:
     options = parse_flags(Options, arguments, prog=_PROGRAM)
     log_to_stdout(times=True)
     items = build_items()
-    laboratory = Laboratory(options.work_dir, load_config(options.config, TrainConfig), items)
+    config = load_config(options.config, TrainConfig)
+    laboratory = Laboratory(options.work_dir, config, items, xl=options.xl)
     planned = list(measurements(options.seeds))
     adopt_measurements(options.docs / RECORD, laboratory.measured_dir)
     if not options.report_only:
         for number, measurement in enumerate(planned, 1):
-            if not laboratory.possible(measurement):
-                logger.warning(
-                    "%s: left out, the search for its references has not ended", measurement.name
-                )
+            if laboratory.kept(measurement) is None and not laboratory.possible(measurement):
+                why = "XL is not here, or the search for its references has not ended"
+                logger.warning("%s: left out, %s", measurement.name, why)
                 continue
             figures = laboratory.measure(measurement)
             logger.info("%d/%d %s: %s", number, len(planned), measurement.name, figures)

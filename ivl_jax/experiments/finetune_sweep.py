@@ -22,12 +22,13 @@ from ivl_jax.command_line.console import log_to_stdout
 from ivl_jax.command_line.flags import parse_flags
 from ivl_jax.command_line.guard import long_run_command
 from ivl_jax.compilation_cache import use_compilation_cache
-from ivl_jax.config import TrainConfig, load_config
+from ivl_jax.config import ConfigError, TrainConfig, load_config
 from ivl_jax.experiments.demonstrations import build_items
 from ivl_jax.experiments.finetune.plan import MODELS, SEEDS, STAGES, Stage, chosen, missing_runs
 from ivl_jax.experiments.finetune.references import record_file
 from ivl_jax.experiments.finetune.settings import Model, criteria
 from ivl_jax.experiments.finetune.sweep import PROGRAM, Sweep
+from ivl_jax.experiments.pretrain_family import XL_FOLDER
 from ivl_jax.json_files import write_json
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,9 @@ class Options:
     """Fine-tune every reference until the best settings are enclosed; a second run resumes."""
 
     models: tuple[Model, ...] = MODELS
-    """Which models."""
+    """Which models; XL needs L's search to have ended."""
+    xl: Path = XL_FOLDER
+    """Folder of XL, made by `python -m ivl_jax.experiments.pretrain_family --model XL`."""
     config: Path = dataclasses.field(default_factory=lambda: config_file("demo.toml"))
     """What else there is to set: the demo's own settings."""
     work_dir: Path = Path("runs/finetune_sweep")
@@ -92,7 +95,12 @@ def _run(arguments: Sequence[str]) -> None:
     log_to_stdout(times=True)
     config = load_config(options.config, TrainConfig)
     use_compilation_cache(config.runtime.compilation_cache)
-    sweep = Sweep(options.work_dir, config, build_items())
+    if "XL" in options.models and not (options.xl / "config.json").exists():
+        raise ConfigError(
+            f"--xl {options.xl}: no model is there; make it with "
+            "`python -m ivl_jax.experiments.pretrain_family --model XL`"
+        )
+    sweep = Sweep(options.work_dir, config, build_items(), xl=options.xl)
     options.docs.mkdir(parents=True, exist_ok=True)
     if options.report_only:
         write_json(options.docs / RECORD, sweep.record(), indent=1)

@@ -1,8 +1,8 @@
 """Pre-trains the embedded family: `python -m ivl_jax.experiments.pretrain_family --model all`.
 
 In: this Python's standard library and the invented facts. Out: the folders S, L and X with
-weights, config, tokenizer and a manifest of how they were made. A second run resumes an interrupted
-one.
+weights, config, tokenizer and a manifest of how they were made; with `--model XL` a larger target,
+which is not shipped. A second run resumes an interrupted one.
 """
 
 import dataclasses
@@ -11,11 +11,12 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 from transformers import PreTrainedTokenizerFast
 
+from ivl_jax.assets import family_folder
 from ivl_jax.command_line.console import log_to_stdout
 from ivl_jax.command_line.flags import parse_flags
 from ivl_jax.command_line.guard import long_run_command
@@ -56,19 +57,23 @@ RECIPES: dict[str, Recipe] = {
     "S": Recipe(2048, 128, 384, 2, 32, epochs=1.5, rows=32, learning_rate=6e-3, rest_rate=4e-3),
     "L": Recipe(2048, 352, 960, 4, 64, epochs=1.5, rows=16, learning_rate=3e-3, rest_rate=2e-3),
     "X": Recipe(3072, 192, 576, 3, 48, epochs=1.5, rows=32, learning_rate=6e-3, rest_rate=4e-3),
+    "XL": Recipe(2048, 672, 1824, 5, 96, epochs=1.0, rows=16, learning_rate=2e-3, rest_rate=1.3e-3),
 }
+_SHIPPED = ("S", "L", "X")
+XL_FOLDER = Path("runs/family/XL")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Pre-train the embedded family of small models; a second run resumes the first."""
 
-    model: Literal["S", "L", "X", "all"] = "all"
-    """Which model; `all`: one after the other."""
+    model: Literal["S", "L", "X", "XL", "all"] = "all"
+    """Which model; `all`: the three that are shipped, one after the other."""
     epochs: float = 0.0
     """Passes over the text; 0: the number in the model's recipe."""
-    out: Path = Path(__file__).parents[1] / "assets" / "family"
-    """Where the finished folders are written."""
+    out: Path | None = None
+    """Where the finished folders are written; by default those that are shipped inside the package,
+    and XL in runs/family."""
     work_dir: Path = Path("runs/pretrain")
     """Checkpoints and tokenizers of unfinished models."""
     seed: int = 0
@@ -106,7 +111,12 @@ def architecture(recipe: Recipe, *, bos: int, eos: int) -> dict[str, Any]:
 
 
 def make_tokenizer(name: str, corpus: Corpus, *, work_dir: Path) -> PreTrainedTokenizerFast:
-    """The model's tokenizer, trained once: S and L share one, X has its own."""
+    """The model's tokenizer, trained once: S and L share one, X has its own.
+
+    XL has that of the shipped L, so that value networks of the shipped S fit it.
+    """
+    if name == "XL":
+        return PreTrainedTokenizerFast.from_pretrained(family_folder("L"))
     folder = work_dir / ("tokenizer_word" if name == "X" else "tokenizer_byte")
     if not (folder / "tokenizer.json").exists():
         texts = [file.text for file in corpus.sources]
@@ -154,7 +164,10 @@ def make_model(name: str, corpus: Corpus, options: Options) -> dict[str, Any]:
         "command": f"python -m ivl_jax.experiments.pretrain_family --model {name}",
         "recipe": recipe._asdict() | {"epochs": epochs},
     } | record
-    write_model(options.out / name, arch, config, params, tokenizer, manifest)
+    folder = XL_FOLDER if name == "XL" else family_folder(cast(Any, name))
+    if options.out is not None:
+        folder = options.out / name
+    write_model(folder, arch, config, params, tokenizer, manifest)
     return manifest
 
 
@@ -174,7 +187,7 @@ def _run(arguments: Sequence[str]) -> None:
     options = parse_flags(Options, arguments, prog=_PROGRAM)
     log_to_stdout(times=True)
     corpus = load_corpus()
-    for name in RECIPES if options.model == "all" else (options.model,):
+    for name in _SHIPPED if options.model == "all" else (options.model,):
         logger.info("%s: %s", name, make_model(name, corpus, options))
 
 

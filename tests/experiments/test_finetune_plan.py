@@ -1,6 +1,7 @@
 """The search of the references: what it tries next, and what it chooses."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -134,3 +135,21 @@ def test_every_stage_can_be_named_from_nothing() -> None:
             assert (setting.model, setting.kinds) == (stage.model, stage.kinds)
             assert bool(setting.rank) == (stage.part == "lora")
     assert criteria("docstrings") == criteria("all") == ("nll",)
+
+
+def test_xl_takes_the_variants_of_l_and_brackets_their_rates() -> None:
+    both = Setting("L", "both", learning_rate=3e-4, epochs=3.0)
+    mixed = dataclasses.replace(both, statement_rows=4, learning_rate=1e-3)
+    tried: dict[Setting, Curve] = {both: _curve(1.0, 0.1), mixed: _curve(2.0, 0.9)}
+
+    def curve_of(setting: Setting) -> list[Point]:
+        # Whatever the variant, 1e-4 is the best rate.
+        return _curve(1 + abs(math.log(setting.learning_rate / 1e-4)), 0.5)
+
+    order = _finish(Stage("XL", "both", "as L"), curve_of, tried)
+    assert {(one.statement_rows, one.model) for one in order} == {(0, "XL"), (4, "XL")}
+    for rows in (0, 4):
+        rates = {one.learning_rate for one in order if one.statement_rows == rows}
+        assert {3e-5, 1e-4, 3e-4} <= rates
+    assert chosen(tried, "XL", "both")["nll"].learning_rate == 1e-4
+    assert not missing_runs(Stage("XL", "both", "as L"), tried)

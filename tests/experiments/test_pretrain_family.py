@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
+import jax
 import pytest
 
 from ivl_jax.experiments import pretrain_family
 from ivl_jax.experiments.family.corpus import Corpus, SourceFile, Windows
 from ivl_jax.experiments.family.facts import build_facts
 from ivl_jax.experiments.pretrain_family import Options, make_model
+from ivl_jax.model.architecture import ArchConfig
+from ivl_jax.model.assembly import abstract_params
 from ivl_jax.weights.language_model import load_language_model
 
 _TEXT = (
@@ -25,6 +29,22 @@ def corpus(monkeypatch: pytest.MonkeyPatch) -> Corpus:
     monkeypatch.setitem(pretrain_family.RECIPES, "S", tiny)
     sources = tuple(SourceFile(f"file{index}.py", _TEXT * 30) for index in range(10))
     return Corpus(sources, (SourceFile("held.py", _TEXT * 60),), tuple(build_facts(count=4)))
+
+
+def test_xl_fits_value_networks_of_s_and_is_not_among_the_shipped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    recipe = pretrain_family.RECIPES["XL"]
+    arch = ArchConfig.from_hf(pretrain_family.architecture(recipe, bos=0, eos=0))
+    leaves = jax.tree.leaves(abstract_params(arch))
+    assert 30 < sum(math.prod(leaf.shape) for leaf in leaves) / 688_768 < 40
+    tokenizer = pretrain_family.make_tokenizer("XL", Corpus((), (), ()), work_dir=tmp_path)
+    assert len(tokenizer) == recipe.entries
+    made: list[str] = []
+    monkeypatch.setattr(pretrain_family, "load_corpus", lambda: None)
+    monkeypatch.setattr(pretrain_family, "make_model", lambda name, *rest: made.append(name))
+    assert pretrain_family.main([]) == 0
+    assert made == ["S", "L", "X"]
 
 
 def _options(folder: Path) -> Options:

@@ -19,7 +19,8 @@ from ivl_jax.experiments.finetune.settings import (
     missing,
 )
 
-Part = Literal["full", "lora", "levers", "seeds"]
+Part = Literal["full", "lora", "levers", "as L", "seeds"]
+"""`as L`: the variants that were best for L, whose rates are searched anew."""
 MODELS: tuple[Model, ...] = ("S", "X", "L", "L-continued")
 SEEDS = (0, 1, 2)
 _RANK = 16
@@ -50,6 +51,8 @@ STAGES: tuple[Stage, ...] = (
     *(Stage("L", "facts", part) for part in _PARTS),
     Stage("L", "docstrings", "full"),
     Stage("L", "docstrings", "seeds"),
+    Stage("XL", "both", "as L"),
+    Stage("XL", "both", "seeds"),
 )
 
 
@@ -73,6 +76,8 @@ def missing_runs(stage: Stage, tried: Mapping[Setting, Curve]) -> list[Setting]:
         return [setting for setting in _seeds(first) if setting not in own]
     if stage.part == "levers":
         return _levers(stage, first)
+    if stage.part == "as L":
+        return _as_l(stage, first, chosen(tried, "L", stage.kinds))
     starts = _starts(stage)
     same = {one: curve for one, curve in first.items() if one.variant == starts[0].variant}
     return missing(starts, same)
@@ -138,6 +143,18 @@ def _levers(stage: Stage, own: Mapping[Setting, Curve]) -> list[Setting]:
         same = {one: curve for one, curve in own.items() if one.variant == start.variant}
         if any(best_setting(own, criterion) in same for criterion in criteria(stage.kinds)):
             found |= dict.fromkeys(missing([start], same))
+    return list(found)
+
+
+def _as_l(
+    stage: Stage, own: Mapping[Setting, Curve], best: Mapping[Criterion, Setting]
+) -> list[Setting]:
+    """The settings that were best for L; the better criterion's variant is enclosed by each."""
+    found: dict[Setting, None] = {}
+    for setting in best.values():
+        start = dataclasses.replace(setting, model=stage.model)
+        same = {one: curve for one, curve in own.items() if one.variant == start.variant}
+        found |= dict.fromkeys(missing([start], same))
     return list(found)
 
 

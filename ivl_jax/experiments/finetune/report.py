@@ -151,7 +151,7 @@ def _variants(tried: Mapping[Setting, Curve]) -> str:
 
 
 def _order(variant: Setting) -> tuple[int, int, str]:
-    models, kinds = ["S", "L", "L-continued", "X"], list(_KINDS)
+    models, kinds = ["S", "L", "L-continued", "X", "XL"], list(_KINDS)
     return models.index(variant.model), kinds.index(variant.kinds), variant.label
 
 

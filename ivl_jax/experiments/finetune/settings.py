@@ -8,8 +8,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-Model = Literal["S", "L", "X", "L-continued", "real"]
-"""`real`: one that is not of the embedded family."""
+Model = Literal["S", "L", "X", "L-continued", "XL", "real"]
+"""`real`: one that is not of the family."""
 Kinds = Literal["facts", "docstrings", "both", "all"]
 """`both` are facts and docstrings; `all`: whatever there is, chosen by NLL alone."""
 Criterion = Literal["nll", "exact_match"]

@@ -30,6 +30,7 @@ from ivl_jax.experiments.finetune.settings import (
     best_point,
 )
 from ivl_jax.experiments.measure import answers, exact_match, response_nll
+from ivl_jax.experiments.pretrain_family import XL_FOLDER
 from ivl_jax.json_files import write_json
 from ivl_jax.weights.language_model import load_language_model
 
@@ -43,14 +44,18 @@ _KINDS = ("fact", "docstring")
 class Sweep:
     """Runs and measures settings, each once."""
 
-    def __init__(self, work_dir: Path, config: TrainConfig, items: list[Item]) -> None:
+    def __init__(
+        self, work_dir: Path, config: TrainConfig, items: list[Item], *, xl: Path = XL_FOLDER
+    ) -> None:
         """Read what has been finished in the work directory.
 
         Args:
             work_dir: For all results.
             config: The demo's.
             items: From `build_items`.
+            xl: The folder of XL, which is not shipped; needed if it is fine-tuned.
         """
+        self._xl = xl
         self._work_dir = work_dir
         self._config = config
         self._items = items
@@ -293,6 +298,8 @@ class Sweep:
     def _folder(self, model: Model) -> Path:
         if model == "L-continued":
             return continue_pretraining("L", work_dir=self._work_dir / "continued")
+        if model == "XL":
+            return self._xl
         if model == "real":
             raise ValueError("the sweep fine-tunes the embedded family; expected one of its models")
         return family_folder(model)

@@ -30,6 +30,7 @@ from ivl_jax.experiments.measure import (
     response_nll,
     running_texts,
 )
+from ivl_jax.experiments.pretrain_family import XL_FOLDER
 from ivl_jax.experiments.transfer.matrix import Base, Measurement, Training
 from ivl_jax.training.loop import run
 from ivl_jax.weights.language_model import LanguageModel, load_language_model
@@ -41,21 +42,24 @@ _LONG = 1 << 20  # more steps than any training has
 class Laboratory:
     """Trains and measures on one set of demonstrations."""
 
-    def __init__(self, work_dir: Path, config: TrainConfig, items: list[Item]) -> None:
+    def __init__(
+        self, work_dir: Path, config: TrainConfig, items: list[Item], *, xl: Path = XL_FOLDER
+    ) -> None:
         """Write the demonstrations to files.
 
         Args:
             work_dir: For all results.
             config: The demo's; every training starts from it.
             items: From `build_items`.
+            xl: The folder of XL, which is not shipped.
         """
-        self._work_dir = work_dir
+        self._work_dir, self._xl = work_dir, xl
         # Only the result counts: intermediate evaluations and saves take a third of the time.
         quiet = dataclasses.replace(config.logging, evaluate_every=0, checkpoint_every=_LONG)
         self._config = dataclasses.replace(config, logging=quiet)
         self._items = items
         self._files = write_demonstrations(work_dir / "demonstrations", items)
-        self._sweep = Sweep(work_dir / "references", config, items)
+        self._sweep = Sweep(work_dir / "references", config, items, xl=xl)
         self._test = select(items, "test")
         self._validation = select(items, "validation")
         self._facts = [item for item in self._test if item.kind == "fact"]
@@ -88,14 +92,13 @@ class Laboratory:
         return measure_once(name, file, self._key(measurement), lambda: self._figures(measurement))
 
     def possible(self, measurement: Measurement) -> bool:
-        """Whether the settings of the fine-tuned models in it have been chosen."""
-        return all(
-            read_reference(cast(Model, one.bases[0]), one.chosen_by) for one in _tuned(measurement)
-        )
+        """Whether its base is here, and the settings of fine-tuned models have been chosen."""
+        here = measurement.base != "XL" or (self._xl / "config.json").exists()
+        return here and _settings_recorded(measurement)
 
     def kept(self, measurement: Measurement) -> dict[str, Any] | None:
         """A measurement that was made with today's items and settings; nothing is trained."""
-        if not self.possible(measurement):
+        if not _settings_recorded(measurement):
             return None
         file = self.measured_dir / f"{measurement.name}.json"
         return kept_record(file, self._key(measurement))
@@ -270,6 +273,8 @@ class Laboratory:
     def _folder(self, base: Base) -> Path:
         if base in ("S-continued", "L-continued"):
             return _continued(base[0], self._work_dir / "continued")
+        if base == "XL":
+            return self._xl
         return family_folder(cast(Any, base))
 
 
@@ -277,6 +282,12 @@ def _tuned(measurement: Measurement) -> list[Training]:
     """The fine-tuned models in a measurement."""
     models = [measurement.base, *(term.model for term in measurement.terms)]
     return [one for one in models if isinstance(one, Training) and one.method == "sft"]
+
+
+def _settings_recorded(measurement: Measurement) -> bool:
+    return all(
+        read_reference(cast(Model, one.bases[0]), one.chosen_by) for one in _tuned(measurement)
+    )
 
 
 @functools.cache

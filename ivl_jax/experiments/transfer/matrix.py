@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from ivl_jax.config import PenaltyKind
 from ivl_jax.experiments.finetune.settings import Criterion
 
-Base = Literal["S", "L", "L-continued", "X", "S-continued"]
+Base = Literal["S", "L", "L-continued", "X", "XL", "S-continued"]
 MapMethod = Literal["dtw", "bytes"]
 
 RECORD = "experiments.json"
@@ -221,6 +221,12 @@ def _all(seeds: tuple[int, ...]) -> Iterator[Measurement]:
                     yield Measurement("X", (Term(recipe(seed)),), method, centred)
             for base in ("S", "L"):
                 yield on(base, Term(large_value(seed)))
+    yield Measurement("XL")
+    for seed in seeds:
+        yield on("XL", Term(recipe(seed)))
+        yield Measurement(fine_tuned("XL", seed))
+        yield Measurement(fine_tuned("XL", seed, chosen_by="exact_match"))
+        yield proxy("XL", seed)
     for seed in seeds[1:]:
         for training in (*penalties(seed), *initialisations(seed), *base_choices(seed)):
             yield on("L", Term(training))

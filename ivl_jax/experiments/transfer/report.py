@@ -25,6 +25,8 @@ from ivl_jax.experiments.transfer.subjects import make_lookup
 Figures = Mapping[str, Mapping[str, Any]]
 _ABSENT = "–"
 _TARGETS: tuple[Base, ...] = ("L", "L-continued", "X")
+_LARGER: Mapping[Base, float] = {"X": 2.9, "L": 9, "XL": 36}
+"""Parameters of a target over those of S."""
 
 
 class Spread(NamedTuple):
@@ -137,6 +139,7 @@ def write_report(figures: Figures, docs: Path, *, seeds: Sequence[int]) -> None:
         "![Penalty](penalties.png)",
         _trainings(table, "Initialisation of the value network", matrix.initialisations),
         _trainings(table, "Training bases", matrix.base_choices, bases=("S", "L", "L-continued")),
+        _donor_size(table),
         _large_value(table),
         _maps(table),
         "## Strength\n\n![Strength](strengths.png)",
@@ -175,8 +178,9 @@ invented people answered word for word. *Recall*: share of the same facts whose 
 completes when it is prompted with the statement's beginning, the form in which it has read it.
 *Ratio*: share of the NLL gain of fine-tuning the same base, (NLL base − NLL with value) /
 (NLL base − NLL fine-tuned), the latter the mean over its seeds. S has 0.69 M parameters, L 6.2 M,
-X 2.0 M and another tokenizer; L-continued is L with further training on statements about new
-invented people (*new facts*). Value networks are trained with S and never see the other bases.
+X 2.0 M and another tokenizer, XL 25 M (it is not shipped); L-continued is L with further training
+on statements about new invented people (*new facts*). Value networks are trained with S and never
+see the other bases.
 Mean ± half the range over those of the seeds {", ".join(map(str, seeds))} that were trained; a
 single number is one seed.
 Fine-tuned references: the best that was found on validation, by NLL or by the facts answered
@@ -282,6 +286,22 @@ def _trainings(
         headings.append(f"facts on {base}")
         headings += [f"validation NLL on {base}"] if base == "L" else []
     return "\n\n".join(part for part in (f"## {title}", note, markdown(headings, rows)) if part)
+
+
+def _donor_size(table: Table) -> str:
+    rows = []
+    for base, larger in _LARGER.items():
+        known = table.one(Measurement(base), "recall")
+        row = [base, f"1 : {larger:g}"]
+        row.append("–" if known is None else f"{known:.1%}")
+        for make in (value_on(base), proxy_on(base)):
+            row.append(table.ratio(base, make).show("{:.2f}"))
+            row.append(table.spread(make, "exact_match").show("{:.1%}"))
+        row.append(table.spread(reference(base, "exact_match"), "exact_match").show("{:.1%}"))
+        rows.append(row)
+    headings = ["target", "S : target", "recall", "ratio, value", "facts, value"]
+    headings += ["ratio, proxy-tuning", "facts, proxy-tuning", "facts, fine-tuned for them"]
+    return "## Size of the donor\n\n" + markdown(headings, rows)
 
 
 def _large_value(table: Table) -> str:
