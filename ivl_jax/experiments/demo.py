@@ -179,12 +179,9 @@ def compare(
     with bar:
         for base_name in ("S", *TARGETS):
             base = load_language_model(str(family_folder(base_name)))
-            maps: list[Path | None] = [None]
-            if base_name == "X":
-                family_map(base, value, running_texts(items), path=map_file)
-                maps = [map_file]
+            map_between = family_map(base, value, running_texts(items), path=map_file)
             measure(base_name, compose(base))
-            measure(f"{base_name}+value", compose(base, value, maps=maps))
+            measure(f"{base_name}+value", compose(base, value, maps=[map_between]))
             if base_name in TARGETS:
                 recorded = recorded_finetune(base_name, test) or {"nll": None, "exact_match": None}
                 for figure, number in recorded.items():

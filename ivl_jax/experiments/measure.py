@@ -129,27 +129,25 @@ def family_map(
     path: Path,
     method: Method = "bytes",
     centred: bool = False,
-) -> Path:
+) -> Path | None:
     """Builds the map from a value network's vocabulary to a base's, and writes it to a file.
 
     Args:
         base: The base.
-        value: The value network, with another tokenizer.
+        value: The value network.
         texts: Running text of the kind that both will read.
         path: The file; its folder is made.
         method: How token sequences are aligned.
         centred: Whether value logits are centred before they are mapped.
 
     Returns:
-        The file.
+        The file; None, and nothing is written, if both have one vocabulary.
     """
-    built = build_vocabulary_map(
-        named_tokenizer(_family_name(base), base.tokenizer, str(base.path)),
-        named_tokenizer(_family_name(value), value.tokenizer, str(value.path)),
-        texts,
-        method=method,
-        centred=centred,
-    )
+    to = named_tokenizer(_family_name(base), base.tokenizer, str(base.path))
+    of = named_tokenizer(_family_name(value), value.tokenizer, str(value.path))
+    if to.info.fingerprint == of.info.fingerprint:
+        return None
+    built = build_vocabulary_map(to, of, texts, method=method, centred=centred)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_vocabulary_map(path, built.vocabulary_map, built.metadata)
     return path

@@ -171,10 +171,8 @@ class BaselinesLaboratory:
 
     def _calibrated(self, base: LanguageModel, row: Row) -> Chosen:
         value = self._value(row.seed)
-        file = None
-        if row.target == "X":
-            path = self._work_dir / "maps" / f"X-baselines-{row.seed}.safetensors"
-            file = family_map(base, value, running_texts(self._items), path=path)
+        path = self._work_dir / "maps" / f"{row.target}-baselines-{row.seed}.safetensors"
+        file = family_map(base, value, running_texts(self._items), path=path)
         settings = settings_of(row.method)
         model = compose(base, value, maps=[file])
         if any(setting.temperature != 1 for setting in settings):

@@ -92,10 +92,8 @@ class LiftsLaboratory:
     def _figures(self, row: Row) -> dict[str, Any]:
         base = load_language_model(str(family_folder(row.target)))
         value = load_value(self._train(row.lift, row.seed))
-        file = None
-        if row.target == "X":
-            path = self._work_dir / "maps" / f"X-{row.lift}-{row.seed}.safetensors"
-            file = family_map(base, value, running_texts(self._items), path=path)
+        path = self._work_dir / "maps" / f"{row.target}-{row.lift}-{row.seed}.safetensors"
+        file = family_map(base, value, running_texts(self._items), path=path)
         model, fit = compose(base, value, maps=[file]), Calibration((1.0,), 1.0)
         record: dict[str, Any] = {}
         if row.lift == "calibrated":

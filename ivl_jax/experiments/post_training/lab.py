@@ -313,13 +313,10 @@ class PostTrainingLaboratory:
             # base + tuned − base: the tuned model, compared with the base that it was once.
             tuned = load_language_model(str(found))
             return compose(tuned), compose(base, tuned, base, strengths=[1.0, -1.0])
-        value, maps = load_value(found), [None]
-        if measurement.base == "X":
-            file = self._work_dir / "maps" / f"X-from-{found.parent.name}.safetensors"
-            if not file.exists():
-                family_map(base, value, running_texts(self._items), path=file)
-            maps = [file]
-        model = compose(base, value, maps=maps)
+        value = load_value(found)
+        path = self._work_dir / "maps" / f"{measurement.base}-{found.parent.name}.safetensors"
+        file = family_map(base, value, running_texts(self._items), path=path)
+        model = compose(base, value, maps=[file])
         return model, model
 
 
