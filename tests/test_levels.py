@@ -14,6 +14,7 @@ LEVELS = {
     "ivl_jax.manifest": 1,
     "ivl_jax.config": 0.5,
     "ivl_jax.compilation_cache": 0,
+    "ivl_jax.compiled_programs": 0,
     "ivl_jax.processes": 1.1,
     "ivl_jax.command_line": 1,
     "ivl_jax.token_bytes": 0,

@@ -28,6 +28,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from itertools import count, islice
 
+from ivl_jax.compiled_programs import program_limit
 from ivl_jax.decoding.batch import RowBatch
 from ivl_jax.decoding.capacity import BatchShape, CapacityPlanner, EngineLimits, Need, Waiting
 from ivl_jax.decoding.engine_model import EngineModel, EngineValue, ModelParts
@@ -69,6 +70,7 @@ class Engine:
             limits, model.context, model.row_multiple, cache_bytes=self._parts.cache_bytes
         )
         self._block = limits.prefill_block
+        self._programs = program_limit()
         self._ids = count()
         self._waiting: OrderedDict[int, Entry] = OrderedDict()
         self._needs = Waiting()
@@ -233,6 +235,7 @@ class Engine:
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
         if self.idle:
             return []
+        self._programs.keep()
         self._beginning = []
         try:
             # The host reads a first token before the next one is decoded: value networks with

@@ -169,5 +169,6 @@ def _order_threshold(scaled: Float[Array, "B V"], sampling: Sampling) -> Float[A
     top_p = sampling.top_p[:, None]
     # A running sum may round to 1 before the last token: top_p = 1 keeps all by definition.
     kept = (descending >= kth) & ((mass_before < top_p) | (top_p >= 1))
-    last = jnp.sum(kept, axis=-1, keepdims=True) - 1
+    # The likeliest token is kept even where float32 rounds top_p to 0.
+    last = jnp.maximum(jnp.sum(kept, axis=-1, keepdims=True) - 1, 0)
     return jnp.take_along_axis(descending, last, axis=-1)[:, 0]

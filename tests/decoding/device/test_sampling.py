@@ -76,6 +76,15 @@ def test_filters_equal_those_of_transformers(options):
     np.testing.assert_allclose(np.asarray(ours)[kept], shifted[kept], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("top_p", [1e-300, 1e-45, 1e-38, 1e-9])
+def test_the_smallest_top_p_keeps_the_likeliest_token_alone(top_p):
+    """Float32 rounds the first three to 0, which must not keep everything."""
+    logits = random_logits(3, 50)
+    kept = np.isfinite(filter_logits(logits, make_sampling(3, top_p=top_p)))
+    np.testing.assert_array_equal(kept.sum(axis=-1), 1)
+    np.testing.assert_array_equal(kept.argmax(axis=-1), likeliest(logits))
+
+
 def test_each_row_is_filtered_by_its_own_settings():
     logits = jnp.tile(random_logits(1, 50), (5, 1))
     mixed = make_sampling(
