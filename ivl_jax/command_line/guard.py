@@ -205,8 +205,10 @@ def _raising_package(error: BaseException) -> str:
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next
-    name = "" if place is None else str(place.tb_frame.f_globals.get("__name__", ""))
-    return name.split(".")[0]
+    names = {} if place is None else place.tb_frame.f_globals
+    # A module that `python -m` runs is called __main__, but knows its package.
+    name = names.get("__package__") or names.get("__name__", "")
+    return str(name).split(".")[0]
 
 
 def _message(error: Exception) -> str:

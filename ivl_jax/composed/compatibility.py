@@ -196,7 +196,8 @@ def _unknown_ids(base: ModelSource, value: ModelSource) -> tuple[int, ...]:
     except TokenizerMismatchError as error:
         raise TokenizerMismatchError(
             f"{error}. This builds the map:\n  {_build_command(base, value)}\n"
-            "Then pass its file along with the value network (infer.py: --map MAP.safetensors)"
+            "Then pass its file along with the value network: --map MAP.safetensors (ivl-serve: "
+            "--map NAME=MAP.safetensors)"
         ) from error
 
 

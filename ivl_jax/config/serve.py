@@ -163,6 +163,9 @@ def check_serve_config(config: ServeConfig) -> NamedModel:
         config.model, value=tuple(path for _, path in pairs) or ("none",), map=maps
     )
     problems = [*model_problems(model), *problems, *_name_problems(config.base_name, names)]
+    problems += [
+        f"--value {name}=: expected NAME=FOLDER" for name, path in pairs if name and not path
+    ]
     if config.values_dir and len(names) > config.max_values:
         problems.append(
             f"--value names {len(names)} value networks, more than --max-values {config.max_values}"
@@ -187,7 +190,7 @@ def is_model_name(name: str) -> bool:
 def _named(given: str) -> tuple[str, str]:
     """A value's name and path: NAME=PATH, or a path that is named after its folder."""
     name, separator, path = given.partition("=")
-    if separator and path and is_model_name(name):
+    if separator and is_model_name(name):
         return name, path
     parts = [part for part in PurePath(given).parts if part != "value"]
     return (parts[-1] if parts else given), given

@@ -202,7 +202,7 @@ def load_vocabulary_map(path: epath.PathLike) -> tuple[VocabularyMap, MapMetadat
     if not path.exists():
         raise VocabularyMapError(
             f"no vocabulary map at {path}; build one: "
-            + BUILD_COMMAND.format(base="BASE", value="VALUE", output=path)
+            + BUILD_COMMAND.format(base="BASE", value="VALUE/tokenizer", output=path)
         )
     content = read_bytes(path)
     try:

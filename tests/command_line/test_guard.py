@@ -62,6 +62,13 @@ def test_our_own_value_errors_are_messages_and_those_of_libraries_are_not(capsys
     assert "unexpected ValueError: invalid literal" in capsys.readouterr().err
 
 
+def test_an_error_of_a_module_that_python_runs_is_ours(capsys):
+    module = {"__name__": "__main__", "__package__": "ivl_jax.vocabulary"}
+    exec("def fail(_): raise ValueError('no such tokenizer')", module)
+    assert run_command("it", module["fail"], [], failure_status=1) == 1
+    assert capsys.readouterr().err == "it: no such tokenizer\n"
+
+
 def test_an_unexpected_error_is_one_line_and_its_traceback_is_kept(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert run_command("it.py", fail(KeyError("first\nsecond")), ["--flag", "a b"]) == 1

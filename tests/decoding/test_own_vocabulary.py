@@ -284,6 +284,7 @@ def test_maps_and_schemes_that_do_not_fit_are_refused_with_both_names(stories260
         compose(base, value)
     command = f"build --base-tokenizer {base.path} --value-tokenizer {value.path} --text TEXT"
     assert command in str(caught.value)
+    assert "ivl-serve: --map NAME=MAP.safetensors" in str(caught.value)
     with pytest.raises(VocabularyMapError, match="MAP was built for base b") as caught:
         compose(other, value, maps=[random_map(base, value)])
     assert other.path in str(caught.value)

@@ -20,6 +20,7 @@ from ivl_jax.config import ComposedModelConfig, ConfigError, ServeConfig, check_
         ({"base": ""}, {}, "--base is missing"),
         ({"value": ("runs/a/value", "runs/b/a")}, {}, "two models are named a: name them with"),
         ({"value": ("L=runs/a",)}, {}, "two models are named L"),
+        ({"value": ("a=",)}, {}, "cannot start:\n  - --value a=: expected NAME=FOLDER"),
         ({"value": ("a=x",), "map": ("x.safetensors",)}, {}, "expected NAME=FILE, with the name"),
         ({"value": ("a=x",), "map": ("b=x",)}, {}, "no --value is named b; found a"),
         ({"value": ("a=x",), "map": ("a=x", "a=y")}, {}, "--map a=y: a has a map already: x"),

@@ -140,7 +140,9 @@ def test_unusable_input_is_a_sentence_and_status_1(
         assert not output.exists()
     monkeypatch.setattr(sys, "argv", ["vocabulary", "show", str(output)])
     assert main() == 1
-    assert "no vocabulary map at" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "no vocabulary map at" in said
+    assert "--value-tokenizer VALUE/tokenizer" in said  # a value folder is not a tokenizer's
 
 
 @pytest.mark.slow
