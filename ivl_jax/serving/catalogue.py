@@ -239,7 +239,9 @@ class Catalogue:
         except ValueError as error:
             raise invalid(str(error), "logit_bias") from error
         try:
-            prepared = reader.prepare(list(prompts), options)
+            several = len(prompts) > 1
+            names = [f"{field}[{row}]" if several else field for row in range(len(prompts))]
+            prepared = reader.prepare(list(prompts), options, names=names)
         except PromptTooLongError as error:
             raise invalid(str(error), field, "context_length_exceeded") from error
         except (ChatTemplateError, ValueError, TypeError) as error:

@@ -253,6 +253,23 @@ def serve(prepared: Prepared) -> None:
         ends_at_once.set()
 
 
+class _Server(uvicorn.Server):
+    """Says what it waits for when it is told to stop."""
+
+    def __init__(self, config: uvicorn.Config, front: Front, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._front, self._drain_seconds = front, drain_seconds
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if running := self._front.in_flight:
+            logger.info(
+                "stopping; choices that still run or wait: %d; they have %g s (--drain-seconds)",
+                running,
+                self._drain_seconds,
+            )
+        await super().shutdown(sockets)
+
+
 def make_server(prepared: Prepared) -> uvicorn.Server:
     """Make what answers on the socket.
 
@@ -272,4 +289,4 @@ def make_server(prepared: Prepared) -> uvicorn.Server:
         lifespan="on",
         timeout_graceful_shutdown=max(1, round(flags.drain_seconds)),
     )
-    return uvicorn.Server(config)
+    return _Server(config, prepared.service.front, flags.drain_seconds)

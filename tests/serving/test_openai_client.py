@@ -61,9 +61,13 @@ def test_errors_are_the_packages_own_classes(client):
         with pytest.raises(openai.BadRequestError, match="token ids outside") as unknown:
             api.completions.create(model="mine", prompt="A", logit_bias={"512": 1})
         assert unknown.value.param == "logit_bias"
-        with pytest.raises(openai.BadRequestError, match="more than the context") as long:
-            api.completions.create(model="mine", prompt="word " * 600)
-        assert (long.value.param, long.value.code) == ("prompt", "context_length_exceeded")
+        long = "word " * 600
+        for prompt, name in [(long, "prompt"), (["A", long], r"prompt\[1\]")]:
+            message = f"- {name}: .* more than the context"
+            with pytest.raises(openai.BadRequestError, match=message) as refused:
+                api.completions.create(model="mine", prompt=prompt)
+            found = refused.value
+            assert (found.param, found.code) == ("prompt", "context_length_exceeded")
 
 
 def test_a_logit_bias_forces_a_token_in_its_own_request_alone(client):

@@ -1,5 +1,6 @@
 """The page at / in a real browser: send, stream, move the slider, see the text change."""
 
+import dataclasses
 import http.client
 import os
 import runpy
@@ -7,6 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+
+from tests.serving.conftest import running
 
 pytest.importorskip("starlette", reason="the extra `serve` is not installed")
 
@@ -87,9 +90,9 @@ def test_two_answers_stream_and_the_slider_changes_one_of_them(client, browser, 
     page.goto(f"http://127.0.0.1:{client.port}/")
     page.wait_for_selector("#strength-mine")
     page.locator("summary").click()
-    # What the server says: the longest context, its default number of tokens, the strengths.
+    # What the server says: the longest context, a quarter of the shortest, the strengths.
     shown = page.locator("#max-tokens")
-    assert (shown.get_attribute("max"), shown.input_value()) == ("512", "256")
+    assert (shown.get_attribute("max"), shown.input_value()) == ("512", "40")
     assert page.locator("#strength-mine").input_value() == "0.3"
     page.fill("#max-tokens", "16")
     ask(page, "Once upon a time")
@@ -138,7 +141,34 @@ def test_two_answers_stream_and_the_slider_changes_one_of_them(client, browser, 
     settled(page)
     ask(page, "And then?")
     assert len(answers(page)) == 4
+    # What was pointed at is in sight, also on a low screen.
+    page.set_viewport_size({"width": sizes[scheme]["width"], "height": 450})
+    page.locator(".token").first.hover()
+    assert page.locator("#token p").bounding_box()["y"] < 450
+    assert problems == []
+    # An answer that failed does not fail those after it.
+    ask(page, "Once upon a time " * 300)
+    errors = page.locator(".error")
+    assert errors.count() == 2
+    assert "or start a new conversation" in errors.first.inner_text()
+    ask(page, "And then?")
+    assert (len(answers(page)), errors.count()) == (8, 2)
     page.click("#reset")
     assert answers(page) == []
-    assert problems == []
+    assert page.locator("#status").inner_text() == "stories, and with mine, other"
     page.close()
+
+
+def test_the_page_shows_where_to_enter_the_servers_key(serve_config, browser):
+    with running(dataclasses.replace(serve_config, api_key="secret")) as client:
+        page = browser.new_page()
+        page.goto(f"http://127.0.0.1:{client.port}/")
+        status, key = page.locator("#status"), page.locator("#api-key")
+        status.get_by_text("the server asks for an API key").wait_for(timeout=10_000)
+        assert key.is_visible()
+        assert key.evaluate("key => key === document.activeElement")
+        for given, said in [("wrong", "this is not the server's API key"), ("secret", "stories, ")]:
+            key.fill(given)
+            key.press("Tab")
+            status.get_by_text(said).wait_for(timeout=10_000)
+        page.close()

@@ -19,8 +19,9 @@ from tests.serving.conftest import running
 
 
 def test_neither_a_stream_nor_a_load_nor_a_long_step_holds_up_the_end(
-    serve_config, tmp_path, monkeypatch
+    serve_config, tmp_path, monkeypatch, caplog
 ):
+    caplog.set_level("INFO")
     (tmp_path / "more").mkdir()
     config = dataclasses.replace(serve_config, values_dir=str(tmp_path), drain_seconds=1.0)
     over, waiting = threading.Event(), []
@@ -46,6 +47,7 @@ def test_neither_a_stream_nor_a_load_nor_a_long_step_holds_up_the_end(
                 time.sleep(0.01)
             start = time.monotonic()
         assert time.monotonic() - start < 20
+        assert "choices that still run or wait: 1; they have 1 s (--drain-seconds)" in caplog.text
     finally:
         over.set()
 

@@ -6,8 +6,10 @@
 const byId = (id) => document.getElementById(id);
 const ALTERNATIVES = 5;
 const STRONGEST = 4; // a change of this many nats has the full colour
+const MOST_TOKENS = 256;
 
 let base = "";
+let overview = "";
 let values = [];
 let turns = [];
 let running = [];
@@ -25,11 +27,12 @@ function headers() {
 }
 
 async function fail(response) {
-  let message = `status ${response.status}`;
+  const error = new Error(`status ${response.status}`);
+  error.status = response.status;
   try {
-    message = (await response.json()).error.message;
+    ({ message: error.message, code: error.code } = (await response.json()).error);
   } catch { /* not one of the server's own answers */ }
-  throw new Error(message);
+  throw error;
 }
 
 async function loadModels() {
@@ -37,7 +40,10 @@ async function loadModels() {
   if (!response.ok) await fail(response);
   const models = (await response.json()).data;
   base = models[0].id;
-  byId("max-tokens").max = Math.max(...models.map((model) => model.max_model_len));
+  const contexts = models.map((model) => model.max_model_len);
+  byId("max-tokens").max = Math.max(...contexts);
+  // A base alone may never end: what it writes leaves room for the next questions.
+  byId("max-tokens").value = Math.max(1, Math.min(MOST_TOKENS, Math.floor(Math.min(...contexts) / 4)));
   values = models
     .filter((model) => model.id.startsWith(`${base}+`))
     .map((model) => model.id.slice(base.length + 1));
@@ -53,9 +59,10 @@ async function loadModels() {
     input.addEventListener("change", answerAgain);
     return make("div", { class: "slider" }, make("label", { for: input.id }, name), input, shown);
   }));
-  byId("status").textContent = values.length
+  overview = values.length
     ? `${base}, and with ${values.join(", ")}`
     : `${base}; no value network is loaded`;
+  byId("status").textContent = overview;
 }
 
 function strengths() {
@@ -147,7 +154,8 @@ async function answer(turn, index, column) {
   cell.text.setAttribute("aria-busy", "true");
   cell.content = "";
   cell.ending = "";
-  const before = turns.slice(0, turns.indexOf(turn));
+  cell.failed = false;
+  const before = turns.slice(0, turns.indexOf(turn)).filter((one) => !one.cells[index].failed);
   const messages = [
     ...before.flatMap((one) => [
       { role: "user", content: one.question },
@@ -176,9 +184,11 @@ async function answer(turn, index, column) {
       }
     }
   } catch (error) {
-    const failed = error.name !== "AbortError";
-    ending = failed ? `answer failed: ${error.message}` : "answer stopped";
-    if (failed) cell.text.append(make("p", { class: "error" }, error.message));
+    cell.failed = error.name !== "AbortError";
+    const beyond = error.code === "context_length_exceeded" && before.length;
+    const message = beyond ? `${error.message}, or start a new conversation` : error.message;
+    ending = cell.failed ? `answer failed: ${message}` : "answer stopped";
+    if (cell.failed) cell.text.append(make("p", { class: "error" }, message));
   }
   if (cell.stopped === stopped) { // not replaced by a newer answer
     cell.text.setAttribute("aria-busy", "false");
@@ -233,10 +243,20 @@ byId("reset").addEventListener("click", () => {
   turns = [];
   byId("turns").replaceChildren();
   byId("token").replaceChildren();
+  byId("status").textContent = overview;
 });
 
 function start() {
-  loadModels().catch((error) => { byId("status").textContent = error.message; });
+  loadModels().catch((error) => {
+    let { message } = error;
+    if (error.status === 401) {
+      const key = byId("api-key");
+      message = key.value ? "this is not the server's API key" : "the server asks for an API key";
+      byId("settings").open = true;
+      key.focus();
+    }
+    byId("status").textContent = message;
+  });
 }
 byId("api-key").addEventListener("change", start);
 start();
