@@ -110,6 +110,7 @@ class PromptReader:
         """The tokens of a prompt, and whether the token that begins texts was in it already."""
         bos_id = self.base.info.bos_id
         if isinstance(prompt, str):
+            _require_characters(prompt)
             token_ids = list(self.base.tokenizer(prompt, verbose=False)["input_ids"])
             if token_ids[:2] == [bos_id, bos_id] and self._adds_bos:
                 return token_ids[1:], True
@@ -190,6 +191,17 @@ class PromptReader:
         strengths = prompt.options.strengths
         if strengths is not None and len(strengths) != len(self.values):
             raise ValueError(f"{len(strengths)} strengths for {len(self.values)} value network(s)")
+
+
+def _require_characters(text: str) -> None:
+    """Raise a ValueError for a lone surrogate, which JSON may hold and tokenizers do not take."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text has a lone surrogate, {text[error.start]!r}, at character {error.start}, "
+            "which is not a character: leave it out"
+        ) from error
 
 
 def make_prompt_reader(sources: ComposedSources) -> PromptReader:

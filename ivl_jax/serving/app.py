@@ -3,6 +3,7 @@
 In: a catalogue of models and the thread that decodes. Out: a Starlette application.
 """
 
+import asyncio
 import contextlib
 import functools
 import hmac
@@ -23,7 +24,7 @@ from ivl_jax.serving.bodies import Asked, read_chat, read_completion, read_value
 from ivl_jax.serving.catalogue import Catalogue, Chosen
 from ivl_jax.serving.connection import EventStream, read_json_body, unless_disconnected
 from ivl_jax.serving.engine_thread import ChoiceProgress, EngineThread
-from ivl_jax.serving.errors import ApiError
+from ivl_jax.serving.errors import ApiError, stopping
 from ivl_jax.serving.front import Front, Places
 from ivl_jax.serving.hosts import KnownHosts
 from ivl_jax.serving.metrics import CONTENT_TYPE, Metrics
@@ -318,6 +319,12 @@ class _Counted:
 
         try:
             await self._app(scope, receive, watched)
+        except asyncio.CancelledError:  # the server stops, and the request's time is up
+            if status != _CLIENT_LEFT:
+                raise
+            error = stopping()
+            answer = JSONResponse(error.body(), status_code=error.status, headers=error.headers)
+            await answer(scope, receive, watched)
         except Exception:
             status = 500
             raise

@@ -14,12 +14,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
 from ivl_jax.json_files import parse_json
-from ivl_jax.serving.errors import ApiError, invalid
+from ivl_jax.serving.errors import ApiError, invalid, stopping
 from ivl_jax.text_files import MalformedFileError
 
 _T = TypeVar("_T")
 # A body arrives in milliseconds; one that takes longer than this holds a connection open.
 _BODY_SECONDS = 30.0
+# For the last event of a stream that the server cancels: its client may not read.
+_GOODBYE_SECONDS = 1.0
 
 
 async def read_json_body(request: Request, *, most_bytes: int) -> Any:
@@ -107,14 +109,23 @@ class EventStream:
         longest: float,
     ) -> None:
         self._events, self._source, self._held, self._longest = events, source, held, longest
+        self._is_open = False  # whether the client waits for more of it
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
         del scope
-        with self._held, contextlib.suppress(ClientDisconnect, TimeoutError):
-            # A client may leave before the first event is asked for.
-            async with contextlib.aclosing(self._source), asyncio.timeout(self._longest):
-                await _race(receive, self._send(send))
+        try:
+            with self._held, contextlib.suppress(ClientDisconnect, TimeoutError):
+                # A client may leave before the first event is asked for.
+                async with contextlib.aclosing(self._source), asyncio.timeout(self._longest):
+                    await _race(receive, self._send(send))
+        except asyncio.CancelledError:
+            if not self._is_open:
+                raise
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_GOODBYE_SECONDS):
+                    await _send_data(send, _dump(stopping().body()))
+                    await self._close(send)
 
     async def _send(self, send: Send) -> None:
         headers = [
@@ -123,6 +134,7 @@ class EventStream:
             (b"x-accel-buffering", b"no"),
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
+        self._is_open = True
         async with contextlib.aclosing(self._events) as events:
             try:
                 async for event in events:
@@ -130,6 +142,10 @@ class EventStream:
                 await _send_data(send, "[DONE]")
             except ApiError as error:
                 await _send_data(send, _dump(error.body()))
+        await self._close(send)
+
+    async def _close(self, send: Send) -> None:
+        self._is_open = False
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

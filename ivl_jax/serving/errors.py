@@ -74,3 +74,14 @@ def _encodable(text: str) -> str:
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """A request that asks for something impossible (status 400)."""
     return ApiError(400, message, param=param, code=code)
+
+
+def stopping() -> ApiError:
+    """A request that the server has cancelled: it stops, and cannot wait any longer."""
+    return ApiError(
+        503,
+        "the server is stopping, and this request has not ended in the time that it had: try again "
+        "later",
+        code="unavailable",
+        headers={"Retry-After": "5"},
+    )

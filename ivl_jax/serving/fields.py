@@ -245,8 +245,8 @@ _COUNT: Schema = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 _TOKENS: Schema = {"type": "array", "items": _COUNT, "minItems": 1}
 _TEXT: Schema = {"type": "string"}
 
-COUNT = Kind(is_count, "an integer ≥ 0", _COUNT)
-POSITIVE = Kind(_is_positive, "an integer ≥ 1", {**_COUNT, "minimum": 1})
+COUNT = Kind(is_count, "an integer in [0, 2³¹)", _COUNT)
+POSITIVE = Kind(_is_positive, "an integer in [1, 2³¹)", {**_COUNT, "minimum": 1})
 SEED = Kind(
     _is_integer,
     "an integer in [0, 2³²)",

@@ -151,6 +151,8 @@ class ValueDesk:
             refuse_links_out(root, folder, field="folder")
             file = asked.map_file
             map_file = None if file is None else find_below(root, file, field="map")
+            if map_file is not None and not map_file.is_file():
+                raise invalid(f"map: {file!r:.200} is not a file", "map")
             return self._loader.check(folder, map_file, name=asked.name)
 
         checked = await self._in_worker(root, check)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import http.client
+import json
 import threading
 import time
 
@@ -50,6 +51,50 @@ def test_neither_a_stream_nor_a_load_nor_a_long_step_holds_up_the_end(
         assert "choices that still run or wait: 1; they have 1 s (--drain-seconds)" in caplog.text
     finally:
         over.set()
+
+
+def test_requests_that_the_end_cuts_off_get_an_error_of_their_own(
+    serve_config, monkeypatch, caplog
+):
+    """Status 503, or an error as a stream's last event; not 500, nor a traceback in the log."""
+    config = dataclasses.replace(serve_config, drain_seconds=1.0)
+    over, waiting, answers = threading.Event(), [], {}
+
+    def ask(client, **more):
+        answer = client.complete("mine", "A", max_tokens=200, temperature=0, **more)
+        answers["stream" if more else "whole"] = answer
+
+    try:
+        with running(config) as client:
+            engine = client.prepared.service.engine
+            step = engine._step
+
+            def blocked():
+                step()
+                if engine._engine.running == 2:  # both have begun
+                    waiting.append(1)
+                    over.wait(60)
+
+            monkeypatch.setattr(engine, "_step", blocked)
+            asking = [
+                threading.Thread(target=ask, args=(client,), kwargs=more)
+                for more in ({}, {"stream": True, "logprobs": 0})
+            ]
+            for one in asking:
+                one.start()
+            while not waiting:
+                time.sleep(0.01)
+        for one in asking:
+            one.join(20)
+    finally:
+        over.set()
+    status, body = answers["whole"]
+    assert (status, body["error"]["code"]) == (503, "unavailable")
+    status, text = answers["stream"]
+    *_, last = text.strip().split("\n\n")
+    assert status == 200
+    assert "the server is stopping" in json.loads(last.removeprefix("data: "))["error"]["message"]
+    assert "Traceback" not in caplog.text
 
 
 def test_what_threads_still_do_does_not_keep_the_process_alive(serve_config, monkeypatch):

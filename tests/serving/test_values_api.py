@@ -156,6 +156,7 @@ def test_a_value_in_use_stays_and_running_answers_are_not_disturbed(client, load
         ({"folder": "S.safetensors"}, 400, "is not a folder"),
         ({"folder": "broken"}, 400, "ivl.json"),
         ({"folder": "other/value", "map": "../m"}, 403, "map: '../m' is not below"),
+        ({"folder": "S", "map": "other"}, 400, "map: 'other' is not a file"),
         ({"folder": "S", "map": "other/value/ivl.json"}, 400, "ivl.json"),
         ({"folder": "S"}, 400, "vocabulary"),
         ({"name": "mine", "folder": "S"}, 409, "mine is the name of a model already"),
