@@ -145,6 +145,10 @@ def test_two_answers_stream_and_the_slider_changes_one_of_them(client, browser, 
     page.set_viewport_size({"width": sizes[scheme]["width"], "height": 450})
     page.locator(".token").first.hover()
     assert page.locator("#token p").bounding_box()["y"] < 450
+    page.locator("#question").blur()
+    page.locator("#question").focus()
+    box = page.locator("#question").bounding_box()
+    assert box["y"] + box["height"] <= page.locator(".shown").bounding_box()["y"]
     assert problems == []
     # An answer that failed does not fail those after it.
     ask(page, "Once upon a time " * 300)
