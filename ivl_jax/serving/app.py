@@ -341,12 +341,13 @@ class _Guarded:
     """Lets requests in that have the key."""
 
     def __init__(self, app: ASGIApp, api_key: str) -> None:
-        self._app, self._expected = app, f"Bearer {api_key}".encode() if api_key else b""
+        self._app, self._expected = app, api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._expected and scope["path"] not in _OPEN_PATHS:
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._expected):
+            scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+            # RFC 9110: the scheme's case does not count.
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(key, self._expected):
                 error = ApiError(
                     401,
                     "the API key is missing or wrong: send it as 'Authorization: Bearer …'",

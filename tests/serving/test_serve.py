@@ -378,6 +378,8 @@ def test_a_key_is_asked_for_and_a_dead_engine_is_said(serve_config, folders):
             assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
         key = {"authorization": "Bearer sesame"}
         assert client.send("GET", "/metrics", **key)[0] == 200
+        lower = {"authorization": "bearer sesame"}
+        assert client.send("GET", "/metrics", **lower)[0] == 200
         body = {"model": "stories", "prompt": "A", "max_tokens": 2}
         assert client.send("POST", "/v1/completions", body, **key)[0] == 200
 
