@@ -153,3 +153,17 @@ def test_xl_takes_the_variants_of_l_and_brackets_their_rates() -> None:
         assert {3e-5, 1e-4, 3e-4} <= rates
     assert chosen(tried, "XL", "both")["nll"].learning_rate == 1e-4
     assert not missing_runs(Stage("XL", "both", "as L"), tried)
+
+
+@pytest.mark.parametrize(("gained", "goes_on"), [(0.03, True), (0.01, False)])
+def test_a_run_is_lengthened_again_only_where_that_has_paid(gained: float, goes_on: bool) -> None:
+    start = Setting("S", "docstrings", learning_rate=1e-3, epochs=3.0)
+    tried: dict[Setting, Curve] = {
+        dataclasses.replace(start, learning_rate=rate, epochs=epochs): _curve(nll, 0.0, at=90)
+        for rate, epochs, nll in (
+            *((3e-4, 3.0, 3.5), (1e-3, 3.0, 3.0), (3e-3, 3.0, 3.5)),
+            *((3e-4, 10.0, 3.5), (1e-3, 10.0, 3.0 - gained), (3e-3, 10.0, 3.5)),
+        )
+    }
+    left = missing([start], tried)
+    assert [one.epochs for one in left] == ([30.0] if goes_on else [])

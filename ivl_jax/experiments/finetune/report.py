@@ -65,9 +65,10 @@ _INTRODUCTION = """## Fine-tuned references
 Made by `python -m ivl_jax.experiments.finetune_sweep`; every run with its validation curve is in
 [finetune_sweep.json](finetune_sweep.json) ({runs} runs). Each run is evaluated 20 times and stopped
 early twice: where the validation NLL is lowest, and where most of validation's facts are answered
-word for word. The grid grows until the best rate has been beaten by neither neighbour and a run is
-neither too short nor too long; *bracket* says which rates were tried beside the chosen one. *Step*
-is where it was stopped, as a share of the run. Test figures are means over seeds ± half their
+word for word. The grid grows until the best rate has been beaten by neither neighbour and the run
+is neither too long nor too short: a longer one is not tried where the last lengthening gained less
+than 0.02 nats and 2 points. *Bracket* says which rates were tried beside the chosen one. *Step* is
+where it was stopped, as a share of the run. Test figures are means over seeds ± half their
 range."""
 
 

@@ -20,6 +20,8 @@ LENGTHS = (1.0, 3.0, 10.0, 30.0)
 # A run whose best step is later than this share of its steps may have been too short, and one whose
 # best step is earlier than that too long: a schedule that ends there would have decayed its rate.
 _TOO_SHORT, _TOO_LONG = 0.75, 0.5
+# A run that is three times as long and gains less is long enough: nats per token, share of facts.
+_WORTH_IT: Mapping[Criterion, float] = {"nll": 0.02, "exact_match": 0.02}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +120,8 @@ def missing(starts: Sequence[Setting], tried: Mapping[Setting, Curve]) -> list[S
     """Settings to try before the best of a variant is enclosed, by either criterion.
 
     The rate next to the best one must have been tried on both sides. So must a longer run if the
-    best step was among the last ones, and a shorter one if it was among the first.
+    best step was among the last ones, unless the last lengthening gained little, and a shorter one
+    if it was among the first.
 
     Args:
         starts: Settings of one variant that are tried in any case.
@@ -136,10 +139,22 @@ def missing(starts: Sequence[Setting], tried: Mapping[Setting, Curve]) -> list[S
         last, at = tried[best][-1].step, best_point(tried[best], criterion).step
         wanted = [*_next(RATES, best.learning_rate, -1), *_next(RATES, best.learning_rate, 1)]
         found |= {dataclasses.replace(best, learning_rate=rate): None for rate in wanted}
-        lengths = _next(LENGTHS, best.epochs, 1) if at >= _TOO_SHORT * last else []
+        longer = at >= _TOO_SHORT * last and _lengthening_pays(best, tried, criterion)
+        lengths = _next(LENGTHS, best.epochs, 1) if longer else []
         lengths += _next(LENGTHS, best.epochs, -1) if at <= _TOO_LONG * last else []
         found |= {dataclasses.replace(best, epochs=epochs): None for epochs in lengths}
     return [setting for setting in found if setting not in tried]
+
+
+def _lengthening_pays(best: Setting, tried: Mapping[Setting, Curve], by: Criterion) -> bool:
+    """Whether the best setting is clearly better than all shorter ones; true if there are none."""
+    shorter = {one: curve for one, curve in tried.items() if one.epochs < best.epochs}
+    if not shorter:
+        return True
+    before, now = (
+        _cost(best_point(tried[one], by), by)[0] for one in (best_setting(shorter, by), best)
+    )
+    return before - now >= _WORTH_IT[by]
 
 
 def _next(ladder: Sequence[float], value: float, by: int) -> list[float]:
