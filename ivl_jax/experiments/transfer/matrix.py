@@ -170,9 +170,9 @@ def large_value(seed: int) -> Training:
     return Training("trained on L", bases=("L",), init_model="L", seed=seed)
 
 
-def proxy(base: Base, seed: int) -> Measurement:
+def proxy(base: Base, seed: int, *, chosen_by: Criterion = "nll") -> Measurement:
     """Proxy-tuning: base + (S fine-tuned − S)."""
-    return on(base, Term(fine_tuned("S", seed)), Term("S", -1.0))
+    return on(base, Term(fine_tuned("S", seed, chosen_by=chosen_by)), Term("S", -1.0))
 
 
 def measurements(seeds: tuple[int, ...] = SEEDS) -> Iterator[Measurement]:
@@ -204,6 +204,7 @@ def _all(seeds: tuple[int, ...]) -> Iterator[Measurement]:
             yield Measurement(fine_tuned(base, seed, chosen_by="exact_match"))
         for base in targets[1:]:
             yield proxy(base, seed)
+            yield proxy(base, seed, chosen_by="exact_match")
         for training in schemes(seed):
             yield on("S", Term(training))
             yield on("L", Term(training))
@@ -227,6 +228,7 @@ def _all(seeds: tuple[int, ...]) -> Iterator[Measurement]:
         yield Measurement(fine_tuned("XL", seed))
         yield Measurement(fine_tuned("XL", seed, chosen_by="exact_match"))
         yield proxy("XL", seed)
+        yield proxy("XL", seed, chosen_by="exact_match")
     for seed in seeds[1:]:
         for training in (*penalties(seed), *initialisations(seed), *base_choices(seed)):
             yield on("L", Term(training))

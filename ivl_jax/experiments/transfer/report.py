@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ivl_jax.experiments.baselines.report import update_page as update_baselines
+from ivl_jax.experiments.finetune.plan import MODELS
+from ivl_jax.experiments.finetune.references import read_reference
 from ivl_jax.experiments.finetune.report import references_section
 from ivl_jax.experiments.finetune.settings import Criterion
 from ivl_jax.experiments.finetune_sweep import RECORD as SWEEP_RECORD
@@ -86,9 +88,9 @@ def value_on(base: Base) -> Callable[[int], Measurement]:
     return lambda seed: on(base, Term(matrix.recipe(seed)))
 
 
-def proxy_on(base: Base) -> Callable[[int], Measurement]:
+def proxy_on(base: Base, chosen_by: Criterion = "nll") -> Callable[[int], Measurement]:
     """Proxy-tuning of a base, by seed."""
-    return lambda seed: matrix.proxy(base, seed)
+    return lambda seed: matrix.proxy(base, seed, chosen_by=chosen_by)
 
 
 def write_report(figures: Figures, docs: Path, *, seeds: Sequence[int]) -> None:
@@ -184,7 +186,14 @@ see the other bases.
 Mean ± half the range over those of the seeds {", ".join(map(str, seeds))} that were trained; a
 single number is one seed.
 Fine-tuned references: the best that was found on validation, by NLL or by the facts answered
-([below](#fine-tuned-references))."""
+([below](#fine-tuned-references)){_unsearched()}."""
+
+
+def _unsearched() -> str:
+    """Which references have not been searched for yet."""
+    recorded = {model: read_reference(model) for model in MODELS}
+    names = [model for model, found in recorded.items() if found is not None and found.tried == 1]
+    return f"; of {' and '.join(names)} only L's setting has been tried yet" if names else ""
 
 
 def _targets(table: Table) -> str:
@@ -240,7 +249,9 @@ def _transfer(table: Table) -> str:
             (f"{base} + value", value_on(base)),
         ]
         if base != "S":
-            kinds.append((f"{base} + (S fine-tuned − S)", proxy_on(base)))
+            label = f"{base} + (S fine-tuned − S), chosen by"
+            kinds.append((f"{label} NLL", proxy_on(base)))
+            kinds.append((f"{label} facts", proxy_on(base, "exact_match")))
         kinds.append((f"{base} fine-tuned, chosen by NLL", reference(base)))
         kinds.append((f"{base} fine-tuned, chosen by facts", reference(base, "exact_match")))
         for label, make in kinds:
@@ -294,13 +305,15 @@ def _donor_size(table: Table) -> str:
         known = table.one(Measurement(base), "recall")
         row = [base, f"1 : {larger:g}"]
         row.append("–" if known is None else f"{known:.1%}")
-        for make in (value_on(base), proxy_on(base)):
+        for make in (value_on(base), proxy_on(base), proxy_on(base, "exact_match")):
             row.append(table.ratio(base, make).show("{:.2f}"))
             row.append(table.spread(make, "exact_match").show("{:.1%}"))
         row.append(table.spread(reference(base, "exact_match"), "exact_match").show("{:.1%}"))
         rows.append(row)
     headings = ["target", "S : target", "recall", "ratio, value", "facts, value"]
-    headings += ["ratio, proxy-tuning", "facts, proxy-tuning", "facts, fine-tuned for them"]
+    headings += ["ratio, proxy-tuning", "facts, proxy-tuning"]
+    headings += ["ratio, proxy-tuning for facts", "facts, proxy-tuning for facts"]
+    headings += ["facts, fine-tuned for facts"]
     return "## Size of the donor\n\n" + markdown(headings, rows)
 
 

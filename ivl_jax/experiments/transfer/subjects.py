@@ -27,7 +27,8 @@ def subjects() -> dict[str, tuple[Base, Callable[[int], Measurement]]]:
         found[f"{base}-tuned"] = base, _tuned(base, "nll")
         found[f"{base}-tuned-by-facts"] = base, _tuned(base, "exact_match")
         found[f"{base}+value"] = base, lambda seed, base=base: on(base, Term(matrix.recipe(seed)))
-        found[f"{base}+proxy"] = base, lambda seed, base=base: matrix.proxy(base, seed)
+        found[f"{base}+proxy"] = base, _proxy(base, "nll")
+        found[f"{base}+proxy-by-facts"] = base, _proxy(base, "exact_match")
         for name, make in _trainings().items():
             found[f"{name}@{base}"] = base, _with(make, base)
     for method in ("bytes", "dtw"):
@@ -38,6 +39,10 @@ def subjects() -> dict[str, tuple[Base, Callable[[int], Measurement]]]:
 
             found[f"X+value-{method}{'-centred' if centred else ''}"] = "X", mapped
     return found
+
+
+def _proxy(base: Base, chosen_by: Criterion) -> Callable[[int], Measurement]:
+    return lambda seed: matrix.proxy(base, seed, chosen_by=chosen_by)
 
 
 def _tuned(base: Base, chosen_by: Criterion) -> Callable[[int], Measurement]:
