@@ -40,6 +40,7 @@ def test_programs_are_dropped_before_they_take_all_mappings(composed, monkeypatc
     caplog.set_level("INFO")
     limit = ProgramLimit()
     monkeypatch.setattr(engine, "program_limit", lambda: limit)
+    jax.clear_caches()  # of other tests in this process
     expected, all_kept = texts(composed), mappings()
     jax.clear_caches()
     least = mappings()
