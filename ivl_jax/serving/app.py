@@ -24,7 +24,7 @@ from ivl_jax.serving.bodies import Asked, read_chat, read_completion, read_value
 from ivl_jax.serving.catalogue import Catalogue, Chosen
 from ivl_jax.serving.connection import EventStream, read_json_body, unless_disconnected
 from ivl_jax.serving.engine_thread import ChoiceProgress, EngineThread
-from ivl_jax.serving.errors import ApiError, stopping
+from ivl_jax.serving.errors import ApiError, error_response, stopping
 from ivl_jax.serving.front import Front, Places
 from ivl_jax.serving.hosts import KnownHosts
 from ivl_jax.serving.metrics import CONTENT_TYPE, Metrics
@@ -275,7 +275,7 @@ def make_app(service: Service, *, api_key: str, framed_by: Sequence[str] = ()) -
 async def _api_error(request: Request, error: Exception) -> Response:
     del request
     assert isinstance(error, ApiError)
-    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
+    return error_response(error)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -322,9 +322,7 @@ class _Counted:
         except asyncio.CancelledError:  # the server stops, and the request's time is up
             if status != _CLIENT_LEFT:
                 raise
-            error = stopping()
-            answer = JSONResponse(error.body(), status_code=error.status, headers=error.headers)
-            await answer(scope, receive, watched)
+            await error_response(stopping())(scope, receive, watched)
         except Exception:
             status = 500
             raise
@@ -354,7 +352,6 @@ class _Guarded:
                     code="invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
                 )
-                response = JSONResponse(error.body(), status_code=401, headers=error.headers)
-                await response(scope, receive, send)
+                await error_response(error)(scope, receive, send)
                 return
         await self._app(scope, receive, send)

@@ -5,7 +5,6 @@ In: what `server.prepare` returned. Out: its port while it answers.
 
 import threading
 import time
-from types import TracebackType
 from typing import TypeVar
 
 from ivl_jax.serving.server import Prepared, make_server
@@ -50,10 +49,5 @@ class BackgroundServer:
     def __enter__(self: _Server) -> _Server:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()

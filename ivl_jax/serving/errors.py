@@ -6,6 +6,8 @@ In: a status and one sentence. Out: a response body `{"error": {message, type, p
 from collections.abc import Mapping
 from typing import Any
 
+from starlette.responses import JSONResponse
+
 _KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 _NO_ROOM = 507
 NO_RETRY = {"x-should-retry": "false"}
@@ -85,3 +87,8 @@ def stopping() -> ApiError:
         code="unavailable",
         headers={"Retry-After": "5"},
     )
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    """The answer that says an error."""
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)

@@ -9,10 +9,9 @@ server for that site, and lets its pages read every answer; but `Host` still has
 import ipaddress
 from collections.abc import Sequence
 
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ivl_jax.serving.errors import ApiError
+from ivl_jax.serving.errors import ApiError, error_response
 
 ANY_HOST = "*"
 """Allows every name."""
@@ -90,5 +89,4 @@ async def _refuse(host: str, scope: Scope, receive: Receive, send: Send) -> None
         "localhost or 127.0.0.1, or start it with --allowed-hosts and that name",
         code="host_not_allowed",
     )
-    response = JSONResponse(error.body(), status_code=error.status, headers=error.headers)
-    await response(scope, receive, send)
+    await error_response(error)(scope, receive, send)

@@ -7,8 +7,15 @@ import pytest
 from matplotlib.image import imread
 
 from ivl_jax.experiments.transfer import matrix
-from ivl_jax.experiments.transfer.matrix import Measurement, Term, measurements, on
-from ivl_jax.experiments.transfer.report import Spread, Table, reference, value_on, write_report
+from ivl_jax.experiments.transfer.matrix import (
+    Measurement,
+    Term,
+    measurements,
+    on,
+    reference,
+    value_on,
+)
+from ivl_jax.experiments.transfer.report import Spread, Table, write_report
 
 _FIGURES = {
     Measurement("L").name: {"nll": 4.0, "exact_match": 0.0, "recall": 0.9},

@@ -5,7 +5,7 @@ functions; a choice is always made from finished runs, so the sweep adapts and c
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from ivl_jax.experiments.finetune.settings import (
@@ -78,9 +78,22 @@ def missing_runs(stage: Stage, tried: Mapping[Setting, Curve]) -> list[Setting]:
         return _levers(stage, first)
     if stage.part == "as L":
         return _as_l(stage, first, chosen(tried, "L", stage.kinds))
-    starts = _starts(stage)
-    same = {one: curve for one, curve in first.items() if one.variant == starts[0].variant}
-    return missing(starts, same)
+    return _enclosed(_starts(stage), first)
+
+
+def finished(tried: Mapping[Setting, Curve], model: Model, kinds: Kinds) -> bool:
+    """Whether the search for a model's best setting on some demonstrations has ended.
+
+    Args:
+        tried: Finished runs.
+        model: The model.
+        kinds: The demonstrations.
+
+    Returns:
+        Whether no stage misses a run.
+    """
+    stages = [stage for stage in STAGES if (stage.model, stage.kinds) == (model, kinds)]
+    return not any(missing_runs(stage, tried) for stage in stages)
 
 
 def chosen(tried: Mapping[Setting, Curve], model: Model, kinds: Kinds) -> dict[Criterion, Setting]:
@@ -139,23 +152,29 @@ def _levers(stage: Stage, own: Mapping[Setting, Curve]) -> list[Setting]:
     if left:
         return left
     found: dict[Setting, None] = {}
+    best = {best_setting(own, criterion).variant for criterion in criteria(stage.kinds)}
     for start in starts:
-        same = {one: curve for one, curve in own.items() if one.variant == start.variant}
-        if any(best_setting(own, criterion) in same for criterion in criteria(stage.kinds)):
-            found |= dict.fromkeys(missing([start], same))
+        if start.variant in best:
+            found |= dict.fromkeys(_enclosed([start], own))
     return list(found)
 
 
 def _as_l(
     stage: Stage, own: Mapping[Setting, Curve], best: Mapping[Criterion, Setting]
 ) -> list[Setting]:
-    """The settings that were best for L; the better criterion's variant is enclosed by each."""
+    """The settings that were best for L by each criterion, enclosed for this model."""
     found: dict[Setting, None] = {}
     for setting in best.values():
         start = dataclasses.replace(setting, model=stage.model)
-        same = {one: curve for one, curve in own.items() if one.variant == start.variant}
-        found |= dict.fromkeys(missing([start], same))
+        found |= dict.fromkeys(_enclosed([start], own))
     return list(found)
+
+
+def _enclosed(starts: Sequence[Setting], own: Mapping[Setting, Curve]) -> list[Setting]:
+    """What is missing before the best setting of the variant of the starts is enclosed."""
+    variant = starts[0].variant
+    same = {one: curve for one, curve in own.items() if one.variant == variant}
+    return missing(starts, same)
 
 
 def _seeds(own: Mapping[Setting, Curve]) -> Iterator[Setting]:

@@ -18,7 +18,7 @@ from ivl_jax.config import TrainConfig
 from ivl_jax.decoding.compose import compose
 from ivl_jax.experiments.demonstrations import Item, items_hash, select
 from ivl_jax.experiments.family.continued import continue_pretraining, new_items
-from ivl_jax.experiments.finetune.plan import SEEDS, STAGES, chosen, missing_runs
+from ivl_jax.experiments.finetune.plan import SEEDS, STAGES, chosen, finished, missing_runs
 from ivl_jax.experiments.finetune.run import fine_tune, items_of, run_config, run_key
 from ivl_jax.experiments.finetune.settings import (
     Criterion,
@@ -199,11 +199,7 @@ class Sweep:
                         "criterion": criterion,
                         "setting": dataclasses.asdict(setting),
                         "step": best_point(tried[setting], criterion).step,
-                        "finished": not any(
-                            missing_runs(stage, tried)
-                            for stage in STAGES
-                            if (stage.model, stage.kinds) == (model, kinds)
-                        ),
+                        "finished": finished(tried, model, kinds),
                         "test": [
                             self._tested(one, criterion) | {"seed": one.seed}
                             for one in seeds
@@ -226,8 +222,7 @@ class Sweep:
         """
         tried = self.tried
         best = chosen(tried, model, "both")
-        stages = [stage for stage in STAGES if (stage.model, stage.kinds) == (model, "both")]
-        if not best or any(missing_runs(stage, tried) for stage in stages):
+        if not best or not finished(tried, model, "both"):
             return None
         alike = [one for one in tried if (one.model, one.kinds, one.seed) == (model, "both", 0)]
         return {

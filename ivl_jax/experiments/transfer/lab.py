@@ -61,6 +61,7 @@ class Laboratory:
         self._files = write_demonstrations(work_dir / "demonstrations", items)
         self._sweep = Sweep(work_dir / "references", config, items, xl=xl)
         self._test = select(items, "test")
+        self._test_sha256 = items_hash(self._test)
         self._validation = select(items, "validation")
         self._facts = [item for item in self._test if item.kind == "fact"]
 
@@ -149,7 +150,7 @@ class Laboratory:
 
     def _key(self, measurement: Measurement) -> dict[str, str]:
         """What a kept measurement has to be about."""
-        key = {"items_sha256": items_hash(self._test)}
+        key = {"items_sha256": self._test_sha256}
         if tuned := _tuned(measurement):
             key["fine_tuned"] = "; ".join(str(self.setting_of(one)) for one in tuned)
         return key
@@ -179,8 +180,9 @@ class Laboratory:
     def _reference_figures(self, training: Training) -> dict[str, Any]:
         """The recorded figures of a fine-tuned model; made again if they are of other items."""
         (model,) = training.bases
-        items_sha256 = items_hash(self._test)
-        recorded = read_reference(cast(Model, model), training.chosen_by, items_sha256=items_sha256)
+        recorded = read_reference(
+            cast(Model, model), training.chosen_by, items_sha256=self._test_sha256
+        )
         if recorded is not None and training.seed in recorded.tests:
             figures = recorded.tests[training.seed]
         else:

@@ -4,7 +4,7 @@ Out: `Training`s and `Measurement`s, plain records whose names are their keys. E
 differs from the demo's settings only in the fields it sets, so a row of a table is one change.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 from ivl_jax.config import PenaltyKind
@@ -173,6 +173,21 @@ def large_value(seed: int) -> Training:
 def proxy(base: Base, seed: int, *, chosen_by: Criterion = "nll") -> Measurement:
     """Proxy-tuning: base + (S fine-tuned − S)."""
     return on(base, Term(fine_tuned("S", seed, chosen_by=chosen_by)), Term("S", -1.0))
+
+
+def reference(base: Base, chosen_by: Criterion = "nll") -> Callable[[int], Measurement]:
+    """The base fine-tuned, by seed."""
+    return lambda seed: Measurement(fine_tuned(base, seed, chosen_by=chosen_by))
+
+
+def value_on(base: Base) -> Callable[[int], Measurement]:
+    """The documented recipe's value network with a base, by seed."""
+    return lambda seed: on(base, Term(recipe(seed)))
+
+
+def proxy_on(base: Base, chosen_by: Criterion = "nll") -> Callable[[int], Measurement]:
+    """Proxy-tuning of a base, by seed."""
+    return lambda seed: proxy(base, seed, chosen_by=chosen_by)
 
 
 def measurements(seeds: tuple[int, ...] = SEEDS) -> Iterator[Measurement]:

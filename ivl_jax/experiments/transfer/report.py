@@ -12,14 +12,22 @@ from ivl_jax.experiments.baselines.report import update_page as update_baselines
 from ivl_jax.experiments.finetune.plan import MODELS
 from ivl_jax.experiments.finetune.references import read_reference
 from ivl_jax.experiments.finetune.report import references_section
-from ivl_jax.experiments.finetune.settings import Criterion
 from ivl_jax.experiments.finetune_sweep import RECORD as SWEEP_RECORD
 from ivl_jax.experiments.lifts.report import update_page as update_lifts
 from ivl_jax.experiments.page_sections import markdown
 from ivl_jax.experiments.post_training.report import update_page as update_post_training
 from ivl_jax.experiments.real.report import update_real_section
 from ivl_jax.experiments.transfer import matrix
-from ivl_jax.experiments.transfer.matrix import Base, Measurement, Term, Training, on
+from ivl_jax.experiments.transfer.matrix import (
+    Base,
+    Measurement,
+    Term,
+    Training,
+    on,
+    proxy_on,
+    reference,
+    value_on,
+)
 from ivl_jax.experiments.transfer.notes import fill_notes
 from ivl_jax.experiments.transfer.plots import plot_penalties, plot_strengths, plot_transfer
 from ivl_jax.experiments.transfer.subjects import make_lookup
@@ -76,21 +84,6 @@ class Table:
             return Spread(())
         found = self.spread(make).values
         return Spread(tuple((alone - nll) / (alone - tuned.mean) for nll in found))
-
-
-def reference(base: Base, chosen_by: Criterion = "nll") -> Callable[[int], Measurement]:
-    """The base fine-tuned, by seed."""
-    return lambda seed: Measurement(matrix.fine_tuned(base, seed, chosen_by=chosen_by))
-
-
-def value_on(base: Base) -> Callable[[int], Measurement]:
-    """The documented recipe's value network with a base, by seed."""
-    return lambda seed: on(base, Term(matrix.recipe(seed)))
-
-
-def proxy_on(base: Base, chosen_by: Criterion = "nll") -> Callable[[int], Measurement]:
-    """Proxy-tuning of a base, by seed."""
-    return lambda seed: matrix.proxy(base, seed, chosen_by=chosen_by)
 
 
 def write_report(figures: Figures, docs: Path, *, seeds: Sequence[int]) -> None:

@@ -6,7 +6,6 @@ In: figures by the name of their measurement. Out: a lookup for `transfer.notes`
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ivl_jax.experiments.finetune.settings import Criterion
 from ivl_jax.experiments.transfer import matrix
 from ivl_jax.experiments.transfer.matrix import Base, Measurement, Term, Training, on
 from ivl_jax.experiments.transfer.notes import Lookup
@@ -24,11 +23,11 @@ def subjects() -> dict[str, tuple[Base, Callable[[int], Measurement]]]:
     found: dict[str, tuple[Base, Callable[[int], Measurement]]] = {}
     for base in _BASES:
         found[base] = base, lambda seed, base=base: Measurement(base)
-        found[f"{base}-tuned"] = base, _tuned(base, "nll")
-        found[f"{base}-tuned-by-facts"] = base, _tuned(base, "exact_match")
-        found[f"{base}+value"] = base, lambda seed, base=base: on(base, Term(matrix.recipe(seed)))
-        found[f"{base}+proxy"] = base, _proxy(base, "nll")
-        found[f"{base}+proxy-by-facts"] = base, _proxy(base, "exact_match")
+        found[f"{base}-tuned"] = base, matrix.reference(base)
+        found[f"{base}-tuned-by-facts"] = base, matrix.reference(base, "exact_match")
+        found[f"{base}+value"] = base, matrix.value_on(base)
+        found[f"{base}+proxy"] = base, matrix.proxy_on(base)
+        found[f"{base}+proxy-by-facts"] = base, matrix.proxy_on(base, "exact_match")
         for name, make in _trainings().items():
             found[f"{name}@{base}"] = base, _with(make, base)
     for method in ("bytes", "dtw"):
@@ -39,14 +38,6 @@ def subjects() -> dict[str, tuple[Base, Callable[[int], Measurement]]]:
 
             found[f"X+value-{method}{'-centred' if centred else ''}"] = "X", mapped
     return found
-
-
-def _proxy(base: Base, chosen_by: Criterion) -> Callable[[int], Measurement]:
-    return lambda seed: matrix.proxy(base, seed, chosen_by=chosen_by)
-
-
-def _tuned(base: Base, chosen_by: Criterion) -> Callable[[int], Measurement]:
-    return lambda seed: Measurement(matrix.fine_tuned(base, seed, chosen_by=chosen_by))
 
 
 def _with(make: Callable[[int], Training], base: Base) -> Callable[[int], Measurement]:
