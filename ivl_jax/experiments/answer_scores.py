@@ -1,14 +1,14 @@
 """Scores given answers under a composition and under its base alone.
 
 In: a composed model, questions and answers. Out: for each answer the log-probabilities of both, and
-the divergence between them.
+the divergence between them. Here the rows are laid out that every score of a given answer is of.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float64, Int
+from jaxtyping import Bool, Float64, Int
 
 from ivl_jax.data.chat import make_chat_format
 from ivl_jax.data.formats import Message
@@ -39,6 +39,29 @@ class AnswerScores(NamedTuple):
         return float(self.divergence.sum() / self.tokens.sum())
 
 
+def answer_rows(
+    model: ComposedModel, answers: Sequence[tuple[str, str]]
+) -> tuple[list[Row], list[Bool[np.ndarray, " _"]]]:
+    """Questions with their answers, as `score_rows` takes them.
+
+    Args:
+        model: The composition; the base's tokenizer makes the tokens.
+        answers: Question and answer.
+
+    Returns:
+        The rows, and which of each row's tokens after the first are the answer's, its end included.
+    """
+    asked = [(Message("user", question),) for question, _ in answers]
+    chat_format = make_chat_format(model.tokenizer)
+    rows, masks = [], []
+    for messages, prompt, (_, answer) in zip(asked, model.prepare(asked), answers, strict=True):
+        whole = chat_format.encode_dialogue((*messages, Message("assistant", answer)))
+        start = len(prompt.token_ids)
+        rows.append(Row([*prompt.token_ids, *whole.tokens[start:].tolist()], prompt=prompt))
+        masks.append(np.arange(1, len(rows[-1].token_ids)) >= start)
+    return rows, masks
+
+
 def score_answers(
     model: ComposedModel, answers: Sequence[tuple[str, str]], *, batch_size: int = 64
 ) -> AnswerScores:
@@ -52,19 +75,12 @@ def score_answers(
     Returns:
         The scores, in order.
     """
-    asked = [(Message("user", question),) for question, _ in answers]
-    prompts = model.prepare(asked)
-    chat_format = make_chat_format(model.tokenizer)
-    rows, lengths = [], []
-    for messages, prompt, (_, answer) in zip(asked, prompts, answers, strict=True):
-        whole = chat_format.encode_dialogue((*messages, Message("assistant", answer)))
-        ids = whole.tokens[len(prompt.token_ids) :].tolist()
-        rows.append(Row([*prompt.token_ids, *ids], prompt=prompt))
-        lengths.append(len(ids))
+    rows, masks = answer_rows(model, answers)
     sums = np.zeros((3, len(rows)), np.float64)
     for index, scores in score_rows(model, rows, batch_size=batch_size, with_base=True):
         assert scores.base is not None, "requested above"
         each = scores.tokens.log_prob, scores.base.log_prob, scores.base.divergence
-        sums[:, index] = [part[-lengths[index] :].sum(dtype=np.float64) for part in each]
+        sums[:, index] = [part[masks[index]].sum(dtype=np.float64) for part in each]
     log_prob, base_log_prob, divergence = sums
-    return AnswerScores(log_prob, base_log_prob, divergence, np.asarray(lengths))
+    lengths = np.asarray([int(mask.sum()) for mask in masks])
+    return AnswerScores(log_prob, base_log_prob, divergence, lengths)

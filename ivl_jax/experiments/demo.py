@@ -173,7 +173,7 @@ def compare(
         logger.info("measuring %s (%d of %d)", name, names.index(name) + 1, len(names))
         bar.update(task, description=f"measuring {name}")
         report["nll"][name] = response_nll(model, test, advance=lambda: bar.advance(task))
-        texts[name] = answers(model, facts, max_new_tokens=24, advance=lambda: bar.advance(task))
+        texts[name] = answers(model, facts, advance=lambda: bar.advance(task))
         report["exact_match"][name] = exact_match(texts[name], facts)
 
     with bar:

@@ -28,6 +28,7 @@ from ivl_jax.data.templates import standalone_template
 from ivl_jax.decoding.compose import compose
 from ivl_jax.experiments.demonstrations import Item, build_items, select, write_demonstrations
 from ivl_jax.experiments.kept_results import train_once
+from ivl_jax.experiments.measure import FACT_TOKENS
 from ivl_jax.json_files import read_json_object, write_json
 from ivl_jax.paths import write_atomically
 from ivl_jax.training.loop import run
@@ -200,7 +201,7 @@ def write_pairs(
         seed: Of sampling.
     """
     model = compose(str(family_folder("S")), str(value))
-    options = GenerationOptions(max_new_tokens=24, temperature=1.0, seed=seed)
+    options = GenerationOptions(max_new_tokens=FACT_TOKENS, temperature=1.0, seed=seed)
     asked = [(Message("user", item.question),) for item in items for _ in range(samples)]
     generations = model.generate_prepared(model.prepare(asked, options), batch_size=64)
     texts = [one.text for one in generations]

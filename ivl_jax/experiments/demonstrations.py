@@ -27,6 +27,11 @@ class Item(NamedTuple):
     group: str  # the person or the module; all items of a group are in the same split
     split: Split
 
+    @property
+    def given(self) -> tuple[str, str]:
+        """The question and its answer."""
+        return self.question, self.answer
+
 
 def build_items() -> list[Item]:
     """Every question on the facts and on this Python's docstrings (in train: some of them)."""

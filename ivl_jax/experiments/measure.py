@@ -8,18 +8,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool
 
 from ivl_jax.checkpoint import ValueNetwork
-from ivl_jax.data.chat import make_chat_format
 from ivl_jax.data.formats import Message
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.decoding.requests import GenerationOptions
-from ivl_jax.evaluation.scoring import Row, score_rows
+from ivl_jax.evaluation.scoring import score_rows
+from ivl_jax.experiments.answer_scores import answer_rows
 from ivl_jax.experiments.demonstrations import Item, select
 from ivl_jax.vocabulary.alignment import Method, build_vocabulary_map, named_tokenizer
 from ivl_jax.vocabulary.mapping import save_vocabulary_map
 from ivl_jax.weights.language_model import LanguageModel
+
+FACT_TOKENS = 24
+"""More than an answer about a fact has in any tokenizer of the family."""
 
 
 def response_nll(
@@ -42,7 +44,7 @@ def response_nll(
     Returns:
         Nats per token, over all answer tokens of all items.
     """
-    whole, masks = answer_rows(model, items)
+    whole, masks = answer_rows(model, [item.given for item in items])
     total = 0.0
     for index, scores in score_rows(model, whole, batch_size=rows, temperature=temperature):
         total -= float(scores.tokens.log_prob[masks[index]].sum(dtype=np.float64))
@@ -50,34 +52,11 @@ def response_nll(
     return total / sum(int(mask.sum()) for mask in masks)
 
 
-def answer_rows(
-    model: ComposedModel, items: Sequence[Item]
-) -> tuple[list[Row], list[Bool[np.ndarray, " _"]]]:
-    """Questions with their answers, as `score_rows` takes them.
-
-    Args:
-        model: The composition; the base's tokenizer makes the tokens.
-        items: Questions and answers.
-
-    Returns:
-        The rows, and which of each row's tokens after the first are the answer's, its end included.
-    """
-    prompts = model.prepare([_messages(item) for item in items])
-    chat_format = make_chat_format(model.tokenizer)
-    rows, masks = [], []
-    for item, prompt in zip(items, prompts, strict=True):
-        whole = chat_format.encode_dialogue((*_messages(item), Message("assistant", item.answer)))
-        start = len(prompt.token_ids)
-        rows.append(Row([*prompt.token_ids, *whole.tokens[start:].tolist()], prompt=prompt))
-        masks.append(np.arange(1, len(rows[-1].token_ids)) >= start)
-    return rows, masks
-
-
 def answers(
     model: ComposedModel,
     items: Sequence[Item],
     *,
-    max_new_tokens: int = 48,
+    max_new_tokens: int = FACT_TOKENS,
     batch_size: int = 64,
     advance: Callable[[], object] = lambda: None,
 ) -> list[str]:
@@ -104,6 +83,16 @@ def answers(
         texts.append(generation.text_of(item.question).strip())
         advance()
     return texts
+
+
+def share_answered(model: ComposedModel, facts: Sequence[Item]) -> float:
+    """The share of questions on facts that a composition answers greedily word for word, in [0, 1].
+
+    Args:
+        model: The composition.
+        facts: Questions with their answers.
+    """
+    return exact_match(answers(model, facts), facts)
 
 
 def exact_match(texts: Sequence[str], items: Sequence[Item]) -> float:

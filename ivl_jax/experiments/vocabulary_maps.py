@@ -30,7 +30,12 @@ from ivl_jax.decoding.requests import EncodedPrompt
 from ivl_jax.evaluation.byte_model import ByteReader
 from ivl_jax.evaluation.scoring import Row, score_rows
 from ivl_jax.experiments.demonstrations import Item, build_items, select
-from ivl_jax.experiments.measure import answers, exact_match, family_map, running_texts
+from ivl_jax.experiments.measure import (
+    exact_match,
+    family_map,
+    running_texts,
+    share_answered,
+)
 from ivl_jax.vocabulary.alignment import Method
 from ivl_jax.vocabulary.byte_paths import ByteModel, ComposedBytes, byte_nll, greedy_bytes
 from ivl_jax.vocabulary.samples import SAMPLE_TEXTS
@@ -39,7 +44,7 @@ from ivl_jax.weights.language_model import LanguageModel, load_language_model
 logger = logging.getLogger(__name__)
 
 _PROGRAM = "python -m ivl_jax.experiments vocabulary_maps"
-_ANSWER_TOKENS, _ANSWER_BYTES = 24, 96
+_ANSWER_BYTES = 96
 _BATCH = 16
 
 Figures = dict[str, float]
@@ -135,8 +140,7 @@ def compare_maps(
     figures: dict[str, Figures] = {}
     for name, model in {"X alone": compose(base), **mapped}.items():
         figures[name] = {kind: _token_nll(model, each) for kind, each in texts.items()}
-        found = answers(model, facts, max_new_tokens=_ANSWER_TOKENS)
-        figures[name]["exact_match"] = exact_match(found, facts)
+        figures[name]["exact_match"] = share_answered(model, facts)
         logger.info("%s: %s", name, figures[name])
     begin = _exact(base, trained_with, value, prune=options.prune)
     exact = {kind: _exact_nll(begin, each) for kind, each in texts.items()}

@@ -47,6 +47,7 @@ from ivl_jax.experiments.measure import (
     family_map,
     response_nll,
     running_texts,
+    share_answered,
 )
 from ivl_jax.experiments.transfer.lab import Laboratory
 from ivl_jax.experiments.transfer.matrix import fine_tuned, recipe
@@ -55,7 +56,6 @@ from ivl_jax.weights.language_model import LanguageModel, load_language_model
 
 logger = logging.getLogger(__name__)
 
-_ANSWER_TOKENS = 24
 _EDIT = {"learning_rate": 3e-4, "epochs": 5.0}
 """S on the target rows; not swept."""
 _FORGET = {"learning_rate": 1e-3, "epochs": 10.0}
@@ -114,7 +114,7 @@ class BaselinesLaboratory:
 
     def _figures(self, row: Row) -> dict[str, Any]:
         chosen = self._make(row)
-        texts = answers(chosen.model, self._facts, max_new_tokens=_ANSWER_TOKENS)
+        texts = answers(chosen.model, self._facts)
         record: dict[str, Any] = {"setting": chosen.setting}
         if row.method == "unlearned":
             record |= self._forgetting(chosen.model, texts)
@@ -122,9 +122,7 @@ class BaselinesLaboratory:
             record["nll"] = response_nll(chosen.model, self._test)
             record["exact_match"] = exact_match(texts, self._facts)
         if row.target == "L-continued":
-            asked = new_items()
-            texts = answers(chosen.model, asked, max_new_tokens=_ANSWER_TOKENS)
-            record["new_exact_match"] = exact_match(texts, asked)
+            record["new_exact_match"] = share_answered(chosen.model, new_items())
         return record
 
     def _file(self, row: Row) -> Path:

@@ -24,10 +24,9 @@ import numpy as np
 from ivl_jax.checkpoint import TrainCheckpointer
 from ivl_jax.config import TrainConfig, config_to_mapping
 from ivl_jax.data.batching import Batch
-from ivl_jax.data.chat import make_chat_format
-from ivl_jax.data.formats import Message
 from ivl_jax.decoding.compose import compose
-from ivl_jax.evaluation.scoring import Row, score_rows
+from ivl_jax.evaluation.scoring import score_rows
+from ivl_jax.experiments.answer_scores import answer_rows
 from ivl_jax.experiments.demonstrations import Item, items_hash, select, write_demonstrations
 from ivl_jax.experiments.family.continued import new_facts
 from ivl_jax.experiments.family.corpus import Corpus, Windows
@@ -142,16 +141,8 @@ class HeldOutAnswers:
         """
         self._model = model
         self._kinds = np.asarray([item.kind for item in items])
-        composed = compose(model)
-        asked = [(Message("user", item.question),) for item in items]
-        prompts = composed.prepare(asked)
-        chat_format = make_chat_format(model.tokenizer)
-        self._rows, self._lengths = [], []
-        for messages, prompt, item in zip(asked, prompts, items, strict=True):
-            whole = chat_format.encode_dialogue((*messages, Message("assistant", item.answer)))
-            ids = whole.tokens[len(prompt.token_ids) :].tolist()
-            self._rows.append(Row([*prompt.token_ids, *ids], prompt=prompt))
-            self._lengths.append(len(ids))
+        given = [item.given for item in items]
+        self._rows, self._masks = answer_rows(compose(model), given)
 
     def __call__(self, params: Params) -> dict[str, float | None]:
         """Score every answer.
@@ -169,10 +160,10 @@ class HeldOutAnswers:
         lost = np.zeros(len(self._rows))
         right = np.zeros(len(self._rows), bool)
         for index, scores in score_rows(composed, self._rows, batch_size=_ROWS):
-            answer = slice(-self._lengths[index], None)
+            answer = self._masks[index]
             lost[index] = -scores.tokens.log_prob[answer].sum(dtype=np.float64)
             right[index] = scores.tokens.largest[answer].all()
-        tokens = np.asarray(self._lengths)
+        tokens = np.asarray([int(mask.sum()) for mask in self._masks])
 
         def mean(chosen: np.ndarray) -> float | None:
             return float(lost[chosen].sum() / tokens[chosen].sum()) if chosen.any() else None

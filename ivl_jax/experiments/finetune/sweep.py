@@ -29,7 +29,7 @@ from ivl_jax.experiments.finetune.settings import (
     Setting,
     best_point,
 )
-from ivl_jax.experiments.measure import answers, exact_match, response_nll
+from ivl_jax.experiments.measure import response_nll, share_answered
 from ivl_jax.experiments.pretrain_family import XL_FOLDER
 from ivl_jax.json_files import write_json
 from ivl_jax.weights.language_model import load_language_model
@@ -37,7 +37,6 @@ from ivl_jax.weights.language_model import load_language_model
 logger = logging.getLogger(__name__)
 
 PROGRAM = "python -m ivl_jax.experiments.finetune_sweep"
-_ANSWER_TOKENS = 24
 _KINDS = ("fact", "docstring")
 
 
@@ -175,8 +174,7 @@ class Sweep:
         if setting.model == "L-continued":
             asked["new_exact_match"] = new_items()
         for name, facts in asked.items():
-            texts = answers(model, facts, max_new_tokens=_ANSWER_TOKENS)
-            figures[name] = exact_match(texts, facts)
+            figures[name] = share_answered(model, facts)
         file = self._test_file(setting, criterion)
         assert file is not None, "it has been run"
         write_json(file, figures, indent=2)

@@ -16,6 +16,7 @@ from ivl_jax.checkpoint import load_value
 from ivl_jax.config import TrainConfig
 from ivl_jax.decoding.compose import compose
 from ivl_jax.evaluation.calibration import Calibration, calibrate
+from ivl_jax.experiments.answer_scores import answer_rows
 from ivl_jax.experiments.baselines.lab import target_rows
 from ivl_jax.experiments.changed_config import with_options
 from ivl_jax.experiments.demo_post_training import export_value
@@ -24,12 +25,10 @@ from ivl_jax.experiments.family.corpus import load_corpus
 from ivl_jax.experiments.kept_results import kept_record, measure_once, train_once
 from ivl_jax.experiments.lifts.plan import CHANGES, Budget, Lift, Row, Split
 from ivl_jax.experiments.measure import (
-    answer_rows,
-    answers,
-    exact_match,
     family_map,
     response_nll,
     running_texts,
+    share_answered,
 )
 from ivl_jax.experiments.pretrain_family import Options, make_model
 from ivl_jax.experiments.transfer.lab import Laboratory
@@ -37,7 +36,6 @@ from ivl_jax.experiments.transfer.matrix import recipe
 from ivl_jax.training.loop import run
 from ivl_jax.weights.language_model import load_language_model
 
-_ANSWER_TOKENS = 24
 _ROWS_TOGETHER = 16
 
 
@@ -97,15 +95,15 @@ class LiftsLaboratory:
         model, fit = compose(base, value, maps=[file]), Calibration((1.0,), 1.0)
         record: dict[str, Any] = {}
         if row.lift == "calibrated":
-            fit = calibrate(model, *answer_rows(model, self._rows), batch_size=_ROWS_TOGETHER)
+            rows, masks = answer_rows(model, [item.given for item in self._rows])
+            fit = calibrate(model, rows, masks, batch_size=_ROWS_TOGETHER)
             model = dataclasses.replace(model, strengths=fit.strengths)
             record |= {"strength": fit.strengths[0], "temperature": fit.temperature}
         items = self._splits[row.split]
         record["nll"] = response_nll(model, items, temperature=fit.temperature)
         if row.split == "test":
             facts = [item for item in items if item.kind == "fact"]
-            texts = answers(model, facts, max_new_tokens=_ANSWER_TOKENS)
-            record["exact_match"] = exact_match(texts, facts)
+            record["exact_match"] = share_answered(model, facts)
         return record
 
     def _file(self, row: Row) -> Path:

@@ -49,7 +49,6 @@ from ivl_jax.weights.language_model import load_language_model
 
 logger = logging.getLogger(__name__)
 
-_ANSWER_TOKENS = 24
 _KEY = 10  # digits of a hash in a folder's name
 
 
@@ -104,8 +103,8 @@ class PostTrainingLaboratory:
     def _figures(self, measurement: Measurement) -> dict[str, Any]:
         items = select(self._facts, measurement.split)
         decoder, scorer = self._models(measurement)
-        texts = answers(decoder, items, max_new_tokens=_ANSWER_TOKENS)
-        scores = score_answers(scorer, [(item.question, item.answer) for item in items])
+        texts = answers(decoder, items)
+        scores = score_answers(scorer, [item.given for item in items])
         record = {
             "exact_match": exact_match(texts, items),
             "nll": scores.nll,
@@ -281,7 +280,7 @@ class PostTrainingLaboratory:
                 continue
             logger.info("%s answers %d questions", run.teacher.name, len(asked))
             teacher = Measurement(run.model, run.teacher)
-            texts = answers(self._models(teacher)[0], asked, max_new_tokens=_ANSWER_TOKENS)
+            texts = answers(self._models(teacher)[0], asked)
             given = zip(asked, texts, strict=True)
             write_questions(file, [item._replace(answer=text) for item, text in given if text])
 

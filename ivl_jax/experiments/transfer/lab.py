@@ -24,18 +24,16 @@ from ivl_jax.experiments.finetune.settings import Model, Setting, best_point
 from ivl_jax.experiments.finetune.sweep import PROGRAM, Sweep
 from ivl_jax.experiments.kept_results import kept_record, measure_once, train_once
 from ivl_jax.experiments.measure import (
-    answers,
-    exact_match,
     family_map,
     response_nll,
     running_texts,
+    share_answered,
 )
 from ivl_jax.experiments.pretrain_family import XL_FOLDER
 from ivl_jax.experiments.transfer.matrix import Base, Measurement, Training
 from ivl_jax.training.loop import run
 from ivl_jax.weights.language_model import LanguageModel, load_language_model
 
-_ANSWER_TOKENS = 24
 _LONG = 1 << 20  # more steps than any training has
 
 
@@ -160,16 +158,13 @@ class Laboratory:
         if isinstance(base, Training) and alone:
             return self._reference_figures(base)
         model = self._compose(measurement)
-        texts = answers(model, self._facts, max_new_tokens=_ANSWER_TOKENS)
         record = {
             "nll": response_nll(model, self._test),
             "validation_nll": response_nll(model, self._validation),
-            "exact_match": exact_match(texts, self._facts),
+            "exact_match": share_answered(model, self._facts),
         }
         if base == "L-continued":
-            asked = new_items()
-            texts = answers(model, asked, max_new_tokens=_ANSWER_TOKENS)
-            record["new_exact_match"] = exact_match(texts, asked)
+            record["new_exact_match"] = share_answered(model, new_items())
         if alone:
             known = [fact for fact in build_facts() if split_of_person(fact.person) == "test"]
             record["recall"] = recall(model, known)
