@@ -14,7 +14,7 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +39,7 @@ from ivl_jax.experiments.demonstrations import (
     write_demonstrations,
 )
 from ivl_jax.experiments.finetune.references import read_reference
-from ivl_jax.experiments.finetune.settings import Model
+from ivl_jax.experiments.finetune.settings import Criterion, Model
 from ivl_jax.experiments.measure import (
     answers,
     exact_match,
@@ -57,7 +57,16 @@ logger = logging.getLogger(__name__)
 _PROGRAM = "python -m ivl_jax.experiments.demo"
 
 TARGETS: tuple[Literal["L", "X"], ...] = ("L", "X")
+FINE_TUNED: Mapping[str, Criterion] = {
+    "-finetuned": "nll",
+    "-finetuned-for-facts": "exact_match",
+}
+"""Suffix of a recorded model's name → what its setting and step were chosen by."""
 _SHOWN = 4  # questions whose answers are printed
+_CHOSEN_BY: Mapping[Criterion, str] = {
+    "nll": "the lowest NLL",
+    "exact_match": "for facts, the most facts answered",
+}
 _MAP, _REPORT, _PLOT = "X-from-S.safetensors", "report.json", "transfer.png"
 _WRITTEN = {"demonstrations", "data", "training", _MAP, _REPORT, _PLOT}
 
@@ -119,9 +128,11 @@ def _beside(run_dir: Path) -> tuple[Path, Path]:
     return run_dir.with_name(f"{run_dir.name}.new"), run_dir.with_name(f"{run_dir.name}.previous")
 
 
-def recorded_finetune(model: Model, test: list[Item]) -> dict[str, float] | None:
+def recorded_finetune(
+    model: Model, test: list[Item], chosen_by: Criterion = "nll"
+) -> dict[str, float] | None:
     """NLL and exact match of a fine-tuned target, if measured on exactly these items."""
-    reference = read_reference(model, items_sha256=items_hash(test))
+    reference = read_reference(model, chosen_by, items_sha256=items_hash(test))
     if reference is None:
         return None
     return {figure: reference.mean(figure) for figure in ("nll", "exact_match")}
@@ -129,18 +140,22 @@ def recorded_finetune(model: Model, test: list[Item]) -> dict[str, float] | None
 
 def how_chosen(models: Sequence[Model]) -> str:
     """The footnote to the recorded figures: how the fine-tuned models were chosen."""
-    runs = []
-    for model in models:
-        if (found := read_reference(model)) is not None:
-            one = found.setting
-            runs.append(
-                f"{model}: {one.label}, learning rate {one.learning_rate:g}, {one.epochs:g} "
-                f"epochs, batch {one.batch_size}, the best of {found.tried}"
-            )
+    how = []
+    for criterion, words in _CHOSEN_BY.items():
+        runs = []
+        for model in models:
+            if (found := read_reference(model, criterion)) is not None:
+                one = found.setting
+                runs.append(
+                    f"{model}: {one.label}, learning rate {one.learning_rate:g}, {one.epochs:g} "
+                    f"epochs, batch {one.batch_size}, the best of {found.tried}"
+                )
+        if runs:
+            how.append(f"{words} ({'; '.join(runs)})")
     return (
         "recorded: fine-tuned on the same demonstrations in earlier runs, not in this one, and "
         "measured on the same questions; means over seeds. Of all settings and steps tried, those "
-        f"with the lowest NLL on the validation split were taken ({'; '.join(runs)}): "
+        f"were taken that had on the validation split {', and '.join(how)}: "
         "python -m ivl_jax.experiments.finetune_sweep"
     )
 
@@ -183,9 +198,10 @@ def compare(
             measure(base_name, compose(base))
             measure(f"{base_name}+value", compose(base, value, maps=[map_between]))
             if base_name in TARGETS:
-                recorded = recorded_finetune(base_name, test) or {"nll": None, "exact_match": None}
-                for figure, number in recorded.items():
-                    report[figure][f"{base_name}-finetuned"] = number
+                for kind, criterion in FINE_TUNED.items():
+                    found = recorded_finetune(base_name, test, criterion) or {}
+                    for figure in ("nll", "exact_match"):
+                        report[figure][base_name + kind] = found.get(figure)
                 report["transfer_ratio"][base_name] = transfer_ratio(report["nll"], base_name)
     if any(report["nll"][f"{target}-finetuned"] is not None for target in TARGETS):
         report["recorded"] = how_chosen(TARGETS)
@@ -270,11 +286,11 @@ def print_report(
     counts = ", ".join(f"{count} {kind}s" for kind, count in report["items"].items())
     table = Table(title="On held-out questions: " + counts)
     table.add_column("model")
-    table.add_column("response NLL (nats per token)", justify="right")
-    table.add_column("exact match on facts", justify="right")
+    table.add_column("NLL, nats per token", justify="right")
+    table.add_column("facts answered", justify="right")
     for name, nll in report["nll"].items():
         match = report["exact_match"][name]
-        recorded = name.endswith("-finetuned") and nll is not None
+        recorded = name.endswith(tuple(FINE_TUNED)) and nll is not None
         table.add_row(
             f"{name} (recorded)" if recorded else name,
             "n/a" if nll is None else f"{nll:.3f}",

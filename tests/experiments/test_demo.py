@@ -19,8 +19,22 @@ from ivl_jax.experiments.finetune.settings import Setting
 
 _TEST = [Item("Who?", "Someone does.", "fact", "someone", "test")]
 _REPORT = {
-    "nll": {"S": 4.4, "S+value": 3.4, "L": 3.9, "L+value": 3.0, "L-finetuned": 2.8},
-    "exact_match": {"S": 0.0, "S+value": 0.3, "L": 0.0, "L+value": 0.9, "L-finetuned": 0.95},
+    "nll": {
+        "S": 4.4,
+        "S+value": 3.4,
+        "L": 3.9,
+        "L+value": 3.0,
+        "L-finetuned": 2.8,
+        "L-finetuned-for-facts": 2.9,
+    },
+    "exact_match": {
+        "S": 0.0,
+        "S+value": 0.3,
+        "L": 0.0,
+        "L+value": 0.9,
+        "L-finetuned": 0.1,
+        "L-finetuned-for-facts": 0.95,
+    },
     "transfer_ratio": {"L": 0.8},
     "items": {"fact": 1, "docstring": 0},
 }
@@ -105,6 +119,7 @@ def test_answers_stand_beside_the_right_one_and_recorded_figures_have_a_footnote
     assert "right answer" in shown
     assert shown.count("Someone does.") == 2  # the right answer, and that of S+value
     assert "L-finetuned (recorded)" in shown
+    assert "L-finetuned-for-facts (recorded)" in shown
     assert "recorded: long ago" in shown
 
 
@@ -129,11 +144,19 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_the_footnote_says_how_the_recorded_models_were_chosen(recorded: dict[str, Any]) -> None:
     note = demo.how_chosen(["L"])
-    assert "lowest NLL on the validation split" in note
+    assert "facts answered" not in note
     assert (
-        "(L: full, 4 rows of statements per step, learning rate 0.001, 3 epochs, batch 4, "
-        "the best of 7)"
+        "on the validation split the lowest NLL (L: full, 4 rows of statements per step, "
+        "learning rate 0.001, 3 epochs, batch 4, the best of 7)"
     ) in note
+    by_facts = recorded["chosen"]["nll"] | {
+        "setting": recorded["chosen"]["nll"]["setting"] | {"epochs": 10.0}
+    }
+    recorded["chosen"]["exact_match"] = by_facts
+    references.record_file("L").write_text(json.dumps(recorded), "utf-8")
+    note = demo.how_chosen(["L"])
+    assert "best of 7), and for facts, the most facts answered (L: full, 4 rows" in note
+    assert "0.001, 10 epochs" in note
 
 
 def test_a_fine_tune_recorded_on_other_items_is_not_used(
@@ -158,7 +181,8 @@ def test_the_shipped_references_are_on_both_kinds_of_demonstrations(model: Any) 
 def test_the_figure_is_drawn_with_and_without_the_fine_tune(recorded: bool, tmp_path: Path) -> None:
     report = json.loads(json.dumps(_REPORT))
     if not recorded:
-        report["nll"]["L-finetuned"] = report["exact_match"]["L-finetuned"] = None
+        for kind in demo.FINE_TUNED:
+            report["nll"][f"L{kind}"] = report["exact_match"][f"L{kind}"] = None
         report["transfer_ratio"]["L"] = None
     else:
         report["recorded"] = "recorded: long ago"
