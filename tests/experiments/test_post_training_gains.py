@@ -5,7 +5,8 @@ import statistics
 
 import pytest
 
-from ivl_jax.experiments.post_training.gains import LEAST_GAIN, Estimate, Table, by_itself, on
+from ivl_jax.experiments.estimate import Estimate
+from ivl_jax.experiments.post_training.gains import LEAST_GAIN, Table, by_itself, on
 from ivl_jax.experiments.post_training.plan import (
     SEEDS,
     Measurement,

@@ -24,8 +24,8 @@ from ivl_jax.experiments.baselines.plan import (
     Row,
     Target,
 )
+from ivl_jax.experiments.estimate import ABSENT, Estimate
 from ivl_jax.experiments.page_sections import markdown, put_section, wrapped
-from ivl_jax.experiments.post_training.gains import ABSENT, Estimate
 from ivl_jax.experiments.transfer.matrix import RECORD as MATRIX_RECORD
 from ivl_jax.experiments.transfer.matrix import Base, Measurement, fine_tuned, proxy
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ivl_jax.experiments.estimate import ABSENT, Estimate
 from ivl_jax.experiments.lifts.plan import (
     ADAPTED_RATE,
     BASE_DROPOUT,
@@ -20,7 +21,6 @@ from ivl_jax.experiments.lifts.plan import (
     mean_nll,
 )
 from ivl_jax.experiments.page_sections import markdown, put_section_of, wrapped
-from ivl_jax.experiments.post_training.gains import ABSENT, Estimate
 
 RECORD = "lifts.json"
 BEGIN = "<!-- lifts: python -m ivl_jax.experiments lifts -->"

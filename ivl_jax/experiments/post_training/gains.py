@@ -3,13 +3,11 @@
 In: figures by the name of their measurement. Out: `Estimate`s, empty where a figure is missing.
 """
 
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from scipy.stats import t as student_t
-
+from ivl_jax.experiments.estimate import Estimate
 from ivl_jax.experiments.post_training.plan import (
     Kind,
     Measurement,
@@ -18,49 +16,12 @@ from ivl_jax.experiments.post_training.plan import (
     value_on,
 )
 
-ABSENT = "–"
-CONFIDENCE = 0.95
 # One standard error of the difference between two shares of 300 questions is up to 4 points.
 LEAST_GAIN = 0.05
 Figures = Mapping[str, Mapping[str, Any]]
 Make = Callable[[int], Measurement]
 # Of a base as it is: no answer has gained more over it than another.
 _UNTRAINED = {"pair_accuracy": 0.5}
-
-
-class Estimate(NamedTuple):
-    """A figure over seeds."""
-
-    values: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        """Arithmetic mean."""
-        return statistics.fmean(self.values)
-
-    @property
-    def half_width(self) -> float:
-        """Half of the 95 % t interval of the mean; 0 for a single seed, which has none.
-
-        >>> round(Estimate((1.0, 2.0, 3.0)).half_width, 3)
-        2.484
-        """
-        count = len(self.values)
-        if count < 2:
-            return 0.0
-        quantile = float(student_t.ppf((1 + CONFIDENCE) / 2, count - 1))
-        return quantile * statistics.stdev(self.values) / math.sqrt(count)
-
-    def show(self, form: str = "{:.3f}") -> str:
-        """The mean, and with several seeds half of the interval.
-
-        >>> Estimate((0.5,)).show("{:.1%}"), Estimate(()).show()
-        ('50.0%', '–')
-        """
-        if not self.values:
-            return ABSENT
-        shown = form.format(self.mean)
-        return f"{shown} ± {form.format(self.half_width)}" if len(self.values) > 1 else shown
 
 
 class Table:

@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ivl_jax.experiments.estimate import ABSENT, Estimate
 from ivl_jax.experiments.family.facts import questions_about_strangers
 from ivl_jax.experiments.page_sections import markdown, put_section_of, wrapped
 from ivl_jax.experiments.post_training.gains import (
-    ABSENT,
     LEAST_GAIN,
-    Estimate,
     Make,
     Table,
     by_itself,

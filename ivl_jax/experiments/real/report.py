@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ivl_jax.experiments.estimate import ABSENT
 from ivl_jax.experiments.page_sections import markdown, put_section_of, wrapped
-from ivl_jax.experiments.post_training.gains import ABSENT
 from ivl_jax.experiments.real.items import KINDS
 from ivl_jax.experiments.real.subjects import SUBJECTS, Subject
 
