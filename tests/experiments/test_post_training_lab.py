@@ -10,12 +10,12 @@ import pytest
 
 from ivl_jax.assets import family_folder
 from ivl_jax.config.train import check_train_config
+from ivl_jax.experiments import settings_key as settings_key_module
 from ivl_jax.experiments.demonstrations import Item
 from ivl_jax.experiments.family.facts import Split as FactSplit
 from ivl_jax.experiments.family.facts import questions_about_strangers
-from ivl_jax.experiments.post_training import configs as post_training_configs
 from ivl_jax.experiments.post_training import lab as post_training_lab
-from ivl_jax.experiments.post_training.configs import Settings, _changed, settings_key
+from ivl_jax.experiments.post_training.configs import Settings
 from ivl_jax.experiments.post_training.lab import PostTrainingLaboratory
 from ivl_jax.experiments.post_training.plan import (
     ALONE_RATES,
@@ -29,6 +29,7 @@ from ivl_jax.experiments.post_training.plan import (
     value_on,
 )
 from ivl_jax.experiments.post_training.study import record_of
+from ivl_jax.experiments.settings_key import _changed, settings_key
 
 SPLITS: list[FactSplit] = [
     *(["train"] * 60),
@@ -205,12 +206,12 @@ def test_what_other_weights_of_the_family_made_is_made_again(
     """Every value network starts from S; L and X are only bases of it here."""
     for base in ("S", "L", "X"):
         made.measure(value_on(base, "sft", 0))
-    weights = post_training_configs.family_weights
+    weights = settings_key_module.family_weights
 
     def other(name):
         return "other" if name == model else weights(name)
 
-    for module in (post_training_configs, post_training_lab):
+    for module in (settings_key_module, post_training_lab):
         monkeypatch.setattr(module, "family_weights", other)
     anew = Made(tmp_path)  # the weights do not change while a laboratory works
     lost = {base for base in ("S", "L", "X") if anew.kept(value_on(base, "sft", 0)) is None}

@@ -1,22 +1,16 @@
-"""The config of each training of the post-training study, and the key of what it makes.
+"""The config of each training of the post-training study.
 
-In: a `Run`, and the files that it reads. Out: the demo config of its kind with the study's changes,
-and a hash of it, under which the result is kept.
+In: a `Run`, and the files that it reads. Out: the demo config of its kind with the study's changes.
 """
 
 import dataclasses
-import functools
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ivl_jax.assets import config_file, family_folder
 from ivl_jax.config import BaseConfig, TrainConfig, load_config
-from ivl_jax.config.files import config_to_mapping
-from ivl_jax.experiments.post_training.plan import MODELS, Kind, Model, Run
-from ivl_jax.weights.fingerprint import weights_fingerprint
+from ivl_jax.experiments.post_training.plan import Kind, Run
 
 _CONFIGS: dict[Kind, str] = {
     "sft": "demo.toml",
@@ -32,7 +26,6 @@ DPO_EPOCHS = 2.0
 # The demo's 10 passes over the training questions alone leave half of the facts behind.
 _FOLD_EPOCHS = 3.0
 _EVALUATE_EVERY = 100
-_UNKEYED = ("run_dir", "resume", "logging", "compilation_cache", "profile", "processes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,49 +121,6 @@ def _distil(config: TrainConfig, run: Run, teacher: Path | None) -> Any:
         return dataclasses.replace(config.distil, teacher=str(teacher), values=())
     base = str(family_folder(run.model))
     return dataclasses.replace(config.distil, teacher=base, values=(str(teacher),))
-
-
-@functools.cache
-def family_weights(model: Model) -> str:
-    """SHA-256 of a family model's weights, by which results on others are told apart."""
-    return weights_fingerprint(family_folder(model))
-
-
-def settings_key(config: TrainConfig, *, work_dir: Path) -> str:
-    """A hash of everything in a config that its result depends on.
-
-    Fields that have their defaults do not count: a later version's new field changes no key. Models
-    of the family count by their weights.
-
-    Args:
-        config: Of a run; the names of the files it reads identify their content.
-        work_dir: Of the study: where it lies does not count.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    mapping = _changed(config_to_mapping(config), config_to_mapping(TrainConfig()))
-    text = json.dumps({k: x for k, x in mapping.items() if k not in _UNKEYED}, sort_keys=True)
-    names = {work_dir: "WORK"}
-    names |= {family_folder(model): f"{model} {family_weights(model)}" for model in MODELS}
-    for folder, name in names.items():
-        text = text.replace(json.dumps(str(folder))[1:-1], name)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _changed(mapping: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries that differ from the defaults, at every level."""
-    found = {}
-    for key, value in mapping.items():
-        default = defaults.get(key)
-        if isinstance(value, dict) and isinstance(default, dict):
-            value = _changed(value, default)
-            if not value:
-                continue
-        elif value == default:
-            continue
-        found[key] = value
-    return found
 
 
 def shown_settings(configs: Mapping[str, TrainConfig]) -> dict[str, dict[str, Any]]:

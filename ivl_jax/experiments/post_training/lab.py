@@ -33,8 +33,6 @@ from ivl_jax.experiments.post_training.configs import (
     Inputs,
     Settings,
     config_of,
-    family_weights,
-    settings_key,
 )
 from ivl_jax.experiments.post_training.pair_figures import pair_figures
 from ivl_jax.experiments.post_training.plan import (
@@ -45,6 +43,7 @@ from ivl_jax.experiments.post_training.plan import (
     best_rate,
     sweeps,
 )
+from ivl_jax.experiments.settings_key import family_weights, settings_key
 from ivl_jax.weights.language_model import load_language_model
 
 logger = logging.getLogger(__name__)

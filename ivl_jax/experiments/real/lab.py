@@ -17,7 +17,6 @@ from ivl_jax.decoding.prompt_files import folder_fingerprint
 from ivl_jax.experiments.demonstrations import Item, items_hash, select, write_demonstrations
 from ivl_jax.experiments.finetune.run import fine_tune
 from ivl_jax.experiments.kept_results import train_once
-from ivl_jax.experiments.post_training.configs import settings_key
 from ivl_jax.experiments.real.configs import (
     family_value_config,
     healing_config,
@@ -36,6 +35,7 @@ from ivl_jax.experiments.real.items import of_kind
 from ivl_jax.experiments.real.layer_sibling import make_sibling
 from ivl_jax.experiments.real.settings import Budget, Stage
 from ivl_jax.experiments.real.text import Writing, write_dialogues
+from ivl_jax.experiments.settings_key import settings_key
 from ivl_jax.json_files import write_json
 from ivl_jax.training.loop import run
 from ivl_jax.weights.language_model import load_language_model
