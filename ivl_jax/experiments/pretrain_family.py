@@ -2,11 +2,12 @@
 
 In: this Python's standard library and the invented facts. Out: the folders S, L and X with
 weights, config, tokenizer and a manifest of how they were made; with `--model XL` a larger target,
-which is not shipped. A second run resumes an interrupted one.
+which is not shipped. A second run resumes an interrupted one, and keeps what the first finished.
 """
 
 import dataclasses
 import functools
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,13 @@ from ivl_jax.command_line.flags import parse_flags
 from ivl_jax.command_line.guard import long_run_command
 from ivl_jax.experiments.family.corpus import Corpus, load_corpus
 from ivl_jax.experiments.family.facts import statement_documents
-from ivl_jax.experiments.family.pretraining import Pace, Schedule, pretrain, write_model
+from ivl_jax.experiments.family.pretraining import (
+    Pace,
+    Schedule,
+    pretrain,
+    run_identity,
+    write_model,
+)
 from ivl_jax.experiments.family.tokenizers import (
     CONTEXT,
     save_wrapped_tokenizer,
@@ -61,6 +68,7 @@ RECIPES: dict[str, Recipe] = {
 }
 _SHIPPED = ("S", "L", "X")
 XL_FOLDER = Path("runs/family/XL")
+_START = "random"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +140,7 @@ def make_tokenizer(name: str, corpus: Corpus, *, work_dir: Path) -> PreTrainedTo
 
 
 def make_model(name: str, corpus: Corpus, options: Options) -> dict[str, Any]:
-    """Trains one model of the family and writes its folder.
+    """Trains one model of the family and writes its folder, unless this very run has written it.
 
     Args:
         name: Key of `RECIPES`.
@@ -141,6 +149,9 @@ def make_model(name: str, corpus: Corpus, options: Options) -> dict[str, Any]:
 
     Returns:
         The manifest.
+
+    Raises:
+        ConfigError: The work directory has checkpoints of another run.
     """
     recipe = RECIPES[name]
     epochs = options.epochs or recipe.epochs
@@ -148,14 +159,24 @@ def make_model(name: str, corpus: Corpus, options: Options) -> dict[str, Any]:
     ids: Any = tokenizer  # its declared type for token ids is a broad union
     config = architecture(recipe, bos=ids.bos_token_id, eos=ids.eos_token_id)
     arch = ArchConfig.from_hf(config)
+    schedule = Schedule(epochs, recipe.rows, recipe.learning_rate, recipe.rest_rate)
+    folder = XL_FOLDER if name == "XL" else family_folder(cast(Any, name))
+    if options.out is not None:
+        folder = options.out / name
+    identity = run_identity(arch, tokenizer, corpus, schedule, seed=options.seed, start=_START)
+    if (kept := _finished(folder, identity)) is not None:
+        logger.info("%s: %s is the result of this run already; delete it to repeat", name, folder)
+        return kept
+    checkpoints = options.work_dir / name
     params, record = pretrain(
         name,
         arch,
         tokenizer,
         corpus,
-        Schedule(epochs, recipe.rows, recipe.learning_rate, recipe.rest_rate),
+        schedule,
         begin=functools.partial(init_params, arch, jax.random.key(options.seed)),
-        work_dir=options.work_dir / name,
+        start=_START,
+        work_dir=checkpoints,
         seed=options.seed,
         pace=Pace(options.checkpoint_every, options.log_every),
     )
@@ -164,11 +185,15 @@ def make_model(name: str, corpus: Corpus, options: Options) -> dict[str, Any]:
         "command": f"python -m ivl_jax.experiments.pretrain_family --model {name}",
         "recipe": recipe._asdict() | {"epochs": epochs},
     } | record
-    folder = XL_FOLDER if name == "XL" else family_folder(cast(Any, name))
-    if options.out is not None:
-        folder = options.out / name
-    write_model(folder, arch, config, params, tokenizer, manifest)
+    write_model(folder, arch, config, params, tokenizer, manifest, checkpoints=checkpoints)
     return manifest
+
+
+def _finished(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of a folder that was made by a run with this identity."""
+    file = folder / "manifest.json"
+    manifest = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return manifest if identity.items() <= manifest.items() else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,6 +4,7 @@ import pytest
 
 from ivl_jax.experiments.family.corpus import SourceFile
 from ivl_jax.experiments.family.docstrings import docstring_pairs, split_of_module
+from ivl_jax.experiments.family.facts import Split
 
 _SOURCE = '''
 raise SystemExit("never imported")
@@ -60,9 +61,24 @@ def test_a_copied_docstring_and_a_tiny_one_are_left_out() -> None:
     assert "short" not in questions
 
 
-def test_a_module_is_on_one_side_of_the_split() -> None:
-    pairs = docstring_pairs([SourceFile("pack/age/__init__.py", _SOURCE)])
-    assert {pair.split for pair in pairs} == {split_of_module("pack.age")}
+def _module_of(split: Split, name: str) -> SourceFile:
+    """The module of that split with two docstrings: one that other modules have too."""
+    module = next(f"m{n}" for n in range(1000) if split_of_module(f"m{n}") == split)
+    copied = "Return what every one of them returns."
+    text = f'def copied():\n    """{copied}"""\n\ndef own():\n    """Only in {name} module."""\n'
+    return SourceFile(f"{module}.py", text)
+
+
+def test_a_module_is_on_one_side_of_the_split_and_no_answer_on_two() -> None:
+    splits: tuple[Split, ...] = ("test", "train", "validation")
+    files = [_module_of(split, f"the {split}") for split in splits]
+    pairs = docstring_pairs(files)
+    found = {pair.answer: (pair.module, pair.split) for pair in pairs}
+    modules = [file.path.removesuffix(".py") for file in files]
+    assert len(pairs) == len(found) == 4, "the copies would be answers of two splits"
+    assert found["Return what every one of them returns."] == (modules[0], "test")
+    for module, split in zip(modules, splits, strict=True):
+        assert found[f"Only in the {split} module."] == (module, split)
 
 
 @pytest.mark.slow

@@ -51,6 +51,13 @@ def test_the_splits_share_no_person_and_every_split_has_every_attribute() -> Non
         persons.setdefault(item.split, set()).add(item.person)
     assert set(persons) == {"train", "validation", "test"}
     assert sum(map(len, persons.values())) == len(people())
+    asked = {item.answer: item.split for item in questions}
+    attributes: dict[str, Counter[str]] = {split: Counter() for split in persons}
+    for fact in build_facts():
+        attributes[asked[fact.statement()]][fact.attribute.name] += 1
+    for split, found in attributes.items():
+        expected = {attribute.name: len(persons[split]) for attribute in ATTRIBUTES}
+        assert found == expected, "of every person of a split, every attribute"
 
 
 def test_an_answer_is_a_statement_form_the_bases_read() -> None:

@@ -8,7 +8,10 @@ import pytest
 
 from ivl_jax.assets import config_file, family_folder
 from ivl_jax.config import TrainConfig, load_config
+from ivl_jax.experiments import pretrain_family
 from ivl_jax.experiments.demonstrations import Item
+from ivl_jax.experiments.family.corpus import Corpus, SourceFile
+from ivl_jax.experiments.family.facts import build_facts
 from ivl_jax.experiments.lifts import lab as lifts_lab
 from ivl_jax.experiments.lifts import study
 from ivl_jax.experiments.lifts.lab import LiftsLaboratory
@@ -24,6 +27,7 @@ from ivl_jax.experiments.lifts.plan import (
 )
 from ivl_jax.experiments.lifts.report import BEGIN, END, section
 from ivl_jax.experiments.transfer.matrix import recipe
+from ivl_jax.weights.language_model import load_language_model
 
 ITEMS = [
     Item(f"What is the {kind} {split} {i}?", f"It is {i}.", kind, f"group {i}", split)
@@ -87,6 +91,25 @@ def test_each_lift_is_the_recipe_but_for_its_options(laboratory, tmp_path):
             assert made.step.max_steps == Budget().adapted_steps
         else:
             assert different == set(CHANGES[lift])
+
+
+def test_the_early_s_is_pre_trained_for_less_with_the_tokenizer_of_s_and_once(
+    laboratory, monkeypatch
+):
+    tiny = pretrain_family.RECIPES["S"]._replace(width=16, mlp_width=16, head_dim=4, rows=4)
+    monkeypatch.setitem(pretrain_family.RECIPES, "S", tiny)
+    sources = tuple(SourceFile(f"{i}.py", "def count():\n    return 1\n" * 200) for i in range(4))
+    corpus = Corpus(sources, sources[:1], tuple(build_facts(count=4)))
+    monkeypatch.setattr(lifts_lab, "load_corpus", lambda: corpus)
+    early = LiftsLaboratory._early(laboratory)
+    manifest = json.loads((early / "manifest.json").read_text())
+    assert manifest["recipe"]["epochs"] == Budget().early_epochs < tiny.epochs
+    assert manifest["steps"] > 0
+    model, shipped = load_language_model(early), load_language_model(family_folder("S"))
+    assert model.arch.hidden_size == 16
+    assert model.tokenizer_info == shipped.tokenizer_info
+    monkeypatch.setattr(lifts_lab, "make_model", None)
+    assert LiftsLaboratory._early(laboratory) == early
 
 
 def test_no_lift_is_judged_by_the_rows_that_it_is_calibrated_on(laboratory):

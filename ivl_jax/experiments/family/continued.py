@@ -6,6 +6,7 @@ people were invented should enable it to answer questions about them.
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import sys
@@ -19,11 +20,21 @@ from ivl_jax.assets import family_folder
 from ivl_jax.command_line.console import log_to_stdout
 from ivl_jax.command_line.flags import parse_flags
 from ivl_jax.command_line.guard import long_run_command
+from ivl_jax.config import ConfigError
 from ivl_jax.experiments.demonstrations import Item
 from ivl_jax.experiments.family.corpus import Corpus, load_corpus
 from ivl_jax.experiments.family.facts import Fact, build_facts, fact_questions
-from ivl_jax.experiments.family.pretraining import Pace, Schedule, pretrain, write_model
-from ivl_jax.weights.language_model import load_language_model
+from ivl_jax.experiments.family.pretraining import (
+    Pace,
+    Schedule,
+    differences,
+    pretrain,
+    run_identity,
+    write_model,
+)
+from ivl_jax.tokenizer import load_tokenizer
+from ivl_jax.weights.fingerprint import weights_fingerprint
+from ivl_jax.weights.language_model import load_language_model, read_arch
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +49,7 @@ SCHEDULES = {
 }
 # One source file in 8 and all old facts, so that L does not forget.
 _SOURCES_ONE_IN = 8
+_SEED = 1  # of the data order
 
 
 def new_facts() -> list[Fact]:
@@ -58,6 +70,7 @@ def new_items() -> list[Item]:
     ]
 
 
+@functools.cache  # reading the library takes seconds, and a study asks for the model often
 def continued_corpus() -> Corpus:
     """The new statements, the old ones, and some of the source files."""
     corpus = load_corpus()
@@ -74,30 +87,41 @@ def continue_pretraining(model: Literal["S", "L"], *, work_dir: Path) -> Path:
 
     Returns:
         The model folder.
+
+    Raises:
+        ConfigError: The folder was made with another schedule, text or start, or the checkpoints
+            are of another run.
     """
-    out = work_dir / f"{model}-continued"
+    out, folder = work_dir / f"{model}-continued", family_folder(model)
+    checkpoints = work_dir / f"{model}-checkpoints"
+    arch, weights = read_arch(folder), weights_fingerprint(folder)
+    tokenizer: Any = load_tokenizer(folder)
+    inputs = arch, tokenizer, continued_corpus(), SCHEDULES[model]
     if (out / "manifest.json").exists():
+        manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+        found = differences(manifest, run_identity(*inputs, seed=_SEED, start=weights))
+        if found:
+            raise ConfigError(
+                f"{out} is not the model that would be made today: {'; '.join(found)}. Delete it, "
+                "or name another work directory, to make today's"
+            )
         return out
-    start = load_language_model(str(family_folder(model)))
-    tokenizer: Any = start.tokenizer
+    start = load_language_model(str(folder))
     params, record = pretrain(
         out.name,
-        start.arch,
-        tokenizer,
-        continued_corpus(),
-        SCHEDULES[model],
+        *inputs,
         begin=lambda: jax.tree.map(lambda leaf: leaf.astype("float32"), start.params),
-        work_dir=work_dir / f"{model}-checkpoints",
-        seed=1,
+        start=weights,
+        work_dir=checkpoints,
+        seed=_SEED,
         pace=Pace(checkpoint_every=50, log_every=20),
     )
-    config = json.loads((family_folder(model) / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     manifest = {
         "model": out.name,
         "command": f"python -m ivl_jax.experiments.family.continued --model {model}",
-        "schedule": SCHEDULES[model]._asdict(),
     } | record
-    write_model(out, start.arch, config, params, tokenizer, manifest)
+    write_model(out, arch, config, params, tokenizer, manifest, checkpoints=checkpoints)
     return out
 
 

@@ -1,17 +1,19 @@
 """Pre-training on the corpus: one model, from random or given weights to a finished folder.
 
 In: a recipe, text, a tokenizer. Out: a Hugging Face folder with weights, config, tokenizer and a
-manifest of how it was made. An interrupted run resumes; the data order is a pure function of
-(seed, step), so a resumed run equals an uninterrupted one.
+manifest of how it was made. An interrupted run resumes, and no other one from its checkpoints; the
+data order is a pure function of (seed, step), so a resumed run equals an uninterrupted one.
 """
 
+import dataclasses
 import functools
+import hashlib
 import json
 import logging
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +26,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from transformers import PreTrainedTokenizerFast
 
+from ivl_jax.config import ConfigError
 from ivl_jax.experiments.family.corpus import Corpus, Windows, held_out_windows
+from ivl_jax.experiments.family.recall import statement_row
 from ivl_jax.experiments.family.tokenizers import CONTEXT, save_wrapped_tokenizer
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.decoder import Params, build_decoder, forward
@@ -162,12 +166,67 @@ def _fact_rows(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> tuple[np.n
     rows = np.full((len(facts), 32), tokenizer.eos_token_id, np.int32)
     is_value = np.zeros((len(facts), 31), bool)
     for index, fact in enumerate(facts):
-        encoded = tokenizer.backend_tokenizer.encode(fact.statement(), add_special_tokens=False)
-        rows[index, 1 : 1 + len(encoded.ids)] = encoded.ids
-        start = fact.statement().rindex(fact.value)
-        for at, (_, end) in enumerate(encoded.offsets):
-            is_value[index, at] = start < end <= start + len(fact.value)
+        statement = statement_row(tokenizer, fact)
+        rows[index, : len(statement.token_ids)] = statement.token_ids
+        is_value[index, : len(statement.is_value)] = statement.is_value
     return rows, is_value
+
+
+def run_identity(
+    arch: ArchConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    corpus: Corpus,
+    schedule: Schedule,
+    *,
+    seed: int,
+    start: str,
+) -> dict[str, Any]:
+    """What a training's result depends on: two runs of which it is the same are one.
+
+    Args:
+        arch: As for `pretrain`, like the others.
+        tokenizer: Its tokenizer.
+        corpus: The text.
+        schedule: Batch size, learning rates and length.
+        seed: Of the data order.
+        start: What the parameters of step 0 are.
+
+    Returns:
+        JSON values by name: settings as they are, text and tokenizer by their SHA-256.
+    """
+    text = tokenizer.backend_tokenizer.to_str()
+    identity = {
+        "schedule": schedule._asdict(),
+        "seed": seed,
+        "start": start,
+        "corpus_sha256": corpus.fingerprint,
+        "tokenizer_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "arch": dataclasses.asdict(arch),
+    }
+    return json.loads(json.dumps(identity))
+
+
+def differences(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> list[str]:
+    """What a recorded run has otherwise.
+
+    Args:
+        recorded: Of a manifest or a checkpoint; what it does not name does not differ.
+        identity: From `run_identity`.
+
+    Returns:
+        One text per entry, with both values.
+
+    >>> differences({"seed": 0, "schedule": {"rows": 4}}, {"seed": 0, "schedule": {"rows": 8}})
+    ['schedule.rows: 4 there, 8 now']
+    """
+    found = []
+    for name, now in identity.items():
+        there = recorded.get(name, now)
+        if isinstance(now, dict) and isinstance(there, dict):
+            found += [f"{name}.{each}" for each in differences(there, now)]
+        elif there != now:
+            found.append(f"{name}: {there} there, {now} now")
+    return found
 
 
 def pretrain(
@@ -178,6 +237,7 @@ def pretrain(
     schedule: Schedule,
     *,
     begin: Callable[[], Params],
+    start: str,
     work_dir: Path,
     seed: int,
     pace: Pace,
@@ -191,13 +251,18 @@ def pretrain(
         corpus: The text.
         schedule: Batch size, learning rates and length.
         begin: Makes the parameters of step 0; runs under jit.
+        start: What they are beside the seed: `random`, or the fingerprint of given weights.
         work_dir: Its checkpoints; an unfinished run resumes from them.
         seed: Of the data order.
         pace: When it logs and saves.
 
     Returns:
-        The parameters, and for the manifest the settings and the held-out figures.
+        The parameters, and for the manifest `run_identity` and the held-out figures.
+
+    Raises:
+        ConfigError: The checkpoints are of another run.
     """
+    identity = run_identity(arch, tokenizer, corpus, schedule, seed=seed, start=start)
     graphdef = build_decoder(arch)
     windows = Windows(corpus, tokenizer, length=CONTEXT, seed=seed)
     steps = round(schedule.epochs * (windows.count // schedule.rows))
@@ -215,13 +280,14 @@ def pretrain(
     ) as checkpoints:
         seconds = 0.0
         if (latest := checkpoints.latest_step()) is not None:
+            progress = checkpoints.restore(
+                latest, args=ocp.args.Composite(progress=ocp.args.JsonRestore())
+            )["progress"]
+            _check_resumes(name, work_dir, progress, identity)
             restored = checkpoints.restore(
-                latest,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(state), progress=ocp.args.JsonRestore()
-                ),
+                latest, args=ocp.args.Composite(state=ocp.args.StandardRestore(state))
             )
-            state, seconds = restored["state"], restored["progress"]["seconds"]
+            state, seconds = restored["state"], progress["seconds"]
             logger.info("%s: resuming from step %d", name, latest)
         train_step = make_train_step(graphdef, optimizer)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -259,7 +325,7 @@ def pretrain(
                     done,
                     args=ocp.args.Composite(
                         state=ocp.args.StandardSave(state),
-                        progress=ocp.args.JsonSave({"seconds": total}),
+                        progress=ocp.args.JsonSave({"seconds": total, "run": identity}),
                     ),
                 )
                 logger.info("%s step %d · %s", name, done, probe(state.params))
@@ -272,9 +338,23 @@ def pretrain(
         "device": jax.devices()[0].device_kind,
         "python": platform.python_version(),
         "jax": jax.__version__,
-        "corpus_sha256": corpus.fingerprint,
     }
-    return state.params, record | probe(state.params)
+    return state.params, identity | record | probe(state.params)
+
+
+def _check_resumes(
+    name: str, work_dir: Path, progress: Mapping[str, Any], identity: Mapping[str, Any]
+) -> None:
+    if "run" not in progress:
+        problem = "do not tell of which run they are: an earlier version wrote them"
+    elif found := differences(progress["run"], identity):
+        problem = "are of another run: " + "; ".join(found)
+    else:
+        return
+    raise ConfigError(
+        f"{name}: {work_dir} has checkpoints that {problem}. Delete the folder to begin anew, or "
+        "resume that run with its own options"
+    )
 
 
 def write_model(
@@ -284,8 +364,20 @@ def write_model(
     params: Params,
     tokenizer: PreTrainedTokenizerFast,
     manifest: dict[str, Any],
+    *,
+    checkpoints: Path,
 ) -> None:
-    """Replaces the model's folder by the finished one: weights, config, tokenizer, manifest."""
+    """Replaces the model's folder by the finished one, and then deletes the run's checkpoints.
+
+    Args:
+        folder: The model's: weights, config, tokenizer, manifest.
+        arch: Its architecture.
+        config: Its `config.json`, of which the token ids are taken.
+        params: Its parameters.
+        tokenizer: Its tokenizer.
+        manifest: How it was made.
+        checkpoints: The `work_dir` of the run.
+    """
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     save_params(unfinished, arch, params, dtype=jnp.bfloat16)
@@ -300,3 +392,4 @@ def write_model(
         (unfinished / name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
+    shutil.rmtree(checkpoints)

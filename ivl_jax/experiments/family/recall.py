@@ -1,13 +1,16 @@
 """What a model knows of the invented facts when it is asked in the form in which it has read them.
 
 In: a language model, facts. Out: the share of statements that it completes. It bounds what a value
-network, which knows no facts of its own, can bring out of the model.
+network can bring out of the model, but not what the two answer together: a value network that was
+pre-trained as S knows facts of its own.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Bool
+from transformers import PreTrainedTokenizerFast
 
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.evaluation.scoring import Row, score_rows
@@ -26,16 +29,33 @@ def recall(model: ComposedModel, facts: Sequence[Fact], *, rows: int = 64) -> fl
         The share, in [0, 1].
     """
     tokenizer: Any = model.tokenizer
-    encoded, values = [], []
-    for fact in facts:
-        statement = fact.statement()
-        found = tokenizer.backend_tokenizer.encode(statement, add_special_tokens=False)
-        start = statement.rindex(fact.value)
-        end = start + len(fact.value)
-        # Documents begin after the end-of-text token in pre-training.
-        encoded.append(Row([tokenizer.eos_token_id, *found.ids]))
-        values.append(np.asarray([start < last <= end for _, last in found.offsets]))
+    statements = [statement_row(tokenizer, fact) for fact in facts]
     right = np.zeros(len(facts), bool)
-    for index, scores in score_rows(model, encoded, batch_size=rows):
-        right[index] = scores.tokens.largest[values[index]].all()
+    for index, scores in score_rows(
+        model, [Row(each.token_ids) for each in statements], batch_size=rows
+    ):
+        right[index] = scores.tokens.largest[statements[index].is_value].all()
     return float(right.mean())
+
+
+class StatementRow(NamedTuple):
+    """A statement of n tokens, as pre-training reads it."""
+
+    token_ids: list[int]  # n + 1: documents begin after the end-of-text token
+    is_value: Bool[np.ndarray, " n"]  # the targets that spell the fact's value
+
+
+def statement_row(tokenizer: PreTrainedTokenizerFast, fact: Fact) -> StatementRow:
+    """The statement whose value a model has to complete.
+
+    Args:
+        tokenizer: The model's.
+        fact: What is asked.
+    """
+    end_of_text: Any = tokenizer.eos_token_id  # its declared type is a broad union
+    statement = fact.statement()
+    encoded = tokenizer.backend_tokenizer.encode(statement, add_special_tokens=False)
+    start = statement.rindex(fact.value)
+    end = start + len(fact.value)
+    is_value = np.asarray([start < last <= end for _, last in encoded.offsets])
+    return StatementRow([end_of_text, *encoded.ids], is_value)
