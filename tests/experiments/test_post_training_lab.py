@@ -1,6 +1,7 @@
 """The study's trainings: their configs, and what they start from; nothing is trained here."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from ivl_jax.config.train import check_train_config
 from ivl_jax.experiments import settings_key as settings_key_module
 from ivl_jax.experiments.demonstrations import Item
 from ivl_jax.experiments.family.facts import Split as FactSplit
-from ivl_jax.experiments.family.facts import questions_about_strangers
+from ivl_jax.experiments.family.facts import fact_questions, questions_about_strangers
 from ivl_jax.experiments.post_training import lab as post_training_lab
 from ivl_jax.experiments.post_training.configs import Settings
 from ivl_jax.experiments.post_training.lab import PostTrainingLaboratory
@@ -162,7 +163,38 @@ def test_what_has_been_measured_is_not_measured_again(made) -> None:
     assert made.scored == [measurement.name]
     assert made.kept(alone("L", "sft", 0)) is None
     assert made.scored == [measurement.name], "looking up does not sweep"
-    assert made.measure(Measurement("S"))["facts_known"] == pytest.approx(0.4355, abs=1e-4)
+
+
+def test_a_base_recalls_the_very_facts_that_its_questions_are_about(tmp_path, monkeypatch) -> None:
+    items = [
+        Item(one.question, one.answer, "fact", one.person, one.split) for one in fact_questions()
+    ]
+    asked = {item.answer for item in items if item.split == "test"}
+    made = PostTrainingLaboratory(tmp_path, items, SETTINGS)
+    monkeypatch.setattr(made, "_models", lambda _: (None, "S"))
+    monkeypatch.setattr(post_training_lab, "answers", lambda _, of: [""] * len(of))
+    monkeypatch.setattr(
+        post_training_lab, "score_answers", lambda *_: SimpleNamespace(nll=1.5, kl=0.25)
+    )
+    recalled = []
+    monkeypatch.setattr(
+        post_training_lab, "recall", lambda model, facts: recalled.append((model, facts)) or 0.4
+    )
+    record = made.measure(Measurement("S"))
+    assert (record["recall"], record["questions"]) == (0.4, len(asked))
+    ((model, facts),) = recalled
+    assert model == "S"
+    assert {fact.statement() for fact in facts} == asked
+    assert len(facts) == len(asked) < len(items)
+
+
+def test_a_base_that_was_measured_by_all_facts_is_measured_again(made) -> None:
+    _, now, _ = made._file_of(Measurement("S"))
+    earlier = hashlib.sha256(f"S\0{settings_key_module.family_weights('S')}".encode())
+    record = now | {"settings_sha256": earlier.hexdigest(), "facts_known": 0.44}
+    made.measured_dir.mkdir()
+    (made.measured_dir / "S.json").write_text(json.dumps(record), encoding="utf-8")
+    assert made.kept(Measurement("S")) is None
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,8 @@ from ivl_jax.experiments.demo_post_training import (
     write_questions,
 )
 from ivl_jax.experiments.demonstrations import Item, items_hash, select, write_demonstrations
-from ivl_jax.experiments.family.facts import questions_about_strangers
+from ivl_jax.experiments.family.facts import build_facts, questions_about_strangers
+from ivl_jax.experiments.family.recall import recall
 from ivl_jax.experiments.kept_results import kept_record, measure_once, train_once
 from ivl_jax.experiments.measure import answers, exact_match, family_map, running_texts
 from ivl_jax.experiments.post_training.configs import (
@@ -37,7 +38,6 @@ from ivl_jax.experiments.post_training.configs import (
 from ivl_jax.experiments.post_training.pair_figures import pair_figures
 from ivl_jax.experiments.post_training.plan import (
     Measurement,
-    Model,
     Run,
     Split,
     best_rate,
@@ -91,7 +91,7 @@ class PostTrainingLaboratory:
             `exact_match` (share of questions answered word for word), `nll` of the right answers
             and `kl`, KL(model ‖ base), both in nats per token of the right answers; after a run
             also `learning_rate`, and `pair_figures` of the held-out pairs; of a base
-            `facts_known`, the share that its own statements complete.
+            `recall`, the share of the same facts whose statements it completes.
 
         Raises:
             InterruptedTrainingError: a training was stopped.
@@ -111,7 +111,9 @@ class PostTrainingLaboratory:
             "questions": len(items),
         }
         if measurement.run is None:
-            record["facts_known"] = _facts_known(measurement.base)
+            asked = {item.answer for item in items}
+            facts = [fact for fact in build_facts() if fact.statement() in asked]
+            record["recall"] = recall(scorer, facts)
         else:
             record["learning_rate"] = self.config_of(measurement.run).optimizer.learning_rate
             record |= self._on_pairs(scorer, measurement.split, measurement.run.seed)
@@ -208,7 +210,9 @@ class PostTrainingLaboratory:
         file = self.measured_dir / f"{measurement.name}.json"
         run, split = measurement.run, measurement.split
         made_of = [measurement.base, family_weights(measurement.base)]
-        if run is not None:
+        if run is None:
+            made_of.append("recall")  # earlier measurements have that of all facts
+        else:
             run = self._with_rate(run)
             made_of += [self._output(run).parent.name, self._pairs(split, run.seed).name]
         key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()
@@ -316,9 +320,3 @@ class PostTrainingLaboratory:
         file = family_map(base, value, running_texts(self._items), path=path)
         model = compose(base, value, maps=[file])
         return model, model
-
-
-def _facts_known(model: Model) -> float:
-    """Share of the facts that a family model completes, from its manifest."""
-    manifest = (family_folder(model) / "manifest.json").read_text(encoding="utf-8")
-    return json.loads(manifest)["facts_known"]
