@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -39,6 +39,7 @@ __all__ = [
     "MalformedRow",
     "MalformedRowsError",
     "Message",
+    "SettingNames",
     "StoredDemonstrations",
     "store_demonstrations",
 ]
@@ -53,6 +54,19 @@ _Hashes = Mapping[str, Sequence[tuple[str, str]]]  # split → source and SHA-25
 
 class MalformedRowsError(ValueError):
     """More rows than allowed are malformed."""
+
+
+class SettingNames(NamedTuple):
+    """What the user calls the settings of a source, for messages; those of training by default."""
+
+    source: str = "data.train"
+    row_format: str = "data.format"
+    templates: str = "data.user_template and data.assistant_template"
+    max_malformed: str = "data.max_malformed_fraction"
+    max_length: str = "data.max_length"
+
+
+TRAINING = SettingNames()
 
 
 @dataclass(frozen=True)
@@ -104,8 +118,8 @@ class StoredDemonstrations:
             raise KeyError(f"{self.folder}: no split {split!r}; it has {sorted(self.counts)}")
         return DemonstrationSplit(self.folder, split, fingerprint=f"{self.fingerprint}/{split}")
 
-    def log(self) -> None:
-        """Logs what to know before training on these rows."""
+    def log(self, names: SettingNames = TRAINING) -> None:
+        """Logs what to know before using these rows."""
         if self.unweighted_count:
             _LOGGER.info("%d turns of weight 0 are left out of the loss", self.unweighted_count)
         for count, what in (
@@ -120,8 +134,8 @@ class StoredDemonstrations:
             ),
             (
                 self.repeated_count,
-                "rows of data.train repeat the dialogue of an earlier one, which then has more "
-                "weight in training",
+                f"rows of {names.source} repeat the dialogue of an earlier one, which then has "
+                "more weight",
             ),
             *(
                 (count, f"dialogues of data.{split} are also in data.train: they are not held out")
@@ -138,6 +152,7 @@ def store_demonstrations(
     data_dir: epath.PathLike,
     max_malformed_share: float = 0.01,
     resuming: bool = False,
+    names: SettingNames = TRAINING,
 ) -> StoredDemonstrations:
     """Stores demonstrations as a TFDS dataset in ArrayRecord form, unless already stored.
 
@@ -151,6 +166,7 @@ def store_demonstrations(
         max_malformed_share: Share of rows that may be malformed.
         resuming: Whether a run that started with these sources resumes; held-out data that is also
             trained on is then only a warning.
+        names: What messages call the settings.
 
     Returns:
         The stored dataset.
@@ -179,7 +195,7 @@ def store_demonstrations(
     def fill(temporary: epath.Path) -> Mapping[str, Any]:
         survey = survey_rows(source)
         record = _to_record(fingerprint, survey, source, hashes)
-        _check_share(_from_record(record, folder), max_malformed_share)
+        _check_share(_from_record(record, folder), source, max_malformed_share, names)
         temporary.mkdir(parents=True)
         splits = {
             split: functools.partial(read_split, source, split, cutoff=survey.cutoff)
@@ -200,8 +216,8 @@ def store_demonstrations(
     what = f"the stored demonstrations of {source.train[0]}"
     sealed = open_sealed_folder(folder.parent, fill, what=what)
     stored = _from_record(sealed.record, sealed.path / folder.name)
-    _check_share(stored, max_malformed_share)
-    stored.log()
+    _check_share(stored, source, max_malformed_share, names)
+    stored.log(names)
     return stored
 
 
@@ -219,15 +235,24 @@ def _check_held_out(hashes: _Hashes) -> None:
                 )
 
 
-def _check_share(stored: StoredDemonstrations, max_malformed_share: float) -> None:
-    """Raise an error if too many rows are malformed."""
-    share = stored.malformed_count / max(1, stored.rows)
+def _check_share(
+    stored: StoredDemonstrations,
+    source: DemonstrationSource,
+    max_malformed_share: float,
+    names: SettingNames,
+) -> None:
+    """Raise an error if there are no rows, or too many are malformed."""
+    if not stored.rows:
+        have = "has" if len(source.train) == 1 else "have"
+        raise MalformedRowsError(f"{names.source}: {', '.join(source.train)} {have} no rows")
+    share = stored.malformed_count / stored.rows
     if share > max_malformed_share or not stored.counts.get("train"):
         raise MalformedRowsError(
-            f"demonstrations: {stored.malformed_count} of {stored.rows} rows are malformed "
-            f"({share:.1%}; at most {max_malformed_share:.1%} may be, and one training row must "
-            f"remain):{stored.listed or ' none'}\ncheck the format and its fields, fix the rows, "
-            "or raise data.max_malformed_fraction"
+            f"{names.source}: {stored.malformed_count} of {stored.rows} rows are malformed "
+            f"({share:.1%}; at most {max_malformed_share:.1%} may be, and one row must remain):"
+            f"{stored.listed or ' none'}\nthe rows were read as {names.row_format} "
+            f"{source.row_format}: choose the format that they have (fields reads any, by "
+            f"{names.templates}), fix the rows, or raise {names.max_malformed}"
         )
 
 

@@ -6,6 +6,7 @@ rows and repetitions.
 """
 
 import hashlib
+import itertools
 import json
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from ivl_jax.data.sources import read_rows
 
 _HASH_SPACE = 1 << 64
 _KEPT_AT_MOST = 1000  # malformed rows that are remembered
-_LISTED_AT_MOST = 20  # malformed rows that a message lists
+_LISTED_AT_MOST = 20  # reasons that a message lists
 
 
 @dataclass(frozen=True)
@@ -92,14 +93,28 @@ class MalformedRow(NamedTuple):
 
 
 def list_malformed(malformed: Sequence[MalformedRow], count: int) -> str:
-    """Lists malformed rows for a message, one line each, at most twenty.
+    """Lists malformed rows for a message, one line for each of at most twenty reasons.
 
     Args:
         malformed: The first malformed rows.
         count: Their total number.
+
+    Example:
+        >>> rows = [MalformedRow("a.jsonl:1", "is empty"), MalformedRow("a.jsonl:3", "is empty")]
+        >>> print("malformed:" + list_malformed(rows, 5))
+        malformed:
+          a.jsonl:1: is empty (and 1 more like it)
+          and 3 more
     """
-    listed = "".join(f"\n  {place}: {reason}" for place, reason in malformed[:_LISTED_AT_MOST])
-    return listed + (f"\n  and {count - _LISTED_AT_MOST} more" if count > _LISTED_AT_MOST else "")
+    places: dict[str, list[str]] = {}
+    for place, reason in malformed:
+        places.setdefault(reason, []).append(place)
+    lines = []
+    for reason, (first, *others) in itertools.islice(places.items(), _LISTED_AT_MOST):
+        count -= 1 + len(others)
+        same = f" (and {len(others)} more like it)" if others else ""
+        lines.append(f"\n  {first}: {reason}{same}")
+    return "".join(lines) + (f"\n  and {count} more" if count else "")
 
 
 class Survey(NamedTuple):

@@ -22,7 +22,13 @@ from rich.console import Console
 from rich.progress import track
 
 from ivl_jax.data.chat import ChatFormat, ChatTemplateError, EncodedDialogue
-from ivl_jax.data.demonstrations import Demonstration, MalformedRow, MalformedRowsError
+from ivl_jax.data.demonstrations import (
+    TRAINING,
+    Demonstration,
+    MalformedRow,
+    MalformedRowsError,
+    SettingNames,
+)
 from ivl_jax.data.reading import list_malformed
 from ivl_jax.data.rendering import TemplateLimitError
 from ivl_jax.data.sealed_folders import open_sealed_folder
@@ -44,7 +50,7 @@ class TokenizationReport:
 
     Attributes:
         dialogues: Dialogues read.
-        kept: Dialogues that can be trained on.
+        kept: Dialogues that have a target.
         tokens: Their tokens.
         targets: Their tokens that count in the loss.
         cut: Dialogues longer than the limit, which were truncated.
@@ -68,7 +74,7 @@ class TokenizationReport:
     equal_pairs: int = 0
 
     def log(self, sequence_length: int) -> None:
-        """Logs what to know before training on these dialogues."""
+        """Logs what to know before using these dialogues."""
         _LOGGER.info(
             "%d dialogues tokenised: %d tokens, %d of them targets",
             self.kept,
@@ -171,6 +177,7 @@ def tokenize_demonstrations(
     sequence_length: int,
     cache_dir: epath.PathLike | None,
     max_malformed_share: float = 0.01,
+    names: SettingNames = TRAINING,
 ) -> TokenizedDemonstrations:
     """Tokenises demonstrations, unless already tokenised.
 
@@ -182,19 +189,20 @@ def tokenize_demonstrations(
         cache_dir: Folder where the tokens are cached, keyed by demonstrations, chat format and
             length; None keeps them in memory.
         max_malformed_share: Share of dialogues that the chat template may fail to render.
+        names: What messages call the settings.
 
     Returns:
         The tokenised dialogues, in the order of `demonstrations`.
 
     Raises:
         MalformedRowsError: More than `max_malformed_share` of the dialogues cannot be rendered, or
-            none can be trained on.
+            none has a target.
     """
     identity = [_CACHE_VERSION, _content_hash(demonstrations), chat.fingerprint, sequence_length]
     fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    names = _array_names(demonstrations)
+    array_names = _array_names(demonstrations)
     if cache_dir is None:
-        streams = {name: io.BytesIO() for name in names}
+        streams = {name: io.BytesIO() for name in array_names}
         report = _encode_into(streams, demonstrations, chat, sequence_length)
         arrays = {
             name: np.frombuffer(stream.getbuffer(), _ARRAYS[name])
@@ -202,7 +210,7 @@ def tokenize_demonstrations(
         }
     else:
         # Earlier versions kept pairs of equal answers.
-        distinct = "-distinct" if "middles" in names else ""
+        distinct = "-distinct" if "middles" in array_names else ""
         folder, record = open_sealed_folder(
             usable_path(cache_dir) / "tokenized" / f"{fingerprint[:16]}{distinct}",
             lambda temporary: _write(temporary, demonstrations, chat, sequence_length),
@@ -210,13 +218,15 @@ def tokenize_demonstrations(
         )
         malformed = tuple(MalformedRow(*row) for row in record["malformed"])
         report = TokenizationReport(**{**record, "malformed": malformed})
-        arrays = {name: _load(folder, name) for name in names}
+        arrays = {name: _load(folder, name) for name in array_names}
+    listed = list_malformed(report.malformed, report.malformed_count)
     if report.malformed_count > max_malformed_share * report.dialogues or not report.kept:
         raise MalformedRowsError(
-            f"demonstrations: {report.malformed_count} of {report.dialogues} dialogues cannot be "
-            f"rendered (at most {max_malformed_share:.1%} may be) and {report.kept} can be trained "
-            f"on:{list_malformed(report.malformed, report.malformed_count)}\nuse another chat "
-            "template, fix the rows, or raise data.max_malformed_fraction or data.max_length"
+            f"{names.source}: {report.malformed_count} of {report.dialogues} dialogues cannot be "
+            f"rendered (at most {max_malformed_share:.1%} may be), and {report.kept} have an "
+            f"assistant's token within the {sequence_length} tokens that are read{listed}\n"
+            f"use another chat template, fix the rows, or raise {names.max_malformed} or "
+            f"{names.max_length}"
         )
     report.log(sequence_length)
     return TokenizedDemonstrations(

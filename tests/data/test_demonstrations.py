@@ -186,13 +186,16 @@ def test_many_malformed_rows_stop_before_anything_is_stored(tmp_path: Path) -> N
     source = source_of(write(tmp_path / "train.jsonl", rows))
     with pytest.raises(MalformedRowsError, match=r"3 of 100 rows are malformed \(3\.0%") as caught:
         store_demonstrations(source, data_dir=tmp_path / "store")
-    assert "train.jsonl:98: no field 'answer'" in str(caught.value)
+    said = str(caught.value)
+    assert "train.jsonl:98: no field 'answer'; the row has 'question' (and 2 more like it)" in said
+    assert said.count("no field") == 1, "a reason is given once"
+    assert "read as data.format fields" in said
     assert not (tmp_path / "store").exists()
 
 
 def test_a_source_without_a_dialogue_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(MalformedRowsError, match="0 of 0 rows"):
+    with pytest.raises(MalformedRowsError, match=r"data.train: .*empty.jsonl has no rows$"):
         store_demonstrations(source_of(str(tmp_path / "empty.jsonl")), data_dir=tmp_path / "store")
 
 

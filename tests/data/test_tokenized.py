@@ -82,7 +82,10 @@ def test_a_dialogue_without_a_target_left_is_dropped_and_counted(
     assert tokenized.rows.tolist() == [0, 2]
     assert tokenized.row_id(1) == "a.jsonl:1"
     assert "1 of 3 dialogues have no assistant's token within the limit" in caplog.text
-    with pytest.raises(MalformedRowsError, match="0 can be trained on"):
+    with pytest.raises(
+        MalformedRowsError,
+        match=r"and 0 have an assistant's token within the 40 tokens that are read\nuse another",
+    ):
         _tokenize(long, byte_tokenizer, sequence_length=40)
 
 
