@@ -19,6 +19,11 @@ from ivl_jax.evaluation.discovery import find_evaluations, import_evaluation
 
 _PROGRAM = "python -m ivl_jax.evaluation"
 _HARNESS = "lm-eval"
+_RESUMES = "stopped; the same command resumes"
+_WHEN_STOPPED = {
+    **dict.fromkeys(("gsm8k", "mt-bench", "toxigen"), _RESUMES),
+    **dict.fromkeys(("likelihood", "transfer"), "stopped; the same command starts anew"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,11 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status; 2 if the input is invalid.
     """
+    name = next(iter(sys.argv[1:] if arguments is None else arguments), "")
     return run_command(
-        _PROGRAM,
-        _run,
-        arguments,
-        when_stopped=lambda: "stopped; with a .jsonl --output, the same command resumes",
+        _PROGRAM, _run, arguments, when_stopped=lambda: _WHEN_STOPPED.get(name, "stopped")
     )
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ivl_jax.config import RowsConfig
 from ivl_jax.config.annotations import Inline
-from ivl_jax.evaluation.flags import ModelFlags
+from ivl_jax.evaluation.flags import ModelFlags, check_reading
 
 if TYPE_CHECKING:
     from ivl_jax.evaluation.likelihood_report import LikelihoodReport
@@ -34,6 +34,10 @@ class Flags:
     """Dialogues scored together."""
     data_dir: str = "data_cache"
     """Where the ArrayRecord form of the demonstrations is stored."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        check_reading(self)
 
 
 def run(flags: Flags) -> "LikelihoodReport":
@@ -64,9 +68,10 @@ def run(flags: Flags) -> "LikelihoodReport":
         data_dir=flags.data_dir,
         outputs={"--output": flags.output},
     )
-    model = load_model(held_out.sources)
+    model, console = load_model(held_out.sources), Console()
     report = likelihood_report(model, held_out.dialogues, batch_size=flags.batch_size)
-    show(report, model, Console())
     if flags.output:
-        held_out.write_report(flags.output, "likelihood", flags.data, report.to_json())
+        held_out.write_report(flags.output, "likelihood", report.to_json())
+    show(report, model, console)
+    held_out.show_rows(console)
     return report

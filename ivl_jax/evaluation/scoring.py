@@ -85,6 +85,8 @@ class Row(NamedTuple):
     """The beginning of `token_ids`, from `ComposedModel.prepare`: value networks with their own
     vocabulary then read it as in decoding (a dialogue in their own template). With such networks,
     scores of the prompt itself are NaN, because they do not predict it."""
+    name: str = ""
+    """What messages call it, such as "few.jsonl:3"; empty: "row 2", its index."""
 
 
 def score_rows(
@@ -296,17 +298,21 @@ def _by_row(
         own_choices = _cut(choices, place, len(row.other_last) + 1)
         own_tokens, own_base = _cut(tokens, place, targets), _cut(base, place, targets)
         first = _first_scored(row) if mapped else 0
-        _check_finite(index, own_tokens.log_prob[first:], own_choices.log_prob)
+        _check_finite(_called(index, row), own_tokens.log_prob[first:], own_choices.log_prob)
         if mapped:
             _blank((own_tokens, own_base), first)
         yield index, RowScores(own_tokens, own_choices, own_base)
 
 
-def _check_finite(index: int, *log_probs: np.ndarray) -> None:
+def _called(index: int, row: Row) -> str:
+    return row.name or f"row {index}"
+
+
+def _check_finite(name: str, *log_probs: np.ndarray) -> None:
     """A figure that counts such a row would be NaN, or count it as wrong in silence."""
     if not all(np.isfinite(each).all() for each in log_probs):
         raise NonFiniteScoresError(
-            f"row {index}: log-probabilities that are not finite (NaN or infinite): the weights of "
+            f"{name}: log-probabilities that are not finite (NaN or infinite): the weights of "
             "a network hold such numbers, its logits overflow in this dtype, or a strength is too "
             "large; check the weights, score in float32, or use a smaller strength"
         )
@@ -325,11 +331,12 @@ def _blank(scores: Any, until: int) -> None:
 
 def _check_row(model: ComposedModel, index: int, row: Row) -> None:
     length, known = len(row.token_ids), model.composition.base.vocab_size
+    name = _called(index, row)
     if length < 2:
-        raise ValueError(f"row {index}: expected at least 2 tokens to score, got {length}")
+        raise ValueError(f"{name}: expected at least 2 tokens to score, got {length}")
     if length > model.context + 1:
         raise ValueError(
-            f"row {index}: {length} tokens are {length - model.context - 1} more than the context "
+            f"{name}: {length} tokens are {length - model.context - 1} more than the context "
             f"of {model.context} tokens (that of {model.context_of}) and one to predict"
         )
     for number, own in enumerate(filter(None, model.own_vocabularies)):
@@ -337,9 +344,9 @@ def _check_row(model: ComposedModel, index: int, row: Row) -> None:
         text.push(row.token_ids[_first_scored(row) + 1 : -1])
         if len(text.tokens) > own.context:
             raise ValueError(
-                f"row {index}: {len(text.tokens)} tokens are {len(text.tokens) - own.context} more "
+                f"{name}: {len(text.tokens)} tokens are {len(text.tokens) - own.context} more "
                 f"than the context of {own.context} tokens of {own.name}, in its own vocabulary"
             )
     invalid = [i for i in (*row.token_ids, *row.other_last) if not 0 <= i < known]
     if invalid:
-        raise ValueError(f"row {index}: token ids outside [0, {known}): {invalid[:5]}")
+        raise ValueError(f"{name}: token ids outside [0, {known}): {invalid[:5]}")
