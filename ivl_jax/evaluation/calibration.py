@@ -8,6 +8,7 @@ and T. −log p is convex in α/T and 1/T, so there is one best fit, whatever th
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ from ivl_jax.buckets import bucket
 from ivl_jax.composed.network import Composition
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.evaluation.scoring import Row, batch_arrays, padded_rows, score_rows, score_tokens
+
+_LOGGER = logging.getLogger(__name__)
 
 _TEMPERATURES = (0.1, 10.0)
 
@@ -62,7 +65,7 @@ def calibrate(
         batch_size: rows scored together.
 
     Returns:
-        The fit, with T in [0.1, 10].
+        The fit, with T in [0.1, 10]; a warning tells of one at an end of it, or not the best.
 
     Raises:
         ValueError: no value network, no counted token, or a strength policy, which varies the
@@ -94,8 +97,25 @@ def calibrate(
 
     bounds = [(None, None)] * len(model.values) + [(1 / _TEMPERATURES[1], 1 / _TEMPERATURES[0])]
     start = np.array([*model.strengths, 1.0])
-    *scaled, inverse = minimize(mean, start, jac=True, method="L-BFGS-B", bounds=bounds).x.tolist()
-    return Calibration(tuple(each / inverse for each in scaled), 1 / inverse)
+    found = minimize(mean, start, jac=True, method="L-BFGS-B", bounds=bounds)
+    *scaled, inverse = found.x.tolist()
+    fit = Calibration(tuple(each / inverse for each in scaled), 1 / inverse)
+    if not found.success:
+        _LOGGER.warning(
+            "the calibration did not converge (%s): after %d iterations its slope is still %.2g "
+            "nats, so a better fit exists",
+            found.message,
+            found.nit,
+            np.abs(found.jac).max(),
+        )
+    if inverse in bounds[-1]:
+        _LOGGER.warning(
+            "the calibration ended at the bound T = %g: these %d rows do not determine a "
+            "temperature; give more",
+            fit.temperature,
+            len(rows),
+        )
+    return fit
 
 
 def calibration_report(
@@ -106,7 +126,8 @@ def calibration_report(
     Args:
         model: as in `calibrate`.
         rows: as in `calibrate`.
-        masks: as in `calibrate`; of every other row, and of the others, some tokens count.
+        masks: as in `calibrate`; of every other row, and of the others, some tokens count. A row
+            that repeats one of the other half is not held out: leave copies out.
         batch_size: rows scored together.
 
     Returns:

@@ -107,7 +107,7 @@ def run(flags: Flags) -> "TransferReport":
     if flags.output:
         held_out.write_report(flags.output, "transfer", figures)
     if flags.plot:
-        plot(report, Path(flags.plot))
+        plot(report, Path(flags.plot), base=composed.base, values=composed.value)
     show(report, model.strengths, console)
     held_out.show_rows(console)
     if flags.calibrate:

@@ -19,17 +19,22 @@ from jaxtyping import Bool, Float64, Int
 
 from ivl_jax.data.tokenized import TokenizedDemonstrations
 from ivl_jax.decoding.model import ComposedModel
-from ivl_jax.evaluation.held_out import rows_of
+from ivl_jax.evaluation.held_out import first_copies, rows_of
 from ivl_jax.evaluation.intervals import wilson_interval
 from ivl_jax.evaluation.likelihood_report import shown
-from ivl_jax.evaluation.resampling import percentile_interval, resample_ratios
+from ivl_jax.evaluation.resampling import (
+    percentile_interval,
+    reliably_above,
+    resample_ratios,
+)
 from ivl_jax.evaluation.scoring import Row, RowScores, score_rows
 
 FACTORS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """What the given strengths are multiplied by; 0 is the base alone."""
 ENTROPIES = (0.0, 0.1, 0.5, 1.0, 2.0, 4.0, math.inf)
 """Bounds of the groups by the base's entropy, nats."""
-_FEW_ROWS = 5  # below this many rows with such tokens, a group has no interval
+FEWEST_ROWS = 5
+"""With fewer different dialogues there is no interval, and nothing is called reliable."""
 _NAMED = 5  # rows that lose most
 
 Verdict = Literal["helps", "hurts", "unclear"]
@@ -38,7 +43,7 @@ Verdict = Literal["helps", "hurts", "unclear"]
 class Tokens(NamedTuple):
     """The assistant's tokens that count, of all dialogues one after another."""
 
-    row: Int[np.ndarray, " N"]  # the dialogue's index
+    row: Int[np.ndarray, " N"]  # the dialogue's index; copies of a dialogue share one
     position: Int[np.ndarray, " N"]  # in its answer, from 0
     nll: Float64[np.ndarray, " N"]  # under the composition, nats
     base_nll: Float64[np.ndarray, " N"]
@@ -59,11 +64,11 @@ class Gain:
 
     tokens: int
     rows: int
-    """Dialogues with such tokens."""
+    """Different dialogues with such tokens."""
     gain: float | None
     """Nats per token; None without such tokens."""
     interval: tuple[float, float] | None
-    """Of 95 %, from drawing dialogues anew; None with fewer than five."""
+    """Of 95 %, from drawing different dialogues anew; None with fewer than five."""
     base_nll: float | None
     """Nats per token."""
 
@@ -75,8 +80,10 @@ class Strength:
     factor: float
     nll: float
     """Nats per token."""
-    gain_interval: tuple[float, float]
-    """Of the gain over the base, 95 %."""
+    gain: float
+    """Over the base, nats per token."""
+    gain_interval: tuple[float, float] | None
+    """Of 95 %, for this strength alone; None with fewer than five dialogues."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,8 @@ class TransferReport:
     """About how many dialogues would tell, if these do not."""
     rows_helped: float
     """Share of dialogues whose mean gain is above 0."""
-    rows_helped_interval: tuple[float, float]
+    rows_helped_interval: tuple[float, float] | None
+    """Of 95 % (Wilson); None with fewer than five dialogues."""
     base_right: float
     """Share of tokens that are the base's likeliest."""
     right: float
@@ -110,11 +118,16 @@ class TransferReport:
     strengths: tuple[Strength, ...]
     """By factor, the base alone first."""
     suggested_factor: float
-    """The factor with the lowest NLL; 1 if it is not reliably better than the given strengths."""
-    suggested_interval: tuple[float, float]
-    """95 % of the drawn sets of dialogues have their best factor in here."""
+    """Of the factors that are reliably better than the given strengths, allowing for the choice
+    among all of them, the one with the lowest NLL; 1 if there is none. If the given strengths hurt,
+    0 unless another factor is also reliably better than the base."""
+    suggested_interval: tuple[float, float] | None
+    """95 % of the drawn sets of dialogues have their best factor in here; None with fewer than
+    five."""
+    row_names: tuple[str, ...]
+    """File and line of each different dialogue that has counted tokens, in order."""
     row_gains: tuple[float, ...]
-    """Mean gain of each dialogue that has counted tokens, in order."""
+    """Mean gain of each."""
     row_base_nlls: tuple[float, ...]
     """Its NLL under the base alone."""
     worst: tuple[tuple[str, float], ...]
@@ -167,7 +180,10 @@ def transfer_report(
     for factor in FACTORS:
         if factor not in nlls:
             nlls[factor] = _nll(score(factor, with_base=False), masks)
-    names = [dialogues.row_id(index) for index in range(len(dialogues))]
+    # Copies tell no more than one of them: together they are drawn as one dialogue.
+    distinct, row = np.unique(first_copies(dialogues), return_inverse=True)
+    tokens = tokens._replace(row=row[tokens.row])
+    names = [dialogues.row_id(int(index)) for index in distinct]
     return summarise(tokens, {factor: nlls[factor] for factor in sorted(nlls)}, names=names)
 
 
@@ -221,7 +237,7 @@ def summarise(
     Args:
         tokens: of all dialogues.
         nlls: factor → NLL of the same tokens, in ascending order; has 0 and 1.
-        names: of each dialogue.
+        names: of each different dialogue.
 
     Returns:
         The report.
@@ -237,7 +253,7 @@ def summarise(
         if not total:
             return Gain(0, 0, None, None, None)
         interval = None
-        if there.sum() >= _FEW_ROWS:
+        if there.sum() >= FEWEST_ROWS:
             drawn = resample_ratios(gains[there][:, None], counts[there][:, None])
             interval = percentile_interval(drawn[:, 0])
         base_nll = float(tokens.base_nll[which].sum() / total)
@@ -257,7 +273,7 @@ def summarise(
         overall=overall,
         rows_needed=_rows_needed(overall),
         rows_helped=helped / len(row_gains),
-        rows_helped_interval=wilson_interval(helped, len(row_gains)),
+        rows_helped_interval=wilson_interval(helped, overall.rows) if overall.interval else None,
         base_right=float(tokens.base_right.mean()),
         right=float(tokens.right.mean()),
         kept=_share(tokens.right, tokens.base_right),
@@ -267,7 +283,8 @@ def summarise(
         by_entropy=_grouped(group, tokens.entropy, ENTROPIES),
         where_base_right=group(tokens.base_right),
         where_base_wrong=group(~tokens.base_right),
-        **_strengths(nlls, per_row, there),
+        **_strengths(nlls, per_row, there, hurts=_verdict(overall) == "hurts"),
+        row_names=tuple(kept_names),
         row_gains=tuple(row_gains.tolist()),
         row_base_nlls=tuple(row_base_nlls.tolist()),
         worst=tuple((kept_names[i], float(row_gains[i])) for i in order if row_gains[i] < 0),
@@ -275,25 +292,44 @@ def summarise(
 
 
 def _strengths(
-    nlls: dict[float, np.ndarray], per_row: Callable[[np.ndarray], np.ndarray], there: np.ndarray
+    nlls: dict[float, np.ndarray],
+    per_row: Callable[[np.ndarray], np.ndarray],
+    there: np.ndarray,
+    *,
+    hurts: bool,
 ) -> dict[str, Any]:
     """NLL by factor, the best factor, and how far it is certain."""
     factors = np.asarray(list(nlls))
     sums = np.stack([per_row(each)[there] for each in nlls.values()], axis=1)
     counts = np.broadcast_to(per_row(np.ones_like(nlls[0.0]))[there][:, None], sums.shape)
-    drawn, means = resample_ratios(sums, counts), sums.sum(axis=0) / counts.sum(axis=0)
-    base, given, best = 0, int(np.flatnonzero(factors == 1.0)[0]), int(means.argmin())
-    surely_better = percentile_interval(drawn[:, given] - drawn[:, best])[0] > 0
+    means = sums.sum(axis=0) / counts.sum(axis=0)
+    gains = (means[0] - means).tolist()
+    if len(sums) < FEWEST_ROWS:
+        found = zip(factors.tolist(), means.tolist(), gains, [None] * len(factors), strict=True)
+        curve = tuple(Strength(*one) for one in found)
+        return {"strengths": curve, "suggested_factor": 1.0, "suggested_interval": None}
+    drawn = resample_ratios(sums, counts)
+
+    def better(than: int) -> np.ndarray:
+        return reliably_above(drawn[:, [than]] - drawn, means[than] - means)
+
+    base, given = 0, int(np.flatnonzero(factors == 1.0)[0])
+    good = better(given)
+    if hurts:
+        good &= better(base)
+        good[base] = True
+    best = int(np.where(good, means, np.inf).argmin()) if good.any() else given
     return {
         "strengths": tuple(
             Strength(
                 float(factor),
                 float(means[index]),
+                gains[index],
                 percentile_interval(drawn[:, base] - drawn[:, index]),
             )
             for index, factor in enumerate(factors)
         ),
-        "suggested_factor": float(factors[best]) if surely_better else 1.0,
+        "suggested_factor": float(factors[best]),
         "suggested_interval": percentile_interval(factors[drawn.argmin(axis=1)]),
     }
 
@@ -323,11 +359,13 @@ def _verdict(overall: Gain) -> Verdict:
 
 
 def _rows_needed(overall: Gain) -> int | None:
-    """Half the interval shrinks with the root of the number of dialogues."""
+    """The interval shrinks with the root of the number of dialogues; the end at 0 decides."""
     if _verdict(overall) != "unclear" or overall.interval is None or not overall.gain:
         return None
-    half = (overall.interval[1] - overall.interval[0]) / 2
-    return math.ceil(overall.rows * (half / abs(overall.gain)) ** 2)
+    low, high = overall.interval
+    arm = overall.gain - low if overall.gain > 0 else high - overall.gain
+    needed = math.ceil(overall.rows * (arm / abs(overall.gain)) ** 2)
+    return max(needed, overall.rows + 1)
 
 
 def _share(right: np.ndarray, among: np.ndarray) -> float | None:

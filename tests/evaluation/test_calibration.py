@@ -1,6 +1,7 @@
 """Calibration: the fit is the best one, on a shared vocabulary and through a map."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from ivl_jax.assets import family_folder
 from ivl_jax.config import StrengthPolicy
 from ivl_jax.decoding.compose import compose
+from ivl_jax.evaluation import calibration
 from ivl_jax.evaluation.calibration import calibrate, calibration_report
 from ivl_jax.evaluation.scoring import Row, score_rows
 from tests.decoding.anew import random_map
@@ -67,6 +69,21 @@ def test_a_value_of_another_vocabulary_is_fitted_as_it_decodes(stories260k_dir):
     fit = calibrate(model, rows, masks, batch_size=2)
     assert nll(model, *fit) < nll(model, [0.5], 1.0)
     assert 0.1 <= fit.temperature <= 10  # of random weights, that of the least certain prediction
+
+
+def test_a_fit_that_ended_early_or_at_a_bound_is_said(composed, monkeypatch, caplog):
+    rows, masks = rows_of(composed)
+    calibrate(composed, rows, masks, batch_size=4)
+    assert caplog.text == ""
+    minimize = calibration.minimize
+    early = functools.partial(minimize, options={"maxiter": 1})
+    monkeypatch.setattr(calibration, "minimize", early)
+    calibrate(composed, rows, masks, batch_size=4)
+    assert "the calibration did not converge" in caplog.text
+    monkeypatch.setattr(calibration, "minimize", minimize)
+    monkeypatch.setattr(calibration, "_TEMPERATURES", (0.1, 0.2))
+    assert calibrate(composed, rows, masks, batch_size=4).temperature == 0.2
+    assert "the calibration ended at the bound T = 0.2: these 3 rows" in caplog.text
 
 
 def test_the_report_fits_each_half_to_the_other(composed):

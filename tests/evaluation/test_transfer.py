@@ -1,72 +1,31 @@
-"""The transfer report: its figures from given scores, from a model, and on the command line."""
+"""The transfer report: its figures from given scores, and from a model."""
 
 import dataclasses
-import json
+import io
 
 import numpy as np
 import pytest
-from matplotlib.image import imread
+from rich.console import Console
 
 from ivl_jax.assets import family_folder
 from ivl_jax.data.formats import Demonstration, Message
 from ivl_jax.data.tokenized import tokenize_demonstrations
 from ivl_jax.decoding.compose import compose
-from ivl_jax.evaluation.__main__ import main
 from ivl_jax.evaluation.likelihood_report import likelihood_report
-from ivl_jax.evaluation.resampling import percentile_interval, resample_ratios
 from ivl_jax.evaluation.transfer_report import (
     FACTORS,
-    Tokens,
     positions_in_answer,
     summarise,
     transfer_report,
 )
-from ivl_jax.evaluation.transfer_view import advice, headline, plot
+from ivl_jax.evaluation.transfer_view import advice, headline, show
 from tests.decoding.anew import random_map
 from tests.decoding.tiny import language_model
+from tests.evaluation.transfer_scores import EACH as _EACH
+from tests.evaluation.transfer_scores import ROWS as _ROWS
+from tests.evaluation.transfer_scores import report_of, synthetic
 
 LENGTH = 64
-_ROWS, _EACH = 40, 6
-
-
-def synthetic(*, gain=0.5, spread=0.3, best=1.0, seed=0):
-    """Forty dialogues of six tokens; the mean NLL falls by `gain`, and is lowest at a factor."""
-    rng = np.random.default_rng(seed)
-    row = np.repeat(np.arange(_ROWS), _EACH)
-    base_nll = rng.uniform(2, 4, len(row))
-    gains = gain + spread * np.repeat(rng.normal(size=_ROWS), _EACH)
-    base_right = rng.random(len(row)) < 0.25
-    tokens = Tokens(
-        row=row,
-        position=np.tile(np.arange(_EACH), _ROWS),
-        nll=base_nll - gains,
-        base_nll=base_nll,
-        entropy=rng.uniform(0, 6, len(row)),
-        divergence=np.full(len(row), 0.25),
-        right=base_right | (rng.random(len(row)) < 0.5),
-        base_right=base_right,
-    )
-    shape = {factor: 1 - (factor - best) ** 2 for factor in (0.0, *FACTORS)}
-    nlls = {
-        factor: base_nll - gains * (value - shape[0.0]) / (shape[1.0] - shape[0.0])
-        for factor, value in shape.items()
-    }
-    return tokens, nlls
-
-
-def report_of(**options):
-    tokens, nlls = synthetic(**options)
-    return summarise(tokens, nlls, names=[f"few.jsonl:{index}" for index in range(_ROWS)])
-
-
-def test_the_interval_of_a_mean_is_as_wide_as_its_standard_error_says():
-    values = np.random.default_rng(1).normal(3.0, 2.0, size=(400, 1))
-    low, high = percentile_interval(resample_ratios(values, np.ones_like(values))[:, 0])
-    assert low < values.mean() < high
-    assert high - low == pytest.approx(2 * 1.96 * 2.0 / 20, rel=0.15)
-    # Tokens of one row go together: ten equal ones per row tell no more than one.
-    again = percentile_interval(resample_ratios(10 * values, np.full_like(values, 10.0))[:, 0])
-    assert again == pytest.approx((low, high))
 
 
 def test_positions_start_anew_in_every_answer():
@@ -104,6 +63,7 @@ def test_the_verdict_follows_the_interval(gain, verdict, said):
     assert low < found.overall.gain < high
     assert found.verdict == verdict
     assert said in headline(found)
+    assert "value networks help" in headline(report_of(gain=0.5), values=2)
     assert (found.rows_needed is None) == (verdict != "unclear")
     if found.rows_needed is not None:
         assert found.rows_needed > _ROWS
@@ -133,10 +93,68 @@ def test_a_strength_that_is_better_by_chance_only_is_not_suggested():
     assert found.suggested_interval[0] < 1.25 <= found.suggested_interval[1]
 
 
+def test_more_dialogues_are_asked_for_than_there_are():
+    """One that loses much makes the arm towards 0 the longer one, or the shorter."""
+    rng = np.random.default_rng(0)
+    for sign in (1, -1):
+        unclear = []
+        for _ in range(40):
+            gains = np.full(12, 0.3)
+            gains[0] = -2.0 + 0.5 * rng.normal()
+            unclear.append(report_of(row_gains=sign * gains))
+        needed = [one.rows_needed for one in unclear if one.verdict == "unclear"]
+        assert len(needed) > 20
+        assert min(needed) > 12
+        # With a symmetric interval of the same width it would be fewer, for the arm is longer.
+        low, high = unclear[0].overall.interval
+        arm = unclear[0].overall.gain - low if sign > 0 else high - unclear[0].overall.gain
+        assert arm > (high - low) / 2
+
+
+def test_where_the_value_hurts_the_base_alone_is_suggested_unless_less_of_it_helps():
+    hurts = np.random.default_rng(0).normal(-0.1, 0.02, _ROWS)
+    noisy = np.random.default_rng(1).normal(0, 2, _ROWS)
+    noisy += 0.01 - noisy.mean()  # the lowest NLL, by chance
+    worse = {factor: 5 * hurts for factor in FACTORS if factor != 1.0}
+    found = report_of(row_gains=hurts, others=worse | {0.25: noisy})
+    assert (found.verdict, found.suggested_factor) == ("hurts", 0.0)
+    assert "the base alone is reliably better than the given one" in advice(found, (1.0,))
+    found = report_of(row_gains=hurts, others=worse | {0.25: -hurts})
+    assert (found.verdict, found.suggested_factor) == ("hurts", 0.25)
+
+
+def test_of_several_better_strengths_a_reliable_one_is_suggested():
+    gains, noise = np.random.default_rng(0).normal(0.5, 0.1, (2, _ROWS))
+    lucky = gains + 0.2 + 50 * (noise - noise.mean())
+    others = {factor: gains - 1.0 for factor in FACTORS if factor != 1.0}
+    found = report_of(row_gains=gains, others=others | {1.25: gains + 0.1, 1.5: lucky})
+    assert min(found.strengths, key=lambda one: one.nll).factor == 1.5
+    assert found.suggested_factor == 1.25
+    assert "with the lowest NLL on these dialogues" in advice(found, (1.0,))
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_of_few_dialogues_nothing_is_called_certain(rows):
+    gains = np.full(rows, 0.5) + 0.01 * np.arange(rows)
+    found = report_of(row_gains=gains, others={2.0: gains + 1.0})
+    assert found.overall.interval is found.rows_helped_interval is None
+    assert [one.gain_interval for one in found.strengths] == [None] * len(found.strengths)
+    assert (found.suggested_factor, found.suggested_interval) == (1.0, None)
+    console = Console(record=True, file=io.StringIO(), width=200)
+    show(found, (0.5,), console)
+    shown = console.export_text()
+    assert "95 %" not in shown
+    assert "reliably" not in shown
+    assert "--strength 0.5 (the given one: too few dialogues" in shown
+    assert f"({rows} dialogue{'s' * (rows > 1)}, {rows * _EACH} tokens)" in shown
+    assert "An interval needs at least 5 different dialogues." in shown
+
+
 def test_a_group_with_few_dialogues_has_no_interval_and_the_worst_are_named():
     tokens, nlls = synthetic()
     few = tokens._replace(entropy=np.where(tokens.row < 3, 5.0, 0.05))
     found = summarise(few, nlls, names=[f"few.jsonl:{index}" for index in range(_ROWS)])
+    assert found.row_names == tuple(f"few.jsonl:{index}" for index in range(_ROWS))
     *_, (low, _, last) = found.by_entropy
     assert (low, last.rows, last.interval) == (4.0, 3, None)
     gains = np.bincount(tokens.row, tokens.gain) / _EACH
@@ -180,6 +198,22 @@ def test_the_report_agrees_with_the_likelihood_at_every_strength(composed, dialo
     assert found.verdict == "unclear"
 
 
+def test_copies_of_a_dialogue_count_as_one(composed, dialogues):
+    many = tokenize_demonstrations(
+        [dialogues.demonstrations[index] for index in (0, 0, 1, 0, 2, 2)],
+        composed.chat_format,
+        sequence_length=LENGTH,
+        cache_dir=None,
+    )
+    found = transfer_report(composed, many, batch_size=4)
+    alone = transfer_report(composed, dialogues, batch_size=4)
+    assert found.overall.rows == alone.overall.rows == 3
+    assert found.overall.interval is None
+    assert found.overall.tokens == many.report.targets > alone.overall.tokens
+    assert found.row_names == alone.row_names == ("x.jsonl:0", "x.jsonl:1", "x.jsonl:2")
+    assert found.row_gains == pytest.approx(alone.row_gains, abs=1e-5)
+
+
 def test_a_base_alone_has_nothing_to_transfer(base_alone, dialogues):
     with pytest.raises(ValueError, match="compares value networks with their base: got none"):
         transfer_report(base_alone, dialogues, batch_size=4)
@@ -197,57 +231,3 @@ def test_a_value_of_another_vocabulary_is_judged_by_the_base_s_tokens(stories260
     expected = likelihood_report(model, some, batch_size=1).overall
     assert found.overall.tokens == expected.targets
     assert found.overall.gain == pytest.approx(expected.base_nll - expected.nll, abs=1e-5)
-
-
-def test_the_command_writes_report_and_figure(stories260k_dir, value_folder, tmp_path, capsys):
-    source = tmp_path / "few.jsonl"
-    rows = [{"question": f"Who was it, {n}?", "answer": f"It was Lily {n}."} for n in range(6)]
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    output, figure = tmp_path / "new" / "report.json", tmp_path / "new" / "report.png"
-    flags = [
-        *("transfer", "--base", str(stories260k_dir), "--data", str(source)),
-        *("--value", str(value_folder), "--value", str(value_folder)),
-        *("--strength", "0.3", "--strength", "-0.1", "--format", "fields"),
-        *("--user-template", "{question}", "--assistant-template", "{answer}"),
-        *("--output", str(output), "--plot", str(figure), "--data-dir", str(tmp_path / "stored")),
-        "--calibrate",
-    ]
-    assert main(flags) == 0
-    shown = capsys.readouterr().out
-    assert "this base" in shown
-    assert "--strength" in shown
-    assert "Calibration: --strength" in shown
-    report = json.loads(output.read_text())
-    assert (report["benchmark"], report["dialogues"]) == ("transfer", 6)
-    assert report["model"]["strength"] == [0.3, -0.1]
-    assert report["overall"]["interval"][0] <= report["overall"]["interval"][1]
-    assert report["by_entropy"][-1]["to"] is None
-    assert report["calibration"]["given_nll"] == pytest.approx(
-        report["overall"]["base_nll"] - report["overall"]["gain"], rel=1e-5
-    )
-    assert len(report["calibration"]["strengths"]) == 2
-    assert imread(figure).std() > 0.01
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (("--value", "none"), ["--value none is the base alone", "--data is missing"]),
-        (("--value", "x", "--strength", "0", "--data", "d"), ["--strength is 0 for every value"]),
-        (("--value", "x", "--data", "d", "--plot", "gs://b/p.png"), ["--plot"]),
-    ],
-)
-def test_flags_that_cannot_tell_anything_are_refused(stories260k_dir, capsys, flags, said):
-    assert main(["transfer", "--base", str(stories260k_dir), *flags]) == 2
-    messages = capsys.readouterr().err
-    for part in said:
-        assert part in messages
-
-
-def test_the_figure_shows_a_report_with_empty_groups(tmp_path):
-    tokens, nlls = synthetic()
-    found = summarise(
-        tokens._replace(entropy=np.full(len(tokens.row), 0.05)), nlls, names=["a"] * _ROWS
-    )
-    plot(found, tmp_path / "report.png")
-    assert imread(tmp_path / "report.png").shape[0] > 500
