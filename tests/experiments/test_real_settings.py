@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from ivl_jax.assets import family_folder
 from ivl_jax.config import ConfigError
 from ivl_jax.experiments.real.settings import ABOUT, QUICK, STAGES, Budget, quick
 from ivl_jax.experiments.real.study import description, main
@@ -44,12 +45,18 @@ def test_help_says_what_each_stage_takes():
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        ([], 2, "--model is missing: .*../shared/tools/smollm2.py FOLDER"),
+        ([], 2, "--model is missing: .*hub id HuggingFaceTB/SmolLM2-135M-Instruct"),
         (["--model", "/no/such/folder"], 1, "/no/such/folder: no such folder"),
+        (
+            ["--model", str(family_folder("L")), "--first-layers", "1", "--last-layers", "1"],
+            2,
+            "--gsm8k is missing: .*train.jsonl and test.jsonl.*github.com/openai/grade-school-math",
+        ),
     ],
 )
-def test_a_study_without_its_model_says_how_to_get_it(capsys, arguments, status, message, tmp_path):
+def test_a_study_says_how_to_get_what_it_needs(capsys, arguments, status, message, tmp_path):
     assert main([*arguments, "--work-dir", str(tmp_path), "--docs", str(tmp_path)]) == status
     assert list(tmp_path.iterdir()) == []
     captured = capsys.readouterr().err
     assert re.search(message, captured), captured
+    assert ".." not in captured, "nothing outside of the project is taken for granted"

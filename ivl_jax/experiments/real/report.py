@@ -38,7 +38,7 @@ def real_section(record: Mapping[str, Any]) -> str:
     """The section's Markdown.
 
     Args:
-        record: From `study.record_of`.
+        record: From `study.record_of`, with `study.tuned`.
 
     Returns:
         Settings, the table of what has been measured, fine-tunings, what is missing.
@@ -47,8 +47,24 @@ def real_section(record: Mapping[str, Any]) -> str:
     return "## A real model\n\n" + "\n\n".join(part for part in parts if part)
 
 
+def best_tuned(record: Mapping[str, Any]) -> Subject | None:
+    """The measured fine-tuned target with the lowest NLL on held-out training questions.
+
+    Args:
+        record: Of the study.
+
+    Returns:
+        Its subject; None without one, or where the held-out NLL of one is not known.
+    """
+    tuned = record["tuned"]
+    found: list[Subject] = [one for one in _TUNED if one in record["measured"]]
+    if any(one not in tuned for one in found):
+        return None
+    return min(found, key=lambda one: tuned[one]["nll"], default=None)
+
+
 def recovered(record: Mapping[str, Any], subject: Subject, kind: str) -> float | None:
-    """The share of the best fine-tuned target's gain in NLL that a subject has.
+    """The share of the gain in NLL of `best_tuned` that a subject has.
 
     Args:
         record: Of the study.
@@ -56,16 +72,15 @@ def recovered(record: Mapping[str, Any], subject: Subject, kind: str) -> float |
         kind: Of the questions.
 
     Returns:
-        (NLL of the target − that of the subject) / (NLL of the target − that of the best tuned
-        one); None where one of them has not been measured, or tuning has gained nothing.
+        (NLL of the target − that of the subject) / (NLL of the target − that of the tuned one);
+        None where one of them has not been measured, or tuning has gained nothing.
     """
-    measured = record["measured"]
-    tuned = [measured[one]["nll"][kind] for one in _TUNED if one in measured]
+    measured, best = record["measured"], best_tuned(record)
     of_subject = measured.get(subject, {"nll": {}})["nll"].get(kind)
-    if not tuned or "target" not in measured or of_subject is None:
+    if best is None or "target" not in measured or of_subject is None:
         return None
     alone = measured["target"]["nll"][kind]
-    gained = alone - min(tuned)
+    gained = alone - measured[best]["nll"][kind]
     return (alone - of_subject) / gained if gained > 0 else None
 
 
@@ -100,9 +115,10 @@ learning rate {settings["tuning_rate"]:g}; LoRA of rank {settings["rank"]}
 was swept.
 
 *NLL*: nats per token of the right answers to test questions, their ends included. *Recovered*:
-share of the best fine-tuned target's gain, (NLL target − NLL) / (NLL target − NLL fine-tuned).
-*Right*: questions of GSM8K answered greedily with the right number, with the 95 % Wilson interval;
-where intervals overlap, the difference may be noise."""
+share of a fine-tuned target's gain, (NLL target − NLL) / (NLL target − NLL fine-tuned); of LoRA and
+full fine-tuning, the one whose NLL on held-out training questions is lower counts, for both kinds
+of questions. *Right*: questions of GSM8K answered greedily with the right number, with the 95 %
+Wilson interval; where intervals overlap, the difference may be noise."""
     return wrapped(text)
 
 
@@ -152,7 +168,10 @@ def _tunings(record: Mapping[str, Any]) -> str:
         f"{_NAMES[stage]} at step {one['best']} of {one['steps']} ({one['nll']:.3f} nats)"
         for stage, one in record["tuned"].items()
     )
-    return wrapped(f"Lowest NLL on held-out training questions of the fine-tunings: {best}.")
+    text = f"Lowest NLL on held-out training questions of the fine-tunings: {best}."
+    if (strongest := best_tuned(record)) is not None:
+        text += f" *Recovered* is relative to {_NAMES[strongest]}."
+    return wrapped(text)
 
 
 def _missing(record: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,8 @@ class Options:
 
     model: str = ""
     """Folder of SmolLM2-135M-Instruct, or of another chat model: the target."""
-    gsm8k: Path = Path("../shared/data/gsm8k")
-    """Folder of GSM8K's train.jsonl and test.jsonl."""
+    gsm8k: Path | None = None
+    """Folder of GSM8K's train.jsonl and test.jsonl, from github.com/openai/grade-school-math."""
     stages: tuple[Stage, ...] = STAGES
     """What to make, in order; what a stage needs is made first. What can be measured is measured
     after each of them."""
@@ -106,9 +106,18 @@ def _run(arguments: Sequence[str]) -> None:
     )
     if problem is not None:
         raise ConfigError(f"--first-layers and --last-layers: {target}: {problem}")
-    laboratory = RealLaboratory(options.work_dir, target, real_items(options.gsm8k, budget), budget)
-    measured = Measurements(laboratory, options.work_dir / "measured")
-    adopt_measurements(docs / RECORD, options.work_dir / "measured")
+    if options.gsm8k is None:
+        raise ConfigError(
+            "--gsm8k is missing: name the folder of GSM8K's train.jsonl and test.jsonl, "
+            "grade_school_math/data of https://github.com/openai/grade-school-math"
+        )
+    items = real_items(options.gsm8k, budget)
+    laboratory = RealLaboratory(
+        options.work_dir, target, items, budget, exports=options.from_exports
+    )
+    folder = "measured" if options.from_exports is None else "measured_from_exports"
+    measured = Measurements(laboratory, options.work_dir / folder)
+    adopt_measurements(docs / RECORD, options.work_dir / folder)
     if not options.report_only:
         for stage in options.stages:
             if stage != "measure":
@@ -135,7 +144,10 @@ def write_report(laboratory: RealLaboratory, measured: Measurements, docs: Path)
         measured: Has measured what there is.
         docs: Folder of the page and of the record; without a measurement the record stays.
     """
-    publish(record_of(laboratory, measured), docs / RECORD)
+    file = docs / RECORD
+    published = json.loads(file.read_text(encoding="utf-8"))["tuned"] if file.exists() else {}
+    record = record_of(laboratory, measured) | {"tuned": tuned(laboratory, published)}
+    publish(record, file)
     update_real_section(docs)
     logger.info("report: %s", docs / "experiments.md")
 
@@ -148,9 +160,8 @@ def record_of(laboratory: RealLaboratory, measured: Measurements) -> dict[str, A
         measured: Has measured what there is.
 
     Returns:
-        `settings`, the budget; `models`, layers and parameters of target and donor; `tuned`, where
-        the best step of each fine-tuning was; `measured`, figures by subject; `missing`, the
-        subjects without.
+        `settings`, the budget; `models`, layers and parameters of target and donor; `measured`,
+        figures by subject; `missing`, the subjects without.
     """
     found = {subject: measured.kept(subject) for subject in SUBJECTS}
     arch, budget = read_arch(laboratory.target), laboratory.budget
@@ -166,28 +177,41 @@ def record_of(laboratory: RealLaboratory, measured: Measurements) -> dict[str, A
             }
             for name, one in (("target", arch), ("donor", smaller))
         },
-        "tuned": _tuned(laboratory),
         **split_measured(found),
     }
 
 
-def _tuned(laboratory: RealLaboratory) -> dict[str, dict[str, Any]]:
-    tuned = {}
+def tuned(
+    laboratory: RealLaboratory, published: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Mapping[str, Any]]:
+    """Where the best step of each fine-tuning was, here or on the machine that published it.
+
+    Args:
+        laboratory: Has made what there is.
+        published: What the published record says; entries of other settings are dropped.
+
+    Returns:
+        By stage: `best`, the step with the lowest NLL on held-out training questions; `steps` in
+        all; that `nll`, nats per token; `sha256`, the stage's key.
+    """
+    found = {}
     stages: tuple[Stage, ...] = ("donor_tuned", "target_lora", "target_full")
     for stage in stages:
-        file = laboratory.output(stage).with_name("fit.json")
+        file, key = laboratory.output(stage).with_name("fit.json"), laboratory.key(stage)
         if file.exists():
             curve = json.loads(file.read_text(encoding="utf-8"))["curve"]
             best = min(curve, key=lambda point: point["nll"])
-            tuned[stage] = {"best": best["step"], "steps": curve[-1]["step"], "nll": best["nll"]}
-    return tuned
+            steps, nll = curve[-1]["step"], best["nll"]
+            found[stage] = {"best": best["step"], "steps": steps, "nll": nll, "sha256": key}
+        elif published.get(stage, {}).get("sha256") == key:
+            found[stage] = published[stage]
+    return found
 
 
 def _target(options: Options) -> Path:
     if not options.model:
         raise ConfigError(
-            f"--model is missing: name the folder of {_MODEL}, or its hub id "
-            f"HuggingFaceTB/{_MODEL}; without the hub, `python ../shared/tools/smollm2.py FOLDER` "
-            "makes the folder in half a minute"
+            f"--model is missing: name its hub id HuggingFaceTB/{_MODEL}, or, without the hub, a "
+            "copy of that folder"
         )
     return find_model(options.model)
