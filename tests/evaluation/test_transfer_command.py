@@ -41,7 +41,7 @@ def test_the_command_writes_report_and_figure(stories260k_dir, value_folder, tmp
         *("--calibrate", "--max-length", "40", "--max-malformed-fraction", "0.2"),
     ]
     assert main(flags) == 0
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
     assert "this base" in shown
     assert "--strength" in shown
     assert "value networks" in shown
