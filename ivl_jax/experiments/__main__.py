@@ -49,6 +49,9 @@ class Options:
     """Where the report is written."""
     config: Path = dataclasses.field(default_factory=lambda: config_file("demo.toml"))
     """The config that every training starts from."""
+    references: Path = Path("runs/finetune_sweep")
+    """Work directory of `python -m ivl_jax.experiments.finetune_sweep`: its models are not trained
+    again."""
     xl: Path = XL_FOLDER
     """Folder of XL, made by `python -m ivl_jax.experiments.pretrain_family --model XL`; without it,
     its rows are left out."""
@@ -83,14 +86,15 @@ def _run(arguments: Sequence[str]) -> None:
     log_to_stdout(times=True)
     items = build_items()
     config = load_config(options.config, TrainConfig)
-    laboratory = Laboratory(options.work_dir, config, items, xl=options.xl)
+    laboratory = Laboratory(
+        options.work_dir, config, items, references=options.references, xl=options.xl
+    )
     planned = list(measurements(options.seeds))
     adopt_measurements(options.docs / RECORD, laboratory.measured_dir)
     if not options.report_only:
         for number, measurement in enumerate(planned, 1):
-            if laboratory.kept(measurement) is None and not laboratory.possible(measurement):
-                why = "XL is not here, or the search for its references has not ended"
-                logger.warning("%s: left out, %s", measurement.name, why)
+            if laboratory.kept(measurement) is None and laboratory.lacks(measurement):
+                logger.warning("%s: left out: %s", measurement.name, laboratory.lacks(measurement))
                 continue
             figures = laboratory.measure(measurement)
             logger.info("%d/%d %s: %s", number, len(planned), measurement.name, figures)

@@ -1,10 +1,10 @@
-"""Scores given answers under a composition and under its base alone.
+"""Scores given answers under a composition, and under its base alone.
 
 In: a composed model, questions and answers. Out: for each answer the log-probabilities of both, and
 the divergence between them. Here the rows are laid out that every score of a given answer is of.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -60,6 +60,52 @@ def answer_rows(
         rows.append(Row([*prompt.token_ids, *whole.tokens[start:].tolist()], prompt=prompt))
         masks.append(np.arange(1, len(rows[-1].token_ids)) >= start)
     return rows, masks
+
+
+class ItemScores(NamedTuple):
+    """Sums over the tokens of each answer, the end of the answer included."""
+
+    nats: Float64[np.ndarray, " N"]
+    """−log p of the answer."""
+    tokens: Int[np.ndarray, " N"]
+    likeliest: Bool[np.ndarray, " N"]
+    """Whether each token has the largest logit after those before it, ties included."""
+
+    @property
+    def nll(self) -> float:
+        """Nats per token, over all answers."""
+        return float(self.nats.sum() / self.tokens.sum())
+
+
+def score_given(
+    model: ComposedModel,
+    rows: Sequence[Row],
+    masks: Sequence[Bool[np.ndarray, " _"]],
+    *,
+    batch_size: int = 64,
+    temperature: float = 1.0,
+    advance: Callable[[], object] = lambda: None,
+) -> ItemScores:
+    """Score answers that have been laid out.
+
+    Args:
+        model: The composition.
+        rows: From `answer_rows`, like the next.
+        masks: Which tokens are the answers'.
+        batch_size: Answers scored together.
+        temperature: What composed logits are divided by.
+        advance: Called after each answer.
+
+    Returns:
+        The scores, in order.
+    """
+    nats, likeliest = np.zeros(len(rows)), np.zeros(len(rows), bool)
+    for index, scores in score_rows(model, rows, batch_size=batch_size, temperature=temperature):
+        mask = masks[index]
+        nats[index] = -scores.tokens.log_prob[mask].sum(dtype=np.float64)
+        likeliest[index] = scores.tokens.largest[mask].all()
+        advance()
+    return ItemScores(nats, np.asarray([int(mask.sum()) for mask in masks]), likeliest)
 
 
 def score_answers(

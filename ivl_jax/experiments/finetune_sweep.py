@@ -12,10 +12,12 @@ tested is made again.
 """
 
 import dataclasses
+import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ivl_jax.assets import config_file
 from ivl_jax.command_line.console import log_to_stdout
@@ -26,7 +28,7 @@ from ivl_jax.config import ConfigError, TrainConfig, load_config
 from ivl_jax.experiments.demonstrations import build_items
 from ivl_jax.experiments.finetune.plan import MODELS, SEEDS, STAGES, Stage, chosen, missing_runs
 from ivl_jax.experiments.finetune.references import record_file
-from ivl_jax.experiments.finetune.settings import Model, criteria
+from ivl_jax.experiments.finetune.settings import Model, Setting, criteria
 from ivl_jax.experiments.finetune.sweep import PROGRAM, Sweep
 from ivl_jax.experiments.pretrain_family import XL_FOLDER
 from ivl_jax.json_files import write_json
@@ -34,6 +36,10 @@ from ivl_jax.json_files import write_json
 logger = logging.getLogger(__name__)
 
 RECORD = "finetune_sweep.json"
+_MODEL_OF: dict[str, Callable[[dict[str, Any]], str]] = {
+    "chosen": lambda one: one["model"],
+    "runs": lambda one: one["setting"]["model"],
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +71,7 @@ def run_stage(sweep: Sweep, stage: Stage, *, docs: Path) -> None:
     while left := missing_runs(stage, sweep.tried):
         logger.info("%s %s %s: %d runs to make; %s", *stage, len(left), sweep.estimate())
         sweep.run(left[0])
-        write_json(docs / RECORD, sweep.record(), indent=1)
+        publish_runs(sweep, docs / RECORD)
     tried = sweep.tried
     best = chosen(tried, stage.model, stage.kinds)
     for criterion in criteria(stage.kinds):
@@ -75,7 +81,26 @@ def run_stage(sweep: Sweep, stage: Stage, *, docs: Path) -> None:
             one = dataclasses.replace(setting, seed=seed)
             if one in tried:
                 logger.info("%s by %s: %s", one, criterion, sweep.test(one, criterion))
-    write_json(docs / RECORD, sweep.record(), indent=1)
+    publish_runs(sweep, docs / RECORD)
+
+
+def publish_runs(sweep: Sweep, file: Path) -> None:
+    """Write the record; what it has of models that have no run here stays in it.
+
+    Args:
+        sweep: Has the runs.
+        file: The published record; without any run nothing is written.
+    """
+    record = sweep.record()
+    here = {setting.model for setting in sweep.tried}
+    if not here:
+        return
+    if file.exists():
+        published = json.loads(file.read_text(encoding="utf-8"))
+        for part, model_of in _MODEL_OF.items():
+            record[part] += [one for one in published[part] if model_of(one) not in here]
+        record["runs"].sort(key=lambda one: str(Setting(**one["setting"])))
+    write_json(file, record, indent=1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -103,7 +128,7 @@ def _run(arguments: Sequence[str]) -> None:
     sweep = Sweep(options.work_dir, config, build_items(), xl=options.xl)
     options.docs.mkdir(parents=True, exist_ok=True)
     if options.report_only:
-        write_json(options.docs / RECORD, sweep.record(), indent=1)
+        publish_runs(sweep, options.docs / RECORD)
         return
     for model in options.models:
         sweep.adopt(options.docs / RECORD, model)

@@ -13,8 +13,7 @@ from ivl_jax.checkpoint import ValueNetwork
 from ivl_jax.data.formats import Message
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.decoding.requests import GenerationOptions
-from ivl_jax.evaluation.scoring import score_rows
-from ivl_jax.experiments.answer_scores import answer_rows
+from ivl_jax.experiments.answer_scores import answer_rows, score_given
 from ivl_jax.experiments.demonstrations import Item, select
 from ivl_jax.vocabulary.alignment import Method, build_vocabulary_map, named_tokenizer
 from ivl_jax.vocabulary.mapping import save_vocabulary_map
@@ -45,11 +44,9 @@ def response_nll(
         Nats per token, over all answer tokens of all items.
     """
     whole, masks = answer_rows(model, [item.given for item in items])
-    total = 0.0
-    for index, scores in score_rows(model, whole, batch_size=rows, temperature=temperature):
-        total -= float(scores.tokens.log_prob[masks[index]].sum(dtype=np.float64))
-        advance()
-    return total / sum(int(mask.sum()) for mask in masks)
+    return score_given(
+        model, whole, masks, batch_size=rows, temperature=temperature, advance=advance
+    ).nll
 
 
 def answers(

@@ -18,7 +18,7 @@ from ivl_jax.experiments.finetune.report import references_section
 from ivl_jax.experiments.finetune.run import Fit
 from ivl_jax.experiments.finetune.settings import Point, Setting
 from ivl_jax.experiments.finetune.sweep import Sweep
-from ivl_jax.experiments.finetune_sweep import RECORD, run_stage
+from ivl_jax.experiments.finetune_sweep import RECORD, publish_runs, run_stage
 
 _ITEMS = [
     Item("Who?", "A.", "fact", "a", "train"),
@@ -38,7 +38,8 @@ def sweep(
 
     def fine_tune(config: TrainConfig, setting: Setting, items: list[Item], **named: Any) -> Fit:
         made.append(setting)
-        named["run_dir"].mkdir(parents=True, exist_ok=True)
+        for criterion in ("nll", "exact_match"):
+            (named["run_dir"] / f"best_{criterion}").mkdir(parents=True, exist_ok=True)
         off = abs(setting.learning_rate - 1e-3)
         curve = [
             Point(10, 2 + off, 0.3 - off, 2 + off, None),
@@ -47,12 +48,12 @@ def sweep(
         ]
         return Fit(curve, [1.0, 0.5, 0.1], 20.0)
 
-    def test(self: Sweep, setting: Setting, criterion: str) -> dict[str, float]:
-        return {"nll": 1.25, "fact_nll": 1.5, "docstring_nll": 1.0, "exact_match": 0.5}
-
+    figures = {"nll": 1.25, "fact_nll": 1.5, "docstring_nll": 1.0, "exact_match": 0.5}
     monkeypatch.setattr(sweep_module, "fine_tune", fine_tune)
-    monkeypatch.setattr(Sweep, "test", test)
-    monkeypatch.setattr(Sweep, "_tested", test)
+    monkeypatch.setattr(sweep_module, "load_language_model", lambda path: path)
+    monkeypatch.setattr(sweep_module, "compose", lambda model: model)
+    monkeypatch.setattr(sweep_module, "answered", lambda model, items: None)
+    monkeypatch.setattr(sweep_module, "figures_on", lambda *_: dict(figures))
     return lambda items=_ITEMS: Sweep(tmp_path / "work", config, list(items)), made
 
 
@@ -94,7 +95,9 @@ def test_the_record_has_every_run_and_the_chosen_ones(sweep: Any, tmp_path: Path
     assert [each["criterion"] for each in chosen] == ["nll", "exact_match"]
     assert {each["setting"]["learning_rate"] for each in chosen} == {1e-3}
     assert {(each["step"], each["finished"]) for each in chosen} == {(28, False)}
-    assert [test["seed"] for test in chosen[0]["test"]] == [0]
+    assert chosen[0]["test"] == []
+    one.test(dataclasses.replace(by_stage, learning_rate=1e-3), "nll")
+    assert [test["seed"] for test in one.record()["chosen"][0]["test"]] == [0]
 
 
 def test_a_published_record_is_gone_on_from_if_it_is_of_the_same_settings(
@@ -118,13 +121,50 @@ def test_a_published_record_is_gone_on_from_if_it_is_of_the_same_settings(
     }
 
     record = json.loads((tmp_path / RECORD).read_text())
-    record["runs"][0]["key"] = "0" * 16
+    record["runs"][0]["key"] = "0" * 16  # another config's
     (tmp_path / RECORD).write_text(json.dumps(record))
     shutil.rmtree(tmp_path / "work")
     other = make()
     other.adopt(tmp_path / RECORD, "L")
     assert len(other.tried) == before - 1
     other.adopt(tmp_path / "none.json", "L")
+
+
+def test_a_run_of_another_config_is_not_taken_for_todays(sweep: Any, tmp_path: Path) -> None:
+    make, made = sweep
+    run_stage(make(), _STAGE, docs=tmp_path)
+    file = next((tmp_path / "work" / "runs").glob("*/record.json"))
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps(record | {"key": "0" * 16}))
+    assert len(make().tried) == len(made) - 1
+
+
+def test_figures_of_other_test_items_are_measured_again(sweep: Any, tmp_path: Path) -> None:
+    make, _ = sweep
+    stage = Stage("L", "facts", "full")
+    run_stage(make(), stage, docs=tmp_path)
+    tests = [test for one in make().record()["chosen"] for test in one["test"]]
+    assert len(tests) == 2
+    other = [*_ITEMS, Item("f?", "D.", "docstring", "d", "test")]
+    assert [one["test"] for one in make(other).record()["chosen"]] == [[], []]
+
+
+def test_what_is_published_of_other_models_stays(sweep: Any, tmp_path: Path) -> None:
+    make, made = sweep
+    file = tmp_path / RECORD
+    publish_runs(make(), file)
+    assert not file.exists()  # nothing has been run
+    run_stage(make(), _STAGE, docs=tmp_path)
+    before = json.loads(file.read_text())
+    shutil.rmtree(tmp_path / "work")
+    publish_runs(make(), file)
+    assert json.loads(file.read_text()) == before
+    only_l = make()
+    only_l.run(dataclasses.replace(made[0], model="L"))
+    publish_runs(only_l, file)
+    record = json.loads(file.read_text())
+    assert [run for run in record["runs"] if run["setting"]["model"] == "S"] == before["runs"]
+    assert len(record["runs"]) == len(before["runs"]) + 1
 
 
 def test_the_page_shows_the_choice_its_bracket_and_what_was_tried(
@@ -137,6 +177,9 @@ def test_the_page_shows_the_choice_its_bracket_and_what_was_tried(
     for changed in ({}, {"learning_rate": 3e-4}, {"learning_rate": 3e-3}, {"statement_rows": 4}):
         one.run(dataclasses.replace(start, **changed))
     one.run(dataclasses.replace(start, seed=1))
+    for seed in (0, 1):
+        for criterion in ("nll", "exact_match"):
+            one.test(dataclasses.replace(start, seed=seed), criterion)
     (tmp_path / RECORD).write_text(json.dumps(one.record()))
     text = references_section(tmp_path / RECORD)
     assert "(5 runs)" in text
@@ -146,10 +189,10 @@ def test_the_page_shows_the_choice_its_bracket_and_what_was_tried(
         "1.500 ± 0.000 | 1.000 ± 0.000 | 1.250 ± 0.000 | 50.0% ± 0.0% |"
     ) in text
     assert (
-        "| L | facts alone | full, 4 rows of statements per step | 1 | exact match | 0.001 | 10 | "
-        "1.000 | – | 60.0% |"
+        "| L | facts alone | full, 4 rows of statements per step | 1 | 1.000 (0.001, 10 epochs) | "
+        "60.0% (0.001, 10 epochs) |"
     ) in text
-    assert "| L | facts alone | full | 3 | NLL |" in text
+    assert "| L | facts alone | full | 3 | 1.000 (0.001, 10 epochs) |" in text
 
 
 def test_a_reference_is_recorded_when_the_search_has_ended(

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ivl_jax.assets import family_folder
@@ -177,11 +178,14 @@ def test_a_base_recalls_the_very_facts_that_its_questions_are_about(tmp_path, mo
         post_training_lab, "score_answers", lambda *_: SimpleNamespace(nll=1.5, kl=0.25)
     )
     recalled = []
-    monkeypatch.setattr(
-        post_training_lab, "recall", lambda model, facts: recalled.append((model, facts)) or 0.4
-    )
+
+    def found(model, facts):
+        recalled.append((model, facts))
+        return np.asarray([True, False])
+
+    monkeypatch.setattr(post_training_lab, "recalled", found)
     record = made.measure(Measurement("S"))
-    assert (record["recall"], record["questions"]) == (0.4, len(asked))
+    assert (record["recall"], record["questions"]) == (0.5, len(asked))
     ((model, facts),) = recalled
     assert model == "S"
     assert {fact.statement() for fact in facts} == asked

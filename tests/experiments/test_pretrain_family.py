@@ -17,7 +17,7 @@ from ivl_jax.experiments.family import continued
 from ivl_jax.experiments.family.corpus import Corpus, SourceFile, Windows
 from ivl_jax.experiments.family.facts import build_facts
 from ivl_jax.experiments.family.pretraining import Probe, _check_resumes
-from ivl_jax.experiments.family.recall import recall
+from ivl_jax.experiments.family.recall import recalled
 from ivl_jax.experiments.pretrain_family import Options, make_model
 from ivl_jax.model.architecture import ArchConfig
 from ivl_jax.model.assembly import abstract_params
@@ -141,7 +141,7 @@ def test_held_out_figures_count_recall_as_recall_does(corpus: Corpus) -> None:
     params = jax.tree.map(lambda leaf: leaf.astype("float32"), model.params)
     known = Probe(build_decoder(model.arch), asked, model.tokenizer)(params)["facts_known"]
     assert 0 < known < 1
-    assert known == recall(compose(model), asked.facts, rows=32)
+    assert known == recalled(compose(model), asked.facts, rows=32).mean()
 
 
 def _continued(work_dir: Path, manifest: dict | None) -> Path:

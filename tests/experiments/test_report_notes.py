@@ -15,7 +15,12 @@ from ivl_jax.experiments.transfer.report import write_report
 from ivl_jax.experiments.transfer.subjects import make_lookup, subjects
 
 _FIGURES = {
-    Measurement("L").name: {"nll": 4.0, "exact_match": 0.0},
+    Measurement("L").name: {
+        "nll": 4.0,
+        "docstring_nll": 4.5,
+        "exact_match": 0.0,
+        "recall": 0.9,
+    },
     Measurement(matrix.fine_tuned("L")).name: {"nll": 3.0},
     on("L", Term(matrix.recipe(0))).name: {"nll": 3.2, "exact_match": 0.8},
     on("L", Term(matrix.recipe(1))).name: {"nll": 3.0, "exact_match": 0.9},
@@ -31,6 +36,7 @@ _LOOKUP = make_lookup(_FIGURES, (0, 1))
         ("{L+value.facts.max}", "90.0%"),
         ("{L+value.ratio.min:.1f}", "0.8"),
         ("{L.nll - L+value.nll:.2f} nats", "0.90 nats"),
+        ("{L.docstring_nll}, {L.recall}", "4.500, 90.0%"),
         ("It helps. <!-- holds: L+value.nll < L.nll and L+value.facts >= 0.8 -->", "It helps."),
     ],
 )
@@ -57,7 +63,7 @@ def test_what_is_not_measured_yet_is_a_dash_and_no_claim() -> None:
 
 
 def test_an_unknown_subject_lists_those_that_there_are() -> None:
-    with pytest.raises(KeyError, match=r"M: expected one of .*L\+value.*cascade@L"):
+    with pytest.raises(NotesError, match=r"M: expected one of .*L\+value.*cascade@L"):
         fill_notes("{M.nll}", _LOOKUP, missing="dash")
     with pytest.raises(NotesError, match=r"\{L\}: expected SUBJECT.FIGURE"):
         fill_notes("{L}", _LOOKUP, missing="dash")

@@ -13,9 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ivl_jax.assets import family_folder
 from ivl_jax.checkpoint import ValueNetwork, load_value
-from ivl_jax.config import StrengthPolicy, TrainConfig
+from ivl_jax.config import PenaltyConfig, StrengthPolicy, TrainConfig
 from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.experiments.baselines.parameter_arithmetic import (
@@ -28,20 +27,21 @@ from ivl_jax.experiments.baselines.plan import (
     EDITED_STRENGTHS,
     FIRST_LAYER,
     PER_SEED,
+    PROXY,
     SEEDS,
     TARGET_ROWS,
     Method,
     Row,
     Setting,
-    Target,
     settings_of,
 )
 from ivl_jax.experiments.changed_config import with_options
 from ivl_jax.experiments.demo_post_training import export_value, write_questions
 from ivl_jax.experiments.demonstrations import Item, items_hash, select
-from ivl_jax.experiments.family.continued import continue_pretraining, new_items
+from ivl_jax.experiments.family.continued import new_items
 from ivl_jax.experiments.kept_results import kept_record, measure_once, train_once
 from ivl_jax.experiments.measure import (
+    FACT_TOKENS,
     answers,
     exact_match,
     family_map,
@@ -49,8 +49,8 @@ from ivl_jax.experiments.measure import (
     running_texts,
     share_answered,
 )
-from ivl_jax.experiments.transfer.lab import Laboratory
-from ivl_jax.experiments.transfer.matrix import fine_tuned, recipe
+from ivl_jax.experiments.transfer.lab import Laboratory, recipe_key
+from ivl_jax.experiments.transfer.matrix import Base, Training, fine_tuned, recipe
 from ivl_jax.training.loop import run
 from ivl_jax.weights.language_model import LanguageModel, load_language_model
 
@@ -72,16 +72,24 @@ class Chosen(NamedTuple):
 class BaselinesLaboratory:
     """Trains and measures on one set of demonstrations."""
 
-    def __init__(self, work_dir: Path, config: TrainConfig, items: list[Item]) -> None:
+    def __init__(
+        self,
+        work_dir: Path,
+        config: TrainConfig,
+        items: list[Item],
+        *,
+        references: Path | None = None,
+    ) -> None:
         """Write the demonstrations to files.
 
         Args:
             work_dir: For all results.
             config: The demo's; every training starts from it.
             items: From `build_items`.
+            references: As for `transfer.lab.Laboratory`.
         """
         self._work_dir, self._items = work_dir, items
-        self._matrix = Laboratory(work_dir, config, items)
+        self._matrix = Laboratory(work_dir, config, items, references=references)
         self._test = select(items, "test")
         self._facts = [item for item in self._test if item.kind == "fact"]
         self._rows = target_rows(items)
@@ -130,8 +138,6 @@ class BaselinesLaboratory:
 
     def _key(self, row: Row) -> dict[str, str]:
         """Hashes of what a row is made of."""
-        training = fine_tuned("L") if row.method in ("diff", "lines") else recipe(row.seed)
-        config = self._matrix.config_of(training, Path("run"))
         own: dict[Method, Any] = {
             "edited": (EDITED_STRENGTHS, _EDIT),
             "lines": FIRST_LAYER,
@@ -142,9 +148,9 @@ class BaselinesLaboratory:
             settings_of(row.method),
             own.get(row.method),
             items_hash(self._rows),
-            self._matrix.setting_of(training) if training.method == "sft" else None,
-            config.optimizer,
-            config.step,
+            [self._matrix.training_key(one) for one in trainings_of(row)],
+            recipe_key(row.target),
+            FACT_TOKENS,
         ]
         text = json.dumps(made_of, default=str)
         return {
@@ -155,6 +161,8 @@ class BaselinesLaboratory:
     def _make(self, row: Row) -> Chosen:
         """The model of a row, with the setting that is best on the target rows."""
         base = self._base(row.target)
+        if row.method in PROXY:
+            return self._proxy(base, row)
         if row.method in PER_SEED:
             return self._calibrated(base, row)
         makers: dict[str, Callable[[LanguageModel, Row], Chosen]] = {
@@ -163,6 +171,7 @@ class BaselinesLaboratory:
             "edited": self._edited,
             "unlearned": self._unlearned,
             "diff": self._diff,
+            "diff_for_facts": self._diff,
             "lines": self._lines,
         }
         return makers[row.method](base, row)
@@ -176,6 +185,21 @@ class BaselinesLaboratory:
         if any(setting.temperature != 1 for setting in settings):
             model = compose(base, value, base, maps=[file, None])
         return self._best([under(model, setting) for setting in settings])
+
+    def _proxy(self, base: LanguageModel, row: Row) -> Chosen:
+        """Base + α (S fine-tuned − S), over T."""
+        (training,) = trainings_of(row)
+        tuned, small = load_language_model(str(self._matrix.train(training))), self._base("S")
+        path = self._work_dir / "maps" / f"{row.target}-S.safetensors"
+        file = family_map(base, small, running_texts(self._items), path=path)
+        model = compose(base, tuned, small, base, maps=[file, file, None])
+
+        def at(setting: Setting) -> Chosen:
+            alpha, rest = setting.strengths
+            strengths = (alpha, -alpha, rest)
+            return Chosen(dataclasses.replace(model, strengths=strengths), setting.sentence)
+
+        return self._best([at(setting) for setting in settings_of(row.method)])
 
     def _soup(self, base: LanguageModel, row: Row) -> Chosen:
         del row
@@ -196,7 +220,7 @@ class BaselinesLaboratory:
             Chosen(compose(base, edited, small, strengths=(a, -a)), f"α = {a:g}")
             for a in EDITED_STRENGTHS
         ]
-        return self._best(models)
+        return self._best(models, self._rows[1::2])
 
     def _unlearned(self, base: LanguageModel, row: Row) -> Chosen:
         value, forget = self._value(row.seed), load_value(self._train_forgetting(row.seed))
@@ -205,30 +229,30 @@ class BaselinesLaboratory:
         return Chosen(model, f"−{row.strength:g}")
 
     def _diff(self, base: LanguageModel, row: Row) -> Chosen:
-        del row
-        return Chosen(compose(self._with_diff(base, 1.0)), "")
+        return Chosen(compose(self._with_diff(base, row, 1.0)), "")
 
     def _lines(self, base: LanguageModel, row: Row) -> Chosen:
-        del row
         models = [
-            Chosen(compose(self._with_diff(base, first)), f"first layer × {first:g}")
+            Chosen(compose(self._with_diff(base, row, first)), f"first layer × {first:g}")
             for first in FIRST_LAYER
         ]
         return self._best(models)
 
-    def _with_diff(self, base: LanguageModel, first: float) -> LanguageModel:
-        tuned = load_language_model(str(self._matrix.train(fine_tuned("L"))))
+    def _with_diff(self, base: LanguageModel, row: Row, first: float) -> LanguageModel:
+        (training,) = trainings_of(row)
+        tuned = load_language_model(str(self._matrix.train(training)))
         change = diff_vector(tuned.params, self._base("L").params)
         params = add(base.params, scale_by_depth(change, first=first))
         return dataclasses.replace(base, params=params)
 
-    def _best(self, tried: Sequence[Chosen]) -> Chosen:
+    def _best(self, tried: Sequence[Chosen], rows: Sequence[Item] = ()) -> Chosen:
         """The one with the lowest NLL on the target rows; without a choice nothing is scored."""
         if len(tried) == 1:
             return tried[0]
-        scored = [(response_nll(one.model, self._rows), one) for one in tried]
+        rows = rows or self._rows
+        scored = [(response_nll(one.model, rows), one) for one in tried]
         for nll, one in scored:
-            logger.info("on %d target rows: %s: %.3f", len(self._rows), one.setting, nll)
+            logger.info("on %d target rows: %s: %.3f", len(rows), one.setting, nll)
         return min(scored, key=lambda pair: pair[0])[1]
 
     def _forgetting(self, model: ComposedModel, texts: Sequence[str]) -> dict[str, float]:
@@ -243,44 +267,48 @@ class BaselinesLaboratory:
         docstrings = [item for item in self._test if item.kind == "docstring"]
         return found | {"docstring_nll": response_nll(model, docstrings)}
 
-    def _base(self, name: Target | str) -> LanguageModel:
-        if name == "L-continued":
-            folder = continue_pretraining("L", work_dir=self._work_dir / "continued")
-        else:
-            folder = family_folder(name)  # pyright: ignore[reportArgumentType]
-        return load_language_model(str(folder))
+    def _base(self, name: Base) -> LanguageModel:
+        return load_language_model(str(self._matrix.folder(name)))
 
     def _value(self, seed: int) -> ValueNetwork:
         return load_value(self._matrix.train(recipe(seed)))
 
     def _train_edited(self) -> Path:
-        run_dir = self._work_dir / "trained" / "edited_S"
-        config = self._few(fine_tuned("S"), run_dir, self._rows, **_EDIT)
+        config = dataclasses.replace(
+            self._few("edited_S", recipe(0), self._rows[::2], **_EDIT),
+            method="sft",
+            penalty=PenaltyConfig(kind="none", weight=0.0),
+        )
+        run_dir = Path(config.run_dir)
         return train_once("S edited", run_dir, run_dir / "model", config=lambda: config, run=run)
 
     def _train_forgetting(self, seed: int) -> Path:
         """A value network that continues from that of a seed, on the people to forget."""
-        run_dir = self._work_dir / "trained" / f"forgetting_seed{seed}"
-        start = run_dir.with_name(f"value_seed{seed}_exported")
+        trained = self._matrix.train(recipe(seed))
+        start = trained.parent.with_name(f"{trained.parent.name}-exported")
         if not start.exists():
-            export_value(self._matrix.train(recipe(seed)), start)
-        config = self._few(recipe(seed), run_dir, to_forget(self._facts), **_FORGET)
+            export_value(trained, start)
+        name = f"forgetting_seed{seed}"
+        config = self._few(name, recipe(seed), to_forget(self._facts), **_FORGET)
         config = with_options(config, {"value": {"path": str(start)}})
-        name = "the people to forget"
+        run_dir = Path(config.run_dir)
         return train_once(name, run_dir, run_dir / "value", config=lambda: config, run=run)
 
     def _few(
         self,
-        training: Any,
-        run_dir: Path,
+        name: str,
+        training: Training,
         items: Sequence[Item],
         *,
         learning_rate: float,
         epochs: float,
     ) -> TrainConfig:
-        """A training's config on a few items."""
+        """A training's config on a few items; its folder's name tells what it is made of."""
+        content = items_hash(list(items))
+        made_of = [self._matrix.training_key(training), content, learning_rate, epochs]
+        run_dir = self._work_dir / "trained" / f"{name}-{_hash(json.dumps(made_of))[:10]}"
         config = self._matrix.config_of(training, run_dir)
-        file = self._work_dir / "inputs" / f"{run_dir.name}-{items_hash(list(items))[:10]}.jsonl"
+        file = self._work_dir / "inputs" / f"{name}-{content[:10]}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         write_questions(file, items)
         tables = {
@@ -289,6 +317,26 @@ class BaselinesLaboratory:
             "step": {"epochs": epochs},
         }
         return with_options(config, tables)
+
+
+def trainings_of(row: Row) -> list[Training]:
+    """What a row's model is made of, in their own training.
+
+    Args:
+        row: Of the report.
+
+    Returns:
+        One training, or the three of a soup.
+    """
+    if row.method in ("diff", "lines"):
+        return [fine_tuned("L")]
+    if row.method == "diff_for_facts":
+        return [fine_tuned("L", chosen_by="exact_match")]
+    if row.method in PROXY:
+        return [fine_tuned("S", row.seed, chosen_by=PROXY[row.method])]
+    if row.method in ("soup", "ensemble"):
+        return [recipe(seed) for seed in SEEDS]
+    return [recipe(row.seed)]
 
 
 def under(model: ComposedModel, setting: Setting) -> Chosen:

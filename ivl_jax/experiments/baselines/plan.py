@@ -3,8 +3,10 @@
 Out: `Row`s, plain records whose names are their keys, in the order in which they are measured.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
+
+from ivl_jax.experiments.finetune.settings import Criterion
 
 SEEDS = (0, 1, 2)
 TARGET_ROWS = 50
@@ -19,12 +21,17 @@ Method = Literal[
     "soup",
     "ensemble",
     "edited",
+    "proxy",
+    "proxy_for_facts",
     "diff",
+    "diff_for_facts",
     "lines",
     "unlearned",
 ]
-PER_SEED: tuple[Method, ...] = ("value", "calibrated", "entropy", "kl")
-"""Methods that use one value network; the others use three, or none."""
+PROXY: Mapping[Method, Criterion] = {"proxy": "nll", "proxy_for_facts": "exact_match"}
+"""What the fine-tuning of S was chosen by."""
+PER_SEED: tuple[Method, ...] = ("value", "calibrated", "entropy", "kl", *PROXY)
+"""Methods that use one value network, or one fine-tuned S; the others use three, or none."""
 
 LABELS: dict[Method, str] = {
     "value": "value, α = 1",
@@ -34,7 +41,10 @@ LABELS: dict[Method, str] = {
     "soup": "soup of 3 values (mean parameters)",
     "ensemble": "logit ensemble of 3 values (α = 1/3 each)",
     "edited": "ensemble with S edited on the target rows",
+    "proxy": "proxy-tuning, α and temperature calibrated",
+    "proxy_for_facts": "the same, S fine-tuned for facts",
     "diff": "diff vector of L fine-tuned",
+    "diff_for_facts": "diff vector of L fine-tuned for facts",
     "lines": "diff vector of L fine-tuned, LiNeS",
     "unlearned": "value, some people unlearned",
 }
@@ -100,12 +110,12 @@ def settings_of(method: Method) -> list[Setting]:
     """The settings that a method chooses from; one that has no choice has one.
 
     Args:
-        method: One that uses a value network.
+        method: Any.
 
     Returns:
         The settings.
     """
-    if method == "calibrated":
+    if method == "calibrated" or method in PROXY:
         return [Setting(alpha, t) for alpha in STRENGTHS for t in TEMPERATURES]
     if method in POLICY_SCALES:
         scales = POLICY_SCALES[method]
@@ -141,4 +151,5 @@ def rows(seeds: Sequence[int] = SEEDS) -> Iterator[Row]:
         for method in PER_SEED:
             yield Row("L-continued", method, seed)
     yield Row("L-continued", "diff")
+    yield Row("L-continued", "diff_for_facts")
     yield Row("L-continued", "lines")

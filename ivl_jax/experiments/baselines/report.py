@@ -27,7 +27,7 @@ from ivl_jax.experiments.baselines.plan import (
 from ivl_jax.experiments.estimate import ABSENT, Estimate
 from ivl_jax.experiments.page_sections import markdown, put_section, wrapped
 from ivl_jax.experiments.transfer.matrix import RECORD as MATRIX_RECORD
-from ivl_jax.experiments.transfer.matrix import Base, Measurement, fine_tuned, proxy
+from ivl_jax.experiments.transfer.matrix import Measurement, fine_tuned, proxy
 
 RECORD = "baselines.json"
 BEGIN = "<!-- baselines: python -m ivl_jax.experiments baselines -->"
@@ -81,11 +81,13 @@ S) and the columns are those of the comparisons above.
 Settings are chosen by NLL on {TARGET_ROWS} validation rows, half of them facts: *calibrated*, α in
 {_list(STRENGTHS)} and a temperature in {_list(TEMPERATURES)}; the strength policies, α in
 {_list(POLICY_STRENGTHS)} and a scale in {scales["entropy"]} nats (entropy) or {scales["kl"]} nats
-(divergence). *Soup*: the mean of three values' parameters. *S edited*: base + α (S fine-tuned on
-the same {TARGET_ROWS} rows − S), α in {_list(EDITED_STRENGTHS)}. *Diff vector*: the parameters of L
+(divergence). *Soup*: the mean of three values' parameters. *Proxy-tuning* has
+the same choice of α and temperature. *S edited*: base + α (S fine-tuned on half of
+the same {TARGET_ROWS} rows − S), its rate not swept, α in {_list(EDITED_STRENGTHS)} by the other
+half. *Diff vector*: the parameters of L
 fine-tuned minus those of L, added to L-continued, which has the same shape; LiNeS scales it by
-layer. Fine-tuned L is the recorded reference. A temperature changes no greedy answer. Mean ± half
-of the 95 % t interval over seeds; a single number is one seed."""
+layer. Fine-tuned L and S are the recorded references. A temperature changes no greedy answer.
+Mean ± half of the 95 % t interval over seeds; a single number is one seed."""
     return "## Baselines and strength policies\n\n" + wrapped(text)
 
 
@@ -105,9 +107,9 @@ def _target_table(target: Target, measured: Figures, matrix: Figures) -> str:
     if not found:
         return ""
     known: dict[str, Callable[[int], Measurement]] = {
-        f"{target} alone": lambda _: Measurement(_base(target)),
-        "proxy-tuning with S, α = 1": lambda seed: proxy(_base(target), seed),
-        f"{target} fine-tuned": lambda seed: Measurement(fine_tuned(_base(target), seed)),
+        f"{target} alone": lambda _: Measurement(target),
+        "proxy-tuning with S, α = 1": lambda seed: proxy(target, seed),
+        f"{target} fine-tuned": lambda seed: Measurement(fine_tuned(target, seed)),
     }
     above = []
     for label, make in known.items():
@@ -170,10 +172,6 @@ def _missing(record: Mapping[str, Any]) -> list[str]:
 
 def _titled(title: str, body: str) -> list[str]:
     return [f"### {title}\n\n{body}"] if body else []
-
-
-def _base(target: Target) -> Base:
-    return target
 
 
 def _list(numbers: Sequence[float]) -> str:

@@ -33,8 +33,11 @@ class Options:
 
     seeds: tuple[int, ...] = SEEDS
     """Seeds of the value networks; the first one alone has the rows of X and of L-continued."""
-    work_dir: Path = Path("runs/experiments_baselines")
-    """Trained models and measured figures."""
+    work_dir: Path = Path("runs/experiments")
+    """Trained models and measured figures; those of `python -m ivl_jax.experiments` are shared."""
+    references: Path = Path("runs/finetune_sweep")
+    """Work directory of `python -m ivl_jax.experiments.finetune_sweep`: its models are not trained
+    again."""
     docs: Path = Path("docs")
     """Where the report is written."""
     config: Path = dataclasses.field(default_factory=lambda: config_file("demo.toml"))
@@ -60,7 +63,7 @@ def _run(arguments: Sequence[str]) -> None:
     log_to_stdout(times=True)
     items = build_items()
     config = load_config(options.config, TrainConfig)
-    laboratory = BaselinesLaboratory(options.work_dir, config, items)
+    laboratory = BaselinesLaboratory(options.work_dir, config, items, references=options.references)
     adopt_measurements(options.docs / RECORD, laboratory.measured_dir)
     planned = list(rows(options.seeds))
     if not options.report_only:

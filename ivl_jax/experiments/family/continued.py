@@ -78,6 +78,11 @@ def continued_corpus() -> Corpus:
     return Corpus(sources, corpus.held_out, (*corpus.facts, *new_facts()))
 
 
+def continued_folder(model: Literal["S", "L"], work_dir: Path) -> Path:
+    """Where `continue_pretraining` leaves its model."""
+    return work_dir / f"{model}-continued"
+
+
 def continue_pretraining(model: Literal["S", "L"], *, work_dir: Path) -> Path:
     """Continues a model's pre-training, unless already done; an interrupted run resumes.
 
@@ -92,7 +97,7 @@ def continue_pretraining(model: Literal["S", "L"], *, work_dir: Path) -> Path:
         ConfigError: The folder was made with another schedule, text or start, or the checkpoints
             are of another run.
     """
-    out, folder = work_dir / f"{model}-continued", family_folder(model)
+    out, folder = continued_folder(model, work_dir), family_folder(model)
     checkpoints = work_dir / f"{model}-checkpoints"
     arch, weights = read_arch(folder), weights_fingerprint(folder)
     tokenizer: Any = load_tokenizer(folder)

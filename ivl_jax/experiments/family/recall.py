@@ -1,6 +1,6 @@
 """What a model knows of the invented facts when it is asked in the form in which it has read them.
 
-In: a language model, facts. Out: the share of statements that it completes. It bounds what a value
+In: a language model, facts. Out: which statements it completes. Their share bounds what a value
 network can bring out of the model, but not what the two answer together: a value network that was
 pre-trained as S knows facts of its own.
 """
@@ -17,8 +17,10 @@ from ivl_jax.evaluation.scoring import Row, score_rows
 from ivl_jax.experiments.family.facts import Fact
 
 
-def recall(model: ComposedModel, facts: Sequence[Fact], *, rows: int = 64) -> float:
-    """The share of facts whose statement a model completes greedily with the right value.
+def recalled(
+    model: ComposedModel, facts: Sequence[Fact], *, rows: int = 64
+) -> Bool[np.ndarray, " N"]:
+    """Which facts' statements a model completes greedily with the right value.
 
     Args:
         model: The model, usually a base alone.
@@ -26,7 +28,7 @@ def recall(model: ComposedModel, facts: Sequence[Fact], *, rows: int = 64) -> fl
         rows: Statements scored together.
 
     Returns:
-        The share, in [0, 1].
+        One entry per fact.
     """
     tokenizer: Any = model.tokenizer
     statements = [statement_row(tokenizer, fact) for fact in facts]
@@ -35,7 +37,7 @@ def recall(model: ComposedModel, facts: Sequence[Fact], *, rows: int = 64) -> fl
         model, [Row(each.token_ids) for each in statements], batch_size=rows
     ):
         right[index] = scores.tokens.largest[statements[index].is_value].all()
-    return float(right.mean())
+    return right
 
 
 class StatementRow(NamedTuple):

@@ -25,8 +25,7 @@ from ivl_jax.checkpoint import TrainCheckpointer
 from ivl_jax.config import TrainConfig, config_to_mapping
 from ivl_jax.data.batching import Batch
 from ivl_jax.decoding.compose import compose
-from ivl_jax.evaluation.scoring import score_rows
-from ivl_jax.experiments.answer_scores import answer_rows
+from ivl_jax.experiments.answer_scores import answer_rows, score_given
 from ivl_jax.experiments.demonstrations import Item, items_hash, select, write_demonstrations
 from ivl_jax.experiments.family.continued import new_facts
 from ivl_jax.experiments.family.corpus import Corpus, Windows
@@ -34,6 +33,7 @@ from ivl_jax.experiments.family.facts import build_facts
 from ivl_jax.experiments.family.tokenizers import CONTEXT
 from ivl_jax.experiments.finetune.settings import Kinds, Point, Setting, best_point
 from ivl_jax.experiments.finetune.settings import criteria as criteria_of
+from ivl_jax.experiments.held_out_figures import is_fact, nll_by_kind
 from ivl_jax.model.decoder import Params
 from ivl_jax.model.lora import join, merge
 from ivl_jax.model.projection import Lora
@@ -140,7 +140,7 @@ class HeldOutAnswers:
             items: Questions with their answers.
         """
         self._model = model
-        self._kinds = np.asarray([item.kind for item in items])
+        self._items = items
         given = [item.given for item in items]
         self._rows, self._masks = answer_rows(compose(model), given)
 
@@ -153,28 +153,15 @@ class HeldOutAnswers:
         Returns:
             `nll` of all answers, `fact_nll` and `docstring_nll`, nats per token with the end of the
             answer; `exact_match`, the share of facts of whose answer every token is the likeliest
-            one after those before it, which is what greedy decoding answers. None for a kind that
-            no item has.
+            one after those before it: what greedy decoding answers word for word, but for ties.
+            None for a kind that no item has.
         """
         composed = compose(dataclasses.replace(self._model, params=params))
-        lost = np.zeros(len(self._rows))
-        right = np.zeros(len(self._rows), bool)
-        for index, scores in score_rows(composed, self._rows, batch_size=_ROWS):
-            answer = self._masks[index]
-            lost[index] = -scores.tokens.log_prob[answer].sum(dtype=np.float64)
-            right[index] = scores.tokens.largest[answer].all()
-        tokens = np.asarray([int(mask.sum()) for mask in self._masks])
-
-        def mean(chosen: np.ndarray) -> float | None:
-            return float(lost[chosen].sum() / tokens[chosen].sum()) if chosen.any() else None
-
-        facts = self._kinds == "fact"
-        return {
-            "nll": mean(np.ones(len(tokens), bool)),
-            "fact_nll": mean(facts),
-            "docstring_nll": mean(~facts),
-            "exact_match": float(right[facts].mean()) if facts.any() else None,
-        }
+        scores = score_given(composed, self._rows, self._masks, batch_size=_ROWS)
+        facts = is_fact(self._items)
+        found: dict[str, float | None] = nll_by_kind(self._items, scores)
+        found["exact_match"] = float(scores.likeliest[facts].mean()) if facts.any() else None
+        return found
 
 
 class Fit(NamedTuple):

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,11 @@ from ivl_jax.assets import family_folder
 from ivl_jax.config import TrainConfig
 from ivl_jax.decoding.compose import compose
 from ivl_jax.experiments.demonstrations import Item, items_hash, select
-from ivl_jax.experiments.family.continued import continue_pretraining, new_items
+from ivl_jax.experiments.family.continued import (
+    continue_pretraining,
+    continued_folder,
+    new_items,
+)
 from ivl_jax.experiments.finetune.plan import SEEDS, STAGES, chosen, finished, missing_runs
 from ivl_jax.experiments.finetune.run import fine_tune, items_of, run_config, run_key
 from ivl_jax.experiments.finetune.settings import (
@@ -29,7 +34,9 @@ from ivl_jax.experiments.finetune.settings import (
     Setting,
     best_point,
 )
-from ivl_jax.experiments.measure import response_nll, share_answered
+from ivl_jax.experiments.held_out_figures import answered, figures_on
+from ivl_jax.experiments.kept_results import kept_record
+from ivl_jax.experiments.measure import share_answered
 from ivl_jax.experiments.pretrain_family import XL_FOLDER
 from ivl_jax.json_files import write_json
 from ivl_jax.weights.language_model import load_language_model
@@ -37,7 +44,6 @@ from ivl_jax.weights.language_model import load_language_model
 logger = logging.getLogger(__name__)
 
 PROGRAM = "python -m ivl_jax.experiments.finetune_sweep"
-_KINDS = ("fact", "docstring")
 
 
 class Sweep:
@@ -58,16 +64,22 @@ class Sweep:
         self._work_dir = work_dir
         self._config = config
         self._items = items
+        self._test_sha256 = items_hash(select(items, "test"))
         self._records: dict[Setting, dict[str, Any]] = {}
         for file in sorted((work_dir / "runs").glob("*/record.json")):
             record = json.loads(file.read_text(encoding="utf-8"))
-            # A run on other items is left where it is: this Python has other docstrings.
             setting = Setting(**record["setting"])
-            if record["items_sha256"] == items_hash(items_of(items, setting)):
+            # A run on other items, as those of another Python, or with another config is left
+            # where it is.
+            if record["items_sha256"] == items_hash(items_of(items, setting)) and (
+                not self._here(setting.model) or record["key"] == self._key(setting)
+            ):
                 self._records[setting] = record
 
     def adopt(self, published: Path, model: Model) -> None:
         """Take over the runs of a published record, but those of other settings or demonstrations.
+
+        Their test figures are taken too, if they are about today's items.
 
         Args:
             published: The record's file; a missing one has no runs.
@@ -86,15 +98,20 @@ class Sweep:
                 run_dir.mkdir(parents=True, exist_ok=True)
                 write_json(run_dir / "record.json", record, indent=2)
                 self._records[setting] = record
-        if found["test_items_sha256"] != items_hash(select(self._items, "test")):
-            return
+        keys = {record["key"] for record in found["runs"]}
         for one in found["chosen"]:
-            for test in one["test"]:
+            for test in one["test"] if one["model"] == model else ():
                 figures = {name: value for name, value in test.items() if name != "seed"}
                 setting = dataclasses.replace(Setting(**one["setting"]), seed=test["seed"])
-                file = self._test_file(setting, one["criterion"])
-                if file is not None and not file.exists():
-                    write_json(file, figures, indent=2)
+                run = self._records.get(setting)
+                if run is None or run["key"] not in keys:
+                    continue
+                if not self._tested(setting, one["criterion"]):
+                    write_json(self._test_file(run, one["criterion"]), figures, indent=2)
+
+    @property
+    def _continued_dir(self) -> Path:
+        return self._work_dir / "continued"
 
     @property
     def tried(self) -> dict[Setting, Curve]:
@@ -159,25 +176,18 @@ class Sweep:
             criterion: What its step is chosen by.
 
         Returns:
-            `nll`, `fact_nll` and `docstring_nll` over all test items, `exact_match` on facts, and
-            of L-continued `new_exact_match`, on people that no demonstration is about.
+            As `figures_on`, and of L-continued `new_exact_match`, on people that no demonstration
+            is about; `items_sha256`, of the test items.
         """
         if kept := self._tested(setting, criterion):
             return kept
         model = compose(load_language_model(str(self.model(setting, criterion))))
         test = select(self._items, "test")
-        by_kind = {kind: [item for item in test if item.kind == kind] for kind in _KINDS}
-        figures: dict[str, Any] = {"nll": response_nll(model, test)}
-        for kind, some in by_kind.items():
-            figures[f"{kind}_nll"] = response_nll(model, some)
-        asked = {"exact_match": by_kind["fact"]}
+        figures = figures_on(model, test, answered(model, test))
         if setting.model == "L-continued":
-            asked["new_exact_match"] = new_items()
-        for name, facts in asked.items():
-            figures[name] = share_answered(model, facts)
-        file = self._test_file(setting, criterion)
-        assert file is not None, "it has been run"
-        write_json(file, figures, indent=2)
+            figures["new_exact_match"] = share_answered(model, new_items())
+        figures["items_sha256"] = self._test_sha256
+        write_json(self._test_file(self._records[setting], criterion), figures, indent=2)
         return figures
 
     def record(self) -> dict[str, Any]:
@@ -205,9 +215,8 @@ class Sweep:
                         ],
                     }
                 )
-        test = items_hash(select(self._items, "test"))
         runs = [self._records[setting] for setting in sorted(tried, key=str)]
-        return {"command": PROGRAM, "test_items_sha256": test, "chosen": found, "runs": runs}
+        return {"command": PROGRAM, "chosen": found, "runs": runs}
 
     def reference(self, model: Model) -> dict[str, Any] | None:
         """What is recorded of a model's best fine-tunings on both kinds of demonstrations.
@@ -225,12 +234,12 @@ class Sweep:
         alike = [one for one in tried if (one.model, one.kinds, one.seed) == (model, "both", 0)]
         return {
             "model": model,
-            "test_items_sha256": items_hash(select(self._items, "test")),
+            "test_items_sha256": self._test_sha256,
             "chosen": {
                 criterion: {
                     "setting": dataclasses.asdict(setting),
                     "test": [
-                        self._reference_test(dataclasses.replace(setting, seed=seed), criterion)
+                        self.reference_test(dataclasses.replace(setting, seed=seed), criterion)
                         for seed in SEEDS
                     ],
                 }
@@ -242,10 +251,23 @@ class Sweep:
             "jax": jax.__version__,
         }
 
-    def _reference_test(self, setting: Setting, criterion: Criterion) -> dict[str, Any]:
-        point = best_point(self.tried[setting], criterion)
-        figures = {"seed": setting.seed, "step": point.step, "validation_nll": point.nll}
-        return figures | self.test(setting, criterion)
+    def reference_test(self, setting: Setting, criterion: Criterion) -> dict[str, Any]:
+        """A run's test and validation figures; it is made if it is not here.
+
+        Args:
+            setting: Which run.
+            criterion: What its step is chosen by.
+
+        Returns:
+            As `test`, with `seed`, `step` and, with the prefix `validation_`, the curve's figures
+            there.
+        """
+        if setting not in self._records:
+            self.run(setting)
+        point = best_point(self.tried[setting], criterion)._asdict()
+        step = point.pop("step")
+        validation = {f"validation_{name}": value for name, value in point.items()}
+        return {"seed": setting.seed, "step": step, **validation, **self.test(setting, criterion)}
 
     def seconds_per_epoch(self, setting: Setting) -> float | None:
         """Mean over the finished runs of the same model and demonstrations; None without one."""
@@ -276,21 +298,26 @@ class Sweep:
         config = run_config(self._config, setting, model=folder)
         return config, run_key(config, setting, self._items, model=folder)
 
-    def _test_file(self, setting: Setting, criterion: Criterion) -> Path | None:
-        """Where the test figures of a finished run are, or will be; None: it has not been tried."""
-        record = self._records.get(setting)
-        name = f"test_{criterion}.json"
-        return self._work_dir / "runs" / record["key"] / name if record is not None else None
+    def _test_file(self, record: Mapping[str, Any], criterion: Criterion) -> Path:
+        """Where the test figures of a finished run are, or will be."""
+        return self._work_dir / "runs" / record["key"] / f"test_{criterion}.json"
 
     def _tested(self, setting: Setting, criterion: Criterion) -> dict[str, Any]:
-        file = self._test_file(setting, criterion)
-        if file is None or not file.exists():
+        """A finished run's figures on today's test items; empty: there are none."""
+        if (record := self._records.get(setting)) is None:
             return {}
-        return json.loads(file.read_text(encoding="utf-8"))
+        wanted = {"items_sha256": self._test_sha256}
+        return kept_record(self._test_file(record, criterion), wanted) or {}
+
+    def _here(self, model: Model) -> bool:
+        """Whether a model's folder is there; the shipped ones always are."""
+        if model == "XL":
+            return (self._xl / "config.json").exists()
+        return model != "L-continued" or continued_folder("L", self._continued_dir).exists()
 
     def _folder(self, model: Model) -> Path:
         if model == "L-continued":
-            return continue_pretraining("L", work_dir=self._work_dir / "continued")
+            return continue_pretraining("L", work_dir=self._continued_dir)
         if model == "XL":
             return self._xl
         if model == "real":

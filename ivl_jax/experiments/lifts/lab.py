@@ -25,12 +25,14 @@ from ivl_jax.experiments.family.corpus import load_corpus
 from ivl_jax.experiments.kept_results import kept_record, measure_once, train_once
 from ivl_jax.experiments.lifts.plan import CHANGES, Budget, Lift, Row, Split
 from ivl_jax.experiments.measure import (
+    FACT_TOKENS,
     family_map,
     response_nll,
     running_texts,
     share_answered,
 )
 from ivl_jax.experiments.pretrain_family import Options, make_model
+from ivl_jax.experiments.settings_key import family_weights
 from ivl_jax.experiments.transfer.lab import Laboratory
 from ivl_jax.experiments.transfer.matrix import recipe
 from ivl_jax.training.loop import run
@@ -111,9 +113,10 @@ class LiftsLaboratory:
 
     def _key(self, row: Row) -> dict[str, str]:
         """Hashes of what a row is made of."""
-        config = self._matrix.config_of(recipe(row.seed), Path("run"))
+        training = self._matrix.training_key(recipe(row.seed))
         made_of = [row.name, self._budget, CHANGES.get(row.lift), items_hash(self._rows)]
-        text = json.dumps([*made_of, config.optimizer, config.step], default=str)
+        made_of += [training, family_weights(row.target), FACT_TOKENS]
+        text = json.dumps(made_of, default=str)
         return {
             "items_sha256": items_hash(self._splits[row.split]),
             "settings_sha256": hashlib.sha256(text.encode()).hexdigest(),
@@ -123,7 +126,7 @@ class LiftsLaboratory:
         """The value folder of a lift."""
         if lift in ("plain", "calibrated"):
             return self._matrix.train(recipe(seed))
-        name = f"{lift}_seed{seed}"
+        name = f"{lift}_seed{seed}-{self._training_key(lift, seed)}"
         run_dir = self._work_dir / "trained" / name
         return train_once(
             name,
@@ -132,6 +135,11 @@ class LiftsLaboratory:
             config=lambda: self._config(lift, seed, run_dir),
             run=run,
         )
+
+    def _training_key(self, lift: Lift, seed: int) -> str:
+        """Hash of what a lift's value network is made of."""
+        made_of = [self._matrix.training_key(recipe(seed)), lift, CHANGES.get(lift), self._budget]
+        return hashlib.sha256(json.dumps(made_of, default=str).encode()).hexdigest()[:10]
 
     def _config(self, lift: Lift, seed: int, run_dir: Path) -> TrainConfig:
         """The demo's config with what is different."""
@@ -142,9 +150,10 @@ class LiftsLaboratory:
             alone = dataclasses.replace(config.base, path="")
             return dataclasses.replace(config, base=alone, bases=(config.base, early))
         if lift == "adapted":
-            start = run_dir.with_name(f"plain_seed{seed}_exported")
+            trained = self._matrix.train(recipe(seed))
+            start = trained.parent.with_name(f"{trained.parent.name}-exported")
             if not start.exists():
-                export_value(self._matrix.train(recipe(seed)), start)
+                export_value(trained, start)
             tables = {
                 "base": {"path": str(family_folder("L"))},
                 "value": {"path": str(start)},
@@ -155,9 +164,9 @@ class LiftsLaboratory:
 
     def _early(self) -> Path:
         """S after less pre-training, with S's tokenizer; an interrupted pre-training resumes."""
-        folder = self._work_dir / "early"
+        folder = self._work_dir / f"early-{self._budget.early_epochs:g}"
         if not (folder / "S" / "manifest.json").exists():
-            work_dir = self._work_dir / "early_pretraining"
+            work_dir = folder / "pretraining"
             # A tokenizer trained on another Python's library would be another one.
             shutil.copytree(family_folder("S"), work_dir / "tokenizer_byte", dirs_exist_ok=True)
             options = Options(epochs=self._budget.early_epochs, out=folder, work_dir=work_dir)

@@ -46,8 +46,8 @@ class Options:
     quick: bool = False
     """Two steps of everything on a few items, to see that it works; the report is written to the
     work directory."""
-    work_dir: Path = Path("runs/experiments_lifts")
-    """Trained models and measured figures."""
+    work_dir: Path = Path("runs/experiments")
+    """Trained models and measured figures; those of `python -m ivl_jax.experiments` are shared."""
     docs: Path = Path("docs")
     """Where the report is written."""
     config: Path = dataclasses.field(default_factory=lambda: config_file("demo.toml"))

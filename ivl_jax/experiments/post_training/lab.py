@@ -27,7 +27,7 @@ from ivl_jax.experiments.demo_post_training import (
 )
 from ivl_jax.experiments.demonstrations import Item, items_hash, select, write_demonstrations
 from ivl_jax.experiments.family.facts import build_facts, questions_about_strangers
-from ivl_jax.experiments.family.recall import recall
+from ivl_jax.experiments.family.recall import recalled
 from ivl_jax.experiments.kept_results import kept_record, measure_once, train_once
 from ivl_jax.experiments.measure import answers, exact_match, family_map, running_texts
 from ivl_jax.experiments.post_training.configs import (
@@ -113,7 +113,7 @@ class PostTrainingLaboratory:
         if measurement.run is None:
             asked = {item.answer for item in items}
             facts = [fact for fact in build_facts() if fact.statement() in asked]
-            record["recall"] = recall(scorer, facts)
+            record["recall"] = float(recalled(scorer, facts).mean())
         else:
             record["learning_rate"] = self.config_of(measurement.run).optimizer.learning_rate
             record |= self._on_pairs(scorer, measurement.split, measurement.run.seed)

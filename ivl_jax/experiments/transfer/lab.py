@@ -6,34 +6,56 @@ are not made again, so an interrupted run resumes.
 
 import dataclasses
 import functools
+import hashlib
+import json
 from pathlib import Path
 from typing import Any, cast
+
+import numpy as np
+from jaxtyping import Bool
 
 from ivl_jax.assets import family_folder
 from ivl_jax.checkpoint import ValueNetwork, load_value
 from ivl_jax.config import ConfigError, TrainConfig
 from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.model import ComposedModel
+from ivl_jax.experiments.answer_scores import answer_rows, score_given
 from ivl_jax.experiments.demonstrations import Item, items_hash, select, write_demonstrations
-from ivl_jax.experiments.family.continued import continue_pretraining, new_facts, new_items
-from ivl_jax.experiments.family.facts import build_facts, split_of_person
-from ivl_jax.experiments.family.recall import recall
+from ivl_jax.experiments.family.continued import (
+    SCHEDULES,
+    continue_pretraining,
+    continued_corpus,
+    continued_folder,
+    new_facts,
+    new_items,
+)
+from ivl_jax.experiments.family.corpus import load_corpus
+from ivl_jax.experiments.family.recall import recalled
 from ivl_jax.experiments.finetune.references import read_reference
-from ivl_jax.experiments.finetune.run import run_config
-from ivl_jax.experiments.finetune.settings import Model, Setting, best_point
+from ivl_jax.experiments.finetune.settings import Model, Setting
 from ivl_jax.experiments.finetune.sweep import PROGRAM, Sweep
+from ivl_jax.experiments.held_out_figures import (
+    answered,
+    figures_on,
+    is_fact,
+    nll_by_kind,
+    test_facts,
+)
 from ivl_jax.experiments.kept_results import kept_record, measure_once, train_once
 from ivl_jax.experiments.measure import (
+    FACT_TOKENS,
     family_map,
-    response_nll,
     running_texts,
     share_answered,
 )
-from ivl_jax.experiments.pretrain_family import XL_FOLDER
+from ivl_jax.experiments.pretrain_family import RECIPES, XL_FOLDER
+from ivl_jax.experiments.settings_key import family_weights, settings_key
 from ivl_jax.experiments.transfer.matrix import Base, Measurement, Training
 from ivl_jax.training.loop import run
 from ivl_jax.weights.language_model import LanguageModel, load_language_model
 
+_MADE: tuple[Base, ...] = ("S-continued", "L-continued", "XL")
+_KEY = 10  # digits of a hash in a folder's name
 _LONG = 1 << 20  # more steps than any training has
 
 
@@ -41,7 +63,13 @@ class Laboratory:
     """Trains and measures on one set of demonstrations."""
 
     def __init__(
-        self, work_dir: Path, config: TrainConfig, items: list[Item], *, xl: Path = XL_FOLDER
+        self,
+        work_dir: Path,
+        config: TrainConfig,
+        items: list[Item],
+        *,
+        references: Path | None = None,
+        xl: Path = XL_FOLDER,
     ) -> None:
         """Write the demonstrations to files.
 
@@ -49,19 +77,24 @@ class Laboratory:
             work_dir: For all results.
             config: The demo's; every training starts from it.
             items: From `build_items`.
+            references: Work directory of the sweep of references, whose models are used where they
+                are there; None: its own.
             xl: The folder of XL, which is not shipped.
         """
         self._work_dir, self._xl = work_dir, xl
+        self._references = references or work_dir / "references"
         # Only the result counts: intermediate evaluations and saves take a third of the time.
         quiet = dataclasses.replace(config.logging, evaluate_every=0, checkpoint_every=_LONG)
         self._config = dataclasses.replace(config, logging=quiet)
         self._items = items
-        self._files = write_demonstrations(work_dir / "demonstrations", items)
-        self._sweep = Sweep(work_dir / "references", config, items, xl=xl)
+        # The folder's name tells what is in it, for the keys of trainings.
+        folder = work_dir / "demonstrations" / items_hash(items)[:_KEY]
+        self._files = write_demonstrations(folder, items)
+        self._sweep = Sweep(self._references, config, items, xl=xl)
         self._test = select(items, "test")
         self._test_sha256 = items_hash(self._test)
         self._validation = select(items, "validation")
-        self._facts = [item for item in self._test if item.kind == "fact"]
+        self._known_to_s: Bool[np.ndarray, " N"] | None = None
 
     @property
     def measured_dir(self) -> Path:
@@ -76,12 +109,12 @@ class Laboratory:
                 fine-tuned model alone are the recorded ones if they are about the same items.
 
         Returns:
-            `nll` (nats per answer token), `validation_nll` (the same on the validation split, for
-            choices), `exact_match` (share of fact questions answered word for word), and on a base
-            that knows the new facts `new_exact_match`. Of a base alone also `recall`, the share of
-            the same facts that it knows when it is prompted with the statement itself, and
-            `new_recall`. Beside them what was measured: `items_sha256`, and the settings of
-            fine-tuned models.
+            As `figures_on`; with the prefix `validation_` the NLL by kind and the share of facts
+            answered of the validation split, for choices; on a base that knows the new facts
+            `new_exact_match`, and of that base alone `new_recall`. With a value network also
+            `known_match` and `unknown_match`, the share of facts answered among those that S
+            recalls and among the others. Beside them what was measured: `items_sha256` and
+            `settings_sha256`.
 
         Raises:
             InterruptedTrainingError: a training was stopped.
@@ -90,14 +123,21 @@ class Laboratory:
         file = self.measured_dir / f"{name}.json"
         return measure_once(name, file, self._key(measurement), lambda: self._figures(measurement))
 
-    def possible(self, measurement: Measurement) -> bool:
-        """Whether its base is here, and the settings of fine-tuned models have been chosen."""
-        here = measurement.base != "XL" or (self._xl / "config.json").exists()
-        return here and _settings_recorded(measurement)
+    def lacks(self, measurement: Measurement) -> str:
+        """What a measurement needs that has to be made by another command; empty: nothing."""
+        if measurement.base == "XL" and not (self._xl / "config.json").exists():
+            return (
+                f"{self._xl} is not there: python -m ivl_jax.experiments.pretrain_family --model XL"
+            )
+        for one in _tuned(measurement):
+            if not _recorded(one):
+                (model,) = one.bases
+                return f"{model} has no recorded fine-tuning: {PROGRAM} --models {model}"
+        return ""
 
     def kept(self, measurement: Measurement) -> dict[str, Any] | None:
         """A measurement that was made with today's items and settings; nothing is trained."""
-        if not _settings_recorded(measurement):
+        if not all(_recorded(one) for one in _tuned(measurement)):
             return None
         file = self.measured_dir / f"{measurement.name}.json"
         return kept_record(file, self._key(measurement))
@@ -116,7 +156,8 @@ class Laboratory:
         """
         if training.method == "sft":
             return self._sweep.model(self.setting_of(training), training.chosen_by)
-        run_dir = self._work_dir / "trained" / training.name
+        name = f"{training.name}-{self.training_key(training)[:_KEY]}"
+        run_dir = self._work_dir / "trained" / name
         return train_once(
             training.name,
             run_dir,
@@ -124,6 +165,22 @@ class Laboratory:
             config=lambda: self.config_of(training, run_dir),
             run=run,
         )
+
+    def training_key(self, training: Training) -> str:
+        """A hash of everything that a trained model depends on.
+
+        Args:
+            training: What is trained.
+        """
+        if training.method == "sft":
+            setting = self.setting_of(training)
+            recorded = read_reference(cast(Model, setting.model), training.chosen_by)
+            tests = {} if recorded is None else recorded.tests
+            return _hash([str(setting), training.chosen_by, tests.get(training.seed)])
+        folders = {base: self.folder(base, make=False) for base in _MADE}
+        models = {folder: f"{base} {recipe_key(base)}" for base, folder in folders.items()}
+        config = self.config_of(training, self._work_dir / "run", make=False)
+        return settings_key(config, work_dir=self._work_dir, models=models)
 
     def setting_of(self, training: Training) -> Setting:
         """The recorded setting of a fine-tuned model, with the training's seed.
@@ -147,30 +204,54 @@ class Laboratory:
         return dataclasses.replace(reference.setting, seed=training.seed)
 
     def _key(self, measurement: Measurement) -> dict[str, str]:
-        """What a kept measurement has to be about."""
-        key = {"items_sha256": self._test_sha256}
-        if tuned := _tuned(measurement):
-            key["fine_tuned"] = "; ".join(str(self.setting_of(one)) for one in tuned)
-        return key
+        """Hashes of what a kept measurement has to be about."""
+        models = [measurement.base, *(term.model for term in measurement.terms)]
+        made_of = [
+            [
+                self.training_key(one) if isinstance(one, Training) else recipe_key(one)
+                for one in models
+            ],
+            measurement.name,
+            items_hash(self._validation),
+            items_hash(new_items()) if measurement.base == "L-continued" else "",
+            FACT_TOKENS,
+        ]
+        return {"items_sha256": self._test_sha256, "settings_sha256": _hash(made_of)}
 
     def _figures(self, measurement: Measurement) -> dict[str, Any]:
         base, alone = measurement.base, not measurement.terms
         if isinstance(base, Training) and alone:
             return self._reference_figures(base)
         model = self._compose(measurement)
-        record = {
-            "nll": response_nll(model, self._test),
-            "validation_nll": response_nll(model, self._validation),
-            "exact_match": share_answered(model, self._facts),
-        }
+        right = answered(model, self._test)
+        record = figures_on(model, self._test, right) | self._validation_figures(model)
         if base == "L-continued":
             record["new_exact_match"] = share_answered(model, new_items())
-        if alone:
-            known = [fact for fact in build_facts() if split_of_person(fact.person) == "test"]
-            record["recall"] = recall(model, known)
-            if base == "L-continued":
-                record["new_recall"] = recall(model, new_facts())
+            if alone:
+                record["new_recall"] = float(recalled(model, new_facts()).mean())
+        if len(measurement.terms) == 1:
+            record |= self._by_knowledge_of_s(right[is_fact(self._test)])
         return record
+
+    def _validation_figures(self, model: ComposedModel) -> dict[str, Any]:
+        given = answer_rows(model, [item.given for item in self._validation])
+        scores = score_given(model, *given)
+        found = nll_by_kind(self._validation, scores)
+        right = float(scores.likeliest[is_fact(self._validation)].mean())
+        return {f"validation_{name}": nll for name, nll in found.items()} | {
+            "validation_exact_match": right
+        }
+
+    def _by_knowledge_of_s(self, right: Bool[np.ndarray, " F"]) -> dict[str, float]:
+        """Facts answered among those that S recalls, and among those that it does not."""
+        if self._known_to_s is None:
+            small = compose(self._language_model("S"))
+            self._known_to_s = recalled(small, test_facts())
+        known = self._known_to_s
+        return {
+            "known_match": float(right[known].mean()),
+            "unknown_match": float(right[~known].mean()),
+        }
 
     def _reference_figures(self, training: Training) -> dict[str, Any]:
         """The recorded figures of a fine-tuned model; made again if they are of other items."""
@@ -181,35 +262,28 @@ class Laboratory:
         if recorded is not None and training.seed in recorded.tests:
             figures = recorded.tests[training.seed]
         else:
-            setting = self.setting_of(training)
-            figures = self._sweep.test(setting, training.chosen_by)
-            curve = self._sweep.tried[setting]
-            nll = best_point(curve, training.chosen_by).nll
-            figures = figures | {"validation_nll": nll}
-        wanted = ("nll", "validation_nll", "exact_match", "new_exact_match")
-        return {name: figures[name] for name in wanted if name in figures}
+            figures = self._sweep.reference_test(self.setting_of(training), training.chosen_by)
+        return {name: each for name, each in figures.items() if name not in ("seed", "step")}
 
-    def config_of(self, training: Training, run_dir: Path) -> TrainConfig:
+    def config_of(self, training: Training, run_dir: Path, *, make: bool = True) -> TrainConfig:
         """The demo's config with the training's changes.
 
         Args:
-            training: What to train.
+            training: Of a value network.
             run_dir: The run directory.
+            make: Whether bases that are not shipped are made; else they are only named.
 
         Returns:
             Its config.
         """
         first, *others = (
-            dataclasses.replace(self._config.base, path=str(self._folder(base)))
+            dataclasses.replace(self._config.base, path=str(self.folder(base, make=make)))
             for base in training.bases
         )
-        if training.method == "sft":
-            config = run_config(self._config, self.setting_of(training), model=Path(first.path))
-            return self._with_paths(config, run_dir)
         config = self._config
         kind, weight = training.penalty
         starts = training.init == "base" or training.connection == "linear"
-        value_path = "" if starts else str(self._folder(training.init_model))
+        value_path = "" if starts else str(self.folder(training.init_model))
         optimizer = config.optimizer
         if training.learning_rate is not None:
             optimizer = dataclasses.replace(optimizer, learning_rate=training.learning_rate)
@@ -264,12 +338,23 @@ class Laboratory:
         return compose(base, *terms, strengths=strengths, maps=maps)
 
     def _language_model(self, model: Base | Training) -> LanguageModel:
-        folder = self.train(model) if isinstance(model, Training) else self._folder(model)
+        folder = self.train(model) if isinstance(model, Training) else self.folder(model)
         return load_language_model(str(folder))
 
-    def _folder(self, base: Base) -> Path:
+    def folder(self, base: Base, *, make: bool = True) -> Path:
+        """The model folder of a base.
+
+        Args:
+            base: Which one.
+            make: Whether one that is not shipped is made; else it is only named.
+
+        Returns:
+            The folder.
+        """
         if base in ("S-continued", "L-continued"):
-            return _continued(base[0], self._work_dir / "continued")
+            here = self._references / "continued"
+            small: Any = base[0]
+            return _continued(small, here) if make else continued_folder(small, here)
         if base == "XL":
             return self._xl
         return family_folder(cast(Any, base))
@@ -281,12 +366,25 @@ def _tuned(measurement: Measurement) -> list[Training]:
     return [one for one in models if isinstance(one, Training) and one.method == "sft"]
 
 
-def _settings_recorded(measurement: Measurement) -> bool:
-    return all(
-        read_reference(cast(Model, one.bases[0]), one.chosen_by) for one in _tuned(measurement)
-    )
+def _recorded(training: Training) -> bool:
+    """Whether the setting of a fine-tuned model has been chosen."""
+    return read_reference(cast(Model, training.bases[0]), training.chosen_by) is not None
+
+
+@functools.cache
+def recipe_key(base: Base) -> str:
+    """What tells a base from another of its name: its weights, or what it is made of."""
+    if base in ("S-continued", "L-continued"):
+        return _hash([family_weights(base[0]), SCHEDULES[base[0]], continued_corpus().fingerprint])
+    if base == "XL":
+        return _hash([RECIPES[base], load_corpus().fingerprint])
+    return family_weights(cast(Any, base))
 
 
 @functools.cache
 def _continued(model: Any, work_dir: Path) -> Path:
     return continue_pretraining(model, work_dir=work_dir)
+
+
+def _hash(parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

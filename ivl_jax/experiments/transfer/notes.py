@@ -30,7 +30,7 @@ _OVER_SEEDS: Mapping[str, Callable[[tuple[float, ...]], float]] = {
     "min": min,
     "max": max,
 }
-_FORMS = {"nll": ".3f", "validation_nll": ".3f", "ratio": ".2f"}
+_FORMS = {"nll": ".3f", "ratio": ".2f", "low": ".2f", "high": ".2f", "recalled": ".2f"}
 _SHARE = ".1%"
 
 
@@ -76,7 +76,7 @@ def fill_notes(template: str, lookup: Lookup, *, missing: Literal["error", "dash
         if None in numbers:
             return "–"
         value = numbers[0] if second is None else numbers[0] - numbers[1]  # type: ignore[operator]
-        return format(value, form or _FORMS.get(_split(first)[1], _SHARE))
+        return format(value, form or _form(_split(first)[1]))
 
     def check(found: re.Match[str]) -> str:
         for each in found[1].split(" and "):
@@ -98,6 +98,11 @@ def fill_notes(template: str, lookup: Lookup, *, missing: Literal["error", "dash
             f"the experiments' notes do not fit the figures; change their sentences:\n{listed}"
         )
     return text
+
+
+def _form(figure: str) -> str:
+    """How a figure is shown: those that end alike, as `docstring_nll`, are shown alike."""
+    return _FORMS.get(figure.rpartition("_")[2], _SHARE)
 
 
 def _split(name: str) -> tuple[str, str, str]:

@@ -1,89 +1,53 @@
-"""The report on the matrix: one Markdown page with tables and plots.
+"""The page of the matrix: what is compared, the targets, the main table, and the other sections.
 
-In: figures by the name of their measurement. Out: `experiments.md` and its PNGs.
+In: figures by the name of their measurement. Out: `experiments.md`, `results.md` and their PNGs.
 """
 
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from ivl_jax.experiments.baselines.report import update_page as update_baselines
+from ivl_jax.experiments.estimate import ABSENT, Estimate
 from ivl_jax.experiments.finetune.plan import MODELS
 from ivl_jax.experiments.finetune.references import read_reference
-from ivl_jax.experiments.finetune.report import references_section
+from ivl_jax.experiments.finetune.report import read_runs, references_section
 from ivl_jax.experiments.finetune_sweep import RECORD as SWEEP_RECORD
 from ivl_jax.experiments.lifts.report import update_page as update_lifts
-from ivl_jax.experiments.page_sections import markdown
+from ivl_jax.experiments.page_sections import markdown, wrapped
 from ivl_jax.experiments.post_training.report import update_page as update_post_training
 from ivl_jax.experiments.real.report import update_real_section
 from ivl_jax.experiments.transfer import matrix
+from ivl_jax.experiments.transfer.ablations import (
+    donor_size_section,
+    large_value_section,
+    maps_section,
+    penalty_curves,
+    strength_curves,
+    table_of,
+    trainings_section,
+)
 from ivl_jax.experiments.transfer.matrix import (
     Base,
     Measurement,
-    Term,
-    Training,
-    on,
     proxy_on,
     reference,
     value_on,
 )
 from ivl_jax.experiments.transfer.notes import fill_notes
-from ivl_jax.experiments.transfer.plots import plot_penalties, plot_strengths, plot_transfer
+from ivl_jax.experiments.transfer.plots import (
+    plot_penalties,
+    plot_strengths,
+    plot_tradeoff,
+    plot_transfer,
+)
 from ivl_jax.experiments.transfer.subjects import make_lookup
+from ivl_jax.experiments.transfer.table import Figures, Interval, Make, Table, with_interval
 
-Figures = Mapping[str, Mapping[str, Any]]
-_ABSENT = "–"
 _TARGETS: tuple[Base, ...] = ("L", "L-continued", "X")
-_LARGER: Mapping[Base, float] = {"X": 2.9, "L": 9, "XL": 36}
-"""Parameters of a target over those of S."""
-
-
-class Spread(NamedTuple):
-    """A figure over seeds."""
-
-    values: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        """Arithmetic mean."""
-        return statistics.fmean(self.values)
-
-    def show(self, form: str = "{:.3f}") -> str:
-        """The mean, and with several seeds half the range."""
-        if not self.values:
-            return _ABSENT
-        shown = form.format(self.mean)
-        if len(self.values) == 1:
-            return shown
-        half = (max(self.values) - min(self.values)) / 2
-        return f"{shown} ± {form.format(half)}"
-
-
-class Table:
-    """Looks figures up and summarises them over seeds."""
-
-    def __init__(self, figures: Figures, seeds: Sequence[int]) -> None:
-        self._figures = figures
-        self._seeds = seeds
-
-    def spread(self, make: Callable[[int], Measurement], key: str = "nll") -> Spread:
-        """A figure of a measurement for every seed that has one."""
-        names = dict.fromkeys(make(seed).name for seed in self._seeds)
-        found = (self._figures.get(name, {}).get(key) for name in names)
-        return Spread(tuple(value for value in found if value is not None))
-
-    def one(self, measurement: Measurement, key: str = "nll") -> float | None:
-        """A figure of one measurement."""
-        return self._figures.get(measurement.name, {}).get(key)
-
-    def ratio(self, base: Base, make: Callable[[int], Measurement]) -> Spread:
-        """Share of the mean gain of fine-tuning, for every seed."""
-        alone, tuned = self.one(Measurement(base)), self.spread(reference(base))
-        if alone is None or not tuned.values:
-            return Spread(())
-        found = self.spread(make).values
-        return Spread(tuple((alone - nll) / (alone - tuned.mean) for nll in found))
+_RATIOS = (0.95, 0.9, 0.9)
+_RECALLED = (0.95, 0.95, 0.9)
+_REFERENCE_FACTS = 0.5
+_BARS: tuple[str, ...] = ("base alone", "proxy-tuning", "value", "fine-tuned")
 
 
 def write_report(figures: Figures, docs: Path, *, seeds: Sequence[int]) -> None:
@@ -91,7 +55,7 @@ def write_report(figures: Figures, docs: Path, *, seeds: Sequence[int]) -> None:
 
     Args:
         figures: Measurement's name → its record.
-        docs: Folder of the pages; if it has an `experiments_notes.md`, that is appended, with its
+        docs: Folder of the pages; if it has an `experiments_notes.md`, that is put in, with its
             numbers filled in and its claims checked; a `results_notes.md` becomes `results.md`.
         seeds: Of the trainings.
 
@@ -99,47 +63,16 @@ def write_report(figures: Figures, docs: Path, *, seeds: Sequence[int]) -> None:
         NotesError: a claim of the notes does not hold for these figures.
     """
     table = Table(figures, seeds)
-    transfer = {
-        base: {
-            "base alone": table.one(Measurement(base)),
-            "proxy-tuning": _mean(table.spread(proxy_on(base))),
-            "value": _mean(table.spread(value_on(base))),
-            "fine-tuned": _mean(table.spread(reference(base))),
-        }
-        for base in _TARGETS
-    }
-    plot_transfer(transfer, docs / "transfer.png")
-    plot_penalties(_penalty_curves(table), docs / "penalties.png")
-    plot_strengths(_strength_curves(table), docs / "strengths.png")
-    sections = [
-        _introduction(seeds),
-        _targets(table),
-        _transfer(table),
-        "![Transfer](transfer.png)",
-        _trainings(
-            table,
-            "Connection schemes, the linear map and a head that reads several depths",
-            matrix.schemes,
-            note="All trained with S and the demo's settings; the linear map without a penalty "
-            "(it would be pulled towards doing nothing) and with its own learning rate. The value "
-            "network has two layers; its head reads the last one alone, or with `value.depths = 2` "
-            "a mixture of both.",
-        ),
-        _trainings(
-            table,
-            "Penalty",
-            matrix.penalties,
-            note="λ · mean |z| (L1) or λ · mean z² (L2) over real tokens.",
-        ),
-        "![Penalty](penalties.png)",
-        _trainings(table, "Initialisation of the value network", matrix.initialisations),
-        _trainings(table, "Training bases", matrix.base_choices, bases=("S", "L", "L-continued")),
-        _donor_size(table),
-        _large_value(table),
-        _maps(table),
-        "## Strength\n\n![Strength](strengths.png)",
-        references_section(docs / SWEEP_RECORD),
-    ]
+    plot_transfer(
+        {
+            key: {base: _bars(table, base, key) for base in _TARGETS}
+            for key in ("nll", "exact_match")
+        },
+        docs / "transfer.png",
+    )
+    plot_penalties(penalty_curves(table), docs / "penalties.png")
+    plot_strengths(strength_curves(table), docs / "strengths.png")
+    _plot_tradeoff(table, docs)
     complete = all(measurement.name in figures for measurement in matrix.measurements(tuple(seeds)))
 
     def filled(page: str) -> str:
@@ -151,7 +84,41 @@ def write_report(figures: Figures, docs: Path, *, seeds: Sequence[int]) -> None:
         template = notes.read_text(encoding="utf-8").strip()
         return fill_notes(template, lookup, missing="error" if complete else "dash")
 
-    sections.append(filled("experiments"))
+    sections = [
+        _introduction(seeds),
+        _targets(table),
+        _transfer(table),
+        "![Transfer](transfer.png)",
+        _outside(table),
+        _whose_knowledge(table),
+        filled("experiments"),
+        trainings_section(
+            table,
+            "Connection schemes, the linear map and a head that reads several depths",
+            matrix.schemes,
+            note="All trained with S and the demo's settings; the linear map without a penalty "
+            "(it would be pulled towards doing nothing) and with its own learning rate. The value "
+            "network has two layers; its head reads the last one alone, or with `value.depths = 2` "
+            "a mixture of both.",
+        ),
+        trainings_section(
+            table,
+            "Penalty",
+            matrix.penalties,
+            note="λ · mean |z| (L1) or λ · mean z² (L2) over real tokens.",
+        ),
+        "![Penalty](penalties.png)",
+        trainings_section(table, "Initialisation of the value network", matrix.initialisations),
+        trainings_section(
+            table, "Training bases", matrix.base_choices, bases=("S", "L", "L-continued")
+        ),
+        donor_size_section(table),
+        large_value_section(table),
+        maps_section(table),
+        "## Strength\n\nNLL on the test items; α = 1 is what was trained.\n\n"
+        "![Strength](strengths.png)",
+        references_section(docs / SWEEP_RECORD),
+    ]
     text = "\n\n".join(section for section in sections if section) + "\n"
     (docs / "experiments.md").write_text(text, encoding="utf-8")
     if results := filled("results"):
@@ -163,23 +130,26 @@ def write_report(figures: Figures, docs: Path, *, seeds: Sequence[int]) -> None:
 
 
 def _introduction(seeds: Sequence[int]) -> str:
-    return f"""# Experiments
+    text = f"""Made by `python -m ivl_jax.experiments`; every number is in
+[experiments.json](experiments.json).
 
-Made by `python -m ivl_jax.experiments`; every number is in [experiments.json](experiments.json).
+The embedded family, held-out items: questions on modules and people that no training item names.
+In pre-training the bases have read most of these modules and statements about all of these people,
+but no question. *NLL*: nats per answer token, end of answer included, lower is better; of facts and
+of docstrings apart, as most tokens are docstrings'. *Facts*: share of questions about invented
+people answered word for word. *Recall*: share of the same facts whose statement the model completes
+when it is prompted with the statement's beginning, the form in which it has read it. *Ratio*: share
+of the NLL gain of fine-tuning the same base, (NLL base − NLL with value) / (NLL base − NLL
+fine-tuned), the latter the mean over its seeds. S has 0.69 M parameters, L 6.2 M, X 2.0 M and
+another tokenizer, XL 25 M (it is not shipped); L-continued is L with further training on statements
+about new invented people (*new facts*), S-continued is S trained on in the same way. Value networks
+are trained with S and never see the other bases. *Proxy-tuning*: base + (S fine-tuned − S).
 
-The embedded family, held-out items (modules and people that no training item names). *NLL*: nats
-per answer token, end of answer included, lower is better. *Facts*: share of questions about
-invented people answered word for word. *Recall*: share of the same facts whose statement the model
-completes when it is prompted with the statement's beginning, the form in which it has read it.
-*Ratio*: share of the NLL gain of fine-tuning the same base, (NLL base − NLL with value) /
-(NLL base − NLL fine-tuned), the latter the mean over its seeds. S has 0.69 M parameters, L 6.2 M,
-X 2.0 M and another tokenizer, XL 25 M (it is not shipped); L-continued is L with further training
-on statements about new invented people (*new facts*). Value networks are trained with S and never
-see the other bases.
-Mean ± half the range over those of the seeds {", ".join(map(str, seeds))} that were trained; a
-single number is one seed.
-Fine-tuned references: the best that was found on validation, by NLL or by the facts answered
-([below](#fine-tuned-references)){_unsearched()}."""
+Mean ± half of the 95 % t interval over the seeds {", ".join(map(str, seeds))}; a single number is
+one seed. In brackets: 95 % of the means that drawing people and modules anew gives, paired between
+the models that are compared. Fine-tuned references: the best that was found on validation, by NLL
+or by the facts answered ([below](#fine-tuned-references)){_unsearched()}."""
+    return "# Experiments\n\n" + wrapped(text)
 
 
 def _unsearched() -> str:
@@ -191,203 +161,166 @@ def _unsearched() -> str:
 
 def _targets(table: Table) -> str:
     rows = []
-    for base, target in zip(_TARGETS, (0.9, 0.9, 0.6), strict=True):
-        found = table.ratio(base, value_on(base))
-        rows.append(
-            [f"transfer ratio to {base}", f"≥ {target}", found.show("{:.2f}"), _met(found, target)]
+    for base, target in zip(_TARGETS, _RATIOS, strict=True):
+        found, interval = (
+            table.ratio(base, value_on(base)),
+            table.ratio_interval(base, value_on(base)),
         )
-    for base, target in zip(_TARGETS, (0.95, 0.95, 0.9), strict=True):
-        answered = table.spread(value_on(base), "exact_match")
-        known = table.one(Measurement(base), "recall")
-        share = Spread(tuple(each / known for each in answered.values) if known else ())
+        shown = with_interval(found, interval)
         rows.append(
-            [
-                f"facts of {base} + value, as a share of what {base} recalls",
-                f"≥ {target}",
-                share.show("{:.2f}") + (f" (of {known:.1%})" if known else ""),
-                _met(share, target),
-            ]
+            [f"transfer ratio to {base}", f"≥ {target}", shown, _met(found, target, interval)]
         )
-    small, large = table.spread(value_on("S")), table.spread(value_on("L"))
-    known = bool(small.values and large.values)
-    better = "yes" if known and large.mean < small.mean else "no"
+    for base, target in zip(_TARGETS, _RECALLED, strict=True):
+        found, known = table.recalled(base, value_on(base)), table.one(Measurement(base), "recall")
+        share = f" (of {known:.1%})" if known else ""
+        what = f"facts of {base} + value, as a share of what {base} recalls"
+        rows.append([what, f"≥ {target}", found.show("{:.2f}") + share, _met(found, target)])
+    found = table.over_seeds(reference("L", "exact_match"), "exact_match")
+    what = "facts of L fine-tuned, chosen by facts"
+    rows.append([what, f"≥ {_REFERENCE_FACTS:.0%}", found.show("{:.1%}"), _met(found, 0.5)])
+    small, large = table.over_seeds(value_on("S")), table.over_seeds(value_on("L"))
     rows.append(
-        [
-            "NLL of L + value below S + value",
-            small.show(),
-            large.show(),
-            better if known else _ABSENT,
-        ]
+        ["NLL of L + value below S + value", small.show(), large.show(), _below(large, small)]
     )
     for base in _TARGETS:
-        value, proxy = table.spread(value_on(base)), table.spread(proxy_on(base))
-        known = bool(value.values and proxy.values)
-        better = "yes" if known and value.mean <= proxy.mean else "no"
-        rows.append(
-            [
-                f"residual at least as good as proxy-tuning on {base} (NLL)",
-                proxy.show(),
-                value.show(),
-                better if known else _ABSENT,
-            ]
-        )
+        value, proxy = table.over_seeds(value_on(base)), table.over_seeds(proxy_on(base))
+        what = f"NLL of {base} + value at most that of proxy-tuning"
+        rows.append([what, proxy.show(), value.show(), _below(value, proxy)])
     return "## Targets\n\n" + markdown(["what", "target", "measured", "met"], rows)
+
+
+def _kinds(base: Base) -> list[tuple[str, Make]]:
+    """What is compared on a base, with labels."""
+    kinds: list[tuple[str, Make]] = [
+        (base, lambda seed: Measurement(base)),
+        (f"{base} + value", value_on(base)),
+    ]
+    if base != "S":
+        kinds.append((f"{base} + proxy-tuning, S chosen by NLL", proxy_on(base)))
+        kinds.append((f"{base} + proxy-tuning, S chosen by facts", proxy_on(base, "exact_match")))
+    kinds.append((f"{base} fine-tuned, chosen by NLL", reference(base)))
+    kinds.append((f"{base} fine-tuned, chosen by facts", reference(base, "exact_match")))
+    return kinds
 
 
 def _transfer(table: Table) -> str:
     rows = []
     for base in ("S", *_TARGETS):
-        kinds: list[tuple[str, Callable[[int], Measurement]]] = [
-            (base, lambda seed, base=base: Measurement(base)),
-            (f"{base} + value", value_on(base)),
-        ]
-        if base != "S":
-            label = f"{base} + (S fine-tuned − S), chosen by"
-            kinds.append((f"{label} NLL", proxy_on(base)))
-            kinds.append((f"{label} facts", proxy_on(base, "exact_match")))
-        kinds.append((f"{base} fine-tuned, chosen by NLL", reference(base)))
-        kinds.append((f"{base} fine-tuned, chosen by facts", reference(base, "exact_match")))
-        for label, make in kinds:
+        for label, make in _kinds(base):
+            ratio = table.ratio(base, make)
+            facts = table.over_seeds(make, "exact_match")
+            by_kind = (table.over_seeds(make, f"{kind}_nll") for kind in ("fact", "docstring"))
             rows.append(
                 [
                     label,
-                    table.spread(make).show(),
-                    table.ratio(base, make).show("{:.2f}"),
-                    table.spread(make, "exact_match").show("{:.1%}"),
-                    table.spread(make, "new_exact_match").show("{:.1%}"),
+                    table.over_seeds(make).show(),
+                    *map(_mean, by_kind),
+                    with_interval(ratio, table.ratio_interval(base, make)),
+                    _mean(table.ratio(base, make, "docstring_nll"), "{:.2f}"),
+                    with_interval(facts, table.share_interval(make), "{:.0%}"),
+                    _mean(table.over_seeds(make, "new_exact_match"), "{:.0%}"),
                 ]
             )
-    return "## Transfer\n\n" + markdown(["model", "NLL", "ratio", "facts", "new facts"], rows)
+    headings = ["model", "NLL", "of facts", "of docstrings", "ratio", "ratio on docstrings"]
+    return "## Transfer\n\n" + table_of([*headings, "facts", "new facts"], rows)
 
 
-def _trainings(
-    table: Table,
-    title: str,
-    make: Callable[[int], list[Training]],
-    *,
-    bases: Sequence[Base] = ("S", "L"),
-    note: str = "",
-) -> str:
-    rows = []
-    for index, training in enumerate(make(0)):
-        row = [training.label]
-        for base in bases:
-
-            def at(seed: int, index: int = index, base: Base = base) -> Measurement:
-                return on(base, Term(make(seed)[index]))
-
-            row.append(table.spread(at).show())
-            if base != "S":
-                row.append(table.ratio(base, at).show("{:.2f}"))
-            row.append(table.spread(at, "exact_match").show("{:.1%}"))
-            if base == "L":
-                row.append(table.spread(at, "validation_nll").show())
-        rows.append(row)
-    headings = [""]
-    for base in bases:
-        headings.append(f"NLL on {base}")
-        headings += [] if base == "S" else [f"ratio on {base}"]
-        headings.append(f"facts on {base}")
-        headings += [f"validation NLL on {base}"] if base == "L" else []
-    return "\n\n".join(part for part in (f"## {title}", note, markdown(headings, rows)) if part)
+def _outside(table: Table) -> str:
+    rows = [
+        [
+            label,
+            table.over_seeds(make, "source_nll").show(),
+            table.over_seeds(make, "recall").show("{:.1%}"),
+        ]
+        for base in ("S", *_TARGETS)
+        for label, make in _kinds(base)
+    ]
+    return "\n\n".join(
+        [
+            "### Outside the task",
+            wrapped(
+                "What the same models do with text that is no answer: NLL per token of source "
+                "files that no training has seen (X's tokens are others), and recall, the "
+                "statements on test people that they complete. A fine-tuning with rows of "
+                "statements goes on reading them: where its recall is above the base's, it has "
+                "learned facts, and not only how to answer."
+            ),
+            table_of(["model", "NLL of source text", "recall"], rows),
+        ]
+    )
 
 
-def _donor_size(table: Table) -> str:
-    rows = []
-    for base, larger in _LARGER.items():
-        known = table.one(Measurement(base), "recall")
-        row = [base, f"1 : {larger:g}"]
-        row.append("–" if known is None else f"{known:.1%}")
-        for make in (value_on(base), proxy_on(base), proxy_on(base, "exact_match")):
-            row.append(table.ratio(base, make).show("{:.2f}"))
-            row.append(table.spread(make, "exact_match").show("{:.1%}"))
-        row.append(table.spread(reference(base, "exact_match"), "exact_match").show("{:.1%}"))
-        rows.append(row)
-    headings = ["target", "S : target", "recall", "ratio, value", "facts, value"]
-    headings += ["ratio, proxy-tuning", "facts, proxy-tuning"]
-    headings += ["ratio, proxy-tuning for facts", "facts, proxy-tuning for facts"]
-    headings += ["facts, fine-tuned for facts"]
-    return "## Size of the donor\n\n" + markdown(headings, rows)
+def _whose_knowledge(table: Table) -> str:
+    rows = [
+        [
+            f"{base} + value",
+            *(
+                table.over_seeds(value_on(base), f"{which}_match").show("{:.1%}")
+                for which in ("known", "unknown")
+            ),
+        ]
+        for base in ("S", *_TARGETS)
+    ]
+    return "\n\n".join(
+        [
+            "### Whose knowledge",
+            wrapped(
+                "The value network was pre-trained as S and knows facts of its own. Facts "
+                "answered, among those that S recalls and among those that it does not:"
+            ),
+            table_of(["model", "of those that S recalls", "of the others"], rows),
+        ]
+    )
 
 
-def _large_value(table: Table) -> str:
-    rows = []
-    for label, training in (
-        ("S", matrix.recipe),
-        ("L (a value network of L's size)", matrix.large_value),
-    ):
-        row = [label]
-        for base in ("S", "L"):
-
-            def at(seed: int, base: Base = base, training: Any = training) -> Measurement:
-                return on(base, Term(training(seed)))
-
-            row += [table.spread(at).show(), table.spread(at, "exact_match").show("{:.1%}")]
-        rows.append(row)
-    headings = ["trained with", "NLL on S", "facts on S", "NLL on L", "facts on L"]
-    return "## From large to small\n\n" + markdown(headings, rows)
-
-
-def _maps(table: Table) -> str:
-    rows = []
-    for method in ("bytes", "dtw"):
-        for centred in (False, True):
-
-            def at(seed: int, method: Any = method, centred: bool = centred) -> Measurement:
-                return Measurement("X", (Term(matrix.recipe(seed)),), method, centred)
-
-            rows.append(
-                [
-                    method,
-                    "yes" if centred else "no",
-                    table.spread(at).show(),
-                    table.ratio("X", at).show("{:.2f}"),
-                    table.spread(at, "exact_match").show("{:.1%}"),
-                ]
-            )
-    headings = ["alignment", "centred", "NLL on X", "ratio", "facts"]
-    return "## Vocabulary maps\n\n" + markdown(headings, rows)
-
-
-def _penalty_curves(table: Table) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """Base → kind → (λ, mean NLL), ascending; λ = 0 is no penalty."""
-    curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for base in ("S", "L"):
-        for index, training in enumerate(matrix.penalties(0)):
-
-            def at(seed: int, index: int = index, base: Base = base) -> Measurement:
-                return on(base, Term(matrix.penalties(seed)[index]))
-
-            found, (kind, weight) = table.spread(at), training.penalty
-            if found.values:
-                for each in ("l1", "l2") if kind == "none" else (kind,):
-                    points = curves.setdefault(base, {}).setdefault(each, [])
-                    points.append((weight, found.mean))
+def _bars(table: Table, base: Base, key: str) -> dict[str, float | None]:
+    """Heights of a target's bars, by kind."""
+    by_facts = key == "exact_match"
+    criterion = "exact_match" if by_facts else "nll"
+    makes = (
+        lambda seed: Measurement(base),
+        proxy_on(base, criterion),
+        value_on(base),
+        reference(base, criterion),
+    )
+    found = [table.over_seeds(make, key) for make in makes]
     return {
-        base: {kind: sorted(points) for kind, points in kinds.items()}
-        for base, kinds in curves.items()
+        kind: each.mean if each.values else None for kind, each in zip(_BARS, found, strict=True)
     }
 
 
-def _strength_curves(table: Table) -> dict[str, list[tuple[float, float]]]:
-    """Base → (α, NLL), ascending; 0 is the base alone. One seed."""
-    seed = table._seeds[0]
-    curves = {}
-    for base in ("S", "L"):
-        points = [(0.0, table.one(Measurement(base)))]
-        points += [
-            (strength, table.one(on(base, Term(matrix.recipe(seed), strength))))
-            for strength in (*matrix.STRENGTHS, 1.0)
-        ]
-        curves[base] = sorted((x, y) for x, y in points if y is not None)
-    return curves
+def _plot_tradeoff(table: Table, docs: Path) -> None:
+    """Facts answered against the NLL of docstrings, on validation, of every step of the sweep."""
+    tried = read_runs(docs / SWEEP_RECORD)
+    keys = ("validation_docstring_nll", "validation_exact_match")
+    panels = {}
+    for base in ("L", "X", "S"):
+        curves = {
+            setting: [(point.docstring_nll, point.exact_match) for point in curve]
+            for setting, curve in tried.items()
+            if (setting.model, setting.kinds) == (base, "both")
+        }
+        found = [table.over_seeds(value_on(base), key) for key in keys]
+        value = tuple(each.mean for each in found) if all(each.values for each in found) else None
+        panels[base] = {setting.label: [] for setting in curves}, value
+        for setting, points in curves.items():
+            panels[base][0][setting.label] += points
+    plot_tradeoff(panels, docs / "tradeoff.png")
 
 
-def _mean(spread: Spread) -> float | None:
-    return spread.mean if spread.values else None
+def _mean(found: Estimate, form: str = "{:.3f}") -> str:
+    return form.format(found.mean) if found.values else ABSENT
 
 
-def _met(found: Spread, target: float) -> str:
+def _below(one: Estimate, other: Estimate) -> str:
+    if not one.values or not other.values:
+        return ABSENT
+    return "yes" if one.mean <= other.mean else "no"
+
+
+def _met(found: Estimate, target: float, interval: Interval | None = None) -> str:
     if not found.values:
-        return _ABSENT
-    return "yes" if round(found.mean, 2) >= target else "no"
+        return ABSENT
+    if found.mean < target:
+        return "no"
+    return "yes" if interval is None or interval.low >= target else "yes, by the mean"

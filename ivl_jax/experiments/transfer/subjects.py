@@ -8,7 +8,8 @@ from typing import Any
 
 from ivl_jax.experiments.transfer import matrix
 from ivl_jax.experiments.transfer.matrix import Base, Measurement, Term, Training, on
-from ivl_jax.experiments.transfer.notes import Lookup
+from ivl_jax.experiments.transfer.notes import Lookup, NotesError
+from ivl_jax.experiments.transfer.table import Table
 
 _BASES: tuple[Base, ...] = ("S", "L", "L-continued", "X")
 _KEYS = {"facts": "exact_match", "new_facts": "new_exact_match"}
@@ -70,30 +71,25 @@ def make_lookup(figures: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) 
         seeds: Of the trainings.
 
     Returns:
-        (subject, figure) → values by seed. Figures are `nll`, `validation_nll`, `ratio` (share of
-        the fine-tuned base's gain in NLL), `facts`, `new_facts` and `recalled` (facts answered as a
-        share of what the base recalls).
+        (subject, figure) → values by seed. Figures are those of the records (`facts` and
+        `new_facts` are short for the shares answered), `ratio` (share of the fine-tuned base's gain
+        in NLL), with the ends `ratio_low` and `ratio_high` of its interval over items, the same of
+        one kind of question, `fact_ratio` and `docstring_ratio`, and `recalled` (facts answered as
+        a share of what the base recalls). A subject that there is not is a `NotesError`.
     """
-    known = subjects()
-
-    def measured(make: Callable[[int], Measurement], key: str) -> tuple[float, ...]:
-        names = dict.fromkeys(make(seed).name for seed in seeds)
-        found = (figures.get(name, {}).get(key) for name in names)
-        return tuple(value for value in found if value is not None)
+    known, table = subjects(), Table(figures, seeds)
 
     def lookup(subject: str, figure: str) -> tuple[float, ...]:
         if subject not in known:
-            raise KeyError(f"{subject}: expected one of {', '.join(sorted(known))}")
+            raise NotesError(f"{subject}: expected one of {', '.join(sorted(known))}")
         base, make = known[subject]
         if figure == "recalled":
-            recalled = measured(known[base][1], "recall")
-            return tuple(each / recalled[0] for each in measured(make, "exact_match") if recalled)
-        if figure != "ratio":
-            return measured(make, _KEYS.get(figure, figure))
-        alone, tuned = (measured(known[name][1], "nll") for name in (base, f"{base}-tuned"))
-        if not alone or not tuned:
-            return ()
-        gain = alone[0] - sum(tuned) / len(tuned)
-        return tuple((alone[0] - nll) / gain for nll in measured(make, "nll"))
+            return table.recalled(base, make).values
+        if figure in ("ratio_low", "ratio_high"):
+            interval = table.ratio_interval(base, make)
+            return () if interval is None else (interval[figure == "ratio_high"],)
+        if figure.endswith("ratio"):
+            return table.ratio(base, make, figure.removesuffix("ratio") + "nll").values
+        return table.over_seeds(make, _KEYS.get(figure, figure)).values
 
     return lookup
