@@ -1,4 +1,4 @@
-"""Inverse value learning in JAX: fine-tune once, small; use it everywhere.
+"""Inverse value learning in JAX: fine-tune once, small; use it again and again.
 
 The public names, loaded on first use (importing them all takes seconds):
 
