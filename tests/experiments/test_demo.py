@@ -155,7 +155,7 @@ def test_the_footnote_says_how_the_recorded_models_were_chosen(recorded: dict[st
     recorded["chosen"]["exact_match"] = by_facts
     references.record_file("L").write_text(json.dumps(recorded), "utf-8")
     note = demo.how_chosen(["L"])
-    assert "best of 7), and for facts, the most facts answered (L: full, 4 rows" in note
+    assert "best of 7), and for facts, the most facts answered with docstrings no worse" in note
     assert "0.001, 10 epochs" in note
 
 

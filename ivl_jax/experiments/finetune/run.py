@@ -219,6 +219,7 @@ def fine_tune(
     prepared = prepare(config, models, data, mesh)
     start = load_language_model(config.base.path)
     held_out = HeldOutAnswers(start, select(chosen, "validation"))
+    before = held_out(start.params)["docstring_nll"] if setting.kinds == "both" else None
     curve: list[Point] = []
     losses: list[float] = []
     seconds = 0.0
@@ -242,6 +243,7 @@ def fine_tune(
                 figures["exact_match"],
                 figures["fact_nll"],
                 figures["docstring_nll"],
+                keeps_docstrings=before is None or _number(figures["docstring_nll"]) <= before,
             )
             curve.append(point)
             losses.append(loss)

@@ -83,6 +83,8 @@ class Point(NamedTuple):
     """Share of questions on facts answered word for word; None if it is not trained on them."""
     fact_nll: float | None
     docstring_nll: float | None
+    keeps_docstrings: bool = True
+    """On both kinds: whether the NLL of docstrings is no higher than before fine-tuning."""
 
 
 Curve = Sequence[Point]
@@ -91,8 +93,13 @@ Curve = Sequence[Point]
 def best_point(curve: Curve, criterion: Criterion) -> Point:
     """The point that early stopping chooses; of equally good ones, that with the lowest NLL.
 
+    By `exact_match` it is one that keeps docstrings, if there is any: a model that answers facts
+    because it has forgotten the other task is no reference for both.
+
     >>> curve = [Point(1, 2.0, 0.5, None, None), Point(2, 3.0, 0.5, None, None)]
     >>> best_point(curve, "exact_match").step
+    1
+    >>> best_point([*curve, Point(3, 4.0, 0.9, None, 5.0, False)], "exact_match").step
     1
     """
     return min(curve, key=lambda point: _cost(point, criterion))
@@ -166,4 +173,4 @@ def _cost(point: Point, criterion: Criterion) -> tuple[float, float]:
     if criterion == "nll":
         return point.nll, point.nll
     assert point.exact_match is not None, "a run on facts has it"
-    return -point.exact_match, point.nll
+    return (-point.exact_match if point.keeps_docstrings else 1.0), point.nll
