@@ -25,12 +25,12 @@ from ivl_jax.experiments.baselines import study as baselines
 from ivl_jax.experiments.demonstrations import build_items, items_hash, select
 from ivl_jax.experiments.kept_results import adopt_measurements, publish, split_measured
 from ivl_jax.experiments.lifts import study as lifts
+from ivl_jax.experiments.page import write_page
 from ivl_jax.experiments.post_training import study as post_training_study
 from ivl_jax.experiments.pretrain_family import XL_FOLDER
 from ivl_jax.experiments.real import study as real_study
 from ivl_jax.experiments.transfer.lab import Laboratory
 from ivl_jax.experiments.transfer.matrix import RECORD, SEEDS, measurements
-from ivl_jax.experiments.transfer.report import write_report
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def _run(arguments: Sequence[str]) -> None:
     # Without any of today's items, those of the published record are shown.
     file = options.docs / RECORD
     record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"measured": {}}
-    write_report(record["measured"], options.docs, seeds=options.seeds)
+    write_page(record["measured"], options.docs, seeds=options.seeds)
     logger.info("report: %s", options.docs / "experiments.md")
 
 

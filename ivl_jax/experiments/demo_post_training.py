@@ -7,30 +7,28 @@ network gave.
 """
 
 import dataclasses
-import hashlib
-import json
 import logging
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ivl_jax.assets import config_file, family_folder
-from ivl_jax.checkpoint import load_value
-from ivl_jax.checkpoint.hugging_face import export_hugging_face
 from ivl_jax.command_line.console import log_to_stdout
 from ivl_jax.command_line.flags import parse_flags
 from ivl_jax.command_line.guard import long_run_command
-from ivl_jax.config import ConfigError, GenerationOptions, TrainConfig, load_config
+from ivl_jax.config import ConfigError, TrainConfig, load_config
 from ivl_jax.config.files import config_to_toml
-from ivl_jax.data.formats import Message
-from ivl_jax.data.templates import standalone_template
-from ivl_jax.decoding.compose import compose
-from ivl_jax.experiments.demonstrations import Item, build_items, select, write_demonstrations
+from ivl_jax.experiments.answer_pairs import write_pairs
+from ivl_jax.experiments.demonstrations import (
+    build_items,
+    select,
+    some_of,
+    write_demonstrations,
+    write_questions,
+)
 from ivl_jax.experiments.kept_results import train_once
-from ivl_jax.experiments.measure import FACT_TOKENS
+from ivl_jax.experiments.value_as_model import write_value_as_model
 from ivl_jax.json_files import read_json_object, write_json
-from ivl_jax.paths import write_atomically
 from ivl_jax.training.loop import run
 
 logger = logging.getLogger(__name__)
@@ -66,44 +64,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status.
     """
     return long_run_command(_PROGRAM, _run, arguments)
-
-
-def some_of(items: Sequence[Item], share: float, *, seed: int = 0) -> list[Item]:
-    """A share of the training items, chosen by hash, and all others.
-
-    Args:
-        items: of all splits.
-        share: of the training items to keep, in (0, 1].
-        seed: another seed keeps others.
-
-    Returns:
-        The items in order.
-    """
-    return [item for item in items if item.split != "train" or _draw(item, seed) < share]
-
-
-def pair_rows(items: Sequence[Item], answers: Sequence[Sequence[str]]) -> list[dict[str, str]]:
-    """Preferences of the right answer over a sampled one.
-
-    Args:
-        items: Questions.
-        answers: Of each question, its sampled answers.
-
-    Returns:
-        A row for each question that was answered wrongly at least once: the first wrong answer.
-
-    Example:
-        >>> item = Item("Where?", "Here.", "fact", "someone", "test")
-        >>> pair_rows([item, item], [["Here.", " There.", "Nowhere."], ["Here."]])
-        [{'prompt': 'Where?', 'chosen': 'Here.', 'rejected': 'There.'}]
-    """
-    rows = []
-    for item, given in zip(items, answers, strict=True):
-        stripped = (answer.strip() for answer in given)
-        wrong = next((one for one in stripped if one and one != item.answer), None)
-        if wrong is not None:
-            rows.append({"prompt": item.question, "chosen": item.answer, "rejected": wrong})
-    return rows
 
 
 def _run(arguments: Sequence[str]) -> None:
@@ -167,67 +127,8 @@ def _trained_value(options: Options, files: dict[str, Path]) -> Path:
     train_once("the value network", run_dir, output, config=lambda: wanted, run=run)
     exported = options.run_dir / "value"
     if not exported.exists():
-        export_value(output, exported)
+        write_value_as_model(output, exported)
     return output
-
-
-def export_value(value: Path, folder: Path) -> None:
-    """Write a value network as a model folder, from which another training can start.
-
-    Args:
-        value: Value folder.
-        folder: The model folder.
-    """
-    network = load_value(value)
-    template = standalone_template(network.tokenizer, network.chat_template)
-    export_hugging_face(network, folder, dtype="float32", chat_template=template)
-
-
-def write_questions(path: Path, items: Sequence[Item]) -> None:
-    """Write questions with their right answers, as `format = "messages"` reads them."""
-    _write(path, (_dialogue(item) for item in items))
-
-
-def write_pairs(
-    path: Path, items: Sequence[Item], value: Path, *, samples: int, seed: int = 0
-) -> None:
-    """Write the right answers beside wrong ones that S with a value network gives.
-
-    Args:
-        path: JSONL file.
-        items: Questions.
-        value: Value folder.
-        samples: Answers sampled per question, from which the rejected one is chosen.
-        seed: Of sampling.
-    """
-    model = compose(str(family_folder("S")), str(value))
-    options = GenerationOptions(max_new_tokens=FACT_TOKENS, temperature=1.0, seed=seed)
-    asked = [(Message("user", item.question),) for item in items for _ in range(samples)]
-    generations = model.generate_prepared(model.prepare(asked, options), batch_size=64)
-    texts = [one.text for one in generations]
-    answers = [texts[start : start + samples] for start in range(0, len(texts), samples)]
-    _write(path, pair_rows(items, answers))
-
-
-def _dialogue(item: Item) -> dict[str, Any]:
-    return {
-        "messages": [
-            {"role": "user", "content": item.question},
-            {"role": "assistant", "content": item.answer},
-        ],
-        "group": item.group,
-    }
-
-
-def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomically(path, text.encode())
-
-
-def _draw(item: Item, seed: int) -> float:
-    drawn = f"share {seed}" if seed else "share"
-    digest = hashlib.sha256(f"{item.question}\0{drawn}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 if __name__ == "__main__":

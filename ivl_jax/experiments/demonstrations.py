@@ -7,11 +7,13 @@ to answer in one sentence and to stop.
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 from ivl_jax.experiments.family.docstrings import docstring_pairs
 from ivl_jax.experiments.family.facts import Split, fact_questions
+from ivl_jax.paths import write_atomically
 
 # Docstrings to train on, chosen by hash: an epoch on L, which is fully fine-tuned for comparison,
 # takes one minute instead of three.
@@ -77,18 +79,58 @@ def write_demonstrations(folder: Path, items: list[Item]) -> dict[str, Path]:
     files = {}
     for split in get_args(Split):
         rows = [
-            {
-                "messages": [
-                    {"role": "user", "content": item.question},
-                    {"role": "assistant", "content": item.answer},
-                ],
-                "kind": item.kind,
-                "group": item.group,
-                "split": item.split,
-            }
+            dialogue_row(item, kind=item.kind, group=item.group, split=item.split)
             for item in select(items, split)
         ]
         files[split] = folder / f"{split}.jsonl"
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        files[split].write_text(text, encoding="utf-8")
+        write_rows(files[split], rows)
     return files
+
+
+def write_questions(path: Path, items: Sequence[Item]) -> None:
+    """Write questions with their right answers, as `format = "messages"` reads them."""
+    write_rows(path, (dialogue_row(item, group=item.group) for item in items))
+
+
+def dialogue_row(item: Item, **columns: str) -> dict[str, Any]:
+    """A row of `format = "messages"`: the question, its answer, and further columns."""
+    messages = (("user", item.question), ("assistant", item.answer))
+    return {"messages": [{"role": role, "content": text} for role, text in messages], **columns}
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON lines; a stop in the middle leaves the file as it was."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomically(path, text.encode())
+
+
+def some_of(items: Sequence[Item], share: float, *, seed: int = 0) -> list[Item]:
+    """A share of the training items, chosen by hash, and all others.
+
+    Args:
+        items: of all splits.
+        share: of the training items to keep, in (0, 1].
+        seed: another seed keeps others.
+
+    Returns:
+        The items in order.
+    """
+    return [item for item in items if item.split != "train" or _draw(item, seed) < share]
+
+
+def target_rows(items: Sequence[Item], count: int) -> list[Item]:
+    """Validation items that a target's settings are chosen on, both kinds in equal parts."""
+    return [
+        item
+        for kind in ("fact", "docstring")
+        for item in sorted(
+            (item for item in items if item.split == "validation" and item.kind == kind),
+            key=_by_hash,
+        )[: count // 2]
+    ]
+
+
+def _draw(item: Item, seed: int) -> float:
+    drawn = f"share {seed}" if seed else "share"
+    digest = hashlib.sha256(f"{item.question}\0{drawn}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64

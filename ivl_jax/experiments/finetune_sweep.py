@@ -28,6 +28,7 @@ from ivl_jax.config import ConfigError, TrainConfig, load_config
 from ivl_jax.experiments.demonstrations import build_items
 from ivl_jax.experiments.finetune.plan import MODELS, SEEDS, STAGES, Stage, chosen, missing_runs
 from ivl_jax.experiments.finetune.references import record_file
+from ivl_jax.experiments.finetune.report import RECORD
 from ivl_jax.experiments.finetune.settings import Model, Setting, criteria
 from ivl_jax.experiments.finetune.sweep import PROGRAM, Sweep
 from ivl_jax.experiments.pretrain_family import XL_FOLDER
@@ -35,7 +36,6 @@ from ivl_jax.json_files import write_json
 
 logger = logging.getLogger(__name__)
 
-RECORD = "finetune_sweep.json"
 _MODEL_OF: dict[str, Callable[[dict[str, Any]], str]] = {
     "chosen": lambda one: one["model"],
     "runs": lambda one: one["setting"]["model"],

@@ -11,7 +11,7 @@ import pytest
 from ivl_jax.assets import family_folder
 from ivl_jax.composition import compose_logits
 from ivl_jax.experiments.baselines import lab as baselines_lab
-from ivl_jax.experiments.baselines.lab import BaselinesLaboratory, target_rows, to_forget
+from ivl_jax.experiments.baselines.lab import BaselinesLaboratory, to_forget
 from ivl_jax.experiments.baselines.plan import (
     LABELS,
     SEEDS,
@@ -23,7 +23,7 @@ from ivl_jax.experiments.baselines.plan import (
     settings_of,
 )
 from ivl_jax.experiments.baselines.report import BEGIN, END, RECORD, section, update_page
-from ivl_jax.experiments.demonstrations import Item
+from ivl_jax.experiments.demonstrations import Item, target_rows
 from ivl_jax.experiments.transfer.matrix import fine_tuned
 from ivl_jax.vocabulary.value_term import ValueTerm
 from ivl_jax.weights.language_model import load_language_model
@@ -63,7 +63,7 @@ def test_a_temperature_is_the_base_as_a_second_summand():
 
 
 def test_settings_are_chosen_on_validation_rows_and_every_other_person_is_forgotten():
-    chosen = target_rows(items())
+    chosen = target_rows(items(), TARGET_ROWS)
     assert len(set(chosen)) == TARGET_ROWS
     assert {item.split for item in chosen} == {"validation"}
     assert sum(item.kind == "fact" for item in chosen) == TARGET_ROWS // 2

@@ -8,8 +8,8 @@ import pytest
 
 from ivl_jax.config import ConfigError
 from ivl_jax.experiments import demo_post_training
-from ivl_jax.experiments.demo_post_training import pair_rows, some_of, write_questions
-from ivl_jax.experiments.demonstrations import Item
+from ivl_jax.experiments.answer_pairs import pair_rows
+from ivl_jax.experiments.demonstrations import Item, some_of, write_questions
 from ivl_jax.experiments.family.facts import Split
 from ivl_jax.experiments.kept_results import InterruptedTrainingError
 

@@ -14,11 +14,11 @@ from ivl_jax.experiments.demonstrations import Item, items_hash
 from ivl_jax.experiments.finetune import references
 from ivl_jax.experiments.finetune import sweep as sweep_module
 from ivl_jax.experiments.finetune.plan import STAGES, Stage
-from ivl_jax.experiments.finetune.report import references_section
+from ivl_jax.experiments.finetune.report import RECORD, references_section
 from ivl_jax.experiments.finetune.run import Fit
 from ivl_jax.experiments.finetune.settings import Point, Setting
 from ivl_jax.experiments.finetune.sweep import Sweep
-from ivl_jax.experiments.finetune_sweep import RECORD, publish_runs, run_stage
+from ivl_jax.experiments.finetune_sweep import publish_runs, run_stage
 
 _ITEMS = [
     Item("Who?", "A.", "fact", "a", "train"),

@@ -64,7 +64,7 @@ def test_the_lift_with_the_lowest_mean_of_both_targets_is_chosen():
 @pytest.fixture
 def laboratory(tmp_path, monkeypatch):
     config = load_config(config_file("demo.toml"), TrainConfig)
-    monkeypatch.setattr(lifts_lab, "export_value", lambda value, folder: None)
+    monkeypatch.setattr(lifts_lab, "write_value_as_model", lambda value, folder: None)
     made = LiftsLaboratory(tmp_path, config, ITEMS, Budget(target_rows=4))
     monkeypatch.setattr(made._matrix, "train", lambda training: tmp_path / training.name)
     monkeypatch.setattr(made, "_early", lambda: tmp_path / "early")

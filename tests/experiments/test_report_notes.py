@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from ivl_jax.experiments.__main__ import main
+from ivl_jax.experiments.page import write_page
 from ivl_jax.experiments.transfer import matrix
 from ivl_jax.experiments.transfer.matrix import Measurement, Term, on
 from ivl_jax.experiments.transfer.notes import NotesError, fill_notes
-from ivl_jax.experiments.transfer.report import write_report
 from ivl_jax.experiments.transfer.subjects import make_lookup, subjects
 
 _FIGURES = {
@@ -101,7 +101,7 @@ def test_the_committed_page_is_made_from_the_committed_figures(
     for file in (*docs.glob("*_notes.md"), *docs.glob("*.json")):
         shutil.copy(file, tmp_path)
     figures = json.loads((docs / "experiments.json").read_text(encoding="utf-8"))["measured"]
-    write_report(figures, tmp_path, seeds=matrix.SEEDS)
+    write_page(figures, tmp_path, seeds=matrix.SEEDS)
     for page in ("experiments.md", "results.md"):
         made = (tmp_path / page).read_text(encoding="utf-8")
         committed = (docs / page).read_text(encoding="utf-8")

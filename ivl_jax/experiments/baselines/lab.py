@@ -36,8 +36,13 @@ from ivl_jax.experiments.baselines.plan import (
     settings_of,
 )
 from ivl_jax.experiments.changed_config import with_options
-from ivl_jax.experiments.demo_post_training import export_value, write_questions
-from ivl_jax.experiments.demonstrations import Item, items_hash, select
+from ivl_jax.experiments.demonstrations import (
+    Item,
+    items_hash,
+    select,
+    target_rows,
+    write_questions,
+)
 from ivl_jax.experiments.family.continued import new_items
 from ivl_jax.experiments.kept_results import kept_record, measure_once, train_once
 from ivl_jax.experiments.measure import (
@@ -51,6 +56,7 @@ from ivl_jax.experiments.measure import (
 )
 from ivl_jax.experiments.transfer.lab import Laboratory, recipe_key
 from ivl_jax.experiments.transfer.matrix import Base, Training, fine_tuned, recipe
+from ivl_jax.experiments.value_as_model import write_value_as_model
 from ivl_jax.training.loop import run
 from ivl_jax.weights.language_model import LanguageModel, load_language_model
 
@@ -92,7 +98,7 @@ class BaselinesLaboratory:
         self._matrix = Laboratory(work_dir, config, items, references=references)
         self._test = select(items, "test")
         self._facts = [item for item in self._test if item.kind == "fact"]
-        self._rows = target_rows(items)
+        self._rows = target_rows(items, TARGET_ROWS)
 
     @property
     def measured_dir(self) -> Path:
@@ -287,7 +293,7 @@ class BaselinesLaboratory:
         trained = self._matrix.train(recipe(seed))
         start = trained.parent.with_name(f"{trained.parent.name}-exported")
         if not start.exists():
-            export_value(trained, start)
+            write_value_as_model(trained, start)
         name = f"forgetting_seed{seed}"
         config = self._few(name, recipe(seed), to_forget(self._facts), **_FORGET)
         config = with_options(config, {"value": {"path": str(start)}})
@@ -353,19 +359,6 @@ def under(model: ComposedModel, setting: Setting) -> Chosen:
     strengths = setting.strengths[: len(model.strengths)]
     changed = dataclasses.replace(model, strengths=strengths, policy=policy)
     return Chosen(changed, setting.sentence)
-
-
-def target_rows(items: Sequence[Item], count: int = TARGET_ROWS) -> list[Item]:
-    """The validation rows that settings are chosen on, facts and docstrings in equal parts."""
-    half = count // 2
-    return [
-        item
-        for kind in ("fact", "docstring")
-        for item in sorted(
-            (item for item in items if item.split == "validation" and item.kind == kind),
-            key=lambda item: _hash(item.question),
-        )[:half]
-    ]
 
 
 def to_forget(facts: Sequence[Item]) -> list[Item]:

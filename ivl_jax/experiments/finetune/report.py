@@ -22,6 +22,7 @@ from ivl_jax.experiments.finetune.settings import (
 )
 from ivl_jax.experiments.page_sections import markdown, wrapped
 
+RECORD = "finetune_sweep.json"
 _BY: Mapping[Criterion, str] = {"nll": "NLL", "exact_match": "facts"}
 _KINDS = {"facts": "facts alone", "docstrings": "docstrings alone", "both": "both"}
 

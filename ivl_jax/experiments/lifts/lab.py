@@ -17,10 +17,8 @@ from ivl_jax.config import TrainConfig
 from ivl_jax.decoding.compose import compose
 from ivl_jax.evaluation.calibration import Calibration, calibrate
 from ivl_jax.experiments.answer_scores import answer_rows
-from ivl_jax.experiments.baselines.lab import target_rows
 from ivl_jax.experiments.changed_config import with_options
-from ivl_jax.experiments.demo_post_training import export_value
-from ivl_jax.experiments.demonstrations import Item, items_hash, select
+from ivl_jax.experiments.demonstrations import Item, items_hash, select, target_rows
 from ivl_jax.experiments.family.corpus import load_corpus
 from ivl_jax.experiments.kept_results import kept_record, measure_once, train_once
 from ivl_jax.experiments.lifts.plan import CHANGES, Budget, Lift, Row, Split
@@ -35,6 +33,7 @@ from ivl_jax.experiments.pretrain_family import Options, make_model
 from ivl_jax.experiments.settings_key import family_weights
 from ivl_jax.experiments.transfer.lab import Laboratory
 from ivl_jax.experiments.transfer.matrix import recipe
+from ivl_jax.experiments.value_as_model import write_value_as_model
 from ivl_jax.training.loop import run
 from ivl_jax.weights.language_model import load_language_model
 
@@ -153,7 +152,7 @@ class LiftsLaboratory:
             trained = self._matrix.train(recipe(seed))
             start = trained.parent.with_name(f"{trained.parent.name}-exported")
             if not start.exists():
-                export_value(trained, start)
+                write_value_as_model(trained, start)
             tables = {
                 "base": {"path": str(family_folder("L"))},
                 "value": {"path": str(start)},

@@ -18,14 +18,16 @@ from ivl_jax.checkpoint import load_value
 from ivl_jax.config import TrainConfig
 from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.model import ComposedModel
+from ivl_jax.experiments.answer_pairs import write_pairs
 from ivl_jax.experiments.answer_scores import score_answers
-from ivl_jax.experiments.demo_post_training import (
-    export_value,
+from ivl_jax.experiments.demonstrations import (
+    Item,
+    items_hash,
+    select,
     some_of,
-    write_pairs,
+    write_demonstrations,
     write_questions,
 )
-from ivl_jax.experiments.demonstrations import Item, items_hash, select, write_demonstrations
 from ivl_jax.experiments.family.facts import build_facts, questions_about_strangers
 from ivl_jax.experiments.family.recall import recalled
 from ivl_jax.experiments.kept_results import kept_record, measure_once, train_once
@@ -44,6 +46,7 @@ from ivl_jax.experiments.post_training.plan import (
     sweeps,
 )
 from ivl_jax.experiments.settings_key import family_weights, settings_key
+from ivl_jax.experiments.value_as_model import write_value_as_model
 from ivl_jax.weights.language_model import load_language_model
 
 logger = logging.getLogger(__name__)
@@ -270,7 +273,7 @@ class PostTrainingLaboratory:
             found = self.train(run.start)
             exported = found.with_name("exported")
             if not run.start.alone and not exported.exists():
-                export_value(found, exported)
+                write_value_as_model(found, exported)
         if run.kind == "dpo":
             self._make_pairs("train", run.seed)
             self._make_pairs("validation", run.seed)

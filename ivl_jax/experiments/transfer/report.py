@@ -6,16 +6,11 @@ In: figures by the name of their measurement. Out: `experiments.md`, `results.md
 from collections.abc import Sequence
 from pathlib import Path
 
-from ivl_jax.experiments.baselines.report import update_page as update_baselines
 from ivl_jax.experiments.estimate import ABSENT, Estimate
 from ivl_jax.experiments.finetune.plan import MODELS
 from ivl_jax.experiments.finetune.references import read_reference
-from ivl_jax.experiments.finetune.report import read_runs, references_section
-from ivl_jax.experiments.finetune_sweep import RECORD as SWEEP_RECORD
-from ivl_jax.experiments.lifts.report import update_page as update_lifts
+from ivl_jax.experiments.finetune.report import RECORD, read_runs, references_section
 from ivl_jax.experiments.page_sections import markdown, wrapped
-from ivl_jax.experiments.post_training.report import update_page as update_post_training
-from ivl_jax.experiments.real.report import update_real_section
 from ivl_jax.experiments.transfer import matrix
 from ivl_jax.experiments.transfer.ablations import (
     donor_size_section,
@@ -117,16 +112,12 @@ def write_report(figures: Figures, docs: Path, *, seeds: Sequence[int]) -> None:
         maps_section(table),
         "## Strength\n\nNLL on the test items; α = 1 is what was trained.\n\n"
         "![Strength](strengths.png)",
-        references_section(docs / SWEEP_RECORD),
+        references_section(docs / RECORD),
     ]
     text = "\n\n".join(section for section in sections if section) + "\n"
     (docs / "experiments.md").write_text(text, encoding="utf-8")
     if results := filled("results"):
         (docs / "results.md").write_text(results + "\n", encoding="utf-8")
-    update_post_training(docs)
-    update_baselines(docs)
-    update_lifts(docs)
-    update_real_section(docs)
 
 
 def _introduction(seeds: Sequence[int]) -> str:
@@ -291,7 +282,7 @@ def _bars(table: Table, base: Base, key: str) -> dict[str, float | None]:
 
 def _plot_tradeoff(table: Table, docs: Path) -> None:
     """Facts answered against the NLL of docstrings, on validation, of every step of the sweep."""
-    tried = read_runs(docs / SWEEP_RECORD)
+    tried = read_runs(docs / RECORD)
     keys = ("validation_docstring_nll", "validation_exact_match")
     panels = {}
     for base in ("L", "X", "S"):
