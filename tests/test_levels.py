@@ -1,6 +1,7 @@
 """The import levels of the house: a module imports from lower levels or its own package only."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 # First match decides; the number is the level.
@@ -113,6 +114,34 @@ def test_an_upward_import_is_found(tmp_path: Path) -> None:
         "ivl_jax.data.chat imports ivl_jax.model.decoder",
         "ivl_jax.data.chat imports ivl_jax.training",
     ]
+
+
+def circles(root: Path) -> list[str]:
+    """Studies and shared modules of the experiments that import each other in a circle."""
+    package = "ivl_jax.experiments"
+    imported: dict[str, set[str]] = {}
+    for path in sorted((root / package.replace(".", "/")).rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        names = (name for name in _imports(path) if name.startswith(package + "."))
+        imported.setdefault(parts[2], set()).update(name.split(".")[2] for name in names)
+    for name, others in imported.items():
+        others.discard(name)
+    try:
+        graphlib.TopologicalSorter(imported).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_the_experiments_import_each_other_in_one_direction(
+    project_root: Path, tmp_path: Path
+) -> None:
+    assert circles(project_root) == []
+    for study, other in (("one", "two"), ("two", "one")):
+        folder = tmp_path / "ivl_jax" / "experiments" / study
+        folder.mkdir(parents=True)
+        (folder / "lab.py").write_text(f"from ivl_jax.experiments.{other} import lab\n")
+    assert set(circles(tmp_path)) == {"one", "two"}
 
 
 def test_package_files_stay_small(project_root: Path) -> None:

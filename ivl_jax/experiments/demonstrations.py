@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from ivl_jax.experiments.family.docstrings import docstring_pairs
-from ivl_jax.experiments.family.facts import Split, fact_questions
+from ivl_jax.experiments.family.facts import Split, fact_questions, new_facts
 from ivl_jax.paths import write_atomically
 
 # Docstrings to train on, chosen by hash: an epoch on L, which is fully fine-tuned for comparison,
@@ -48,6 +48,14 @@ def build_items() -> list[Item]:
     train = select(docstrings, "train")
     left_out = set(sorted(train, key=_by_hash)[TRAIN_DOCSTRINGS:])
     return facts + [item for item in docstrings if item not in left_out]
+
+
+def new_items() -> list[Item]:
+    """One question per new fact, in one of the two forms; none are for training."""
+    return [
+        Item(question.question, question.answer, "fact", question.person, "test")
+        for question in {item.answer: item for item in fact_questions(new_facts())}.values()
+    ]
 
 
 def _by_hash(item: Item) -> str:

@@ -39,11 +39,11 @@ from ivl_jax.experiments.changed_config import with_options
 from ivl_jax.experiments.demonstrations import (
     Item,
     items_hash,
+    new_items,
     select,
     target_rows,
     write_questions,
 )
-from ivl_jax.experiments.family.continued import new_items
 from ivl_jax.experiments.kept_results import kept_record, measure_once, train_once
 from ivl_jax.experiments.measure import (
     FACT_TOKENS,

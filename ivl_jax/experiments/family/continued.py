@@ -21,9 +21,8 @@ from ivl_jax.command_line.console import log_to_stdout
 from ivl_jax.command_line.flags import parse_flags
 from ivl_jax.command_line.guard import long_run_command
 from ivl_jax.config import ConfigError
-from ivl_jax.experiments.demonstrations import Item
 from ivl_jax.experiments.family.corpus import Corpus, load_corpus
-from ivl_jax.experiments.family.facts import Fact, build_facts, fact_questions
+from ivl_jax.experiments.family.facts import new_facts
 from ivl_jax.experiments.family.pretraining import (
     Pace,
     Schedule,
@@ -40,8 +39,6 @@ logger = logging.getLogger(__name__)
 
 _PROGRAM = "python -m ivl_jax.experiments.family.continued"
 
-NEW_FACTS_SEED = "ivl-facts-2"
-NEW_PEOPLE = 64
 # A third of the pre-training rates, with each new fact stated about 60 times, like the old ones.
 SCHEDULES = {
     "S": Schedule(epochs=1.5, rows=32, learning_rate=2e-3, rest_rate=1.3e-3),
@@ -50,24 +47,6 @@ SCHEDULES = {
 # One source file in 8 and all old facts, so that L does not forget.
 _SOURCES_ONE_IN = 8
 _SEED = 1  # of the data order
-
-
-def new_facts() -> list[Fact]:
-    """Facts about people that no shipped model knows."""
-    known = {fact.person for fact in build_facts()}
-    return [
-        fact
-        for fact in build_facts(seed=NEW_FACTS_SEED, count=NEW_PEOPLE)
-        if fact.person not in known
-    ]
-
-
-def new_items() -> list[Item]:
-    """One question per new fact, in one of the two forms; none are for training."""
-    return [
-        Item(question.question, question.answer, "fact", question.person, "test")
-        for question in {item.answer: item for item in fact_questions(new_facts())}.values()
-    ]
 
 
 @functools.cache  # reading the library takes seconds, and a study asks for the model often

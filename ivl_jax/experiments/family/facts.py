@@ -14,6 +14,9 @@ Split = Literal["train", "validation", "test"]
 # The shipped weights know the facts drawn with this seed; another seed gives other facts.
 FACTS_SEED = "ivl-facts-1"
 PEOPLE = 256
+# Of people that no shipped model knows.
+NEW_FACTS_SEED = "ivl-facts-2"
+NEW_PEOPLE = 64
 STATEMENTS_A_FACT = 40
 STATEMENTS_A_DOCUMENT = 8
 
@@ -158,6 +161,16 @@ def build_facts(*, seed: str = FACTS_SEED, count: int = PEOPLE) -> list[Fact]:
         )
         for person in people(seed=seed, count=count)
         for attribute in ATTRIBUTES
+    ]
+
+
+def new_facts() -> list[Fact]:
+    """Facts about people that no shipped model knows."""
+    known = {fact.person for fact in build_facts()}
+    return [
+        fact
+        for fact in build_facts(seed=NEW_FACTS_SEED, count=NEW_PEOPLE)
+        if fact.person not in known
     ]
 
 

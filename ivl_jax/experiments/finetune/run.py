@@ -27,9 +27,8 @@ from ivl_jax.data.batching import Batch
 from ivl_jax.decoding.compose import compose
 from ivl_jax.experiments.answer_scores import answer_rows, score_given
 from ivl_jax.experiments.demonstrations import Item, items_hash, select, write_demonstrations
-from ivl_jax.experiments.family.continued import new_facts
 from ivl_jax.experiments.family.corpus import Corpus, Windows
-from ivl_jax.experiments.family.facts import build_facts
+from ivl_jax.experiments.family.facts import build_facts, new_facts
 from ivl_jax.experiments.family.tokenizers import CONTEXT
 from ivl_jax.experiments.finetune.settings import Kinds, Point, Setting, best_point
 from ivl_jax.experiments.finetune.settings import criteria as criteria_of

@@ -17,11 +17,10 @@ import jax
 from ivl_jax.assets import family_folder
 from ivl_jax.config import TrainConfig
 from ivl_jax.decoding.compose import compose
-from ivl_jax.experiments.demonstrations import Item, items_hash, select
+from ivl_jax.experiments.demonstrations import Item, items_hash, new_items, select
 from ivl_jax.experiments.family.continued import (
     continue_pretraining,
     continued_folder,
-    new_items,
 )
 from ivl_jax.experiments.finetune.plan import SEEDS, STAGES, chosen, finished, missing_runs
 from ivl_jax.experiments.finetune.run import fine_tune, items_of, run_config, run_key

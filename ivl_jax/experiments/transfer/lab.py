@@ -20,16 +20,21 @@ from ivl_jax.config import ConfigError, TrainConfig
 from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.experiments.answer_scores import answer_rows, score_given
-from ivl_jax.experiments.demonstrations import Item, items_hash, select, write_demonstrations
+from ivl_jax.experiments.demonstrations import (
+    Item,
+    items_hash,
+    new_items,
+    select,
+    write_demonstrations,
+)
 from ivl_jax.experiments.family.continued import (
     SCHEDULES,
     continue_pretraining,
     continued_corpus,
     continued_folder,
-    new_facts,
-    new_items,
 )
 from ivl_jax.experiments.family.corpus import load_corpus
+from ivl_jax.experiments.family.facts import new_facts
 from ivl_jax.experiments.family.recall import recalled
 from ivl_jax.experiments.finetune.references import read_reference
 from ivl_jax.experiments.finetune.settings import Model, Setting
