@@ -71,7 +71,7 @@ class HeldOut(NamedTuple):
             "repeated": "that repeat an earlier dialogue",
             "malformed": "malformed, left out",
             "dropped": "without an assistant's token within the limit, left out",
-            "cut": "truncated",
+            "cut": "longer than the limit",
         }
         counts = self.row_counts
         if found := [f"{counts[name]} {what}" for name, what in said.items() if counts[name]]:

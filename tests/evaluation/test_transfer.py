@@ -112,12 +112,13 @@ def test_more_dialogues_are_asked_for_than_there_are():
 
 
 def test_where_the_value_hurts_the_base_alone_is_suggested_unless_less_of_it_helps():
-    hurts = np.random.default_rng(0).normal(-0.1, 0.02, _ROWS)
-    noisy = np.random.default_rng(1).normal(0, 2, _ROWS)
-    noisy += 0.01 - noisy.mean()  # the lowest NLL, by chance
+    hurts = np.random.default_rng(0).normal(-0.5, 0.02, _ROWS)
+    noisy = np.random.default_rng(1).normal(0, 0.3, _ROWS)
+    noisy += 0.01 - noisy.mean()  # the lowest NLL, and surely better than the given strength
     worse = {factor: 5 * hurts for factor in FACTORS if factor != 1.0}
     found = report_of(row_gains=hurts, others=worse | {0.25: noisy})
     assert (found.verdict, found.suggested_factor) == ("hurts", 0.0)
+    assert min(found.strengths, key=lambda one: one.nll).factor == 0.25
     assert "the base alone is reliably better than the given one" in advice(found, (1.0,))
     found = report_of(row_gains=hurts, others=worse | {0.25: -hurts})
     assert (found.verdict, found.suggested_factor) == ("hurts", 0.25)

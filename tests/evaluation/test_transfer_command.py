@@ -41,12 +41,15 @@ def test_the_command_writes_report_and_figure(stories260k_dir, value_folder, tmp
         *("--calibrate", "--max-length", "40", "--max-malformed-fraction", "0.2"),
     ]
     assert main(flags) == 0
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
     assert "this base" in shown
     assert "--strength" in shown
     assert "value networks" in shown
     assert "Calibration: --strength" in shown
-    assert "Rows: 1 that repeat an earlier dialogue; 1 malformed, left out; 1 truncated." in shown
+    assert (
+        "Rows: 1 that repeat an earlier dialogue; 1 malformed, left out; 1 longer than the limit."
+        in shown
+    )
     report = json.loads(output.read_text())
     counts = ("dialogues", "repeated", "malformed", "dropped", "cut")
     assert [report[name] for name in counts] == [8, 1, 1, 0, 1]
