@@ -57,7 +57,7 @@ def group_sums_from(text: str) -> GroupSums:
     return GroupSums(*np.asarray(parts, np.float64).T)
 
 
-def test_facts() -> list[Fact]:
+def facts_of_test() -> list[Fact]:
     """The facts that the test items ask for, in their order."""
     return [fact for fact in build_facts() if split_of_person(fact.person) == "test"]
 
@@ -82,7 +82,7 @@ def figures_on(
     return {
         **nll_by_kind(items, scores),
         "exact_match": float(right[is_fact(items)].mean()),
-        "recall": float(recalled(model, test_facts()).mean()),
+        "recall": float(recalled(model, facts_of_test()).mean()),
         "source_nll": source_nll(model),
         "groups": group_sums(items, scores, right).as_text(),
     }
@@ -107,6 +107,23 @@ def nll_by_kind(items: Sequence[Item], scores: ItemScores) -> dict[str, float | 
 
     everything = np.ones(len(items), bool)
     return {"nll": mean(everything), "fact_nll": mean(facts), "docstring_nll": mean(~facts)}
+
+
+def scored_figures(items: Sequence[Item], scores: ItemScores) -> dict[str, float | None]:
+    """What scores of given answers tell, without decoding.
+
+    Args:
+        items: Of any kinds.
+        scores: Theirs.
+
+    Returns:
+        As `nll_by_kind`; `exact_match`, the share of facts of whose answer every token is the
+        likeliest one after those before it: what greedy decoding answers word for word, but for
+        ties. None for a kind that no item has.
+    """
+    facts = is_fact(items)
+    right = float(scores.likeliest[facts].mean()) if facts.any() else None
+    return {**nll_by_kind(items, scores), "exact_match": right}
 
 
 def answered(model: ComposedModel, items: Sequence[Item]) -> Bool[np.ndarray, " N"]:

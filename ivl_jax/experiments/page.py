@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ivl_jax.experiments.baselines.report import update_page as update_baselines
+from ivl_jax.experiments.figures_by_seed import Figures
 from ivl_jax.experiments.lifts.report import update_page as update_lifts
 from ivl_jax.experiments.post_training.report import update_page as update_post_training
 from ivl_jax.experiments.real.report import update_real_section
 from ivl_jax.experiments.transfer.report import write_report
-from ivl_jax.experiments.transfer.table import Figures
 
 
 def write_page(figures: Figures, docs: Path, *, seeds: Sequence[int]) -> None:

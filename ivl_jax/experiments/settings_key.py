@@ -26,6 +26,11 @@ def family_weights(model: FamilyModel) -> str:
     return weights_fingerprint(family_folder(model))
 
 
+def hash_of(parts: object) -> str:
+    """SHA-256 of something's JSON; what JSON does not know counts as its text."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def settings_key(
     config: TrainConfig, *, work_dir: Path, models: Mapping[Path, str] = MappingProxyType({})
 ) -> str:

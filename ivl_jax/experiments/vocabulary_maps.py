@@ -22,13 +22,12 @@ from ivl_jax.command_line.console import log_to_stderr
 from ivl_jax.command_line.flags import parse_flags
 from ivl_jax.command_line.guard import run_command
 from ivl_jax.config import ConfigError
-from ivl_jax.data.chat import make_chat_format
-from ivl_jax.data.formats import Message
 from ivl_jax.decoding.compose import compose
 from ivl_jax.decoding.model import ComposedModel
 from ivl_jax.decoding.requests import EncodedPrompt
 from ivl_jax.evaluation.byte_model import ByteReader
 from ivl_jax.evaluation.scoring import Row, score_rows
+from ivl_jax.experiments.answer_scores import answer_rows
 from ivl_jax.experiments.demonstrations import Item, build_items, select
 from ivl_jax.experiments.measure import (
     exact_match,
@@ -208,14 +207,11 @@ def _exact(
 
 def _answers_as_texts(model: ComposedModel, items: Sequence[Item]) -> list[_Text]:
     """Answers after their questions; the space before an answer is part of it."""
-    chat = make_chat_format(model.tokenizer)
     texts = []
-    for item in items:
-        question = Message("user", item.question)
-        prompt = model.prepare([(question,)])[0]
-        dialogue = chat.encode_dialogue((question, Message("assistant", item.answer)))
-        ids = dialogue.tokens[len(prompt.token_ids) :].tolist()
-        texts.append(_text(model, prompt, ids, ends=True))
+    for row in answer_rows(model, [item.given for item in items])[0]:
+        assert row.prompt is not None, "answers have one"
+        ids = list(row.token_ids[len(row.prompt.token_ids) :])
+        texts.append(_text(model, row.prompt, ids, ends=True))
     return texts
 
 

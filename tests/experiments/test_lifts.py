@@ -26,6 +26,7 @@ from ivl_jax.experiments.lifts.plan import (
     validation_rows,
 )
 from ivl_jax.experiments.lifts.report import BEGIN, END, section
+from ivl_jax.experiments.transfer import lab as transfer_lab
 from ivl_jax.experiments.transfer.matrix import recipe
 from ivl_jax.weights.language_model import load_language_model
 
@@ -64,7 +65,7 @@ def test_the_lift_with_the_lowest_mean_of_both_targets_is_chosen():
 @pytest.fixture
 def laboratory(tmp_path, monkeypatch):
     config = load_config(config_file("demo.toml"), TrainConfig)
-    monkeypatch.setattr(lifts_lab, "write_value_as_model", lambda value, folder: None)
+    monkeypatch.setattr(transfer_lab, "write_value_as_model", lambda value, folder: None)
     made = LiftsLaboratory(tmp_path, config, ITEMS, Budget(target_rows=4))
     monkeypatch.setattr(made._matrix, "train", lambda training: tmp_path / training.name)
     monkeypatch.setattr(made, "_early", lambda: tmp_path / "early")

@@ -109,12 +109,13 @@ def test_checkpoints_of_another_run_are_refused(corpus: Corpus, tmp_path: Path) 
     options = _options(tmp_path)
     _stop(corpus, options)
     other_text = corpus._replace(sources=corpus.sources[1:])
+    checkpoints = options.work_dir / "S"
     for text, changed, named in (
         (corpus, {"epochs": 0.5}, r"schedule\.epochs: 1\.0 there, 0\.5 now"),
         (corpus, {"seed": 1}, "seed: 0 there, 1 now"),
         (other_text, {}, f"corpus_sha256: {corpus.fingerprint} there, {other_text.fingerprint}"),
     ):
-        with pytest.raises(ConfigError, match=f"S: {tmp_path}/work/S .*another run") as raised:
+        with pytest.raises(ConfigError, match=f"S: {checkpoints} .*another run") as raised:
             make_model("S", text, dataclasses.replace(options, **changed))
         assert re.search(named, str(raised.value))
     with pytest.raises(ConfigError, match=r"an earlier version wrote them\. Delete the folder"):

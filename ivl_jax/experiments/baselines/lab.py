@@ -7,7 +7,6 @@ of arithmetic on parameters.
 
 import dataclasses
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,9 +53,10 @@ from ivl_jax.experiments.measure import (
     running_texts,
     share_answered,
 )
-from ivl_jax.experiments.transfer.lab import Laboratory, recipe_key
+from ivl_jax.experiments.settings_key import hash_of
+from ivl_jax.experiments.transfer.bases import recipe_key
+from ivl_jax.experiments.transfer.lab import Laboratory
 from ivl_jax.experiments.transfer.matrix import Base, Training, fine_tuned, recipe
-from ivl_jax.experiments.value_as_model import write_value_as_model
 from ivl_jax.training.loop import run
 from ivl_jax.weights.language_model import LanguageModel, load_language_model
 
@@ -81,21 +81,17 @@ class BaselinesLaboratory:
     def __init__(
         self,
         work_dir: Path,
-        config: TrainConfig,
+        matrix: Laboratory,
         items: list[Item],
-        *,
-        references: Path | None = None,
     ) -> None:
-        """Write the demonstrations to files.
+        """Choose the rows that settings are chosen on.
 
         Args:
             work_dir: For all results.
-            config: The demo's; every training starts from it.
+            matrix: Trains what the matrix has too, on the same items.
             items: From `build_items`.
-            references: As for `transfer.lab.Laboratory`.
         """
-        self._work_dir, self._items = work_dir, items
-        self._matrix = Laboratory(work_dir, config, items, references=references)
+        self._work_dir, self._matrix, self._items = work_dir, matrix, items
         self._test = select(items, "test")
         self._facts = [item for item in self._test if item.kind == "fact"]
         self._rows = target_rows(items, TARGET_ROWS)
@@ -158,10 +154,9 @@ class BaselinesLaboratory:
             recipe_key(row.target),
             FACT_TOKENS,
         ]
-        text = json.dumps(made_of, default=str)
         return {
             "items_sha256": items_hash(self._test),
-            "settings_sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "settings_sha256": hash_of(made_of),
         }
 
     def _make(self, row: Row) -> Chosen:
@@ -290,10 +285,7 @@ class BaselinesLaboratory:
 
     def _train_forgetting(self, seed: int) -> Path:
         """A value network that continues from that of a seed, on the people to forget."""
-        trained = self._matrix.train(recipe(seed))
-        start = trained.parent.with_name(f"{trained.parent.name}-exported")
-        if not start.exists():
-            write_value_as_model(trained, start)
+        start = self._matrix.start_of(recipe(seed))
         name = f"forgetting_seed{seed}"
         config = self._few(name, recipe(seed), to_forget(self._facts), **_FORGET)
         config = with_options(config, {"value": {"path": str(start)}})
@@ -312,7 +304,7 @@ class BaselinesLaboratory:
         """A training's config on a few items; its folder's name tells what it is made of."""
         content = items_hash(list(items))
         made_of = [self._matrix.training_key(training), content, learning_rate, epochs]
-        run_dir = self._work_dir / "trained" / f"{name}-{_hash(json.dumps(made_of))[:10]}"
+        run_dir = self._work_dir / "trained" / f"{name}-{hash_of(made_of)[:10]}"
         config = self._matrix.config_of(training, run_dir)
         file = self._work_dir / "inputs" / f"{name}-{content[:10]}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)

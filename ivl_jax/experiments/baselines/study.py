@@ -21,6 +21,7 @@ from ivl_jax.experiments.baselines.plan import SEEDS, Row, rows
 from ivl_jax.experiments.baselines.report import RECORD, update_page
 from ivl_jax.experiments.demonstrations import build_items, items_hash, select
 from ivl_jax.experiments.kept_results import adopt_measurements, publish, split_measured
+from ivl_jax.experiments.transfer.lab import Laboratory
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,8 @@ def _run(arguments: Sequence[str]) -> None:
     log_to_stdout(times=True)
     items = build_items()
     config = load_config(options.config, TrainConfig)
-    laboratory = BaselinesLaboratory(options.work_dir, config, items, references=options.references)
+    matrix = Laboratory(options.work_dir, config, items, references=options.references)
+    laboratory = BaselinesLaboratory(options.work_dir, matrix, items)
     adopt_measurements(options.docs / RECORD, laboratory.measured_dir)
     planned = list(rows(options.seeds))
     if not options.report_only:

@@ -32,7 +32,7 @@ from ivl_jax.experiments.family.facts import build_facts, new_facts
 from ivl_jax.experiments.family.tokenizers import CONTEXT
 from ivl_jax.experiments.finetune.settings import Kinds, Point, Setting, best_point
 from ivl_jax.experiments.finetune.settings import criteria as criteria_of
-from ivl_jax.experiments.held_out_figures import is_fact, nll_by_kind
+from ivl_jax.experiments.held_out_figures import scored_figures
 from ivl_jax.model.decoder import Params
 from ivl_jax.model.lora import join, merge
 from ivl_jax.model.projection import Lora
@@ -150,17 +150,11 @@ class HeldOutAnswers:
             params: Of a model of the same architecture, layers unstacked.
 
         Returns:
-            `nll` of all answers, `fact_nll` and `docstring_nll`, nats per token with the end of the
-            answer; `exact_match`, the share of facts of whose answer every token is the likeliest
-            one after those before it: what greedy decoding answers word for word, but for ties.
-            None for a kind that no item has.
+            As `scored_figures`.
         """
         composed = compose(dataclasses.replace(self._model, params=params))
         scores = score_given(composed, self._rows, self._masks, batch_size=_ROWS)
-        facts = is_fact(self._items)
-        found: dict[str, float | None] = nll_by_kind(self._items, scores)
-        found["exact_match"] = float(scores.likeliest[facts].mean()) if facts.any() else None
-        return found
+        return scored_figures(self._items, scores)
 
 
 class Fit(NamedTuple):

@@ -5,8 +5,6 @@ not made again; a training that was interrupted resumes.
 """
 
 import dataclasses
-import hashlib
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -30,10 +28,9 @@ from ivl_jax.experiments.measure import (
     share_answered,
 )
 from ivl_jax.experiments.pretrain_family import Options, make_model
-from ivl_jax.experiments.settings_key import family_weights
+from ivl_jax.experiments.settings_key import family_weights, hash_of
 from ivl_jax.experiments.transfer.lab import Laboratory
 from ivl_jax.experiments.transfer.matrix import recipe
-from ivl_jax.experiments.value_as_model import write_value_as_model
 from ivl_jax.training.loop import run
 from ivl_jax.weights.language_model import load_language_model
 
@@ -115,10 +112,9 @@ class LiftsLaboratory:
         training = self._matrix.training_key(recipe(row.seed))
         made_of = [row.name, self._budget, CHANGES.get(row.lift), items_hash(self._rows)]
         made_of += [training, family_weights(row.target), FACT_TOKENS]
-        text = json.dumps(made_of, default=str)
         return {
             "items_sha256": items_hash(self._splits[row.split]),
-            "settings_sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "settings_sha256": hash_of(made_of),
         }
 
     def _train(self, lift: Lift, seed: int) -> Path:
@@ -138,7 +134,7 @@ class LiftsLaboratory:
     def _training_key(self, lift: Lift, seed: int) -> str:
         """Hash of what a lift's value network is made of."""
         made_of = [self._matrix.training_key(recipe(seed)), lift, CHANGES.get(lift), self._budget]
-        return hashlib.sha256(json.dumps(made_of, default=str).encode()).hexdigest()[:10]
+        return hash_of(made_of)[:10]
 
     def _config(self, lift: Lift, seed: int, run_dir: Path) -> TrainConfig:
         """The demo's config with what is different."""
@@ -149,10 +145,7 @@ class LiftsLaboratory:
             alone = dataclasses.replace(config.base, path="")
             return dataclasses.replace(config, base=alone, bases=(config.base, early))
         if lift == "adapted":
-            trained = self._matrix.train(recipe(seed))
-            start = trained.parent.with_name(f"{trained.parent.name}-exported")
-            if not start.exists():
-                write_value_as_model(trained, start)
+            start = self._matrix.start_of(recipe(seed))
             tables = {
                 "base": {"path": str(family_folder("L"))},
                 "value": {"path": str(start)},

@@ -4,10 +4,11 @@ In: figures by the name of their measurement. Out: `Estimate`s, empty where a fi
 """
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ivl_jax.experiments.estimate import Estimate
+from ivl_jax.experiments.figures_by_seed import FiguresBySeed
 from ivl_jax.experiments.post_training.plan import (
     Kind,
     Measurement,
@@ -18,24 +19,13 @@ from ivl_jax.experiments.post_training.plan import (
 
 # One standard error of the difference between two shares of 300 questions is up to 4 points.
 LEAST_GAIN = 0.05
-Figures = Mapping[str, Mapping[str, Any]]
 Make = Callable[[int], Measurement]
 # Of a base as it is: no answer has gained more over it than another.
 _UNTRAINED = {"pair_accuracy": 0.5}
 
 
-class Table:
-    """Looks figures up by seed."""
-
-    def __init__(self, figures: Figures, seeds: Sequence[int]) -> None:
-        """Store the figures.
-
-        Args:
-            figures: By the name of their measurement.
-            seeds: Of the study.
-        """
-        self._figures = figures
-        self._seeds = seeds
+class Table(FiguresBySeed[Measurement]):
+    """Figures of the post-training study."""
 
     def at(self, measurement: Measurement, key: str) -> float | None:
         """A figure; None: not measured."""
@@ -46,12 +36,6 @@ class Table:
     def all_of(self, measurement: Measurement) -> Mapping[str, Any] | None:
         """All figures of a measurement; None: not measured."""
         return self._figures.get(measurement.name)
-
-    def over_seeds(self, make: Make, key: str) -> Estimate:
-        """A figure of every seed that has it."""
-        made = {make(seed).name: make(seed) for seed in self._seeds}
-        found = [self._figures.get(name, {}).get(key) for name in made]
-        return Estimate(tuple(value for value in found if value is not None))
 
     def gain(self, make: Make, before: Make, key: str) -> Estimate:
         """A figure minus that of another measurement, seed by seed."""
@@ -121,7 +105,7 @@ class Table:
         return _ratio_of_means(student, teacher)
 
     def _gains(self, make: Make, before: Make, key: str) -> dict[int, float]:
-        found = {s: (self.at(make(s), key), self.at(before(s), key)) for s in self._seeds}
+        found = {s: (self.at(make(s), key), self.at(before(s), key)) for s in self.seeds}
         return {s: x - y for s, (x, y) in found.items() if x is not None and y is not None}
 
 

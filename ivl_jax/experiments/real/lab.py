@@ -6,7 +6,6 @@ stage that was interrupted resumes.
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 from pathlib import Path
@@ -35,7 +34,7 @@ from ivl_jax.experiments.real.items import of_kind
 from ivl_jax.experiments.real.layer_sibling import make_sibling
 from ivl_jax.experiments.real.settings import Budget, Stage
 from ivl_jax.experiments.real.text import Writing, write_dialogues
-from ivl_jax.experiments.settings_key import settings_key
+from ivl_jax.experiments.settings_key import hash_of, settings_key
 from ivl_jax.json_files import write_json
 from ivl_jax.training.loop import run
 from ivl_jax.weights.language_model import load_language_model
@@ -179,13 +178,13 @@ class RealLaboratory:
     def _new_key(self, stage: Stage) -> str:
         if stage == "sibling":
             layers = (self.budget.first_layers, self.budget.last_layers)
-            return _hash(["sibling", self.target_key, layers])
+            return hash_of(["sibling", self.target_key, layers])
         if stage == "text":
-            return _hash(["text", self.target_key, self._questions(), self._writing()])
+            return hash_of(["text", self.target_key, self._questions(), self._writing()])
         config = self._config(stage)
         # Where the target lies does not count; which one it is does.
         mapping = json.dumps([settings_key(self._located(config), work_dir=self._work_dir), stage])
-        return _hash([mapping, self.target_key])
+        return hash_of([mapping, self.target_key])
 
     def _folder(self, stage: Stage) -> Path:
         made = "made" if self.exports is None else "made_from_exports"
@@ -270,7 +269,7 @@ class RealLaboratory:
         """The training questions that the target answers, of all kinds alike."""
         train = select(self.items, "train")
         number = min(len(train), self.budget.dialogues - self._writing().invented)
-        chosen = sorted(train, key=lambda item: _hash(["asked", item.question]))[:number]
+        chosen = sorted(train, key=lambda item: hash_of(["asked", item.question]))[:number]
         return [item.question for item in chosen]
 
     def _writing(self) -> Writing:
@@ -285,7 +284,3 @@ class RealLaboratory:
         folder = self._work_dir / "inputs" / items_hash(items)[:_KEY]
         files = write_demonstrations(folder, items)
         return {split: files[split] for split in ("train", "validation")}
-
-
-def _hash(parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -6,8 +6,6 @@ are not made again, so an interrupted run resumes.
 
 import dataclasses
 import functools
-import hashlib
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,23 +26,20 @@ from ivl_jax.experiments.demonstrations import (
     write_demonstrations,
 )
 from ivl_jax.experiments.family.continued import (
-    SCHEDULES,
     continue_pretraining,
-    continued_corpus,
     continued_folder,
 )
-from ivl_jax.experiments.family.corpus import load_corpus
 from ivl_jax.experiments.family.facts import new_facts
 from ivl_jax.experiments.family.recall import recalled
-from ivl_jax.experiments.finetune.references import read_reference
+from ivl_jax.experiments.finetune.references import Reference, read_reference
 from ivl_jax.experiments.finetune.settings import Model, Setting
 from ivl_jax.experiments.finetune.sweep import PROGRAM, Sweep
 from ivl_jax.experiments.held_out_figures import (
     answered,
+    facts_of_test,
     figures_on,
     is_fact,
-    nll_by_kind,
-    test_facts,
+    scored_figures,
 )
 from ivl_jax.experiments.kept_results import kept_record, measure_once, train_once
 from ivl_jax.experiments.measure import (
@@ -53,9 +48,11 @@ from ivl_jax.experiments.measure import (
     running_texts,
     share_answered,
 )
-from ivl_jax.experiments.pretrain_family import RECIPES, XL_FOLDER
-from ivl_jax.experiments.settings_key import family_weights, settings_key
+from ivl_jax.experiments.pretrain_family import XL_FOLDER
+from ivl_jax.experiments.settings_key import hash_of, settings_key
+from ivl_jax.experiments.transfer.bases import recipe_key
 from ivl_jax.experiments.transfer.matrix import Base, Measurement, Training
+from ivl_jax.experiments.value_as_model import write_value_as_model
 from ivl_jax.training.loop import run
 from ivl_jax.weights.language_model import LanguageModel, load_language_model
 
@@ -99,7 +96,6 @@ class Laboratory:
         self._test = select(items, "test")
         self._test_sha256 = items_hash(self._test)
         self._validation = select(items, "validation")
-        self._known_to_s: Bool[np.ndarray, " N"] | None = None
 
     @property
     def measured_dir(self) -> Path:
@@ -171,6 +167,21 @@ class Laboratory:
             run=run,
         )
 
+    def start_of(self, training: Training) -> Path:
+        """A trained value network as a model folder, from which another training can start.
+
+        Args:
+            training: Of a value network.
+
+        Returns:
+            The model folder.
+        """
+        run_dir = self.train(training).parent
+        start = run_dir.with_name(f"{run_dir.name}-exported")
+        if not start.exists():
+            write_value_as_model(run_dir / "value", start)
+        return start
+
     def training_key(self, training: Training) -> str:
         """A hash of everything that a trained model depends on.
 
@@ -178,10 +189,9 @@ class Laboratory:
             training: What is trained.
         """
         if training.method == "sft":
-            setting = self.setting_of(training)
-            recorded = read_reference(cast(Model, setting.model), training.chosen_by)
-            tests = {} if recorded is None else recorded.tests
-            return _hash([str(setting), training.chosen_by, tests.get(training.seed)])
+            recorded = _reference_of(training)
+            setting = dataclasses.replace(recorded.setting, seed=training.seed)
+            return hash_of([str(setting), training.chosen_by, recorded.tests.get(training.seed)])
         folders = {base: self.folder(base, make=False) for base in _MADE}
         models = {folder: f"{base} {recipe_key(base)}" for base, folder in folders.items()}
         config = self.config_of(training, self._work_dir / "run", make=False)
@@ -199,14 +209,7 @@ class Laboratory:
         Raises:
             ConfigError: No setting has been chosen for this model.
         """
-        (model,) = training.bases
-        reference = read_reference(cast(Model, model), training.chosen_by)
-        if reference is None:
-            raise ConfigError(
-                f"{model} fine-tuned, chosen by {training.chosen_by}: no setting is recorded: "
-                f"run {PROGRAM} --models {model}"
-            )
-        return dataclasses.replace(reference.setting, seed=training.seed)
+        return dataclasses.replace(_reference_of(training).setting, seed=training.seed)
 
     def _key(self, measurement: Measurement) -> dict[str, str]:
         """Hashes of what a kept measurement has to be about."""
@@ -221,7 +224,7 @@ class Laboratory:
             items_hash(new_items()) if measurement.base == "L-continued" else "",
             FACT_TOKENS,
         ]
-        return {"items_sha256": self._test_sha256, "settings_sha256": _hash(made_of)}
+        return {"items_sha256": self._test_sha256, "settings_sha256": hash_of(made_of)}
 
     def _figures(self, measurement: Measurement) -> dict[str, Any]:
         base, alone = measurement.base, not measurement.terms
@@ -240,18 +243,15 @@ class Laboratory:
 
     def _validation_figures(self, model: ComposedModel) -> dict[str, Any]:
         given = answer_rows(model, [item.given for item in self._validation])
-        scores = score_given(model, *given)
-        found = nll_by_kind(self._validation, scores)
-        right = float(scores.likeliest[is_fact(self._validation)].mean())
-        return {f"validation_{name}": nll for name, nll in found.items()} | {
-            "validation_exact_match": right
-        }
+        found = scored_figures(self._validation, score_given(model, *given))
+        return {f"validation_{name}": figure for name, figure in found.items()}
+
+    @functools.cached_property
+    def _known_to_s(self) -> Bool[np.ndarray, " F"]:
+        return recalled(compose(self._language_model("S")), facts_of_test())
 
     def _by_knowledge_of_s(self, right: Bool[np.ndarray, " F"]) -> dict[str, float]:
         """Facts answered among those that S recalls, and among those that it does not."""
-        if self._known_to_s is None:
-            small = compose(self._language_model("S"))
-            self._known_to_s = recalled(small, test_facts())
         known = self._known_to_s
         return {
             "known_match": float(right[known].mean()),
@@ -371,25 +371,27 @@ def _tuned(measurement: Measurement) -> list[Training]:
     return [one for one in models if isinstance(one, Training) and one.method == "sft"]
 
 
+def _reference_of(training: Training) -> Reference:
+    """What is recorded of a fine-tuned model.
+
+    Raises:
+        ConfigError: No setting has been chosen for it.
+    """
+    (model,) = training.bases
+    reference = read_reference(cast(Model, model), training.chosen_by)
+    if reference is None:
+        raise ConfigError(
+            f"{model} fine-tuned, chosen by {training.chosen_by}: no setting is recorded: "
+            f"run {PROGRAM} --models {model}"
+        )
+    return reference
+
+
 def _recorded(training: Training) -> bool:
     """Whether the setting of a fine-tuned model has been chosen."""
     return read_reference(cast(Model, training.bases[0]), training.chosen_by) is not None
 
 
 @functools.cache
-def recipe_key(base: Base) -> str:
-    """What tells a base from another of its name: its weights, or what it is made of."""
-    if base in ("S-continued", "L-continued"):
-        return _hash([family_weights(base[0]), SCHEDULES[base[0]], continued_corpus().fingerprint])
-    if base == "XL":
-        return _hash([RECIPES[base], load_corpus().fingerprint])
-    return family_weights(cast(Any, base))
-
-
-@functools.cache
 def _continued(model: Any, work_dir: Path) -> Path:
     return continue_pretraining(model, work_dir=work_dir)
-
-
-def _hash(parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ivl_jax.experiments.estimate import ABSENT, Estimate
+from ivl_jax.experiments.figures_by_seed import Figures
 from ivl_jax.experiments.finetune.plan import MODELS
 from ivl_jax.experiments.finetune.references import read_reference
 from ivl_jax.experiments.finetune.report import RECORD, read_runs, references_section
@@ -36,7 +37,7 @@ from ivl_jax.experiments.transfer.plots import (
     plot_transfer,
 )
 from ivl_jax.experiments.transfer.subjects import make_lookup
-from ivl_jax.experiments.transfer.table import Figures, Interval, Make, Table, with_interval
+from ivl_jax.experiments.transfer.table import Interval, Make, Table, with_interval
 
 _TARGETS: tuple[Base, ...] = ("L", "L-continued", "X")
 _RATIOS = (0.95, 0.9, 0.9)

@@ -4,18 +4,18 @@ In: figures by the name of their measurement. Out: `Estimate`s over seeds, and i
 drawing people and modules anew.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
 
 from ivl_jax.evaluation.resampling import percentile_interval, resample_ratios
 from ivl_jax.experiments.estimate import ABSENT, Estimate
+from ivl_jax.experiments.figures_by_seed import FiguresBySeed
 from ivl_jax.experiments.held_out_figures import GroupSums, group_sums_from
 from ivl_jax.experiments.transfer.matrix import Base, Measurement, reference
 
-Figures = Mapping[str, Mapping[str, Any]]
 Make = Callable[[int], Measurement]
 """Seed → what is measured."""
 
@@ -31,23 +31,8 @@ class Interval(NamedTuple):
         return f"[{form.format(self.low)}, {form.format(self.high)}]"
 
 
-class Table:
-    """Figures by measurement and seed."""
-
-    def __init__(self, figures: Figures, seeds: Sequence[int]) -> None:
-        """Store the figures.
-
-        Args:
-            figures: By the name of their measurement.
-            seeds: Of the trainings.
-        """
-        self._figures = figures
-        self.seeds = tuple(seeds)
-
-    def over_seeds(self, make: Make, key: str = "nll") -> Estimate:
-        """A figure of a measurement for every seed that has one."""
-        found = (record.get(key) for record in self._records(make))
-        return Estimate(tuple(value for value in found if value is not None))
+class Table(FiguresBySeed[Measurement]):
+    """Figures of the matrix."""
 
     def one(self, measurement: Measurement, key: str = "nll") -> float | None:
         """A figure of one measurement; None: not measured."""
@@ -107,12 +92,8 @@ class Table:
         low, high = percentile_interval(drawn[:, 0])
         return Interval(max(low, 0.0), min(high, 1.0))
 
-    def _records(self, make: Make) -> list[Mapping[str, Any]]:
-        names = dict.fromkeys(make(seed).name for seed in self.seeds)
-        return [self._figures[name] for name in names if name in self._figures]
-
     def _groups(self, make: Make) -> list[GroupSums]:
-        texts = [record.get("groups") for record in self._records(make)]
+        texts = [record.get("groups") for record in self.records(make)]
         return [group_sums_from(text) for text in texts if text]
 
 
